@@ -1,0 +1,147 @@
+"""Folders that appear whole or not at all, and the manifest (`owl.json`) in each of them."""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from owl_deploy import __version__
+from owl_deploy.errors import BadInput
+
+MANIFEST = "owl.json"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_output(destination: Path, force: bool = False) -> None:
+    """Refuse a destination that exists, before any work is done.
+
+    With `force` a folder may exist if it is empty or an artefact of ours (it has a manifest): a
+    mistyped `-o ~ --force` must not cost a home folder.
+    """
+    if not destination.parent.is_dir():
+        raise BadInput(f"The folder {destination.parent} does not exist.", "Create it first.")
+    if not os.access(destination.parent, os.W_OK):
+        raise BadInput(f"The folder {destination.parent} cannot be written.")
+    if not os.path.lexists(destination):
+        return
+    if not force:
+        raise BadInput(f"{destination} exists already.", "Use --force to replace it.")
+    if not destination.is_dir() or (any(destination.iterdir()) and not is_artefact(destination)):
+        raise BadInput(
+            f"{destination} was not written by owl, so --force does not replace it.",
+            "Choose another name, or delete it yourself.",
+        )
+
+
+def is_artefact(folder: Path) -> bool:
+    """Whether `folder` is one that owl wrote, whole."""
+    return (folder / MANIFEST).is_file()
+
+
+@contextlib.contextmanager
+def staged_folder(destination: Path, force: bool = False) -> Iterator[Path]:
+    """Yield an empty sibling folder that becomes `destination` when the block ends well.
+
+    An exception removes it; a kill leaves a hidden `.NAME.owl-tmp-PID` that the next run clears.
+    """
+    check_output(destination, force)
+    destination = destination.absolute()
+    _remove_stale(destination)
+    staging = destination.with_name(f".{destination.name}.owl-tmp-{os.getpid()}")
+    staging.mkdir()
+    try:
+        yield staging
+        publish(staging, destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, destination: Path) -> None:
+    """Make `staging` appear as `destination`, on disk before it is visible, replacing what is there."""
+    for path in [*staging.rglob("*"), staging]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if os.path.lexists(destination):
+        _exchange(staging, destination)
+        shutil.rmtree(staging)
+    else:
+        staging.rename(destination)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders, in one step where the system can (Linux), so that `b` is never missing."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        result = renameat2(
+            _AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)
+        )
+        if result == 0:
+            return
+    aside = b.with_name(f".{b.name}.owl-tmp-{os.getpid()}-old")
+    b.rename(aside)
+    a.rename(b)
+    aside.rename(a)
+
+
+def _remove_stale(destination: Path) -> None:
+    """Clear what runs that were killed left beside `destination`; a live run's folder stays."""
+    for folder in destination.parent.glob(f".{destination.name}.owl-tmp-*"):
+        owner = folder.name.rsplit("owl-tmp-", 1)[1].split("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write `value` as JSON; `path` holds the old or the new content at any moment, never a part."""
+    temporary = path.with_name(f".{path.name}.owl-tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artefact; empty for a folder that owl did not write.
+
+    Raises `BadInput` when there is one that cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON ({error}).", "Make the artefact again.") from error
+    if not isinstance(manifest, dict):
+        raise BadInput(f"{path} does not hold a JSON object.", "Make the artefact again.")
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what an artefact holds, for its manifest."""
+    found = {"owl-deploy": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
