@@ -126,7 +126,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error}).", "Make the artefact again.") from error
+        raise BadInput(
+            f"{path} is not valid JSON ({error}).", "Make the artefact again."
+        ) from error
     if not isinstance(manifest, dict):
         raise BadInput(f"{path} does not hold a JSON object.", "Make the artefact again.")
     return manifest

@@ -51,6 +51,96 @@ def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> No
         show()
 
 
+@app.command()
+def prune(
+    model: Annotated[
+        str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")
+    ],
+    output: Output,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe in SparseML's grammar; options override it.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="wanda or magnitude. [wanda]")
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option("--allocation", "-a", help="How sparsity is divided: owl or uniform. [owl]"),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", "-s", help="Share of weights to remove. [0.7]")
+    ] = None,
+    outlier_multiple: Annotated[
+        float | None, typer.Option(help="OWL's M: an outlier is above M times the mean. [5]")
+    ] = None,
+    spread: Annotated[
+        float | None, typer.Option(help="OWL's lambda: sparsities span 2 * spread. [0.08]")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", "-c", help="Text: a file, wikitext, c4, or hf:N:C:S:COL."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the draw of windows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="To compute in: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model in one shot and write a sparse checkpoint."""
+    from owl_deploy import recipe as recipes
+
+    given = {
+        "method": method,
+        "allocation": allocation,
+        "sparsity": sparsity,
+        "outlier_multiple": outlier_multiple,
+        "spread": spread,
+    }
+    values = recipes.load(recipe) if recipe else {}
+    values |= {key: value for key, value in given.items() if value is not None}
+    settings = recipes.settings(**values)
+
+    from owl_deploy.prune.run import Calibration
+    from owl_deploy.prune.run import prune as run
+    from owl_deploy.prune.show import show
+
+    text = Calibration(calibration, samples, sequence_length, seed) if calibration else None
+    manifest = run(model, output, settings, text, device=device, dtype=dtype, force=force)
+    _emit(manifest, as_json, lambda: show(manifest, str(output)))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A checkpoint or a deployment.")],
+    perplexity: Annotated[
+        str, typer.Option("--perplexity", "-p", help="Text: a file, wikitext, c4, or hf:N:C:S:COL.")
+    ],
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    windows: Annotated[
+        int | None, typer.Option(help="At most so many windows; the whole text without it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a checkpoint, or of a deployment as it runs."""
+    from dataclasses import asdict
+
+    from owl_deploy.evaluate.perplexity import perplexity as measure
+
+    result = measure(model, perplexity, window=window, limit=windows)
+    _emit(
+        asdict(result),
+        as_json,
+        lambda: typer.echo(
+            f"perplexity {result.value:.4g} on {result.text}: {result.windows} windows of "
+            f"{result.window} tokens, {result.tokens} predicted"
+        ),
+    )
+
+
 def main() -> None:
     """Run `owl`; an `OwlError` becomes a sentence on stderr and its exit code."""
     try:

@@ -1,0 +1,256 @@
+"""Read and write checkpoints: safetensors weights, config and tokenizer, recipe, manifest.
+
+What is written loads in current transformers and in SparseML 1.8 (transformers 4.40, tokenizers
+0.19), which read some keys under older names: `write_compatible` writes both.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from owl_deploy.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 * 1024**3  # small enough to be put together in memory beside a block
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Checkpoint:
+    """A Hugging Face model folder whose tensors are read one by one.
+
+    Attributes: `folder`; `config`, the parsed config.json; `files`, tensor name to file.
+    Raises `BadInput`, with the file's name, for anything missing, corrupt or unsafe (pickle).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_object(folder / "config.json")
+        self.files = _tensor_files(folder)
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The tensor `name`, on the CPU, refused if a value is not finite."""
+        import torch
+
+        path = self.files.get(name)
+        if path is None:
+            raise BadInput(
+                f"{self.folder} has no tensor {name!r}.",
+                "The checkpoint is incomplete: get it again.",
+            )
+        with _open_safetensors(path) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BadInput(
+                f"The tensor {name!r} in {path} holds NaN or infinity.",
+                "Such a model cannot be pruned: get it again, or mend the training run.",
+            )
+        return tensor
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The names of the tensors under the module `prefix`, without `prefix.`."""
+        start = f"{prefix}." if prefix else ""
+        return [name[len(start) :] for name in self.files if name.startswith(start)]
+
+    def read_module(self, prefix: str) -> dict[str, "torch.Tensor"]:
+        """All tensors under the module `prefix`, keyed as in its state_dict."""
+        return {name: self.read(f"{prefix}.{name}") for name in self.names(prefix)}
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Open a local folder, or a model of the Hugging Face Hub by name (`org/name`).
+
+    A Hub model is taken from the local Hub cache and downloaded only when it is not there.
+    """
+    folder = Path(model)
+    if not folder.exists() and _looks_like_hub_name(str(model)):
+        folder = _from_hub(str(model))
+    if not folder.is_dir():
+        raise BadInput(
+            f"There is no model folder {str(model)!r}.", "Check the path or the Hub name."
+        )
+    return Checkpoint(folder)
+
+
+def _looks_like_hub_name(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the Hub client's errors are many: no network, no such model, gated
+        raise BadInput(
+            f"There is no folder {name!r}, and the Hub did not give that model "
+            f"({type(error).__name__}).",
+            "Check the name and the network, or download the model and give its folder.",
+        ) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadInput(f"{path} is missing.", "Give a Hugging Face model folder.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} does not hold a JSON object.")
+    return value
+
+
+def _open_safetensors(path: Path) -> Any:  # noqa: ANN401 - safetensors has no stubs
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"{path} is corrupt ({error}).", "Get the file again.") from error
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name to file, from the index when there is one; every file's header is checked."""
+    if (folder / INDEX).is_file():
+        weight_map = _read_object(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise BadInput(f"{folder / INDEX} has no weight_map.", "Get the file again.")
+        files = {folder / str(name) for name in weight_map.values()}
+    elif (folder / WEIGHTS).is_file():
+        files = {folder / WEIGHTS}
+    else:
+        raise BadInput(f"{folder} has no {WEIGHTS}.", _no_safetensors_hint(folder))
+    found: dict[str, Path] = {}
+    for path in sorted(files):
+        if path.parent != folder or not path.is_file():
+            raise BadInput(f"{path} is missing, though the index names it.", "Get the file again.")
+        with _open_safetensors(path) as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+def _no_safetensors_hint(folder: Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return "Pickled weights are not read, since they can run code: convert them to safetensors."
+    return "Give a Hugging Face model folder."
+
+
+def shards(tensors: Iterator[tuple[str, "torch.Tensor"]], folder: Path) -> None:
+    """Write `tensors` under `folder` as one safetensors file, or as shards with an index.
+
+    Holds one shard (`SHARD_BYTES`) in memory at a time.
+    """
+    from safetensors.torch import save_file
+
+    parts: list[tuple[Path, list[str]]] = []
+    total = 0
+
+    def flush(shard: dict[str, "torch.Tensor"]) -> None:
+        path = folder / f"part-{len(parts)}"
+        save_file(shard, path, metadata={"format": "pt"})
+        parts.append((path, list(shard)))
+
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush(shard)
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush(shard)
+    if len(parts) == 1:
+        parts[0][0].rename(folder / WEIGHTS)
+        return
+    weight_map = {}
+    for number, (path, names) in enumerate(parts, start=1):
+        final = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_compatible(source: Checkpoint, folder: Path) -> None:
+    """Copy config and tokenizer so that transformers 5.x and 4.40 (SparseML 1.8) both read them."""
+    config = compatible_config(source.config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in _TOKENIZER_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    _rewrite(folder / "tokenizer.json", _string_merges)
+    _rewrite(folder / "tokenizer_config.json", _known_tokenizer_class)
+
+
+def compatible_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with both the 5.x and the 4.x names of what was renamed between them.
+
+    4.40 ignores `rope_parameters` and would silently take rope_theta = 10000.
+    """
+    both = {key: value for key, value in config.items() if key != "_name_or_path"}
+    rope = both.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        both.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            both.setdefault("rope_scaling", scaling)
+    dtype = both.get("dtype") or both.get("torch_dtype")
+    if dtype:
+        both["dtype"] = both["torch_dtype"] = dtype
+    return both
+
+
+def _rewrite(path: Path, change: Any) -> None:  # noqa: ANN401 - a function from JSON to JSON
+    if path.is_file():
+        content = change(_read_object(path))
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _string_merges(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Merges as "a b", the only form that tokenizers before 0.20 reads.
+
+    A part that holds a space has no such form; then the pairs stay, and only 4.40 is lost.
+    """
+    model = tokenizer.get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    pairs = [merge for merge in merges or [] if isinstance(merge, list)]
+    if (
+        pairs
+        and isinstance(model, dict)
+        and not any(" " in part for pair in pairs for part in pair)
+    ):
+        model["merges"] = [" ".join(m) if isinstance(m, list) else m for m in merges or []]
+    return tokenizer
+
+
+def _known_tokenizer_class(config: dict[str, Any]) -> dict[str, Any]:
+    """4.40 does not know TokenizersBackend, the 5.x name of the class that both load."""
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in (
+        "is_local",
+        "local_files_only",
+        "backend",
+    ):  # where it was loaded from, not what it is
+        config.pop(key, None)
+    return config

@@ -1,0 +1,100 @@
+"""Perplexity by the paper's protocol: windows without overlap, each with an empty context."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from owl_deploy.artefact import read_manifest
+from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.errors import BadInput
+from owl_deploy.families import family_of
+from owl_deploy.progress import bar
+from owl_deploy.text import evaluation_windows, load_text, load_tokenizer, tokenize
+
+_LOGIT_ROWS = 256  # rows of logits at once: 2048 x 150,000 words in float32 would be 1.2 GB
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood a predicted token.
+
+    `windows` of `window` tokens were read; `tokens` of them were predicted: all but each window's
+    first, which has nothing to be predicted from.
+    """
+
+    text: str
+    value: float
+    windows: int
+    window: int
+    tokens: int
+
+
+def windows_of(folder: Path, text: str, window: int, limit: int | None) -> torch.Tensor:
+    """The evaluation windows of a text in the tokens of the model in `folder`, [windows, window]."""
+    for name, value in (("--window", window - 1), ("--windows", 1 if limit is None else limit)):
+        if value < 1:
+            raise BadInput(f"{name} is too small.", "A window needs two tokens at least.")
+    return evaluation_windows(tokenize(load_tokenizer(folder), load_text(text)), window, limit)
+
+
+def from_nll(text: str, nll: float, windows: torch.Tensor) -> Perplexity:
+    """The perplexity for a summed negative log-likelihood over `windows` [windows, window]."""
+    count, window = windows.shape
+    tokens = count * (window - 1)
+    try:
+        value = math.exp(nll / tokens)
+    except OverflowError:
+        value = math.inf
+    return Perplexity(text, value, count, window, tokens)
+
+
+def perplexity(
+    folder: Path, text: str, *, window: int = 2048, limit: int | None = None
+) -> Perplexity:
+    """The perplexity of a checkpoint, or of a deployment, on `text` (a SOURCE).
+
+    A deployment is evaluated as it runs, in its engine; its folder's manifest then records the
+    value, so that a benchmark can show it beside the speed.
+    """
+    if read_manifest(folder).get("kind") == "deployment":
+        return deployment_perplexity(folder, text, window=window, limit=limit)
+    return checkpoint_perplexity(folder, text, window=window, limit=limit)
+
+
+def checkpoint_perplexity(
+    folder: Path, text: str, *, window: int = 2048, limit: int | None = None
+) -> Perplexity:
+    """The perplexity of a checkpoint on `text` (a SOURCE), computed in float32 on CPU or CUDA.
+
+    Raises `BadInput` for a model that is not supported, or a text without one full window.
+    """
+    import transformers
+
+    checkpoint = open_checkpoint(folder)
+    family_of(checkpoint.config)
+    windows = windows_of(checkpoint.folder, text, window, limit)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name in checkpoint.files:
+        checkpoint.read(name)  # finite values in every file, or one sentence
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, local_files_only=True
+    ).to(device)
+    nll = 0.0
+    with bar("Perplexity", len(windows)) as advance, torch.inference_mode():
+        for ids in windows:
+            nll += _window_nll(model.eval(), ids.to(device))
+            advance(1)
+    return from_nll(text, nll, windows)
+
+
+def _window_nll(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """The summed negative log-likelihood of ids[1:] given what stands before each, in nats."""
+    hidden = model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[0][0, :-1]
+    head = model.get_output_embeddings()
+    total = 0.0
+    for rows, targets in zip(hidden.split(_LOGIT_ROWS), ids[1:].split(_LOGIT_ROWS), strict=True):
+        logits = head(rows).float()
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    return total

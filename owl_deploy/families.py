@@ -1,0 +1,52 @@
+"""One row a model family: where its blocks lie, and what is known of it.
+
+A family is supported when it has a row here and a small random model in the tests that goes all
+the way, from pruning to export parity. `model_type` is the name in a checkpoint's config.json.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from owl_deploy.errors import BadInput, unknown_name
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a causal language model are, as dotted module names.
+
+    `backbone` is the module that maps token ids to hidden states; `blocks` the list of decoder
+    blocks in it; `embeddings` the modules that run before the first block.
+    """
+
+    backbone: str
+    blocks: str
+    embeddings: tuple[str, ...]
+
+
+_LLAMA_LAYOUT = Family("model", "model.layers", ("model.embed_tokens",))
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": _LLAMA_LAYOUT,
+    }
+)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The row for a model's config.json.
+
+    Raises `BadInput` for a family without a row, and for mixtures of experts, whose experts see
+    too few calibration tokens each for the statistics to mean anything.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise BadInput("config.json names no model_type.", "Is this a Hugging Face model folder?")
+    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise BadInput(f"{model_type!r} is a mixture of experts, which owl does not support.")
+    if model_type not in FAMILIES:
+        error = unknown_name("model family", model_type, FAMILIES)
+        error.hint = f"Supported: {', '.join(FAMILIES)}."
+        raise error
+    return FAMILIES[model_type]

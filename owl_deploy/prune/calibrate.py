@@ -1,0 +1,244 @@
+"""Run a model one block at a time, and see what enters its Linears.
+
+The model's own forward passes are used, with hooks: masks, positions and rotary tables are made by
+the model, never by hand, so that every architecture and version is right by construction.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.errors import BadInput
+from owl_deploy.families import Family, family_of
+
+
+class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its part
+    pass
+
+
+class Skeleton:
+    """A model without weights, whose parts are filled from a checkpoint while they are needed.
+
+    `blocks`: the decoder blocks, on the meta device until `load_block`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.family: Family = family_of(checkpoint.config)
+        self.model = _empty_model(checkpoint, dtype)
+        self.blocks: list[nn.Module] = list(self._module_list())
+
+    def block_name(self, index: int) -> str:
+        """The dotted name of block `index`, as in the checkpoint: model.layers.3."""
+        return f"{self.family.blocks}.{index}"
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The Linears of block `index`, by their names within the block, in model order."""
+        return {
+            name: module
+            for name, module in self.blocks[index].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    @contextlib.contextmanager
+    def loaded(self, name: str) -> Iterator[nn.Module]:
+        """The module `name` with its weights on the device, in the computing dtype, for a while."""
+        module = self.model.get_submodule(name)
+        state = {
+            key: value.to(self.device, self.dtype, copy=True)
+            for key, value in self.checkpoint.read_module(name).items()
+        }
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise BadInput(
+                f"The weights of {name} do not fit config.json: {_first_line(error)}",
+                "The checkpoint is incomplete or of another model: get it again.",
+            ) from error
+        module.to(self.device)
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    @torch.no_grad()
+    def embed(self, windows: torch.Tensor, batch: int) -> "Activations":
+        """What enters the first block for `windows` [samples, length], and every block's arguments."""
+        backbone = self.model.get_submodule(self.family.backbone)
+        with contextlib.ExitStack() as stack:
+            for name in self.family.embeddings:
+                stack.enter_context(self.loaded(name))
+            _move_buffers(backbone, self.device)
+            # All windows have one length and no padding: one look at the arguments serves them all.
+            _, arguments = self._first_hidden(backbone, windows[:1])
+            hidden = [
+                self._first_hidden(backbone, part.to(self.device))[0]
+                for part in windows.split(batch)
+            ]
+        return Activations(hidden, arguments)
+
+    def _first_hidden(
+        self, backbone: nn.Module, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        recorders = [_Recorder() for _ in self.blocks]
+        recorders[-1].last = True
+        parent, _, attribute = self.family.blocks.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        real = getattr(owner, attribute)
+        setattr(owner, attribute, _keep_attributes(real, recorders))
+        try:
+            backbone(input_ids=ids.to(self.device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            setattr(owner, attribute, real)
+        hidden = recorders[0].hidden
+        assert hidden is not None
+        return hidden, [recorder.arguments for recorder in recorders]
+
+    def _module_list(self) -> nn.ModuleList:
+        modules = self.model.get_submodule(self.family.blocks)
+        assert isinstance(modules, nn.ModuleList)
+        return modules
+
+
+class Activations:
+    """The hidden states between two blocks: batches of [samples, length, hidden], changed in place.
+
+    `arguments`: what the model gives each block besides (masks, rotary tables), by block.
+    """
+
+    def __init__(self, batches: list[torch.Tensor], arguments: list[dict[str, Any]]) -> None:
+        self.batches, self.arguments = batches, arguments
+
+    def clone(self) -> "Activations":
+        """A copy that another pass can change."""
+        return Activations([batch.clone() for batch in self.batches], self.arguments)
+
+    @torch.no_grad()
+    def through(
+        self,
+        block: nn.Module,
+        index: int,
+        advance: Callable[[float], None],
+        *,
+        keep: bool,
+    ) -> None:
+        """Run every batch through `block`; with `keep` its outputs become the new hidden states."""
+        for number, batch in enumerate(self.batches):
+            output = block(batch, **self.arguments[index])
+            if keep:
+                self.batches[number] = output[0] if isinstance(output, tuple) else output
+            advance(1)
+
+
+class InputNorms:
+    """The norms of the features that enter each Linear, gathered by hooks in forward passes.
+
+    Linears that are given the same tensor (q, k and v; gate and up) share one statistic.
+    """
+
+    def __init__(self, linears: dict[str, nn.Linear], samples: int) -> None:
+        self._samples = samples
+        self._linears = linears
+        self._squares: dict[str, torch.Tensor] = {}
+        self._leader: dict[str, str] = {}
+        self._current: list[tuple[torch.Tensor, str]] = []
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Gather from all forward passes in the block."""
+        handles = [
+            linear.register_forward_pre_hook(self._hook(name))
+            for name, linear in self._linears.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._current.clear()
+
+    def of(self, name: str) -> torch.Tensor:
+        """sqrt(sum over tokens of x_j^2 / samples) for the Linear `name`, [in], float32."""
+        return (self._squares[self._leader[name]] / self._samples).sqrt().float()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            tensor = inputs[0]
+            for seen, leader in self._current:
+                if seen is tensor:
+                    self._leader[name] = leader
+                    return
+            if self._leader.setdefault(name, name) != name:
+                raise AssertionError(f"{name} shared an input before and does not now")
+            if self._current and name == self._current[0][1]:
+                self._current.clear()  # a new batch begins
+            self._current.append((tensor, name))
+            squares = tensor.float().square().sum(dim=tuple(range(tensor.dim() - 1))).double()
+            self._squares[name] = (
+                self._squares[name] + squares if name in self._squares else squares
+            )
+
+        return record
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with, and passes the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+        self.last = False
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
+        self.hidden, self.arguments = hidden, arguments
+        if self.last:
+            raise _Stop
+        return hidden
+
+
+def _keep_attributes(real: nn.ModuleList, recorders: list[_Recorder]) -> nn.ModuleList:
+    """The recorders with the plain attributes by which a model chooses a block's mask."""
+    for block, recorder in zip(real, recorders, strict=True):
+        for name, value in vars(block).items():
+            if isinstance(value, str | int | bool) and not hasattr(recorder, name):
+                setattr(recorder, name, value)
+    return nn.ModuleList(recorders)
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    import accelerate
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        with accelerate.init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa"
+            )
+    except Exception as error:  # a config can be wrong in any way; transformers raises many types
+        raise BadInput(
+            f"{checkpoint.folder / 'config.json'} describes no model that transformers can build "
+            f"({_first_line(error)})."
+        ) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move the small tables (rotary frequencies) that are not weights to the device."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(part, name, buffer.to(device))
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,43 @@
+"""Which weights go: from scores [out, in] to a boolean mask of the weights that are *removed*.
+
+Masks are by rank, never by threshold: exactly as many weights go as were asked for, and among equal
+scores those with the smaller index go first, as in a stable sort.
+"""
+
+import torch
+
+
+def lowest_in_matrix(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Remove the round(sparsity * size) lowest scores of the whole matrix (magnitude's group)."""
+    count = torch.tensor([round(sparsity * scores.numel())], device=scores.device)
+    return _lowest(scores.reshape(1, -1), count).view_as(scores)
+
+
+def lowest_in_rows(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Remove the lowest scores within each output row (Wanda's group).
+
+    round(sparsity * size) weights go in all; rows give the same number, plus or minus one, so that
+    a row of a few hundred weights does not round the target away.
+    """
+    rows = scores.shape[0]
+    total = round(sparsity * scores.numel())
+    shares = torch.arange(rows + 1, device=scores.device) * total // rows
+    return _lowest(scores, shares.diff())
+
+
+def _lowest(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mark the counts[r] lowest of each row r of `scores` [rows, n], ties by index.
+
+    The counts differ by one at most. A partition finds the threshold of a row; a running count
+    chooses among the scores that equal it: what a stable sort gives, in linear time.
+    """
+    most = int(counts.max())
+    if most == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    lowest = scores.topk(most, dim=1, largest=False).values  # [rows, most], ascending
+    threshold = lowest.gather(1, (counts - 1).clamp(min=0).unsqueeze(1))  # [rows, 1]
+    below = scores < threshold
+    equal = scores == threshold
+    missing = counts.unsqueeze(1) - below.sum(1, keepdim=True)
+    chosen = below | (equal & (equal.cumsum(1) <= missing))
+    return chosen & (counts > 0).unsqueeze(1)
