@@ -1,0 +1,33 @@
+"""Inference engines, each in a process, and where needed an environment, of its own.
+
+The layer under export's parity check, evaluation and benchmarks.
+"""
+
+from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.environment import (
+    install,
+    installed_version,
+    is_installed,
+    list_engines,
+    python_of,
+    remove,
+)
+from owl_deploy.engines.process import EngineProcess, default_threads
+from owl_deploy.engines.registry import ENGINES, Engine, engine_for, get_engine
+
+__all__ = [
+    "ENGINES",
+    "Deployment",
+    "Engine",
+    "EngineProcess",
+    "default_threads",
+    "engine_for",
+    "get_engine",
+    "install",
+    "installed_version",
+    "is_installed",
+    "list_engines",
+    "open_deployment",
+    "python_of",
+    "remove",
+]

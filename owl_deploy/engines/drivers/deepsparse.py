@@ -1,0 +1,163 @@
+"""DeepSparse 1.8, as its own text-generation pipeline drives it.
+
+Two compiled engines, for a chunk of the prompt and for one token, share one internal KV cache. The
+graph's contract is written in owl_deploy/export: past inputs have a batch of zero, because the
+engine holds the cache; the masks are padded on the left up to the compiled length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MODEL = "model.onnx"
+CHUNK = 64  # its sparse kernels work on tiles of 64 tokens; from 128 on the internal cache aborts
+
+
+class Driver:
+    """Drives a deployment in DeepSparse; see worker.py for what each method does."""
+
+    def __init__(self) -> None:
+        os.environ["NM_DISABLE_ANALYTICS"] = "True"  # it sends usage data unless told not to
+        self.last: int | None = None
+
+    def prepare(self) -> None:
+        """Import the engine, which is no part of the load time."""
+        import deepsparse  # noqa: F401
+
+    def load(self, folder: str, threads: int, context: int, all_logits: bool) -> dict[str, Any]:
+        """Compile both engines for `context` tokens, on `threads` cores."""
+        import deepsparse
+
+        self.context = context
+        if context <= CHUNK:
+            raise ValueError(f"DeepSparse needs a context above {CHUNK} tokens")
+        self.engines = {
+            step: compile_step(Path(folder), threads, context, step) for step in (CHUNK, 1)
+        }
+        self.reset()
+        one = self.engines[1]
+        isa = one.cpu_avx_type + ("_vnni" if one.cpu_vnni else "")
+        return {
+            "version": deepsparse.__version__,
+            "runtime": "deepsparse " + deepsparse.__version__,
+            "isa": isa,
+            "through": f"internal KV cache, prompt in chunks of {CHUNK}",
+            "supported_ops": one.fraction_of_supported_ops,
+        }
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        from deepsparse.engine import LIB
+
+        self.cache = LIB.kv_cache(0, 0)  # previous tokens, frozen tokens
+        self.count = 0
+
+    def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
+        """Run `tokens` in chunks, then one by one, as the pipeline does; yield [n, vocab] each."""
+        while tokens:
+            step = CHUNK if len(tokens) >= CHUNK else 1
+            yield self._run(tokens[:step])
+            tokens = tokens[step:]
+
+    def _run(self, tokens: list[int]) -> np.ndarray:
+        engine = self.engines[len(tokens)]
+        inputs = step_inputs(tokens, self.count, self.context)
+        for name, shape in zip(engine.input_names, engine.input_shapes):  # noqa: B905 - as old as 3.8
+            if name not in inputs:
+                inputs[name] = np.zeros((0, *shape[1:]), np.float32)
+        ordered = [inputs[name] for name in engine.input_names]
+        outputs = engine._eng_net.execute_list_out(ordered, self.cache)
+        self.count += len(tokens)
+        logits: np.ndarray = outputs[0][0]
+        return logits
+
+    def extend(self, tokens: list[int]) -> np.ndarray:
+        """Run `tokens`; return the logits [vocab] of the last."""
+        for part in self.logits(tokens):
+            last: np.ndarray = part[-1]
+        return last
+
+    def prompt(self, tokens: list[int]) -> int:
+        """Run a prompt; return the likeliest next token."""
+        self.last = int(self.extend(tokens).argmax())
+        return self.last
+
+    def next(self) -> int:
+        """Run the last token returned; return the likeliest next one."""
+        assert self.last is not None
+        return self.prompt([self.last])
+
+
+def step_inputs(tokens: list[int], count: int, context: int) -> dict[str, np.ndarray]:
+    """The inputs of one step of `tokens` after `count` others, for a graph of fixed `context`.
+
+    Each row of the causal mask [1, 1, step, context] attends to the tokens so far, which stand at
+    the right end; once the cache is full the oldest fall out.
+    """
+    step = len(tokens)
+    filled = min(count + step, context)
+    attention = np.zeros((1, context), np.int64)
+    attention[:, context - filled :] = 1
+    causal = np.tril(np.ones((step, context), np.int64), context - step) * attention
+    return {
+        "input_ids": np.array([tokens], np.int64),
+        "attention_mask": attention,
+        "positions": np.arange(count, count + step, dtype=np.int64)[None],
+        "causal_mask": causal[None, None],
+    }
+
+
+def compile_step(folder: Path, threads: int, context: int, step: int) -> Any:  # noqa: ANN401
+    """A compiled engine for steps of `step` tokens, from a private copy of the model file.
+
+    The shapes have to be fixed in the file itself. The copy lies in a folder of its own, beside
+    links to the external data, and is gone again before anything is run.
+    """
+    from deepsparse import Engine
+
+    private = Path(tempfile.mkdtemp(prefix="owl-deepsparse-"))
+    try:
+        for path in folder.iterdir():
+            if path.name != MODEL:
+                (private / path.name).symlink_to(path)
+        cached = write_fixed_copy(folder / MODEL, private / MODEL, context, step)
+        forget_peak_memory()
+        return Engine(str(private / MODEL), 1, num_cores=threads, cached_outputs=cached)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def write_fixed_copy(source: Path, path: Path, context: int, step: int) -> list[bool]:
+    """Write the model with fixed shapes to `path`; return for each output whether it is cached."""
+    import onnx
+
+    model = onnx.load(str(source), load_external_data=False)
+    for item in model.graph.input:
+        shape = item.type.tensor_type.shape.dim
+        shape[0].dim_value = 1
+        if item.name in ("input_ids", "positions"):
+            shape[1].dim_value = step
+        elif item.name == "attention_mask":
+            shape[1].dim_value = context
+        elif item.name == "causal_mask":
+            shape[2].dim_value, shape[3].dim_value = step, context
+        elif item.name.startswith("past_key_values."):
+            shape[2].dim_value = context - step
+        else:
+            raise ValueError("not DeepSparse's decoder contract: unexpected input " + item.name)
+    onnx.save(model, str(path))
+    return [item.name.startswith("present.") for item in model.graph.output]
+
+
+def forget_peak_memory() -> None:
+    """Start the kernel's high-water mark anew: the copying above is no part of the engine."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

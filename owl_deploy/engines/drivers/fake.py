@@ -1,0 +1,87 @@
+"""An engine that runs nothing: `fake.json` in the deployment says how it behaves, for tests.
+
+    {"decode_ms": 20, "prefill_ms": 100, "noise": 0.02, "load_s": 1, "peak_bytes": 1000,
+     "vocab": 16, "fail": {"op": "load" | "prompt" | "next", "how": "abort"|"hang"|"raise"|"exit"}}
+
+Its clock is its own: a latency of an hour costs a test no time. `noise` is the relative spread
+between processes (a log-normal factor drawn once a process).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Driver:
+    """Behaves as the deployment says; see worker.py for what each method does."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.tokens: list[int] = []
+
+    def clock(self) -> float:
+        """The fake's own time, in seconds."""
+        return self.now
+
+    def prepare(self) -> None:
+        """Nothing to import."""
+
+    def load(self, folder: str, threads: int, context: int, all_logits: bool) -> dict[str, Any]:
+        """Read the behaviour."""
+        text = (Path(folder) / "fake.json").read_text(encoding="utf-8")
+        self.behaviour: dict[str, Any] = json.loads(text)
+        print("fake engine: loading")  # noqa: T201 - engines print to stdout; it must do no harm
+        self._maybe_fail("load")
+        self.factor = math.exp(random.gauss(0.0, self.behaviour.get("noise", 0.0)))
+        self.now += self.behaviour.get("load_s", 0.0)
+        return {"version": "1", "runtime": "fake 1", "isa": "", "through": "nothing"}
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.tokens = []
+
+    def prompt(self, tokens: list[int]) -> int:
+        """Take `prefill_ms`, whatever the prompt's length."""
+        self._maybe_fail("prompt")
+        self.now += self.behaviour.get("prefill_ms", 0.0) * self.factor / 1e3
+        return int(self.extend(tokens).argmax())
+
+    def next(self) -> int:
+        """Take `decode_ms`."""
+        self._maybe_fail("next")
+        self.now += self.behaviour.get("decode_ms", 0.0) * self.factor / 1e3
+        return int(self.extend([0]).argmax())
+
+    def extend(self, tokens: list[int]) -> np.ndarray:
+        """Logits that put the last token's successor first."""
+        last: np.ndarray = next(self.logits(tokens))[-1]
+        return last
+
+    def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
+        """One part [n, vocab]: 1 at the successor of each token, else 0."""
+        self.tokens += tokens
+        vocab = self.behaviour.get("vocab", 16)
+        yield np.eye(vocab, dtype=np.float32)[(np.array(tokens) + 1) % vocab]
+
+    def _maybe_fail(self, operation: str) -> None:
+        fail = self.behaviour.get("fail", {})
+        if fail.get("op") != operation:
+            return
+        print("fake engine: assertion failed in " + operation, file=sys.stderr, flush=True)  # noqa: T201
+        if fail["how"] == "abort":
+            os.abort()
+        if fail["how"] == "hang":
+            time.sleep(3600)
+        if fail["how"] == "exit":
+            os._exit(7)
+        raise RuntimeError("the fake engine was told to fail")

@@ -1,0 +1,200 @@
+"""Environments for the engines that cannot live beside this package's own libraries.
+
+Each is a virtual environment in the user's cache folder, pinned in full by a lock file. It counts
+as installed when its marker, written last, names that lock file's digest: one that was interrupted,
+or that an older version of this package made, is made again.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from owl_deploy import artefact
+from owl_deploy.cache import cache_dir
+from owl_deploy.engines.registry import ENGINES, Engine, get_engine
+from owl_deploy.errors import BadInput, EnvironmentFailed
+
+Progress = Callable[[str], None]
+MARKER = ".complete"
+_ABOUT = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+
+
+def environment_folder(engine: Engine) -> Path:
+    """Where the environment of `engine` is, or would be."""
+    return cache_dir() / "engines" / engine.name
+
+
+def is_installed(name: str) -> bool:
+    """Whether the engine called `name` can be started as it is."""
+    return installed_version(name) is not None
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an engine, or None when it is not installed (or not as the lock file says)."""
+    engine = get_engine(name)
+    if engine.lock is None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(engine.package)
+        return None
+    folder = environment_folder(engine)
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = marker.get("lock") == artefact.sha256(engine.lock) and _python(folder).exists()
+    return str(marker["version"]) if whole else None
+
+
+def python_of(name: str) -> Path:
+    """The Python that drives an engine; raises `EnvironmentFailed` when it is not installed."""
+    engine = get_engine(name)
+    if not is_installed(name):
+        hint = f"Run: owl engines install {name}" if engine.lock else f"Install {engine.package}."
+        raise EnvironmentFailed(f"The engine {name!r} is not installed.", hint)
+    return Path(sys.executable) if engine.lock is None else _python(environment_folder(engine))
+
+
+def install(name: str, progress: Progress = lambda _: None) -> Path:
+    """Make the environment of the engine called `name`, unless it is there; returns its folder.
+
+    Raises `EnvironmentFailed` with pip's last words, or when no fitting Python is found, and
+    `BadInput` for an engine that needs no environment.
+    """
+    engine = get_engine(name)
+    if engine.lock is None:
+        raise BadInput(f"The engine {name!r} needs no environment: this Python runs it.")
+    folder = environment_folder(engine)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        if is_installed(name):
+            progress(f"{name} {installed_version(name)} is installed already")
+            return folder
+        python = find_python(engine)
+        shutil.rmtree(folder, ignore_errors=True)
+        progress(f"making {folder} with {python}")
+        _run([str(python), "-m", "venv", str(folder)], "making the environment", progress)
+        _fill(engine, folder, progress)
+    return folder
+
+
+def _fill(engine: Engine, folder: Path, progress: Progress) -> None:
+    python = str(_python(folder))
+    command = [python, "-m", "pip", "install", "--no-deps", "--progress-bar=off"]
+    command += ["--disable-pip-version-check", "-r", str(engine.lock)]
+    _run(command, "pip", progress)
+    # Importing it now finds a processor or a system library that it cannot work with.
+    ask = (
+        "import importlib, importlib.metadata as m; "
+        f"importlib.import_module({engine.package.replace('-', '_')!r}); "
+        f"print(m.version({engine.package!r}))"
+    )
+    version = _run([python, "-I", "-c", ask], f"importing {engine.package}", lambda _: None)[-1]
+    marker = {"lock": artefact.sha256(Path(str(engine.lock))), "version": version}
+    artefact.write_json(folder / MARKER, marker)
+    progress(f"{engine.name} {version} is ready")
+
+
+def remove(name: str) -> bool:
+    """Delete the environment of the engine called `name`; returns whether there was one."""
+    engine = get_engine(name)
+    if engine.lock is None:
+        raise BadInput(f"The engine {name!r} has no environment of its own to remove.")
+    folder = environment_folder(engine)
+    if not folder.exists():
+        return False
+    with _only_one(folder):
+        (folder / MARKER).unlink(missing_ok=True)  # first: a half-deleted one is not installed
+        shutil.rmtree(folder)
+    return True
+
+
+def list_engines() -> list[dict[str, Any]]:
+    """What is known about every engine: name, version (None: not installed), targets, licence."""
+    return [
+        {
+            "name": engine.name,
+            "installed": is_installed(engine.name),
+            "version": installed_version(engine.name),
+            "opens": list(engine.targets),
+            "licence": engine.licence,
+            "environment": str(environment_folder(engine)) if engine.lock else None,
+        }
+        for engine in ENGINES.values()
+    ]
+
+
+def find_python(engine: Engine) -> Path:
+    """A Python that the engine's environment can be made with: this one, or one on the PATH.
+
+    Raises `EnvironmentFailed` that says how to get one.
+    """
+    names = [f"python{version}" for version in engine.pythons]
+    for candidate in [sys.executable, *filter(None, map(shutil.which, names))]:
+        if _version_of(candidate) in engine.pythons:
+            return Path(candidate)
+    wanted = f"{engine.pythons[-1]} to {engine.pythons[0]}"
+    raise EnvironmentFailed(
+        f"The engine {engine.name!r} needs Python {wanted} with venv, and none was found.",
+        "Install one (apt install python3.11-venv, or pyenv install 3.11, or "
+        "uv python install 3.11), see that python3.11 is on the PATH, and run this again.",
+    )
+
+
+def _version_of(python: str) -> str:
+    """The "3.N" of a Python that can make environments, else an empty string."""
+    try:
+        answer = subprocess.run(
+            [python, "-I", "-c", _ABOUT], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _run(command: list[str], what: str, progress: Progress) -> list[str]:
+    """Run a command, passing its lines on; raises `EnvironmentFailed` with its last words."""
+    environment = {**os.environ, "NM_DISABLE_ANALYTICS": "True", "PIP_REQUIRE_VIRTUALENV": "0"}
+    environment.pop("PYTHONPATH", None)
+    lines: list[str] = []
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in map(str.strip, process.stdout):
+                if line:
+                    lines.append(line)
+                    progress(line)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        words = " / ".join(lines[-3:]) or f"exit code {process.returncode}"
+        raise EnvironmentFailed(f"Installing failed in {what}: {words}", "Fix that, and run again.")
+    return lines
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Let one process at a time make or remove `folder`; others wait."""
+    with folder.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"

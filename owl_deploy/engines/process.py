@@ -1,0 +1,183 @@
+"""One engine in a process of its own: started, asked, timed out, and never left behind."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import psutil
+
+from owl_deploy.engines.environment import python_of
+from owl_deploy.engines.registry import Engine, get_engine
+from owl_deploy.errors import EngineFailed
+
+WORKER = Path(__file__).with_name("worker.py")
+DEFAULT_CONTEXT = 512
+DEFAULT_TIMEOUT_S = 600.0
+_LAST_WORDS = 300  # characters of an engine's stderr that an error shows
+
+
+def default_threads() -> int:
+    """The physical cores that this process may use: engines gain nothing from their siblings."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or allowed or 1))
+
+
+class EngineProcess:
+    """A deployment opened by an engine in a fresh process, for the length of a `with` block.
+
+    `context` is the tokens that the cache must hold, `timeout_s` the limit of each request; with
+    `all_logits` the requests that need the logits of every position can be made. `loaded` is the
+    answer to the load request: seconds, version, runtime, isa, threads.
+
+    Entering raises `EnvironmentFailed` when the engine is not installed, and `EngineFailed`, with
+    the engine's own last words, when it refuses the model, aborts, or takes too long.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        deployment: Path,
+        *,
+        threads: int | None = None,
+        context: int = DEFAULT_CONTEXT,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        all_logits: bool = False,
+    ) -> None:
+        self.engine: Engine = get_engine(engine)
+        self.deployment = deployment
+        self.threads = threads or default_threads()
+        self.context = context
+        self.timeout_s = timeout_s
+        self.all_logits = all_logits
+        self.loaded: dict[str, Any] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr: IO[bytes] | None = None
+        self._pending = b""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+            self.loaded = self.request(
+                "load",
+                folder=str(self.deployment.absolute()),
+                threads=self.threads,
+                context=self.context,
+                all_logits=self.all_logits,
+            )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        python = python_of(self.engine.name)
+        environment = {**os.environ, "NM_DISABLE_ANALYTICS": "True"}
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._process = subprocess.Popen(
+            [str(python), "-I", str(WORKER), str(self.engine.driver), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+            start_new_session=True,  # a group of its own: to end all of it, and Ctrl-C is ours
+        )
+
+    def request(self, op: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
+        """Ask the worker for one operation (worker.py lists them) and return its answer.
+
+        Raises `EngineFailed` when it answers with an error, dies, or exceeds the time limit; after
+        the last two the process is gone.
+        """
+        assert self._process is not None, "use EngineProcess in a with block"
+        assert self._process.stdin is not None
+        line = json.dumps({"op": op, **arguments}).encode() + b"\n"
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death(op) from None
+        answer = self._read_answer(op)
+        if not answer.pop("ok"):
+            raise EngineFailed(f"{self._who()} failed in {op!r}: {answer['error']}.")
+        return answer
+
+    def _read_answer(self, op: str) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + self.timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._pending:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    self._kill()
+                    raise EngineFailed(
+                        f"{self._who()} did not finish {op!r} within {self.timeout_s:g} s.",
+                        "It was ended. Give it more time, or a smaller model or context.",
+                    )
+                part = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not part:
+                    raise self._death(op)
+                self._pending += part
+        line, self._pending = self._pending.split(b"\n", 1)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _death(self, op: str) -> EngineFailed:
+        """The error for a process that ended without an answer."""
+        assert self._process is not None
+        code = self._process.wait()
+        how = (
+            f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        )
+        words = self.last_words()
+        said = f" Its last words: {words}" if words else ""
+        return EngineFailed(f"{self._who()} {how} in {op!r}.{said}")
+
+    def last_words(self) -> str:
+        """The end of what the engine wrote to stderr, on one line."""
+        if self._stderr is None:
+            return ""
+        self._stderr.seek(0)
+        text = self._stderr.read().decode(errors="replace")
+        return " / ".join(filter(None, map(str.strip, text.splitlines())))[-_LAST_WORDS:]
+
+    def _who(self) -> str:
+        return f"The engine {self.engine.name!r}, with {self.deployment},"
+
+    def _kill(self) -> None:
+        """End the process and all that it started."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it may end in this moment
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing; nothing of it is left."""
+        self._kill()
+        if self._process is not None:
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(BrokenPipeError):  # a request that was never read
+                        stream.close()
+            self._process = None
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
