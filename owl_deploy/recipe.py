@@ -35,7 +35,7 @@ class PruneSettings(BaseModel):
     method: str = "wanda"
     allocation: str = "owl"
     sparsity: float = 0.7
-    structure: Literal["unstructured"] = UNSTRUCTURED
+    structure: str = UNSTRUCTURED
     outlier_multiple: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     spread: float = Field(default=0.08, ge=0, le=0.5, allow_inf_nan=False)
     layers: dict[str, float] | None = None
@@ -201,7 +201,7 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
         if isinstance(sparsity, list):
             if len(sparsity) != len(targets):
                 raise BadInput(
-                    f"The recipe {source} has {len(sparsity)} sparsities for {len(targets)} targets."
+                    f"The recipe {source} has {len(sparsity)} sparsities, {len(targets)} targets."
                 )
             layers |= dict(zip(targets, sparsity, strict=True))
         elif len(found) > 1:
@@ -216,9 +216,7 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
 
 def _owl_arguments(source: Path, modifier: _LayerwiseModifier) -> dict[str, Any]:
     if modifier.owl_m is None or modifier.owl_lmbda is None or isinstance(modifier.sparsity, list):
-        raise BadInput(
-            f"The recipe {source} asks for the profile owl without owl_m, owl_lmbda and one sparsity."
-        )
+        raise BadInput(f"The profile owl in {source} needs owl_m, owl_lmbda and one sparsity.")
     return {
         "allocation": "owl",
         "outlier_multiple": modifier.owl_m,

@@ -97,7 +97,7 @@ def calibration_windows(
 
 
 def evaluation_windows(tokens: "torch.Tensor", length: int, limit: int | None) -> "torch.Tensor":
-    """The first `limit` windows of the text (all when None), without overlap, ids [windows, length].
+    """The first `limit` windows of the text (all when None), without overlap: [windows, length].
 
     Raises `BadInput` when not one full window is there.
     """

@@ -17,8 +17,8 @@ from owl_deploy.errors import BadInput
 from owl_deploy.families import Family, family_of
 
 
-class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its part
-    pass
+class _Stop(Exception):
+    """Ends a forward pass that has done its part."""
 
 
 class Skeleton:
@@ -68,7 +68,7 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, windows: torch.Tensor, batch: int) -> "Activations":
-        """What enters the first block for `windows` [samples, length], and every block's arguments."""
+        """What enters the first block for `windows` [samples, length], and each one's arguments."""
         backbone = self.model.get_submodule(self.family.backbone)
         with contextlib.ExitStack() as stack:
             for name in self.family.embeddings:
@@ -78,7 +78,7 @@ class Skeleton:
             _, arguments = self._first_hidden(backbone, windows[:1])
             hidden = [
                 self._first_hidden(backbone, part.to(self.device))[0]
-                for part in windows.split(batch)
+                for part in torch.split(windows, batch)
             ]
         return Activations(hidden, arguments)
 

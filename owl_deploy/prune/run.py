@@ -25,7 +25,7 @@ from owl_deploy.artefact import (
     write_json,
 )
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import budget, mask, score
 from owl_deploy.prune.calibrate import Activations, InputNorms, Skeleton
@@ -160,7 +160,9 @@ class _Run:
 
     def execute(self, folder: Path) -> None:
         """Prune every block; the finished ones lie in `folder` as BLOCK.safetensors."""
-        ratios = self._outlier_ratios() if self.needs_ratios else [None] * self.count
+        ratios: list[float | None] = [None] * self.count
+        if self.needs_ratios:
+            ratios = self._outlier_ratios()
         sparsities = self._allocate(ratios)
         hidden = self._embedded() if self.method.needs_inputs else None
         with bar("Pruning", (2 * self.count - 1) * self._steps()) as advance:
@@ -170,8 +172,7 @@ class _Run:
                 self.reports.append(self._report(index, ratios[index], sparsities[index], weights))
 
     def _steps(self) -> int:
-        batch = self._batch()
-        return 1 if self.windows is None else -(-len(self.windows) // batch)
+        return 1 if self.windows is None else -(-len(self.windows) // self._batch())
 
     def _batch(self) -> int:
         assert self.windows is not None
@@ -294,7 +295,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise recipe.unknown_name("device", name, ("auto", "cpu", "cuda")) from error
+        raise unknown_name("device", name, ("auto", "cpu", "cuda")) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput("There is no CUDA device that this torch can use.", "Use --device cpu.")
     return device
@@ -307,7 +308,7 @@ def _dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dty
         stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         return torch.float32 if device.type == "cpu" else known.get(str(stored), torch.float32)
     if name not in known:
-        raise recipe.unknown_name("dtype", name, ("auto", *known))
+        raise unknown_name("dtype", name, ("auto", *known))
     return known[name]
 
 

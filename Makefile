@@ -1,0 +1,53 @@
+# Two commands matter: `make demo` and `make test`. Each does all its own set-up in .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check format slow gpu compat lock clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m owl_deploy.demo --output demo
+
+test: $(INSTALLED)
+	$(BIN)/owl engines install deepsparse
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/checks
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Minutes on 2 cores, or an environment of their own (SparseML 1.8).
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/unit tests/integration tests/slow
+
+compat: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/slow/test_sparseml.py
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+# torch stays a range: its CPU build has a local version that no index but its own serves.
+lock: $(INSTALLED)
+	$(BIN)/pip-compile --quiet --upgrade --no-header --no-annotate --strip-extras \
+		--extra demo --extra dev --no-emit-find-links --no-emit-index-url \
+		--unsafe-package torch --unsafe-package pip --unsafe-package setuptools \
+		--output-file requirements/dev.lock pyproject.toml
+	sed -i '/^#/d;/^$$/d' requirements/dev.lock
+	grep -o 'torch>=[^"]*' pyproject.toml >> requirements/dev.lock
+
+$(INSTALLED): pyproject.toml requirements/dev.lock
+	@echo "Setting up .venv (a minute, downloads aside) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements/dev.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf .venv demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,137 @@
+"""Whatever a user gets wrong ends with one sentence, the exit code of its kind, and no output."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from owl_deploy import cli
+
+
+@pytest.fixture
+def owl(capsys, monkeypatch):
+    """Run a command line in this process; return its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["owl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def damaged(llama, tmp_path, damage):
+    folder = shutil.copytree(llama, tmp_path / "damaged")
+    damage(folder)
+    return folder
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def poison(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+
+
+def rename_family(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
+
+
+def shrink(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+
+
+def lose_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (shutil.rmtree, "There is no model folder"),
+        (truncate, "is corrupt"),
+        (poison, "holds NaN or infinity"),
+        (rename_family, "Unknown model family 'bloom'"),
+        (shrink, "do not fit config.json"),
+        (lose_tokenizer, "no tokenizer"),
+    ],
+)
+def test_prune_refuses_a_broken_model(owl, llama, text_file, tmp_path, damage, complaint):
+    folder = damaged(llama, tmp_path, damage)
+    before = sorted(tmp_path.iterdir())
+    code, _, err = owl(
+        *("prune", folder, "-o", tmp_path / "out", "-c", text_file),
+        *("--samples", 2, "--sequence-length", 64),
+    )
+    assert (code, complaint in err) == (2, True), err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--sparsity", "1.2"], "sparsity of 1.2 is impossible"),
+        (["--sparsity", "-1"], "sparsity of -1.0 is impossible"),
+        (["--sparsity", "nan"], "sparsity of nan is impossible"),
+        (["--method", "wandas"], "Did you mean 'wanda'?"),
+        (["--allocation", "uniforn"], "Did you mean 'uniform'?"),
+        (["--samples", "100000"], "windows of 64 tokens, not 100000"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--sequence-length", "1024"], "takes 512 tokens, not 1024"),
+        (["--device", "gpu"], "Unknown device"),
+        (["--dtype", "float8"], "Unknown dtype"),
+        (["--recipe", "no.yaml"], "cannot be read"),
+        (["--calibration", "no.txt"], "no text file"),
+    ],
+)
+def test_prune_refuses_impossible_options(owl, llama, text_file, tmp_path, options, complaint):
+    code, _, err = owl(
+        *("prune", llama, "-o", tmp_path / "out", "-c", text_file),
+        *("--samples", 2, "--sequence-length", 64, *options),
+    )
+    assert (code, complaint in err) == (2, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_leaves_an_existing_folder_alone(owl, llama, text_file, tmp_path):
+    options = ["-c", text_file, "--samples", 2, "--sequence-length", 64]
+    assert owl("prune", llama, "-o", tmp_path / "out", *options)[0] == 0
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    code, _, err = owl("prune", llama, "-o", tmp_path / "out", *options)
+    assert (code, "exists already" in err) == (2, True)
+    code, _, _ = owl("prune", llama, "-o", tmp_path / "out", *options, "--force", "-s", 0.9)
+    assert code == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+
+
+def test_json_is_all_that_stdout_holds(owl, llama, text_file, tmp_path):
+    code, out, _ = owl(
+        *("prune", llama, "-o", tmp_path / "out", "-c", text_file, "--json"),
+        *("--samples", 2, "--sequence-length", 64),
+    )
+    assert code == 0
+    assert json.loads(out)["sparsity"]["achieved"] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_eval_says_what_it_read(owl, llama, text_file):
+    code, out, _ = owl("eval", llama, "--perplexity", text_file, "--window", 128, "--windows", 2)
+    assert code == 0
+    assert "2 windows of 128 tokens, 254 predicted" in out
+
+
+def test_eval_of_nothing(owl, tmp_path, text_file):
+    code, _, err = owl("eval", tmp_path / "no", "--perplexity", text_file)
+    assert (code, "There is no model folder" in err) == (2, True)

@@ -1,0 +1,51 @@
+import itertools
+
+import pytest
+import torch
+
+from owl_deploy.prune import budget
+from tests.reference import owl as reference
+
+
+def weighted_mean(values, sizes):
+    return sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
+
+
+def test_the_hand_worked_case():
+    found = budget.owl(0.7, [10, 10, 10], [1, 2, 4], 0.08)
+    assert found == pytest.approx([0.77111, 0.71778, 0.61111], abs=5e-6)
+
+
+def test_equals_the_papers_map_where_no_bound_is_hit():
+    ratios = [0.4, 1.7, 0.9, 3.3, 2.0]
+    found = budget.owl(0.6, [7] * 5, ratios, 0.1)
+    assert found == pytest.approx(reference.owl_sparsities(ratios, 0.6, 0.1), abs=1e-12)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.01, 0.3, 0.7, 0.95, 0.999])
+@pytest.mark.parametrize("spread", [0.0, 0.08, 0.5])
+def test_any_target_is_held_within_the_bounds(target, spread):
+    generator = torch.Generator().manual_seed(1)
+    for count in (1, 2, 5, 30):
+        ratios = torch.rand(count, generator=generator).tolist()
+        sizes = torch.randint(1, 1000, (count,), generator=generator).tolist()
+        found = budget.owl(target, sizes, ratios, spread)
+        assert all(0 <= value <= 1 for value in found)
+        assert weighted_mean(found, sizes) == pytest.approx(target, abs=1e-9)
+        by_ratio = [value for _, value in sorted(zip(ratios, found, strict=True))]
+        assert all(a >= b for a, b in itertools.pairwise(by_ratio))
+
+
+def test_equal_ratios_give_uniform():
+    assert budget.owl(0.7, [1, 2, 3], [1.5, 1.5, 1.5], 0.08) == [0.7] * 3
+
+
+def test_a_bound_moves_the_others_and_keeps_their_differences():
+    found = budget.hold_mean([0.0, 0.4, 0.8], [1, 1, 1], 0.8)
+    assert found == pytest.approx([0.5, 0.9, 1.0])
+
+
+def test_outlier_ratio_counts_over_the_whole_block():
+    scores = [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 9.0]])]  # mean 3, so 2 * 3 < 9
+    assert budget.outlier_ratio(scores, 2) == 25.0
+    assert budget.outlier_ratio(scores, 3) == 0.0  # 9 is not above 9

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from owl_deploy.prune import mask, score
+from tests.reference import owl as reference
+
+SPARSITIES = [0.0, 0.001, 0.25, 0.5, 0.7, 0.731, 0.99, 1.0]
+
+
+def tied_weight(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * columns)
+    return torch.randint(-4, 5, (rows, columns), generator=generator) / 4
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 16), (16, 33)])
+def test_row_masks_equal_the_oracles_with_ties(shape, sparsity):
+    weight = tied_weight(*shape)
+    norm = torch.arange(shape[1]) % 3 / 2
+    found = mask.lowest_in_rows(score.wanda(weight, norm), sparsity)
+    assert torch.equal(found, reference.wanda_mask(weight, norm, sparsity))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (16, 33)])
+def test_matrix_masks_equal_the_oracles_with_ties(shape, sparsity):
+    weight = tied_weight(*shape)
+    found = mask.lowest_in_matrix(score.magnitude(weight), sparsity)
+    assert torch.equal(found, reference.magnitude_mask(weight, sparsity))
+
+
+def test_equal_scores_lose_exactly_what_was_asked():
+    found = mask.lowest_in_rows(torch.ones(3, 10), 0.35)
+    assert found.sum().item() == round(0.35 * 30)
+    assert found.sum(1).tolist() in ([3, 3, 4], [3, 4, 3], [4, 3, 3])

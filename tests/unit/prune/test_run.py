@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from owl_deploy import recipe
+from owl_deploy.errors import BadInput
+from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
+from tests import tiny
+from tests.reference import owl as reference
+
+
+@pytest.fixture(scope="module")
+def calibration(text_file):
+    return Calibration(str(text_file), samples=6, sequence_length=64)
+
+
+def windows(folder, calibration):
+    tokens = tokenize(load_tokenizer(folder), tiny.text())
+    return calibration_windows(
+        tokens, calibration.samples, calibration.sequence_length, calibration.seed
+    )
+
+
+def test_owl_wanda_equals_the_naive_procedure(llama, tmp_path, calibration):
+    settings = recipe.settings(sparsity=0.6, outlier_multiple=2, spread=0.1)
+    manifest = prune(llama, tmp_path / "out", settings, calibration)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    ids = windows(llama, calibration)
+    ratios = reference.outlier_ratios(model, ids, multiple=2)
+    assert [b["outlier_ratio"] for b in manifest["blocks"]] == pytest.approx(ratios, abs=1e-9)
+    sparsities = reference.owl_sparsities(ratios, 0.6, 0.1)
+    assert [b["sparsity"] for b in manifest["blocks"]] == pytest.approx(sparsities, abs=1e-9)
+
+    expected = reference.wanda_prune(model, ids, sparsities).state_dict()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert (found["model.layers.1.mlp.down_proj.weight"] == 0).float().mean() > 0.4
+
+
+@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("allocation", ["owl", "uniform"])
+def test_the_target_is_held(llama, tmp_path, calibration, method, allocation):
+    settings = recipe.settings(method=method, allocation=allocation, sparsity=0.7)
+    manifest = prune(llama, tmp_path / "out", settings, calibration)
+    assert manifest["sparsity"]["asked"] == pytest.approx(0.7, abs=1e-6)
+    assert manifest["sparsity"]["achieved"] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_magnitude_uniform_needs_no_text(llama, tmp_path):
+    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.5)
+    manifest = prune(llama, tmp_path / "out", settings, None)
+    assert manifest["calibration"] is None
+    weight = load_file(llama / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    gone = reference.magnitude_mask(weight, 0.5)
+    assert torch.equal(found, weight.masked_fill(gone, 0))
+
+
+def test_wanda_without_a_text_is_refused(llama, tmp_path):
+    with pytest.raises(BadInput, match="looks at the model's inputs"):
+        prune(llama, tmp_path / "out", recipe.settings(), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_embeddings_norms_and_head_are_untouched(tmp_path, calibration):
+    source = tiny.write_llama(tmp_path / "untied", tie_word_embeddings=False)
+    prune(source, tmp_path / "out", recipe.settings(sparsity=0.9), calibration)
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        if "_proj" not in name:
+            assert torch.equal(before[name], after[name]), name
+
+
+def test_sharded_bfloat16_in_and_out(tmp_path, calibration, monkeypatch):
+    source = tiny.write_llama(tmp_path / "source")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(source, max_shard_size="40KB")
+    (source / "model.safetensors").unlink()
+    monkeypatch.setattr("owl_deploy.checkpoint.SHARD_BYTES", 30_000)
+    prune(source, tmp_path / "out", recipe.settings(sparsity=0.5), calibration)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    pruned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert pruned.dtype == torch.bfloat16
+    weight = pruned.model.layers[0].self_attn.q_proj.weight
+    assert (weight == 0).float().mean() > 0.3
+    kept = weight != 0
+    assert torch.equal(weight[kept], model.model.layers[0].self_attn.q_proj.weight[kept])
+
+
+def test_a_resolved_recipe_prunes_to_the_same_weights(llama, tmp_path, calibration):
+    settings = recipe.settings(sparsity=0.6, outlier_multiple=2)
+    prune(llama, tmp_path / "a", settings, calibration)
+    resolved = recipe.settings(**recipe.load(tmp_path / "a" / "recipe.yaml"))
+    assert resolved.allocation == "list"
+    prune(llama, tmp_path / "b", resolved, calibration)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_config_holds_what_both_transformers_read(llama, tmp_path, calibration):
+    prune(llama, tmp_path / "out", recipe.settings(sparsity=0.5), calibration)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50000.0
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert all(isinstance(merge, str) for merge in tokenizer["model"]["merges"])
+    named = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert named["tokenizer_class"] == "PreTrainedTokenizerFast"
+    ids = [load_tokenizer(folder)("the mill")["input_ids"] for folder in (llama, tmp_path / "out")]
+    assert ids[0] == ids[1]
+
+
+def test_the_recipe_lists_the_blocks_in_model_order(llama, tmp_path, calibration):
+    manifest = prune(llama, tmp_path / "out", recipe.settings(sparsity=0.5), calibration)
+    content = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    modifier = content["oneshot_stage"]["pruning_modifiers"]["WandaPruningModifier"]
+    assert modifier["targets"] == ["model.layers.0", "model.layers.1"]
+    assert modifier["sparsity"] == [block["sparsity"] for block in manifest["blocks"]]
+
+
+def test_an_interrupted_run_leaves_nothing(llama, tmp_path, calibration, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("owl_deploy.prune.run._assemble", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(llama, tmp_path / "out", recipe.settings(), calibration)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_masks_but_for_rounding(llama, tmp_path, calibration):
+    for device in ("cpu", "cuda"):
+        settings = recipe.settings(sparsity=0.5)
+        prune(llama, tmp_path / device, settings, calibration, device=device, dtype="float32")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "cuda"))
+    for name in a:
+        assert ((a[name] == 0) == (b[name] == 0)).float().mean() > 0.999

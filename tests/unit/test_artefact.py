@@ -1,0 +1,106 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from owl_deploy import artefact
+from owl_deploy.errors import BadInput
+
+
+def write_folder(path, content="new", force=False):
+    with artefact.staged_folder(path, force) as folder:
+        artefact.write_json(folder / artefact.MANIFEST, {"content": content})
+        assert not path.exists() or force
+
+
+def test_a_folder_appears_whole(tmp_path):
+    write_folder(tmp_path / "out")
+    assert artefact.read_manifest(tmp_path / "out") == {"content": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="full"), artefact.staged_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_needs_force_and_is_replaced_whole(tmp_path):
+    write_folder(tmp_path / "out", "old")
+    with pytest.raises(BadInput, match="exists already"):
+        write_folder(tmp_path / "out")
+    write_folder(tmp_path / "out", "new", force=True)
+    assert artefact.read_manifest(tmp_path / "out") == {"content": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_replacement_keeps_the_old_one(tmp_path):
+    write_folder(tmp_path / "out", "old")
+    with pytest.raises(KeyboardInterrupt), artefact.staged_folder(tmp_path / "out", force=True):
+        raise KeyboardInterrupt
+    assert artefact.read_manifest(tmp_path / "out") == {"content": "old"}
+
+
+def test_two_renames_serve_where_folders_cannot_be_swapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(artefact.ctypes, "CDLL", lambda *_, **__: object())
+    write_folder(tmp_path / "out", "old")
+    write_folder(tmp_path / "out", "new", force=True)
+    assert artefact.read_manifest(tmp_path / "out") == {"content": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_does_not_replace_what_owl_did_not_write(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match="not written by owl"):
+        write_folder(tmp_path / "home", force=True)
+    with pytest.raises(BadInput, match="not written by owl"):
+        write_folder(tmp_path / "home" / "thesis.txt", force=True)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_missing_parent_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="does not exist"):
+        write_folder(tmp_path / "no" / "out")
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_clears_it(tmp_path):
+    code = (
+        "import os, sys, pathlib\n"
+        "from owl_deploy.artefact import staged_folder\n"
+        "with staged_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('x')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    assert done.returncode == -9
+    assert not (tmp_path / "out").exists()
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    write_folder(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_folder_of_a_live_run_is_not_cleared(tmp_path):
+    alive = tmp_path / f".out.owl-tmp-{os.getppid()}"
+    alive.mkdir()
+    write_folder(tmp_path / "out")
+    assert alive.is_dir()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_manifest_gets_a_sentence(tmp_path, content):
+    (tmp_path / artefact.MANIFEST).write_text(content)
+    with pytest.raises(BadInput, match=r"owl\.json"):
+        artefact.read_manifest(tmp_path)
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "a.json"
+    artefact.write_json(path, {"n": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        artefact.write_json(path, {"n": float("nan")})
+    assert json.loads(path.read_text()) == {"n": 1}
+    assert [found.name for found in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,98 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from owl_deploy import checkpoint
+from owl_deploy.errors import BadInput
+from owl_deploy.families import family_of
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    """A private copy of the tiny model, to be damaged."""
+    return shutil.copytree(llama, tmp_path / "model")
+
+
+def test_tensors_are_found_by_module(llama):
+    found = checkpoint.open_checkpoint(llama)
+    names = found.names("model.layers.1.mlp")
+    assert sorted(names) == ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]
+    assert found.read("model.layers.1.mlp.up_proj.weight").shape == (112, 64)
+
+
+def test_a_missing_folder_a_file_and_an_empty_folder(tmp_path):
+    for path in (tmp_path / "no", tmp_path / "empty", tmp_path / "file"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(BadInput):
+            checkpoint.open_checkpoint(path)
+
+
+def test_a_hub_name_that_the_hub_does_not_give(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(BadInput, match="the Hub did not give that model"):
+        checkpoint.open_checkpoint("org/name")
+
+
+def test_a_truncated_file(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadInput, match="corrupt"):
+        checkpoint.open_checkpoint(copy)
+
+
+def test_a_pickle_is_not_read(copy):
+    (copy / "model.safetensors").unlink()
+    torch.save({}, copy / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="Pickled weights are not read"):
+        checkpoint.open_checkpoint(copy)
+
+
+def test_an_index_that_leads_outside_the_folder(copy):
+    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+    (copy / checkpoint.INDEX).write_text(json.dumps(index))
+    (copy.parent / "elsewhere.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
+    with pytest.raises(BadInput):
+        checkpoint.open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite(copy, value):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(BadInput, match=r"model\.norm\.weight.*NaN"):
+        checkpoint.open_checkpoint(copy).read("model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({}, "no model_type"),
+        ({"model_type": "lama"}, "Supported: llama"),
+        ({"model_type": "bert"}, "Unknown model family"),
+        ({"model_type": "llama", "num_local_experts": 8}, "mixture of experts"),
+    ],
+)
+def test_families_without_a_row(config, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        family_of(config)
+
+
+def test_llama3_rope_scaling_gets_both_names():
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    both = checkpoint.compatible_config({"rope_parameters": rope, "dtype": "bfloat16"})
+    assert both["rope_theta"] == 5e5
+    assert both["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert both["torch_dtype"] == "bfloat16"
+
+
+def test_merges_with_a_space_stay_pairs():
+    pairs = {"model": {"merges": [["a", "b"], ["a b", "c"]]}}
+    assert checkpoint._string_merges(pairs)["model"]["merges"] == [["a", "b"], ["a b", "c"]]

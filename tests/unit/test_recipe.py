@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from owl_deploy import recipe
+from owl_deploy.errors import BadInput
+
+RECIPES = sorted(Path("recipes").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_read(path):
+    assert recipe.settings(**recipe.load(path)).sparsity > 0
+
+
+def test_there_are_shipped_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("method", recipe.METHODS)
+def test_a_resolved_recipe_reads_back(tmp_path, method):
+    layers = {"model.layers.0": 0.125, "model.layers.1": 0.1 + 0.2, "model.layers.10": 0.7}
+    text = recipe.dump_resolved(method, layers, comment="two\nlines")
+    found = recipe.load(write(tmp_path, text))
+    assert found == {"method": method, "allocation": "list", "layers": layers}
+    assert set(yaml.safe_load(text)) == {"oneshot_stage"}
+
+
+def test_sparsemls_own_owl_recipe_is_read(tmp_path):
+    path = write(
+        tmp_path,
+        r"""
+oneshot_stage:
+  run_type: oneshot
+  pruning_modifiers:
+    WandaPruningModifier:
+      sparsity: 0.7
+      sparsity_profile: owl
+      owl_m: 5
+      owl_lmbda: 0.08
+      mask_structure: "0:0"
+      sequential_update: true
+      targets: ['re:model.layers.\d+$']
+""",
+    )
+    found = recipe.settings(**recipe.load(path))
+    assert (found.method, found.allocation, found.sparsity) == ("wanda", "owl", 0.7)
+    assert (found.outlier_multiple, found.spread) == (5, 0.08)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no modifier"),
+        ("[1, 2]", "holds no modifier"),
+        ("a: [", "not valid YAML"),
+        ("version: 1.1.0", "key 'version'"),
+        ("pruning_modifiers: {}", "key 'pruning_modifiers'"),
+        ("oneshot_stage: {args: {}}", "key 'args'"),
+        ("oneshot_stage: {a_modifiers: {WandaPruningModifer: {sparsity: 0.5}}}", "Did you mean"),
+        (
+            "oneshot_stage: {a_modifiers: {WandaPruningModifier: {sparsity: 0.5, spasity: 1}}}",
+            "Unknown key 'spasity'",
+        ),
+        (
+            "oneshot_stage: {a_modifiers: {WandaPruningModifier: {sparsity: lots}}}",
+            "sparsity",
+        ),
+        (
+            "oneshot_stage: {a_modifiers: {WandaPruningModifier: "
+            "{sparsity: [0.5], targets: [a, b]}}}",
+            "1 sparsities, 2 targets",
+        ),
+        (
+            "oneshot_stage: {a_modifiers: {WandaPruningModifier: "
+            "{sparsity: 0.5, sparsity_profile: owl}}}",
+            "needs owl_m",
+        ),
+    ],
+)
+def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        recipe.load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"sparsity": 1.2}, "sparsity of 1.2"),
+        ({"sparsity": -1}, "sparsity of -1"),
+        ({"sparsity": float("nan")}, "sparsity of nan"),
+        ({"sparsity": 1.0}, "sparsity of 1.0"),
+        ({"method": "wandda"}, "Did you mean 'wanda'"),
+        ({"allocation": "owls"}, "Did you mean 'owl'"),
+        ({"spread": -0.1}, "spread"),
+        ({"outlier_multiple": float("inf")}, "outlier_multiple"),
+    ],
+)
+def test_impossible_settings_get_a_sentence(values, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        recipe.settings(**values)
