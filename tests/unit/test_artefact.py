@@ -22,9 +22,12 @@ def test_a_folder_appears_whole(tmp_path):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(OSError, match="full"), artefact.staged_folder(tmp_path / "out") as folder:
+    def fail(folder):
         (folder / "half").write_text("x")
         raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"), artefact.staged_folder(tmp_path / "out") as folder:
+        fail(folder)
     assert list(tmp_path.iterdir()) == []
 
 
