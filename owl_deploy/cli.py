@@ -141,6 +141,88 @@ def evaluate(
     )
 
 
+@app.command()
+def bench(
+    deployments: Annotated[list[Path], typer.Argument(help="The deployments to judge.")],
+    baseline: Annotated[
+        list[Path] | None,
+        typer.Option("--baseline", "-b", help="A dense deployment to compare with; repeatable."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option("--engine", "-e", help="Instead of the one each is made for; repeatable."),
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option("--scenario", help="decode or prefill. [both]")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens that decoding attends to.")] = 512,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prefill's prompt.")] = 128,
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", help="For every engine. [the physical cores]")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="Rounds; each is a fresh process a deployment.")] = 8,
+    time_limit: Annotated[float, typer.Option(help="Seconds for one step of an engine.")] = 600,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder to write result.json to.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Measure deployments against dense baselines, with intervals."""
+    from owl_deploy.bench.measure import BenchPlan
+    from owl_deploy.bench.run import run
+    from owl_deploy.bench.table import show
+
+    plan = BenchPlan(
+        candidates=tuple(deployments),
+        baselines=tuple(baseline or ()),
+        engines=tuple(engine or ()),
+        scenarios=tuple(scenario or ("decode", "prefill")),
+        context=context,
+        prompt=prompt,
+        threads=threads,
+        pairs=pairs,
+        time_limit_s=time_limit,
+    )
+    result = run(plan, output, force)
+
+    _emit(result.model_dump(mode="json"), as_json, lambda: show(result))
+    sys.exit(4 if result.failures else 0)
+
+
+engines_app = typer.Typer(no_args_is_help=True, help="The inference engines.")
+app.add_typer(engines_app, name="engines")
+
+
+@engines_app.command(name="ls")
+def list_engines(as_json: Json = False) -> None:
+    """List the engines: installed version, what they open, what their licences allow."""
+    from owl_deploy import engines
+    from owl_deploy.engines.table import show
+
+    known = engines.list_engines()
+    _emit({"engines": known}, as_json, lambda: show(known))
+
+
+@engines_app.command(name="install")
+def install_engine(name: Annotated[str, typer.Argument(help="deepsparse.")]) -> None:
+    """Make the environment of an engine that needs one of its own."""
+    from owl_deploy import engines
+
+    typer.echo(f"{name}: {engines.get_engine(name).licence}", err=True)
+    folder = engines.install(name, lambda line: typer.echo(line, err=True))
+    typer.echo(folder)
+
+
+@engines_app.command(name="remove")
+def remove_engine(name: Annotated[str, typer.Argument(help="deepsparse.")]) -> None:
+    """Delete the environment of an engine."""
+    from owl_deploy import engines
+
+    gone = engines.remove(name)
+    typer.echo(f"{name} is removed" if gone else f"{name} was not installed", err=True)
+
+
 def main() -> None:
     """Run `owl`; an `OwlError` becomes a sentence on stderr and its exit code."""
     try:

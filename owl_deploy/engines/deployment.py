@@ -24,8 +24,14 @@ class Deployment:
     @property
     def precision(self) -> str:
         """How the weights are held: fp32, bf16, int8 or int4."""
-        held = self.manifest.get("values") or self.manifest.get("precision") or "fp32"
-        return str(held)
+        packed = self.manifest.get("values")  # of the target `owl`: how the non-zeros are held
+        return packed if isinstance(packed, str) else str(self.manifest.get("precision", "fp32"))
+
+    @property
+    def zeros(self) -> float | None:
+        """The share of zeros in the weights of the matrix products, if the manifest says."""
+        share = self.manifest.get("sparsity")
+        return float(share) if isinstance(share, int | float) else None
 
     @property
     def perplexity(self) -> float | None:

@@ -63,7 +63,7 @@ class Driver:
     def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
         """Run `tokens` in chunks, then one by one, as the pipeline does; yield [n, vocab] each."""
         while tokens:
-            step = CHUNK if len(tokens) >= CHUNK else 1
+            step = CHUNK if len(tokens) >= CHUNK and CHUNK in self.engines else 1
             yield self._run(tokens[:step])
             tokens = tokens[step:]
 

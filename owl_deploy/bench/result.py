@@ -1,0 +1,243 @@
+"""What a benchmark leaves: every raw sample, what follows from them, and where they were taken."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from owl_deploy import artefact
+from owl_deploy.bench import stats
+from owl_deploy.bench.machine import Machine
+from owl_deploy.errors import BadInput
+
+FILE = "result.json"
+Role = Literal["candidate", "baseline"]
+Against = Literal["same engine", "best of the precision", "best of all"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scenario(_Model):
+    """What is timed.
+
+    `decode`: one token after another, the last of them attending to `tokens` tokens. `prefill`: a
+    prompt of `tokens` tokens in an empty cache, up to and with the first new token.
+    """
+
+    kind: Literal["decode", "prefill"]
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        """Its name in a result: "decode@512"."""
+        return f"{self.kind}@{self.tokens}"
+
+    @property
+    def tokens_a_sample(self) -> int:
+        """How many tokens one latency is the time of."""
+        return 1 if self.kind == "decode" else self.tokens
+
+    @property
+    def title(self) -> str:
+        """What is timed, in words."""
+        if self.kind == "decode":
+            return f"decode: one token at a context of {self.tokens}"
+        return f"prefill: a prompt of {self.tokens} tokens"
+
+
+class Sample(_Model):
+    """One fresh process: what it measured in each scenario, by key, in ms."""
+
+    round: int
+    load_s: float
+    peak_bytes: int
+    latencies_ms: dict[str, tuple[float, ...]]
+
+
+class Subject(_Model):
+    """A deployment in an engine, and all its samples; `failure` says why there are no more."""
+
+    name: str
+    path: str
+    role: Role
+    target: str
+    engine: str
+    precision: str
+    zeros: float | None
+    perplexity: float | None
+    size_bytes: int
+    about: dict[str, Any] = {}
+    samples: tuple[Sample, ...] = ()
+    failure: str | None = None
+
+    def latencies(self, key: str) -> list[tuple[float, ...]]:
+        """The latencies of a scenario, by process."""
+        return [sample.latencies_ms[key] for sample in self.samples]
+
+    def summary(self, key: str) -> stats.Summary:
+        """The statistics of a scenario."""
+        return stats.summarize(self.latencies(key))
+
+    @property
+    def load_s(self) -> float:
+        """The median time to load and compile, in seconds."""
+        return stats.process_median([max(sample.load_s, 1e-9) for sample in self.samples])
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest peak of resident memory."""
+        return max(sample.peak_bytes for sample in self.samples)
+
+
+class Comparison(_Model):
+    """How many times faster `candidate` is than `baseline` in a scenario, with the verdict."""
+
+    scenario: str
+    candidate: str
+    baseline: str
+    against: tuple[Against, ...]
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+    verdict: stats.Verdict
+    text: str
+
+
+class Result(_Model):
+    """A whole benchmark; `statistics` and `comparisons` follow from the samples."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    owl_version: str
+    machine: Machine
+    threads: int
+    context: int
+    pairs: int
+    scenarios: tuple[Scenario, ...]
+    subjects: tuple[Subject, ...]
+    statistics: dict[str, dict[str, dict[str, float]]]
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failures(self) -> list[str]:
+        """What engines failed at, a sentence each."""
+        return [subject.failure for subject in self.subjects if subject.failure]
+
+
+def read_result(path: Path) -> Result:
+    """Read a result.json, or the one in a folder; raises `BadInput` for anything else."""
+    file = path / FILE if path.is_dir() else path
+    try:
+        return Result.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read ({error.strerror}).") from error
+    except (ValueError, ValidationError) as error:
+        raise BadInput(f"{file} is not a benchmark's result, or a damaged one.") from error
+
+
+def write_result(result: Result, folder: Path, force: bool = False) -> None:
+    """Write `result` as the new folder `folder`, whole or not at all."""
+    with artefact.staged_folder(folder, force) as staging:
+        value = result.model_dump(mode="json")
+        artefact.write_json(staging / FILE, value)
+        about = {"kind": "benchmark", "schema": result.schema_version, "created": result.created}
+        artefact.write_json(staging / artefact.MANIFEST, about)
+
+
+def statistics(
+    subjects: tuple[Subject, ...], scenarios: tuple[Scenario, ...]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """For each scenario and each subject that was measured: latencies in ms, and tokens/s."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for scenario in scenarios:
+        for subject in subjects:
+            if subject.samples:
+                summary = subject.summary(scenario.key)
+                table.setdefault(scenario.key, {})[subject.name] = {
+                    "median_ms": summary.median,
+                    "spread": summary.spread,
+                    "p90_ms": summary.p90,
+                    "p99_ms": summary.p99,
+                    "processes": summary.processes,
+                    "tokens_per_s": 1e3 * scenario.tokens_a_sample / summary.median,
+                }
+    return table
+
+
+def comparisons(
+    subjects: tuple[Subject, ...], scenarios: tuple[Scenario, ...], seed: int
+) -> tuple[Comparison, ...]:
+    """Every candidate against the baselines that matter to a user, in every scenario."""
+    measured = [subject for subject in subjects if subject.samples]
+    baselines = [subject for subject in measured if subject.role == "baseline"]
+    found = []
+    for scenario in scenarios:
+        for candidate in measured:
+            if candidate.role == "candidate":
+                chosen = choose_baselines(candidate, baselines, scenario.key)
+                for baseline, against in chosen:
+                    found.append(_compare(candidate, baseline, against, scenario.key, seed))
+    return tuple(found)
+
+
+def choose_baselines(
+    candidate: Subject, baselines: list[Subject], key: str
+) -> list[tuple[Subject, tuple[Against, ...]]]:
+    """The dense baselines to name: in the same engine, the best of its precision, the best of all.
+
+    "Same engine" prefers the same precision there. One baseline may be several of these.
+    """
+    if not baselines:
+        return []
+    speed = {subject.name: subject.summary(key).median for subject in baselines}
+
+    def best(some: list[Subject]) -> Subject | None:
+        return min(some, key=lambda subject: speed[subject.name], default=None)
+
+    alike = [s for s in baselines if precision_class(s) == precision_class(candidate)]
+    here = [s for s in baselines if s.engine == candidate.engine]
+    picks: list[tuple[Against, Subject | None]] = [
+        ("same engine", best([s for s in here if s in alike]) or best(here)),
+        ("best of the precision", best(alike)),
+        ("best of all", best(baselines)),
+    ]
+    chosen: dict[str, list[Against]] = {}
+    for against, subject in picks:
+        if subject is not None:
+            chosen.setdefault(subject.name, []).append(against)
+    by_name = {subject.name: subject for subject in baselines}
+    return [(by_name[name], tuple(against)) for name, against in chosen.items()]
+
+
+def precision_class(subject: Subject) -> str:
+    """Floats of any width are one class: they promise the model's own quality."""
+    return "float" if subject.precision in ("fp32", "fp16", "bf16") else subject.precision
+
+
+def _compare(
+    candidate: Subject, baseline: Subject, against: tuple[Against, ...], key: str, seed: int
+) -> Comparison:
+    rounds = {sample.round: sample for sample in baseline.samples}
+    pairs = [(s, rounds[s.round]) for s in candidate.samples if s.round in rounds]
+    ratio = stats.compare(
+        [stats.process_median(one.latencies_ms[key]) for one, _ in pairs],
+        [stats.process_median(other.latencies_ms[key]) for _, other in pairs],
+        seed,
+    )
+    return Comparison(
+        scenario=key,
+        candidate=candidate.name,
+        baseline=baseline.name,
+        against=against,
+        ratio=ratio.ratio,
+        low=ratio.low,
+        high=ratio.high,
+        pairs=ratio.pairs,
+        verdict=ratio.verdict,
+        text=stats.describe(ratio),
+    )

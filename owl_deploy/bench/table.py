@@ -1,0 +1,109 @@
+"""A result as text for a terminal of 80 columns."""
+
+from rich.console import Console
+from rich.table import Table
+
+from owl_deploy.bench.result import Against, Result, Scenario, Subject
+
+WIDTH = 80
+_AGAINST = {
+    "same engine": "same engine",
+    "best of the precision": "best of its precision",
+    "best of all": "best dense",
+}
+
+
+def show(result: Result, console: Console | None = None) -> None:
+    """Print a result: a table for each scenario, the speed-ups, memory, and what to know."""
+    console = console or Console(width=WIDTH, highlight=False)
+    for scenario in result.scenarios:
+        console.print(_speed(result, scenario))
+        if result.comparisons:
+            console.print(_speedups(result, scenario))
+    console.print(_cost(result))
+    for failure in result.failures:
+        console.print(f"Failed: {failure}", markup=False)
+    for note in result.notes:
+        console.print(f"Note: {note}", markup=False)
+    console.print(
+        f"{result.machine.name}, {result.threads} threads, {result.pairs} rounds in fresh "
+        f"processes; intervals of 90 %; perplexity as `owl eval` recorded it.",
+        markup=False,
+    )
+
+
+def headline(result: Result) -> list[str]:
+    """One sentence for each candidate and scenario, against the best dense baseline of all."""
+    engines = {subject.name: subject for subject in result.subjects}
+    return [
+        f"{c.candidate}, {c.scenario}: {c.text} against {c.baseline} "
+        f"({engines[c.baseline].engine} {engines[c.baseline].precision}), the best dense."
+        for c in result.comparisons
+        if "best of all" in c.against
+    ]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        left = column in ("deployment", "engine", "type", "against", "speed-up")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    return table
+
+
+def _speed(result: Result, scenario: Scenario) -> Table:
+    columns = ("deployment", "engine", "type", "zeros", "ppl", "ms", "±%", "p99", "tok/s")
+    table = _table(f"\n{scenario.title}", *columns)
+    for subject in result.subjects:
+        row = result.statistics.get(scenario.key, {}).get(subject.name)
+        if row is None:
+            table.add_row(*_identity(subject), "failed", "", "", "")
+            continue
+        table.add_row(
+            *_identity(subject),
+            _digits(row["median_ms"]),
+            f"{50 * row['spread']:.0f}",
+            _digits(row["p99_ms"]),
+            _digits(row["tokens_per_s"]),
+        )
+    return table
+
+
+def _identity(subject: Subject) -> tuple[str, ...]:
+    zeros = "" if subject.zeros is None else f"{subject.zeros:.0%}"
+    perplexity = "" if subject.perplexity is None else _digits(subject.perplexity)
+    return subject.name, subject.engine, subject.precision, zeros, perplexity
+
+
+def _speedups(result: Result, scenario: Scenario) -> Table:
+    table = _table("", "deployment", "speed-up", "against")
+    for comparison in result.comparisons:
+        if comparison.scenario == scenario.key:
+            which = ", ".join(_AGAINST[kind] for kind in _distinct(comparison.against))
+            table.add_row(comparison.candidate, comparison.text, f"{comparison.baseline} ({which})")
+    return table
+
+
+def _distinct(against: tuple[Against, ...]) -> list[Against]:
+    """What there is to say: the best of all is the best of its precision too."""
+    implied = "best of all" in against
+    return [kind for kind in against if not (implied and kind == "best of the precision")]
+
+
+def _cost(result: Result) -> Table:
+    table = _table("\nmemory and size", "deployment", "engine", "file MB", "peak MB", "load s")
+    for subject in result.subjects:
+        if subject.samples:
+            table.add_row(
+                subject.name,
+                subject.engine,
+                f"{subject.size_bytes / 1e6:.0f}",
+                f"{subject.peak_bytes / 1e6:.0f}",
+                f"{subject.load_s:.1f}",
+            )
+    return table
+
+
+def _digits(value: float) -> str:
+    """Three digits that mean something, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

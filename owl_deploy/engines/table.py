@@ -1,0 +1,20 @@
+"""The table of `owl engines ls`, for a terminal of 80 columns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 80
+
+
+def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """Print what `list_engines` gives."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("engine", "installed", "opens", "licence"):
+        table.add_column(column, overflow="fold")
+    for engine in engines:
+        installed = engine["version"] or ("no: owl engines install " + engine["name"])
+        table.add_row(engine["name"], installed, ", ".join(engine["opens"]), engine["licence"])
+    (console or Console(width=WIDTH, highlight=False)).print(table)
