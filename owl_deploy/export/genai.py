@@ -1,0 +1,120 @@
+"""Target `onnxruntime`: onnxruntime-genai's model builder, in a process of its own.
+
+The builder imports its modules by bare names, prints a line a block, and may end the process: in
+a child none of that reaches ours. It is kept off the network, and given no options but the
+precision, so that the deployment is the one which its own users get.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
+from owl_deploy.export.source import Progress, Source
+
+# The child dies with us: a killed `owl export` must not leave a builder at work.
+_BOOTSTRAP = """
+import ctypes, runpy, signal, sys
+with __import__("contextlib").suppress(OSError, AttributeError):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+"""
+_UNSUPPORTED = "is not currently supported"
+_FULL_DISK = "No space left on device"
+
+
+class FamilyNotBuilt(Exception):
+    """The builder has no architecture for this model."""
+
+
+def build(source: Source, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
+    """Let the builder write `model.onnx`, `genai_config.json` and the tokenizer into `folder`.
+
+    PyTorch's reference is computed meanwhile, if memory allows. Returns what the manifest says.
+    Raises `FamilyNotBuilt`, `BadInput` (disk full), `EngineFailed`, `EnvironmentFailed`.
+    """
+    if source.tokenizer is None:
+        raise BadInput(
+            f"{source.folder} has no tokenizer, which onnxruntime-genai needs.",
+            "Copy the tokenizer's files there, or export with --target deepsparse.",
+        )
+    progress("Building the graph with onnxruntime-genai")
+    with tempfile.TemporaryDirectory(prefix="owl-builder-") as scratch:
+        log = Path(scratch) / "log"
+        with log.open("wb") as stream:
+            process = _start(source, folder, precision, Path(scratch), stream)
+        try:
+            if 3 * 4 * source.parameters() < psutil.virtual_memory().available:
+                _ = source.reference  # the builder holds the weights twice meanwhile
+            _wait(process, log, source, progress)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+        words = log.read_text(encoding="utf-8", errors="replace")
+    _check_result(process.returncode, words, folder)
+    shutil.copyfile(source.folder / "config.json", folder / "config.json")
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    return {
+        "graph": "onnxruntime-genai model builder",
+        "max_context": config["model"]["context_length"],
+        "opens_in_genai": True,
+    }
+
+
+def _start(
+    source: Source,
+    folder: Path,
+    precision: str,
+    scratch: Path,
+    stream: Any,  # noqa: ANN401 - a file
+) -> subprocess.Popen[bytes]:
+    arguments = ["-i", str(source.folder), "-o", str(folder), "-p", precision]
+    arguments += ["-e", "cpu", "-c", str(scratch / "cache")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _BOOTSTRAP, *arguments],
+        cwd=scratch,
+        env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)},
+        stdin=subprocess.DEVNULL,
+        stdout=stream,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path, source: Source, progress: Progress) -> None:
+    blocks = source.config.get("num_hidden_layers", "?")
+    while process.poll() is None:
+        time.sleep(0.1)
+        done = log.read_text(encoding="utf-8", errors="replace").count("Reading layer")
+        progress(f"Building the graph with onnxruntime-genai (block {done} of {blocks})")
+
+
+def _check_result(returncode: int, words: str, folder: Path) -> None:
+    if returncode == 0 and (folder / "model.onnx").is_file():
+        return
+    if _UNSUPPORTED in words:
+        raise FamilyNotBuilt
+    if _FULL_DISK in words:
+        raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
+    if "No module named" in words:
+        missing = words.rsplit("No module named", 1)[1].splitlines()[0].strip()
+        raise EnvironmentFailed(
+            f"onnxruntime-genai's model builder lacks the module {missing}.",
+            "Install owl-deploy again.",
+        )
+    lines = [line for line in words.splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else "no output"
+    raise EngineFailed(
+        f"onnxruntime-genai's model builder ended with code {returncode}: {last}",
+        "The other target, --target deepsparse, may work.",
+    )

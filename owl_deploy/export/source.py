@@ -1,0 +1,182 @@
+"""The checkpoint that is exported: checked, loaded in fp32, and what PyTorch computes with it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import transformers
+
+from owl_deploy.artefact import read_manifest
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.errors import BadInput, OwlError
+from owl_deploy.families import Family, family_of
+from owl_deploy.text import load_tokenizer, tokenize
+
+Progress = Callable[[str], None]
+
+GREEDY_TOKENS = 32
+PROMPT_TOKENS = 64
+_PROMPT = (
+    "The water clock is one of the oldest instruments for measuring time. A vessel with a small "
+    "hole near its base was filled to a mark, and the falling level showed how many hours had "
+    "passed since sunrise. In 1656 a Dutch scientist built the first pendulum clock, which lost "
+    "only 15 seconds a day; before that, a good clock was wrong by a quarter of an hour."
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch computes: `prompt` ids, the `greedy` ids after it, and the logits.
+
+    `logits`: float32 [prompt + greedy - 1, vocabulary]; row i follows the token at i, so that row
+    `len(prompt) - 1` gives the first greedy token.
+    """
+
+    prompt: list[int]
+    greedy: list[int]
+    logits: np.ndarray
+
+    @property
+    def fed(self) -> list[int]:
+        """The tokens that go in: one for each row of `logits`."""
+        return self.prompt + self.greedy[:-1]
+
+
+class Source:
+    """A checkpoint of a supported family with its model in memory, fp32 (4 bytes a parameter).
+
+    Attributes: `folder`; `family`; `config`, the parsed config.json; `model`; `tokenizer`, None
+    when the folder has none; `manifest`, that of the checkpoint, empty if owl did not write it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise BadInput(f"There is no model folder {str(folder)!r}.", "Check the path.")
+        self.folder = folder.absolute()
+        self.checkpoint = Checkpoint(folder)
+        self.config = self.checkpoint.config
+        self.family: Family = family_of(self.config)
+        self.manifest = read_manifest(folder)
+        _check_causal(self.config, folder)
+        self._check_memory()
+        self.tokenizer = self._load_tokenizer()
+        self.model = _load_model(folder)
+
+    def _check_memory(self) -> None:
+        needed = 4 * self.parameters()
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise BadInput(
+                f"The model needs {needed / 2**30:.1f} GiB in fp32, and only "
+                f"{available / 2**30:.1f} GiB of memory are free.",
+                "Free memory, or export on a larger machine.",
+            )
+
+    def parameters(self) -> int:
+        """The number of weights in the checkpoint's files."""
+        from safetensors import safe_open
+
+        total = 0
+        for path in set(self.checkpoint.files.values()):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                    total += int(np.prod(file.get_slice(name).get_shape(), dtype=np.int64))
+        return total
+
+    def _load_tokenizer(self) -> Any:  # noqa: ANN401 - transformers' tokenizers share no type
+        if not any(self.folder.glob("tokenizer*")):
+            return None
+        return load_tokenizer(self.folder)
+
+    def prompt(self) -> list[int]:
+        """Ids to compare on: English text, or arbitrary ids when there is no tokenizer."""
+        limit = int(self.config.get("max_position_embeddings") or 2**30)
+        length = max(1, min(PROMPT_TOKENS, limit - GREEDY_TOKENS))
+        vocabulary = int(self.model.config.vocab_size)
+        ids = [] if self.tokenizer is None else tokenize(self.tokenizer, _PROMPT).tolist()
+        ids = [token for token in ids if token < vocabulary]
+        while len(ids) < length:  # no tokenizer, or one that made few tokens
+            ids.append((7 + 13 * len(ids)) % vocabulary)
+        return ids[:length]
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The prompt's logits and those of 32 greedy tokens, by transformers with its own cache."""
+        prompt = self.prompt()
+        rows: list[torch.Tensor] = []
+        greedy: list[int] = []
+        step = torch.tensor([prompt])
+        keyword = cache_keyword(self.model)
+        cache = transformers.DynamicCache(config=self.model.config)
+        with torch.inference_mode():
+            for _ in range(GREEDY_TOKENS):
+                output = self.model(input_ids=step, use_cache=True, **{keyword: cache})
+                rows.append(output.logits[0].float())
+                greedy.append(int(rows[-1][-1].argmax()))
+                step = torch.tensor([greedy[-1:]])
+        return Reference(prompt, greedy, torch.cat(rows).numpy())
+
+
+def cache_keyword(model: torch.nn.Module) -> str:
+    """How the model's forward calls its KV cache: transformers 5.24 renamed the argument."""
+    import inspect
+
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _check_causal(config: dict[str, Any], folder: Path) -> None:
+    architectures = config.get("architectures") or []
+    if not any(str(name).endswith("ForCausalLM") for name in architectures):
+        names = ", ".join(map(str, architectures)) or "no architecture"
+        raise BadInput(f"{folder} is no causal language model: its config.json names {names}.")
+    if config.get("quantization_config"):
+        raise BadInput(
+            f"The weights in {folder} are quantized already.", "Export the original checkpoint."
+        )
+
+
+def _load_model(folder: Path) -> Any:  # noqa: ANN401 - transformers is partly typed
+    try:
+        with quiet_transformers():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except OwlError:
+        raise
+    except MemoryError as error:
+        raise BadInput(f"There is not enough memory to load {folder}.") from error
+    except Exception as error:  # transformers' errors for a bad folder are of many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"transformers cannot load {folder}: {reason}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random weights in their place
+        raise BadInput(
+            f"{folder} lacks {len(missing)} tensors, {missing[0]!r} the first.",
+            "The checkpoint is incomplete: get it again.",
+        )
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise BadInput(f"The tensor {name!r} in {folder} holds NaN or infinity.")
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the terminal: ours go there."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

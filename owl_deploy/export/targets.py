@@ -1,0 +1,217 @@
+"""`owl export`: a checkpoint becomes a deployment for one of the targets in the table below."""
+
+import contextlib
+import errno
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from owl_deploy import artefact, checkpoint
+from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.export import describe, genai, parity, traced
+from owl_deploy.export.source import Progress, Source
+
+# Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
+# it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.
+EXTERNAL_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a target's function is asked for: write `source` into `folder`.
+
+    `precision` is one of the target's; `values` one of its value types, None if it has none.
+    """
+
+    source: Source
+    folder: Path
+    precision: str
+    values: str | None
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Target:
+    """One road from a checkpoint to a deployment.
+
+    Attributes: `build`, which writes the graph and returns what the manifest says of it;
+    `precisions`; `engine`, whose parity is checked where it is installed, and which the
+    deployment is for; `tolerances`, the largest difference from PyTorch over the largest logit by
+    precision (by value type for a target that has those), reported only when it is not there;
+    `purpose`, one line for people; `values`, the value types of a target that packs weights;
+    `least_context`, the smallest cache in tokens that the engine takes.
+    """
+
+    build: Callable[[Request], dict[str, Any]]
+    precisions: tuple[str, ...]
+    engine: str
+    tolerances: Mapping[str, float]
+    purpose: str
+    values: tuple[str, ...] = ()
+    least_context: int = 0
+
+
+def _traced(request: Request) -> dict[str, Any]:
+    request.progress("Tracing the model")
+    facts = traced.build(request.source, request.folder, EXTERNAL_BYTES)
+    checkpoint.write_compatible(request.source.checkpoint, request.folder)
+    return facts
+
+
+def _genai(request: Request) -> dict[str, Any]:
+    try:
+        return genai.build(request.source, request.folder, request.precision, request.progress)
+    except genai.FamilyNotBuilt as error:
+        name = request.source.config["model_type"]
+        if request.precision != "fp32":
+            raise BadInput(
+                f"onnxruntime-genai's model builder does not know {name!r}, so there is no "
+                f"{request.precision} for it.",
+                "Use --precision fp32.",
+            ) from error
+        note = f"onnxruntime-genai's builder does not know {name!r}: traced, for ONNX Runtime only"
+        return {**_traced(request), "opens_in_genai": False, "note": note}
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "deepsparse": Target(
+            build=_traced,
+            precisions=("fp32",),
+            engine="deepsparse",
+            tolerances={"fp32": 1e-3},
+            # A chunk of 64 tokens in a cache of 128 or less comes out as NaN (tried on 1.8).
+            least_context=192,
+            purpose="DeepSparse 1.8 with its KV cache (evaluation only); any ONNX Runtime",
+        ),
+        "onnxruntime": Target(
+            build=_genai,
+            precisions=("fp32", "int8", "int4"),
+            engine="onnxruntime",
+            tolerances={"fp32": 1e-3},
+            purpose="stock onnxruntime-genai, production",
+        ),
+    }
+)
+
+
+def export(
+    folder: Path,
+    destination: Path,
+    *,
+    target: str,
+    precision: str = "fp32",
+    values: str | None = None,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
+
+    `progress` is told each step. The deployment appears whole, after its parity with PyTorch was
+    checked, or not at all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
+    """
+    row = _row(target, precision, values)
+    started = time.monotonic()
+    with _disk_errors(destination), artefact.staged_folder(destination, force) as staging:
+        progress("Loading the checkpoint")
+        source = Source(folder)
+        _check_disk(source, staging)
+        facts = row.build(Request(source, staging, precision, values, progress))
+        progress("Computing PyTorch's logits")
+        manifest = {
+            "kind": "deployment",
+            "target": target,
+            "precision": precision,
+            "values": values,
+            "engine": row.engine if facts.get("opens_in_genai", True) else None,
+            **facts,
+            "source": _source_summary(source),
+        }
+        reference = source.reference
+        tolerance = row.tolerances.get(values or precision)
+        del source  # its weights are as large as what the engine loads next
+        manifest["parity"] = parity.check(
+            staging,
+            reference,
+            tolerance=tolerance,
+            engine=manifest["engine"],
+            least_context=row.least_context,
+            progress=progress,
+        )
+        progress("Counting and digesting")
+        manifest |= _contents(staging, started)
+        artefact.write_json(staging / artefact.MANIFEST, manifest)
+    return manifest
+
+
+def _row(target: str, precision: str, values: str | None) -> Target:
+    if target not in TARGETS:
+        raise unknown_name("target", target, TARGETS)
+    row = TARGETS[target]
+    if precision not in row.precisions:
+        raise BadInput(
+            f"The target {target!r} has no precision {precision!r}.",
+            f"It has: {', '.join(row.precisions)}.",
+        )
+    if values is not None and values not in row.values:
+        offered = ", ".join(row.values) or "none"
+        raise BadInput(
+            f"The target {target!r} has no value type {values!r}.", f"It has: {offered}."
+        )
+    return row
+
+
+def _check_disk(source: Source, folder: Path) -> None:
+    """Refuse what cannot fit before minutes are spent on it: fp32 weights are the most."""
+    needed = 4 * source.parameters()
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BadInput(
+            f"The export needs up to {needed / 2**30:.1f} GiB, and the disk has "
+            f"{free / 2**30:.1f} GiB left.",
+            "Free some space, or choose another output folder.",
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors(destination: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise BadInput(
+            f"The disk became full while {destination} was written; nothing was left there.",
+            "Free some space, or choose another output folder.",
+        ) from error
+
+
+def _source_summary(source: Source) -> dict[str, Any]:
+    """Where the deployment comes from: the folder, and what its manifest says of the pruning."""
+    told = {key: value for key, value in source.manifest.items() if _is_short(value)}
+    return {
+        "path": str(source.folder),
+        "model_type": source.config["model_type"],
+        "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
+        "manifest": told or None,
+    }
+
+
+def _is_short(value: Any) -> bool:  # noqa: ANN401 - any JSON value
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _contents(folder: Path, started: float) -> dict[str, Any]:
+    graph = describe.graph(folder / "model.onnx")
+    files = describe.files(folder)
+    return {
+        **graph,
+        "files": files,
+        "bytes": sum(row["bytes"] for row in files.values()),
+        "versions": artefact.versions(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
