@@ -83,7 +83,7 @@ def _guess_target(path: Path, inputs: set[str]) -> str:
 def _describe_graph(path: Path) -> tuple[set[str], int]:
     """The names of a graph's inputs, and the width of `logits` (0 if that is not written)."""
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(str(path), load_external_data=False).graph

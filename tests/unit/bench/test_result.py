@@ -1,0 +1,61 @@
+from owl_deploy.bench.result import Sample, Subject, choose_baselines
+
+
+def subject(name: str, engine: str, precision: str, ms: float, role: str = "baseline") -> Subject:
+    return Subject.model_validate(
+        {
+            "name": name,
+            "path": name,
+            "role": role,
+            "target": engine,
+            "engine": engine,
+            "precision": precision,
+            "zeros": 0.0,
+            "perplexity": None,
+            "size_bytes": 1,
+            "samples": (
+                Sample(round=0, load_s=1, peak_bytes=1, latencies_ms={"decode@512": (ms,)}),
+            ),
+        }
+    )
+
+
+DENSE = [
+    subject("ds", "deepsparse", "fp32", 21),
+    subject("ort", "onnxruntime", "fp32", 41),
+    subject("ort8", "onnxruntime", "int8", 18),
+    subject("ort4", "onnxruntime", "int4", 14),
+]
+
+
+def chosen(candidate: Subject, baselines: list[Subject]) -> dict[str, tuple[str, ...]]:
+    return {s.name: kinds for s, kinds in choose_baselines(candidate, baselines, "decode@512")}
+
+
+def test_each_kind_of_baseline_is_named_once() -> None:
+    assert chosen(subject("s", "deepsparse", "fp32", 15), DENSE) == {
+        "ds": ("same engine", "best of the precision"),
+        "ort4": ("best of all",),
+    }
+
+
+def test_bf16_promises_what_fp32_does() -> None:
+    assert chosen(subject("s", "onnxruntime", "bf16", 15), DENSE) == {
+        "ort": ("same engine",),
+        "ds": ("best of the precision",),
+        "ort4": ("best of all",),
+    }
+
+
+def test_another_precision_of_the_same_engine_will_do() -> None:
+    assert chosen(subject("s", "onnxruntime", "int8", 15), DENSE[1:2]) == {
+        "ort": ("same engine", "best of all"),
+    }
+
+
+def test_an_engine_without_a_dense_baseline() -> None:
+    assert chosen(subject("s", "owl", "int8", 5), DENSE) == {
+        "ort8": ("best of the precision",),
+        "ort4": ("best of all",),
+    }
+    assert chosen(subject("s", "owl", "int8", 5), []) == {}

@@ -1,0 +1,82 @@
+import math
+
+import numpy as np
+import pytest
+
+from owl_deploy.bench import stats
+
+
+def processes(seed: int, count: int, factor: float = 1.0, noise: float = 0.02) -> list[float]:
+    generator = np.random.default_rng(seed)
+    return (factor * 20 * np.exp(generator.normal(0, noise, count))).tolist()
+
+
+def test_a_process_is_summed_up_by_its_median() -> None:
+    summary = stats.summarize([[1, 2, 900], [4, 4, 4], [3, 3, 3], [3, 3, 3]])
+    assert summary.median == 3
+    assert summary.processes == 4
+    assert summary.p99 > 800
+    assert summary.spread == pytest.approx(0.5 / 3)
+
+
+@pytest.mark.parametrize("bad", [[], [math.nan], [1.0, math.inf], [0.0], [-1.0]])
+def test_what_is_no_latency_is_refused(bad: list[float]) -> None:
+    with pytest.raises(ValueError, match="latenc"):
+        stats.process_median(bad)
+    with pytest.raises(ValueError, match=r"latenc|unequal"):
+        stats.compare(bad, [1.0] * max(1, len(bad)))
+
+
+def test_unequal_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="unequal counts: 2 and 1"):
+        stats.compare([1.0, 1.0], [1.0])
+
+
+def test_the_ratio_is_the_median_of_paired_rounds() -> None:
+    drift = [1, 2, 3, 4, 5, 6, 7, 8]  # the machine slows down, for both alike
+    ratio = stats.compare([10.0 * d for d in drift], [15.0 * d for d in drift])
+    assert ratio.ratio == pytest.approx(1.5)
+    assert ratio.low == pytest.approx(1.5)
+    assert ratio.high == pytest.approx(1.5)
+    assert stats.describe(ratio) == "1.50x (1.50 to 1.50)"
+
+
+def test_one_bad_round_moves_nothing() -> None:
+    baseline = [15.0] * 8
+    baseline[3] = 400.0
+    assert stats.compare([10.0] * 8, baseline).ratio == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("factor", "noise", "pairs", "words"),
+    [
+        (1 / 1.43, 0.01, 8, "1.4"),
+        (1.3, 0.01, 8, "slower: 0.7"),
+        (1.0, 0.005, 8, "no speed-up ("),
+        (1.0, 0.4, 8, "inconclusive (noisy machine)"),
+        (0.5, 0.01, 3, "inconclusive (too few pairs)"),
+    ],
+)
+def test_verdicts_in_words(factor: float, noise: float, pairs: int, words: str) -> None:
+    ratio = stats.compare(
+        processes(1, pairs, factor, noise=noise), processes(2, pairs, noise=noise)
+    )
+    assert stats.describe(ratio).startswith(words)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    for pairs, least in ((4, 0.75), (8, 0.82), (16, 0.82)):
+        covered = 0
+        for seed in range(200):
+            ratio = stats.compare(processes(seed, pairs), processes(1000 + seed, pairs, 1.2), seed)
+            covered += ratio.low <= 1.2 <= ratio.high
+        assert covered / 200 >= least
+
+
+def test_nothing_is_seldom_taken_for_a_speedup() -> None:
+    said = [
+        stats.compare(processes(seed, 8), processes(1000 + seed, 8), seed).verdict
+        for seed in range(300)
+    ]
+    assert said.count("faster") <= 0.08 * 300
+    assert said.count("slower") <= 0.08 * 300

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from owl_deploy.engines import open_deployment
+from owl_deploy.errors import BadInput
+
+
+def graph(folder: Path, inputs: list[str], width: int | str = 11) -> Path:
+    folder.mkdir(exist_ok=True)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in inputs]
+    node = helper.make_node("Identity", [inputs[0]], ["logits"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "step", width])
+    model = helper.make_model(helper.make_graph([node], "g", values, [logits]))
+    onnx.save(model, folder / "model.onnx")
+    return folder
+
+
+DECODER = ["input_ids", "past_key_values.0.key"]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "inputs", "target"),
+    [
+        (None, DECODER, "onnxruntime"),
+        (None, [*DECODER, "causal_mask"], "deepsparse"),
+        ({"target": "owl", "precision": "fp32", "values": "int8", "sparsity": 0.5}, DECODER, "owl"),
+    ],
+)
+def test_targets(
+    tmp_path: Path, manifest: dict[str, object] | None, inputs: list[str], target: str
+) -> None:
+    graph(tmp_path, inputs)
+    if manifest is not None:
+        (tmp_path / "owl.json").write_text(json.dumps(manifest))
+    deployment = open_deployment(tmp_path)
+    assert deployment.target == target
+    assert deployment.vocab == 11
+    assert deployment.size_bytes == (tmp_path / "model.onnx").stat().st_size
+    if manifest is not None:
+        assert deployment.precision == "int8"
+        assert deployment.zeros == 0.5
+
+
+def test_a_genai_folder_gives_its_vocabulary(tmp_path: Path) -> None:
+    graph(tmp_path, [*DECODER, "causal_mask"], width="vocab")
+    with pytest.raises(BadInput, match="vocabulary"):
+        open_deployment(tmp_path)
+    (tmp_path / "genai_config.json").write_text('{"model": {"vocab_size": 12}}')
+    assert open_deployment(tmp_path).vocab == 12
+    assert open_deployment(tmp_path).target == "onnxruntime"
+
+
+def test_recorded_perplexity(tmp_path: Path) -> None:
+    graph(tmp_path, DECODER)
+    assert open_deployment(tmp_path).perplexity is None
+    (tmp_path / "owl.json").write_text('{"perplexity": {"text": "t", "value": 13.5}}')
+    assert open_deployment(tmp_path).perplexity == 13.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "does not exist"),
+        (lambda p: p.write_text("x"), "is a file"),
+        (lambda p: p.mkdir(), "no model.onnx"),
+        (lambda p: graph(p, ["image"]), "not a decoder .* the inputs image"),
+        (lambda p: (p.mkdir(), (p / "model.onnx").write_bytes(b"\xffnothing")), "not an ONNX file"),
+    ],
+)
+def test_what_is_no_deployment_gets_one_sentence(
+    tmp_path: Path, make: object, message: str
+) -> None:
+    assert callable(make)
+    make(tmp_path / "d")
+    with pytest.raises(BadInput, match=message):
+        open_deployment(tmp_path / "d")
+
+
+def test_an_unknown_target_is_named(tmp_path: Path) -> None:
+    graph(tmp_path, DECODER)
+    (tmp_path / "owl.json").write_text('{"target": "onnxruntim"}')
+    with pytest.raises(BadInput, match="Did you mean 'onnxruntime'"):
+        open_deployment(tmp_path)

@@ -1,0 +1,123 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from owl_deploy.engines import environment, registry
+from owl_deploy.engines.table import show
+from owl_deploy.errors import BadInput, EnvironmentFailed
+
+THIS = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> registry.Engine:
+    """An engine that needs an environment with nothing in it but pip itself."""
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    lock = tmp_path / "lock.txt"
+    lock.write_text("")
+    row = replace(
+        registry.ENGINES["deepsparse"], name="own", package="pip", lock=lock, pythons=(THIS,)
+    )
+    monkeypatch.setitem(registry.ENGINES, "own", row)
+    return row
+
+
+def test_install_is_whole_or_not_there(engine: registry.Engine) -> None:
+    with pytest.raises(EnvironmentFailed, match="owl engines install own"):
+        environment.python_of("own")
+    folder = environment.install("own")
+    python = environment.python_of("own")
+    assert python.is_relative_to(folder)
+    said: list[str] = []
+    assert environment.install("own", said.append) == folder
+    assert "installed already" in said[0]
+    (folder / environment.MARKER).unlink()  # as after a kill: the marker is written last
+    assert not environment.is_installed("own")
+
+
+def test_another_lock_file_means_not_installed(engine: registry.Engine) -> None:
+    folder = environment.environment_folder(engine)
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").touch()
+    marker = {"lock": "0" * 64, "version": "1"}
+    (folder / environment.MARKER).write_text(json.dumps(marker))
+    assert environment.installed_version("own") is None
+    (folder / environment.MARKER).write_text("half a mark")
+    assert environment.installed_version("own") is None
+
+
+def test_a_failing_pip_gives_its_last_words(engine: registry.Engine) -> None:
+    assert engine.lock is not None
+    engine.lock.write_text("./there-is-no-such-package\n")
+    with pytest.raises(EnvironmentFailed, match=r"in pip: .*there-is-no-such-package") as caught:
+        environment.install("own")
+    assert caught.value.exit_code == 4
+    assert not environment.is_installed("own")
+
+
+def test_no_fitting_python_says_how_to_get_one(
+    engine: registry.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    wanting = replace(engine, pythons=("3.4", "3.3"))
+    with pytest.raises(EnvironmentFailed, match=r"needs Python 3\.3 to 3\.4.*uv python install"):
+        environment.find_python(wanting)
+
+
+def test_remove(engine: registry.Engine) -> None:
+    assert not environment.remove("own")
+    folder = environment.environment_folder(engine)
+    (folder / "bin").mkdir(parents=True)
+    assert environment.remove("own")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("action", [environment.install, environment.remove])
+def test_an_engine_of_this_python_has_no_environment(action: object) -> None:
+    assert callable(action)
+    with pytest.raises(BadInput):
+        action("onnxruntime")
+
+
+def test_an_unknown_engine_gets_the_nearest_name() -> None:
+    with pytest.raises(BadInput, match="Did you mean 'deepsparse'"):
+        registry.get_engine("deepsparce")
+
+
+def test_the_lock_pins_everything() -> None:
+    lock = registry.ENGINES["deepsparse"].lock
+    assert lock is not None
+    pins = [line for line in lock.read_text().splitlines() if line and line[0] not in "# "]
+    assert all("==" in pin and "+cpu" not in pin for pin in pins)
+    assert "deepsparse==1.8.0" in " ".join(pins)
+    assert lock.read_text().count("--hash=sha256:") >= len(pins)
+
+
+def test_every_driver_and_lock_is_there() -> None:
+    for engine in registry.ENGINES.values():
+        assert engine.driver.is_file()
+        assert engine.licence
+        assert engine.lock is None or engine.lock.is_file()
+
+
+def test_what_runs_in_the_old_python_parses_there() -> None:
+    here = Path(registry.__file__).parent
+    for file in (here / "worker.py", here / "drivers" / "deepsparse.py"):
+        compile(file.read_text(), str(file), "exec", dont_inherit=True)
+        text = file.read_text()
+        assert "from owl_deploy" not in text
+        subprocess.run(
+            [sys.executable, "-c", f"import ast; ast.parse({text!r}, feature_version=(3, 8))"],
+            check=True,
+        )
+
+
+def test_the_list_fits_a_terminal_and_says_the_licence(capsys: pytest.CaptureFixture[str]) -> None:
+    show(environment.list_engines())
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "never production" in " ".join(printed.split())

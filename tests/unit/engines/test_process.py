@@ -1,0 +1,135 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from owl_deploy.engines import EngineProcess
+from owl_deploy.errors import EngineFailed
+
+
+def fake(folder: Path, **behaviour: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "fake.json").write_text(json.dumps(behaviour))
+    return folder
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def test_a_worker_answers_whatever_its_engine_prints(tmp_path: Path) -> None:
+    with EngineProcess("fake", fake(tmp_path, decode_ms=20, load_s=3), threads=2) as engine:
+        assert engine.loaded["seconds"] == pytest.approx(3)
+        assert engine.loaded["threads"] == 2
+        answer = engine.request("decode", prompt=[1, 2], steps=4, warmup=3)
+        assert answer["latencies_ms"] == pytest.approx([20] * 4)
+        assert engine.request("prefill", prompt=[1], repeats=2, warmup=1)["latencies_ms"] == [0, 0]
+        assert engine.request("memory")["peak_bytes"] > 1_000_000
+    assert children() == []
+
+
+def test_greedy_writes_the_logits_it_chose_by(tmp_path: Path) -> None:
+    file, prompt_file = tmp_path / "logits.npy", tmp_path / "prompt.npy"
+    with EngineProcess("fake", fake(tmp_path / "d", vocab=8)) as engine:
+        answer = engine.request(
+            "greedy",
+            tokens=[1, 5],
+            count=3,
+            logits_file=str(file),
+            prompt_logits_file=str(prompt_file),
+        )
+    assert answer["tokens"] == [6, 7, 0]
+    assert np.load(file).argmax(axis=1).tolist() == [6, 7, 0]
+    assert np.load(prompt_file).argmax(axis=1).tolist() == [2, 6]
+    assert np.load(prompt_file).dtype == np.float32
+
+
+def test_score_predicts_all_but_the_first_token_of_a_window(tmp_path: Path) -> None:
+    tokens = np.array([3, 4, 5, 0, 1, 9, 7, 7], np.int64)  # windows of 3: [3 4 5] [0 1 9]
+    np.save(tmp_path / "tokens.npy", tokens)
+    with EngineProcess("fake", fake(tmp_path / "d", vocab=10)) as engine:
+        answer = engine.request("score", tokens_file=str(tmp_path / "tokens.npy"), window=3)
+        one = engine.request("score", tokens_file=str(tmp_path / "tokens.npy"), window=3, windows=1)
+    norm = np.log(np.e + 9)  # logits are 1 at the successor, else 0
+    assert answer["nll"] == pytest.approx([2 * (norm - 1), 2 * norm - 1])
+    assert answer["predictions"] == 2
+    assert one["nll"] == answer["nll"][:1]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("abort", r"was ended by SIGABRT in 'load'.*last words: .*assertion failed in load"),
+        ("exit", r"ended with code 7 in 'load'"),
+        ("raise", r"failed in 'load': the fake engine was told to fail"),
+    ],
+)
+def test_a_failing_engine_is_an_error_with_its_last_words(
+    tmp_path: Path, how: str, message: str
+) -> None:
+    folder = fake(tmp_path, fail={"op": "load", "how": how})
+    with pytest.raises(EngineFailed, match=message) as caught, EngineProcess("fake", folder):
+        pass
+    assert caught.value.exit_code == 4
+    assert children() == []
+
+
+def test_an_engine_that_hangs_is_ended_at_the_time_limit(tmp_path: Path) -> None:
+    folder = fake(tmp_path, fail={"op": "prompt", "how": "hang"})
+    started = time.monotonic()
+    with EngineProcess("fake", folder, timeout_s=1.0) as engine:
+        with pytest.raises(EngineFailed, match="did not finish 'prefill' within 1 s"):
+            engine.request("prefill", prompt=[1], repeats=1, warmup=0)
+        assert children() == []
+    assert time.monotonic() - started < 8
+
+
+def test_requests_after_a_death_are_errors_too(tmp_path: Path) -> None:
+    with EngineProcess("fake", fake(tmp_path, fail={"op": "next", "how": "abort"})) as engine:
+        for _ in range(2):
+            with pytest.raises(EngineFailed):
+                engine.request("decode", prompt=[1], steps=1, warmup=0)
+
+
+def test_an_unknown_operation_is_an_error(tmp_path: Path) -> None:
+    with (
+        EngineProcess("fake", fake(tmp_path)) as engine,
+        pytest.raises(EngineFailed, match="unknown operation __init__"),
+    ):
+        engine.request("__init__")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from owl_deploy.engines import EngineProcess
+with EngineProcess("fake", Path(sys.argv[1])) as engine:
+    print(engine._process.pid, flush=True)
+    engine.request("prefill", prompt=[1], repeats=1, warmup=0)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_worker_does_not_outlive_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    folder = fake(tmp_path, fail={"op": "prompt", "how": "hang"})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert parent.stdout is not None
+    worker = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(0.2)
+    os.kill(parent.pid, how)
+    parent.wait(timeout=2)
+    parent.stdout.close()
+    worker.wait(timeout=2)
+    assert not worker.is_running()
