@@ -1,0 +1,36 @@
+"""The open sparse engine: packed weights and the ONNX Runtime operators that read them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from owl_deploy.errors import EnvironmentFailed
+
+LIBRARY_NAME = {"darwin": "libowl_runtime.dylib", "win32": "owl_runtime.dll"}.get(
+    sys.platform, "libowl_runtime.so"
+)
+
+
+class _SessionOptions(Protocol):
+    """What `register` needs of `onnxruntime.SessionOptions`."""
+
+    def register_custom_ops_library(self, path: str) -> None: ...
+
+
+def library_path() -> Path:
+    """The operator library: `$OWL_RUNTIME_LIBRARY`, or the one beside this file."""
+    override = os.environ.get("OWL_RUNTIME_LIBRARY")
+    path = Path(override) if override else Path(__file__).parent / LIBRARY_NAME
+    if not path.is_file():
+        raise EnvironmentFailed(
+            f"The owl engine's library {path} is missing.",
+            "Build it with `python -m owl_deploy.runtime.build` (needs a C++ compiler, CMake and "
+            "`apt install libonnxruntime-dev`); everything but the owl engine works without it.",
+        )
+    return path
+
+
+def register(session_options: _SessionOptions) -> None:
+    """Make the operators of domain `ai.owl` known to sessions that are opened with `session_options`."""
+    session_options.register_custom_ops_library(str(library_path()))

@@ -1,0 +1,65 @@
+"""Build the operator library in the source tree: `python -m owl_deploy.runtime.build [--sanitize]`."""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.runtime import LIBRARY_NAME
+
+ROOT = Path(__file__).parents[2]
+
+
+def build(destination: Path | None = None, *, sanitize: bool = False) -> Path:
+    """Configure, compile and copy the library to `destination`, by default beside this file; returns its path."""
+    for tool, package in (("cmake", "cmake"), ("c++", "g++")):
+        if shutil.which(tool) is None:
+            raise EnvironmentFailed(f"`{tool}` is missing.", f"apt install {package}, or your system's equivalent.")
+    if not (ROOT / "CMakeLists.txt").is_file():
+        raise EnvironmentFailed(
+            "The library's sources are not here: this is an installed package.",
+            "Reinstall a wheel that carries the library, or build from a checkout.",
+        )
+    target = destination or Path(__file__).with_name(LIBRARY_NAME)
+    with tempfile.TemporaryDirectory(prefix="owl-build-") as folder:
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        option = f"-DOWL_SANITIZE={'ON' if sanitize else 'OFF'}"
+        _run(["cmake", "-S", str(ROOT), "-B", folder, option, *generator])
+        _run(["cmake", "--build", folder, "--parallel"])
+        staged = target.with_suffix(".tmp")
+        shutil.copyfile(Path(folder) / LIBRARY_NAME, staged)
+        # A process that has the old library loaded keeps it: the name moves, the file does not change.
+        staged.replace(target)
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    output = done.stdout + done.stderr
+    if "onnxruntime_cxx_api.h not found" in output:
+        raise EnvironmentFailed(
+            "ONNX Runtime's C API header is missing.", "apt install libonnxruntime-dev, then build again."
+        )
+    raise EnvironmentFailed(f"`{' '.join(command[:2])}` failed.", "\n".join(output.splitlines()[-20:]))
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers")
+    parser.add_argument("-o", "--output", type=Path, help="where to put the library")
+    arguments = parser.parse_args()
+    try:
+        path = build(arguments.output, sanitize=arguments.sanitize)
+    except EnvironmentFailed as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()

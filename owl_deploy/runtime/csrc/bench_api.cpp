@@ -1,0 +1,81 @@
+// Timing loops for benchmarks/kernel_speed.py: the kernels alone and a plain read of memory, on the same threads.
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "engine.h"
+
+#define OWL_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// Runs work(thread) on `threads` threads `repeat` times, all starting a pass together; best[i] = seconds of pass i.
+template <class Work>
+void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work work) {
+  std::atomic<std::size_t> arrived{0};
+  auto meet = [&](std::size_t target) {
+    ++arrived;
+    while (arrived.load() < target) std::this_thread::yield();
+  };
+  auto body = [&](std::size_t t) {
+    for (std::size_t r = 0; r < repeat; ++r) {
+      meet((2 * r + 1) * threads);
+      const auto start = std::chrono::steady_clock::now();
+      work(t);
+      meet((2 * r + 2) * threads);
+      if (t == 0) seconds[r] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+  };
+  std::vector<std::thread> others;
+  for (std::size_t t = 1; t < threads; ++t) others.emplace_back(body, t);
+  body(0);
+  for (std::thread& thread : others) thread.join();
+}
+
+}  // namespace
+
+// One row of activations times each of `count` packed weights; seconds [repeat], one for each pass over all of them.
+OWL_EXPORT int owl_time_matvec(const char* isa, const void* const* packed, const std::size_t* sizes, std::size_t count,
+                               std::size_t threads, std::size_t repeat, double* seconds) {
+  const owl::Kernels* kernels = owl::find_kernels(isa);
+  if (kernels == nullptr) return 1;
+  std::vector<owl::PackedMatrix> weights(count);
+  for (std::size_t i = 0; i < count; ++i)
+    if (!owl::parse_packed(packed[i], sizes[i], &weights[i]).empty()) return 1;
+  const owl::ActivationLayout layout = kernels->layout(weights[0]);
+  std::vector<float> x(weights[0].cols, 0.5F);
+  std::vector<std::uint8_t> storage(layout.stride + 64);
+  auto* row = storage.data() + (64 - reinterpret_cast<std::uintptr_t>(storage.data()) % 64);
+  kernels->prepare(weights[0], layout, x.data(), row);
+  time_passes(threads, repeat, seconds, [&](std::size_t t) {
+    std::vector<float> sums(weights[0].groups * owl::kGroupRows);
+    for (const owl::PackedMatrix& w : weights)
+      kernels->matvec(w, w.groups * t / threads, w.groups * (t + 1) / threads, layout, row, sums.data());
+  });
+  return 0;
+}
+
+// Reads [size] bytes once a pass: what memory gives to these threads. Returns a sum so that nothing is optimised away.
+OWL_EXPORT std::uint64_t owl_time_read(const void* data, std::size_t size, std::size_t threads, std::size_t repeat,
+                                       double* seconds) {
+  std::atomic<std::uint64_t> total{0};
+  time_passes(threads, repeat, seconds, [&](std::size_t t) {
+    using Line = std::uint64_t __attribute__((vector_size(64), aligned(64)));
+    const auto* begin = static_cast<const Line*>(data) + size / 64 * t / threads;
+    const auto* end = static_cast<const Line*>(data) + size / 64 * (t + 1) / threads;
+    Line sums[4] = {};
+    for (const Line* p = begin; p + 4 <= end; p += 4) {
+      for (int i = 0; i < 4; ++i) {
+        __builtin_prefetch(p + i + 32);
+        sums[i] += p[i];
+      }
+    }
+    std::uint64_t sum = 0;
+    for (const Line& line : sums)
+      for (int i = 0; i < 8; ++i) sum += line[i];
+    total += sum;
+  });
+  return total;
+}

@@ -1,0 +1,63 @@
+// Which kernels this processor can run. Compiled without any instruction-set flag.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace owl {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("popcnt");
+}
+bool has_avx512f() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512() {
+  return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+const Candidate kCandidates[] = {
+    {&kAvx512Kernels, has_avx512}, {&kAvx512fKernels, has_avx512f}, {&kAvx2Kernels, has_avx2}, {&kPortableKernels, always}};
+const char* const kNames[] = {"avx512", "avx512f", "avx2", "portable", nullptr};
+#elif defined(__aarch64__)
+const Candidate kCandidates[] = {{&kNeonKernels, always}, {&kPortableKernels, always}};
+const char* const kNames[] = {"neon", "portable", nullptr};
+#else
+const Candidate kCandidates[] = {{&kPortableKernels, always}};
+const char* const kNames[] = {"portable", nullptr};
+#endif
+
+}  // namespace
+
+const char* const* kernel_names() { return kNames; }
+
+const Kernels* find_kernels(const char* name) {
+  for (const Candidate& c : kCandidates)
+    if (std::strcmp(c.kernels->name, name) == 0) return c.supported() ? c.kernels : nullptr;
+  return nullptr;
+}
+
+const Kernels& best_kernels() {
+  static const Kernels* const best = [] {
+    const char* wanted = std::getenv("OWL_ISA");
+    if (wanted != nullptr)
+      if (const Kernels* named = find_kernels(wanted)) return named;
+    for (const Candidate& c : kCandidates)
+      if (c.supported()) return c.kernels;
+    return &kPortableKernels;
+  }();
+  return *best;
+}
+
+}  // namespace owl

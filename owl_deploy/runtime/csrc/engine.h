@@ -1,0 +1,66 @@
+// The operators' work, without ONNX Runtime: how it is cut into tasks, and in which order results are joined.
+// Tasks depend only on shapes, never on the number of threads, so results do not either.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace owl {
+
+// Someone else's threads: calls task(argument, i) for each i < count, in any order, and waits.
+struct Pool {
+  void (*run)(void* context, std::size_t count, void (*task)(void*, std::size_t), void* argument);
+  void* context;
+};
+
+// y = epilogue(norm(x + skip) * W^T + bias); everything but x, W and y is optional.
+struct Linear {
+  PackedMatrix weight;
+  Epilogue epilogue = Epilogue::kNone;
+  std::size_t outputs = 0;       // columns of y; half of the weight's rows with a gated epilogue
+  const float* bias = nullptr;   // [outputs]
+  const float* skip = nullptr;   // [rows, weight.cols]
+  const float* gamma = nullptr;  // [weight.cols]; null: no normalisation
+  float epsilon = 0.0F;
+};
+
+// Columns of y that a weight yields under an epilogue.
+std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue);
+
+// x [rows, weight.cols] -> y [rows, outputs]; sum [rows, weight.cols] gets x + skip unless null.
+void run_linear(const Kernels& kernels, const Pool& pool, const Linear& op, const float* x, std::size_t rows, float* y,
+                float* sum);
+
+// Row `row` of a dense weight -> out [weight.cols].
+void gather_row(const PackedMatrix& weight, std::size_t row, float* out);
+
+struct Attention {
+  std::size_t heads = 0, kv_heads = 0, head_size = 0;
+  float scale = 0.0F, softcap = 0.0F;
+  std::size_t window = 0;         // 0: the whole past is visible
+  bool rotary = false, interleaved = false;
+  std::size_t rotary_size = 0;    // dimensions that rotate; the tables hold half of it
+  const float* cosines = nullptr; // [positions, rotary_size / 2]
+  const float* sines = nullptr;
+  CacheType cache = CacheType::kFp32;
+  std::size_t capacity = 0;       // positions that keys and values hold
+};
+
+// One sequence. Queries, keys and values of `length` new positions, the first at position `past`, are read at their
+// strides; new keys and values are written into keys/values [kv_heads, capacity, head_size].
+// out [length, heads * head_size].
+struct AttentionInput {
+  const float* q;
+  const float* k;
+  const float* v;
+  std::size_t q_stride, kv_stride;
+  std::size_t length, past;
+  void* keys;
+  void* values;
+};
+void run_attention(const Kernels& kernels, const Pool& pool, const Attention& op, const AttentionInput& input,
+                   float* out);
+
+}  // namespace owl

@@ -1,0 +1,104 @@
+#include "format.h"
+
+#include <cstring>
+
+namespace owl {
+namespace {
+
+constexpr char kMagic[8] = {'O', 'W', 'L', 'P', 'A', 'C', 'K', '\0'};
+constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kFlagSparse = 1;
+constexpr std::uint64_t kMaxExtent = 1ull << 28;  // rows or columns; keeps every product below in 64 bits
+
+struct Header {
+  char magic[8];
+  std::uint32_t version, value_type, flags, group_rows;
+  std::uint64_t rows, cols, cells, nonzeros;
+  std::uint64_t mask_offset, index_offset, scale_offset, value_offset, total_bytes;
+  std::uint8_t reserved[32];
+};
+static_assert(sizeof(Header) == 128, "the header is 128 bytes on every platform");
+
+// One region of the block: starts on a 64-byte boundary and lies inside.
+bool fits(std::uint64_t offset, std::uint64_t bytes, std::uint64_t total) {
+  return offset % 64 == 0 && offset >= sizeof(Header) && offset <= total && bytes <= total - offset;
+}
+
+std::uint64_t count_bits(const std::uint8_t* bytes, std::size_t size) {
+  std::uint64_t count = 0;
+  std::size_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, bytes + i, 8);
+    count += static_cast<std::uint64_t>(__builtin_popcountll(word));
+  }
+  for (; i < size; ++i) count += static_cast<std::uint64_t>(__builtin_popcount(bytes[i]));
+  return count;
+}
+
+// Every group's masks must ask for no more values than lie between its start and the next group's.
+std::string check_groups(const PackedMatrix& m, std::uint64_t value_space) {
+  const std::size_t mask_bytes = m.cells * m.mask_bytes_per_cell();
+  std::uint64_t total = 0;
+  if (static_cast<std::uint64_t>(m.index[m.groups]) * kCellBytes > value_space)
+    return "the index points past the values";
+  for (std::size_t g = 0; g < m.groups; ++g) {
+    if (m.index[g + 1] < m.index[g]) return "the index is not ascending";
+    const std::uint64_t room = static_cast<std::uint64_t>(m.index[g + 1] - m.index[g]) * kCellBytes;
+    const std::uint64_t count = count_bits(m.group_masks(g), mask_bytes);
+    if (count * value_bytes(m.type) > room) return "a mask has more bits than its group has values";
+    total += count;
+  }
+  return total == m.nonzeros ? "" : "the masks do not add up to the number of non-zeros";
+}
+
+}  // namespace
+
+std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matrix) {
+  const auto* bytes = static_cast<const std::uint8_t*>(data);
+  Header h;
+  if (data == nullptr || size < sizeof(Header)) return "the block is shorter than its header";
+  if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0) return "the block is not aligned to 16 bytes";
+  std::memcpy(&h, data, sizeof(Header));
+  if (std::memcmp(h.magic, kMagic, sizeof(kMagic)) != 0) return "the block does not start with OWLPACK";
+  if (h.version != kVersion) return "format version " + std::to_string(h.version) + " is not supported (1 is)";
+  if (h.value_type < 1 || h.value_type > 3) return "unknown value type " + std::to_string(h.value_type);
+  if (h.flags & ~kFlagSparse) return "unknown flags";
+  if (h.group_rows != kGroupRows) return "only groups of 16 rows are supported";
+  if (h.rows == 0 || h.cols == 0 || h.rows > kMaxExtent || h.cols > kMaxExtent)
+    return "rows and columns must lie between 1 and 2^28";
+  if (h.total_bytes != size) return "the block's length differs from what its header says (truncated?)";
+
+  PackedMatrix m;
+  m.type = static_cast<ValueType>(h.value_type);
+  m.sparse = (h.flags & kFlagSparse) != 0;
+  m.rows = h.rows;
+  m.cols = h.cols;
+  m.groups = (m.rows + kGroupRows - 1) / kGroupRows;
+  const std::size_t pack = columns_per_cell(m.type);
+  m.cells = ((m.cols + pack - 1) / pack + 3) / 4 * 4;
+  m.nonzeros = h.nonzeros;
+  if (h.cells != m.cells) return "the number of cells does not match the columns";
+
+  const std::uint64_t cells = static_cast<std::uint64_t>(m.groups) * m.cells;
+  // 64 bytes after the last value: kernels load whole registers.
+  const std::uint64_t dense_bytes = cells * kCellBytes + kCellBytes;
+  if (!fits(h.value_offset, m.sparse ? kCellBytes : dense_bytes, size)) return "the values lie outside the block";
+  m.values = bytes + h.value_offset;
+  if (m.type == ValueType::kInt8) {
+    if (!fits(h.scale_offset, m.groups * kGroupRows * sizeof(float), size)) return "the scales lie outside the block";
+    m.scales = reinterpret_cast<const float*>(bytes + h.scale_offset);
+  }
+  if (m.sparse) {
+    if (!fits(h.mask_offset, cells * m.mask_bytes_per_cell(), size)) return "the masks lie outside the block";
+    if (!fits(h.index_offset, (m.groups + 1) * sizeof(std::uint32_t), size)) return "the index lies outside the block";
+    m.masks = bytes + h.mask_offset;
+    m.index = reinterpret_cast<const std::uint32_t*>(bytes + h.index_offset);
+    const std::string wrong = check_groups(m, size - h.value_offset - kCellBytes);
+    if (!wrong.empty()) return wrong;
+  }
+  *matrix = m;
+  return "";
+}
+
+}  // namespace owl

@@ -1,0 +1,60 @@
+// The packed weight format, version 1: one little-endian block of bytes, described in full in pack.py.
+//
+// A weight [rows, cols] is cut into groups of 16 output rows; a group is a sequence of *cells*. A cell is
+// 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 int8), 64 bytes once expanded, row-major:
+// one vector register whose every 32-bit lane belongs to one output. So a matrix-vector product
+// keeps 16 outputs in one register and never adds across lanes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+// Functions that kernel files call must leave no symbol behind: the linker would pick one file's copy, with that file's
+// instruction set, for every processor.
+#define OWL_INLINE inline __attribute__((always_inline))
+
+namespace owl {
+
+enum class ValueType : std::uint32_t { kFp32 = 1, kBf16 = 2, kInt8 = 3 };
+
+constexpr std::size_t kGroupRows = 16;
+constexpr std::size_t kCellBytes = 64;
+constexpr std::size_t kBlockCells = 16;  // int8 activations carry one scale per 16 cells = 64 columns
+
+// Columns in a cell, which is also how many values share one 32-bit lane.
+OWL_INLINE constexpr std::size_t columns_per_cell(ValueType type) {
+  return type == ValueType::kFp32 ? 1 : type == ValueType::kBf16 ? 2 : 4;
+}
+
+OWL_INLINE constexpr std::size_t value_bytes(ValueType type) { return 4 / columns_per_cell(type); }
+
+// A validated view of a packed weight; it owns nothing.
+struct PackedMatrix {
+  ValueType type = ValueType::kFp32;
+  bool sparse = false;
+  std::size_t rows = 0;    // outputs
+  std::size_t cols = 0;    // inputs
+  std::size_t groups = 0;  // ceil(rows / 16)
+  std::size_t cells = 0;   // in each group; a multiple of 4
+  std::uint64_t nonzeros = 0;
+  const std::uint8_t* masks = nullptr;   // sparse: [groups][cells][2 * pack] bytes, bit = row * pack + column
+  const std::uint32_t* index = nullptr;  // sparse: [groups + 1], start of a group's values in units of 64 bytes
+  const float* scales = nullptr;         // int8: [groups * 16], one for each output row
+  const std::uint8_t* values = nullptr;  // packed values; 64 readable bytes follow the last
+
+  OWL_INLINE std::size_t mask_bytes_per_cell() const { return 2 * columns_per_cell(type); }
+  OWL_INLINE const std::uint8_t* group_masks(std::size_t group) const {
+    return masks + group * cells * mask_bytes_per_cell();
+  }
+  OWL_INLINE const std::uint8_t* group_values(std::size_t group) const {
+    return sparse ? values + static_cast<std::size_t>(index[group]) * kCellBytes
+                  : values + group * cells * kCellBytes;
+  }
+};
+
+// Checks every count, offset and mask of `data` [size] and fills `matrix`; returns "" or what is wrong.
+// After success no kernel can read outside [data, data + size), whatever the bytes hold.
+std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matrix);
+
+}  // namespace owl

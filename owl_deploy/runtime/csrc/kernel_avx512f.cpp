@@ -1,0 +1,56 @@
+// AVX-512 F, BW, VL, DQ without VBMI2, VNNI or BF16: Skylake-X, Cascade Lake.
+#include <immintrin.h>
+
+#include "kernel_body.h"
+#include "x86_avx512_common.h"
+#include "x86_expand.h"
+
+namespace owl {
+namespace {
+
+struct Avx512f : Avx512Common {
+  using Half = float;  // bf16 weights meet fp32 activations
+  static constexpr bool kBiased = false;
+
+  static Cell join(__m128i a, __m128i b, __m128i c, __m128i d) {
+    const __m512i low = _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1));
+    return _mm512_inserti64x4(low, _mm256_inserti128_si256(_mm256_castsi128_si256(c), d, 1), 1);
+  }
+  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
+    const __m128i a = expand_bytes(p, static_cast<std::uint32_t>(mask) & 0xffff);
+    const __m128i b = expand_bytes(p, static_cast<std::uint32_t>(mask >> 16) & 0xffff);
+    const __m128i c = expand_bytes(p, static_cast<std::uint32_t>(mask >> 32) & 0xffff);
+    const __m128i d = expand_bytes(p, static_cast<std::uint32_t>(mask >> 48));
+    return join(a, b, c, d);
+  }
+  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
+    const __m128i a = expand_words(p, mask & 0xff);
+    const __m128i b = expand_words(p, mask >> 8 & 0xff);
+    const __m128i c = expand_words(p, mask >> 16 & 0xff);
+    const __m128i d = expand_words(p, mask >> 24);
+    return join(a, b, c, d);
+  }
+
+  static Cell bias8(Cell w) { return w; }
+  // |w| * (x with w's sign): neither product nor pair sum leaves 16 bits, since |x| <= 127.
+  static I dot8(I acc, Cell w, const std::uint8_t* x) {
+    const __m512i broadcast = _mm512_set1_epi32(load32(x));
+    const __m512i turned = _mm512_mask_sub_epi8(broadcast, _mm512_movepi8_mask(w), _mm512_setzero_si512(), broadcast);
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  }
+  static F dot16(F acc, Cell w, const std::uint8_t* x) {
+    float pair[2];
+    std::memcpy(pair, x, 8);
+    const F even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+    const F odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    return _mm512_fmadd_ps(odd, _mm512_set1_ps(pair[1]), _mm512_fmadd_ps(even, _mm512_set1_ps(pair[0]), acc));
+  }
+  static void store_half_row(Half* out, F v) { f_store(out, v); }
+};
+
+}  // namespace
+
+const Kernels kAvx512fKernels = make_kernels<Avx512f>("avx512f");
+
+}  // namespace owl

@@ -1,0 +1,193 @@
+// Plain C++: any processor, and the reading of what the other files do.
+#include "kernel_body.h"
+
+namespace owl {
+namespace {
+
+struct Portable {
+  struct F {
+    float v[16];
+  };
+  struct I {
+    std::int32_t v[16];
+  };
+  struct Cell {
+    std::uint8_t v[64];
+  };
+  using Half = float;
+  static constexpr std::size_t kPanelGroups = 1;
+  static constexpr int kFloatRows = 2;
+  static constexpr int kInt8Rows = 2;
+  static constexpr bool kBiased = false;
+
+  static Cell load_cell(const void* p) {
+    Cell cell;
+    std::memcpy(cell.v, p, 64);
+    return cell;
+  }
+  static void store_cell(void* p, const Cell& cell) { std::memcpy(p, cell.v, 64); }
+  template <std::size_t Bytes>
+  static Cell expand(const std::uint8_t* p, std::uint64_t mask) {
+    Cell cell{};
+    for (; mask != 0; mask &= mask - 1, p += Bytes)
+      std::memcpy(cell.v + Bytes * static_cast<std::size_t>(__builtin_ctzll(mask)), p, Bytes);
+    return cell;
+  }
+  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) { return expand<1>(p, mask); }
+  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) { return expand<2>(p, mask); }
+  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) { return expand<4>(p, mask); }
+
+  static const Cell& bias8(const Cell& w) { return w; }
+  static I dot8(I acc, const Cell& w, const std::uint8_t* x) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j)
+        acc.v[i] += static_cast<std::int8_t>(w.v[4 * i + j]) * static_cast<std::int8_t>(x[j]);
+    return acc;
+  }
+  static F dot16(F acc, const Cell& w, const std::uint8_t* x) {
+    float pair[2];
+    std::memcpy(pair, x, 8);
+    std::uint32_t lanes[16];
+    std::memcpy(lanes, w.v, 64);
+    for (int i = 0; i < 16; ++i) {
+      const std::uint32_t bits[2] = {lanes[i] << 16, lanes[i] & 0xffff0000U};
+      float halves[2];
+      std::memcpy(halves, bits, 8);
+      acc.v[i] += halves[0] * pair[0] + halves[1] * pair[1];
+    }
+    return acc;
+  }
+  static F dot32(F acc, const Cell& w, const std::uint8_t* x) {
+    float value, lanes[16];
+    std::memcpy(&value, x, 4);
+    std::memcpy(lanes, w.v, 64);
+    for (int i = 0; i < 16; ++i) acc.v[i] += lanes[i] * value;
+    return acc;
+  }
+  static void store_half_row(Half* out, const F& v) { f_store(out, v); }
+
+  template <class Operation>
+  static F each(Operation operation) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.v[i] = operation(i);
+    return r;
+  }
+  static F f_set1(float x) {
+    return each([&](int) { return x; });
+  }
+  static F f_load(const float* p) {
+    return each([&](int i) { return p[i]; });
+  }
+  static void f_store(float* p, const F& v) { std::memcpy(p, v.v, 64); }
+  static F f_add(const F& a, const F& b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F f_sub(const F& a, const F& b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static F f_mul(const F& a, const F& b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static F f_div(const F& a, const F& b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  static F f_max(const F& a, const F& b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F f_min(const F& a, const F& b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F f_abs(const F& a) {
+    return each([&](int i) { return __builtin_fabsf(a.v[i]); });
+  }
+  static F f_fma(const F& a, const F& b, const F& c) {
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  static float f_hsum(const F& v) {
+    float sum = 0.0F;
+    for (float x : v.v) sum += x;
+    return sum;
+  }
+  static float f_hmax(const F& v) {
+    float peak = v.v[0];
+    for (float x : v.v) peak = x > peak ? x : peak;
+    return peak;
+  }
+  static I i_set1(std::int32_t x) {
+    I r;
+    for (auto& v : r.v) v = x;
+    return r;
+  }
+  static I i_add(I a, const I& b) {
+    for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  static F to_float(const I& a) {
+    return each([&](int i) { return static_cast<float>(a.v[i]); });
+  }
+  static void store_int8(std::int8_t* out, const F& v) {
+    for (int i = 0; i < 16; ++i) out[i] = static_cast<std::int8_t>(__builtin_rintf(v.v[i]));
+  }
+  static F scale_by_power(const F& p, const F& shifted) {
+    return each([&](int i) {
+      std::uint32_t a, b;
+      std::memcpy(&a, &p.v[i], 4);
+      std::memcpy(&b, &shifted.v[i], 4);
+      a += b << 23;
+      float r;
+      std::memcpy(&r, &a, 4);
+      return r;
+    });
+  }
+  static float from_fp16(std::uint16_t h) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000) << 16;
+    const std::uint32_t rest = h & 0x7fff;
+    std::uint32_t bits;
+    if (rest >= 0x7c00) {
+      bits = sign | 0x7f800000U | (rest & 0x3ff) << 13;
+    } else if (rest >= 0x400) {
+      bits = sign | ((rest << 13) + 0x38000000U);
+    } else {  // a denormal is a multiple of 2^-24
+      const float value = static_cast<float>(rest) * 5.9604644775390625e-8F;
+      return sign != 0 ? -value : value;
+    }
+    float r;
+    std::memcpy(&r, &bits, 4);
+    return r;
+  }
+  static std::uint16_t to_fp16(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000);
+    const std::uint32_t rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000U) return static_cast<std::uint16_t>(sign | 0x7e00);
+    if (rest >= 0x477ff000U) return static_cast<std::uint16_t>(sign | 0x7c00);
+    if (rest < 0x38800000U)
+      return static_cast<std::uint16_t>(sign | static_cast<std::uint16_t>(__builtin_rintf(__builtin_fabsf(x) * 16777216.0F)));
+    const std::uint32_t rounded = rest + 0xfff + (rest >> 13 & 1);  // to nearest, ties to even
+    return static_cast<std::uint16_t>(sign | (rounded - 0x38000000U) >> 13);
+  }
+  static F f_load_fp16(const std::uint16_t* p) {
+    return each([&](int i) { return from_fp16(p[i]); });
+  }
+  static void f_store_fp16(std::uint16_t* p, const F& v) {
+    for (int i = 0; i < 16; ++i) p[i] = to_fp16(v.v[i]);
+  }
+  static void transpose16(F r[16]) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float t = r[i].v[j];
+        r[i].v[j] = r[j].v[i];
+        r[j].v[i] = t;
+      }
+  }
+  static F f_hsum16(const F v[16]) {
+    return each([&](int i) { return f_hsum(v[i]); });
+  }
+};
+
+}  // namespace
+
+const Kernels kPortableKernels = make_kernels<Portable>("portable");
+
+}  // namespace owl

@@ -1,0 +1,104 @@
+// The table of functions that every instruction set provides, and the plain data they work on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "format.h"
+
+namespace owl {
+
+enum class Epilogue { kNone = 0, kSiluMul = 1, kGeluMul = 2 };
+
+// How a row of activations is laid out for one weight: values first, then (int8) one fp32 scale and one
+// int32 correction per block of 64 columns. `stride` is the bytes of one row, a multiple of 64.
+struct ActivationLayout {
+  std::size_t blocks = 0;
+  std::size_t scale_offset = 0;
+  std::size_t correction_offset = 0;
+  std::size_t stride = 0;
+};
+
+// What happens to finished sums. With a gated epilogue row groups alternate gate, up, gate, up, ...
+struct Output {
+  Epilogue epilogue = Epilogue::kNone;
+  const float* bias = nullptr;  // [cols] or null
+  float* data = nullptr;        // [rows, cols]
+  std::size_t cols = 0;
+};
+
+enum class CacheType { kFp32, kFp16 };
+
+// One (batch, kv head) of the cache and the queries that read it.
+struct AttentionSpan {
+  CacheType cache = CacheType::kFp32;
+  const void* keys = nullptr;    // [positions, head_size]
+  const void* values = nullptr;  // [positions, head_size]
+  std::size_t head_size = 0;     // a multiple of 16, at most 256
+  std::size_t heads = 0;         // query heads that share this kv head
+  float scale = 1.0F;
+  float softcap = 0.0F;          // 0: none
+};
+
+struct Kernels {
+  const char* name;
+  std::size_t panel_groups;  // row groups that `panel` computes at once
+
+  ActivationLayout (*layout)(const PackedMatrix& w);
+  // x [cols] -> one activation row.
+  void (*prepare)(const PackedMatrix& w, const ActivationLayout& layout, const float* x, std::uint8_t* row);
+  // One row times groups [begin, end): sums [(end - begin) * 16].
+  void (*matvec)(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
+                 const std::uint8_t* row, float* sums);
+  // `count` rows times groups [begin, begin + groups), groups <= panel_groups:
+  // sums [count, panel_groups * 16]; scratch: kPanelScratch bytes, 64-byte aligned.
+  void (*panel)(const PackedMatrix& w, std::size_t begin, std::size_t groups, const ActivationLayout& layout,
+                const std::uint8_t* rows, std::size_t count, std::uint8_t* scratch, float* sums);
+  // Scales, bias, epilogue: sums [count, sums_stride] of groups [begin, end) -> output rows from `first`.
+  void (*finish)(const PackedMatrix& w, std::size_t begin, std::size_t end, const float* sums,
+                 std::size_t sums_stride, std::size_t first, std::size_t count, const Output& output);
+  // sum = x + skip (skip may be null), y = sum * gamma / rms(sum); sum may be null.
+  void (*rms_norm)(const float* x, const float* skip, const float* gamma, std::size_t size, float epsilon,
+                   float* sum, float* y);
+  // One query position: q [heads, head_size] against positions [begin, end).
+  // Leaves unnormalised out [heads, head_size], and each head's maximum and sum of exponentials.
+  void (*attend_one)(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scratch,
+                     float* out, float* maxima, float* sums);
+  // `count` query positions of all heads, q [count, q_stride] with the heads side by side, the first at position
+  // `position`; reads keys [first_visible(position), position]. out [count, out_stride].
+  void (*attend_many)(const AttentionSpan& span, const float* q, std::size_t q_stride, std::size_t count,
+                      std::size_t position, std::size_t window, std::uint8_t* scratch, float* out,
+                      std::size_t out_stride);
+  void (*store_cache)(CacheType type, const float* x, std::size_t size, void* cache);
+};
+
+constexpr std::size_t kPanelBlockCells = 64;  // cells unpacked at a time: the tile stays in the first-level cache
+constexpr std::size_t kPanelGroups = 4;       // the largest panel_groups
+constexpr std::size_t kPanelScratch = kPanelBlockCells * kPanelGroups * kCellBytes;
+constexpr std::size_t kDecodeChunk = 128;     // cache positions of one decode task
+constexpr std::size_t kQueryBlock = 16;       // query positions of one prefill task
+constexpr std::size_t kKeyBlock = 64;         // cache positions of one prefill tile
+constexpr std::size_t kMaxHeadSize = 256;
+constexpr std::size_t kMaxHeads = 64;         // query heads for one kv head
+
+// Floats of scratch that attend_one and attend_many need.
+constexpr std::size_t attend_one_scratch(std::size_t heads) { return heads * kDecodeChunk + 16 * kMaxHeadSize; }
+constexpr std::size_t attend_many_scratch(std::size_t heads) {
+  return kQueryBlock * heads * (2 * kMaxHeadSize + kKeyBlock + 2) + 2 * kKeyBlock * kMaxHeadSize + 64;
+}
+
+// One table a file; only those that the build's target architecture has are linked in.
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512fKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kNeonKernels;
+extern const Kernels kPortableKernels;
+
+// The fastest table that this processor runs, or the one that OWL_ISA names.
+const Kernels& best_kernels();
+// nullptr when there is no such table or this processor cannot run it.
+const Kernels* find_kernels(const char* name);
+// Names of all tables built in, best first; ends with nullptr.
+const char* const* kernel_names();
+
+}  // namespace owl

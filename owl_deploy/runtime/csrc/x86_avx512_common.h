@@ -1,0 +1,104 @@
+// What the two AVX-512 files share: 16 floats in one register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace owl {
+namespace {
+
+struct Avx512Common {
+  using F = __m512;
+  using I = __m512i;
+  using Cell = __m512i;
+  static constexpr std::size_t kPanelGroups = 4;
+  static constexpr int kFloatRows = 6;  // 6 x 4 sums, 4 weights: 28 of 32 registers
+  static constexpr int kInt8Rows = 3;   // 3 x 4 integer and as many float sums
+
+  static int load32(const void* p) {
+    int v;
+    std::memcpy(&v, p, 4);
+    return v;
+  }
+  static Cell load_cell(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_cell(void* p, Cell v) { _mm512_storeu_si512(p, v); }
+  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
+    Cell cell = load_cell(p);  // assembly: see kernel_avx512.cpp
+    __asm__("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(cell) : "Yk"(static_cast<__mmask16>(mask)));
+    return cell;
+  }
+  static F dot32(F acc, Cell w, const std::uint8_t* x) {
+    float value;
+    std::memcpy(&value, x, 4);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_set1_ps(value), acc);
+  }
+
+  static F f_set1(float x) { return _mm512_set1_ps(x); }
+  static F f_load(const float* p) { return _mm512_loadu_ps(p); }
+  static void f_store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F f_min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F f_abs(F a) { return _mm512_abs_ps(a); }
+  static F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float f_hsum(F v) { return _mm512_reduce_add_ps(v); }
+  static float f_hmax(F v) { return _mm512_reduce_max_ps(v); }
+  static I i_set1(std::int32_t x) { return _mm512_set1_epi32(x); }
+  static I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static void store_int8(std::int8_t* out, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+  // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23.
+  static F scale_by_power(F p, F shifted) { return _mm512_scalef_ps(p, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0F))); }
+  static F f_load_fp16(const std::uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void f_store_fp16(std::uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  // 16 rows of 16 -> 16 columns of 16: pairs of floats, pairs of doubles, then 128-bit lanes.
+  static void transpose16(F r[16]) {
+    F t[16];
+    for (int i = 0; i < 16; i += 4) {
+      const F a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
+      const F c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+      t[i] = pair_low(a, c);
+      t[i + 1] = pair_high(a, c);
+      t[i + 2] = pair_low(b, d);
+      t[i + 3] = pair_high(b, d);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const F a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+      const F c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+      r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+      r[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      r[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+      r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
+  // Lane i of the result is the sum over the lanes of v[i].
+  static F f_hsum16(F v[16]) {
+    transpose16(v);
+    for (int half = 8; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) v[i] = _mm512_add_ps(v[i], v[i + half]);
+    return v[0];
+  }
+
+ private:
+  static F pair_low(F a, F b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static F pair_high(F a, F b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+};
+
+}  // namespace
+}  // namespace owl

@@ -1,0 +1,279 @@
+"""The packed weight format that the kernels read, version 1.
+
+A weight `[rows, cols]` (rows are outputs) becomes one block of bytes, little-endian, that a kernel uses
+as it lies in the file. Every region starts on a multiple of 64 bytes.
+
+Rows are taken in *groups* of 16, the last one padded with zeros. A group is a sequence of *cells*; a
+cell is 16 rows x `pack` consecutive columns, where `pack` is 1 for fp32, 2 for bf16 and 4 for int8, so
+that a cell is always 64 bytes. Inside a cell values lie row by row: value `row * pack + column`. As a
+vector register, each of its 32-bit lanes thus belongs to one output row, and a matrix-vector product
+ends with 16 outputs in one register and never adds across lanes. Columns are padded with zeros to a
+multiple of `4 * pack`.
+
+| region | bytes | holds |
+|---|---|---|
+| header | 128 | below |
+| masks | groups x cells x 2 x pack | only if sparse: bit i of a cell's mask is set if its value i is stored |
+| index | (groups + 1) x 4 | only if sparse: uint32, where a group's values start in the values, in units of 64 bytes |
+| scales | groups x 16 x 4 | only int8: fp32, one for each row; weight = scale x value |
+| values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full |
+| tail | 64 | zeros, so that a kernel may load a whole register at the last value |
+
+Header: `OWLPACK\\0`, then uint32 version, value type (1 fp32, 2 bf16, 3 int8; 4 is kept for int4), flags
+(bit 0: sparse) and rows in a group (16), then uint64 rows, cols, cells in a group, non-zeros, offsets
+of masks, index, scales and values (0 where absent), and the block's length; 32 bytes reserved.
+
+int8 values lie in [-127, 127]; kernels rely on -128 not being there only for accuracy, never for safety.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = Literal["fp32", "bf16", "int8"]
+Block = NDArray[np.uint8]
+
+MAGIC = b"OWLPACK\0"
+VERSION = 1
+GROUP_ROWS = 16
+ALIGNMENT = 64
+_SPARSE = 1
+_HEADER = struct.Struct("<8s4I9Q32x")
+_TYPE_CODES: dict[Values, int] = {"fp32": 1, "bf16": 2, "int8": 3}
+_PACK: dict[Values, int] = {"fp32": 1, "bf16": 2, "int8": 4}
+_DTYPE: dict[Values, type[np.generic]] = {"fp32": np.uint32, "bf16": np.uint16, "int8": np.uint8}
+
+
+@dataclass(frozen=True)
+class PackedInfo:
+    """What a block's header says, checked: shape, value type and the places of its regions."""
+
+    values: Values
+    sparse: bool
+    rows: int
+    cols: int
+    cells: int
+    nonzeros: int
+    mask_offset: int
+    index_offset: int
+    scale_offset: int
+    value_offset: int
+    size_bytes: int
+
+    @property
+    def groups(self) -> int:
+        """How many groups of 16 rows there are."""
+        return -(-self.rows // GROUP_ROWS)
+
+
+def pack(weight: NDArray[np.floating], values: Values = "bf16", sparse: bool = True) -> Block:
+    """Pack `weight` [rows, cols]; with `sparse` only its non-zeros are stored. Returns the block of bytes."""
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
+    if values not in get_args(Values):
+        raise ValueError(f"values must be one of {', '.join(get_args(Values))}, not {values!r}")
+    rows, cols = weight.shape
+    encoded, scales = _encode(np.asarray(weight, dtype=np.float32), values)
+    cells = _to_cells(encoded, _PACK[values])  # [groups, cells, 16 * pack]
+    regions: list[tuple[str, bytes]] = []
+    nonzeros = int(np.count_nonzero(encoded))
+    if sparse:
+        mask = cells != 0
+        packed, index = _compress(cells, mask)
+        regions.append(("mask", np.packbits(mask, axis=-1, bitorder="little").tobytes()))
+        regions.append(("index", index.astype("<u4").tobytes()))
+    else:
+        packed = cells.tobytes()
+    if scales is not None:
+        regions.append(("scale", scales.astype("<f4").tobytes()))
+    regions.append(("value", packed + bytes(ALIGNMENT)))
+    flags = _SPARSE if sparse else 0
+    return _assemble((_TYPE_CODES[values], flags), (rows, cols, cells.shape[1], nonzeros), regions)
+
+
+def unpack(block: Block) -> NDArray[np.float32]:
+    """The weight [rows, cols] that `block` stands for, as fp32."""
+    info = inspect(block)
+    width = GROUP_ROWS * _PACK[info.values]
+    cells = np.zeros((info.groups, info.cells, width), dtype=_DTYPE[info.values])
+    raw = block[info.value_offset :]
+    if info.sparse:
+        masks = _masks(block, info)
+        index = _index(block, info)
+        for group in range(info.groups):
+            stored = raw[int(index[group]) * ALIGNMENT :].view(cells.dtype)
+            cells[group][masks[group]] = stored[: int(masks[group].sum())]
+    else:
+        cells = raw[: cells.nbytes].view(cells.dtype).reshape(cells.shape)
+    return _decode(_from_cells(cells, info), block, info)
+
+
+def inspect(block: Block) -> PackedInfo:
+    """Check `block` as the kernels do and return what its header says; ValueError says what is wrong."""
+    info = _read_header(block)
+    tail = ALIGNMENT
+    cells = info.groups * info.cells
+    if not info.sparse:
+        _check_region("values", info.value_offset, cells * 64 + tail, block.size)
+    if info.values == "int8":
+        _check_region("scales", info.scale_offset, info.groups * GROUP_ROWS * 4, block.size)
+    if info.sparse:
+        _check_region("values", info.value_offset, tail, block.size)
+        _check_region("masks", info.mask_offset, cells * 2 * _PACK[info.values], block.size)
+        _check_region("index", info.index_offset, (info.groups + 1) * 4, block.size)
+        _check_groups(block, info)
+    return info
+
+
+def interleave_gate_up(gate: NDArray[np.floating], up: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Rows of gate and up [n, cols] in alternating groups of 16, each padded with zero rows: one weight, one pass."""
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {gate.shape} and up {up.shape} differ in shape")
+    groups = -(-gate.shape[0] // GROUP_ROWS)
+    both = np.zeros((groups, 2, GROUP_ROWS, gate.shape[1]), dtype=np.float32)
+    for which, weight in enumerate((gate, up)):
+        padded = np.zeros((groups * GROUP_ROWS, gate.shape[1]), dtype=np.float32)
+        padded[: weight.shape[0]] = weight
+        both[:, which] = padded.reshape(groups, GROUP_ROWS, -1)
+    return both.reshape(-1, gate.shape[1])
+
+
+def _encode(
+    weight: NDArray[np.float32], values: Values
+) -> tuple[NDArray[np.generic], NDArray[np.float32] | None]:
+    """Weight -> the bits of its stored values, and int8's scale for each row.
+
+    What rounds to zero is zero: it costs nothing then. -0.0 is stored as nothing.
+    """
+    if values == "fp32":
+        return np.where(weight == 0, np.float32(0), weight).view(np.uint32), None
+    if values == "bf16":
+        return _to_bf16(weight), None
+    if not np.isfinite(weight).all():
+        raise ValueError("a weight with infinities or NaN cannot be stored as int8")
+    scales = np.abs(weight).max(axis=1) / np.float32(127)
+    safe = np.where(scales > 0, scales, 1)[:, None]
+    quantized = np.clip(np.rint(weight / safe), -127, 127).astype(np.int8)
+    padded = np.zeros(-(-weight.shape[0] // GROUP_ROWS) * GROUP_ROWS, dtype=np.float32)
+    padded[: scales.size] = scales
+    return quantized.view(np.uint8), padded
+
+
+def _to_bf16(weight: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round to nearest, ties to even; NaN stays NaN, denormals become zero."""
+    bits = weight.view(np.uint32)
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded = np.where(np.isnan(weight), np.uint16(0x7FC0), rounded)
+    return np.where((rounded & 0x7F80) == 0, np.uint16(0), rounded)
+
+
+def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArray[np.float32]:
+    if info.values == "fp32":
+        return bits.view(np.float32)
+    if info.values == "bf16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    scales = block[info.scale_offset :][: info.groups * GROUP_ROWS * 4].view(np.float32)
+    return bits.view(np.int8).astype(np.float32) * scales[: info.rows, None]
+
+
+def _to_cells(encoded: NDArray[np.generic], packed_columns: int) -> NDArray[np.generic]:
+    """[rows, cols] -> [groups, cells, 16 * pack], zero-padded."""
+    rows, cols = encoded.shape
+    groups = -(-rows // GROUP_ROWS)
+    cells = -(-cols // (4 * packed_columns)) * 4
+    padded = np.zeros((groups * GROUP_ROWS, cells * packed_columns), dtype=encoded.dtype)
+    padded[:rows, :cols] = encoded
+    tiles = padded.reshape(groups, GROUP_ROWS, cells, packed_columns).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(tiles).reshape(groups, cells, GROUP_ROWS * packed_columns)
+
+
+def _from_cells(cells: NDArray[np.generic], info: PackedInfo) -> NDArray[np.generic]:
+    packed_columns = _PACK[info.values]
+    tiles = cells.reshape(info.groups, info.cells, GROUP_ROWS, packed_columns).transpose(0, 2, 1, 3)
+    matrix = tiles.reshape(info.groups * GROUP_ROWS, info.cells * packed_columns)
+    return np.ascontiguousarray(matrix[: info.rows, : info.cols])
+
+
+def _compress(
+    cells: NDArray[np.generic], mask: NDArray[np.bool_]
+) -> tuple[bytes, NDArray[np.uint32]]:
+    """Each group's non-zeros, padded to 64 bytes, and the index of their starts."""
+    parts: list[bytes] = []
+    index = np.zeros(len(cells) + 1, dtype=np.uint32)
+    for group, (values, used) in enumerate(zip(cells, mask, strict=True)):
+        stored = values[used].tobytes()
+        stored += bytes(-len(stored) % ALIGNMENT)
+        parts.append(stored)
+        index[group + 1] = index[group] + len(stored) // ALIGNMENT
+    return b"".join(parts), index
+
+
+def _assemble(
+    kind: tuple[int, int], extents: tuple[int, int, int, int], regions: list[tuple[str, bytes]]
+) -> Block:
+    """Header and regions, each region at a multiple of 64."""
+    offsets = dict.fromkeys(("mask", "index", "scale", "value"), 0)
+    body = bytearray()
+    for name, data in regions:
+        body += bytes(-len(body) % ALIGNMENT)
+        offsets[name] = _HEADER.size + len(body)
+        body += data
+    total = _HEADER.size + len(body)
+    header = _HEADER.pack(MAGIC, VERSION, *kind, GROUP_ROWS, *extents, *offsets.values(), total)
+    return np.frombuffer(header + bytes(body), dtype=np.uint8)
+
+
+def _read_header(block: Block) -> PackedInfo:
+    if block.size < _HEADER.size:
+        raise ValueError("the block is shorter than its header")
+    magic, version, code, flags, group_rows, *rest = _HEADER.unpack(block[: _HEADER.size].tobytes())
+    rows, cols, cells, nonzeros, mask, index, scale, value, total = rest
+    names: dict[int, Values] = {code: name for name, code in _TYPE_CODES.items()}
+    if magic != MAGIC:
+        raise ValueError("the block does not start with OWLPACK")
+    if version != VERSION:
+        raise ValueError(f"format version {version} is not supported ({VERSION} is)")
+    if code not in names or flags & ~_SPARSE or group_rows != GROUP_ROWS:
+        raise ValueError("unknown value type, flags or group size")
+    if not (0 < rows <= 1 << 28 and 0 < cols <= 1 << 28):
+        raise ValueError("rows and columns must lie between 1 and 2^28")
+    if total != block.size:
+        raise ValueError("the block's length differs from what its header says (truncated?)")
+    if cells != -(-cols // (4 * _PACK[names[code]])) * 4:
+        raise ValueError("the number of cells does not match the columns")
+    sparse = bool(flags & _SPARSE)
+    return PackedInfo(names[code], sparse, rows, cols, cells, nonzeros, mask, index, scale, value, total)
+
+
+def _check_region(name: str, offset: int, size_bytes: int, total: int) -> None:
+    if offset % ALIGNMENT or offset < _HEADER.size or offset + size_bytes > total:
+        raise ValueError(f"the {name} lie outside the block")
+
+
+def _masks(block: Block, info: PackedInfo) -> NDArray[np.bool_]:
+    """[groups, cells, 16 * pack]"""
+    width = 2 * _PACK[info.values]
+    raw = block[info.mask_offset :][: info.groups * info.cells * width]
+    bits = np.unpackbits(raw.reshape(info.groups, info.cells, width), axis=-1, bitorder="little")
+    return bits.astype(bool)
+
+
+def _index(block: Block, info: PackedInfo) -> NDArray[np.int64]:
+    return block[info.index_offset :][: (info.groups + 1) * 4].view(np.uint32).astype(np.int64)
+
+
+def _check_groups(block: Block, info: PackedInfo) -> None:
+    index = _index(block, info)
+    room = np.diff(index) * ALIGNMENT
+    counts = _masks(block, info).sum(axis=(1, 2))
+    if (room < 0).any():
+        raise ValueError("the index is not ascending")
+    if info.value_offset + index[-1] * ALIGNMENT + ALIGNMENT > block.size:
+        raise ValueError("the index points past the values")
+    if (counts * (4 // _PACK[info.values]) > room).any():
+        raise ValueError("a mask has more bits than its group has values")
+    if int(counts.sum()) != info.nonzeros:
+        raise ValueError("the masks do not add up to the number of non-zeros")
