@@ -1,0 +1,130 @@
+"""The real engines on a tiny model: what they compute, and that benching them changes nothing."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from owl_deploy import engines
+from owl_deploy.artefact import sha256
+from owl_deploy.bench import BenchPlan, read_result, run_bench
+from owl_deploy.cli import app
+from owl_deploy.engines import EngineProcess
+from owl_deploy.export.targets import export
+
+TOKENS = np.random.default_rng(0).integers(0, 320, 150).tolist()
+ENGINES = [("onnxruntime", "onnxruntime"), ("onnxruntime", "deepsparse"), ("deepsparse",) * 2]
+
+
+@pytest.fixture(scope="session")
+def deployments(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("deployments")
+    for target in ("onnxruntime", "deepsparse"):
+        export(llama, folder / target, target=target)
+    return {target: folder / target for target in ("onnxruntime", "deepsparse")}
+
+
+@pytest.fixture(scope="session")
+def logits(llama: Path) -> np.ndarray:
+    """PyTorch's logits of TOKENS [150, 320]."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0].numpy()
+
+
+def need(engine: str) -> None:
+    if not engines.is_installed(engine):
+        pytest.skip(f"needs: owl engines install {engine}")
+
+
+@pytest.mark.parametrize(("engine", "target"), ENGINES)
+def test_an_engine_computes_what_pytorch_does(
+    deployments: dict[str, Path],
+    logits: np.ndarray,
+    tmp_path: Path,
+    engine: str,
+    target: str,
+) -> None:
+    need(engine)
+    np.save(tmp_path / "tokens.npy", np.array(TOKENS))
+    # 150 tokens: two chunks of DeepSparse's prompt engine and 22 single tokens.
+    with EngineProcess(engine, deployments[target], context=200, all_logits=True) as process:
+        asked = {"prompt_logits_file": str(tmp_path / "p.npy")}
+        greedy = process.request("greedy", tokens=TOKENS, count=8, **asked)
+        scored = process.request("score", tokens_file=str(tmp_path / "tokens.npy"), window=75)
+    assert np.abs(np.load(tmp_path / "p.npy") - logits).max() < 1e-4 * np.abs(logits).max()
+    assert greedy["tokens"][0] == logits[-1].argmax()
+    first = torch.log_softmax(torch.tensor(logits[:74], dtype=torch.float64), dim=1)
+    wanted = -first[range(74), TOKENS[1:75]].sum().item()
+    assert scored["nll"][0] == pytest.approx(wanted, rel=1e-5)
+    assert len(scored["nll"]) == 2
+    assert math.isfinite(scored["nll"][1])
+
+
+@pytest.mark.parametrize(("engine", "target"), ENGINES)
+def test_generating_goes_the_same_way_with_and_without_all_logits(
+    deployments: dict[str, Path], tmp_path: Path, engine: str, target: str
+) -> None:
+    need(engine)
+    said = []
+    for all_logits in (False, True):
+        file = tmp_path / f"{all_logits}.npy"
+        with EngineProcess(
+            engine, deployments[target], context=200, all_logits=all_logits
+        ) as process:
+            answer = process.request("greedy", tokens=TOKENS, count=12, logits_file=str(file))
+            said.append((answer["tokens"], np.load(file)))
+    assert said[0][0] == said[1][0]
+    assert np.abs(said[0][1] - said[1][1]).max() < 1e-3
+
+
+def test_bench_in_both_real_engines(deployments: dict[str, Path], tmp_path: Path) -> None:
+    need("deepsparse")
+    before = {path: sha256(path) for path in deployments["deepsparse"].iterdir()}
+    answer = CliRunner().invoke(
+        app,
+        [
+            *("bench", str(deployments["deepsparse"])),
+            *("--baseline", str(deployments["onnxruntime"])),
+            *("--engine", "deepsparse", "--engine", "onnxruntime"),
+            *("--context", "160", "--prompt", "128", "--pairs", "2", "-o", str(tmp_path / "r")),
+        ],
+    )
+    assert answer.exit_code == 0, answer.output
+    assert "never production" in " ".join(answer.stdout.split())
+    result = read_result(tmp_path / "r")
+    assert [(s.engine, s.role, len(s.samples)) for s in result.subjects] == [
+        ("deepsparse", "candidate", 2),
+        ("onnxruntime", "candidate", 2),
+        ("onnxruntime", "baseline", 2),
+    ]
+    assert {path: sha256(path) for path in deployments["deepsparse"].iterdir()} == before
+    for rows in result.statistics.values():
+        assert len(rows) == 3
+        assert all(0 < row["median_ms"] < 10_000 for row in rows.values())
+    assert all(subject.peak_bytes > 10e6 for subject in result.subjects)
+    assert all(subject.load_s > 0 for subject in result.subjects)
+
+
+def test_a_graph_that_an_engine_refuses_is_its_failure_alone(
+    deployments: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in deployments["onnxruntime"].iterdir():
+        if not path.name.endswith(".data"):
+            (broken / path.name).symlink_to(path)
+    plan = BenchPlan(
+        candidates=(broken,),
+        baselines=(deployments["onnxruntime"],),
+        context=64,
+        prompt=16,
+        pairs=1,
+    )
+    result = run_bench(plan)
+    assert "failed in 'load'" in result.failures[0]
+    assert len(result.subjects[1].samples) == 1
