@@ -61,20 +61,42 @@ def prune(
         Path | None, typer.Option(help="A recipe in SparseML's grammar; options override it.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="wanda or magnitude. [wanda]")
+        str | None,
+        typer.Option(
+            "--method", "-m", help="magnitude, wanda, wanda-variant or sparsegpt. [wanda]"
+        ),
     ] = None,
     allocation: Annotated[
         str | None,
-        typer.Option("--allocation", "-a", help="How sparsity is divided: owl or uniform. [owl]"),
+        typer.Option(
+            "--allocation", "-a", help="Sparsity over the blocks: owl, dlp, linear, uniform. [owl]"
+        ),
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option("--sparsity", "-s", help="Share of weights to remove. [0.7]")
+    ] = None,
+    structure: Annotated[
+        str | None,
+        typer.Option(help="unstructured, or N:M: N kept of M, mixed unless uniform."),
     ] = None,
     outlier_multiple: Annotated[
         float | None, typer.Option(help="OWL's M: an outlier is above M times the mean. [5]")
     ] = None,
     spread: Annotated[
-        float | None, typer.Option(help="OWL's lambda: sparsities span 2 * spread. [0.08]")
+        float | None,
+        typer.Option(help="Half the range of sparsities. [owl 0.08, dlp and linear 0.15]"),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="A layer to leave dense, such as down_proj; repeat.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="SparseGPT: columns a block. [128]")
+    ] = None,
+    dampening: Annotated[
+        float | None, typer.Option(help="SparseGPT: share of the mean diagonal. [0.01]")
+    ] = None,
+    preserve_mask: Annotated[
+        bool | None, typer.Option("--preserve-mask", help="SparseGPT: zeros stay zeros.")
     ] = None,
     calibration: Annotated[
         str | None,
@@ -87,6 +109,12 @@ def prune(
     dtype: Annotated[
         str, typer.Option(help="To compute in: auto, float32, bfloat16 or float16.")
     ] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows at once. [by free memory]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -97,19 +125,53 @@ def prune(
         "method": method,
         "allocation": allocation,
         "sparsity": sparsity,
+        "structure": structure,
         "outlier_multiple": outlier_multiple,
         "spread": spread,
+        "skip": tuple(skip) if skip else None,
+        "block_size": block_size,
+        "dampening": dampening,
+        "preserve_mask": preserve_mask,
     }
-    values = recipes.load(recipe) if recipe else {}
-    values |= {key: value for key, value in given.items() if value is not None}
-    settings = recipes.settings(**values)
+    overrides = {key: value for key, value in given.items() if value is not None}
+    settings = recipes.merged(recipe, overrides)
 
-    from owl_deploy.prune.run import Calibration
+    from owl_deploy.prune.run import Calibration, Hardware
     from owl_deploy.prune.run import prune as run
     from owl_deploy.prune.show import show
 
     text = Calibration(calibration, samples, sequence_length, seed) if calibration else None
-    manifest = run(model, output, settings, text, device=device, dtype=dtype, force=force)
+    hardware = Hardware(device, dtype, batch_size)
+    manifest = run(model, output, settings, text, hardware, force=force, resume=resume)
+    _emit(manifest, as_json, lambda: show(manifest, str(output)))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint: a Hugging Face model folder.")],
+    output: Output,
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="deepsparse or onnxruntime.")
+    ] = "onnxruntime",
+    precision: Annotated[
+        str, typer.Option("--precision", "-p", help="fp32; for onnxruntime int8 or int4 too.")
+    ] = "fp32",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint to ONNX with a KV cache, and check it against PyTorch."""
+    from owl_deploy.export.show import show, steps
+    from owl_deploy.export.targets import export as run
+
+    with steps() as progress:
+        manifest = run(
+            checkpoint,
+            output,
+            target=target,
+            precision=precision,
+            force=force,
+            progress=progress,
+        )
     _emit(manifest, as_json, lambda: show(manifest, str(output)))
 
 

@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from owl_deploy.errors import BadInput, unknown_name
 
-METHODS = ("wanda", "magnitude")
-ALLOCATIONS = ("owl", "uniform", "list")
+METHODS = ("magnitude", "wanda", "wanda-variant", "sparsegpt")
+# The allocations, with the spread that their papers take (OWL's lambda, DLP's alpha; ATP searches).
+SPREADS = {"owl": 0.08, "dlp": 0.15, "linear": 0.15, "uniform": 0.0, "list": 0.0}
+ALLOCATIONS = tuple(SPREADS)
 UNSTRUCTURED = "unstructured"
 _DENSE_MASK = "0:0"  # SparseML's word for unstructured
 
@@ -26,8 +28,12 @@ _DENSE_MASK = "0:0"  # SparseML's word for unstructured
 class PruneSettings(BaseModel):
     """What to prune and how.
 
-    `sparsity`: the share of the blocks' weights that is removed, in [0, 1). `outlier_multiple` and
-    `spread` are OWL's M and lambda. `layers`, for the allocation `list`: block name to sparsity.
+    `sparsity`: the share of the blocks' weights that is removed, in [0, 1). `structure`:
+    "unstructured", or "N:M", N weights kept of every M neighbours, which sets the sparsity; an
+    allocation other than uniform then gives each block its own N. `outlier_multiple`: OWL's M.
+    `spread`: half the range of the sparsities over the blocks (OWL's lambda, DLP's alpha). `skip`:
+    Linears that stay dense, by the end of their names. `layers`, for the allocation "list": block
+    or Linear name to sparsity. `block_size`, `dampening`, `preserve_mask`: SparseGPT's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +44,34 @@ class PruneSettings(BaseModel):
     structure: str = UNSTRUCTURED
     outlier_multiple: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     spread: float = Field(default=0.08, ge=0, le=0.5, allow_inf_nan=False)
+    skip: tuple[str, ...] = ()
     layers: dict[str, float] | None = None
+    block_size: int = Field(default=128, ge=1)
+    dampening: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    preserve_mask: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What follows from other values: the sparsity of N:M, and the allocation's own spread."""
+        values = dict(values)
+        allocation = values.get("allocation", "owl")
+        group = parse_structure(values.get("structure", UNSTRUCTURED))
+        if group is not None:
+            kept, size = group
+            implied = 1 - kept / size
+            given = values.setdefault("sparsity", implied)
+            if values.get("layers") is None and given != implied:
+                raise BadInput(
+                    f"A sparsity of {given} contradicts the structure {kept}:{size}, "
+                    f"which keeps {kept} of {size} weights: {implied:.4g}.",
+                    "Give one of the two.",
+                )
+            # The paper's mixed N:8 spans 2 weights (lambda = 2): half of that, over 8.
+            values.setdefault("spread", min(0.5, 1 / size) if allocation == "owl" else None)
+        if values.get("spread") is None and allocation in SPREADS:
+            values["spread"] = SPREADS[allocation]
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -47,7 +80,10 @@ class PruneSettings(BaseModel):
         if self.allocation not in ALLOCATIONS:
             raise unknown_name("allocation", self.allocation, ALLOCATIONS)
         if (self.allocation == "list") != (self.layers is not None):
-            raise BadInput("The allocation 'list' needs one sparsity a layer, from a recipe.")
+            raise BadInput(
+                "The allocation 'list' and a list of layers come together, from a recipe.",
+                "Give --recipe, or another --allocation without a recipe.",
+            )
         for value in (self.sparsity, *(self.layers or {}).values()):
             if not (math.isfinite(value) and 0 <= value < 1):
                 raise BadInput(
@@ -55,6 +91,24 @@ class PruneSettings(BaseModel):
                     "It is the share of weights to remove: from 0 to below 1, such as 0.7.",
                 )
         return self
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M) of the structure N:M; None when unstructured."""
+        return parse_structure(self.structure)
+
+
+def parse_structure(structure: object) -> tuple[int, int] | None:
+    """(N, M) of "N:M", N kept of M; None for "unstructured". Raises `BadInput` otherwise."""
+    if structure == UNSTRUCTURED:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", str(structure))
+    if match is None or not 0 < int(match[1]) < int(match[2]):
+        raise BadInput(
+            f"The structure {structure!r} is neither 'unstructured' nor N:M.",
+            "N:M keeps N weights of every M neighbours, 0 < N < M, such as 2:4.",
+        )
+    return int(match[1]), int(match[2])
 
 
 def settings(**values: Any) -> PruneSettings:  # noqa: ANN401 - checked by the model
@@ -65,13 +119,26 @@ def settings(**values: Any) -> PruneSettings:  # noqa: ANN401 - checked by the m
         raise _one_sentence("settings", error) from error
 
 
+def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
+    """The settings of a recipe file (if any) with `overrides` put over them."""
+    values = load(recipe) if recipe else {}
+    if "allocation" in overrides or "sparsity" in overrides:
+        values.pop("layers", None)  # the recipe's list gives way to a rule
+        if values.get("allocation") == "list":
+            del values["allocation"]
+    if "structure" in overrides:
+        values.pop("sparsity", None)
+    return settings(**(values | overrides))
+
+
 # --- SparseML's grammar ---------------------------------------------------------------------------
 
 
 class _Modifier(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    targets: list[str] | str = ["__ALL__"]
+    targets: list[str] | str = "__ALL__"
+    mask_structure: str = _DENSE_MASK
 
 
 class _LayerwiseModifier(_Modifier):
@@ -79,12 +146,18 @@ class _LayerwiseModifier(_Modifier):
     sparsity_profile: Literal["owl"] | None = None
     owl_m: float | None = None
     owl_lmbda: float | None = None
-    mask_structure: str = _DENSE_MASK
     sequential_update: bool = True
+    ignore: list[str] = []  # llm-compressor has it, SparseML 1.8 does not
 
 
 class _WandaPruningModifier(_LayerwiseModifier):
     pass
+
+
+class _SparseGPTModifier(_LayerwiseModifier):
+    block_size: int = 128
+    dampening_frac: float = 0.01
+    preserve_sparsity_mask: bool = False
 
 
 class _MagnitudePruningModifier(_Modifier):
@@ -93,45 +166,91 @@ class _MagnitudePruningModifier(_Modifier):
     start: float = 0.0
     end: float = 0.0
     update_scheduler: str = "cubic"
-    mask_structure: str = UNSTRUCTURED
 
 
 _MODIFIERS: dict[str, tuple[str, type[_Modifier]]] = {
     "WandaPruningModifier": ("wanda", _WandaPruningModifier),
+    "SparseGPTModifier": ("sparsegpt", _SparseGPTModifier),
     "MagnitudePruningModifier": ("magnitude", _MagnitudePruningModifier),
 }
 
 
-def dump_resolved(method: str, layers: Mapping[str, float], comment: str = "") -> str:
-    """A resolved recipe as YAML that SparseML 1.8 reads: `layers` is block name to sparsity.
+def dump_resolved(settings: PruneSettings, layers: Mapping[str, float]) -> str:
+    """A resolved recipe as YAML that SparseML 1.8 reads.
 
-    `layers` must be in model order, since SparseML applies the list in that order.
+    `layers`: target (a block, or a Linear) to sparsity, in model order, since SparseML applies a
+    list in that order. Each modifier stands once in a group, so targets with different N:M, and
+    those of magnitude, which takes no list, have a group each.
     """
-    if method == "magnitude":
-        stage = {
-            f"block_{number}_modifiers": {
-                "MagnitudePruningModifier": {
-                    "init_sparsity": sparsity,
-                    "final_sparsity": sparsity,
-                    "start": 0.0,
-                    "end": 0.0,
-                    "mask_structure": UNSTRUCTURED,
-                    "targets": [rf"re:{re.escape(name)}\..*_proj\.weight$"],
-                }
-            }
-            for number, (name, sparsity) in enumerate(layers.items())
-        }
+    group = settings.group
+    stage: dict[str, Any] = {}
+    if settings.method == "magnitude":
+        for number, (target, sparsity) in enumerate(layers.items()):
+            own = None if group is None else (_kept(sparsity, group[1]), group[1])
+            modifier = _dump_magnitude(target, sparsity, own)
+            stage[f"layer_{number}_modifiers"] = {"MagnitudePruningModifier": modifier}
+    elif group is None:
+        stage["pruning_modifiers"] = _dump_layerwise(settings, layers, None)
     else:
-        modifier = next(name for name, (ours, _) in _MODIFIERS.items() if ours == method)
-        arguments = {
-            "sparsity": list(layers.values()),
-            "mask_structure": _DENSE_MASK,
-            "sequential_update": True,
-            "targets": list(layers),
-        }
-        stage = {"pruning_modifiers": {modifier: arguments}}
-    heading = "".join(f"# {line}\n" for line in comment.splitlines())
+        for kept in sorted({_kept(value, group[1]) for value in layers.values()}):
+            same = {name: s for name, s in layers.items() if _kept(s, group[1]) == kept}
+            name = f"keep_{kept}_of_{group[1]}_modifiers"
+            stage[name] = _dump_layerwise(settings, same, (kept, group[1]))
+    heading = "".join(f"# {line}\n" for line in _describe(settings))
     return heading + yaml.safe_dump({"oneshot_stage": stage}, sort_keys=False)
+
+
+def _dump_layerwise(
+    settings: PruneSettings, layers: Mapping[str, float], group: tuple[int, int] | None
+) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "sparsity": list(layers.values()),
+        "mask_structure": mask_structure(group),
+        "sequential_update": True,
+        "targets": list(layers),
+    }
+    if settings.method != "sparsegpt":
+        return {"WandaPruningModifier": arguments}
+    arguments |= {
+        "block_size": settings.block_size,
+        "dampening_frac": settings.dampening,
+        "preserve_sparsity_mask": settings.preserve_mask,
+    }
+    return {"SparseGPTModifier": arguments}
+
+
+def _dump_magnitude(target: str, sparsity: float, group: tuple[int, int] | None) -> dict[str, Any]:
+    return {
+        "init_sparsity": sparsity,
+        "final_sparsity": sparsity,
+        "start": 0.0,
+        "end": 0.0,
+        "mask_structure": UNSTRUCTURED if group is None else mask_structure(group),
+        "targets": [rf"re:{re.escape(target)}(\..*)?\.weight$"],
+    }
+
+
+def mask_structure(group: tuple[int, int] | None) -> str:
+    """SparseML's name for a structure: "0:0", or how many are *removed* of how many."""
+    return _DENSE_MASK if group is None else f"{group[1] - group[0]}:{group[1]}"
+
+
+def _kept(sparsity: float, size: int) -> int:
+    return round((1 - sparsity) * size)
+
+
+def _describe(settings: PruneSettings) -> list[str]:
+    lines = [
+        f"Resolved by owl prune: {settings.method}, {settings.allocation}, {settings.structure}, "
+        f"{settings.sparsity:.4g} of the weights removed."
+    ]
+    if settings.allocation == "owl":
+        lines.append(f"Outlier multiple (M) {settings.outlier_multiple:g}.")
+    if settings.spread:
+        lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
+    if settings.method == "wanda-variant":
+        lines.append("SparseML knows plain Wanda only: these layers, another choice of weights.")
+    return lines
 
 
 def load(source: Path) -> dict[str, Any]:
@@ -189,46 +308,86 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
         raise BadInput(f"The recipe {source} mixes the methods {', '.join(sorted(methods))}.")
     values: dict[str, Any] = {"method": methods.pop()}
     layers: dict[str, float] = {}
+    groups = {_group_of(source, modifier.mask_structure) for _, modifier in found}
     for _, modifier in found:
+        values |= _arguments(source, modifier)
         targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets
-        if isinstance(modifier, _MagnitudePruningModifier):
-            sparsity: float | list[float] = modifier.final_sparsity
-        else:
-            assert isinstance(modifier, _LayerwiseModifier)
-            sparsity = modifier.sparsity
-            if modifier.sparsity_profile == "owl":
-                values |= _owl_arguments(source, modifier)
+        sparsity = _sparsity(modifier)
         if isinstance(sparsity, list):
             if len(sparsity) != len(targets):
                 raise BadInput(
                     f"The recipe {source} has {len(sparsity)} sparsities, {len(targets)} targets."
                 )
             layers |= dict(zip(targets, sparsity, strict=True))
-        elif len(found) > 1:
-            layers |= {_block_of(source, target): sparsity for target in targets}
+        elif len(found) > 1 or isinstance(modifier, _MagnitudePruningModifier):
+            layers |= {_layer_of(source, target): sparsity for target in targets}
         else:
             values.setdefault("allocation", "uniform")
-            values["sparsity"] = sparsity
+            if None in groups:
+                values["sparsity"] = sparsity
     if layers:
         values |= {"allocation": "list", "layers": layers}
-    return values
+    return values | _structure(source, groups)
 
 
-def _owl_arguments(source: Path, modifier: _LayerwiseModifier) -> dict[str, Any]:
-    if modifier.owl_m is None or modifier.owl_lmbda is None or isinstance(modifier.sparsity, list):
-        raise BadInput(f"The profile owl in {source} needs owl_m, owl_lmbda and one sparsity.")
-    return {
-        "allocation": "owl",
-        "outlier_multiple": modifier.owl_m,
-        "spread": modifier.owl_lmbda,
-    }
+def _sparsity(modifier: _Modifier) -> float | list[float]:
+    if isinstance(modifier, _MagnitudePruningModifier):
+        return modifier.final_sparsity
+    assert isinstance(modifier, _LayerwiseModifier)
+    return modifier.sparsity
 
 
-def _block_of(source: Path, target: str) -> str:
-    r"""The block that a target of ours means: re:model\.layers\.3\..* -> model.layers.3."""
-    match = re.match(r"(?:re:)?((?:\w+\.)+\d+)", target.replace("\\", ""))
+def _group_of(source: Path, structure: str) -> tuple[int, int] | None:
+    """(kept, size) of a `mask_structure`, which says removed:size."""
+    if structure in (_DENSE_MASK, UNSTRUCTURED):
+        return None
+    removed, size = parse_structure(structure) or (0, 0)
+    return size - removed, size
+
+
+def _structure(source: Path, groups: set[tuple[int, int] | None]) -> dict[str, Any]:
+    """One structure for all modifiers; mixed N:M is named by the N nearest to its mean."""
+    known = [group for group in groups if group is not None]
+    if not known:
+        return {}
+    if len({size for _, size in known}) > 1 or None in groups:
+        raise BadInput(f"The recipe {source} mixes structures with different M.")
+    kept = round(sum(kept for kept, _ in known) / len(known))
+    return {"structure": f"{kept}:{known[0][1]}"}
+
+
+def _arguments(source: Path, modifier: _Modifier) -> dict[str, Any]:
+    """The settings that a modifier holds besides its sparsity."""
+    if not isinstance(modifier, _LayerwiseModifier):
+        return {}
+    found: dict[str, Any] = {}
+    if modifier.ignore:
+        found["skip"] = tuple(name.removeprefix("re:.*") for name in modifier.ignore)
+    if isinstance(modifier, _SparseGPTModifier):
+        found["block_size"] = modifier.block_size
+        found["dampening"] = modifier.dampening_frac
+        found["preserve_mask"] = modifier.preserve_sparsity_mask
+    if modifier.sparsity_profile == "owl":
+        if (
+            modifier.owl_m is None
+            or modifier.owl_lmbda is None
+            or not isinstance(modifier.sparsity, float)
+        ):
+            raise BadInput(f"The profile owl in {source} needs owl_m, owl_lmbda and one sparsity.")
+        found["allocation"] = "owl"
+        found["outlier_multiple"] = modifier.owl_m
+        found["spread"] = modifier.owl_lmbda
+    return found
+
+
+def _layer_of(source: Path, target: str) -> str:
+    r"""The layer that a target means: re:model\.layers\.3(\..*)?\.weight$ -> model.layers.3."""
+    match = re.match(
+        r"(?:re:)?((?:\w+\.)+\d+(?:\.\w+)*?)(?:\(\.\.\*\)\?)?(?:\.weight)?\$?$",
+        target.replace("\\", ""),
+    )
     if match is None:
-        raise BadInput(f"The recipe {source} has a target {target!r} that names no block.")
+        raise BadInput(f"The recipe {source} has a target {target!r} that names no layer.")
     return match[1]
 
 

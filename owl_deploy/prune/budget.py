@@ -1,45 +1,67 @@
-"""How much of each block goes: from a target and outlier ratios to one sparsity a block.
+"""How much of each block goes: from a target and statistics to one sparsity a block.
 
 All functions are pure and in float64. Sparsity is the share of weights removed, in [0, 1]; the mean
 over the blocks, weighted by their numbers of weights, is the target whatever the bounds do to it.
+`spread` is half the range of the sparsities, in every rule.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 
 
-def outlier_ratio(scores: Iterable[torch.Tensor], multiple: float) -> float:
+def outlier_ratios(scores: Sequence[torch.Tensor], multiples: Sequence[float]) -> list[float]:
     """The layerwise outlier distribution of one block, in percent (OWL, arXiv 2310.05175, eq. 2).
 
     `scores`: Wanda's score of each Linear of the block. The ratio is the share, over all of them
-    together, of scores above `multiple` times their mean.
+    together, of scores above a multiple of their mean; one for each of `multiples`.
     """
-    tensors = list(scores)
-    size = sum(tensor.numel() for tensor in tensors)
-    mean = sum(float(tensor.sum(dtype=torch.float64)) for tensor in tensors) / size
-    above = sum(int((tensor > multiple * mean).sum()) for tensor in tensors)
-    return 100.0 * above / size
+    size = sum(tensor.numel() for tensor in scores)
+    mean = sum(float(tensor.sum(dtype=torch.float64)) for tensor in scores) / size
+    return [
+        100.0 * sum(int((tensor > multiple * mean).sum()) for tensor in scores) / size
+        for multiple in multiples
+    ]
+
+
+def median_score(scores: Sequence[torch.Tensor]) -> float:
+    """The lower median of Wanda's scores over all Linears of a block (DLP, arXiv 2505.23807)."""
+    return float(torch.cat([tensor.flatten() for tensor in scores]).median())
 
 
 def uniform(sparsity: float, sizes: Sequence[int]) -> list[float]:
-    """The same sparsity for every block."""
+    """The same sparsity for every block; `sizes`: weights a block."""
     return [sparsity] * len(sizes)
 
 
 def owl(
     sparsity: float, sizes: Sequence[int], ratios: Sequence[float], spread: float
 ) -> list[float]:
-    """Less sparsity for blocks with more outliers (OWL, section 3.2).
+    """Less sparsity for blocks with more outliers (OWL, arXiv 2310.05175, section 3.2).
 
     The densities are the outlier ratios scaled to a range of 2 * `spread`, then moved so that the
-    mean is kept. `sizes`: weights a block. Equal ratios give the uniform sparsity.
+    mean is kept. Equal ratios give the uniform sparsity.
     """
-    lowest, highest = min(ratios), max(ratios)
-    if highest == lowest:
-        return uniform(sparsity, sizes)
-    scaled = [(ratio - lowest) / (highest - lowest) * 2 * spread for ratio in ratios]
-    return hold_mean([-density for density in scaled], sizes, sparsity)
+    return hold_mean([-density for density in _scaled(ratios, spread)], sizes, sparsity)
+
+
+def dlp(
+    sparsity: float, sizes: Sequence[int], medians: Sequence[float], spread: float
+) -> list[float]:
+    """Less sparsity for blocks whose median score is low (Dynamic Layerwise Pruning, 2505.23807).
+
+    The importance 1 - median / sum(medians), scaled and moved as in OWL.
+    """
+    return hold_mean(_scaled(medians, spread), sizes, sparsity)
+
+
+def linear(sparsity: float, sizes: Sequence[int], spread: float) -> list[float]:
+    """Sparsity that grows with depth by equal steps (ATP, arXiv 2502.14770); beta (L-1) = 2 spread.
+
+    Errors of early blocks grow through all that follow.
+    """
+    return hold_mean(_scaled(range(len(sizes)), spread), sizes, sparsity)
 
 
 def hold_mean(wanted: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
@@ -48,6 +70,8 @@ def hold_mean(wanted: Sequence[float], sizes: Sequence[int], target: float) -> l
     Water-filling: a block at a bound stays there and the others move further, so that neither the
     mean nor the differences between the blocks inside the bounds are lost.
     """
+    if min(wanted) == max(wanted):
+        return [target] * len(sizes)
     total = sum(sizes)
 
     def at(offset: float) -> list[float]:
@@ -60,3 +84,28 @@ def hold_mean(wanted: Sequence[float], sizes: Sequence[int], target: float) -> l
         mean = sum(s * n for s, n in zip(at(middle), sizes, strict=True)) / total
         low, high = (middle, high) if mean < target else (low, middle)
     return at(high)
+
+
+def whole_kept(sparsities: Sequence[float], sizes: Sequence[int], group: int) -> list[int]:
+    """The N of N:`group` for each block, whole numbers whose weighted mean is the nearest possible.
+
+    Every N is one of the two whole numbers around (1 - sparsity) * `group`: those that lie highest
+    above the lower one are rounded up, as long as that brings the mean nearer.
+    """
+    wanted = [(1 - sparsity) * group for sparsity in sparsities]
+    kept = [math.floor(value + 1e-9) for value in wanted]
+    short = sum((w - k) * n for w, k, n in zip(wanted, kept, sizes, strict=True))
+    by_rest = sorted(range(len(kept)), key=lambda index: kept[index] - wanted[index])
+    for index in by_rest:
+        if kept[index] < wanted[index] - 1e-9 and abs(short - sizes[index]) < abs(short):
+            kept[index] += 1
+            short -= sizes[index]
+    return kept
+
+
+def _scaled(values: Sequence[float], spread: float) -> list[float]:
+    """`values` moved and scaled to the range [0, 2 * spread]; all 0 when they are equal."""
+    lowest, highest = min(values), max(values)
+    if highest == lowest:
+        return [0.0] * len(values)
+    return [(value - lowest) / (highest - lowest) * 2 * spread for value in values]

@@ -5,16 +5,22 @@ the model, never by hand, so that every architecture and version is right by con
 """
 
 import contextlib
+import math
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family, family_of
+from owl_deploy.prune import sparsegpt
 
 
 class _Stop(Exception):
@@ -46,13 +52,16 @@ class Skeleton:
         }
 
     @contextlib.contextmanager
-    def loaded(self, name: str) -> Iterator[nn.Module]:
-        """The module `name` with its weights on the device, in the computing dtype, for a while."""
+    def loaded(
+        self, name: str, weights: dict[str, torch.Tensor] | None = None
+    ) -> Iterator[nn.Module]:
+        """The module `name` on the device, in the computing dtype, for as long as the block runs.
+
+        Its tensors come from the checkpoint, or are `weights`, keyed as in its state_dict.
+        """
         module = self.model.get_submodule(name)
-        state = {
-            key: value.to(self.device, self.dtype, copy=True)
-            for key, value in self.checkpoint.read_module(name).items()
-        }
+        tensors = self.checkpoint.read_module(name) if weights is None else weights
+        state = {key: value.to(self.device, self.dtype) for key, value in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
@@ -67,20 +76,24 @@ class Skeleton:
             module.to("meta")
 
     @torch.no_grad()
-    def embed(self, windows: torch.Tensor, batch: int) -> "Activations":
-        """What enters the first block for `windows` [samples, length], and each one's arguments."""
+    def embed(self, windows: torch.Tensor, batch: int, scratch: Path) -> "Activations":
+        """What enters the first block for `windows` [samples, length], and each one's arguments.
+
+        `batch` windows at a time; `scratch` is a folder for states that memory does not hold.
+        """
         backbone = self.model.get_submodule(self.family.backbone)
         with contextlib.ExitStack() as stack:
             for name in self.family.embeddings:
                 stack.enter_context(self.loaded(name))
             _move_buffers(backbone, self.device)
             # All windows have one length and no padding: one look at the arguments serves them all.
-            _, arguments = self._first_hidden(backbone, windows[:1])
-            hidden = [
-                self._first_hidden(backbone, part.to(self.device))[0]
-                for part in torch.split(windows, batch)
-            ]
-        return Activations(hidden, arguments)
+            first, arguments = self._first_hidden(backbone, windows[:1])
+            shape = (len(windows), *first.shape[1:])
+            hidden = _room_for(shape, first.dtype, self.device, scratch)
+            for start in range(0, len(windows), batch):
+                part = slice(start, start + batch)
+                hidden[part] = self._first_hidden(backbone, windows[part])[0].to(hidden.device)
+        return Activations(hidden, arguments, batch, self.device)
 
     def _first_hidden(
         self, backbone: nn.Module, ids: torch.Tensor
@@ -108,46 +121,52 @@ class Skeleton:
 
 
 class Activations:
-    """The hidden states between two blocks: batches of [samples, length, hidden], changed in place.
+    """The hidden states between two blocks, [samples, length, width], changed in place.
 
-    `arguments`: what the model gives each block besides (masks, rotary tables), by block.
+    They lie on the device, in memory, or in a mapped file; `batch` samples at a time go through a
+    block. `arguments`: what the model gives each block besides (masks, rotary tables), by block.
     """
 
-    def __init__(self, batches: list[torch.Tensor], arguments: list[dict[str, Any]]) -> None:
-        self.batches, self.arguments = batches, arguments
-
-    def clone(self) -> "Activations":
-        """A copy that another pass can change."""
-        return Activations([batch.clone() for batch in self.batches], self.arguments)
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        arguments: list[dict[str, Any]],
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        self.hidden, self.arguments, self.batch, self.device = hidden, arguments, batch, device
 
     @torch.no_grad()
     def through(
-        self,
-        block: nn.Module,
-        index: int,
-        advance: Callable[[float], None],
-        *,
-        keep: bool,
+        self, block: nn.Module, index: int, advance: Callable[[float], None], *, keep: bool
     ) -> None:
-        """Run every batch through `block`; with `keep` its outputs become the new hidden states."""
-        for number, batch in enumerate(self.batches):
-            output = block(batch, **self.arguments[index])
+        """Run every sample through `block`; with `keep` its outputs become the new hidden states.
+
+        `advance` is called with the number of samples done.
+        """
+        for start in range(0, len(self.hidden), self.batch):
+            part = slice(start, start + self.batch)
+            inputs = self.hidden[part].to(self.device)
+            output = block(inputs, **self.arguments[index])
             if keep:
-                self.batches[number] = output[0] if isinstance(output, tuple) else output
-            advance(1)
+                states = output[0] if isinstance(output, tuple) else output
+                self.hidden[part] = states.to(self.hidden.device)
+            advance(len(inputs))
 
 
-class InputNorms:
-    """The norms of the features that enter each Linear, gathered by hooks in forward passes.
+class InputStatistics:
+    """What enters each Linear, gathered by hooks in forward passes.
 
-    Linears that are given the same tensor (q, k and v; gate and up) share one statistic.
+    Linears that are given the same tensor (q, k and v; gate and up) share one statistic, and one
+    factorisation of it. `samples` scales the norms, `hessian` says whether X^T X is gathered (its
+    diagonal then gives the norms) or the squared norms alone.
     """
 
-    def __init__(self, linears: dict[str, nn.Linear], samples: int) -> None:
-        self._samples = samples
-        self._linears = linears
-        self._squares: dict[str, torch.Tensor] = {}
+    def __init__(self, linears: dict[str, nn.Linear], samples: int, *, hessian: bool) -> None:
+        self._samples, self._linears, self._hessian = samples, linears, hessian
+        self._sums: dict[str, torch.Tensor] = {}
         self._leader: dict[str, str] = {}
+        self._factors: dict[str, sparsegpt.Factor] = {}
         self._current: list[tuple[torch.Tensor, str]] = []
 
     @contextlib.contextmanager
@@ -164,28 +183,60 @@ class InputNorms:
                 handle.remove()
             self._current.clear()
 
-    def of(self, name: str) -> torch.Tensor:
+    def norm(self, name: str) -> torch.Tensor:
         """sqrt(sum over tokens of x_j^2 / samples) for the Linear `name`, [in], float32."""
-        return (self._squares[self._leader[name]] / self._samples).sqrt().float()
+        total = self._sums[self._leader[name]]
+        return ((total.diagonal() if self._hessian else total) / self._samples).sqrt().float()
+
+    def factor(self, name: str, dampening: float) -> sparsegpt.Factor:
+        """SparseGPT's factor for the Linear `name`."""
+        leader = self._leader[name]
+        if leader not in self._factors:
+            self._factors[leader] = sparsegpt.factorise(self._sums[leader], dampening)
+        return self._factors[leader]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             tensor = inputs[0]
+            if self._current and name == self._current[0][1]:
+                self._current.clear()  # the first Linear again: a new batch begins
             for seen, leader in self._current:
                 if seen is tensor:
                     self._leader[name] = leader
                     return
             if self._leader.setdefault(name, name) != name:
                 raise AssertionError(f"{name} shared an input before and does not now")
-            if self._current and name == self._current[0][1]:
-                self._current.clear()  # a new batch begins
             self._current.append((tensor, name))
-            squares = tensor.float().square().sum(dim=tuple(range(tensor.dim() - 1))).double()
-            self._squares[name] = (
-                self._squares[name] + squares if name in self._squares else squares
-            )
+            self._add(name, tensor.reshape(-1, tensor.shape[-1]).float())
 
         return record
+
+    def _add(self, name: str, rows: torch.Tensor) -> None:
+        """Add the inputs `rows` [tokens, in] to the statistic."""
+        if self._hessian:
+            if name not in self._sums:
+                self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self._sums[name].addmm_(rows.T, rows)
+        else:
+            squares = rows.square().sum(dim=0).double()
+            self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+
+
+def _room_for(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scratch: Path
+) -> torch.Tensor:
+    """An empty tensor on the device where half of what is free holds it, else in memory, else
+    in a file that is mapped."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if size < psutil.virtual_memory().available / 2:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=scratch, prefix="hidden-") as file:
+        # The mapping outlives the name: the space is given back with the tensor, or the process.
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
+        flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
+    return flat.view(shape)
 
 
 class _Recorder(nn.Module):

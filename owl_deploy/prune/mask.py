@@ -25,6 +25,16 @@ def lowest_in_rows(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     return _lowest(scores, shares.diff())
 
 
+def lowest_in_groups(scores: torch.Tensor, kept: int, group: int) -> torch.Tensor:
+    """Keep the `kept` highest scores of every `group` neighbours in a row (N:M, N = kept).
+
+    `in` must be a multiple of `group`.
+    """
+    groups = scores.reshape(-1, group)
+    count = torch.full((len(groups),), group - kept, device=scores.device)
+    return _lowest(groups, count).view_as(scores)
+
+
 def _lowest(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Mark the counts[r] lowest of each row r of `scores` [rows, n], ties by index.
 

@@ -1,38 +1,37 @@
 """`owl prune`: walk over the blocks, decide how much of each goes and which weights, write it.
 
 One block is on the device at a time. The passes over the blocks are those that are needed and no
-more: one with dense weights where the allocation wants outlier ratios, and one that prunes, in
-which each block sees what the pruned blocks before it make of the calibration text.
+more: one with dense weights where the allocation looks at scores, and one that prunes, in which
+each block sees what the pruned blocks before it make of the calibration text.
 """
 
+import contextlib
+import errno
+import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from owl_deploy import recipe
-from owl_deploy.artefact import (
-    MANIFEST,
-    check_output,
-    read_manifest,
-    staged_folder,
-    versions,
-    write_json,
-)
+from owl_deploy.artefact import MANIFEST, check_output, read_manifest, versions, write_json
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
-from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.errors import BadInput, EnvironmentFailed, OwlError, unknown_name
 from owl_deploy.progress import Advance, bar
-from owl_deploy.prune import budget, mask, score
-from owl_deploy.prune.calibrate import Activations, InputNorms, Skeleton
+from owl_deploy.prune import budget, plan, score, sparsegpt
+from owl_deploy.prune.calibrate import Activations, InputStatistics, Skeleton
+from owl_deploy.prune.methods import methods
+from owl_deploy.prune.store import Store
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
 
-_TOKENS_A_BATCH = 4096  # more is no faster on a CPU, and costs memory
+_TOKENS_A_BATCH = 4096  # on a CPU more is no faster, and leaves the caches
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,15 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A score, the group of weights within which it compares, and whether it looks at inputs."""
+class Hardware:
+    """Where and how to compute; "auto" and None are chosen by what is there."""
 
-    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    mask: Callable[[torch.Tensor, float], torch.Tensor]
-    needs_inputs: bool
-
-
-METHODS = {
-    "wanda": Method(score.wanda, mask.lowest_in_rows, needs_inputs=True),
-    "magnitude": Method(score.magnitude, mask.lowest_in_matrix, needs_inputs=False),
-}
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockReport:
     """What was asked of a block and what came out; `outlier_ratio` in percent."""
 
@@ -81,64 +74,108 @@ def prune(
     output: Path,
     settings: PruneSettings,
     calibration: Calibration | None,
+    hardware: Hardware = Hardware(),
     *,
-    device: str = "auto",
-    dtype: str = "auto",
     force: bool = False,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
-    `calibration` may be None when neither method nor allocation looks at inputs. Returns the
-    manifest. Raises `BadInput` before any work for whatever can be known to be wrong by then.
+    `calibration` may be None when neither method nor allocation looks at inputs. Every finished
+    block is durable: a run that was stopped continues with `resume`, to bit-identical weights.
+    Returns the manifest. Raises `BadInput` before any work for whatever can be known to be wrong by
+    then, and `EnvironmentFailed` for a full disk or memory.
     """
     check_output(output, force)
     started = time.perf_counter()
-    checkpoint = open_checkpoint(model)
-    run = _Run(checkpoint, settings, calibration, _device(device), dtype)
-    with staged_folder(output, force) as folder:
-        (folder / "blocks").mkdir()
-        run.execute(folder / "blocks")
-        _assemble(run, folder)
-        layers = {block.name: block.sparsity for block in run.reports}
-        comment = _describe(settings)
-        (folder / "recipe.yaml").write_text(recipe.dump_resolved(settings.method, layers, comment))
-        manifest = _manifest(run, str(model), time.perf_counter() - started)
-        write_json(folder / MANIFEST, manifest)
+    run = Run(open_checkpoint(model), settings, calibration, hardware)
+    store = Store(output, run.asked(), resume=resume, force=force)
+    with _kept_for_resuming(store):
+        reports = run.execute(store)
+        _assemble(run, store)
+        manifest = _manifest(run, reports, str(model), time.perf_counter() - started)
+        manifest["resumed"] = store.resumed
+        write_json(store.folder / MANIFEST, manifest)
+        store.finish()
     return manifest
 
 
-class _Run:
-    """One pruning of one model: the plan, and the reports as the blocks are finished."""
+class Run:
+    """One pruning of one model: what is asked, on what text, where."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         settings: PruneSettings,
         calibration: Calibration | None,
-        device: torch.device,
-        dtype: str,
+        hardware: Hardware,
     ) -> None:
         self.checkpoint, self.settings, self.calibration = checkpoint, settings, calibration
-        self.device = device
         _refuse_quantized(checkpoint)
-        self.skeleton = Skeleton(checkpoint, _dtype(dtype, checkpoint, device), device)
-        self.method = METHODS[settings.method]
-        self.count = len(self.skeleton.blocks)
-        self.names = [self.skeleton.block_name(index) for index in range(self.count)]
-        self.sizes = [
-            sum(linear.weight.numel() for linear in self.skeleton.linears(index).values())
-            for index in range(self.count)
+        self.device = _device(hardware.device)
+        dtype = _dtype(hardware.dtype, checkpoint, self.device)
+        self.skeleton = Skeleton(checkpoint, dtype, self.device)
+        options = sparsegpt.Options(settings.block_size, settings.preserve_mask)
+        self.method = methods(options)[settings.method]
+        self.names = [self.skeleton.block_name(i) for i in range(len(self.skeleton.blocks))]
+        sizes = [
+            {name: linear.weight.numel() for name, linear in self.skeleton.linears(i).items()}
+            for i in range(len(self.names))
         ]
+        self.shape = plan.select(self.names, sizes, settings.skip)
+        self._linears_a_block = [len(own) for own in sizes]
+        self._check_groups()
         self.windows = self._windows()
-        self.reports: list[BlockReport] = []
-        self._first_norms: InputNorms | None = None
+        self.batch = _batch(hardware.batch_size, self.windows, self.skeleton)
+        self._first_inputs: InputStatistics | None = None
 
     @property
-    def needs_ratios(self) -> bool:
-        return self.settings.allocation == "owl"
+    def measures(self) -> bool:
+        """Whether a pass with dense weights is needed before the budget is known."""
+        return self.settings.allocation in plan.MEASURED
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the result: a run that resumes must be asked the same."""
+        config = self.checkpoint.folder / "config.json"
+        return {
+            "model": {
+                "folder": str(self.checkpoint.folder.absolute()),
+                "config": hashlib.sha256(config.read_bytes()).hexdigest(),
+                "files": {
+                    path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+                    for path in sorted(set(self.checkpoint.files.values()))
+                },
+            },
+            "settings": self.settings.model_dump(),
+            "calibration": self._describe_calibration(),
+            "device": self.device.type,
+            "dtype": str(self.skeleton.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "batch_size": self.batch,
+            "versions": versions(),
+        }
+
+    def _describe_calibration(self) -> dict[str, Any] | None:
+        if self.windows is None or self.calibration is None:
+            return None
+        digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+        return {**asdict(self.calibration), "token_ids_sha256": digest}
+
+    def _check_groups(self) -> None:
+        if self.settings.group is None:
+            return
+        size = self.settings.group[1]
+        for index, own in enumerate(self.shape.linears):
+            for name in own:
+                columns = self.skeleton.linears(index)[name].in_features
+                if columns % size:
+                    raise BadInput(
+                        f"{self.names[index]}.{name} has {columns} inputs, no multiple of {size}.",
+                        "Choose another structure, or --skip it.",
+                    )
 
     def _windows(self) -> torch.Tensor | None:
-        if not (self.method.needs_inputs or self.needs_ratios):
+        if self.method.needs == "nothing" and not self.measures:
             return None
         calibration = self.calibration
         if calibration is None:
@@ -158,91 +195,142 @@ class _Run:
             tokens, calibration.samples, calibration.sequence_length, calibration.seed
         )
 
-    def execute(self, folder: Path) -> None:
-        """Prune every block; the finished ones lie in `folder` as BLOCK.safetensors."""
-        ratios: list[float | None] = [None] * self.count
-        if self.needs_ratios:
-            ratios = self._outlier_ratios()
-        sparsities = self._allocate(ratios)
-        hidden = self._embedded() if self.method.needs_inputs else None
-        with bar("Pruning", (2 * self.count - 1) * self._steps()) as advance:
-            for index in range(self.count):
-                weights = self._prune_block(index, sparsities[index], hidden, advance)
-                _save_block(weights, folder / f"{self.names[index]}.safetensors")
-                self.reports.append(self._report(index, ratios[index], sparsities[index], weights))
+    def execute(self, store: Store) -> list[BlockReport]:
+        """Prune every block that `store` does not hold yet; it then holds them all."""
+        statistics = self._statistics(store)
+        sparsities = self.sparsities(statistics)
+        layers = plan.resolved_layers(self.shape, sparsities, self._linears_a_block)
+        text = recipe.dump_resolved(self.settings, layers)
+        (store.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        hidden = self._embedded(store.folder) if self.method.needs != "nothing" else None
+        reports = []
+        with bar("Pruning", (2 * len(self.names) - 1) * self._samples) as advance:
+            for index, name in enumerate(self.names):
+                weights = store.load(name)
+                if weights is None:
+                    weights = self._prune_block(index, sparsities[index], hidden, advance)
+                    store.save(name, weights)
+                else:
+                    self._replay(index, weights, hidden, advance)
+                ratio = None if statistics is None else self._ratio(statistics[index])
+                reports.append(self._report(index, ratio, sparsities[index], weights))
+        return reports
 
-    def _steps(self) -> int:
-        return 1 if self.windows is None else -(-len(self.windows) // self._batch())
+    def sparsities(self, statistics: list[plan.BlockStatistics] | None) -> list[dict[str, float]]:
+        """For each block, its pruned Linears' sparsities by name."""
+        blocks = None
+        if self.settings.layers is None:
+            blocks = plan.block_sparsities(self.settings, self.shape, statistics)
+        return plan.linear_sparsities(self.settings, self.shape, blocks)
 
-    def _batch(self) -> int:
+    def _ratio(self, block: plan.BlockStatistics) -> float | None:
+        return block.outlier_ratios.get(self.settings.outlier_multiple)
+
+    @property
+    def _samples(self) -> int:
+        return 1 if self.windows is None else len(self.windows)
+
+    def _embedded(self, scratch: Path) -> Activations:
         assert self.windows is not None
-        return max(1, _TOKENS_A_BATCH // self.windows.shape[1])
+        return self.skeleton.embed(self.windows, self.batch, scratch)
 
-    def _embedded(self) -> Activations:
-        assert self.windows is not None
-        return self.skeleton.embed(self.windows, self._batch())
+    def _statistics(self, store: Store) -> list[plan.BlockStatistics] | None:
+        if not self.measures:
+            store.write("plan.json", [])
+            return None
+        found = store.read("plan.json")
+        if found is None:
+            measured = self.measure([self.settings.outlier_multiple], store.folder)
+            store.write(
+                "plan.json",
+                [[list(block.outlier_ratios.items()), block.median_score] for block in measured],
+            )
+            return measured
+        return [plan.BlockStatistics(dict(map(tuple, ratios)), median) for ratios, median in found]
 
     @torch.no_grad()
-    def _outlier_ratios(self) -> list[float | None]:
-        """Each block's outlier ratio under the dense model's own activations, in percent."""
-        hidden = self._embedded()
-        ratios: list[float | None] = []
-        with bar("Measuring outliers", self.count * self._steps()) as advance:
+    def measure(self, multiples: list[float], scratch: Path) -> list[plan.BlockStatistics]:
+        """Each block's statistics under the dense model's own activations, in one pass."""
+        hidden = self._embedded(scratch)
+        found = []
+        with bar("Measuring outliers", len(self.names) * self._samples) as advance:
             for index, name in enumerate(self.names):
                 with self.skeleton.loaded(name) as block:
-                    norms = self._gather(block, index, hidden, advance, keep=index + 1 < self.count)
-                    scores = (
-                        score.wanda(linear.weight.float(), norms.of(key))
-                        for key, linear in self.skeleton.linears(index).items()
+                    last = index + 1 == len(self.names)
+                    # The pruning pass sees the same inputs at the first block, and only there.
+                    hessian = index == 0 and self.method.needs == "hessian"
+                    inputs = self._gather(
+                        block, index, hidden, advance, keep=not last, hessian=hessian
                     )
-                    ratios.append(
-                        budget.outlier_ratio(list(scores), self.settings.outlier_multiple)
-                    )
+                    linears = self.skeleton.linears(index)
+                    scores = [
+                        score.wanda(linears[key].weight.float(), inputs.norm(key))
+                        for key in self.shape.linears[index]
+                    ]
+                    found.append(_block_statistics(scores, multiples))
                 if index == 0:
-                    self._first_norms = norms  # the pruning pass sees the same inputs there
-        return ratios
-
-    def _allocate(self, ratios: list[float | None]) -> list[float]:
-        settings = self.settings
-        if settings.allocation == "list":
-            assert settings.layers is not None
-            return _explicit(settings.layers, self.names)
-        if settings.allocation == "owl":
-            known = [ratio for ratio in ratios if ratio is not None]
-            return budget.owl(settings.sparsity, self.sizes, known, settings.spread)
-        return budget.uniform(settings.sparsity, self.sizes)
+                    self._first_inputs = inputs
+        return found
 
     @torch.no_grad()
     def _prune_block(
-        self, index: int, sparsity: float, hidden: Activations | None, advance: Advance
+        self,
+        index: int,
+        sparsities: Mapping[str, float],
+        hidden: Activations | None,
+        advance: Advance,
     ) -> dict[str, torch.Tensor]:
-        """The tensors of a pruned block, by full name, in the checkpoint's dtype."""
+        """The tensors of a pruned block, by their names in it, in the checkpoint's dtype."""
         name = self.names[index]
-        weights = {f"{name}.{key}": t for key, t in self.checkpoint.read_module(name).items()}
-        with self.skeleton.loaded(name) as block:
-            norms = None
+        weights = self.checkpoint.read_module(name)
+        linears = self.skeleton.linears(index)
+        with self.skeleton.loaded(name, weights) as block:
+            inputs = None
             if hidden is not None:
-                norms = self._pruning_norms(block, index, hidden, advance)
-            for key, linear in self.skeleton.linears(index).items():
-                dense = weights[f"{name}.{key}.weight"]
+                inputs = self._pruning_inputs(block, index, hidden, advance)
+            for key, sparsity in sparsities.items():
+                dense = weights[f"{key}.weight"]
+                group = self.settings.group
+                if group is not None:
+                    group = (round((1 - sparsity) * group[1]), group[1])
+                asked = _Asked(inputs, key, self.settings.dampening)
                 on_device = dense.to(self.device, torch.float32)
-                inputs = norms.of(key) if norms is not None else on_device.new_zeros(())
-                removed = self.method.mask(self.method.score(on_device, inputs), sparsity)
-                linear.weight.masked_fill_(removed, 0)
-                weights[f"{name}.{key}.weight"] = dense.masked_fill(removed.to(dense.device), 0)
-            if hidden is not None and index + 1 < self.count:
-                hidden.through(block, index, advance, keep=True)
-            elif hidden is None:
-                advance(2 * self._steps())
+                pruned = self.method.prune(on_device, asked, sparsity, group)
+                weights[f"{key}.weight"] = pruned.to(dense.device, dense.dtype)
+                linears[key].weight.copy_(weights[f"{key}.weight"])
+            self._pass_on(block, index, hidden, advance)
         return weights
 
-    def _pruning_norms(
+    def _pruning_inputs(
         self, block: torch.nn.Module, index: int, hidden: Activations, advance: Advance
-    ) -> InputNorms:
-        if index == 0 and self._first_norms is not None:
-            advance(self._steps())
-            return self._first_norms
-        return self._gather(block, index, hidden, advance, keep=False)
+    ) -> InputStatistics:
+        if index == 0 and self._first_inputs is not None:
+            advance(self._samples)
+            return self._first_inputs
+        hessian = self.method.needs == "hessian"
+        return self._gather(block, index, hidden, advance, keep=False, hessian=hessian)
+
+    def _replay(
+        self,
+        index: int,
+        weights: dict[str, torch.Tensor],
+        hidden: Activations | None,
+        advance: Advance,
+    ) -> None:
+        """Bring the hidden states past a block that an earlier run has finished."""
+        with self.skeleton.loaded(self.names[index], weights) as block, torch.no_grad():
+            if hidden is not None:
+                advance(self._samples)
+            self._pass_on(block, index, hidden, advance)
+
+    def _pass_on(
+        self, block: torch.nn.Module, index: int, hidden: Activations | None, advance: Advance
+    ) -> None:
+        """Run the pruned block, for what enters the next one; the last has none."""
+        if hidden is None:
+            advance(2 * self._samples)
+        elif index + 1 < len(self.names):
+            hidden.through(block, index, advance, keep=True)
 
     def _gather(
         self,
@@ -252,34 +340,87 @@ class _Run:
         advance: Advance,
         *,
         keep: bool,
-    ) -> InputNorms:
-        assert self.windows is not None
-        norms = InputNorms(self.skeleton.linears(index), len(self.windows))
-        with norms.gathering():
+        hessian: bool,
+    ) -> InputStatistics:
+        linears = self.skeleton.linears(index)
+        inputs = InputStatistics(
+            {key: linears[key] for key in self.shape.linears[index]}, self._samples, hessian=hessian
+        )
+        with inputs.gathering():
             hidden.through(block, index, advance, keep=keep)
-        return norms
+        return inputs
 
     def _report(
-        self, index: int, ratio: float | None, sparsity: float, weights: dict[str, torch.Tensor]
+        self,
+        index: int,
+        ratio: float | None,
+        sparsities: Mapping[str, float],
+        weights: dict[str, torch.Tensor],
     ) -> BlockReport:
-        name, size = self.names[index], self.sizes[index]
-        zeros = sum(
-            int((weights[f"{name}.{key}.weight"] == 0).sum())
-            for key in self.skeleton.linears(index)
-        )
-        return BlockReport(name, ratio, sparsity, zeros / size, size)
+        sizes = self.shape.linears[index]
+        total = sum(sizes.values())
+        asked = sum(sparsities.get(key, 0.0) * size for key, size in sizes.items())
+        zeros = sum(int((weights[f"{key}.weight"] == 0).sum()) for key in sizes)
+        return BlockReport(self.names[index], ratio, asked / total, zeros / total, total)
 
 
-def _explicit(layers: dict[str, float], names: list[str]) -> list[float]:
-    missing = [name for name in names if name not in layers]
-    strange = [name for name in layers if name not in names]
-    if missing or strange:
-        raise BadInput(
-            f"The recipe's layers are not the model's: {(strange + missing)[0]} "
-            f"{'is not in the model' if strange else 'has no sparsity'}.",
-            f"The model has {len(names)} blocks, from {names[0]} to {names[-1]}.",
-        )
-    return [layers[name] for name in names]
+@dataclass(frozen=True)
+class _Asked:
+    """The inputs of one Linear, as a method asks for them (see `methods.Inputs`)."""
+
+    statistics: InputStatistics | None
+    name: str
+    dampening: float
+
+    def norm(self) -> torch.Tensor:
+        assert self.statistics is not None
+        return self.statistics.norm(self.name)
+
+    def factor(self) -> sparsegpt.Factor:
+        assert self.statistics is not None
+        return self.statistics.factor(self.name, self.dampening)
+
+
+def _block_statistics(scores: list[torch.Tensor], multiples: list[float]) -> plan.BlockStatistics:
+    if not scores:  # every Linear of the block is skipped
+        return plan.BlockStatistics(dict.fromkeys(multiples, 0.0), 0.0)
+    ratios = budget.outlier_ratios(scores, multiples)
+    return plan.BlockStatistics(
+        dict(zip(multiples, ratios, strict=True)), budget.median_score(scores)
+    )
+
+
+@contextlib.contextmanager
+def _kept_for_resuming(store: Store) -> Iterator[None]:
+    """Keep what is finished when a run is stopped; drop it when it could only fail again."""
+    try:
+        yield
+    except BadInput:
+        store.discard()
+        raise
+    except (KeyboardInterrupt, OwlError, OSError, RuntimeError) as error:
+        kept = store.has_work
+        if kept:
+            store.close()
+        else:
+            store.discard()
+        way_out = "then run again with --resume" if kept else "then run again"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise EnvironmentFailed(
+                f"The disk of {store.output.parent} is full.", f"Make room, {way_out}."
+            ) from error
+        if _is_out_of_memory(error):
+            raise EnvironmentFailed(
+                "There is not enough memory.",
+                f"Free some, or use a smaller --batch-size, {way_out}.",
+            ) from error
+        raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -312,56 +453,48 @@ def _dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dty
     return known[name]
 
 
-def _save_block(weights: dict[str, torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
+def _batch(given: int | None, windows: torch.Tensor | None, skeleton: Skeleton) -> int:
+    """Samples that go through a block together: as many as a quarter of the free memory holds."""
+    if given is not None:
+        if given < 1:
+            raise BadInput("--batch-size must be at least 1.")
+        return given
+    if windows is None:
+        return 1
+    config = skeleton.checkpoint.config
+    width = 8 * config.get("hidden_size", 0) + 4 * config.get("intermediate_size", 0)
+    sample = windows.shape[1] * width * skeleton.dtype.itemsize
+    if skeleton.device.type == "cuda":
+        free = torch.cuda.mem_get_info(skeleton.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+        free = min(free, 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
+    return max(1, min(len(windows), int(free // 4 // max(sample, 1))))
 
-    save_file(weights, path)
 
-
-def _assemble(run: _Run, folder: Path) -> None:
+def _assemble(run: Run, store: Store) -> None:
     """Put the finished blocks and the untouched tensors together, as a checkpoint."""
-    from safetensors import safe_open
-
-    blocks = folder / "blocks"
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         pruned = set()
         for name in run.names:
-            with safe_open(blocks / f"{name}.safetensors", framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    pruned.add(key)
-                    yield key, file.get_tensor(key)
+            weights = store.load(name)
+            assert weights is not None
+            for key, tensor in weights.items():
+                pruned.add(f"{name}.{key}")
+                yield f"{name}.{key}", tensor
         for key in run.checkpoint.files:
             if key not in pruned:
                 yield key, run.checkpoint.read(key)
 
-    shards(tensors(), folder)
-    for name in run.names:
-        (blocks / f"{name}.safetensors").unlink()
-    blocks.rmdir()
-    write_compatible(run.checkpoint, folder)
+    shards(tensors(), store.folder)
+    write_compatible(run.checkpoint, store.folder)
 
 
-def _describe(settings: PruneSettings) -> str:
-    lines = [f"Resolved by owl prune: {settings.method}, {settings.allocation}, "]
-    lines[0] += f"{settings.sparsity:.4g} of the blocks' weights removed."
-    if settings.allocation == "owl":
-        lines.append(
-            f"OWL: outlier multiple (M) {settings.outlier_multiple:g}, "
-            f"spread (lambda) {settings.spread:g}."
-        )
-    return "\n".join(lines)
-
-
-def _manifest(run: _Run, source: str, seconds: float) -> dict[str, Any]:
-    import hashlib
-
-    total = sum(run.sizes)
-    calibration = None
-    if run.windows is not None and run.calibration is not None:
-        digest = hashlib.sha256(run.windows.numpy().tobytes()).hexdigest()
-        calibration = {**asdict(run.calibration), "token_ids_sha256": digest}
+def _manifest(run: Run, reports: list[BlockReport], source: str, seconds: float) -> dict[str, Any]:
+    total = sum(block.weights for block in reports)
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    on_gpu = run.device.type == "cuda"
     return {
         "kind": "checkpoint",
         "versions": versions(),
@@ -369,18 +502,16 @@ def _manifest(run: _Run, source: str, seconds: float) -> dict[str, Any]:
         "source": source,
         "source_manifest": read_manifest(run.checkpoint.folder) or None,
         "settings": run.settings.model_dump(),
-        "calibration": calibration,
+        "calibration": run._describe_calibration(),
         "device": str(run.device),
         "dtype": str(run.skeleton.dtype).removeprefix("torch."),
         "weights": total,
         "sparsity": {
-            "asked": sum(b.sparsity * b.weights for b in run.reports) / total,
-            "achieved": sum(b.achieved * b.weights for b in run.reports) / total,
+            "asked": sum(b.sparsity * b.weights for b in reports) / total,
+            "achieved": sum(b.achieved * b.weights for b in reports) / total,
         },
-        "blocks": [asdict(block) for block in run.reports],
+        "blocks": [asdict(block) for block in reports],
         "wall_seconds": seconds,
         "peak_memory_bytes": peak_kib * 1024,
-        "peak_device_memory_bytes": (
-            torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None
-        ),
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }

@@ -15,3 +15,18 @@ def wanda(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
     factor changes no comparison.
     """
     return weight.abs() * input_norm
+
+
+def wanda_share(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
+    """The share of its row's score that goes with a weight and all lower ones of the row.
+
+    Wanda's variant (arXiv 2306.11695, appendix; `--use_variant` in its code) searches one alpha
+    such that removing from each row the lowest scores that sum to alpha times the row's total
+    meets the target. That is to rank the weights of the whole matrix by this share, which needs no
+    search and meets the target exactly. Shape [out, in], values in [0, 1].
+    """
+    scores = wanda(weight, input_norm)
+    ordered, order = scores.sort(dim=1, stable=True)
+    running = ordered.cumsum(dim=1, dtype=torch.float64)
+    share = running / running[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.empty_like(share).scatter_(1, order, share)

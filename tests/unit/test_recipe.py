@@ -27,10 +27,36 @@ def test_there_are_shipped_recipes():
 @pytest.mark.parametrize("method", recipe.METHODS)
 def test_a_resolved_recipe_reads_back(tmp_path, method):
     layers = {"model.layers.0": 0.125, "model.layers.1": 0.1 + 0.2, "model.layers.10": 0.7}
-    text = recipe.dump_resolved(method, layers, comment="two\nlines")
-    found = recipe.load(write(tmp_path, text))
-    assert found == {"method": method, "allocation": "list", "layers": layers}
+    given = recipe.settings(method=method, block_size=64, dampening=0.02)
+    text = recipe.dump_resolved(given, layers)
+    found = recipe.settings(**recipe.load(write(tmp_path, text)))
+    assert (found.allocation, found.layers) == ("list", layers)
+    assert found.method == method.removesuffix("-variant")
+    if method == "sparsegpt":
+        assert (found.block_size, found.dampening) == (64, 0.02)
     assert set(yaml.safe_load(text)) == {"oneshot_stage"}
+
+
+@pytest.mark.parametrize("method", recipe.METHODS)
+def test_a_resolved_recipe_with_mixed_groups_reads_back(tmp_path, method):
+    layers = {"model.layers.0": 0.625, "model.layers.1": 0.5, "model.layers.2": 0.375}
+    text = recipe.dump_resolved(recipe.settings(method=method, structure="4:8"), layers)
+    removed = [group["mask_structure"] for group in modifiers(text)]
+    assert sorted(removed) == ["3:8", "4:8", "5:8"]  # SparseML says how many go
+    found = recipe.settings(**recipe.load(write(tmp_path, text)))
+    assert (found.layers, found.group) == (layers, (4, 8))
+
+
+def modifiers(text: str) -> list[dict]:
+    stage = yaml.safe_load(text)["oneshot_stage"]
+    return [arguments for group in stage.values() for arguments in group.values()]
+
+
+def test_skipped_layers_leave_linears_as_targets(tmp_path):
+    layers = {"model.layers.0.mlp.up_proj": 0.5, "model.layers.1": 0.25}
+    for method in ("wanda", "magnitude"):
+        text = recipe.dump_resolved(recipe.settings(method=method), layers)
+        assert recipe.load(write(tmp_path, text))["layers"] == layers
 
 
 def test_sparsemls_own_owl_recipe_is_read(tmp_path):
@@ -101,6 +127,13 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
         ({"allocation": "owls"}, "Did you mean 'owl'"),
         ({"spread": -0.1}, "spread"),
         ({"outlier_multiple": float("inf")}, "outlier_multiple"),
+        ({"structure": "4:2"}, "neither 'unstructured' nor N:M"),
+        ({"structure": "0:4"}, "neither 'unstructured' nor N:M"),
+        ({"structure": "2-4"}, "neither 'unstructured' nor N:M"),
+        ({"structure": "2:4", "sparsity": 0.7}, "contradicts the structure"),
+        ({"block_size": 0}, "block_size"),
+        ({"dampening": -1}, "dampening"),
+        ({"allocation": "list"}, "come together"),
     ],
 )
 def test_impossible_settings_get_a_sentence(values, complaint):

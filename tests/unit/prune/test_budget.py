@@ -47,5 +47,4 @@ def test_a_bound_moves_the_others_and_keeps_their_differences():
 
 def test_outlier_ratio_counts_over_the_whole_block():
     scores = [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 9.0]])]  # mean 3, so 2 * 3 < 9
-    assert budget.outlier_ratio(scores, 2) == 25.0
-    assert budget.outlier_ratio(scores, 3) == 0.0  # 9 is not above 9
+    assert budget.outlier_ratios(scores, [2, 3]) == [25.0, 0.0]  # 9 is not above 3 * 3

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from owl_deploy import recipe
 from owl_deploy.errors import BadInput
-from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune.run import Calibration, Hardware, prune
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
 from tests.reference import owl as reference
@@ -128,21 +128,21 @@ def test_the_recipe_lists_the_blocks_in_model_order(llama, tmp_path, calibration
     assert modifier["sparsity"] == [block["sparsity"] for block in manifest["blocks"]]
 
 
-def test_an_interrupted_run_leaves_nothing(llama, tmp_path, calibration, monkeypatch):
+def test_an_interrupted_run_leaves_only_what_resumes(llama, tmp_path, calibration, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("owl_deploy.prune.run._assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(llama, tmp_path / "out", recipe.settings(), calibration)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.owl-partial"]
 
 
 @pytest.mark.gpu
 def test_cuda_gives_the_same_masks_but_for_rounding(llama, tmp_path, calibration):
     for device in ("cpu", "cuda"):
         settings = recipe.settings(sparsity=0.5)
-        prune(llama, tmp_path / device, settings, calibration, device=device, dtype="float32")
+        prune(llama, tmp_path / device, settings, calibration, Hardware(device, "float32"))
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "cuda"))
     for name in a:
         assert ((a[name] == 0) == (b[name] == 0)).float().mean() > 0.999

@@ -1,0 +1,123 @@
+"""SparseGPT: remove weights and let the others of their row make up for them (arXiv 2301.00774)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from owl_deploy.errors import BadInput
+from owl_deploy.prune import mask
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What SparseGPT needs of a Linear's inputs; Linears with the same input share one.
+
+    `upper` [in, in]: the upper Cholesky factor of the inverse of the dampened Hessian; `dead` [in]:
+    the inputs that are always zero.
+    """
+
+    upper: torch.Tensor
+    dead: torch.Tensor
+
+
+def factorise(hessian: torch.Tensor, dampening: float) -> Factor:
+    """Factorise X^T X [in, in] (any scale), with `dampening` times its mean diagonal added.
+
+    Raises `BadInput` when it is not positive definite even so.
+    """
+    damped = hessian.float().clone()
+    diagonal = damped.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    diagonal += dampening * diagonal.mean()
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+    except torch._C._LinAlgError as error:
+        raise BadInput(
+            "The inputs of a layer depend on each other too much for SparseGPT.",
+            "Give more --samples, or a larger --dampening.",
+        ) from error
+    return Factor(upper, dead)
+
+
+@dataclass(frozen=True)
+class Options:
+    """`block_size`: columns whose updates are delayed together, and whose weights are compared.
+
+    `preserve_mask`: weights that are zero already stay so, and count.
+    """
+
+    block_size: int = 128
+    preserve_mask: bool = False
+
+
+def prune(
+    weight: torch.Tensor,
+    factor: Factor,
+    sparsity: float,
+    group: tuple[int, int] | None,
+    options: Options,
+) -> torch.Tensor:
+    """The pruned and updated weight [out, in], float32, from a dense one (algorithm 1).
+
+    Unstructured (`group` None): of each block of columns the weights with the lowest
+    w^2 / [H^-1]_jj over all rows go, so many that the blocks together meet `sparsity`. With `group`
+    (N, M): all but N in every M neighbours of a row.
+    """
+    weight = weight.float().clone()
+    keep_zero = weight == 0 if options.preserve_mask else None
+    weight[:, factor.dead] = 0
+    rows, columns = weight.shape
+    step = options.block_size
+    if group:  # a group must not straddle two blocks
+        step = max(step - step % group[1], group[1])
+    for start in range(0, columns, step):
+        end = min(start + step, columns)
+        # The count for this block is what is due by its end: rounding never adds up.
+        due = round(sparsity * rows * end) - round(sparsity * rows * start)
+        block = weight[:, start:end]
+        upper = factor.upper[start:end, start:end]
+        zero = None if keep_zero is None else keep_zero[:, start:end]
+        errors = _prune_block(block, upper, due / block.numel(), group, zero)
+        weight[:, end:] -= errors @ factor.upper[start:end, end:]
+    return weight
+
+
+def _prune_block(
+    block: torch.Tensor,
+    upper: torch.Tensor,
+    sparsity: float,
+    group: tuple[int, int] | None,
+    keep_zero: torch.Tensor | None,
+) -> torch.Tensor:
+    """Prune `block` [out, b] in place; the errors [out, b] that the later columns make up for."""
+    diagonal = upper.diagonal()
+    errors = torch.empty_like(block)
+    removed = torch.zeros_like(block, dtype=torch.bool)
+    if group is None:
+        removed = mask.lowest_in_matrix(_scores(block, diagonal, keep_zero), sparsity)
+        if keep_zero is not None:
+            removed |= keep_zero
+    for column in range(block.shape[1]):
+        if group is not None and column % group[1] == 0:
+            part = slice(column, column + group[1])
+            zero = None if keep_zero is None else keep_zero[:, part]
+            scores = _scores(block[:, part], diagonal[part], zero)
+            removed[:, part] = mask.lowest_in_groups(scores, *group)
+            if zero is not None:
+                removed[:, part] |= zero
+        values = block[:, column]
+        error = values.where(removed[:, column], 0) / diagonal[column]
+        block[:, column:] -= error.unsqueeze(1) * upper[column, column:].unsqueeze(0)
+        values[removed[:, column]] = 0  # exactly, whatever the update left of them
+        errors[:, column] = error
+    return errors
+
+
+def _scores(
+    block: torch.Tensor, diagonal: torch.Tensor, keep_zero: torch.Tensor | None
+) -> torch.Tensor:
+    """The error that removing each weight makes; negative for those that are gone already."""
+    scores = (block / diagonal) ** 2
+    return scores if keep_zero is None else scores.masked_fill(keep_zero, -1)
