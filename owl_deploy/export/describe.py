@@ -27,8 +27,8 @@ def graph(path: Path) -> dict[str, Any]:
     """Operators, weights and quantization of the model at `path`, read from the file as it is.
 
     `weights`: for each weight of two axes or more, its shape, values and non-zeros; a quantized one
-    counts its codes that stand for zero. `total`, `nonzeros` and `sparsity` are over the weights of the linear layers
-    (matrix products), the head among them, not the embedding.
+    counts its codes that stand for zero. `total`, `nonzeros` and `sparsity`
+    are over the weights of the linear layers, the head among them, not the embedding.
     """
     model = onnx.load_model(path, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}

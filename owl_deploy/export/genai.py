@@ -103,7 +103,7 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
     if returncode == 0 and (folder / "model.onnx").is_file():
         return
     if _UNSUPPORTED in words:
-        raise FamilyNotBuilt
+        raise FamilyNotBuilt(words.strip().splitlines()[-1])
     if _FULL_DISK in words:
         raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
     if "No module named" in words:

@@ -77,7 +77,8 @@ class Session:
             if name.startswith("past_key_values"):
                 _, heads, _, size = value.shape
                 size = size if isinstance(size, int) else self._head_size
-                self._past[name] = np.full((1, heads, padding, size), _GARBAGE, np.float32)
+                kind = np.float16 if value.type == "tensor(float16)" else np.float32
+                self._past[name] = np.full((1, heads, padding, size), _GARBAGE, kind)
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Feed `tokens` after what is in the cache; their logits [tokens, vocabulary]."""
@@ -132,13 +133,16 @@ def check(
     `EngineFailed` when ONNX Runtime agrees and the engine does not.
     """
     progress("Comparing with PyTorch in ONNX Runtime")
-    figures = _in_onnxruntime(deployment, reference)
+    try:
+        figures = _in_onnxruntime(deployment, reference)
+    except Exception as error:  # ONNX Runtime's errors share no class of their own
+        raise EngineFailed(f"ONNX Runtime cannot run the exported graph: {error}") from error
     for name, figure in figures.items():
         _judge(figure, tolerance, ParityFailed, f"in ONNX Runtime ({name})")
     if engine is not None and engines.is_installed(engine):
         progress(f"Generating {len(reference.greedy)} tokens in {engine}")
         asked = _in_engine(deployment, reference, engine, least_context)
-        figures[engine] = asked
+        figures[f"{engine} generating"] = asked
         _judge(asked, tolerance, EngineFailed, f"in {engine}, though ONNX Runtime agrees")
     return {
         "prompt_tokens": len(reference.prompt),
@@ -148,7 +152,9 @@ def check(
         "largest_difference": max(f["largest_difference"] for f in figures.values()),
         "relative_difference": max(f["relative_difference"] for f in figures.values()),
         "equal_greedy_tokens": min(f.get("equal_greedy_tokens", 1.0) for f in figures.values()),
-        "equal_generated_tokens": figures.get(str(engine), {}).get("equal_generated_tokens"),
+        "equal_generated_tokens": figures.get(f"{engine} generating", {}).get(
+            "equal_generated_tokens"
+        ),
         "runs": figures,
     }
 

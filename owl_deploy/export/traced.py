@@ -232,7 +232,8 @@ def traceable(model: Any) -> Iterator[Decoder]:  # noqa: ANN401 - transformers i
         for name, module in rotaries:
             model.set_submodule(name, RotaryTable(module, max_context(model.config)))
         model.set_attn_implementation(_ATTENTION)
-        yield Decoder(model, Heads.of(model.config), attention)
+        # eval(): the exporter leaves a module, with all in it, in the mode that it found it in.
+        yield Decoder(model, Heads.of(model.config), attention).eval()
     finally:
         for name, module in rotaries:
             model.set_submodule(name, module)
