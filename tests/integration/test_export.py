@@ -1,0 +1,242 @@
+"""`owl export` as a user runs it: both targets on a real chain, in the real engines."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from owl_deploy import artefact, cli, engines
+from owl_deploy.export.source import Source
+from tests import tiny
+
+DEEPSPARSE = engines.is_installed("deepsparse")
+
+
+@pytest.fixture
+def owl(capsys, monkeypatch):
+    """Run a command line in this process; return its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["owl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_deepsparse(owl, tmp_path, tied):
+    checkpoint = tiny.write_llama(tmp_path / "model", tie_word_embeddings=tied)
+    code, out, err = owl("export", checkpoint, "-o", tmp_path / "out", "-t", "deepsparse")
+    assert code == 0, err
+    assert "parity" in out
+    table = [line for line in out.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, table)) <= 80
+    manifest = artefact.read_manifest(tmp_path / "out")
+    assert (manifest["kind"], manifest["target"], manifest["opset"]) == (
+        "deployment",
+        "deepsparse",
+        14,
+    )
+    runs = manifest["parity"]["runs"]
+    assert ("deepsparse generating" in runs) == DEEPSPARSE
+    assert all(run["relative_difference"] < 1e-5 for run in runs.values())
+    assert manifest["parity"]["equal_greedy_tokens"] == 1.0
+    assert sum(manifest["nodes"].values()) > 50
+    assert manifest["source"]["path"] == str(checkpoint)
+    for name, row in manifest["files"].items():
+        assert artefact.sha256(tmp_path / "out" / name) == row["sha256"]
+    assert {"model.onnx", "config.json", "tokenizer.json"} <= set(manifest["files"])
+
+
+@pytest.mark.skipif(not DEEPSPARSE, reason="owl engines install deepsparse")
+def test_deepsparse_agrees_over_greedy_tokens_with_its_internal_cache(owl, tmp_path):
+    checkpoint = tiny.write_llama(tmp_path / "model")
+    assert owl("export", checkpoint, "-o", tmp_path / "out", "-t", "deepsparse")[0] == 0
+    reference = Source(checkpoint).reference
+    with engines.EngineProcess("deepsparse", tmp_path / "out", context=256) as process:
+        logits_file = tmp_path / "logits.npy"
+        answer = process.request(
+            "greedy", tokens=reference.prompt, count=32, logits_file=str(logits_file)
+        )
+    assert answer["tokens"] == reference.greedy
+    wanted = reference.logits[len(reference.prompt) - 1 :]
+    assert np.abs(np.load(logits_file) - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_onnxruntime(owl, llama, tmp_path, precision):
+    out = tmp_path / "out"
+    code, text, err = owl("export", llama, "-o", out, "-p", precision, "--json")
+    assert code == 0, err
+    manifest = json.loads(text)
+    assert manifest == artefact.read_manifest(out)
+    assert manifest["precision"] == precision
+    parity = manifest["parity"]
+    assert "onnxruntime generating" in parity["runs"]
+    if precision == "fp32":
+        assert parity["relative_difference"] < 1e-5
+        assert parity["equal_generated_tokens"] == 1.0
+        assert manifest["quantization"] is None
+        assert "GroupQueryAttention" in manifest["nodes"]
+    else:
+        assert parity["tolerance"] is None
+        assert 1e-5 < parity["relative_difference"] < 1
+        assert manifest["quantization"]["bits"] == int(precision.removeprefix("int"))
+    _generates(out)
+
+
+def _generates(deployment):
+    """The folder opens in stock onnxruntime-genai, tokenizer and all."""
+    model = onnxruntime_genai.Model(str(deployment))
+    tokenizer = onnxruntime_genai.Tokenizer(model)
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=24, min_length=24)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    prompt = tokenizer.encode("The river ran past the mill")
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert len(generator.get_sequence(0)) == 24
+
+
+def test_sparsity_of_what_was_exported(owl, llama, text_file, tmp_path):
+    pruned = tmp_path / "pruned"
+    options = ["--calibration", text_file, "--samples", 2, "--sequence-length", 64]
+    assert owl("prune", llama, "-o", pruned, "--sparsity", 0.7, *options)[0] == 0
+    code, text, err = owl("export", pruned, "-o", tmp_path / "out", "-t", "deepsparse", "--json")
+    assert code == 0, err
+    manifest = json.loads(text)
+    blocks = [row for name, row in manifest["weights"].items() if "layers" in name]
+    zeros = 1 - sum(row["nonzeros"] for row in blocks) / sum(row["values"] for row in blocks)
+    assert zeros == pytest.approx(0.7, abs=1e-3)
+    assert manifest["source"]["manifest"]["kind"] == "checkpoint"
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def poison(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def lose_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("target", ["deepsparse", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (shutil.rmtree, "There is no model folder"),
+        (empty, "is missing"),
+        (truncate, "is corrupt"),
+        (poison, "holds NaN or infinity"),
+        (lose_tensor, "lacks 1 tensors"),
+        (change_config(hidden_size=32), "cannot load"),
+        (change_config(model_type="bloom"), "Unknown model family 'bloom'"),
+        (change_config(num_local_experts=8), "mixture of experts"),
+        (change_config(architectures=["LlamaModel"]), "is no causal language model"),
+        (change_config(quantization_config={"quant_method": "gptq"}), "quantized already"),
+    ],
+)
+def test_a_broken_checkpoint(owl, llama, tmp_path, damage, complaint, target):
+    folder = shutil.copytree(llama, tmp_path / "damaged")
+    damage(folder)
+    before = sorted(tmp_path.iterdir())
+    code, out, err = owl("export", folder, "-o", tmp_path / "out", "-t", target)
+    assert (code, complaint in err) == (2, True), err
+    assert out == ""
+    assert len([line for line in err.splitlines() if line.startswith("owl: ")]) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_without_a_tokenizer(owl, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    lose_tokenizer(folder)
+    code, _, err = owl("export", folder, "-o", tmp_path / "out", "-t", "onnxruntime")
+    assert (code, "has no tokenizer" in err) == (2, True)
+    assert owl("export", folder, "-o", tmp_path / "out", "-t", "deepsparse")[0] == 0
+
+
+def test_an_existing_folder(owl, llama, tmp_path):
+    command = ["export", llama, "-o", tmp_path / "out", "-t", "deepsparse"]
+    assert owl(*command)[0] == 0
+    before = (tmp_path / "out" / "owl.json").read_text()
+    code, _, err = owl(*command)
+    assert (code, "exists already. Use --force" in err) == (2, True)
+    assert (tmp_path / "out" / "owl.json").read_text() == before
+    assert owl(*command, "--force")[0] == 0
+    assert (tmp_path / "out" / "owl.json").read_text() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("target", ["deepsparse", "onnxruntime"])
+def test_a_kill_leaves_nothing_that_looks_finished(llama, tmp_path, target):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "owl_deploy", "export", llama, "-o", tmp_path / "out", "-t", target],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.owl-tmp-*/*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    assert not any(artefact.is_artefact(path) for path in tmp_path.iterdir())
+    while _mention(tmp_path):  # the builder's process ends with its parent
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    again = [sys.executable, "-m", "owl_deploy", "export", llama, "-o", tmp_path / "out"]
+    subprocess.run([*again, "-t", target], check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _mention(folder: Path) -> list[int]:
+    """The processes whose command line names a path in `folder`."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in word for word in process.info["cmdline"] or []):
+            found.append(process.pid)
+    return found
