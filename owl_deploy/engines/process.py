@@ -34,8 +34,9 @@ class EngineProcess:
     """A deployment opened by an engine in a fresh process, for the length of a `with` block.
 
     `context` is the tokens that the cache must hold, `timeout_s` the limit of each request; with
-    `all_logits` the requests that need the logits of every position can be made. `loaded` is the
-    answer to the load request: seconds, version, runtime, isa, threads.
+    `all_logits` the requests that need the logits of every position can be made; `batch` rows are
+    decoded together, `streams` decoders share the model. `loaded` is the answer to the load
+    request: seconds, version, runtime, isa, threads.
 
     Entering raises `EnvironmentFailed` when the engine is not installed, and `EngineFailed`, with
     the engine's own last words, when it refuses the model, aborts, or takes too long.
@@ -50,13 +51,15 @@ class EngineProcess:
         context: int = DEFAULT_CONTEXT,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         all_logits: bool = False,
+        batch: int = 1,
+        streams: int = 1,
     ) -> None:
         self.engine: Engine = get_engine(engine)
         self.deployment = deployment
         self.threads = threads or default_threads()
         self.context = context
         self.timeout_s = timeout_s
-        self.all_logits = all_logits
+        self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}
         self.loaded: dict[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
@@ -70,7 +73,7 @@ class EngineProcess:
                 folder=str(self.deployment.absolute()),
                 threads=self.threads,
                 context=self.context,
-                all_logits=self.all_logits,
+                **self.options,
             )
         except BaseException:
             self.close()

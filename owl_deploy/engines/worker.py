@@ -1,17 +1,22 @@
 """The process an engine runs in: JSON requests on stdin, JSON answers on stdout, one a line.
 
-Started as `python -I worker.py DRIVER.py` with the Python of the engine's own environment, which
-may be as old as 3.8: no import of owl_deploy here. A driver has one class, `Driver`, with
+Started as `python -I worker.py DRIVER.py PARENT_PID` with the Python of the engine's environment,
+which may be as old as 3.8: no import of owl_deploy here. A driver has one class, `Driver`, with
 
-    load(folder, threads, context, all_logits) -> dict   open the model; its version, isa, ...
-    reset()                                              an empty cache
-    prompt(tokens) -> int                                run a prompt, return the next token
-    next() -> int                                        one decode step after prompt() or next()
-    extend(tokens) -> [vocab]                            run tokens, logits of the last one
-    logits(tokens) -> yields [n, vocab]                  run tokens, logits of all of them, in parts
+    prepare()                       import the engine
+    load(folder, threads, context, all_logits, batch, streams) -> dict
+                                    open the model; its version, isa, ...
+    streams -> [decoder, ...]       decoders that share the model, each with a cache of its own
 
-and, if its time is not real, `clock() -> seconds`. What is timed, and how, is written here, once:
-every engine is measured by the same loops.
+and, if its time is not real, `clock() -> seconds`. A decoder has
+
+    reset()                         an empty cache
+    prompt(tokens) -> int           run a prompt (in each row of the batch), return the next token
+    next() -> int                   one decode step after prompt() or next()
+    extend(tokens) -> [vocab]       run tokens, logits of the last one
+    logits(tokens) -> [n, vocab]... run tokens, logits of all of them, in parts
+
+What is timed, and how, is written here, once: every engine is measured by the same loops.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 import numpy as np
@@ -38,29 +44,73 @@ class Worker:
         self.clock: Callable[[], float] = getattr(driver, "clock", time.perf_counter)
 
     def load(
-        self, folder: str, threads: int, context: int, all_logits: bool = False
+        self,
+        folder: str,
+        threads: int,
+        context: int,
+        all_logits: bool = False,
+        batch: int = 1,
+        streams: int = 1,
     ) -> dict[str, Any]:
         """Open the model; `seconds` includes what the engine compiles, not its import."""
         self.driver.prepare()
         start = self.clock()
-        about = self.driver.load(folder, threads, context, all_logits)
+        about = self.driver.load(folder, threads, context, all_logits, batch, streams)
         return {"seconds": self.clock() - start, "threads": threads, **about}
+
+    @property
+    def decoder(self) -> Any:  # noqa: ANN401 - see __init__
+        """The first stream's decoder."""
+        return self.driver.streams[0]
 
     def decode(self, prompt: list[int], steps: int, warmup: int) -> dict[str, Any]:
         """Time `steps` single tokens after `prompt` and `warmup` tokens: latencies in ms."""
-        self.driver.reset()
-        self.driver.prompt(prompt)
+        self.decoder.reset()
+        self.decoder.prompt(prompt)
         for _ in range(warmup):
-            self.driver.next()
-        return {"latencies_ms": [self._timed(self.driver.next) for _ in range(steps)]}
+            self.decoder.next()
+        return {"latencies_ms": [self._timed(self.decoder.next) for _ in range(steps)]}
 
     def prefill(self, prompt: list[int], repeats: int, warmup: int) -> dict[str, Any]:
         """Time `prompt` in an empty cache, up to and with the first new token: latencies in ms."""
         times = []
         for _ in range(warmup + repeats):
-            self.driver.reset()
-            times.append(self._timed(lambda: self.driver.prompt(prompt)))
+            self.decoder.reset()
+            times.append(self._timed(lambda: self.decoder.prompt(prompt)))
         return {"latencies_ms": times[warmup:]}
+
+    def generate(self, prompt: list[int], count: int, repeats: int, warmup: int) -> dict[str, Any]:
+        """Time a whole answer of `count` tokens to `prompt`, in ms.
+
+        `first_ms` and `total_ms` have one figure a repeat; `token_ms` one for each later token.
+        """
+        first, token, total = [], [], []
+        for repeat in range(warmup + repeats):
+            self.decoder.reset()
+            times = [self._timed(lambda: self.decoder.prompt(prompt))]
+            times += [self._timed(self.decoder.next) for _ in range(count - 1)]
+            if repeat >= warmup:
+                first.append(times[0])
+                token += times[1:]
+                total.append(sum(times))
+        return {"first_ms": first, "token_ms": token, "total_ms": total}
+
+    def throughput(
+        self, prompt: list[int], steps: int, repeats: int, warmup: int
+    ) -> dict[str, Any]:
+        """Time `steps` tokens in all streams at once, after `prompt` in each.
+
+        One latency a repeat: the wall time in ms over the tokens of all streams together.
+        """
+        decoders = self.driver.streams
+        for decoder in decoders:
+            decoder.reset()
+            decoder.prompt(prompt)
+        latencies = []
+        for _ in range(warmup + repeats):
+            wall = self._timed(lambda: in_threads(decoders, steps))
+            latencies.append(wall / (steps * len(decoders)))
+        return {"latencies_ms": latencies[warmup:]}
 
     def _timed(self, action: Callable[[], Any]) -> float:
         start = self.clock()
@@ -75,13 +125,13 @@ class Worker:
         Writes float32 .npy files if asked: the logits each new token was chosen by [count, vocab],
         and those of every prompt token [len(tokens), vocab] (needs `all_logits` at load).
         """
-        self.driver.reset()
+        self.decoder.reset()
         if prompt_logits_file:
-            parts = [np.array(part, np.float32) for part in self.driver.logits(tokens)]
+            parts = [np.array(part, np.float32) for part in self.decoder.logits(tokens)]
             np.save(prompt_logits_file, np.concatenate(parts))
             last = parts[-1][-1]
         else:
-            last = self.driver.extend(tokens)
+            last = self.decoder.extend(tokens)
         chosen: list[int] = []
         rows = []
         while True:
@@ -89,7 +139,7 @@ class Worker:
             chosen.append(int(rows[-1].argmax()))
             if len(chosen) == count:
                 break
-            last = self.driver.extend(chosen[-1:])
+            last = self.decoder.extend(chosen[-1:])
         if logits_file:
             np.save(logits_file, np.stack(rows))
         return {"tokens": chosen}
@@ -111,9 +161,9 @@ class Worker:
         return {"nll": sums, "predictions": window - 1}
 
     def _window_nll(self, tokens: np.ndarray) -> float:
-        self.driver.reset()
+        self.decoder.reset()
         position, total = 0, 0.0
-        for logits in self.driver.logits(tokens.tolist()):  # [n, vocab] each
+        for logits in self.decoder.logits(tokens.tolist()):  # [n, vocab] each
             following = tokens[position + 1 : position + 1 + len(logits)]
             position += len(logits)
             for start in range(0, len(following), 128):  # float64 of 128 rows at once, not of all
@@ -130,6 +180,17 @@ class Worker:
         From the kernel's high-water mark: `ru_maxrss` also counts the parent that forked us.
         """
         return {"peak_bytes": _peak_bytes()}
+
+
+def in_threads(decoders: list[Any], steps: int) -> None:
+    """Run `steps` decode steps of each decoder, all at once; an error in one is raised here."""
+
+    def run(decoder: Any) -> None:  # noqa: ANN401 - see Worker
+        for _ in range(steps):
+            decoder.next()
+
+    with ThreadPoolExecutor(len(decoders)) as pool:
+        list(pool.map(run, decoders))
 
 
 def _peak_bytes() -> int:
@@ -170,7 +231,10 @@ def load_driver(path: str) -> Any:  # noqa: ANN401 - see Worker
     return module.Driver()
 
 
-OPERATIONS = ("load", "decode", "prefill", "greedy", "score", "memory")
+OPERATIONS = (
+    *("load", "decode", "prefill", "generate", "throughput"),
+    *("greedy", "score", "memory"),
+)
 
 
 def answer(worker: Worker, line: str) -> dict[str, Any]:

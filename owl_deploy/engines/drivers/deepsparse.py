@@ -22,42 +22,55 @@ CHUNK = 64  # its sparse kernels work on tiles of 64 tokens; from 128 on the int
 
 
 class Driver:
-    """Drives a deployment in DeepSparse; see worker.py for what each method does."""
+    """Opens a deployment in DeepSparse; see worker.py for what each method does."""
 
     def __init__(self) -> None:
         os.environ["NM_DISABLE_ANALYTICS"] = "True"  # it sends usage data unless told not to
-        self.last: int | None = None
+        self.streams: list[Decoder] = []
 
     def prepare(self) -> None:
         """Import the engine, which is no part of the load time."""
         import deepsparse  # noqa: F401
 
-    def load(self, folder: str, threads: int, context: int, all_logits: bool) -> dict[str, Any]:
+    def load(
+        self, folder: str, threads: int, context: int, all_logits: bool, batch: int, streams: int
+    ) -> dict[str, Any]:
         """Compile both engines for `context` tokens, on `threads` cores."""
         import deepsparse
 
-        self.context = context
-        if context <= CHUNK:
-            raise ValueError(f"DeepSparse needs a context above {CHUNK} tokens")
-        self.engines = {
-            step: compile_step(Path(folder), threads, context, step) for step in (CHUNK, 1)
+        # It aborts on an empty past, so a chunk must leave room for one.
+        steps = (CHUNK, 1) if context > CHUNK else (1,)
+        source = Path(folder)
+        engines = {
+            step: compile_step(source, threads, context, step, batch, streams) for step in steps
         }
-        self.reset()
-        one = self.engines[1]
-        isa = one.cpu_avx_type + ("_vnni" if one.cpu_vnni else "")
+        self.streams = [Decoder(engines, context, batch) for _ in range(streams)]
+        one = engines[1]
         return {
             "version": deepsparse.__version__,
             "runtime": "deepsparse " + deepsparse.__version__,
-            "isa": isa,
+            "isa": one.cpu_avx_type + ("_vnni" if one.cpu_vnni else ""),
             "through": f"internal KV cache, prompt in chunks of {CHUNK}",
             "supported_ops": one.fraction_of_supported_ops,
         }
 
+
+class Decoder:
+    """Both engines with a cache for each row of the batch."""
+
+    def __init__(self, engines: dict[int, Any], context: int, batch: int) -> None:
+        self.engines = engines
+        self.context = context
+        self.batch = batch
+        self.last: int | None = None
+        self.reset()
+
     def reset(self) -> None:
-        """Empty the cache."""
+        """Empty the caches."""
         from deepsparse.engine import LIB
 
-        self.cache = LIB.kv_cache(0, 0)  # previous tokens, frozen tokens
+        # (previous tokens, frozen tokens)
+        self.caches = [LIB.kv_cache(0, 0) for _ in range(self.batch)]
         self.count = 0
 
     def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
@@ -69,12 +82,16 @@ class Driver:
 
     def _run(self, tokens: list[int]) -> np.ndarray:
         engine = self.engines[len(tokens)]
-        inputs = step_inputs(tokens, self.count, self.context)
+        inputs = {
+            name: np.repeat(value, self.batch, axis=0)
+            for name, value in step_inputs(tokens, self.count, self.context).items()
+        }
         for name, shape in zip(engine.input_names, engine.input_shapes):  # noqa: B905 - as old as 3.8
             if name not in inputs:
                 inputs[name] = np.zeros((0, *shape[1:]), np.float32)
         ordered = [inputs[name] for name in engine.input_names]
-        outputs = engine._eng_net.execute_list_out(ordered, self.cache)
+        caches = self.caches if self.batch > 1 else self.caches[0]
+        outputs = engine._eng_net.execute_list_out(ordered, caches)
         self.count += len(tokens)
         logits: np.ndarray = outputs[0][0]
         return logits
@@ -115,34 +132,43 @@ def step_inputs(tokens: list[int], count: int, context: int) -> dict[str, np.nda
     }
 
 
-def compile_step(folder: Path, threads: int, context: int, step: int) -> Any:  # noqa: ANN401
+def compile_step(
+    folder: Path, threads: int, context: int, step: int, batch: int, streams: int
+) -> Any:  # noqa: ANN401 - a type without stubs
     """A compiled engine for steps of `step` tokens, from a private copy of the model file.
 
     The shapes have to be fixed in the file itself. The copy lies in a folder of its own, beside
     links to the external data, and is gone again before anything is run.
     """
-    from deepsparse import Engine
+    from deepsparse import Engine, Scheduler
 
     private = Path(tempfile.mkdtemp(prefix="owl-deepsparse-"))
     try:
         for path in folder.iterdir():
             if path.name != MODEL:
                 (private / path.name).symlink_to(path)
-        cached = write_fixed_copy(folder / MODEL, private / MODEL, context, step)
+        cached = write_fixed_copy(folder / MODEL, private / MODEL, context, step, batch)
         forget_peak_memory()
-        return Engine(str(private / MODEL), 1, num_cores=threads, cached_outputs=cached)
+        several = {"num_streams": streams, "scheduler": Scheduler.multi_stream}
+        return Engine(
+            str(private / MODEL),
+            batch_size=batch,
+            num_cores=threads,
+            cached_outputs=cached,
+            **(several if streams > 1 else {}),
+        )
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
 
-def write_fixed_copy(source: Path, path: Path, context: int, step: int) -> list[bool]:
+def write_fixed_copy(source: Path, path: Path, context: int, step: int, batch: int) -> list[bool]:
     """Write the model with fixed shapes to `path`; return for each output whether it is cached."""
     import onnx
 
     model = onnx.load(str(source), load_external_data=False)
     for item in model.graph.input:
         shape = item.type.tensor_type.shape.dim
-        shape[0].dim_value = 1
+        shape[0].dim_value = batch
         if item.name in ("input_ids", "positions"):
             shape[1].dim_value = step
         elif item.name == "attention_mask":

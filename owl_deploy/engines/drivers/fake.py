@@ -28,6 +28,7 @@ class Driver:
     def __init__(self) -> None:
         self.now = 0.0
         self.tokens: list[int] = []
+        self.streams = [self]
 
     def clock(self) -> float:
         """The fake's own time, in seconds."""
@@ -36,7 +37,9 @@ class Driver:
     def prepare(self) -> None:
         """Nothing to import."""
 
-    def load(self, folder: str, threads: int, context: int, all_logits: bool) -> dict[str, Any]:
+    def load(
+        self, folder: str, threads: int, context: int, all_logits: bool, batch: int, streams: int
+    ) -> dict[str, Any]:
         """Read the behaviour."""
         text = (Path(folder) / "fake.json").read_text(encoding="utf-8")
         self.behaviour: dict[str, Any] = json.loads(text)
@@ -44,6 +47,7 @@ class Driver:
         self._maybe_fail("load")
         self.factor = math.exp(random.gauss(0.0, self.behaviour.get("noise", 0.0)))
         self.now += self.behaviour.get("load_s", 0.0)
+        self.streams = [self] * streams
         return {"version": "1", "runtime": "fake 1", "isa": "", "through": "nothing"}
 
     def reset(self) -> None:

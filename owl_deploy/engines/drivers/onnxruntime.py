@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,10 @@ PART = (
 
 
 class Driver:
-    """Drives a deployment in ONNX Runtime; see worker.py for what each method does."""
+    """Opens a deployment in ONNX Runtime; see worker.py for what each method does."""
 
     def __init__(self) -> None:
-        self.model: _Model
+        self.streams: list[Genai] | list[Session] = []
 
     def prepare(self) -> None:
         """Import the engine, which is no part of the load time."""
@@ -27,13 +27,21 @@ class Driver:
 
         onnxruntime_genai.disable_telemetry_events()
 
-    def load(self, folder: str, threads: int, context: int, all_logits: bool) -> dict[str, Any]:
+    def load(
+        self, folder: str, threads: int, context: int, all_logits: bool, batch: int, streams: int
+    ) -> dict[str, Any]:
         """Open with onnxruntime-genai, or with a plain session when it cannot or `all_logits`."""
         import onnxruntime
         import onnxruntime_genai
 
         genai = (Path(folder) / GENAI_CONFIG).is_file() and not all_logits
-        self.model = (_Genai if genai else _Session)(folder, threads, context)
+        if genai:
+            model = open_genai(folder, threads)
+            self.streams = [Genai(model, context, batch) for _ in range(streams)]
+        else:
+            session = open_session(Path(folder), threads)
+            head_size = decoder_config(Path(folder)).get("head_size")
+            self.streams = [Session(session, batch, head_size) for _ in range(streams)]
         return {
             "version": onnxruntime_genai.__version__ if genai else onnxruntime.__version__,
             "runtime": "onnxruntime " + onnxruntime.__version__,
@@ -41,116 +49,111 @@ class Driver:
             "through": "onnxruntime-genai" if genai else "onnxruntime",
         }
 
-    def reset(self) -> None:
-        """Empty the cache."""
-        self.model.reset()
 
-    def prompt(self, tokens: list[int]) -> int:
-        """Run a prompt; return the likeliest next token."""
-        return self.model.prompt(tokens)
+def open_genai(folder: str, threads: int) -> Any:  # noqa: ANN401 - a type without stubs
+    """A model of onnxruntime-genai that never ends a text by itself."""
+    import onnxruntime_genai
 
-    def next(self) -> int:
-        """Run the last token returned; return the likeliest next one."""
-        return self.model.next()
-
-    def extend(self, tokens: list[int]) -> np.ndarray:
-        """Run `tokens`; return the logits [vocab] of the last."""
-        return self.model.extend(tokens)
-
-    def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
-        """Run `tokens`; yield the logits [n, vocab] of all of them, in parts."""
-        for start in range(0, len(tokens), PART):
-            yield self.model.all_logits(tokens[start : start + PART])
+    config = onnxruntime_genai.Config(folder)
+    options = {"intra_op_num_threads": threads}
+    overlay = {"eos_token_id": [], "decoder": {"session_options": options}}
+    config.overlay(json.dumps({"model": overlay}))
+    return onnxruntime_genai.Model(config)
 
 
-class _Model(Protocol):
-    """A loaded model; the methods are those of `Driver`."""
+def open_session(folder: Path, threads: int) -> Any:  # noqa: ANN401 - a type without stubs
+    """A plain session of the graph, with the operators that the folder names."""
+    import onnxruntime
 
-    def reset(self) -> None: ...
-    def prompt(self, tokens: list[int]) -> int: ...
-    def next(self) -> int: ...
-    def extend(self, tokens: list[int]) -> np.ndarray: ...
-    def all_logits(self, tokens: list[int]) -> np.ndarray: ...
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    library = decoder_config(folder).get("session_options", {}).get("custom_ops_library", "")
+    if library:
+        options.register_custom_ops_library(str(folder / library))
+    return onnxruntime.InferenceSession(
+        str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
 
 
-class _Genai:
-    """A model in onnxruntime-genai, with greedy search and no end-of-text token."""
+class Genai:
+    """A decoder in onnxruntime-genai, with greedy search."""
 
-    def __init__(self, folder: str, threads: int, context: int) -> None:
-        import onnxruntime_genai
-
-        config = onnxruntime_genai.Config(folder)
-        options = {"intra_op_num_threads": threads}
-        overlay = {"eos_token_id": [], "decoder": {"session_options": options}}
-        config.overlay(json.dumps({"model": overlay}))
-        self.library = onnxruntime_genai
-        self.model = onnxruntime_genai.Model(config)
+    def __init__(self, model: Any, context: int, batch: int) -> None:  # noqa: ANN401
+        self.model = model
         self.context = context
+        self.batch = batch
         self.reset()
 
     def reset(self) -> None:
-        parameters = self.library.GeneratorParams(self.model)
+        """Empty the cache."""
+        import onnxruntime_genai
+
+        parameters = onnxruntime_genai.GeneratorParams(self.model)
         # One more than `context`: the token chosen in the last step is counted, though never run.
-        parameters.set_search_options(max_length=self.context + 1, do_sample=False)
-        self.generator = self.library.Generator(self.model, parameters)
+        parameters.set_search_options(
+            max_length=self.context + 1, do_sample=False, batch_size=self.batch
+        )
+        self.generator = onnxruntime_genai.Generator(self.model, parameters)
 
     def prompt(self, tokens: list[int]) -> int:
-        self.generator.append_tokens(np.array(tokens, np.int32))
+        """Run a prompt; return the likeliest next token."""
+        self.generator.append_tokens(np.array([tokens] * self.batch, np.int32))
         return self.next()
 
     def next(self) -> int:
+        """Run the last token returned; return the likeliest next one."""
         self.generator.generate_next_token()
         return int(self.generator.get_next_tokens()[0])
 
     def extend(self, tokens: list[int]) -> np.ndarray:
+        """Run `tokens`; return the logits [vocab] of the last."""
         self.generator.append_tokens(np.array(tokens, np.int32))
         logits: np.ndarray = self.generator.get_logits()[0, -1]
         return logits
 
-    def all_logits(self, tokens: list[int]) -> np.ndarray:
+    def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
+        """Not to be had: raises `ValueError`."""
         raise ValueError("onnxruntime-genai gives the last logits only: load with all_logits")
 
 
-class _Session:
-    """A decoder graph in a plain session: any ONNX with `past_key_values.*` and `present.*`."""
+class Session:
+    """A decoder in a plain session: any graph with `past_key_values.*` and `present.*`."""
 
-    def __init__(self, folder: str, threads: int, context: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        decoder = decoder_config(Path(folder))
-        library = decoder.get("session_options", {}).get("custom_ops_library", "")
-        if library:
-            options.register_custom_ops_library(str(Path(folder) / library))
-        self.session = onnxruntime.InferenceSession(
-            str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
-        self.inputs = {item.name: item for item in self.session.get_inputs()}
-        self.outputs = [item.name for item in self.session.get_outputs()]
-        self.head_size = decoder.get("head_size")  # the builder's graph has only a name for it
+    def __init__(self, session: Any, batch: int, head_size: int | None) -> None:  # noqa: ANN401
+        self.session = session
+        self.batch = batch
+        self.head_size = head_size  # the builder's graph has only a name for it
+        self.inputs = {item.name: item for item in session.get_inputs()}
+        self.outputs = [item.name for item in session.get_outputs()]
         self.reset()
 
     def reset(self) -> None:
+        """Empty the cache."""
         self.count = 0
         self.last: int | None = None
         self.past = {
-            name: np.zeros((1, item.shape[1], 0, self.head_size or item.shape[3]), np.float32)
+            name: np.zeros((self.batch, item.shape[1], 0, self.head_size or item.shape[3]), "f4")
             for name, item in self.inputs.items()
             if name.startswith("past_key_values.")
         }
 
-    def all_logits(self, tokens: list[int]) -> np.ndarray:
+    def _run(self, tokens: list[int]) -> np.ndarray:
+        """Run `tokens` in every row; return the logits [n, vocab] of the first."""
         step, total = len(tokens), self.count + len(tokens)
         attend = np.tril(np.ones((step, total), np.int64), self.count)
-        feeds = {
-            "input_ids": np.array([tokens], np.int64),
-            "attention_mask": np.ones((1, total), np.int64),
-            "positions": np.arange(self.count, total, dtype=np.int64)[None],
-            "position_ids": np.arange(self.count, total, dtype=np.int64)[None],
-            "causal_mask": attend[None, None],
+        positions = np.arange(self.count, total, dtype=np.int64)
+        rows = {
+            "input_ids": np.array(tokens, np.int64),
+            "attention_mask": np.ones(total, np.int64),
+            "positions": positions,
+            "position_ids": positions,
+            "causal_mask": attend[None],
         }
-        feeds = {name: value for name, value in feeds.items() if name in self.inputs}
+        feeds = {
+            name: np.repeat(value[None], self.batch, axis=0)
+            for name, value in rows.items()
+            if name in self.inputs
+        }
         results = self.session.run(self.outputs, {**feeds, **self.past})
         values = dict(zip(self.outputs, results))  # noqa: B905 - as old as 3.8
         for name in self.past:
@@ -159,15 +162,23 @@ class _Session:
         logits: np.ndarray = values["logits"][0]
         return logits
 
+    def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
+        """Run `tokens`; yield the logits [n, vocab] of all of them, in parts."""
+        for start in range(0, len(tokens), PART):
+            yield self._run(tokens[start : start + PART])
+
     def extend(self, tokens: list[int]) -> np.ndarray:
-        last: np.ndarray = self.all_logits(tokens)[-1]
+        """Run `tokens`; return the logits [vocab] of the last."""
+        last: np.ndarray = self._run(tokens)[-1]
         return last
 
     def prompt(self, tokens: list[int]) -> int:
+        """Run a prompt; return the likeliest next token."""
         self.last = int(self.extend(tokens).argmax())
         return self.last
 
     def next(self) -> int:
+        """Run the last token returned; return the likeliest next one."""
         assert self.last is not None
         return self.prompt([self.last])
 
