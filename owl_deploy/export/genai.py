@@ -29,7 +29,7 @@ with __import__("contextlib").suppress(OSError, AttributeError):
 runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
 """
 _UNSUPPORTED = "is not currently supported"
-_FULL_DISK = "No space left on device"
+_FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
 
 
 class FamilyNotBuilt(Exception):
@@ -104,7 +104,7 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
         return
     if _UNSUPPORTED in words:
         raise FamilyNotBuilt(words.strip().splitlines()[-1])
-    if _FULL_DISK in words:
+    if any(sign in words for sign in _FULL_DISK):
         raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
     if "No module named" in words:
         missing = words.rsplit("No module named", 1)[1].splitlines()[0].strip()

@@ -254,7 +254,7 @@ def _external(array: np.ndarray, name: str, data: io.BufferedWriter) -> TensorPr
         return numpy_helper.from_array(array, name)
     offset = -(-data.tell() // _PAGE) * _PAGE
     data.seek(offset)
-    array.tofile(data)
+    data.write(array.data)  # not tofile(), whose error does not say that the disk is full
     tensor = TensorProto(
         name=name,
         data_type=helper.np_dtype_to_tensor_dtype(array.dtype),

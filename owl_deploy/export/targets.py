@@ -18,6 +18,7 @@ from owl_deploy.export.source import Progress, Source
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
 # it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.
 EXTERNAL_BYTES = 64 * 2**20
+_BYTES_A_WEIGHT = {"fp32": 4, "int8": 1, "int4": 0.5}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def export(
     with _disk_errors(destination), artefact.staged_folder(destination, force) as staging:
         progress("Loading the checkpoint")
         source = Source(folder)
-        _check_disk(source, staging)
+        _check_disk(source, staging, precision)
         facts = row.build(Request(source, staging, precision, values, progress))
         progress("Computing PyTorch's logits")
         manifest = {
@@ -165,9 +166,11 @@ def _row(target: str, precision: str, values: str | None) -> Target:
     return row
 
 
-def _check_disk(source: Source, folder: Path) -> None:
-    """Refuse what cannot fit before minutes are spent on it: fp32 weights are the most."""
-    needed = 4 * source.parameters()
+def _check_disk(source: Source, folder: Path, precision: str) -> None:
+    """Refuse what cannot fit before minutes are spent on it."""
+    config = source.model.config
+    head = 4 * config.vocab_size * config.hidden_size  # a tied one may be there twice
+    needed = _BYTES_A_WEIGHT[precision] * source.parameters() + head
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BadInput(
