@@ -26,10 +26,23 @@ class Family:
 
 
 _LLAMA_LAYOUT = Family("model", "model.layers", ("model.embed_tokens",))
+_OPT_LAYOUT = Family(
+    "model.decoder",
+    "model.decoder.layers",
+    ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+)
+_GPT_NEOX_LAYOUT = Family("gpt_neox", "gpt_neox.layers", ("gpt_neox.embed_in",))
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": _LLAMA_LAYOUT,
+        "mistral": _LLAMA_LAYOUT,
+        "qwen2": _LLAMA_LAYOUT,
+        "qwen3": _LLAMA_LAYOUT,
+        "gemma3_text": _LLAMA_LAYOUT,
+        "phi3": _LLAMA_LAYOUT,
+        "opt": _OPT_LAYOUT,
+        "gpt_neox": _GPT_NEOX_LAYOUT,
     }
 )
 

@@ -1,8 +1,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import tiny
+
+# On models this small threads only wait for each other, and more so on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

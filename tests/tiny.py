@@ -39,32 +39,54 @@ def write_tokenizer(folder: Path, vocabulary: int = 320) -> None:
     ).save_pretrained(folder)
 
 
-def write_llama(folder: Path, **changes: Any) -> Path:
-    """A random two-block Llama with grouped-query attention and tied embeddings, and a tokenizer.
+_SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "intermediate_size": 112}
+# family: what makes it itself, besides the sizes.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED | {"tie_word_embeddings": True, "rope_theta": 50000.0},
+    "mistral": _GROUPED | {"sliding_window": 24, "head_dim": 16},
+    "qwen2": _GROUPED,
+    "qwen3": _GROUPED | {"head_dim": 32},
+    "gemma3_text": _GROUPED
+    | {
+        "head_dim": 16,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": _GROUPED,
+    "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64},
+    "gpt_neox": {"intermediate_size": 112, "rotary_pct": 0.25},
+}
+
+
+def write_model(family: str, folder: Path, **changes: Any) -> Path:
+    """A random two-block model of a family, and a tokenizer.
 
     Its weights are rounded to a coarse grid, so that scores tie, as those of real quantised models.
     """
-    values: dict[str, Any] = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rope_theta": 50000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**(values | changes))
-    model = transformers.LlamaForCausalLM(config)
+    config = transformers.AutoConfig.for_model(family, **(_SIZES | FAMILIES[family] | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.copy_((parameter * 5 * 64).round() / 64)
+                noise = torch.randn(parameter.shape) * 0.1  # biases too, which start at 0
+                parameter.copy_((noise * 64).round() / 64)
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+def write_llama(folder: Path, **changes: Any) -> Path:
+    """The family that most tests use: grouped-query attention and tied embeddings."""
+    return write_model("llama", folder, **changes)

@@ -73,7 +73,7 @@ class Skeleton:
         try:
             yield module
         finally:
-            module.to("meta")
+            _release(module)
 
     @torch.no_grad()
     def embed(self, windows: torch.Tensor, batch: int, scratch: Path) -> "Activations":
@@ -281,6 +281,13 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             f"({_first_line(error)})."
         ) from error
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _release(module: nn.Module) -> None:
+    """Drop the weights; the small tables beside them, which no checkpoint holds, stay."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -359,9 +359,12 @@ class Run:
     ) -> BlockReport:
         sizes = self.shape.linears[index]
         total = sum(sizes.values())
-        asked = sum(sparsities.get(key, 0.0) * size for key, size in sizes.items())
+        wanted = [sparsities.get(key, 0.0) for key in sizes]
+        asked = wanted[0]
+        if len(set(wanted)) > 1:
+            asked = sum(s * n for s, n in zip(wanted, sizes.values(), strict=True)) / total
         zeros = sum(int((weights[f"{key}.weight"] == 0).sum()) for key in sizes)
-        return BlockReport(self.names[index], ratio, asked / total, zeros / total, total)
+        return BlockReport(self.names[index], ratio, asked, zeros / total, total)
 
 
 @dataclass(frozen=True)
@@ -501,7 +504,7 @@ def _manifest(run: Run, reports: list[BlockReport], source: str, seconds: float)
         "command": sys.argv,
         "source": source,
         "source_manifest": read_manifest(run.checkpoint.folder) or None,
-        "settings": run.settings.model_dump(),
+        "settings": run.settings.model_dump(mode="json"),
         "calibration": run._describe_calibration(),
         "device": str(run.device),
         "dtype": str(run.skeleton.dtype).removeprefix("torch."),

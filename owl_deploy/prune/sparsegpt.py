@@ -33,7 +33,7 @@ def factorise(hessian: torch.Tensor, dampening: float) -> Factor:
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         upper = torch.linalg.cholesky(inverse, upper=True)
-    except torch._C._LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # not re-exported
         raise BadInput(
             "The inputs of a layer depend on each other too much for SparseGPT.",
             "Give more --samples, or a larger --dampening.",

@@ -75,7 +75,7 @@ def test_a_value_that_is_not_finite(copy, value):
     ("config", "complaint"),
     [
         ({}, "no model_type"),
-        ({"model_type": "lama"}, "Supported: llama"),
+        ({"model_type": "lama"}, "Supported: llama, mistral"),
         ({"model_type": "bert"}, "Unknown model family"),
         ({"model_type": "llama", "num_local_experts": 8}, "mixture of experts"),
     ],

@@ -45,6 +45,40 @@ def test_a_bound_moves_the_others_and_keeps_their_differences():
     assert found == pytest.approx([0.5, 0.9, 1.0])
 
 
+def test_dlp_gives_less_to_blocks_with_high_medians():
+    # importance 1 - u / sum(u); the code's map: density 0.3 + (scaled - mean(scaled))
+    medians, spread = [0.2, 0.5, 0.3], 0.15
+    importance = [1 - value / sum(medians) for value in medians]
+    low, high = min(importance), max(importance)
+    scaled = [(value - low) / (high - low) * 2 * spread for value in importance]
+    expected = [1 - (value - sum(scaled) / 3 + 0.3) for value in scaled]
+    assert budget.dlp(0.7, [5, 5, 5], medians, spread) == pytest.approx(expected, abs=1e-12)
+
+
+def test_linear_grows_by_equal_steps():
+    # s_i = S - beta (L - 1) / 2 + beta (i - 1), beta = 2 * spread / (L - 1)
+    beta = 2 * 0.15 / 3
+    expected = [0.7 - beta * 3 / 2 + beta * index for index in range(4)]
+    assert budget.linear(0.7, [9] * 4, 0.15) == pytest.approx(expected, abs=1e-12)
+
+
+def test_median_is_over_the_whole_block():
+    assert budget.median_score([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0]])]) == 3
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.55, 0.625])
+@pytest.mark.parametrize("spread", [0.0, 0.125, 0.4])
+def test_whole_numbers_hold_the_mean_as_closely_as_they_can(target, spread):
+    generator = torch.Generator().manual_seed(3)
+    ratios = torch.rand(12, generator=generator).tolist()
+    wanted = budget.owl(target, [64] * 12, ratios, spread)
+    kept = budget.whole_kept(wanted, [64] * 12, 8)
+    assert all(0 <= value <= 8 for value in kept)
+    assert abs(sum(kept) / 12 - 8 * (1 - target)) <= 0.5 / 12 + 1e-9
+    for value, sparsity in zip(kept, wanted, strict=True):
+        assert abs(value - 8 * (1 - sparsity)) < 1
+
+
 def test_outlier_ratio_counts_over_the_whole_block():
     scores = [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 9.0]])]  # mean 3, so 2 * 3 < 9
     assert budget.outlier_ratios(scores, [2, 3]) == [25.0, 0.0]  # 9 is not above 3 * 3

@@ -1,0 +1,253 @@
+"""The whole chain on a real model: `python -m owl_deploy.demo -o DIR` (what `make demo` runs).
+
+Prunes SmolLM2-135M, exports dense and sparse, benches them in every engine, and says what it means.
+Steps whose result is in the output folder already are not repeated.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from owl_deploy import engines, recipe
+from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
+from owl_deploy.bench import BenchPlan, Result, read_result
+from owl_deploy.bench.run import run as bench
+from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
+from owl_deploy.errors import OwlError
+from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.export.show import steps
+from owl_deploy.export.targets import export
+from owl_deploy.progress import error_console
+from owl_deploy.prune.run import Calibration, prune
+
+# Enough for a picture of the method in minutes; the README's tables are made with 128 samples.
+SAMPLES, LENGTH, WINDOWS, PAIRS = 8, 2048, 10, 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of models in the demo: dense, or pruned with these settings."""
+
+    name: str
+    title: str
+    settings: recipe.PruneSettings | None = None
+
+
+VARIANTS = (
+    Variant("dense", "dense"),
+    Variant("owl-50", "OWL 50 %", recipe.PruneSettings(sparsity=0.5)),
+    Variant("uniform-70", "uniform 70 %", recipe.PruneSettings(allocation="uniform")),
+    Variant("owl-70", "OWL 70 %", recipe.PruneSettings(sparsity=0.7)),
+)
+
+
+class Demo:
+    """The steps; each leaves an artefact under `output`, and is skipped when that is there."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.started = time.monotonic()
+        output.mkdir(parents=True, exist_ok=True)
+        self.input = Path()
+
+    def say(self, text: str) -> None:
+        """Tell what comes next, with the time since the start."""
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        error_console().print(f"[{minutes:2d}:{seconds:02d}] {text}", style="bold", markup=False)
+
+    def run(self) -> Result:
+        """Every step, in order."""
+        self.say("Demo input: SmolLM2-135M and a Wikipedia sample")
+        self.input = demo_input()
+        self.say("The engine deepsparse, in an environment of its own")
+        error_console().print(engines.get_engine("deepsparse").licence, style="dim")
+        engines.install("deepsparse", lambda line: error_console().print(line, style="dim"))
+        for variant in VARIANTS:
+            self.prune(variant)
+        deployments = [d for variant in VARIANTS for d in self.deploy(variant)]
+        return self.bench(deployments)
+
+    def checkpoint(self, variant: Variant) -> Path:
+        """Where the checkpoint of a variant is."""
+        if variant.settings is None:
+            return self.input / MODEL
+        return self.output / "checkpoints" / variant.name
+
+    def prune(self, variant: Variant) -> None:
+        """Prune the demo model as the variant asks."""
+        folder = self.checkpoint(variant)
+        folder.parent.mkdir(exist_ok=True)
+        if variant.settings is None or is_artefact(folder):
+            return
+        self.say(f"Pruning: {variant.title} with Wanda, {SAMPLES} windows of {LENGTH} tokens")
+        text = Calibration(str(self.input / CALIBRATION), SAMPLES, LENGTH)
+        prune(self.input / MODEL, folder, variant.settings, text, force=True)
+
+    def deploy(self, variant: Variant) -> list[Path]:
+        """Export the variant for every engine; each deployment's manifest holds its perplexity."""
+        roads = [("deepsparse", "fp32"), ("onnxruntime", "fp32")]
+        if variant.settings is None:
+            roads += [("onnxruntime", "int8"), ("onnxruntime", "int4")]
+        folders = []
+        for target, precision in roads:
+            folder = self.output / "deployments" / f"{variant.name}-{target}-{precision}"
+            folder.parent.mkdir(exist_ok=True)
+            folders.append(folder)
+            if not is_artefact(folder):
+                self.say(f"Exporting: {variant.title} for {target}, {precision}")
+                with steps() as progress:
+                    export(
+                        self.checkpoint(variant),
+                        folder,
+                        target=target,
+                        precision=precision,
+                        progress=progress,
+                    )
+            self.measure_quality(variant, folder, precision)
+        return folders
+
+    def measure_quality(self, variant: Variant, folder: Path, precision: str) -> None:
+        """Put the perplexity on the evaluation text into a deployment's manifest.
+
+        In float32 it is the checkpoint's, which export has found to compute the same.
+        """
+        manifest = read_manifest(folder)
+        if "perplexity" in manifest:
+            return
+        text = str(self.input / EVALUATION)
+        if precision != "fp32":
+            self.say(f"Perplexity: {variant.title}, {precision}, as it runs")
+            deployment_perplexity(folder, text, limit=WINDOWS)
+            return
+        known = self.output / "checkpoints" / f"{variant.name}.perplexity.json"
+        if not known.is_file():
+            self.say(f"Perplexity: {variant.title}")
+            found = checkpoint_perplexity(self.checkpoint(variant), text, limit=WINDOWS)
+            write_json(known, asdict(found))
+        value = json.loads(known.read_text())
+        write_json(folder / MANIFEST, manifest | {"perplexity": value | {"engine": "torch"}})
+
+    def bench(self, deployments: list[Path]) -> Result:
+        """All deployments in turn, each sample in a fresh process."""
+        folder = self.output / "bench"
+        if is_artefact(folder):
+            return read_result(folder)
+        self.say(f"Benchmarking {len(deployments)} deployments, {PAIRS} rounds of fresh processes")
+        dense = tuple(d for d in deployments if d.name.startswith("dense"))
+        sparse = tuple(d for d in deployments if d not in dense)
+        plan = BenchPlan(candidates=sparse, baselines=dense, pairs=PAIRS)
+        return bench(plan, folder, True)
+
+
+def rows(result: Result) -> list[dict[str, Any]]:
+    """The demo's table: one row a deployment."""
+    titles = {variant.name: variant.title for variant in VARIANTS}
+    found = []
+    for subject in result.subjects:
+        if not subject.samples:
+            continue
+        decode, prefill = (result.statistics[s.key][subject.name] for s in result.scenarios)
+        speedups = [
+            comparison.text
+            for comparison in result.comparisons
+            if comparison.candidate == subject.name
+            and comparison.scenario == result.scenarios[0].key
+            and "same engine" in comparison.against
+        ]
+        found.append(
+            {
+                "model": titles[Path(subject.path).name.rsplit("-", 2)[0]],
+                "engine": subject.engine,
+                "precision": subject.precision,
+                "perplexity": subject.perplexity,
+                "sparsity": subject.zeros,
+                "decode_tokens_per_s": decode["tokens_per_s"],
+                "prefill_ms": prefill["median_ms"],
+                "speedup": speedups[0] if speedups else "",
+                "dense": subject.role == "baseline",
+            }
+        )
+    return found
+
+
+def show(result: Result, table: list[dict[str, Any]]) -> None:
+    """Print the table, the machine, and what it means."""
+    console = Console()
+    view = Table(box=None, pad_edge=False)
+    for heading in ("model", "engine", "", "ppl", "decode tok/s", "prefill ms", "decode speed-up"):
+        text = heading in ("model", "engine", "", "decode speed-up")
+        view.add_column(heading, justify="left" if text else "right", no_wrap=True)
+    for row in table:
+        view.add_row(
+            row["model"],
+            row["engine"],
+            row["precision"],
+            f"{row['perplexity']:.1f}",
+            f"{row['decode_tokens_per_s']:.1f}",
+            f"{row['prefill_ms']:.0f}",
+            row["speedup"],
+        )
+    console.print(view)
+    console.print(f"\n{result.machine.cpu}, {result.threads} threads. Speed-ups are against dense ")
+    console.print("in the same engine and precision, with 90 % intervals.\n")
+    console.print(meaning(table), soft_wrap=True)
+
+
+def meaning(table: list[dict[str, Any]]) -> str:
+    """One sentence or two for a user: does a sparse deployment pay here, and which?"""
+
+    def name(row: dict[str, Any]) -> str:
+        return f"{row['model']} {row['precision']} in {row['engine']}"
+
+    def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
+        faster = a["decode_tokens_per_s"] >= b["decode_tokens_per_s"]
+        return bool(faster and a["perplexity"] <= b["perplexity"])
+
+    dense = [row for row in table if row["dense"]]
+    sparse = [row for row in table if not row["dense"]]
+    worth = [row for row in sparse if not any(beats(other, row) for other in dense)]
+    fastest = max(dense, key=lambda row: row["decode_tokens_per_s"])
+    if not worth:
+        best = max(
+            (row for row in dense if any(beats(row, other) for other in sparse)),
+            key=lambda row: row["decode_tokens_per_s"],
+        )
+        return (
+            f"What this means: on this machine no sparse deployment pays. {name(best)} decodes "
+            f"{best['decode_tokens_per_s']:.0f} tokens/s at perplexity {best['perplexity']:.1f}, "
+            "and every sparse one is slower than a dense one that is also better."
+        )
+    best = max(worth, key=lambda row: row["decode_tokens_per_s"])
+    ratio = best["decode_tokens_per_s"] / fastest["decode_tokens_per_s"]
+    return (
+        f"What this means: {name(best)} decodes {best['decode_tokens_per_s']:.0f} tokens/s at "
+        f"perplexity {best['perplexity']:.1f}, {ratio:.2f}x the fastest dense one "
+        f"({name(fastest)}, perplexity {fastest['perplexity']:.1f}). No dense "
+        "deployment is both faster and better, so it is a choice between speed and quality: "
+        "fine-tune it, or prune less."
+    )
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for what is made.")],
+) -> None:
+    """Prune SmolLM2-135M with OWL, export it, bench it in every engine against dense."""
+    try:
+        result = Demo(output).run()
+        table = rows(result)
+        write_json(output / "table.json", table)
+        show(result, table)
+        error_console().print(f"Everything is in {output}/.", style="dim")
+    except OwlError as error:
+        typer.echo(f"demo: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

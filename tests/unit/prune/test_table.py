@@ -1,0 +1,79 @@
+"""Every method with every allocation, structure and family: what was asked is what comes out."""
+
+import functools
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from owl_deploy import recipe
+from owl_deploy.families import FAMILIES
+from owl_deploy.prune.run import Calibration, prune
+from tests import tiny
+
+ALLOCATIONS = ("uniform", "owl", "dlp", "linear")
+STRUCTURES = ("unstructured", "2:4", "3:8")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    return {family: tiny.write_model(family, folder / family) for family in tiny.FAMILIES}
+
+
+def test_every_family_has_a_tiny_model():
+    assert set(tiny.FAMILIES) == set(FAMILIES)
+
+
+@functools.cache
+def linears(folder):
+    """The names of the Linears in the blocks, as transformers sees them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    ]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("method", recipe.METHODS)
+def test_every_combination(models, text_file, tmp_path, method, allocation, structure, family):
+    values = {"method": method, "allocation": allocation, "structure": structure, "spread": 0.1}
+    if structure == "unstructured":
+        values["sparsity"] = 0.6
+    settings = recipe.settings(**values)
+    text = Calibration(str(text_file), samples=3, sequence_length=32)
+    manifest = prune(models[family], tmp_path / "out", settings, text)
+
+    pruned = load_file(tmp_path / "out" / "model.safetensors")
+    dense = load_file(models[family] / "model.safetensors")
+    names = linears(models[family])
+    zeros = sum(int((pruned[f"{name}.weight"] == 0).sum()) for name in names)
+    total = sum(pruned[f"{name}.weight"].numel() for name in names)
+    assert manifest["weights"] == total
+    # Groups are whole numbers a block, so two blocks can miss the mean by half a weight of a group.
+    tolerance = 2e-3 if settings.group is None else 0.5 / 2 / settings.group[1] + 1e-9
+    assert abs(manifest["sparsity"]["asked"] - settings.sparsity) <= tolerance
+    assert zeros / total >= manifest["sparsity"]["asked"] - 1e-3  # a zero weight may be kept
+    assert zeros / total == pytest.approx(manifest["sparsity"]["asked"], abs=0.03)
+    if settings.group is not None:
+        for block in manifest["blocks"]:
+            kept = round((1 - block["sparsity"]) * settings.group[1])
+            for name in names:
+                if name.startswith(f"{block['name']}."):
+                    groups = pruned[f"{name}.weight"].reshape(-1, settings.group[1])
+                    assert int((groups != 0).sum(1).max()) <= kept
+    for name in dense.keys() - {f"{name}.weight" for name in names}:
+        assert torch.equal(dense[name], pruned[name]), name
+    if method != "sparsegpt":
+        for name in names:
+            kept = pruned[f"{name}.weight"] != 0
+            assert torch.equal(pruned[f"{name}.weight"][kept], dense[f"{name}.weight"][kept])
+    loaded = recipe.settings(**recipe.load(tmp_path / "out" / "recipe.yaml"))
+    assert loaded.layers == {block["name"]: block["sparsity"] for block in manifest["blocks"]}
+    assert json.loads((tmp_path / "out" / "owl.json").read_text()) == manifest
