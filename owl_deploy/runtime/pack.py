@@ -15,7 +15,7 @@ multiple of `4 * pack`.
 | header | 128 | below |
 | masks | groups x cells x 2 x pack | only if sparse: bit i of a cell's mask is set if its value i is stored |
 | index | (groups + 1) x 4 | only if sparse: uint32, where a group's values start in the values, in units of 64 bytes |
-| scales | groups x 16 x 4 | only int8: fp32, one for each row; weight = scale x value |
+| scales | groups x ceil(cells / 32) x 16 x 2 | only int8: bf16, one for each row and 128 columns; weight = scale x value |
 | values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full |
 | tail | 64 | zeros, so that a kernel may load a whole register at the last value |
 
@@ -39,6 +39,7 @@ Block = NDArray[np.uint8]
 MAGIC = b"OWLPACK\0"
 VERSION = 1
 GROUP_ROWS = 16
+SCALE_COLUMNS = 128
 ALIGNMENT = 64
 _SPARSE = 1
 _HEADER = struct.Struct("<8s4I9Q32x")
@@ -68,6 +69,11 @@ class PackedInfo:
         """How many groups of 16 rows there are."""
         return -(-self.rows // GROUP_ROWS)
 
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of int8's scales."""
+        return self.groups * -(-self.cells * 4 // SCALE_COLUMNS) * GROUP_ROWS * 2
+
 
 def pack(weight: NDArray[np.floating], values: Values = "bf16", sparse: bool = True) -> Block:
     """Pack `weight` [rows, cols]; with `sparse` only its non-zeros are stored. Returns the block of bytes."""
@@ -88,7 +94,7 @@ def pack(weight: NDArray[np.floating], values: Values = "bf16", sparse: bool = T
     else:
         packed = cells.tobytes()
     if scales is not None:
-        regions.append(("scale", scales.astype("<f4").tobytes()))
+        regions.append(("scale", scales.astype("<u2").tobytes()))
     regions.append(("value", packed + bytes(ALIGNMENT)))
     flags = _SPARSE if sparse else 0
     return _assemble((_TYPE_CODES[values], flags), (rows, cols, cells.shape[1], nonzeros), regions)
@@ -119,7 +125,11 @@ def inspect(block: Block) -> PackedInfo:
     if not info.sparse:
         _check_region("values", info.value_offset, cells * 64 + tail, block.size)
     if info.values == "int8":
-        _check_region("scales", info.scale_offset, info.groups * GROUP_ROWS * 4, block.size)
+        _check_region("scales", info.scale_offset, info.scale_bytes, block.size)
+    if (info.values != "int8" and info.scale_offset) or (
+        not info.sparse and info.mask_offset | info.index_offset
+    ):
+        raise ValueError("a region that this weight does not have is given a place")
     if info.sparse:
         _check_region("values", info.value_offset, tail, block.size)
         _check_region("masks", info.mask_offset, cells * 2 * _PACK[info.values], block.size)
@@ -143,8 +153,8 @@ def interleave_gate_up(gate: NDArray[np.floating], up: NDArray[np.floating]) -> 
 
 def _encode(
     weight: NDArray[np.float32], values: Values
-) -> tuple[NDArray[np.generic], NDArray[np.float32] | None]:
-    """Weight -> the bits of its stored values, and int8's scale for each row.
+) -> tuple[NDArray[np.generic], NDArray[np.uint16] | None]:
+    """Weight -> the bits of its stored values, and int8's scales [groups, scale blocks, 16] as bf16.
 
     What rounds to zero is zero: it costs nothing then. -0.0 is stored as nothing.
     """
@@ -154,12 +164,18 @@ def _encode(
         return _to_bf16(weight), None
     if not np.isfinite(weight).all():
         raise ValueError("a weight with infinities or NaN cannot be stored as int8")
-    scales = np.abs(weight).max(axis=1) / np.float32(127)
-    safe = np.where(scales > 0, scales, 1)[:, None]
-    quantized = np.clip(np.rint(weight / safe), -127, 127).astype(np.int8)
-    padded = np.zeros(-(-weight.shape[0] // GROUP_ROWS) * GROUP_ROWS, dtype=np.float32)
-    padded[: scales.size] = scales
-    return quantized.view(np.uint8), padded
+    rows, cols = weight.shape
+    groups, blocks = -(-rows // GROUP_ROWS), -(-cols // SCALE_COLUMNS)
+    padded = np.zeros((groups * GROUP_ROWS, blocks * SCALE_COLUMNS), dtype=np.float32)
+    padded[:rows, :cols] = weight
+    tiles = padded.reshape(-1, blocks, SCALE_COLUMNS)
+    # Rounded up to bf16, so that the largest value still fits 127.
+    scales = (((np.abs(tiles).max(axis=2) / np.float32(127)).view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)
+    decoded = (scales.astype(np.uint32) << 16).view(np.float32)
+    safe = np.where(decoded > 0, decoded, 1)[:, :, None]
+    quantized = np.clip(np.rint(tiles / safe), -127, 127).astype(np.int8)
+    order = scales.reshape(groups, GROUP_ROWS, blocks).transpose(0, 2, 1)
+    return quantized.reshape(padded.shape)[:rows, :cols].view(np.uint8), np.ascontiguousarray(order)
 
 
 def _to_bf16(weight: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -175,8 +191,10 @@ def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArra
         return bits.view(np.float32)
     if info.values == "bf16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
-    scales = block[info.scale_offset :][: info.groups * GROUP_ROWS * 4].view(np.float32)
-    return bits.view(np.int8).astype(np.float32) * scales[: info.rows, None]
+    coded = block[info.scale_offset :][: info.scale_bytes].view(np.uint16).astype(np.uint32) << 16
+    by_group = coded.view(np.float32).reshape(info.groups, -1, GROUP_ROWS).transpose(0, 2, 1)
+    by_row = by_group.reshape(info.groups * GROUP_ROWS, -1)[: info.rows]
+    return bits.view(np.int8).astype(np.float32) * by_row.repeat(SCALE_COLUMNS, axis=1)[:, : info.cols]
 
 
 def _to_cells(encoded: NDArray[np.generic], packed_columns: int) -> NDArray[np.generic]:

@@ -116,7 +116,7 @@ void run_one_row(const Kernels& kernels, const Pool& pool, const Linear& op, con
     const std::size_t begin = i * groups, end = std::min(w.groups, begin + groups);
     auto* sums = task_sums.get<float>(groups * kGroupRows);
     kernels.matvec(w, begin, end, layout, row, sums);
-    kernels.finish(w, begin, end, sums, 0, 0, 1, output);
+    kernels.finish(begin, end, sums, 0, 0, 1, output);
   };
   parallel(pool, divide_up(w.groups, groups), task);
 }
@@ -153,13 +153,13 @@ void run_many_rows(const Kernels& kernels, const Pool& pool, const Linear& op, c
       kernels.panel(w, from, std::min(end - from, kernels.panel_groups), layout, prepared + first * layout.stride,
                     count, tile, sums + p * count * width);
     }
-    if (parts == 1) return kernels.finish(w, begin, end, sums, width, first, count, output);
+    if (parts == 1) return kernels.finish(begin, end, sums, width, first, count, output);
     // Narrow panels: put the halves of each row side by side.
     float* joined = sums + parts * count * width;
     for (std::size_t m = 0; m < count; ++m) {
       for (std::size_t p = 0; p < parts; ++p)
         std::memcpy(joined + p * width, sums + (p * count + m) * width, width * sizeof(float));
-      kernels.finish(w, begin, end, joined, parts * width, first + m, 1, output);
+      kernels.finish(begin, end, joined, parts * width, first + m, 1, output);
     }
   };
   parallel(pool, panels * divide_up(rows, chunk), multiply);
@@ -299,6 +299,7 @@ void run_linear(const Kernels& kernels, const Pool& pool, const Linear& op, cons
 void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
   const std::size_t pack = columns_per_cell(w.type), lane = row % kGroupRows;
   const std::uint8_t* cells = w.group_values(row / kGroupRows) + lane * 4;
+  const std::uint16_t* scales = w.scales == nullptr ? nullptr : w.group_scales(row / kGroupRows) + lane;
   for (std::size_t c = 0; c < w.cells; ++c, cells += kCellBytes)
     for (std::size_t j = 0; j < pack && c * pack + j < w.cols; ++j) {
       float value = 0.0F;
@@ -309,7 +310,9 @@ void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
         std::memcpy(reinterpret_cast<std::uint8_t*>(&bits) + 2, cells + 2 * j, 2);
         std::memcpy(&value, &bits, 4);
       } else {
-        value = w.scales[row] * static_cast<float>(static_cast<std::int8_t>(cells[j]));
+        std::uint32_t bits = static_cast<std::uint32_t>(scales[c / kScaleCells * kGroupRows]) << 16;
+        std::memcpy(&value, &bits, 4);
+        value *= static_cast<float>(static_cast<std::int8_t>(cells[j]));
       }
       out[c * pack + j] = value;
     }

@@ -86,9 +86,11 @@ std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matri
   if (!fits(h.value_offset, m.sparse ? kCellBytes : dense_bytes, size)) return "the values lie outside the block";
   m.values = bytes + h.value_offset;
   if (m.type == ValueType::kInt8) {
-    if (!fits(h.scale_offset, m.groups * kGroupRows * sizeof(float), size)) return "the scales lie outside the block";
-    m.scales = reinterpret_cast<const float*>(bytes + h.scale_offset);
+    if (!fits(h.scale_offset, m.groups * m.scale_blocks() * kGroupRows * sizeof(std::uint16_t), size)) return "the scales lie outside the block";
+    m.scales = reinterpret_cast<const std::uint16_t*>(bytes + h.scale_offset);
   }
+  if ((m.type != ValueType::kInt8 && h.scale_offset != 0) || (!m.sparse && (h.mask_offset | h.index_offset) != 0))
+    return "a region that this weight does not have is given a place";
   if (m.sparse) {
     if (!fits(h.mask_offset, cells * m.mask_bytes_per_cell(), size)) return "the masks lie outside the block";
     if (!fits(h.index_offset, (m.groups + 1) * sizeof(std::uint32_t), size)) return "the index lies outside the block";

@@ -20,7 +20,8 @@ enum class ValueType : std::uint32_t { kFp32 = 1, kBf16 = 2, kInt8 = 3 };
 
 constexpr std::size_t kGroupRows = 16;
 constexpr std::size_t kCellBytes = 64;
-constexpr std::size_t kBlockCells = 16;  // int8 activations carry one scale per 16 cells = 64 columns
+constexpr std::size_t kBlockCells = 16;        // int8 activations carry one scale for 16 cells = 64 columns,
+constexpr std::size_t kScaleCells = 32;        // int8 weights one for each row and 32 cells = 128 columns
 
 // Columns in a cell, which is also how many values share one 32-bit lane.
 OWL_INLINE constexpr std::size_t columns_per_cell(ValueType type) {
@@ -40,9 +41,13 @@ struct PackedMatrix {
   std::uint64_t nonzeros = 0;
   const std::uint8_t* masks = nullptr;   // sparse: [groups][cells][2 * pack] bytes, bit = row * pack + column
   const std::uint32_t* index = nullptr;  // sparse: [groups + 1], start of a group's values in units of 64 bytes
-  const float* scales = nullptr;         // int8: [groups * 16], one for each output row
+  const std::uint16_t* scales = nullptr; // int8: bf16 [groups][scale_blocks][16]
   const std::uint8_t* values = nullptr;  // packed values; 64 readable bytes follow the last
 
+  OWL_INLINE std::size_t scale_blocks() const { return (cells + kScaleCells - 1) / kScaleCells; }
+  OWL_INLINE const std::uint16_t* group_scales(std::size_t group) const {
+    return scales + group * scale_blocks() * kGroupRows;
+  }
   OWL_INLINE std::size_t mask_bytes_per_cell() const { return 2 * columns_per_cell(type); }
   OWL_INLINE const std::uint8_t* group_masks(std::size_t group) const {
     return masks + group * cells * mask_bytes_per_cell();

@@ -153,29 +153,39 @@ void prepare_row(const PackedMatrix& w, const ActivationLayout& layout, const fl
 
 // ---- One row ---------------------------------------------------------------------------------------------
 
+// One block of 16 cells: exact integer sums.
+template <class V, class Stream>
+inline typename V::I block_int8(Stream& stream, const std::uint8_t* x, std::size_t cells, std::int32_t correction) {
+  typename V::I a = V::i_set1(V::kBiased ? correction : 0);
+  typename V::I c = V::i_set1(0);
+  for (std::size_t i = 0; i < cells; i += 4, x += 16) {
+    stream.prefetch_ahead();
+    a = V::dot8(a, V::bias8(stream.next()), x);
+    c = V::dot8(c, V::bias8(stream.next()), x + 4);
+    a = V::dot8(a, V::bias8(stream.next()), x + 8);
+    c = V::dot8(c, V::bias8(stream.next()), x + 12);
+  }
+  return V::i_add(a, c);
+}
+
 template <class V, bool Sparse>
 void matvec_int8(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
                  const std::uint8_t* row, float* sums) {
   const auto* scales = reinterpret_cast<const float*>(row + layout.scale_offset);
   const auto* corrections = reinterpret_cast<const std::int32_t*>(row + layout.correction_offset);
+  const std::size_t whole = w.cells / kBlockCells;
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
     CellStream<V, ValueType::kInt8, Sparse> stream(w, g);
+    const std::uint16_t* weight_scales = w.group_scales(g);
     typename V::F total = V::f_set1(0.0F);
-    const std::uint8_t* x = row;
-    std::size_t left = w.cells;
     for (std::size_t b = 0; b < layout.blocks; ++b) {
-      typename V::I a = V::i_set1(V::kBiased ? corrections[b] : 0);
-      typename V::I c = V::i_set1(0);
-      const std::size_t cells = smaller(left, kBlockCells);
-      for (std::size_t i = 0; i < cells; i += 4, x += 16) {
-        stream.prefetch_ahead();
-        a = V::dot8(a, V::bias8(stream.next()), x);
-        c = V::dot8(c, V::bias8(stream.next()), x + 4);
-        a = V::dot8(a, V::bias8(stream.next()), x + 8);
-        c = V::dot8(c, V::bias8(stream.next()), x + 12);
-      }
-      left -= cells;
-      total = V::f_fma(V::to_float(V::i_add(a, c)), V::f_set1(scales[b]), total);
+      const std::uint8_t* x = row + b * kBlockCells * 4;
+      // The usual case has a constant length, so that the compiler unrolls it.
+      const typename V::I sum = b < whole ? block_int8<V>(stream, x, kBlockCells, corrections[b])
+                                          : block_int8<V>(stream, x, w.cells - whole * kBlockCells, corrections[b]);
+      const typename V::F scale =
+          V::f_mul(V::f_load_bf16(weight_scales + b * kBlockCells / kScaleCells * kGroupRows), V::f_set1(scales[b]));
+      total = V::f_fma(V::to_float(sum), scale, total);
     }
     V::f_store(sums, total);
   }
@@ -253,7 +263,7 @@ inline void multiply_float(const std::uint8_t* tile, std::size_t cells, const st
 }
 
 template <class V, int M>
-inline void multiply_int8(const std::uint8_t* tile, std::size_t cells, std::size_t first_block,
+inline void multiply_int8(const std::uint8_t* tile, const float* tile_scales, std::size_t cells, std::size_t first_block,
                           const ActivationLayout& layout, const std::uint8_t* row, const std::uint8_t* x, float* sums,
                           std::size_t sums_stride) {
   constexpr int N = V::kPanelGroups;
@@ -281,8 +291,12 @@ inline void multiply_int8(const std::uint8_t* tile, std::size_t cells, std::size
         for (int n = 0; n < N; ++n) acc[m][n] = V::dot8(acc[m][n], w[n], x + m * stride);
       }
     }
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) total[m][n] = V::f_fma(V::to_float(acc[m][n]), V::f_set1(scale[m]), total[m][n]);
+    const float* weight_scale = tile_scales + done / kScaleCells * N * kGroupRows;
+    for (int n = 0; n < N; ++n) {
+      const typename V::F s = V::f_load(weight_scale + n * kGroupRows);
+      for (int m = 0; m < M; ++m)
+        total[m][n] = V::f_fma(V::to_float(acc[m][n]), V::f_mul(s, V::f_set1(scale[m])), total[m][n]);
+    }
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) V::f_store(sums + m * sums_stride + n * kGroupRows, total[m][n]);
@@ -329,12 +343,17 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups, cons
     if constexpr (T == ValueType::kInt8) {
       constexpr int M = V::kInt8Rows;
       const std::size_t block = done / kBlockCells;
+      alignas(64) float scales[kPanelBlockCells / kScaleCells * N * kGroupRows] = {};
+      for (std::size_t b = 0; b < (cells + kScaleCells - 1) / kScaleCells; ++b)
+        for (std::size_t n = 0; n < groups; ++n)
+          V::f_store(scales + (b * N + n) * kGroupRows,
+                     V::f_load_bf16(w.group_scales(begin + n) + (done / kScaleCells + b) * kGroupRows));
       std::size_t m = 0;
       for (; m + M <= count; m += M)
-        multiply_int8<V, M>(scratch, cells, block, layout, rows + m * layout.stride, x + m * layout.stride,
+        multiply_int8<V, M>(scratch, scales, cells, block, layout, rows + m * layout.stride, x + m * layout.stride,
                             sums + m * width, width);
       for (; m < count; ++m)
-        multiply_int8<V, 1>(scratch, cells, block, layout, rows + m * layout.stride, x + m * layout.stride,
+        multiply_int8<V, 1>(scratch, scales, cells, block, layout, rows + m * layout.stride, x + m * layout.stride,
                             sums + m * width, width);
     } else {
       constexpr int M = V::kFloatRows;
@@ -417,7 +436,7 @@ inline typename V::F load_lanes(const float* x, std::size_t lanes) {
 }
 
 template <class V>
-void finish(const PackedMatrix& w, std::size_t begin, std::size_t end, const float* sums, std::size_t sums_stride,
+void finish(std::size_t begin, std::size_t end, const float* sums, std::size_t sums_stride,
             std::size_t first, std::size_t count, const Output& output) {
   const std::size_t step = output.epilogue == Epilogue::kNone ? 1 : 2;
   for (std::size_t m = 0; m < count; ++m, sums += sums_stride) {
@@ -425,12 +444,7 @@ void finish(const PackedMatrix& w, std::size_t begin, std::size_t end, const flo
     for (std::size_t g = begin; g < end; g += step) {
       const float* s = sums + (g - begin) * kGroupRows;
       typename V::F value = V::f_load(s);
-      if (w.scales != nullptr) value = V::f_mul(value, V::f_load(w.scales + g * kGroupRows));
-      if (step == 2) {
-        typename V::F up = V::f_load(s + kGroupRows);
-        if (w.scales != nullptr) up = V::f_mul(up, V::f_load(w.scales + (g + 1) * kGroupRows));
-        value = gated<V>(output.epilogue, value, up);
-      }
+      if (step == 2) value = gated<V>(output.epilogue, value, V::f_load(s + kGroupRows));
       const std::size_t column = g / step * kGroupRows;
       if (column >= output.cols) continue;
       const std::size_t lanes = output.cols - column;

@@ -167,6 +167,14 @@ struct Portable {
     const std::uint32_t rounded = rest + 0xfff + (rest >> 13 & 1);  // to nearest, ties to even
     return static_cast<std::uint16_t>(sign | (rounded - 0x38000000U) >> 13);
   }
+  static F f_load_bf16(const std::uint16_t* p) {
+    return each([&](int i) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(p[i]) << 16;
+      float r;
+      std::memcpy(&r, &bits, 4);
+      return r;
+    });
+  }
   static F f_load_fp16(const std::uint16_t* p) {
     return each([&](int i) { return from_fp16(p[i]); });
   }

@@ -54,9 +54,9 @@ struct Kernels {
   // sums [count, panel_groups * 16]; scratch: kPanelScratch bytes, 64-byte aligned.
   void (*panel)(const PackedMatrix& w, std::size_t begin, std::size_t groups, const ActivationLayout& layout,
                 const std::uint8_t* rows, std::size_t count, std::uint8_t* scratch, float* sums);
-  // Scales, bias, epilogue: sums [count, sums_stride] of groups [begin, end) -> output rows from `first`.
-  void (*finish)(const PackedMatrix& w, std::size_t begin, std::size_t end, const float* sums,
-                 std::size_t sums_stride, std::size_t first, std::size_t count, const Output& output);
+  // Bias, epilogue: sums [count, sums_stride] of groups [begin, end) -> output rows from `first`.
+  void (*finish)(std::size_t begin, std::size_t end, const float* sums, std::size_t sums_stride, std::size_t first,
+                 std::size_t count, const Output& output);
   // sum = x + skip (skip may be null), y = sum * gamma / rms(sum); sum may be null.
   void (*rms_norm)(const float* x, const float* skip, const float* gamma, std::size_t size, float epsilon,
                    float* sum, float* y);

@@ -56,6 +56,10 @@ struct Avx512Common {
   }
   // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23.
   static F scale_by_power(F p, F shifted) { return _mm512_scalef_ps(p, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0F))); }
+  static F f_load_bf16(const std::uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
   static F f_load_fp16(const std::uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }

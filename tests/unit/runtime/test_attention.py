@@ -1,0 +1,118 @@
+"""Attention against the cache, each instruction set against a naive oracle in float64."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from .conftest import Kernels
+
+Floats = NDArray[np.float32]
+
+
+def rotary_tables(positions: int, size: int) -> tuple[Floats, Floats]:
+    angles = np.outer(np.arange(positions), 10000.0 ** (-np.arange(size // 2) * 2 / size))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(
+    x: NDArray[np.float64], tables: tuple[Floats, Floats], first: int
+) -> NDArray[np.float64]:
+    """x [length, heads, size] at positions from `first`."""
+    half = x.shape[-1] // 2
+    c, s = (t[first : first + len(x), None].astype(np.float64) for t in tables)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * c - b * s, a * s + b * c], axis=-1)
+
+
+def oracle(
+    q: NDArray[np.float64],
+    keys: NDArray[np.float64],
+    values: NDArray[np.float64],
+    past: int,
+    softcap: float,
+    window: int,
+) -> NDArray[np.float64]:
+    """q [length, heads, size], keys and values [kv, positions, size] -> [length, heads * size]."""
+    length, heads, size = q.shape
+    out = np.zeros_like(q)
+    for s in range(length):
+        for h in range(heads):
+            kv = h // (heads // len(keys))
+            oldest = max(0, past + s + 1 - window) if window else 0
+            seen = slice(oldest, past + s + 1)
+            scores = keys[kv, seen] @ q[s, h] * size**-0.5
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
+            weights = np.exp(scores - scores.max())
+            out[s, h] = weights / weights.sum() @ values[kv, seen]
+    return out.reshape(length, heads * size)
+
+
+@pytest.mark.parametrize("heads, kv_heads, size", [(9, 3, 64), (4, 4, 32), (8, 1, 128), (5, 1, 48)])
+@pytest.mark.parametrize(
+    "length, past", [(1, 0), (1, 1), (1, 130), (1, 511), (7, 0), (70, 0), (33, 100)]
+)
+@pytest.mark.parametrize("cache", [np.float32, np.float16])
+def test_against_oracle(
+    kernels: Kernels,
+    isa: str,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    length: int,
+    past: int,
+    cache: type,
+) -> None:
+    check(kernels, isa, heads, kv_heads, size, length, past, cache)
+
+
+@pytest.mark.parametrize("length, past", [(1, 200), (40, 100)])
+@pytest.mark.parametrize("softcap, window", [(20.0, 0), (0.0, 50), (5.0, 129)])
+def test_softcap_and_window(
+    kernels: Kernels, isa: str, length: int, past: int, softcap: float, window: int
+) -> None:
+    check(kernels, isa, 6, 2, 64, length, past, np.float32, softcap, window)
+
+
+def test_thread_count_changes_no_bit(kernels: Kernels, isa: str) -> None:
+    outputs = [
+        check(kernels, isa, 9, 3, 64, 1, 400, np.float16, threads=threads) for threads in (1, 2, 5)
+    ]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    np.testing.assert_array_equal(outputs[0], outputs[2])
+
+
+def check(
+    kernels: Kernels,
+    isa: str,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    length: int,
+    past: int,
+    cache: type,
+    softcap: float = 0.0,
+    window: int = 0,
+    threads: int = 2,
+) -> Floats:
+    rng = np.random.default_rng(5)
+    capacity = past + length + 3
+    tables = rotary_tables(capacity, size)
+    keys, values = (rng.standard_normal((kv_heads, capacity, size)).astype(cache) for _ in range(2))
+    qkv = rng.standard_normal((length, (heads + 2 * kv_heads) * size)).astype(np.float32)
+    split = qkv.astype(np.float64).reshape(length, heads + 2 * kv_heads, size)
+    q = rotate(split[:, :heads], tables, past)
+    k = rotate(split[:, heads : heads + kv_heads], tables, past)
+    all_keys, all_values = keys.astype(np.float64), values.astype(np.float64)
+    all_keys[:, past : past + length] = k.swapaxes(0, 1)
+    all_values[:, past : past + length] = split[:, heads + kv_heads :].swapaxes(0, 1)
+    out = kernels.attention(
+        isa, qkv, keys, values, heads, past, tables, softcap=softcap, window=window, threads=threads
+    )
+    tolerance = 2e-5 if cache is np.float32 else 5e-3
+    np.testing.assert_allclose(keys, all_keys, atol=tolerance)
+    np.testing.assert_allclose(values, all_values, atol=tolerance)
+    np.testing.assert_allclose(
+        out, oracle(q, all_keys, all_values, past, softcap, window), atol=tolerance
+    )
+    return out

@@ -1,0 +1,163 @@
+"""Every instruction set against a naive oracle in float64."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from owl_deploy.runtime import pack
+
+from .conftest import Kernels
+from .test_pack import sparse_weight
+
+TOLERANCE = 2e-6  # of sum |x| |w|: fp32 sums, since the oracle rounds activations as the kernels do
+
+
+def rounding_error(
+    y: NDArray[np.float32], x: NDArray[np.float32], weight: NDArray[np.float32]
+) -> float:
+    """Largest error of y = x W^T as a share of sum |x| |w|."""
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    scale = np.abs(x).astype(np.float64) @ np.abs(weight.T).astype(np.float64)
+    return float(np.max(np.abs(y - exact) / np.maximum(scale, 1e-30)))
+
+
+def as_kernels_see(x: NDArray[np.float32], values: pack.Values, isa: str) -> NDArray[np.float32]:
+    """x rounded as the kernels round it: int8 in blocks of 64, bf16 where the processor multiplies bf16."""
+    if values == "bf16" and isa == "avx512":
+        bits = x.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+    if values != "int8":
+        return x
+    padded = np.zeros((x.shape[0], -(-x.shape[1] // 64) * 64), dtype=np.float32)
+    padded[:, : x.shape[1]] = x
+    blocks = padded.reshape(x.shape[0], -1, 64)
+    peak = np.abs(blocks).max(axis=2, keepdims=True)
+    steps = np.rint(blocks * (np.float32(127) / np.maximum(peak, np.float32(1e-30))))
+    return (steps * (peak / np.float32(127))).reshape(padded.shape)[:, : x.shape[1]]
+
+
+def activations(rows: int, cols: int, seed: int = 7) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (15, 3), (16, 64), (17, 65), (33, 127), (64, 576), (200, 1537)]
+)
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_against_oracle(
+    kernels: Kernels,
+    isa: str,
+    shape: tuple[int, int],
+    values: pack.Values,
+    sparsity: float,
+    sparse: bool,
+) -> None:
+    block = pack.pack(sparse_weight(*shape, sparsity), values, sparse)
+    weight = pack.unpack(block)
+    for rows in (1, 2, 7, 65):
+        x = activations(rows, shape[1])
+        y, _ = kernels.matmul(isa, block, x, shape[0], threads=2)
+        assert rounding_error(y, as_kernels_see(x, values, isa), weight) < TOLERANCE
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 129, 300])
+def test_batches(kernels: Kernels, isa: str, values: pack.Values, rows: int) -> None:
+    block = pack.pack(sparse_weight(80, 300, 0.7), values)
+    x = activations(rows, 300)
+    y, _ = kernels.matmul(isa, block, x, 80, threads=3)
+    assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 150])
+def test_thread_count_changes_no_bit(
+    kernels: Kernels, isa: str, values: pack.Values, rows: int
+) -> None:
+    block = pack.pack(sparse_weight(700, 333, 0.6), values)
+    x = activations(rows, 333)
+    first, _ = kernels.matmul(isa, block, x, 700, threads=1)
+    for threads in range(2, 9):
+        again, _ = kernels.matmul(isa, block, x, 700, threads=threads)
+        np.testing.assert_array_equal(again, first)
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+def test_empty_and_full_rows(kernels: Kernels, isa: str, values: pack.Values) -> None:
+    weight = sparse_weight(50, 200, 0.7)
+    weight[::3] = 0
+    weight[1::3] = 1.5
+    block = pack.pack(weight, values)
+    x = activations(1, 200)
+    y, _ = kernels.matmul(isa, block, x, 50)
+    assert not y[0, ::3].any()
+    assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_infinity_and_nan_propagate(
+    kernels: Kernels, isa: str, values: pack.Values, bad: float, rows: int
+) -> None:
+    block = pack.pack(np.abs(sparse_weight(40, 100, 0.0)) + 0.1, values, sparse=False)
+    x = np.ones((rows, 100), dtype=np.float32)
+    x[rows - 1, 97] = bad
+    y, _ = kernels.matmul(isa, block, x, 40)
+    assert not np.isfinite(y[rows - 1]).any()
+    assert np.isfinite(y[: rows - 1]).all()
+    if values != "int8":  # int8 has no infinity: its blocks become NaN
+        np.testing.assert_array_equal(y[rows - 1], np.full(40, bad, dtype=np.float32))
+
+
+def test_denormal_activations_are_harmless(kernels: Kernels, isa: str) -> None:
+    block = pack.pack(sparse_weight(32, 64, 0.5), "fp32")
+    y, _ = kernels.matmul(isa, block, np.full((1, 64), 1e-42, dtype=np.float32), 32)
+    assert np.abs(y).max() < 1e-38
+
+
+@pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul"])
+@pytest.mark.parametrize("outputs", [16, 20, 96])
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_gated(
+    kernels: Kernels, isa: str, epilogue: str, outputs: int, rows: int, values: pack.Values
+) -> None:
+    gate, up = sparse_weight(outputs, 72, 0.5, seed=3), sparse_weight(outputs, 72, 0.5, seed=4)
+    block = pack.pack(pack.interleave_gate_up(gate, up), values)
+    both = pack.unpack(block).reshape(-1, 2, 16, 72).astype(np.float64)
+    x = activations(rows, 72)
+    # The operator's `columns` attribute cuts off the padding; here the whole width is asked for.
+    y, _ = kernels.matmul(isa, block, x, both.shape[0] * 16, epilogue=epilogue)
+    g, u = x @ both[:, 0].reshape(-1, 72).T, x @ both[:, 1].reshape(-1, 72).T
+    inner = g if epilogue == "silu_mul" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
+    expected = g / (1 + np.exp(-inner)) * u
+    tolerance = 2e-5 if values == "fp32" else 2e-2
+    np.testing.assert_allclose(y, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("cols", [16, 63, 576])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_norm_residual_and_bias(kernels: Kernels, isa: str, cols: int, rows: int) -> None:
+    block = pack.pack(sparse_weight(30, cols, 0.5), "fp32")
+    x, skip = activations(rows, cols, 1), activations(rows, cols, 2)
+    gamma, bias = activations(1, cols, 3)[0], activations(1, 30, 4)[0]
+    y, total = kernels.matmul(isa, block, x, 30, bias=bias, skip=skip, gamma=gamma, epsilon=1e-6)
+    both = x.astype(np.float64) + skip
+    normed = both / np.sqrt((both**2).mean(axis=1, keepdims=True) + 1e-6) * gamma
+    np.testing.assert_allclose(total, both, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        y, normed @ pack.unpack(block).T.astype(np.float64) + bias, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+def test_gather(kernels: Kernels, values: pack.Values) -> None:
+    block = pack.pack(sparse_weight(50, 300, 0.0), values, sparse=False)
+    rows = pack.unpack(block)
+    for row in (0, 1, 15, 16, 49):
+        np.testing.assert_array_equal(kernels.gather(block, row, 300), rows[row])
+    with pytest.raises(ValueError, match="no such row"):
+        kernels.gather(block, 50, 300)

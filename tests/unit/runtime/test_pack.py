@@ -1,0 +1,176 @@
+"""The packed format: what goes in comes out, and what is wrong is refused by Python and C++ alike."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from owl_deploy.runtime import pack
+
+from .conftest import Kernels
+
+SHAPES = [(1, 1), (16, 64), (17, 5), (31, 129), (64, 576), (100, 1000)]
+# Relative to the largest value of the row and block: half a step of each type.
+STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 1.01 / 254}
+
+
+def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((rows, cols)).astype(np.float32)
+    weight[rng.random((rows, cols)) < sparsity] = 0
+    return weight
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99, 1.0])
+def test_round_trip(
+    shape: tuple[int, int], values: pack.Values, sparse: bool, sparsity: float
+) -> None:
+    weight = sparse_weight(*shape, sparsity)
+    block = pack.pack(weight, values, sparse)
+    info = pack.inspect(block)
+    back = pack.unpack(block)
+    assert (info.rows, info.cols, info.sparse, info.values) == (*shape, sparse, values)
+    assert back.shape == weight.shape
+    assert np.array_equal(back == 0, weight == 0) or values == "int8"
+    assert np.abs(back - weight).max() <= STEP[values] * np.abs(weight).max()
+    assert pack.unpack(pack.pack(back, values, sparse)) == pytest.approx(back, rel=0.01)
+
+
+def test_size_at_seventy_percent() -> None:
+    weight = sparse_weight(1024, 1024, 0.7)
+    bits = {values: pack.pack(weight, values).size / weight.size for values in ("bf16", "int8")}
+    assert bits["bf16"] == pytest.approx(0.725, rel=0.02)
+    assert bits["int8"] == pytest.approx(0.43, rel=0.05)
+
+
+def test_every_region_is_aligned() -> None:
+    info = pack.inspect(pack.pack(sparse_weight(100, 77, 0.5), "int8"))
+    for offset in (info.mask_offset, info.index_offset, info.scale_offset, info.value_offset):
+        assert offset % pack.ALIGNMENT == 0
+
+
+def test_refuses_what_it_cannot_store() -> None:
+    with pytest.raises(ValueError, match="two dimensions"):
+        pack.pack(np.zeros(3, dtype=np.float32))
+    with pytest.raises(ValueError, match="int8"):
+        pack.pack(np.array([[np.inf]], dtype=np.float32), "int8")
+    with pytest.raises(ValueError, match="must be one of"):
+        pack.pack(np.ones((2, 2), dtype=np.float32), "int5")  # type: ignore[arg-type]
+
+
+def test_bf16_keeps_infinities_and_nan() -> None:
+    weight = np.array([[np.inf, -np.inf, np.nan, 1e-45, -0.0, 3.0]], dtype=np.float32)
+    back = pack.unpack(pack.pack(weight, "bf16"))
+    np.testing.assert_array_equal(back, [[np.inf, -np.inf, np.nan, 0, 0, 3]])
+
+
+def test_gate_and_up_alternate() -> None:
+    gate, up = sparse_weight(20, 8, 0, seed=1), sparse_weight(20, 8, 0, seed=2)
+    both = pack.interleave_gate_up(gate, up)
+    assert both.shape == (64, 8)
+    np.testing.assert_array_equal(both[:16], gate[:16])
+    np.testing.assert_array_equal(both[16:32], up[:16])
+    np.testing.assert_array_equal(both[32:36], gate[16:])
+    assert not both[36:48].any()
+
+
+# ---- Hostile blocks ------------------------------------------------------------------------------------
+
+HEADER_FIELDS = {
+    "version": (8, 4),
+    "type": (12, 4),
+    "flags": (16, 4),
+    "group_rows": (20, 4),
+    "rows": (24, 8),
+    "cols": (32, 8),
+    "cells": (40, 8),
+    "nonzeros": (48, 8),
+    "masks": (56, 8),
+    "index": (64, 8),
+    "scales": (72, 8),
+    "values": (80, 8),
+    "total": (88, 8),
+}
+
+
+@pytest.mark.parametrize("field", HEADER_FIELDS)
+@pytest.mark.parametrize("value", [0, 1, 63, 2**31, 2**32 - 1, 2**63, 2**64 - 64, 2**64 - 1])
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_hostile_header(kernels: Kernels, field: str, value: int, values: pack.Values) -> None:
+    block = pack.pack(sparse_weight(33, 70, 0.5), values).copy()
+    offset, width = HEADER_FIELDS[field]
+    new = np.frombuffer((value % 2 ** (8 * width)).to_bytes(width, "little"), dtype=np.uint8)
+    if np.array_equal(block[offset : offset + width], new):
+        pytest.skip("this is the true value")
+    block[offset : offset + width] = new
+    with pytest.raises(ValueError):
+        kernels.check(block)
+    with pytest.raises(ValueError):
+        pack.inspect(block)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 1000])
+def test_truncated(kernels: Kernels, size: int) -> None:
+    block = pack.pack(sparse_weight(33, 70, 0.5), "bf16")[:size]
+    with pytest.raises(ValueError):
+        kernels.check(block)
+    with pytest.raises(ValueError):
+        pack.inspect(block)
+
+
+def test_mask_with_too_many_bits(kernels: Kernels) -> None:
+    block = pack.pack(sparse_weight(32, 64, 0.9), "int8").copy()
+    info = pack.inspect(block)
+    block[info.mask_offset : info.mask_offset + 64] = 0xFF
+    with pytest.raises(ValueError, match="more bits"):
+        kernels.check(block)
+    with pytest.raises(ValueError, match="more bits"):
+        pack.inspect(block)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_fuzzed_blocks_never_read_outside(data: st.DataObject) -> None:
+    """Any damage is refused, or leaves a block that multiplies without reading outside (ASan watches that)."""
+    kernels = _library()
+    values = data.draw(st.sampled_from(["fp32", "bf16", "int8"]))
+    rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
+    block = pack.pack(sparse_weight(rows, cols, 0.6), values, data.draw(st.booleans())).copy()
+    for _ in range(data.draw(st.integers(1, 8))):
+        # Mostly in the header and the index, where it hurts.
+        at = data.draw(st.integers(0, min(block.size, 256) - 1) | st.integers(0, block.size - 1))
+        block[at] = data.draw(st.integers(0, 255))
+    block = block[
+        : data.draw(
+            st.sampled_from([block.size, block.size, data.draw(st.integers(0, block.size))])
+        )
+    ]
+    refusals = []
+    for check in (kernels.check, pack.inspect):
+        try:
+            check(block)
+            refusals.append(False)
+        except ValueError:
+            refusals.append(True)
+    assert refusals[0] == refusals[1]
+    if refusals[0]:
+        return
+    info = pack.inspect(block)
+    x = np.ones((data.draw(st.sampled_from([1, 3])), info.cols), dtype=np.float32)
+    for isa in kernels.isas():
+        kernels.matmul(isa, block, x, info.rows)
+
+
+def _library() -> Kernels:
+    from owl_deploy.runtime import library_path
+
+    from .conftest import load
+
+    try:
+        return load(library_path())
+    except OSError as error:
+        pytest.skip(str(error))
