@@ -112,6 +112,9 @@ def prune(
     batch_size: Annotated[
         int | None, typer.Option(help="Windows at once. [by free memory]")
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search the allocation's parameters on held-out text.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that was stopped.")
     ] = False,
@@ -142,7 +145,16 @@ def prune(
 
     text = Calibration(calibration, samples, sequence_length, seed) if calibration else None
     hardware = Hardware(device, dtype, batch_size)
-    manifest = run(model, output, settings, text, hardware, force=force, resume=resume)
+    manifest = run(
+        model,
+        output,
+        settings,
+        text,
+        hardware,
+        tune_allocation=tune,
+        force=force,
+        resume=resume,
+    )
     _emit(manifest, as_json, lambda: show(manifest, str(output)))
 
 
@@ -215,41 +227,81 @@ def bench(
         typer.Option("--engine", "-e", help="Instead of the one each is made for; repeatable."),
     ] = None,
     scenario: Annotated[
-        list[str] | None, typer.Option("--scenario", help="decode or prefill. [both]")
+        list[str] | None,
+        typer.Option(help="decode, prefill, generate, throughput; repeatable. [decode, prefill]"),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens that decoding attends to.")] = 512,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prefill's prompt.")] = 128,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Tokens that decoding attends to; repeatable. [512]")
+    ] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a prompt; repeatable. [128]")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Rows decoded together; repeatable. [1]")
+    ] = None,
+    streams: Annotated[
+        list[int] | None, typer.Option(help="Streams at once, for throughput; repeatable. [2]")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, for generate.")] = 64,
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", help="For every engine. [the physical cores]")
     ] = None,
     pairs: Annotated[int, typer.Option(help="Rounds; each is a fresh process a deployment.")] = 8,
+    looks: Annotated[
+        int | None,
+        typer.Option(help="Up to so many times --pairs while inconclusive. [1; 3 with --check]"),
+    ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for one step of an engine.")] = 600,
+    save_baseline: Annotated[
+        Path | None, typer.Option(help="A file for later --check: one deployment, one baseline.")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Judge against a saved file: exit 0, 1 (worse), 3.")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="Share of time that may be lost, when saved.")
+    ] = 0.05,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where it would be 3.")] = False,
+    summary: Annotated[
+        Path | None, typer.Option(help="A file to append the verdicts to, as markdown.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder to write result.json to.")
     ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Measure deployments against dense baselines, with intervals."""
+    """Measure deployments against dense baselines, with intervals; or gate a change."""
     from owl_deploy.bench.measure import BenchPlan
-    from owl_deploy.bench.run import run
-    from owl_deploy.bench.table import show
+    from owl_deploy.bench.run import CHECK_LOOKS, run_gate
+    from owl_deploy.bench.table import show_outcome
 
     plan = BenchPlan(
         candidates=tuple(deployments),
         baselines=tuple(baseline or ()),
         engines=tuple(engine or ()),
         scenarios=tuple(scenario or ("decode", "prefill")),
-        context=context,
-        prompt=prompt,
+        context=tuple(context or (512,)),
+        prompt=tuple(prompt or (128,)),
+        batch=tuple(batch or (1,)),
+        streams=tuple(streams or (2,)),
+        new_tokens=new_tokens,
         threads=threads,
         pairs=pairs,
+        looks=looks or (CHECK_LOOKS if check else 1),
         time_limit_s=time_limit,
     )
-    result = run(plan, output, force)
-
-    _emit(result.model_dump(mode="json"), as_json, lambda: show(result))
-    sys.exit(4 if result.failures else 0)
+    outcome = run_gate(
+        plan,
+        save=save_baseline,
+        check=check,
+        margin=margin,
+        output=output,
+        force=force,
+        summary=summary,
+    )
+    _emit(outcome.to_json(), as_json, lambda: show_outcome(outcome))
+    sys.exit(outcome.exit_code(strict))
 
 
 engines_app = typer.Typer(no_args_is_help=True, help="The inference engines.")

@@ -3,8 +3,10 @@
 import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
@@ -63,6 +65,22 @@ def busy_cores(seconds: float) -> float:
         if hasattr(after, kind)
     )
     return float(busy) / seconds
+
+
+def read_bandwidth(threads: int, size_bytes: int = 1 << 28, repeats: int = 5) -> float:
+    """What a plain read of memory reaches on so many threads, in GB/s: the best of `repeats`.
+
+    A dot product of a vector with itself reads each value once and computes almost nothing.
+    """
+    parts = [np.ones(size_bytes // 4 // threads, np.float32) for _ in range(threads)]
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            list(pool.map(lambda part: np.dot(part, part), parts))
+            seconds = time.perf_counter() - start
+            best = max(best, sum(part.nbytes for part in parts) / seconds / 1e9)
+    return best
 
 
 def _cpuinfo() -> tuple[str, frozenset[str]]:

@@ -6,43 +6,52 @@ machine that warms up or slows down does so to all alike. One engine runs at a t
 
 import contextlib
 import datetime
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from owl_deploy import __version__
 from owl_deploy.bench import machine, result, stats
-from owl_deploy.bench.result import Result, Role, Sample, Scenario, Subject
+from owl_deploy.bench.journal import Journal
+from owl_deploy.bench.result import Result, Role, Sample, Subject
+from owl_deploy.bench.scenario import KINDS, Scenario, by_session
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
     default_threads,
     engine_for,
     get_engine,
+    installed_version,
     open_deployment,
     python_of,
 )
 from owl_deploy.engines.registry import Engine
 from owl_deploy.errors import BadInput, EngineFailed, unknown_name
 
-KINDS = ("decode", "prefill")
-DECODE_WARMUP, PREFILL_WARMUP = 8, 2
 Progress = Callable[[str], None]
 # Opens an engine; tests put another here.
 Opener = Callable[..., contextlib.AbstractContextManager[EngineProcess]]
+_SHIPPED_TEXT = (
+    "The lighthouse keeper wrote down the weather every evening, and beside it the names of the "
+    "ships that he had seen. Most of them he knew by their sails. One autumn a ship came that "
+    "carried none, and yet it moved against the wind; he drew it in the margin, and left the line "
+    "for its name empty. "
+)
 
 
 class BenchPlan(BaseModel):
     """What to measure.
 
     `engines` empty: each deployment in the engine it was made for; else in each of these that opens
-    it. `context` tokens is what caches are made for, and what the last decoded token attends to;
-    `prompt` the tokens of a prefill; `pairs` the rounds; `steps` the tokens decoded, `repeats` the
-    prompts run, in each process.
+    it. `context`, `prompt`, `batch`, `streams`: tokens attended to in decoding, tokens of a prompt,
+    rows, and streams, one or several each. `new_tokens` an answer's length; `pairs` the rounds,
+    taken up to `looks` times while a comparison is inconclusive; `steps` the tokens decoded,
+    `repeats` the prompts run, in each process.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,66 +59,117 @@ class BenchPlan(BaseModel):
     candidates: tuple[Path, ...] = Field(min_length=1)
     baselines: tuple[Path, ...] = ()
     engines: tuple[str, ...] = ()
-    scenarios: tuple[str, ...] = KINDS
-    context: int = 512
-    prompt: int = 128
+    scenarios: tuple[str, ...] = ("decode", "prefill")
+    context: tuple[int, ...] = (512,)
+    prompt: tuple[int, ...] = (128,)
+    batch: tuple[int, ...] = (1,)
+    streams: tuple[int, ...] = (2,)
+    new_tokens: int = 64
     threads: int | None = None
     pairs: int = 8
+    looks: int = 1
     steps: int = 32
     repeats: int = 5
     time_limit_s: float = 600.0
     seed: int = 0
 
+    @field_validator("context", "prompt", "batch", "streams", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:  # noqa: ANN401 - before validation
+        return (value,) if isinstance(value, int) else value
+
     def described(self) -> tuple[Scenario, ...]:
         """The scenarios; raises `BadInput` for an unknown one, or a number that cannot be."""
-        smallest = DECODE_WARMUP + self.steps + 1
-        for name, value, least in (
-            ("--context", self.context, smallest),
+        for name, values, least in (
+            ("--context", self.context, 1),
             ("--prompt", self.prompt, 1),
-            ("--pairs", self.pairs, 1),
-            ("--threads", self.threads or 1, 1),
+            ("--batch", self.batch, 1),
+            ("--streams", self.streams, 1),
+            ("--new-tokens", (self.new_tokens,), 2),
+            ("--pairs", (self.pairs,), 1),
+            ("--looks", (self.looks,), 1),
+            ("--threads", (self.threads or 1,), 1),
         ):
-            if value < least:
-                raise BadInput(f"{name} {value} is too small.", f"It must be at least {least}.")
-        if "prefill" in self.scenarios and self.prompt > self.context:
-            raise BadInput(f"A prompt of {self.prompt} does not fit a context of {self.context}.")
-        return tuple(self._scenario(name) for name in dict.fromkeys(self.scenarios))
+            for value in values:
+                if value < least:
+                    raise BadInput(f"{name} {value} is too small.", f"It must be {least} or more.")
+        found = [each for name in self.scenarios for each in self._scenarios(name)]
+        for scenario in found:
+            if scenario.prompt_tokens(self.steps, self.repeats) < 1:
+                raise BadInput(f"--context {scenario.tokens} is too small.", "Take 64 or more.")
+        return tuple(dict.fromkeys(found))
 
-    def _scenario(self, name: str) -> Scenario:
-        if name == "decode":
-            return Scenario(kind="decode", tokens=self.context)
-        if name == "prefill":
-            return Scenario(kind="prefill", tokens=self.prompt)
-        raise unknown_name("scenario", name, KINDS)
+    def _scenarios(self, kind: str) -> list[Scenario]:
+        if kind == "decode":
+            pairs = itertools.product(self.batch, self.context)
+            return [Scenario(kind=kind, tokens=n, context=n, batch=rows) for rows, n in pairs]
+        if kind == "prefill":
+            return [Scenario(kind=kind, tokens=n, context=self._room(n)) for n in self.prompt]
+        if kind == "generate":
+            new = self.new_tokens
+            return [
+                Scenario(kind=kind, tokens=n, context=self._room(n + new), new=new)
+                for n in self.prompt
+            ]
+        if kind == "throughput":
+            pairs = itertools.product(self.streams, self.context)
+            return [Scenario(kind=kind, tokens=n, context=n, streams=m) for m, n in pairs]
+        raise unknown_name("scenario", kind, KINDS)
+
+    def _room(self, tokens: int) -> int:
+        """The context to make caches for: the first asked that holds `tokens`, or just them."""
+        return next((context for context in self.context if context >= tokens), tokens)
+
+
+def is_decided(found: Result) -> bool:
+    """Whether no comparison needs more rounds."""
+    return not any(comparison.verdict == "inconclusive" for comparison in found.comparisons)
 
 
 def run_bench(
-    plan: BenchPlan, progress: Progress = lambda _: None, opener: Opener = EngineProcess
+    plan: BenchPlan,
+    progress: Progress = lambda _: None,
+    opener: Opener = EngineProcess,
+    decided: Callable[[Result], bool] = is_decided,
 ) -> Result:
-    """Measure what `plan` asks for.
+    """Measure what `plan` asks for, in more rounds up to its `looks` until it is `decided`.
 
     An engine that fails drops its deployment from the later rounds and is named in the result's
-    `failures`; the others are measured on. Raises `BadInput`, and `EnvironmentFailed` for an engine
-    that is not installed, before anything is timed.
+    `failures`; the others are measured on. After an interruption, the same plan goes on with the
+    samples that were taken. Raises `BadInput`, and `EnvironmentFailed` for an engine that is not
+    installed, before anything is timed.
     """
     scenarios = plan.described()
-    entries = list(_entries(plan))
+    entries = entries_of(plan)
     for engine in dict.fromkeys(subject.engine for subject, _ in entries):
         python_of(engine)
     threads = plan.threads or default_threads()
     here = machine.look()
-    runner = _Runner(plan, scenarios, threads, opener)
-    subjects = {subject.name: subject for subject, _ in entries}
-    vocab = {subject.name: deployment.vocab for subject, deployment in entries}
-    started = time.monotonic()
-    for index in range(plan.pairs):
-        left = _time_left(started, index, plan.pairs)
-        order = list(subjects) if index % 2 == 0 else list(subjects)[::-1]
-        for name in order:
-            if subjects[name].failure is None:
-                progress(f"Round {index + 1} of {plan.pairs}{left}: {name}")
-                subjects[name] = runner.measure(subjects[name], vocab[name], index)
-    return conclude(plan, scenarios, here, threads, tuple(subjects.values()))
+    bandwidth = machine.read_bandwidth(threads)
+    journal = Journal([plan.model_dump(), threads, here.cpu, _identities(entries)])
+    subjects = journal.restore(subject for subject, _ in entries)
+    runner = _Runner(plan, scenarios, threads, opener, journal)
+    runner.deployments = {subject.name: deployment for subject, deployment in entries}
+    for look in range(plan.looks):
+        runner.rounds(subjects, look * plan.pairs, progress)
+        found = conclude(plan, scenarios, here, threads, bandwidth, tuple(subjects.values()))
+        if decided(found):
+            break
+    journal.delete()
+    return found
+
+
+def _identities(entries: list[tuple[Subject, Deployment]]) -> list[list[Any]]:
+    """What must not have changed for kept samples to count: engines' versions, models' files."""
+    return [
+        [subject.model_dump(), installed_version(subject.engine), _modified(deployment.path)]
+        for subject, deployment in entries
+    ]
+
+
+def _modified(folder: Path) -> dict[str, tuple[int, int]]:
+    status = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    return {name: (found.st_size, found.st_mtime_ns) for name, found in status.items()}
 
 
 def _time_left(started: float, done: int, rounds: int) -> str:
@@ -125,17 +185,18 @@ def conclude(
     scenarios: tuple[Scenario, ...],
     here: machine.Machine,
     threads: int,
+    bandwidth: float,
     subjects: tuple[Subject, ...],
 ) -> Result:
     """The result that follows from the samples in `subjects`."""
-    table = result.statistics(subjects, scenarios)
+    table = result.statistics(subjects, scenarios, bandwidth)
     return Result(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         owl_version=__version__,
         machine=here,
         threads=threads,
-        context=plan.context,
-        pairs=plan.pairs,
+        pairs=max((len(subject.samples) for subject in subjects), default=0),
+        read_gb_per_s=bandwidth,
         scenarios=scenarios,
         subjects=subjects,
         statistics=table,
@@ -166,8 +227,8 @@ def _notes(
             yield f"{name}: {get_engine(name).licence}"
 
 
-def _entries(plan: BenchPlan) -> Iterator[tuple[Subject, Deployment]]:
-    """Each deployment in each of its engines, under a name of its own."""
+def entries_of(plan: BenchPlan) -> list[tuple[Subject, Deployment]]:
+    """Each deployment in each of its engines, under a name of its own: candidates first."""
     roles: tuple[tuple[Role, tuple[Path, ...]], ...] = (
         ("candidate", plan.candidates),
         ("baseline", plan.baselines),
@@ -179,19 +240,24 @@ def _entries(plan: BenchPlan) -> Iterator[tuple[Subject, Deployment]]:
         for engine in _engines_for(deployment, plan.engines)
     ]
     names = _names([(deployment, engine) for _, deployment, engine in chosen])
-    for name, (role, deployment, engine) in zip(names, chosen, strict=True):
-        subject = Subject(
-            name=name,
-            path=str(deployment.path),
-            role=role,
-            target=deployment.target,
-            engine=engine.name,
-            precision=deployment.precision,
-            zeros=deployment.zeros,
-            perplexity=deployment.perplexity,
-            size_bytes=deployment.size_bytes,
-        )
-        yield subject, deployment
+    return [
+        (_subject(name, role, deployment, engine), deployment)
+        for name, (role, deployment, engine) in zip(names, chosen, strict=True)
+    ]
+
+
+def _subject(name: str, role: Role, deployment: Deployment, engine: Engine) -> Subject:
+    return Subject(
+        name=name,
+        path=str(deployment.path),
+        role=role,
+        target=deployment.target,
+        engine=engine.name,
+        precision=deployment.precision,
+        zeros=deployment.zeros,
+        perplexity=deployment.perplexity,
+        size_bytes=deployment.size_bytes,
+    )
 
 
 def _unique(paths: Iterable[Path]) -> list[Path]:
@@ -230,53 +296,85 @@ def _names(pairs: list[tuple[Deployment, Engine]]) -> list[str]:
 class _Runner:
     """Takes samples."""
 
+    deployments: dict[str, Deployment]
+
     def __init__(
-        self, plan: BenchPlan, scenarios: tuple[Scenario, ...], threads: int, opener: Opener
+        self,
+        plan: BenchPlan,
+        scenarios: tuple[Scenario, ...],
+        threads: int,
+        opener: Opener,
+        journal: Journal,
     ) -> None:
         self.plan = plan
-        self.scenarios = scenarios
+        self.sessions = tuple(by_session(scenarios))
         self.threads = threads
         self.opener = opener
+        self.journal = journal
 
-    def measure(self, subject: Subject, vocab: int, index: int) -> Subject:
+    def rounds(self, subjects: dict[str, Subject], first: int, progress: Progress) -> None:
+        """Take the next `pairs` rounds, from number `first` on, of what has not failed."""
+        started = time.monotonic()
+        last = first + self.plan.pairs
+        for index in range(first, last):
+            left = _time_left(started, index - first, self.plan.pairs)
+            order = list(subjects) if index % 2 == 0 else list(subjects)[::-1]
+            for name in order:
+                subject = subjects[name]
+                done = any(sample.round == index for sample in subject.samples)
+                if subject.failure is None and not done:
+                    progress(f"Round {index + 1} of {last}{left}: {name}")
+                    subjects[name] = self.measure(subject, index)
+
+    def measure(self, subject: Subject, index: int) -> Subject:
         """`subject` with one more sample, or with the reason why it failed."""
         try:
-            about, sample = self._sample(subject, vocab, index)
+            about, sample = self._sample(subject, index)
         except EngineFailed as error:
             return subject.model_copy(update={"failure": str(error)})
+        self.journal.add(subject.name, about, sample)
         return subject.model_copy(update={"about": about, "samples": (*subject.samples, sample)})
 
-    def _sample(self, subject: Subject, vocab: int, index: int) -> tuple[dict[str, Any], Sample]:
+    def _sample(self, subject: Subject, index: int) -> tuple[dict[str, Any], Sample]:
         latencies: dict[str, tuple[float, ...]] = {}
-        with self.opener(
-            subject.engine,
-            Path(subject.path),
-            threads=self.threads,
-            context=self.plan.context,
-            timeout_s=self.plan.time_limit_s,
-        ) as engine:
-            about = dict(engine.loaded)
-            for scenario in self.scenarios:
-                answer = engine.request(scenario.kind, **self._arguments(scenario, vocab))
-                latencies[scenario.key] = self._checked(subject, answer["latencies_ms"])
-            peak = engine.request("memory")["peak_bytes"]
+        opened: list[tuple[dict[str, Any], int]] = []
+        for scenarios in self.sessions:
+            context, batch, streams = scenarios[0].session
+            with self.opener(
+                subject.engine,
+                Path(subject.path),
+                threads=self.threads,
+                context=context,
+                timeout_s=self.plan.time_limit_s,
+                batch=batch,
+                streams=streams,
+            ) as engine:
+                for scenario in scenarios:
+                    latencies |= self._ask(engine, subject, scenario)
+                opened.append((dict(engine.loaded), engine.request("memory")["peak_bytes"]))
+        about, peak = opened[0]
         load_s = about.pop("seconds")
-        sample = Sample(round=index, load_s=load_s, peak_bytes=peak, latencies_ms=latencies)
-        return about, sample
+        return about, Sample(round=index, load_s=load_s, peak_bytes=peak, latencies_ms=latencies)
 
-    def _arguments(self, scenario: Scenario, vocab: int) -> dict[str, Any]:
-        """What the worker is asked. The prompt is the same in every process and every engine."""
-        steps, warmup = self.plan.steps, DECODE_WARMUP
-        if scenario.kind == "prefill":
-            steps, warmup = 0, 0
-        length = scenario.tokens - steps - warmup
-        tokens = np.random.default_rng(self.plan.seed).integers(0, vocab, length).tolist()
-        if scenario.kind == "decode":
-            return {"prompt": tokens, "steps": steps, "warmup": warmup}
-        return {"prompt": tokens, "repeats": self.plan.repeats, "warmup": PREFILL_WARMUP}
-
-    def _checked(self, subject: Subject, latencies: list[float]) -> tuple[float, ...]:
+    def _ask(
+        self, engine: EngineProcess, subject: Subject, scenario: Scenario
+    ) -> dict[str, tuple[float, ...]]:
+        steps, repeats = self.plan.steps, self.plan.repeats
+        length = scenario.prompt_tokens(steps, repeats)
+        prompt = self._prompt(self.deployments[subject.name], length, scenario.kind == "generate")
+        answer = engine.request(scenario.kind, **scenario.request(prompt, steps, repeats))
         try:
-            return tuple(stats.checked(latencies))
+            return {m.key: tuple(stats.checked(answer[m.answer])) for m in scenario.metrics}
         except ValueError as error:
             raise EngineFailed(f"{subject.name} gave no usable times: {error}.") from error
+
+    def _prompt(self, deployment: Deployment, length: int, real: bool) -> list[int]:
+        """The same in every process and every engine: random tokens, or a real text's."""
+        tokenizer = deployment.path / "tokenizer.json"
+        if real and tokenizer.is_file():
+            from tokenizers import Tokenizer
+
+            text: list[int] = Tokenizer.from_file(str(tokenizer)).encode(_SHIPPED_TEXT).ids
+            return (text * (length // len(text) + 1))[:length]
+        generator = np.random.default_rng(self.plan.seed)
+        return [int(token) for token in generator.integers(0, deployment.vocab, length)]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from owl_deploy import artefact
 from owl_deploy.bench import stats
 from owl_deploy.bench.machine import Machine
+from owl_deploy.bench.scenario import Metric, Scenario
 from owl_deploy.errors import BadInput
 
 FILE = "result.json"
@@ -20,36 +21,11 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Scenario(_Model):
-    """What is timed.
-
-    `decode`: one token after another, the last of them attending to `tokens` tokens. `prefill`: a
-    prompt of `tokens` tokens in an empty cache, up to and with the first new token.
-    """
-
-    kind: Literal["decode", "prefill"]
-    tokens: int
-
-    @property
-    def key(self) -> str:
-        """Its name in a result: "decode@512"."""
-        return f"{self.kind}@{self.tokens}"
-
-    @property
-    def tokens_a_sample(self) -> int:
-        """How many tokens one latency is the time of."""
-        return 1 if self.kind == "decode" else self.tokens
-
-    @property
-    def title(self) -> str:
-        """What is timed, in words."""
-        if self.kind == "decode":
-            return f"decode: one token at a context of {self.tokens}"
-        return f"prefill: a prompt of {self.tokens} tokens"
-
-
 class Sample(_Model):
-    """One fresh process: what it measured in each scenario, by key, in ms."""
+    """One round's fresh processes: what was measured, by metric, in ms.
+
+    Load time and peak memory are those of the first session (scenario.py).
+    """
 
     round: int
     load_s: float
@@ -74,11 +50,11 @@ class Subject(_Model):
     failure: str | None = None
 
     def latencies(self, key: str) -> list[tuple[float, ...]]:
-        """The latencies of a scenario, by process."""
+        """The latencies of a metric, by process."""
         return [sample.latencies_ms[key] for sample in self.samples]
 
     def summary(self, key: str) -> stats.Summary:
-        """The statistics of a scenario."""
+        """The statistics of a metric."""
         return stats.summarize(self.latencies(key))
 
     @property
@@ -93,7 +69,7 @@ class Subject(_Model):
 
 
 class Comparison(_Model):
-    """How many times faster `candidate` is than `baseline` in a scenario, with the verdict."""
+    """How many times faster `candidate` is than `baseline`; `scenario` is the metric's key."""
 
     scenario: str
     candidate: str
@@ -108,15 +84,19 @@ class Comparison(_Model):
 
 
 class Result(_Model):
-    """A whole benchmark; `statistics` and `comparisons` follow from the samples."""
+    """A whole benchmark; `statistics` and `comparisons` follow from the samples.
+
+    `read_gb_per_s` is what a plain read of memory reached, in the same run, on the same threads:
+    the roofline of decoding.
+    """
 
     schema_version: Literal[1] = 1
     created: str
     owl_version: str
     machine: Machine
     threads: int
-    context: int
     pairs: int
+    read_gb_per_s: float
     scenarios: tuple[Scenario, ...]
     subjects: tuple[Subject, ...]
     statistics: dict[str, dict[str, dict[str, float]]]
@@ -149,39 +129,54 @@ def write_result(result: Result, folder: Path, force: bool = False) -> None:
         artefact.write_json(staging / artefact.MANIFEST, about)
 
 
+def metrics_of(scenarios: tuple[Scenario, ...]) -> list[Metric]:
+    """All metrics of the scenarios, in order."""
+    return [metric for scenario in scenarios for metric in scenario.metrics]
+
+
 def statistics(
-    subjects: tuple[Subject, ...], scenarios: tuple[Scenario, ...]
+    subjects: tuple[Subject, ...], scenarios: tuple[Scenario, ...], read_gb_per_s: float
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """For each scenario and each subject that was measured: latencies in ms, and tokens/s."""
+    """For each metric and each subject that was measured: latencies in ms, and tokens/s.
+
+    For decoding also `read_gb_per_s`, the model's bytes over the latency, and `roofline`, its share
+    of a plain read. Above 1, the engine does not read all of the file: it skips zeros.
+    """
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for scenario in scenarios:
+    for metric in metrics_of(scenarios):
         for subject in subjects:
             if subject.samples:
-                summary = subject.summary(scenario.key)
-                table.setdefault(scenario.key, {})[subject.name] = {
-                    "median_ms": summary.median,
-                    "spread": summary.spread,
-                    "p90_ms": summary.p90,
-                    "p99_ms": summary.p99,
-                    "processes": summary.processes,
-                    "tokens_per_s": 1e3 * scenario.tokens_a_sample / summary.median,
-                }
+                row = _row(subject.summary(metric.key), metric)
+                if metric.key.startswith("decode"):
+                    row["read_gb_per_s"] = subject.size_bytes / row["median_ms"] / 1e6
+                    row["roofline"] = row["read_gb_per_s"] / read_gb_per_s
+                table.setdefault(metric.key, {})[subject.name] = row
     return table
+
+
+def _row(summary: stats.Summary, metric: Metric) -> dict[str, float]:
+    return {
+        "median_ms": summary.median,
+        "spread": summary.spread,
+        "p90_ms": summary.p90,
+        "p99_ms": summary.p99,
+        "processes": summary.processes,
+        "tokens_per_s": 1e3 * metric.tokens / summary.median,
+    }
 
 
 def comparisons(
     subjects: tuple[Subject, ...], scenarios: tuple[Scenario, ...], seed: int
 ) -> tuple[Comparison, ...]:
-    """Every candidate against the baselines that matter to a user, in every scenario."""
+    """Every candidate against the baselines that matter to a user, in every metric."""
     measured = [subject for subject in subjects if subject.samples]
     baselines = [subject for subject in measured if subject.role == "baseline"]
     found = []
-    for scenario in scenarios:
+    for metric in metrics_of(scenarios):
         for candidate in measured:
             if candidate.role == "candidate":
-                chosen = choose_baselines(candidate, baselines, scenario.key)
-                for baseline, against in chosen:
-                    found.append(_compare(candidate, baseline, against, scenario.key, seed))
+                for baseline, against in choose_baselines(candidate, baselines, metric.key):
+                    found.append(_compare(candidate, baseline, against, metric.key, seed))
     return tuple(found)
 
 
@@ -222,13 +217,7 @@ def precision_class(subject: Subject) -> str:
 def _compare(
     candidate: Subject, baseline: Subject, against: tuple[Against, ...], key: str, seed: int
 ) -> Comparison:
-    rounds = {sample.round: sample for sample in baseline.samples}
-    pairs = [(s, rounds[s.round]) for s in candidate.samples if s.round in rounds]
-    ratio = stats.compare(
-        [stats.process_median(one.latencies_ms[key]) for one, _ in pairs],
-        [stats.process_median(other.latencies_ms[key]) for _, other in pairs],
-        seed,
-    )
+    ratio = stats.compare(*paired(candidate, baseline, key), seed)
     return Comparison(
         scenario=key,
         candidate=candidate.name,
@@ -240,4 +229,14 @@ def _compare(
         pairs=ratio.pairs,
         verdict=ratio.verdict,
         text=stats.describe(ratio),
+    )
+
+
+def paired(candidate: Subject, baseline: Subject, key: str) -> tuple[list[float], list[float]]:
+    """The process medians of a metric, in ms, of the rounds that both were measured in."""
+    rounds = {sample.round: sample for sample in baseline.samples}
+    pairs = [(s, rounds[s.round]) for s in candidate.samples if s.round in rounds]
+    return (
+        [stats.process_median(one.latencies_ms[key]) for one, _ in pairs],
+        [stats.process_median(other.latencies_ms[key]) for _, other in pairs],
     )

@@ -1,13 +1,45 @@
 """`owl bench` as one call: check, measure, write."""
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
 
 from owl_deploy import artefact
-from owl_deploy.bench.measure import BenchPlan, run_bench
+from owl_deploy.bench import baseline, gate
+from owl_deploy.bench.gate import Verdict
+from owl_deploy.bench.measure import BenchPlan, Progress, run_bench
 from owl_deploy.bench.result import Result, write_result
+from owl_deploy.errors import BadInput
 from owl_deploy.progress import error_console
+
+CHECK_LOOKS = 3  # a gate takes 8, 16 and at most 24 rounds
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to; `verdicts` when it was a check, whose `result` may not be needed."""
+
+    result: Result | None
+    verdicts: tuple[Verdict, ...] | None = None
+
+    def exit_code(self, strict: bool = False) -> int:
+        """0 to 4, as documented for `owl bench`."""
+        if self.result is not None and self.result.failures:
+            return 4
+        return 0 if self.verdicts is None else gate.exit_code(gate.overall(self.verdicts), strict)
+
+    def to_json(self) -> dict[str, object]:
+        """The result, and the verdicts if there are any, as JSON values."""
+        value: dict[str, object] = {}
+        if self.result is not None:
+            value = self.result.model_dump(mode="json")
+        if self.verdicts is not None:
+            value["verdict"] = gate.overall(self.verdicts)
+            value["verdicts"] = [vars(verdict) for verdict in self.verdicts]
+        return value
 
 
 def run(plan: BenchPlan, output: Path | None = None, force: bool = False) -> Result:
@@ -18,12 +50,58 @@ def run(plan: BenchPlan, output: Path | None = None, force: bool = False) -> Res
     """
     if output is not None:
         artefact.check_output(output, force)
-    console = error_console()
-    with console.status("Looking at the deployments") as status:
-        if console.is_terminal:
-            result = run_bench(plan, lambda line: status.update(escape(line)))
-        else:
-            result = run_bench(plan, lambda line: console.print(line, markup=False))
+    with _shown() as progress:
+        result = run_bench(plan, progress)
     if output is not None:
         write_result(result, output, force)
     return result
+
+
+def run_gate(
+    plan: BenchPlan,
+    *,
+    save: Path | None,
+    check: Path | None,
+    margin: float = gate.Margins.time,
+    output: Path | None = None,
+    force: bool = False,
+    summary: Path | None = None,
+) -> Outcome:
+    """As `run`, and save a baseline file or check against one.
+
+    `margin` is the share of time that may be lost, kept in the saved file; `summary` a file that
+    the verdicts are appended to as markdown. Raises `BadInput` for a file that is no baseline.
+    """
+    if save and check:
+        raise BadInput("--save-baseline and --check exclude each other.", "Check first, then save.")
+    if not 0 < margin < 1:
+        raise BadInput(f"--margin {margin} is not between 0 and 1.", "0.05 is five per cent.")
+    if not save and not check:
+        return Outcome(run(plan, output, force))
+    if output is not None:
+        artefact.check_output(output, force)
+    verdicts: tuple[Verdict, ...] | None = None
+    with _shown() as progress:
+        if save:
+            result: Result | None = baseline.save(save, plan, progress, margin)
+        else:
+            assert check is not None
+            found, result = baseline.check(check, plan, progress)
+            verdicts = tuple(found)
+    if output is not None and result is not None:
+        write_result(result, output, force)
+    if summary is not None and verdicts is not None:
+        with summary.open("a", encoding="utf-8") as file:
+            file.write(baseline.markdown(verdicts, result))
+    return Outcome(result, verdicts)
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Progress]:
+    """Show lines of progress on stderr: one that changes on a terminal, else one after another."""
+    console = error_console()
+    with console.status("Looking at the deployments") as status:
+        if console.is_terminal:
+            yield lambda line: status.update(escape(line))
+        else:
+            yield lambda line: console.print(line, markup=False)

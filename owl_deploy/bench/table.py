@@ -1,9 +1,14 @@
 """A result as text for a terminal of 80 columns."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from owl_deploy.bench.result import Against, Result, Scenario, Subject
+from owl_deploy.bench.gate import Verdict, overall
+from owl_deploy.bench.result import Against, Result, Subject, metrics_of
+from owl_deploy.bench.run import Outcome
+from owl_deploy.bench.scenario import Metric
 
 WIDTH = 80
 _AGAINST = {
@@ -16,10 +21,10 @@ _AGAINST = {
 def show(result: Result, console: Console | None = None) -> None:
     """Print a result: a table for each scenario, the speed-ups, memory, and what to know."""
     console = console or Console(width=WIDTH, highlight=False)
-    for scenario in result.scenarios:
-        console.print(_speed(result, scenario))
+    for metric in metrics_of(result.scenarios):
+        console.print(_speed(result, metric))
         if result.comparisons:
-            console.print(_speedups(result, scenario))
+            console.print(_speedups(result, metric))
     console.print(_cost(result))
     for failure in result.failures:
         console.print(f"Failed: {failure}", markup=False)
@@ -27,9 +32,30 @@ def show(result: Result, console: Console | None = None) -> None:
         console.print(f"Note: {note}", markup=False)
     console.print(
         f"{result.machine.name}, {result.threads} threads, {result.pairs} rounds in fresh "
-        f"processes; intervals of 90 %; perplexity as `owl eval` recorded it.",
+        f"processes; intervals of 90 %; perplexity as `owl eval` recorded it; a plain read of "
+        f"memory reaches {result.read_gb_per_s:.0f} GB/s.",
         markup=False,
     )
+
+
+def show_outcome(outcome: Outcome, console: Console | None = None) -> None:
+    """Print what a run came to."""
+    if outcome.result is not None:
+        show(outcome.result, console)
+    if outcome.verdicts is not None:
+        show_verdicts(outcome.verdicts, console)
+
+
+def show_verdicts(verdicts: Sequence[Verdict], console: Console | None = None) -> None:
+    """Print a gate's verdicts, and the one of the run."""
+    console = console or Console(width=WIDTH, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("metric", "verdict", "why"):
+        table.add_column(column, overflow="fold")
+    for verdict in verdicts:
+        table.add_row(verdict.metric, verdict.word, verdict.why)
+    console.print(table)
+    console.print(f"Overall: {overall(verdicts)}")
 
 
 def headline(result: Result) -> list[str]:
@@ -51,11 +77,11 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _speed(result: Result, scenario: Scenario) -> Table:
+def _speed(result: Result, metric: Metric) -> Table:
     columns = ("deployment", "engine", "type", "zeros", "ppl", "ms", "±%", "p99", "tok/s")
-    table = _table(f"\n{scenario.title}", *columns)
+    table = _table(f"\n{metric.title}", *columns)
     for subject in result.subjects:
-        row = result.statistics.get(scenario.key, {}).get(subject.name)
+        row = result.statistics.get(metric.key, {}).get(subject.name)
         if row is None:
             table.add_row(*_identity(subject), "failed", "", "", "")
             continue
@@ -75,12 +101,13 @@ def _identity(subject: Subject) -> tuple[str, ...]:
     return subject.name, subject.engine, subject.precision, zeros, perplexity
 
 
-def _speedups(result: Result, scenario: Scenario) -> Table:
+def _speedups(result: Result, metric: Metric) -> Table:
     table = _table("", "deployment", "speed-up", "against")
     for comparison in result.comparisons:
-        if comparison.scenario == scenario.key:
+        if comparison.scenario == metric.key:
             which = ", ".join(_AGAINST[kind] for kind in _distinct(comparison.against))
-            table.add_row(comparison.candidate, comparison.text, f"{comparison.baseline} ({which})")
+            against = f"{comparison.baseline} ({which})"
+            table.add_row(comparison.candidate, comparison.text, against)
     return table
 
 
@@ -91,7 +118,9 @@ def _distinct(against: tuple[Against, ...]) -> list[Against]:
 
 
 def _cost(result: Result) -> Table:
-    table = _table("\nmemory and size", "deployment", "engine", "file MB", "peak MB", "load s")
+    table = _table(
+        "\nmemory and size", "deployment", "engine", "file MB", "peak MB", "load s", "roof"
+    )
     for subject in result.subjects:
         if subject.samples:
             table.add_row(
@@ -100,8 +129,17 @@ def _cost(result: Result) -> Table:
                 f"{subject.size_bytes / 1e6:.0f}",
                 f"{subject.peak_bytes / 1e6:.0f}",
                 f"{subject.load_s:.1f}",
+                _roofline(result, subject),
             )
     return table
+
+
+def _roofline(result: Result, subject: Subject) -> str:
+    """The share of a plain read's speed that the first decoding scenario reads the file at."""
+    for rows in result.statistics.values():
+        if "roofline" in rows.get(subject.name, {}):
+            return f"{rows[subject.name]['roofline']:.0%}"
+    return ""
 
 
 def _digits(value: float) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from owl_deploy.errors import EngineFailed
 WORKER = Path(__file__).with_name("worker.py")
 DEFAULT_CONTEXT = 512
 DEFAULT_TIMEOUT_S = 600.0
+_STACK = re.compile(r"^ *(?:0# |#0 |Traceback |backtrace)", re.MULTILINE)
 _LAST_WORDS = 300  # characters of an engine's stderr that an error shows
 
 
@@ -153,11 +155,12 @@ class EngineProcess:
         return EngineFailed(f"{self._who()} {how} in {op!r}.{said}")
 
     def last_words(self) -> str:
-        """The end of what the engine wrote to stderr, on one line."""
+        """The end of what the engine wrote to stderr, before any stack trace, on one line."""
         if self._stderr is None:
             return ""
         self._stderr.seek(0)
         text = self._stderr.read().decode(errors="replace")
+        text = _STACK.split(text, maxsplit=1)[0]
         return " / ".join(filter(None, map(str.strip, text.splitlines())))[-_LAST_WORDS:]
 
     def _who(self) -> str:

@@ -1,7 +1,8 @@
 """An engine that runs nothing: `fake.json` in the deployment says how it behaves, for tests.
 
     {"decode_ms": 20, "prefill_ms": 100, "noise": 0.02, "load_s": 1, "peak_bytes": 1000,
-     "vocab": 16, "fail": {"op": "load" | "prompt" | "next", "how": "abort"|"hang"|"raise"|"exit"}}
+     "vocab": 16, "logits_off": 0,
+     "fail": {"op": "load" | "prompt" | "next", "how": "abort"|"hang"|"raise"|"exit"}}
 
 Its clock is its own: a latency of an hour costs a test no time. `noise` is the relative spread
 between processes (a log-normal factor drawn once a process).
@@ -75,7 +76,8 @@ class Driver:
         """One part [n, vocab]: 1 at the successor of each token, else 0."""
         self.tokens += tokens
         vocab = self.behaviour.get("vocab", 16)
-        yield np.eye(vocab, dtype=np.float32)[(np.array(tokens) + 1) % vocab]
+        off = np.float32(self.behaviour.get("logits_off", 0.0))
+        yield np.eye(vocab, dtype=np.float32)[(np.array(tokens) + 1) % vocab] + off
 
     def _maybe_fail(self, operation: str) -> None:
         fail = self.behaviour.get("fail", {})

@@ -1,9 +1,14 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -115,7 +120,8 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_is_timed(
         ({"context": 20}, "--context 20 is too small"),
         ({"pairs": 0}, "--pairs 0"),
         ({"threads": -1}, "--threads -1"),
-        ({"prompt": 600}, "does not fit a context of 512"),
+        ({"context": (512, 0)}, "--context 0 is too small"),
+        ({"new_tokens": 1}, "--new-tokens 1"),
     ],
 )
 def test_bad_plans_get_one_sentence(
@@ -130,6 +136,112 @@ def test_equal_names_are_told_apart(tmp_path: Path) -> None:
     two = fake(tmp_path / "b" / "model", decode_ms=1, prefill_ms=1)
     result = run_bench(BenchPlan(candidates=(one,), baselines=(two, one), pairs=1))
     assert len({subject.name for subject in result.subjects}) == 3
+
+
+def test_every_scenario_is_measured_in_the_process_that_suits_it(pair: tuple[Path, Path]) -> None:
+    opened: list[str] = []
+    plan = BenchPlan(
+        candidates=pair[:1],
+        baselines=pair[1:],
+        scenarios=("decode", "prefill", "generate", "throughput"),
+        context=(128, 256),
+        prompt=(64, 200),
+        batch=(1, 4),
+        streams=(3,),
+        new_tokens=32,
+        pairs=1,
+    )
+    result = run_bench(plan, opener=recording(opened))
+    keys = {scenario.key for scenario in result.scenarios}
+    assert keys == {
+        *("decode@128", "decode@256", "decode@128x4", "decode@256x4"),
+        *("prefill@64", "prefill@200", "generate@64+32", "generate@200+32"),
+        *("throughput@128x3", "throughput@256x3"),
+    }
+    assert opened == ["sparse"] * 6 + ["dense"] * 6  # context x batch, context x streams
+    rows = {key: row["sparse"] for key, row in result.statistics.items()}
+    assert rows["decode@128x4"]["tokens_per_s"] == pytest.approx(400, rel=0.1)
+    assert rows["generate@64+32:first"]["median_ms"] == pytest.approx(50, rel=0.1)
+    assert rows["generate@64+32:token"]["median_ms"] == pytest.approx(10, rel=0.1)
+    assert rows["generate@64+32:total"]["median_ms"] == pytest.approx(50 + 31 * 10, rel=0.1)
+    assert rows["throughput@128x3"]["median_ms"] == pytest.approx(10, rel=0.1)
+    assert rows["decode@128"]["roofline"] == 0
+    shown(result)
+
+
+def test_more_rounds_are_taken_while_it_is_inconclusive(tmp_path: Path) -> None:
+    one = fake(tmp_path / "one", decode_ms=10, prefill_ms=10, noise=0.5)
+    two = fake(tmp_path / "two", decode_ms=10, prefill_ms=10, noise=0.5)
+    sure = fake(tmp_path / "sure", decode_ms=30, prefill_ms=300)
+    noisy = run_bench(BenchPlan(candidates=(one,), baselines=(two,), pairs=2, looks=3))
+    assert noisy.pairs == 6
+    clear = run_bench(BenchPlan(candidates=(one,), baselines=(sure,), pairs=6, looks=2))
+    assert clear.pairs in (6, 12)
+    assert any("Noisy machine" in note for note in noisy.notes)
+
+
+def test_an_interrupted_benchmark_goes_on_where_it_was(
+    pair: tuple[Path, Path], cache: Path
+) -> None:
+    opened: list[str] = []
+    plan = BenchPlan(candidates=pair[:1], baselines=pair[1:], pairs=3)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("Round 2") and line.endswith("sparse"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(plan, interrupt, recording(opened))
+    assert opened == ["sparse", "dense", "dense"]
+    (journal,) = (cache / "bench").iterdir()
+    with journal.open("a") as file:
+        file.write('{"at": 1, "na')  # as a kill in the middle of a line leaves it
+    result = run_bench(plan, opener=recording(opened))
+    assert opened == ["sparse", "dense", "dense", "sparse", "sparse", "dense"]
+    assert [sample.round for sample in result.subjects[0].samples] == [0, 1, 2]
+    assert not journal.exists()
+
+
+def test_half_a_round_from_another_hour_is_measured_anew(
+    pair: tuple[Path, Path], cache: Path
+) -> None:
+    plan = BenchPlan(candidates=pair[:1], baselines=pair[1:], pairs=1)
+
+    def interrupt(line: str) -> None:
+        if line.endswith("dense"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(plan, interrupt)
+    (journal,) = (cache / "bench").iterdir()
+    line = json.loads(journal.read_text())
+    journal.write_text(json.dumps(line | {"at": line["at"] - 3600}) + "\n")
+    opened: list[str] = []
+    run_bench(plan, opener=recording(opened))
+    assert opened == ["sparse", "dense"]
+
+
+def test_ctrl_c_ends_at_once_and_leaves_no_process(tmp_path: Path) -> None:
+    bad = fake(tmp_path / "bad", fail={"op": "prompt", "how": "hang"})
+    owl = subprocess.Popen(
+        [sys.executable, "-m", "owl_deploy", "bench", str(bad)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    parent = psutil.Process(owl.pid)
+    deadline = time.monotonic() + 20
+    while not parent.children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (worker,) = parent.children()
+    time.sleep(0.3)
+    started = time.monotonic()
+    owl.send_signal(signal.SIGINT)
+    _, said = owl.communicate(timeout=10)
+    assert time.monotonic() - started < 2
+    assert owl.returncode == 130
+    assert "interrupted" in said
+    assert not worker.is_running()
 
 
 def shown(result: Result) -> str:

@@ -1,0 +1,189 @@
+"""`--save-baseline` and `--check`: a benchmark as a gate; the verdicts come from gate.py."""
+
+import datetime
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from owl_deploy import __version__, artefact
+from owl_deploy.bench import counters, gate
+from owl_deploy.bench.gate import Margins, Side, Verdict
+from owl_deploy.bench.measure import BenchPlan, Progress, run_bench
+from owl_deploy.bench.result import Result, paired
+from owl_deploy.engines import EngineProcess, installed_version
+from owl_deploy.errors import BadInput, EngineFailed
+
+SCHEMA = 1
+PROBE_TOKENS, PROBE_STEPS, PROBE_COLUMNS = 32, 16, 64
+# Rounding differs between processors and thread counts; in quantized models it is amplified.
+LOGITS_MARGIN = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2, "int8": 5e-2, "int4": 1e-1}
+
+
+def one_of_each(plan: BenchPlan) -> None:
+    """Refuse a plan that is no gate: it needs one deployment and a reference to time it by."""
+    if len(plan.candidates) != 1 or not plan.baselines:
+        raise BadInput(
+            "A gate judges one deployment against one reference.",
+            "Give one deployment, and --baseline with another that runs beside it.",
+        )
+    if len(plan.engines) > 1:
+        raise BadInput("A gate runs in one engine.", "Give --engine once, or not at all.")
+
+
+def save(path: Path, plan: BenchPlan, progress: Progress, margin: float) -> Result:
+    """Measure, and write what later runs are checked against; returns the benchmark's result."""
+    one_of_each(plan)
+    if plan.pairs < gate.MIN_ROUNDS:
+        raise BadInput(f"A baseline needs --pairs {gate.MIN_ROUNDS} or more.")
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
+    side = still_side(plan)
+    result = run_bench(plan, progress)
+    if result.failures:
+        raise EngineFailed(result.failures[0], "No baseline was written.")
+    side = timed_side(side, result)
+    precision = result.subjects[0].precision
+    margins = Margins(time=margin, logits=LOGITS_MARGIN.get(precision, 1e-3))
+    content = {
+        "schema_version": SCHEMA,
+        "created": result.created,
+        "owl_version": __version__,
+        "margins": asdict(margins),
+        "side": asdict(side),
+    }
+    artefact.write_json(path, {**content, "digest": _digest(content)})
+    return result
+
+
+def check(path: Path, plan: BenchPlan, progress: Progress) -> tuple[list[Verdict], Result | None]:
+    """The verdicts on a run against the baseline file at `path`; the file is never changed.
+
+    The result is None when the answer was there before anything had to be timed. An engine that
+    fails in the checks before is an `EngineFailed`.
+    """
+    one_of_each(plan)
+    saved, margins = read(path)
+    progress("Checking what needs no timing")
+    now = still_side(plan)
+    verdicts = gate.check_setting(saved, now)
+    if verdicts:
+        return verdicts, None
+    verdicts = gate.check_probe(saved, now, margins)
+    verdicts += gate.check_counters(saved, now, margins)
+    if gate.overall(verdicts) in ("REGRESSED", "INCOMPARABLE"):
+        return verdicts, None
+    return _check_times(saved, now, margins, plan, progress, verdicts)
+
+
+def _check_times(
+    saved: Side,
+    now: Side,
+    margins: Margins,
+    plan: BenchPlan,
+    progress: Progress,
+    verdicts: list[Verdict],
+) -> tuple[list[Verdict], Result]:
+    """Time up to `plan.looks` times as many rounds, while the answer is inconclusive."""
+
+    def timed(result: Result) -> list[Verdict]:
+        side = timed_side(now, result)
+        return gate.check_memory(saved, side, margins) + gate.check_time(saved, side, margins)
+
+    def decided(result: Result) -> bool:
+        return gate.overall(timed(result)) != "INCONCLUSIVE"
+
+    result = run_bench(plan, progress, decided=decided)
+    if result.failures:
+        failed = [Verdict("engine", "REGRESSED", failure) for failure in result.failures]
+        return verdicts + failed, result
+    return verdicts + timed(result), result
+
+
+def still_side(plan: BenchPlan) -> Side:
+    """All of a run that needs no timing: its setting, logits and counters."""
+    from owl_deploy.bench.machine import look
+    from owl_deploy.bench.measure import entries_of
+
+    (subject, deployment), (reference, other) = entries_of(plan)[:2]
+    here = look(0.1)
+    threads = plan.threads or EngineProcess("fake", deployment.path).threads
+    setting = {
+        "schema": SCHEMA,
+        "engine": subject.engine,
+        "engine version": installed_version(subject.engine),
+        "precision": subject.precision,
+        "reference": f"{reference.engine} {reference.precision}, {other.size_bytes} bytes",
+        "threads": threads,
+        "instruction set": list(here.isa),
+        "scenarios": [scenario.model_dump(mode="json") for scenario in plan.described()],
+    }
+    probe = _probe(subject.engine, deployment.path, deployment.vocab, threads)
+    return Side(setting, here.cpu, probe, counters.count(deployment), 0, {})
+
+
+def _probe(engine: str, folder: Path, vocab: int, threads: int) -> dict[str, Any]:
+    """What the deployment answers to a fixed prompt: tokens, and some of the logits behind them."""
+    generator = np.random.default_rng(0)
+    prompt = [int(token) for token in generator.integers(0, vocab, PROBE_TOKENS)]
+    columns = np.sort(generator.permutation(vocab)[:PROBE_COLUMNS])
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "logits.npy"
+        with EngineProcess(engine, folder, threads=threads, context=64) as process:
+            answer = process.request(
+                "greedy", tokens=prompt, count=PROBE_STEPS, logits_file=str(file)
+            )
+        logits = np.load(file)
+    return {
+        "tokens": answer["tokens"],
+        "scale": float(np.abs(logits).max()),
+        "logits": np.round(logits[:, columns].astype(float), 6).tolist(),
+    }
+
+
+def timed_side(side: Side, result: Result) -> Side:
+    """`side` with the times and the memory of `result`."""
+    candidate, reference = result.subjects[:2]
+    ratios = {}
+    for key in result.statistics:
+        now, then = paired(candidate, reference, key)
+        ratios[key] = [float(value) for value in np.log(now) - np.log(then)]
+    peak = candidate.peak_bytes if candidate.samples else 0
+    values = {field.name: getattr(side, field.name) for field in fields(Side)}
+    return Side(**{**values, "ratios": ratios, "peak_bytes": peak})
+
+
+def read(path: Path) -> tuple[Side, Margins]:
+    """Read a baseline file; raises `BadInput` for one that is missing, damaged or edited."""
+    hint = "Make it again with --save-baseline."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digest = content.pop("digest")
+        if digest != _digest(content):
+            raise BadInput(f"The baseline file {path} was edited or damaged.", hint)
+        return Side(**content["side"]), Margins(**content["margins"])
+    except OSError as error:
+        raise BadInput(f"The baseline file {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} is not a baseline file, or a damaged one.", hint) from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """The digest of a file's content: numbers as written, keys in order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def markdown(verdicts: Sequence[Verdict], result: Result | None) -> str:
+    """The verdicts as a summary for a pull request."""
+    word = gate.overall(verdicts)
+    lines = [f"## owl bench: {word}", "", "| metric | verdict | why |", "|---|---|---|"]
+    lines += [f"| {v.metric} | {v.word} | {v.why} |" for v in verdicts]
+    if result is not None:
+        lines += ["", f"{result.machine.name}, {result.threads} threads, {result.pairs} rounds."]
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
+    return "\n".join([*lines, "", f"owl-deploy {__version__}, {now}", ""])

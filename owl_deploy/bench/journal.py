@@ -1,0 +1,63 @@
+"""Samples kept as they are taken, so that a benchmark that was interrupted goes on where it was."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from owl_deploy.bench.result import Sample, Subject
+from owl_deploy.cache import cache_dir
+
+# A pair is a comparison only if both were measured about the same time: a round that was
+# interrupted is taken up within these seconds, and measured anew after them.
+_FRESH_S = 600.0
+_KEPT_S = 7 * 24 * 3600.0
+
+
+class Journal:
+    """A file of JSON lines, one a sample, for one plan on one machine; deleted when done."""
+
+    def __init__(self, identity: Any, folder: Path | None = None) -> None:  # noqa: ANN401 - JSON
+        folder = folder or cache_dir() / "bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.jsonl"
+
+    def add(self, name: str, about: dict[str, Any], sample: Sample) -> None:
+        """Keep a sample of the subject `name`."""
+        line = {"at": time.time(), "name": name, "about": about, "sample": sample.model_dump()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def restore(self, subjects: Iterable[Subject]) -> dict[str, Subject]:
+        """The subjects by name, with the samples that an interrupted run left."""
+        restored = {subject.name: subject for subject in subjects}
+        lines = list(self._lines())
+        for index in sorted({line["sample"]["round"] for line in lines}):
+            of_round = [line for line in lines if line["sample"]["round"] == index]
+            whole = {line["name"] for line in of_round} >= restored.keys()
+            for line in of_round:
+                if whole or time.time() - line["at"] < _FRESH_S:
+                    subject = restored[line["name"]]
+                    samples = (*subject.samples, Sample.model_validate(line["sample"]))
+                    update = {"about": line["about"], "samples": samples}
+                    restored[subject.name] = subject.model_copy(update=update)
+        return restored
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        if time.time() - self.path.stat().st_mtime > _KEPT_S:
+            self.path.unlink()
+            return
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(text)
+            except ValueError:  # the line that a kill cut short
+                continue
+
+    def delete(self) -> None:
+        """Forget the samples: the result has them."""
+        self.path.unlink(missing_ok=True)
