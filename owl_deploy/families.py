@@ -5,7 +5,7 @@ the way, from pruning to export parity. `model_type` is the name in a checkpoint
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -17,12 +17,14 @@ class Family:
     """Where the parts of a causal language model are, as dotted module names.
 
     `backbone` is the module that maps token ids to hidden states; `blocks` the list of decoder
-    blocks in it; `embeddings` the modules that run before the first block.
+    blocks in it; `embeddings` the modules that run before the first block; `renamed` the modules
+    that checkpoints have under another name.
     """
 
     backbone: str
     blocks: str
     embeddings: tuple[str, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 _LLAMA_LAYOUT = Family("model", "model.layers", ("model.embed_tokens",))
@@ -31,7 +33,9 @@ _OPT_LAYOUT = Family(
     "model.decoder.layers",
     ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
 )
-_GPT_NEOX_LAYOUT = Family("gpt_neox", "gpt_neox.layers", ("gpt_neox.embed_in",))
+_GPT_NEOX_LAYOUT = Family(
+    "gpt_neox", "gpt_neox.layers", ("gpt_neox.embed_in",), renamed={"lm_head": "embed_out"}
+)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.family: Family = family_of(checkpoint.config)
-        self.model = _empty_model(checkpoint, dtype)
+        self.model: Any = _empty_model(checkpoint, dtype)
         self.blocks: list[nn.Module] = list(self._module_list())
 
     def block_name(self, index: int) -> str:
@@ -60,7 +60,8 @@ class Skeleton:
         Its tensors come from the checkpoint, or are `weights`, keyed as in its state_dict.
         """
         module = self.model.get_submodule(name)
-        tensors = self.checkpoint.read_module(name) if weights is None else weights
+        stored = self.family.renamed.get(name, name)
+        tensors = self.checkpoint.read_module(stored) if weights is None else weights
         state = {key: value.to(self.device, self.dtype) for key, value in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
@@ -95,24 +96,59 @@ class Skeleton:
                 hidden[part] = self._first_hidden(backbone, windows[part])[0].to(hidden.device)
         return Activations(hidden, arguments, batch, self.device)
 
+    @torch.no_grad()
+    def losses(self, windows: torch.Tensor, states: Sequence["Activations"]) -> list[float]:
+        """The loss of each of `states`, what left the last block for `windows`, in nats a token.
+
+        The model itself turns them into logits: its blocks are replaced by one that gives them.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(_release, self.model)  # a tied head, too
+            for name in self._outside_blocks():
+                stack.enter_context(self.loaded(name))
+            self.model.tie_weights()
+            _move_buffers(self.model, self.device)
+            return [self._loss(windows, state) for state in states]
+
+    def _outside_blocks(self) -> list[str]:
+        """The modules outside the blocks that have weights of their own (a tied head has none)."""
+        found = {
+            name.rpartition(".")[0]
+            for name, _ in self.model.named_parameters()
+            if not name.startswith(f"{self.family.blocks}.")
+        }
+        return [n for n in sorted(found) if self.checkpoint.names(self.family.renamed.get(n, n))]
+
+    def _loss(self, windows: torch.Tensor, state: "Activations") -> float:
+        total = 0.0
+        for ids, hidden in zip(windows.to(self.device), state.hidden, strict=True):
+            given = _Given(hidden.unsqueeze(0).to(self.device))
+            with self._blocks_replaced([given] * len(self.blocks)):
+                logits = self.model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
+            total += float(nn.functional.cross_entropy(logits.float(), ids[1:], reduction="sum"))
+        return total / (len(windows) * (windows.shape[1] - 1))
+
     def _first_hidden(
         self, backbone: nn.Module, ids: torch.Tensor
     ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         recorders = [_Recorder() for _ in self.blocks]
         recorders[-1].last = True
-        parent, _, attribute = self.family.blocks.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        real = getattr(owner, attribute)
-        setattr(owner, attribute, _keep_attributes(real, recorders))
-        try:
+        with self._blocks_replaced(recorders), contextlib.suppress(_Stop):
             backbone(input_ids=ids.to(self.device), use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            setattr(owner, attribute, real)
         hidden = recorders[0].hidden
         assert hidden is not None
         return hidden, [recorder.arguments for recorder in recorders]
+
+    @contextlib.contextmanager
+    def _blocks_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+        parent, _, attribute = self.family.blocks.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        real = getattr(owner, attribute)
+        setattr(owner, attribute, _keep_attributes(real, stand_ins))
+        try:
+            yield
+        finally:
+            setattr(owner, attribute, real)
 
     def _module_list(self) -> nn.ModuleList:
         modules = self.model.get_submodule(self.family.blocks)
@@ -136,6 +172,10 @@ class Activations:
     ) -> None:
         self.hidden, self.arguments, self.batch, self.device = hidden, arguments, batch, device
 
+    def copy(self) -> "Activations":
+        """The same states, to be changed by another pass."""
+        return Activations(self.hidden.clone(), self.arguments, self.batch, self.device)
+
     @torch.no_grad()
     def through(
         self, block: nn.Module, index: int, advance: Callable[[float], None], *, keep: bool
@@ -149,8 +189,7 @@ class Activations:
             inputs = self.hidden[part].to(self.device)
             output = block(inputs, **self.arguments[index])
             if keep:
-                states = output[0] if isinstance(output, tuple) else output
-                self.hidden[part] = states.to(self.hidden.device)
+                self.hidden[part] = output.to(self.hidden.device)
             advance(len(inputs))
 
 
@@ -255,13 +294,24 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def _keep_attributes(real: nn.ModuleList, recorders: list[_Recorder]) -> nn.ModuleList:
-    """The recorders with the plain attributes by which a model chooses a block's mask."""
-    for block, recorder in zip(real, recorders, strict=True):
+class _Given(nn.Module):
+    """Stands in for a block: gives the hidden states that it was made with."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
+        return self.hidden
+
+
+def _keep_attributes(real: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> nn.ModuleList:
+    """The stand-ins with the plain attributes by which a model chooses a block's mask."""
+    for block, stand_in in zip(real, stand_ins, strict=True):
         for name, value in vars(block).items():
-            if isinstance(value, str | int | bool) and not hasattr(recorder, name):
-                setattr(recorder, name, value)
-    return nn.ModuleList(recorders)
+            if isinstance(value, str | int | bool) and not hasattr(stand_in, name):
+                setattr(stand_in, name, value)
+    return nn.ModuleList(stand_ins)
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:

@@ -28,8 +28,16 @@ class Shape:
 class BlockStatistics:
     """What the dense pass finds of a block: outlier ratios (percent) by multiple, median score."""
 
-    outlier_ratios: Mapping[float, float]
+    outlier_ratios: dict[float, float]
     median_score: float
+
+
+Statistics = Sequence[BlockStatistics]
+
+
+def kept(sparsity: float, group: int) -> int:
+    """The N of N:`group` that a sparsity means."""
+    return round((1 - sparsity) * group)
 
 
 def select(
@@ -63,7 +71,7 @@ def _ends(name: str, ending: str) -> bool:
 
 
 def block_sparsities(
-    settings: PruneSettings, shape: Shape, statistics: Sequence[BlockStatistics] | None
+    settings: PruneSettings, shape: Shape, statistics: Statistics | None
 ) -> list[float]:
     """One sparsity for every block, by the rule of the allocation (not for "list")."""
     sizes, target, spread = shape.sizes, settings.sparsity, settings.spread

@@ -11,20 +11,21 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from owl_deploy import recipe
 from owl_deploy.artefact import MANIFEST, check_output, read_manifest, versions, write_json
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
 from owl_deploy.errors import BadInput, EnvironmentFailed, OwlError, unknown_name
 from owl_deploy.progress import Advance, bar
-from owl_deploy.prune import budget, plan, score, sparsegpt
+from owl_deploy.prune import budget, plan, score, sparsegpt, tune
 from owl_deploy.prune.calibrate import Activations, InputStatistics, Skeleton
 from owl_deploy.prune.methods import methods
 from owl_deploy.prune.store import Store
@@ -69,6 +70,16 @@ class BlockReport:
     weights: int
 
 
+class Plan(BaseModel):
+    """What is known before the first block is pruned: the settings, tuned if that was asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: PruneSettings
+    statistics: list[plan.BlockStatistics] | None = None
+    trials: list[tune.Trial] = []
+
+
 def prune(
     model: str | Path,
     output: Path,
@@ -76,19 +87,23 @@ def prune(
     calibration: Calibration | None,
     hardware: Hardware = Hardware(),
     *,
+    tune_allocation: bool = False,
     force: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
-    `calibration` may be None when neither method nor allocation looks at inputs. Every finished
+    `calibration` may be None when neither method nor allocation looks at inputs. With
+    `tune_allocation` the allocation's parameters are searched for (see `tune`). Every finished
     block is durable: a run that was stopped continues with `resume`, to bit-identical weights.
     Returns the manifest. Raises `BadInput` before any work for whatever can be known to be wrong by
     then, and `EnvironmentFailed` for a full disk or memory.
     """
     check_output(output, force)
     started = time.perf_counter()
-    run = Run(open_checkpoint(model), settings, calibration, hardware)
+    run = Run(
+        open_checkpoint(model), settings, calibration, hardware, tune_allocation=tune_allocation
+    )
     store = Store(output, run.asked(), resume=resume, force=force)
     with _kept_for_resuming(store):
         reports = run.execute(store)
@@ -109,8 +124,15 @@ class Run:
         settings: PruneSettings,
         calibration: Calibration | None,
         hardware: Hardware,
+        *,
+        tune_allocation: bool,
     ) -> None:
         self.checkpoint, self.settings, self.calibration = checkpoint, settings, calibration
+        self.tune = tune_allocation
+        if self.tune:
+            tune.candidates(settings)  # or a sentence, before any work
+        self.trials: Sequence[tune.Trial] = ()
+        self.held_out: torch.Tensor | None = None
         _refuse_quantized(checkpoint)
         self.device = _device(hardware.device)
         dtype = _dtype(hardware.dtype, checkpoint, self.device)
@@ -129,11 +151,6 @@ class Run:
         self.batch = _batch(hardware.batch_size, self.windows, self.skeleton)
         self._first_inputs: InputStatistics | None = None
 
-    @property
-    def measures(self) -> bool:
-        """Whether a pass with dense weights is needed before the budget is known."""
-        return self.settings.allocation in plan.MEASURED
-
     def asked(self) -> dict[str, Any]:
         """What decides the result: a run that resumes must be asked the same."""
         config = self.checkpoint.folder / "config.json"
@@ -146,8 +163,9 @@ class Run:
                     for path in sorted(set(self.checkpoint.files.values()))
                 },
             },
-            "settings": self.settings.model_dump(),
-            "calibration": self._describe_calibration(),
+            "settings": self.settings.model_dump(mode="json"),
+            "tune": self.tune,
+            "calibration": self.describe_calibration(),
             "device": self.device.type,
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
@@ -155,7 +173,8 @@ class Run:
             "versions": versions(),
         }
 
-    def _describe_calibration(self) -> dict[str, Any] | None:
+    def describe_calibration(self) -> dict[str, Any] | None:
+        """The calibration text, with a digest of the token ids that were used; None without."""
         if self.windows is None or self.calibration is None:
             return None
         digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
@@ -175,7 +194,8 @@ class Run:
                     )
 
     def _windows(self) -> torch.Tensor | None:
-        if self.method.needs == "nothing" and not self.measures:
+        measures = self.tune or self.settings.allocation in plan.MEASURED
+        if self.method.needs == "nothing" and not measures:
             return None
         calibration = self.calibration
         if calibration is None:
@@ -191,13 +211,19 @@ class Run:
                 "Give a smaller --sequence-length.",
             )
         tokens = tokenize(load_tokenizer(self.checkpoint.folder), load_text(calibration.source))
-        return calibration_windows(
-            tokens, calibration.samples, calibration.sequence_length, calibration.seed
+        extra = tune.HELD_OUT_WINDOWS if self.tune else 0
+        windows = calibration_windows(
+            tokens, calibration.samples + extra, calibration.sequence_length, calibration.seed
         )
+        if extra:
+            self.held_out = windows[calibration.samples :]
+        return windows[: calibration.samples]
 
     def execute(self, store: Store) -> list[BlockReport]:
         """Prune every block that `store` does not hold yet; it then holds them all."""
-        statistics = self._statistics(store)
+        made = self._plan(store)
+        self.settings, self.trials = made.settings, made.trials
+        statistics = made.statistics
         sparsities = self.sparsities(statistics)
         layers = plan.resolved_layers(self.shape, sparsities, self._linears_a_block)
         text = recipe.dump_resolved(self.settings, layers)
@@ -216,7 +242,7 @@ class Run:
                 reports.append(self._report(index, ratio, sparsities[index], weights))
         return reports
 
-    def sparsities(self, statistics: list[plan.BlockStatistics] | None) -> list[dict[str, float]]:
+    def sparsities(self, statistics: plan.Statistics | None) -> list[dict[str, float]]:
         """For each block, its pruned Linears' sparsities by name."""
         blocks = None
         if self.settings.layers is None:
@@ -234,23 +260,40 @@ class Run:
         assert self.windows is not None
         return self.skeleton.embed(self.windows, self.batch, scratch)
 
-    def _statistics(self, store: Store) -> list[plan.BlockStatistics] | None:
-        if not self.measures:
-            store.write("plan.json", [])
-            return None
+    def _plan(self, store: Store) -> Plan:
+        """What the dense pass measured and tuning chose, now or in the run that this resumes."""
         found = store.read("plan.json")
-        if found is None:
-            measured = self.measure([self.settings.outlier_multiple], store.folder)
-            store.write(
-                "plan.json",
-                [[list(block.outlier_ratios.items()), block.median_score] for block in measured],
+        if found is not None:
+            return Plan.model_validate(found)
+        made = Plan(settings=self.settings)
+        if self.tune:
+            settings = tune.candidates(self.settings)
+            multiples = dict.fromkeys(one.outlier_multiple for one in settings)
+            norms: list[tune.LayerNorms] = []
+            statistics = self.measure(list(multiples), store.folder, norms)
+            assert self.held_out is not None
+            judge = tune.Judge(self.skeleton, self.shape, norms, self.held_out, store.folder)
+            trials = judge.trials(settings, statistics)
+            made = Plan(
+                settings=tune.best(self.settings, trials), statistics=statistics, trials=trials
             )
-            return measured
-        return [plan.BlockStatistics(dict(map(tuple, ratios)), median) for ratios, median in found]
+        elif self.settings.allocation in plan.MEASURED:
+            statistics = self.measure([self.settings.outlier_multiple], store.folder)
+            made = Plan(settings=self.settings, statistics=statistics)
+        store.write("plan.json", made.model_dump(mode="json"))
+        return made
 
     @torch.no_grad()
-    def measure(self, multiples: list[float], scratch: Path) -> list[plan.BlockStatistics]:
-        """Each block's statistics under the dense model's own activations, in one pass."""
+    def measure(
+        self,
+        multiples: list[float],
+        scratch: Path,
+        norms: list[tune.LayerNorms] | None = None,
+    ) -> list[plan.BlockStatistics]:
+        """Each block's statistics under the dense model's own activations, in one pass.
+
+        With `norms` every block's input norms are appended to it.
+        """
         hidden = self._embedded(scratch)
         found = []
         with bar("Measuring outliers", len(self.names) * self._samples) as advance:
@@ -263,11 +306,11 @@ class Run:
                         block, index, hidden, advance, keep=not last, hessian=hessian
                     )
                     linears = self.skeleton.linears(index)
-                    scores = [
-                        score.wanda(linears[key].weight.float(), inputs.norm(key))
-                        for key in self.shape.linears[index]
-                    ]
+                    own = {key: inputs.norm(key) for key in self.shape.linears[index]}
+                    scores = [score.wanda(linears[key].weight.float(), own[key]) for key in own]
                     found.append(_block_statistics(scores, multiples))
+                if norms is not None:
+                    norms.append(own)
                 if index == 0:
                     self._first_inputs = inputs
         return found
@@ -292,7 +335,7 @@ class Run:
                 dense = weights[f"{key}.weight"]
                 group = self.settings.group
                 if group is not None:
-                    group = (round((1 - sparsity) * group[1]), group[1])
+                    group = (plan.kept(sparsity, group[1]), group[1])
                 asked = _Asked(inputs, key, self.settings.dampening)
                 on_device = dense.to(self.device, torch.float32)
                 pruned = self.method.prune(on_device, asked, sparsity, group)
@@ -505,7 +548,8 @@ def _manifest(run: Run, reports: list[BlockReport], source: str, seconds: float)
         "source": source,
         "source_manifest": read_manifest(run.checkpoint.folder) or None,
         "settings": run.settings.model_dump(mode="json"),
-        "calibration": run._describe_calibration(),
+        "tuning": [asdict(trial) for trial in run.trials] or None,
+        "calibration": run.describe_calibration(),
         "device": str(run.device),
         "dtype": str(run.skeleton.dtype).removeprefix("torch."),
         "weights": total,
