@@ -304,6 +304,22 @@ def bench(
     sys.exit(outcome.exit_code(strict))
 
 
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Folders or files that owl bench wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path(
+        "report.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Write benchmark results as one page with pictures and tables."""
+    from owl_deploy.bench import read_result
+    from owl_deploy.bench.report import write_report
+
+    write_report([read_result(path) for path in results], output)
+    _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
+
+
 engines_app = typer.Typer(no_args_is_help=True, help="The inference engines.")
 app.add_typer(engines_app, name="engines")
 

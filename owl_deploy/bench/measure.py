@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from owl_deploy import __version__
 from owl_deploy.bench import machine, result, stats
 from owl_deploy.bench.journal import Journal
-from owl_deploy.bench.result import Result, Role, Sample, Subject
+from owl_deploy.bench.result import Block, Result, Role, Sample, Subject
 from owl_deploy.bench.scenario import KINDS, Scenario, by_session
 from owl_deploy.engines import (
     Deployment,
@@ -257,6 +257,7 @@ def _subject(name: str, role: Role, deployment: Deployment, engine: Engine) -> S
         zeros=deployment.zeros,
         perplexity=deployment.perplexity,
         size_bytes=deployment.size_bytes,
+        blocks=tuple(Block.model_validate(block) for block in deployment.blocks),
     )
 
 

@@ -33,6 +33,14 @@ class Sample(_Model):
     latencies_ms: dict[str, tuple[float, ...]]
 
 
+class Block(_Model):
+    """One block of a pruned model: its sparsity, and the outlier ratio (%) that decided it."""
+
+    name: str
+    sparsity: float
+    outlier_ratio: float | None
+
+
 class Subject(_Model):
     """A deployment in an engine, and all its samples; `failure` says why there are no more."""
 
@@ -45,6 +53,7 @@ class Subject(_Model):
     zeros: float | None
     perplexity: float | None
     size_bytes: int
+    blocks: tuple[Block, ...] = ()
     about: dict[str, Any] = {}
     samples: tuple[Sample, ...] = ()
     failure: str | None = None

@@ -40,6 +40,20 @@ class Deployment:
         return float(recorded["value"]) if recorded else None
 
     @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """Name, sparsity and outlier ratio (None: not measured) of each block, if pruned here."""
+        source = Path(str(self.manifest.get("source", {}).get("path", "")))
+        rows = read_manifest(source).get("blocks", []) if source.is_dir() else []
+        return [
+            {
+                "name": row["name"],
+                "sparsity": row["achieved"],
+                "outlier_ratio": row.get("outlier_ratio"),
+            }
+            for row in rows
+        ]
+
+    @property
     def size_bytes(self) -> int:
         """The bytes of the model: the graph, its weights and its operators, not the tokenizer."""
         parts = [self.path / MODEL, *self.path.glob("*.data"), *self.path.glob("*.so")]

@@ -1,0 +1,198 @@
+"""The report's pictures, as SVG that a page can restyle: text stays text, ink follows the page."""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from owl_deploy.bench.result import Comparison, Result, Subject
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Drawn in these, and then replaced by the page's variables, so that a dark page has light ink.
+_INK, _FAINT = "#101113", "#a1a2a3"
+# Okabe and Ito's colours, told apart by all eyes; markers tell the same again.
+_COLORS = {"deepsparse": "#0072b2", "onnxruntime": "#d55e00", "owl": "#009e73", "fake": "#cc79a7"}
+_MARKERS = {"deepsparse": "o", "onnxruntime": "s", "owl": "D", "fake": "^"}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "owl",  # the same picture gives the same bytes
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _FAINT,
+    "grid.alpha": 0.4,
+}
+
+
+def _draw(draw: Any, height: float, *arguments: Any) -> str:  # noqa: ANN401 - any drawing
+    """The SVG that `draw(axes, *arguments)` gives, without a fixed size."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, height), layout="constrained")
+        draw(figure.subplots(), *arguments)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return text.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
+
+
+def speedups(result: Result, key: str) -> str:
+    """Each comparison of a metric as a point with its interval; 1 is a line."""
+    rows = [comparison for comparison in result.comparisons if comparison.scenario == key]
+    return _draw(_speedups, 0.9 + 0.34 * len(rows), result, rows)
+
+
+def _speedups(axes: "Axes", result: Result, rows: Sequence[Comparison]) -> None:
+    engines = {subject.name: subject.engine for subject in result.subjects}
+    for place, row in enumerate(reversed(rows)):
+        engine = engines[row.candidate]
+        axes.errorbar(
+            row.ratio,
+            place,
+            xerr=[[max(0.0, row.ratio - row.low)], [max(0.0, row.high - row.ratio)]],
+            fmt=_MARKERS[engine],
+            color=_COLORS[engine],
+            capsize=3,
+        )
+    axes.set_yticks(range(len(rows)), [f"{r.candidate} / {r.baseline}" for r in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.axvline(1, color=_INK, linewidth=1)
+    axes.grid(axis="x")
+    axes.set_xlabel("times as fast (right of 1: faster), 90 % interval")
+
+
+def by_sparsity(result: Result, key: str) -> str:
+    """Speed-up over dense in the same engine, against the share of zeros, a line an engine."""
+    return _draw(_by_sparsity, 3.4, result, key)
+
+
+def _by_sparsity(axes: "Axes", result: Result, key: str) -> None:
+    subjects = {subject.name: subject for subject in result.subjects}
+    rows = [c for c in result.comparisons if c.scenario == key and "same engine" in c.against]
+    for engine in _COLORS:
+        points = sorted(
+            (100 * (subjects[c.candidate].zeros or 0.0), c.ratio, c.low, c.high)
+            for c in rows
+            if subjects[c.candidate].engine == engine
+        )
+        if points:
+            x, y, low, high = (list(column) for column in zip(*points, strict=True))
+            below = [max(0.0, a - b) for a, b in zip(y, low, strict=True)]
+            above = [max(0.0, b - a) for a, b in zip(y, high, strict=True)]
+            axes.errorbar(
+                x,
+                y,
+                yerr=[below, above],
+                fmt=_MARKERS[engine] + "-",
+                color=_COLORS[engine],
+                capsize=3,
+                label=engine,
+            )
+    axes.axhline(1, color=_INK, linewidth=1)
+    axes.grid(axis="y")
+    axes.set_xlabel("zeros in the weights, %")
+    axes.set_ylabel("times as fast as dense")
+    axes.legend(frameon=False)
+
+
+def trade_off(result: Result, key: str) -> str:
+    """Perplexity against tokens/s; what nothing else beats in both is joined by a line."""
+    return _draw(_trade_off, 4.0, result, key)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of the (tokens/s, perplexity) that no other beats in both, slowest first."""
+    best = [
+        index
+        for index, (speed, loss) in enumerate(points)
+        if not any(
+            fast >= speed and low <= loss and (fast, low) != (speed, loss) for fast, low in points
+        )
+    ]
+    return sorted(best, key=lambda index: points[index])
+
+
+def with_quality(result: Result, key: str) -> list[Subject]:
+    """The subjects that have both a speed in the metric and a perplexity."""
+    rows = result.statistics.get(key, {})
+    return [s for s in result.subjects if s.name in rows and s.perplexity is not None]
+
+
+def _trade_off(axes: "Axes", result: Result, key: str) -> None:
+    subjects = with_quality(result, key)
+    points = [
+        (result.statistics[key][s.name]["tokens_per_s"], float(s.perplexity or 0.0))
+        for s in subjects
+    ]
+    front = [points[index] for index in pareto(points)]
+    axes.step(*zip(*front, strict=True), where="post", color=_FAINT, linewidth=1)
+    for subject, (speed, loss) in zip(subjects, points, strict=True):
+        color = _COLORS[subject.engine]
+        axes.plot(
+            speed,
+            loss,
+            _MARKERS[subject.engine],
+            color=color,
+            markerfacecolor=color if subject.role == "candidate" else "none",
+        )
+        axes.annotate(subject.name, (speed, loss), (5, 4), textcoords="offset points", fontsize=8)
+    if max(loss for _, loss in points) > 4 * min(loss for _, loss in points):
+        axes.set_yscale("log")
+    axes.margins(x=0.18, y=0.1)
+    axes.grid()
+    axes.set_xlabel("tokens/s (more is better)")
+    axes.set_ylabel("perplexity (less is better)")
+
+
+def blocks(subject: Subject) -> str:
+    """Sparsity by block as bars, and the outlier ratio that decided it as a line."""
+    return _draw(_blocks, 3.0, subject)
+
+
+def _blocks(axes: "Axes", subject: Subject) -> None:
+    places = range(len(subject.blocks))
+    sparsities = [100 * block.sparsity for block in subject.blocks]
+    axes.bar(places, sparsities, color=_COLORS["deepsparse"], alpha=0.75)
+    axes.set_ylim(max(0.0, min(sparsities) - 10), min(100.0, max(sparsities) + 5))
+    axes.set_xlabel("block")
+    axes.set_ylabel("sparsity, % (bars)")
+    ratios = [block.outlier_ratio for block in subject.blocks]
+    known = [(x, ratio) for x, ratio in zip(places, ratios, strict=True) if ratio is not None]
+    if known:
+        other = axes.twinx()
+        other.spines["right"].set_visible(True)
+        other.plot(*zip(*known, strict=True), "o-", color=_COLORS["onnxruntime"], markersize=3)
+        other.set_ylabel("outlier ratio, % (line)")
+
+
+def costs(result: Result) -> str:
+    """Peak memory and file size of each subject, as bars."""
+    rows = [subject for subject in result.subjects if subject.samples]
+    return _draw(_costs, 0.9 + 0.42 * len(rows), rows)
+
+
+def _costs(axes: "Axes", rows: Sequence[Subject]) -> None:
+    places = list(range(len(rows)))[::-1]
+    peaks = [subject.peak_bytes / 1e6 for subject in rows]
+    sizes = [subject.size_bytes / 1e6 for subject in rows]
+    bars = ((0.2, peaks, "deepsparse", "peak memory"), (-0.2, sizes, "owl", "file"))
+    for shift, values, color, label in bars:
+        axes.barh([p + shift for p in places], values, 0.38, color=_COLORS[color], label=label)
+    axes.set_yticks(places, [subject.name for subject in rows])
+    axes.set_xlabel("MB")
+    axes.grid(axis="x")
+    axes.legend(frameon=False)

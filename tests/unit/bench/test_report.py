@@ -1,0 +1,165 @@
+import html.parser
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from owl_deploy.bench import plots, table, write_result
+from owl_deploy.bench.report import render, write_report
+from owl_deploy.cli import app
+from owl_deploy.errors import BadInput
+from tests.unit.bench.made import result
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+
+
+class Outline(html.parser.HTMLParser):
+    """Collects what a page is made of; an unclosed element is an error."""
+
+    VOID = ("meta", "br", "use", "path", "image")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render([result()])
+
+
+def test_the_page_needs_nothing_else(page: str) -> None:
+    outline = Outline(page)
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in outline.seen}
+    assert not re.search(r"(?:src|@import|url\((?!#))", page)
+    links = re.findall(r'href="([^"]*)"', page)
+    assert all(link.startswith("#") for link in links)
+
+
+def test_every_picture_has_its_words_and_every_number_a_table(page: str) -> None:
+    outline = Outline(page)
+    pictures = [attributes for tag, attributes in outline.seen if tag == "svg"]
+    assert len(pictures) == 2 * 2 + 1 + 2 + 1  # two metrics, trade-off, two checkpoints, costs
+    assert all(len(str(attributes["aria-label"])) > 20 for attributes in pictures)
+    for comparison in result().comparisons:
+        assert f"<td>{comparison.ratio:.3f}</td>" in page
+    assert "28.10" in page
+    assert "Some CPU &lt;9000&gt;" in page
+    assert "int4), the best dense" in page
+
+
+def test_ink_follows_the_page(page: str) -> None:
+    assert "#101113" not in page
+    assert "fill: var(--ink)" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_and_points_stand_out_in_light_and_dark(page: str) -> None:
+    for block in re.findall(r":root \{([^}]*)\}", page)[:2]:
+        colors = dict(re.findall(r"--(\w+): (#\w{6})", block))
+        assert contrast(colors["ink"], colors["page"]) > 7
+        assert contrast(colors["ink"], colors["card"]) > 7
+        assert contrast(colors["accent"], colors["page"]) > 4.5
+        for color in plots._COLORS.values():
+            assert contrast(color, colors["card"]) >= 2.5
+
+
+def test_pareto() -> None:
+    points = [(10, 20), (20, 20), (30, 30), (5, 10), (25, 40), (20, 20)]
+    assert pareto_points(points) == [(5, 10), (20, 20), (20, 20), (30, 30)]
+
+
+def pareto_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [points[index] for index in plots.pareto(points)]
+
+
+def test_failures_are_in_the_page_and_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    made = result(failure="The engine 'x' was ended by SIGABRT.")
+    assert "was ended by SIGABRT" in render([made])
+    table.show(made)
+    printed = capsys.readouterr().out
+    assert "was ended by SIGABRT" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    write_result(result(4), tmp_path / "one")
+    write_result(result(5), tmp_path / "two")
+    out = tmp_path / "report.html"
+    line = ["report", str(tmp_path / "one"), str(tmp_path / "two" / "result.json"), "-o", str(out)]
+    answer = CliRunner().invoke(app, line)
+    assert answer.exit_code == 0, answer.output
+    assert out.read_text().count("<h2>Measured ") == 2
+    with pytest.raises(BadInput, match="does not exist"):
+        write_report([result(4)], tmp_path / "nowhere" / "r.html")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1200, True)])
+def test_a_browser_shows_it_without_overflow(
+    page: str, tmp_path: Path, width: int, dark: bool
+) -> None:
+    probe = """<script>
+      window.onerror = (message) => { document.title = "error " + message; };
+      addEventListener("load", () => {
+        const root = document.documentElement;
+        const wide = [...document.querySelectorAll("body *")].filter((e) =>
+          !e.closest(".scroll") && !e.closest("svg") &&
+          e.getBoundingClientRect().right > root.clientWidth + 1);
+        const flat = [...document.querySelectorAll("figure svg")].filter((e) =>
+          e.getBoundingClientRect().height < 40);
+        document.title = `wide ${wide.length} flat ${flat.length} of ` +
+          document.querySelectorAll("figure svg").length;
+      });
+    </script></body>"""
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", probe))
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--window-size={width},2400",
+    ]
+    command += ["--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--force-dark-mode"] if dark else []
+    picture = tmp_path / "page.png"
+    seen = subprocess.run(
+        [*command, "--dump-dom", f"--screenshot={picture}", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    title = re.search(r"<title>(.*?)</title>", seen.stdout)
+    assert title is not None
+    assert title[1] == "wide 0 flat 0 of 8"
