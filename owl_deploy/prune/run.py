@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from owl_deploy import recipe
 from owl_deploy.artefact import MANIFEST, check_output, read_manifest, versions, write_json
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
-from owl_deploy.errors import BadInput, EnvironmentFailed, OwlError, unknown_name
+from owl_deploy.errors import BadInput, EnvironmentFailed, unknown_name
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import budget, plan, score, sparsegpt, tune
 from owl_deploy.prune.calibrate import Activations, InputStatistics, Skeleton
@@ -444,14 +444,14 @@ def _kept_for_resuming(store: Store) -> Iterator[None]:
     except BadInput:
         store.discard()
         raise
-    except (KeyboardInterrupt, OwlError, OSError, RuntimeError) as error:
+    except BaseException as error:  # whatever stopped it, what is finished stays
         kept = store.has_work
         if kept:
             store.close()
         else:
             store.discard()
         way_out = "then run again with --resume" if kept else "then run again"
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if _is_full_disk(error):
             raise EnvironmentFailed(
                 f"The disk of {store.output.parent} is full.", f"Make room, {way_out}."
             ) from error
@@ -461,6 +461,13 @@ def _kept_for_resuming(store: Store) -> Iterator[None]:
                 f"Free some, or use a smaller --batch-size, {way_out}.",
             ) from error
         raise
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room; safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -39,7 +39,11 @@ class Store:
         self.folder.mkdir(exist_ok=True)
         self._lock = self._take_lock()
         if there and resume:
-            _refuse_other_arguments(self.read("run.json"), asked)
+            try:
+                _refuse_other_arguments(self.read("run.json"), asked)
+            except BadInput:
+                self.close()
+                raise
         else:
             self._clear()
             write_json(self.folder / "run.json", asked)
@@ -50,6 +54,7 @@ class Store:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            lock.close()
             raise BadInput(f"Another run is writing {self.output}.") from error
         return lock
 

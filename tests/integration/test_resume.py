@@ -1,0 +1,188 @@
+"""kill -9 at any moment: nothing looks finished, and --resume ends with bit-identical weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from owl_deploy import recipe
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.prune import store
+from owl_deploy.prune.run import Calibration, prune
+from tests import tiny
+
+KILLED_AFTER = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from owl_deploy import recipe
+from owl_deploy.prune import store
+from owl_deploy.prune.run import Calibration, prune
+
+model, output, text, method, moment, resume = sys.argv[1:]
+name, count = moment.split(":")
+original, calls = getattr(store.Store, name), 0
+
+def counted(self, *arguments):
+    global calls
+    calls += 1
+    if calls > int(count):
+        os.kill(os.getpid(), 9)
+    return original(self, *arguments)
+
+setattr(store.Store, name, counted)
+settings = recipe.settings(method=method, sparsity=0.6)
+calibration = Calibration(text, samples=4, sequence_length=48)
+prune(model, Path(output), settings, calibration, tune_allocation=True, resume=bool(resume))
+"""
+
+
+def killed(model, output, text, method, moment, resume=""):
+    arguments = [model, output, text, method, moment, resume]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AFTER, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -9, done.stderr
+    assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_llama(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=4)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_killed_run_resumes_to_the_same_weights(model, text_file, tmp_path, method):
+    settings = recipe.settings(method=method, sparsity=0.6)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    prune(model, tmp_path / "whole", settings, calibration, tune_allocation=True)
+
+    out = tmp_path / "out"
+    killed(model, out, text_file, method, "save:1")  # one block is finished
+    killed(model, out, text_file, method, "save:2", "resume")  # three are
+    killed(model, out, text_file, method, "finish:0", "resume")  # all, but nothing is published
+    manifest = prune(model, out, settings, calibration, tune_allocation=True, resume=True)
+    assert manifest["resumed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+    recipes = [(tmp_path / name / "recipe.yaml").read_text() for name in ("whole", "out")]
+    assert recipes[0] == recipes[1]
+
+
+def test_kill_9_from_outside_at_some_moment(model, text_file, tmp_path):
+    command = [sys.executable, "-m", "owl_deploy", "prune", model, "-o", tmp_path / "out"]
+    command += ["-c", text_file, "--samples", "24", "--sequence-length", "128", "-m", "sparsegpt"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    partial = store.partial_folder(tmp_path / "out")
+    while not any(partial.glob("*.block")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(
+        [*map(str, command), "--resume"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
+    out = tmp_path / "out"
+    killed(model, out, text_file, "wanda", "save:1")
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    settings = recipe.settings(sparsity=0.6)
+    with pytest.raises(BadInput, match=r"An earlier run .* was interrupted"):
+        prune(model, out, settings, calibration, tune_allocation=True)
+    with pytest.raises(BadInput, match=r"settings\.sparsity was 0\.6, now 0\.5"):
+        prune(
+            model,
+            out,
+            recipe.settings(sparsity=0.5),
+            calibration,
+            tune_allocation=True,
+            resume=True,
+        )
+    with pytest.raises(BadInput, match="calibration"):
+        prune(
+            model,
+            out,
+            settings,
+            Calibration(str(text_file), samples=3, sequence_length=48),
+            tune_allocation=True,
+            resume=True,
+        )
+    prune(model, out, settings, calibration, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_to_resume(model, text_file, tmp_path):
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    with pytest.raises(BadInput, match="no interrupted run"):
+        prune(model, tmp_path / "out", recipe.settings(), calibration, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_for_the_same_output_is_refused(model, text_file, tmp_path):
+    asked = {"n": 1}
+    first = store.Store(tmp_path / "out", asked, resume=False, force=False)
+    with pytest.raises(BadInput, match="Another run"):
+        store.Store(tmp_path / "out", asked, resume=True, force=False)
+    first.discard()
+
+
+@pytest.mark.parametrize(
+    ("failure", "complaint"),
+    [
+        (OSError(28, "No space left on device"), "is full"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), "not enough memory"),
+    ],
+)
+def test_a_full_disk_or_memory_ends_with_a_sentence_and_resumes(
+    model, text_file, tmp_path, monkeypatch, failure, complaint
+):
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    settings = recipe.settings(sparsity=0.6)
+    save, calls = store.Store.save, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise failure
+        save(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.Store, "save", failing)
+        with pytest.raises(EnvironmentFailed, match=rf"{complaint}.*--resume") as caught:
+            prune(model, tmp_path / "out", settings, calibration)
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "out").exists()
+    prune(model, tmp_path / "out", settings, calibration, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_disk_that_is_really_full(model, text_file, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+        with pytest.raises(EnvironmentFailed, match="is full"):
+            prune(model, small / "out", recipe.settings(sparsity=0.6), calibration)
+        assert not (small / "out").exists()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
