@@ -163,11 +163,14 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint: a Hugging Face model folder.")],
     output: Output,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="deepsparse or onnxruntime.")
+        str, typer.Option("--target", "-t", help="onnxruntime, owl or deepsparse.")
     ] = "onnxruntime",
     precision: Annotated[
         str, typer.Option("--precision", "-p", help="fp32; for onnxruntime int8 or int4 too.")
     ] = "fp32",
+    values: Annotated[
+        str | None, typer.Option(help="For owl: the non-zeros as bf16, int8 or fp32. [bf16]")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -181,6 +184,7 @@ def export(
             output,
             target=target,
             precision=precision,
+            values=values,
             force=force,
             progress=progress,
         )

@@ -9,8 +9,10 @@ import onnx
 from onnx import numpy_helper
 
 from owl_deploy.artefact import MANIFEST, sha256
+from owl_deploy.runtime import pack
 
-_READS_WEIGHT = ("MatMul", "Gemm", "MatMulNBits", "Gather", "GatherBlockQuantized")
+_PACKED = "SparseMatMul"  # this package's operator
+_READS_WEIGHT = ("MatMul", "Gemm", "MatMulNBits", "Gather", "GatherBlockQuantized", _PACKED)
 _QUANTIZATION = ("bits", "block_size", "accuracy_level")
 
 
@@ -66,6 +68,8 @@ def _quantization(model: onnx.ModelProto) -> dict[str, int] | None:
 def _weights_of(
     node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], folder: Path
 ) -> list[tuple[str, dict[str, Any]]]:
+    if node.op_type == _PACKED:
+        return _packed(node, tensors, folder)
     kind = "embedding" if node.op_type.startswith("Gather") else "linear"
     attributes = {a.name: a for a in node.attribute}
     if "bits" in attributes:
@@ -86,6 +90,25 @@ def _weights_of(
                 "shape": list(array.shape),
                 "values": int(array.size),
                 "nonzeros": int(np.count_nonzero(array)),
+            }
+            found.append((name, row))
+    return found
+
+
+def _packed(
+    node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], folder: Path
+) -> list[tuple[str, dict[str, Any]]]:
+    """The weight of one of this package's operators, packed [out, in]."""
+    found = []
+    for name in node.input:
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.data_type == onnx.TensorProto.UINT8:
+            info = pack.inspect(read(tensor, folder))
+            row = {
+                "kind": "linear",
+                "shape": [info.rows, info.cols],
+                "values": info.rows * info.cols,
+                "nonzeros": info.nonzeros,
             }
             found.append((name, row))
     return found

@@ -3,16 +3,17 @@
 import contextlib
 import errno
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from owl_deploy import artefact, checkpoint
 from owl_deploy.errors import BadInput, unknown_name
-from owl_deploy.export import describe, genai, parity, traced
+from owl_deploy.export import describe, genai, parity, sparse, traced
 from owl_deploy.export.source import Progress, Source
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
@@ -78,6 +79,25 @@ def _genai(request: Request) -> dict[str, Any]:
         return {**_traced(request), "opens_in_genai": False, "note": note}
 
 
+def _owl(request: Request) -> dict[str, Any]:
+    """The builder's graph with this package's operators in it."""
+    assert request.values is not None
+    with tempfile.TemporaryDirectory(dir=request.folder.parent, prefix=".owl-tmp-") as scratch:
+        dense = Path(scratch)
+        try:
+            facts = genai.build(request.source, dense, "fp32", request.progress)
+        except genai.FamilyNotBuilt as error:
+            raise BadInput(
+                f"onnxruntime-genai's model builder does not know "
+                f"{request.source.config['model_type']!r}, and the target 'owl' starts from it.",
+                "Use --target deepsparse or onnxruntime.",
+            ) from error
+        request.progress("Packing the weights")
+        values = cast(sparse.Values, request.values)
+        statistics = sparse.sparsify_deployment(dense, request.folder, values)
+    return {**facts, "packing": statistics}
+
+
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "deepsparse": Target(
@@ -95,6 +115,15 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             engine="onnxruntime",
             tolerances={"fp32": 1e-3},
             purpose="stock onnxruntime-genai, production",
+        ),
+        "owl": Target(
+            build=_owl,
+            precisions=("fp32",),
+            engine="owl",
+            # int8 is reported only, as it is for the dense exports.
+            tolerances={"fp32": 1e-3, "bf16": 2e-2},
+            values=("bf16", "int8", "fp32"),
+            purpose="stock onnxruntime-genai with this package's sparse operators, production",
         ),
     }
 )
@@ -116,6 +145,8 @@ def export(
     checked, or not at all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
     """
     row = _row(target, precision, values)
+    if row.values and values is None:
+        values = row.values[0]
     started = time.monotonic()
     with _disk_errors(destination), artefact.staged_folder(destination, force) as staging:
         progress("Loading the checkpoint")
