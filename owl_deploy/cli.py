@@ -191,6 +191,49 @@ def export(
     _emit(manifest, as_json, lambda: show(manifest, str(output)))
 
 
+@app.command()
+def generate(
+    deployment: Annotated[Path, typer.Argument(help="A deployment for owl or onnxruntime.")],
+    prompt: Annotated[str, typer.Argument(help="What the model continues.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Sample; without it the likeliest token is taken.")
+    ] = False,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option()] = 50,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Stream text from a deployment, and say how fast it came."""
+    from owl_deploy.generate import Sampling, Speed
+    from owl_deploy.generate import generate as run
+
+    sampling = Sampling(
+        max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
+    )
+    speed = Speed()
+    pieces = []
+    for piece in run(deployment, prompt, sampling, speed, chat=chat):
+        pieces.append(piece)
+        if not as_json:
+            typer.echo(piece, nl=False)
+    result = {"text": "".join(pieces), **vars(speed), "tokens_per_s": speed.tokens_per_s}
+    _emit(
+        result,
+        as_json,
+        lambda: typer.echo(
+            f"\n{speed.prompt_tokens} tokens read in {speed.first_token_s:.2f} s, then "
+            f"{speed.tokens_per_s:.1f} tokens/s",
+            err=True,
+        ),
+    )
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A checkpoint or a deployment.")],
@@ -225,6 +268,10 @@ def bench(
     baseline: Annotated[
         list[Path] | None,
         typer.Option("--baseline", "-b", help="A dense deployment to compare with; repeatable."),
+    ] = None,
+    dense: Annotated[
+        Path | None,
+        typer.Option(help="A dense checkpoint: make the baselines of it that a user would have."),
     ] = None,
     engine: Annotated[
         list[str] | None,
@@ -280,9 +327,14 @@ def bench(
     from owl_deploy.bench.run import CHECK_LOOKS, run_gate
     from owl_deploy.bench.table import show_outcome
 
+    baselines = tuple(baseline or ())
+    if dense:
+        from owl_deploy.bench.dense import baselines_for
+
+        baselines += baselines_for(dense, deployments, _export)
     plan = BenchPlan(
         candidates=tuple(deployments),
-        baselines=tuple(baseline or ()),
+        baselines=baselines,
         engines=tuple(engine or ()),
         scenarios=tuple(scenario or ("decode", "prefill")),
         context=tuple(context or (512,)),
@@ -306,6 +358,84 @@ def bench(
     )
     _emit(outcome.to_json(), as_json, lambda: show_outcome(outcome))
     sys.exit(outcome.exit_code(strict))
+
+
+def _export(checkpoint: Path, output: Path, target: str, precision: str) -> None:
+    """Export for another verb; the target `owl` has value types where others have precisions."""
+    from owl_deploy.export.show import steps
+    from owl_deploy.export.targets import export as run
+
+    packed = target == "owl"
+    with steps() as progress:
+        run(
+            checkpoint,
+            output,
+            target=target,
+            precision="fp32" if packed else precision,
+            values=precision if packed else None,
+            progress=progress,
+        )
+
+
+@app.command()
+def sweep(
+    model: Annotated[Path, typer.Argument(help="A dense checkpoint: a Hugging Face model folder.")],
+    output: Output,
+    calibration: Annotated[
+        str, typer.Option("--calibration", "-c", help="Text to prune by, as for prune.")
+    ],
+    perplexity: Annotated[str, typer.Option("--perplexity", "-p", help="Text to evaluate on.")],
+    plan: Annotated[Path | None, typer.Option(help="A YAML file; options go over it.")] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m")] = None,
+    allocation: Annotated[list[str] | None, typer.Option("--allocation", "-a")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option("--sparsity", "-s")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="deepsparse, onnxruntime:int8, ...")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="Rounds of the benchmark. [8]")] = None,
+    threads: Annotated[int | None, typer.Option(help="For every engine.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="At most so many for perplexity.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prune, export, evaluate and bench every combination; run it again to go on or to widen it."""
+    from owl_deploy import recipe as recipes
+    from owl_deploy.bench import sweep as sweeps
+    from owl_deploy.bench.table import show_trade_off
+
+    def prune_to(folder: Path, settings: dict[str, Any]) -> None:
+        from owl_deploy.prune.run import Calibration
+        from owl_deploy.prune.run import prune as run
+
+        text = Calibration(calibration, samples, sequence_length)
+        run(model, folder, recipes.merged(None, settings), text)
+
+    def evaluate_it(folder: Path) -> None:
+        from owl_deploy.evaluate.perplexity import deployment_perplexity
+
+        deployment_perplexity(folder, perplexity, limit=windows)
+
+    given = {
+        "methods": method,
+        "allocations": allocation,
+        "sparsities": sparsity,
+        "targets": target,
+        "pairs": pairs,
+        "threads": threads,
+    }
+    chosen = sweeps.read_plan(plan, {key: value for key, value in given.items() if value})
+    steps = sweeps.Steps(
+        validate=lambda settings: recipes.merged(None, settings),
+        prune=prune_to,
+        export=_export,
+        perplexity=evaluate_it,
+        say=lambda text: typer.echo(text, err=True),
+    )
+    result = sweeps.sweep(model, output, chosen, steps)
+    rows = sweeps.trade_off(result)
+    _emit({"trade_off": rows}, as_json, lambda: show_trade_off(rows, output / sweeps.REPORT))
+    sys.exit(4 if result.failures else 0)
 
 
 @app.command()

@@ -12,7 +12,7 @@ PACKAGE = Path("owl_deploy")
 LAYERS = (
     ("__main__", "demo"),
     ("cli",),
-    ("prune", "export", "bench", "evaluate", "finetune"),
+    ("prune", "export", "bench", "evaluate", "finetune", "generate"),
     ("engines", "demo_input"),
     ("runtime", "recipe", "checkpoint", "families", "text"),
     ("artefact", "cache", "progress"),

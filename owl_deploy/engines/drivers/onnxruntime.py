@@ -132,7 +132,10 @@ class Session:
         self.count = 0
         self.last: int | None = None
         self.past = {
-            name: np.zeros((self.batch, item.shape[1], 0, self.head_size or item.shape[3]), "f4")
+            name: np.zeros(
+                (self.batch, item.shape[1], 0, self.head_size or item.shape[3]),
+                "f2" if item.type == "tensor(float16)" else "f4",
+            )
             for name, item in self.inputs.items()
             if name.startswith("past_key_values.")
         }
