@@ -47,7 +47,9 @@ def _draw(draw: Any, height: float, *arguments: Any) -> str:  # noqa: ANN401 - a
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return text.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
+    for color, name in ((_INK, "ink"), (_FAINT, "faint"), *((c, e) for e, c in _COLORS.items())):
+        text = text.replace(color, f"var(--{name})")
+    return text
 
 
 def speedups(result: Result, key: str) -> str:

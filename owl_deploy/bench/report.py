@@ -13,9 +13,11 @@ from owl_deploy.errors import BadInput
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #17191c; --faint: #8a8f96; --page: #ffffff;
-  --card: #f4f5f7; --accent: #0b5cad; }
+  --card: #f4f5f7; --accent: #0b5cad; --deepsparse: #0072b2; --onnxruntime: #b84e00;
+  --owl: #007d5a; --fake: #a8528a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --faint: #878d96; --page: #14161a;
-  --card: #1e2126; --accent: #7db7f5; } }
+  --card: #1e2126; --accent: #7db7f5; --deepsparse: #56b4e9; --onnxruntime: #ff9a52;
+  --owl: #3ccfa0; --fake: #e5a3cb; } }
 @media print { :root { --ink: #000; --faint: #777; --page: #fff; --card: #fff; }
   figure, table { break-inside: avoid; } }
 * { box-sizing: border-box; }
@@ -84,10 +86,9 @@ def _metric(result: Result, metric: Metric) -> Iterator[str]:
     yield f"<h2>{_text(metric.title[0].upper() + metric.title[1:])}</h2>"
     rows = [c for c in result.comparisons if c.scenario == metric.key]
     if rows:
-        caption = f"Speed-ups in {metric.key}: " + "; ".join(
-            f"{c.candidate} over {c.baseline} {c.text}" for c in rows
-        )
-        yield _figure(plots.speedups(result, metric.key), caption)
+        words = "; ".join(f"{c.candidate} over {c.baseline} {c.text}" for c in rows)
+        caption = f"How many times as fast as dense ({metric.key})."
+        yield _figure(plots.speedups(result, metric.key), caption, words)
     zeros = {s.name: s.zeros for s in result.subjects}
     known = [c for c in rows if "same engine" in c.against and zeros[c.candidate] is not None]
     if len(known) > 1:
@@ -226,17 +227,18 @@ def _method(result: Result) -> Iterator[str]:
     )
     yield (
         f"<p>Machine: {_text(here.cpu)}, {here.physical_cores} cores, "
-        f"{here.memory_bytes / 2**30:.0f} GiB, {_text(here.system)}; {_text(', '.join(here.isa))}; governor "
-        f"{_text(here.governor or 'not visible')}. Before the run other processes kept "
-        f"{here.busy_cores:.1f} cores busy. A plain read of memory reached "
+        f"{here.memory_bytes / 2**30:.0f} GiB, {_text(here.system)}; "
+        f"{_text(', '.join(here.isa))}; governor {_text(here.governor or 'not visible')}. "
+        f"Before the run other processes kept {here.busy_cores:.1f} cores busy. A plain read of memory reached "
         f"{result.read_gb_per_s:.1f} GB/s: a decoder that reads all of its file for each token can "
         "come to 100 % of that, and one that skips zeros to more.</p>"
     )
     yield f"<p>Measured {_text(result.created)} with owl-deploy {_text(result.owl_version)}.</p>"
 
 
-def _figure(svg: str, caption: str) -> str:
-    label = html.escape(caption, quote=True)
+def _figure(svg: str, caption: str, words: str = "") -> str:
+    """A picture with its caption; `words` are for those who cannot see it."""
+    label = html.escape(f"{caption} {words}".strip(), quote=True)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
 

@@ -100,8 +100,12 @@ def run_gate(
 def _shown() -> Iterator[Progress]:
     """Show lines of progress on stderr: one that changes on a terminal, else one after another."""
     console = error_console()
-    with console.status("Looking at the deployments") as status:
-        if console.is_terminal:
-            yield lambda line: status.update(escape(line))
-        else:
-            yield lambda line: console.print(line, markup=False)
+    try:
+        with console.status("Looking at the deployments") as status:
+            if console.is_terminal:
+                yield lambda line: status.update(escape(line))
+            else:
+                yield lambda line: console.print(line, markup=False)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on with the samples that were taken.")
+        raise

@@ -1,6 +1,8 @@
 """A result as text for a terminal of 80 columns."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -56,6 +58,22 @@ def show_verdicts(verdicts: Sequence[Verdict], console: Console | None = None) -
         table.add_row(verdict.metric, verdict.word, verdict.why)
     console.print(table)
     console.print(f"Overall: {overall(verdicts)}")
+
+
+def show_trade_off(
+    rows: Sequence[dict[str, Any]], report: Path, console: Console | None = None
+) -> None:
+    """Print a sweep's rows; a star marks what no other deployment beats in both."""
+    console = console or Console(width=WIDTH, highlight=False)
+    table = _table("", "", "deployment", "engine", "zeros", "ppl", "tok/s")
+    for row in rows:
+        zeros = "" if row["zeros"] is None else f"{row['zeros']:.0%}"
+        mark = "*" if row["pareto"] else ""
+        figures = (_digits(row["perplexity"]), _digits(row["tokens_per_s"]))
+        table.add_row(mark, row["deployment"], row["engine"], zeros, *figures)
+    console.print(table)
+    console.print("* nothing is both faster and better.")
+    console.print(f"The whole of it: {report}", soft_wrap=True, markup=False)
 
 
 def headline(result: Result) -> list[str]:

@@ -1,0 +1,56 @@
+"""The baselines a user really has: one dense checkpoint, exported for every engine."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from owl_deploy.artefact import is_artefact
+from owl_deploy.cache import cache_dir
+from owl_deploy.engines import open_deployment
+from owl_deploy.errors import BadInput
+
+# (checkpoint, destination, target, precision): export's function, given by the caller, because the
+# parts of the package that are verbs do not know each other.
+Export = Callable[[Path, Path, str, str], None]
+# What people deploy when they do not prune.
+ROADS = (
+    ("onnxruntime", "fp32"),
+    ("onnxruntime", "int8"),
+    ("onnxruntime", "int4"),
+)
+DEEPSPARSE = ("deepsparse", "fp32")
+
+
+def dense_baselines(
+    checkpoint: Path, with_deepsparse: bool, export: Export, folder: Path | None = None
+) -> tuple[Path, ...]:
+    """Deployments of a dense checkpoint, made in the cache (or `folder`) unless they are there."""
+    if not (checkpoint / "config.json").is_file():
+        raise BadInput(f"{checkpoint} is no checkpoint: it has no config.json.")
+    folder = folder or cache_dir() / "dense" / _identity(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    roads = (DEEPSPARSE, *ROADS) if with_deepsparse else ROADS
+    found = []
+    for target, precision in roads:
+        destination = folder / f"dense-{target}-{precision}"
+        if not is_artefact(destination):
+            export(checkpoint, destination, target, precision)
+        found.append(destination)
+    return tuple(found)
+
+
+def baselines_for(
+    checkpoint: Path, deployments: Iterable[Path], export: Export
+) -> tuple[Path, ...]:
+    """The dense baselines that suit these deployments: DeepSparse's only where it is asked for."""
+    targets = {open_deployment(path).target for path in deployments}
+    return dense_baselines(checkpoint, "deepsparse" in targets, export)
+
+
+def _identity(checkpoint: Path) -> str:
+    """A name that changes when the checkpoint's files do."""
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    text = json.dumps([str(checkpoint.resolve()), facts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
