@@ -1,0 +1,63 @@
+// Streams text from an `owl` deployment with onnxruntime-genai's C API and nothing of owl but the deployment.
+// With the libraries of `pip install onnxruntime-genai` (SITE is the environment's site-packages):
+//   g++ -std=c++17 examples/generate.cpp -o generate SITE/onnxruntime_genai/libonnxruntime-genai.so
+//   LD_LIBRARY_PATH=SITE/onnxruntime_genai:SITE/onnxruntime/capi ./generate DEPLOYMENT "The capital of France is"
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+// The wheel has no header; with the release archive's, `#include "ort_genai_c.h"` replaces these lines.
+extern "C" {
+struct OgaResult; struct OgaModel; struct OgaTokenizer; struct OgaTokenizerStream;
+struct OgaSequences; struct OgaGeneratorParams; struct OgaGenerator;
+const char* OgaResultGetError(const OgaResult*);
+OgaResult* OgaCreateModel(const char* folder, OgaModel**);
+OgaResult* OgaCreateTokenizer(const OgaModel*, OgaTokenizer**);
+OgaResult* OgaCreateTokenizerStream(const OgaTokenizer*, OgaTokenizerStream**);
+OgaResult* OgaTokenizerStreamDecode(OgaTokenizerStream*, std::int32_t token, const char** text);
+OgaResult* OgaCreateSequences(OgaSequences**);
+OgaResult* OgaTokenizerEncode(const OgaTokenizer*, const char* text, OgaSequences*);
+OgaResult* OgaCreateGeneratorParams(const OgaModel*, OgaGeneratorParams**);
+OgaResult* OgaGeneratorParamsSetSearchNumber(OgaGeneratorParams*, const char* name, double value);
+OgaResult* OgaCreateGenerator(const OgaModel*, const OgaGeneratorParams*, OgaGenerator**);
+OgaResult* OgaGenerator_AppendTokenSequences(OgaGenerator*, const OgaSequences*);
+bool OgaGenerator_IsDone(OgaGenerator*);
+OgaResult* OgaGenerator_GenerateNextToken(OgaGenerator*);
+OgaResult* OgaGenerator_GetNextTokens(const OgaGenerator*, const std::int32_t** tokens, std::size_t* count);
+void OgaDestroyGenerator(OgaGenerator*); void OgaDestroyGeneratorParams(OgaGeneratorParams*);
+void OgaDestroySequences(OgaSequences*); void OgaDestroyTokenizerStream(OgaTokenizerStream*);
+void OgaDestroyTokenizer(OgaTokenizer*); void OgaDestroyModel(OgaModel*); void OgaShutdown();
+}
+
+static void check(OgaResult* result) {
+  if (result == nullptr) return;
+  std::fprintf(stderr, "%s\n", OgaResultGetError(result));
+  std::exit(1);
+}
+
+int main(int argc, char** argv) {
+  if (argc != 3) return std::fprintf(stderr, "usage: %s DEPLOYMENT PROMPT\n", argv[0]), 2;
+  OgaModel* model; OgaTokenizer* tokenizer; OgaTokenizerStream* stream;
+  OgaSequences* prompt; OgaGeneratorParams* parameters; OgaGenerator* generator;
+  check(OgaCreateModel(argv[1], &model));
+  check(OgaCreateTokenizer(model, &tokenizer));
+  check(OgaCreateTokenizerStream(tokenizer, &stream));
+  check(OgaCreateSequences(&prompt));
+  check(OgaTokenizerEncode(tokenizer, argv[2], prompt));
+  check(OgaCreateGeneratorParams(model, &parameters));
+  check(OgaGeneratorParamsSetSearchNumber(parameters, "max_length", 128));
+  check(OgaCreateGenerator(model, parameters, &generator));
+  check(OgaGenerator_AppendTokenSequences(generator, prompt));
+  std::printf("%s", argv[2]);
+  while (!OgaGenerator_IsDone(generator)) {
+    const std::int32_t* tokens; std::size_t count; const char* text;
+    check(OgaGenerator_GenerateNextToken(generator));
+    check(OgaGenerator_GetNextTokens(generator, &tokens, &count));
+    check(OgaTokenizerStreamDecode(stream, tokens[0], &text));
+    std::printf("%s", text);
+    std::fflush(stdout);
+  }
+  std::printf("\n");
+  OgaDestroyGenerator(generator); OgaDestroyGeneratorParams(parameters); OgaDestroySequences(prompt);
+  OgaDestroyTokenizerStream(stream); OgaDestroyTokenizer(tokenizer); OgaDestroyModel(model); OgaShutdown();
+}

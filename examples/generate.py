@@ -1,0 +1,30 @@
+"""Stream text from an `owl` deployment with onnxruntime-genai and nothing else: pip install onnxruntime-genai.
+
+python examples/generate.py DEPLOYMENT "The capital of France is"
+"""
+
+import sys
+
+import onnxruntime_genai as og
+
+
+def main(folder: str, prompt: str, max_new_tokens: int = 64) -> None:
+    """The model's own `genai_config.json` names the operator library that lies beside it."""
+    model = og.Model(folder)
+    tokenizer = og.Tokenizer(model)
+    tokens = tokenizer.encode(prompt)
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(tokens) + max_new_tokens, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(tokens)
+    stream = tokenizer.create_stream()
+    sys.stdout.write(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+        sys.stdout.write(stream.decode(generator.get_next_tokens()[0]))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
