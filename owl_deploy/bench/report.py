@@ -229,9 +229,9 @@ def _method(result: Result) -> Iterator[str]:
         f"<p>Machine: {_text(here.cpu)}, {here.physical_cores} cores, "
         f"{here.memory_bytes / 2**30:.0f} GiB, {_text(here.system)}; "
         f"{_text(', '.join(here.isa))}; governor {_text(here.governor or 'not visible')}. "
-        f"Before the run other processes kept {here.busy_cores:.1f} cores busy. A plain read of memory reached "
-        f"{result.read_gb_per_s:.1f} GB/s: a decoder that reads all of its file for each token can "
-        "come to 100 % of that, and one that skips zeros to more.</p>"
+        f"Before the run other processes kept {here.busy_cores:.1f} cores busy. A plain read of "
+        f"memory reached {result.read_gb_per_s:.1f} GB/s: a decoder that reads all of its file for "
+        "each token can come to 100 % of that, and one that skips zeros to more.</p>"
     )
     yield f"<p>Measured {_text(result.created)} with owl-deploy {_text(result.owl_version)}.</p>"
 
