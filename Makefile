@@ -3,14 +3,20 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check format slow gpu compat lock clean
+.PHONY: demo test runtime check format slow gpu compat lock clean
 
-demo: $(INSTALLED)
+demo: $(INSTALLED) runtime
 	$(BIN)/python -m owl_deploy.demo --output demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) runtime
 	$(BIN)/owl engines install deepsparse
 	$(BIN)/python -m pytest
+
+# The sparse engine's library. Without a compiler or ONNX Runtime's header the rest works all the same.
+runtime: $(INSTALLED)
+	@test -f /usr/include/onnxruntime/onnxruntime_c_api.h || ! command -v apt-get >/dev/null || \
+		(apt-get update -qq && apt-get install -y -qq libonnxruntime-dev) >/dev/null 2>&1 || true
+	@$(BIN)/python -m owl_deploy.runtime.build || echo "The engine owl is left out; all else works."
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -19,15 +19,16 @@ from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.run import run as bench
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
-from owl_deploy.errors import OwlError
+from owl_deploy.errors import EnvironmentFailed, OwlError
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.export.show import steps
 from owl_deploy.export.targets import export
 from owl_deploy.progress import error_console
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.runtime import library_path
 
 # Enough for a picture of the method in minutes; the README's tables are made with 128 samples.
-SAMPLES, LENGTH, WINDOWS, PAIRS = 8, 2048, 10, 4
+SAMPLES, LENGTH, WINDOWS, PAIRS = 8, 2048, 8, 4
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Demo:
         self.started = time.monotonic()
         output.mkdir(parents=True, exist_ok=True)
         self.input = Path()
+        self.has_owl_engine = False
 
     def say(self, text: str) -> None:
         """Tell what comes next, with the time since the start."""
@@ -68,10 +70,19 @@ class Demo:
         self.say("The engine deepsparse, in an environment of its own")
         error_console().print(engines.get_engine("deepsparse").licence, style="dim")
         engines.install("deepsparse", lambda line: error_console().print(line, style="dim"))
+        self.look_for_owl_engine()
         for variant in VARIANTS:
             self.prune(variant)
         deployments = [d for variant in VARIANTS for d in self.deploy(variant)]
         return self.bench(deployments)
+
+    def look_for_owl_engine(self) -> None:
+        """The sparse engine's library is built with the package; without it the rest still runs."""
+        try:
+            library_path()
+            self.has_owl_engine = True
+        except EnvironmentFailed as error:
+            error_console().print(f"Without the engine owl: {error}", style="yellow")
 
     def checkpoint(self, variant: Variant) -> Path:
         """Where the checkpoint of a variant is."""
@@ -94,6 +105,8 @@ class Demo:
         roads = [("deepsparse", "fp32"), ("onnxruntime", "fp32")]
         if variant.settings is None:
             roads += [("onnxruntime", "int8"), ("onnxruntime", "int4")]
+        if self.has_owl_engine:
+            roads.append(("owl", "int8"))
         folders = []
         for target, precision in roads:
             folder = self.output / "deployments" / f"{variant.name}-{target}-{precision}"
@@ -106,7 +119,8 @@ class Demo:
                         self.checkpoint(variant),
                         folder,
                         target=target,
-                        precision=precision,
+                        precision="fp32" if target == "owl" else precision,
+                        values=precision if target == "owl" else None,
                         progress=progress,
                     )
             self.measure_quality(variant, folder, precision)

@@ -185,4 +185,4 @@ def test_a_disk_that_is_really_full(model, text_file, tmp_path):
             prune(model, small / "out", recipe.settings(sparsity=0.6), calibration)
         assert not (small / "out").exists()
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
