@@ -28,6 +28,7 @@ from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import budget, plan, score, sparsegpt, tune
 from owl_deploy.prune.calibrate import Activations, InputStatistics, Skeleton
 from owl_deploy.prune.methods import methods
+from owl_deploy.prune.picture import sparsity_svg
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
@@ -110,6 +111,7 @@ def prune(
         _assemble(run, store)
         manifest = _manifest(run, reports, str(model), time.perf_counter() - started)
         manifest["resumed"] = store.resumed
+        (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
         write_json(store.folder / MANIFEST, manifest)
         store.finish()
     return manifest
