@@ -43,7 +43,7 @@ def _options(
     pass
 
 
-def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], object]) -> None:
     """Print a verb's result: as JSON for machines, else by `show`."""
     if as_json:
         typer.echo(json.dumps(result, indent=2))
@@ -58,7 +58,8 @@ def prune(
     ],
     output: Output,
     recipe: Annotated[
-        Path | None, typer.Option(help="A recipe in SparseML's grammar; options override it.")
+        Path | None,
+        typer.Option(help="A file in SparseML's grammar, or a shipped name; options override it."),
     ] = None,
     method: Annotated[
         str | None,
@@ -452,6 +453,53 @@ def report(
 
     write_report([read_result(path) for path in results], output)
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
+
+
+recipes_app = typer.Typer(no_args_is_help=True, help="The pruning recipes.")
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.command(name="ls")
+def list_recipes(as_json: Json = False) -> None:
+    """List the recipes that come with owl, with what each is for."""
+    from owl_deploy import recipe as recipes
+
+    purposes = {
+        name: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        for name, path in recipes.shipped().items()
+    }
+    width = max(map(len, purposes))
+    _emit(
+        purposes,
+        as_json,
+        lambda: typer.echo("\n".join(f"{n:{width}}  {text}" for n, text in purposes.items())),
+    )
+
+
+@recipes_app.command(name="show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="A file, or the name of a shipped recipe.")],
+) -> None:
+    """Print a recipe."""
+    from owl_deploy import recipe as recipes
+
+    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command(name="validate")
+def validate_recipe(
+    name: Annotated[str, typer.Argument(help="A file, or the name of a shipped recipe.")],
+    as_json: Json = False,
+) -> None:
+    """Read a recipe as `owl prune` does, and say what it means."""
+    from owl_deploy import recipe as recipes
+
+    settings = recipes.merged(Path(name), {}).model_dump(mode="json", exclude_defaults=False)
+    _emit(
+        settings,
+        as_json,
+        lambda: typer.echo("\n".join(f"{k:17} {v}" for k, v in settings.items() if v)),
+    )
 
 
 engines_app = typer.Typer(no_args_is_help=True, help="The inference engines.")

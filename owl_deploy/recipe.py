@@ -119,9 +119,28 @@ def settings(**values: Any) -> PruneSettings:  # noqa: ANN401 - checked by the m
         raise _one_sentence("settings", error) from error
 
 
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    package = Path(__file__).parent
+    folder = package / "recipes"  # in a wheel
+    if not folder.is_dir():
+        folder = package.parent / "recipes"  # in a checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name: str | Path) -> Path:
+    """A recipe's file: `name` is a path, or the name of a shipped recipe."""
+    if Path(name).is_file():
+        return Path(name)
+    known = shipped()
+    if str(name) not in known:
+        raise unknown_name("recipe", str(name), known)
+    return known[str(name)]
+
+
 def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
-    """The settings of a recipe file (if any) with `overrides` put over them."""
-    values = load(recipe) if recipe else {}
+    """The settings of a recipe (a file, or a shipped one's name) with `overrides` put over them."""
+    values = load(find(recipe)) if recipe else {}
     if "allocation" in overrides or "sparsity" in overrides:
         values.pop("layers", None)  # the recipe's list gives way to a rule
         if values.get("allocation") == "list":
@@ -139,13 +158,14 @@ class _Modifier(BaseModel):
 
     targets: list[str] | str = "__ALL__"
     mask_structure: str = _DENSE_MASK
+    # SparseML knows the profile for Wanda and SparseGPT; here it goes with magnitude as well.
+    sparsity_profile: Literal["owl"] | None = None
+    owl_m: float | None = None
+    owl_lmbda: float | None = None
 
 
 class _LayerwiseModifier(_Modifier):
     sparsity: float | list[float]
-    sparsity_profile: Literal["owl"] | None = None
-    owl_m: float | None = None
-    owl_lmbda: float | None = None
     sequential_update: bool = True
     ignore: list[str] = []  # llm-compressor has it, SparseML 1.8 does not
 
@@ -319,8 +339,13 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
                     f"The recipe {source} has {len(sparsity)} sparsities, {len(targets)} targets."
                 )
             layers |= dict(zip(targets, sparsity, strict=True))
-        elif len(found) > 1 or isinstance(modifier, _MagnitudePruningModifier):
-            layers |= {_layer_of(source, target): sparsity for target in targets}
+        elif all(_layer_of(target) for target in targets):
+            layers |= {str(_layer_of(target)): sparsity for target in targets}
+        elif len(found) > 1:
+            raise BadInput(
+                f"The recipe {source} has several modifiers, one of which names no layers.",
+                "Several modifiers need targets such as model.layers.3 each.",
+            )
         else:
             values.setdefault("allocation", "uniform")
             if None in groups:
@@ -358,10 +383,8 @@ def _structure(source: Path, groups: set[tuple[int, int] | None]) -> dict[str, A
 
 def _arguments(source: Path, modifier: _Modifier) -> dict[str, Any]:
     """The settings that a modifier holds besides its sparsity."""
-    if not isinstance(modifier, _LayerwiseModifier):
-        return {}
     found: dict[str, Any] = {}
-    if modifier.ignore:
+    if isinstance(modifier, _LayerwiseModifier) and modifier.ignore:
         found["skip"] = tuple(name.removeprefix("re:.*") for name in modifier.ignore)
     if isinstance(modifier, _SparseGPTModifier):
         found["block_size"] = modifier.block_size
@@ -371,7 +394,7 @@ def _arguments(source: Path, modifier: _Modifier) -> dict[str, Any]:
         if (
             modifier.owl_m is None
             or modifier.owl_lmbda is None
-            or not isinstance(modifier.sparsity, float)
+            or isinstance(_sparsity(modifier), list)
         ):
             raise BadInput(f"The profile owl in {source} needs owl_m, owl_lmbda and one sparsity.")
         found["allocation"] = "owl"
@@ -380,15 +403,14 @@ def _arguments(source: Path, modifier: _Modifier) -> dict[str, Any]:
     return found
 
 
-def _layer_of(source: Path, target: str) -> str:
-    r"""The layer that a target means: re:model\.layers\.3(\..*)?\.weight$ -> model.layers.3."""
-    match = re.match(
-        r"(?:re:)?((?:\w+\.)+\d+(?:\.\w+)*?)(?:\(\.\.\*\)\?)?(?:\.weight)?\$?$",
-        target.replace("\\", ""),
-    )
-    if match is None:
-        raise BadInput(f"The recipe {source} has a target {target!r} that names no layer.")
-    return match[1]
+def _layer_of(target: str) -> str | None:
+    r"""The layer that a target means, None if it means many.
+
+    re:model\.layers\.3(\..*)?\.weight$ -> model.layers.3
+    """
+    plain = target.replace("\\", "").removeprefix("re:").removesuffix("$")
+    plain = plain.removesuffix(".weight").removesuffix("(..*)?")
+    return plain if re.fullmatch(r"(\w+\.)+\d+(\.\w+)*", plain) else None
 
 
 def _one_sentence(what: str, error: ValidationError) -> BadInput:

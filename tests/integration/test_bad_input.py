@@ -93,7 +93,8 @@ def test_prune_refuses_a_broken_model(owl, llama, text_file, tmp_path, damage, c
         (["--sequence-length", "1024"], "takes 512 tokens, not 1024"),
         (["--device", "gpu"], "Unknown device"),
         (["--dtype", "float8"], "Unknown dtype"),
-        (["--recipe", "no.yaml"], "cannot be read"),
+        (["--recipe", "no.yaml"], "Unknown recipe"),
+        (["--recipe", "owl-wanda-7"], "Did you mean 'owl-wanda-70'?"),
         (["--calibration", "no.txt"], "no text file"),
     ],
 )

@@ -6,7 +6,7 @@ import yaml
 from owl_deploy import recipe
 from owl_deploy.errors import BadInput
 
-RECIPES = sorted(Path("recipes").glob("*.yaml"))
+RECIPES = list(recipe.shipped().values())
 
 
 def write(tmp_path: Path, text: str) -> Path:
