@@ -44,8 +44,9 @@ def _lowest(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     most = int(counts.max())
     if most == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    lowest = scores.topk(most, dim=1, largest=False).values  # [rows, most], ascending
-    threshold = lowest.gather(1, (counts - 1).clamp(min=0).unsqueeze(1))  # [rows, 1]
+    lowest = scores.topk(most, dim=1, largest=False, sorted=False).values  # [rows, most]
+    highest = lowest.topk(min(2, most), dim=1).values  # a row that gives one less takes the second
+    threshold = highest.gather(1, (most - counts).clamp(max=highest.shape[1] - 1).unsqueeze(1))
     below = scores < threshold
     equal = scores == threshold
     missing = counts.unsqueeze(1) - below.sum(1, keepdim=True)
