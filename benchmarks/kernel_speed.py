@@ -2,7 +2,7 @@
 
 python benchmarks/kernel_speed.py [--quick] [-o benchmarks/results/kernel_speed.json]
 
-For each matrix size, enough copies of the matrix are multiplied that the weights (some 200 MB as bf16)
+For each matrix size, enough copies of the matrix are multiplied that the weights (130 MB and more)
 cannot stay in any cache. Variants alternate: one pass of each, then the next round. Each figure is the
 median of its passes; `bandwidth` is what a plain read of memory reached on the same threads.
 """
@@ -27,7 +27,7 @@ SIZES: dict[str, list[tuple[int, int]]] = {
     "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
 }
 SPARSITIES = (None, 0.0, 0.5, 0.6, 0.7, 0.8, 0.9)  # None: stored dense, without a mask
-ELEMENTS = 100_000_000
+ELEMENTS = 300_000_000
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 // Streams text from an `owl` deployment with onnxruntime-genai's C API and nothing of owl but the deployment.
 // With the libraries of `pip install onnxruntime-genai` (SITE is the environment's site-packages):
-//   g++ -std=c++17 examples/generate.cpp -o generate SITE/onnxruntime_genai/libonnxruntime-genai.so
-//   LD_LIBRARY_PATH=SITE/onnxruntime_genai:SITE/onnxruntime/capi ./generate DEPLOYMENT "The capital of France is"
+//   g++ -std=c++17 examples/generate.cpp -o generate SITE/onnxruntime_genai/libonnxruntime-genai.so -Wl,-rpath,SITE/onnxruntime_genai
+//   ln -s SITE/onnxruntime/capi/libonnxruntime.so.1.* libonnxruntime.so   # genai opens it by this name
+//   LD_LIBRARY_PATH=. ./generate DEPLOYMENT "The capital of France is"
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
