@@ -17,6 +17,7 @@ from rich.table import Table
 from owl_deploy import engines, recipe
 from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
+from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison
 from owl_deploy.bench.run import run as bench
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
@@ -272,8 +273,9 @@ def main(
         result = Demo(output).run()
         table = rows(result)
         write_json(output / "table.json", table)
+        write_report([result], output / "report.html")
         show(result, table)
-        error_console().print(f"Everything is in {output}/.", style="dim")
+        error_console().print(f"The report: {output}/report.html", style="dim")
     except OwlError as error:
         typer.echo(f"demo: {error}", err=True)
         raise typer.Exit(error.exit_code) from error
