@@ -4,8 +4,8 @@
 
 The transcription follows the OWL paper's code as it is published: every sample alone, a pass for
 the outlier ratios that runs each block twice, another that prunes and runs each block twice,
-statistics and a Hessian for each Linear by itself, full sorts. Both run in turn, A B B A, on the same model,
-text and machine, each in a process of its own; the model is read from disk in both.
+statistics and a Hessian for each Linear by itself, full sorts. Both run in turn, A B B A, on the
+same model, text and machine, each in a process of its own; the model is read from disk in both.
 """
 
 import argparse
