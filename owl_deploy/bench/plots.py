@@ -74,7 +74,7 @@ def _speedups(axes: "Axes", result: Result, rows: Sequence[Comparison]) -> None:
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.axvline(1, color=_INK, linewidth=1)
     axes.grid(axis="x")
-    axes.set_xlabel("times as fast (right of 1: faster), 90 % interval")
+    axes.set_xlabel("times as fast, 90 % interval\n(right of 1: faster)")
 
 
 def by_sparsity(result: Result, key: str) -> str:
