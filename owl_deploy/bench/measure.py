@@ -145,13 +145,15 @@ def run_bench(
         python_of(engine)
     threads = plan.threads or default_threads()
     here = machine.look()
-    bandwidth = machine.read_bandwidth(threads)
+    bandwidth = 0.0
     journal = Journal([plan.model_dump(), threads, here.cpu, _identities(entries)])
     subjects = journal.restore(subject for subject, _ in entries)
     runner = _Runner(plan, scenarios, threads, opener, journal)
     runner.deployments = {subject.name: deployment for subject, deployment in entries}
     for look in range(plan.looks):
+        bandwidth = max(bandwidth, machine.read_bandwidth(threads))
         runner.rounds(subjects, look * plan.pairs, progress)
+        bandwidth = max(bandwidth, machine.read_bandwidth(threads))  # others may have been busy
         found = conclude(plan, scenarios, here, threads, bandwidth, tuple(subjects.values()))
         if decided(found):
             break

@@ -1,17 +1,20 @@
 """The real engines on a tiny model: what they compute, and that benching them changes nothing."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
+from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from owl_deploy import engines
 from owl_deploy.artefact import sha256
-from owl_deploy.bench import BenchPlan, read_result, run_bench
+from owl_deploy.bench import BenchPlan, baseline, gate, read_result, run_bench
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess
 from owl_deploy.export.targets import export
@@ -108,6 +111,56 @@ def test_bench_in_both_real_engines(deployments: dict[str, Path], tmp_path: Path
         assert all(0 < row["median_ms"] < 10_000 for row in rows.values())
     assert all(subject.peak_bytes > 10e6 for subject in result.subjects)
     assert all(subject.load_s > 0 for subject in result.subjects)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "deepsparse"])
+def test_every_scenario_runs_in_a_real_engine(deployments: dict[str, Path], target: str) -> None:
+    need(target)
+    plan = BenchPlan(
+        candidates=(deployments[target],),
+        scenarios=("decode", "generate", "throughput"),
+        context=128,
+        prompt=64,
+        batch=(1, 2),
+        streams=2,
+        new_tokens=16,
+        pairs=1,
+    )
+    result = run_bench(plan)
+    assert result.failures == []
+    assert set(result.statistics) == {
+        *("decode@128", "decode@128x2", "throughput@128x2"),
+        *("generate@64+16:total", "generate@64+16:first", "generate@64+16:token"),
+    }
+
+
+def test_a_gate_sees_filled_zeros_and_other_logits(
+    deployments: dict[str, Path], tmp_path: Path
+) -> None:
+    plan = BenchPlan(
+        candidates=(deployments["deepsparse"],),
+        baselines=(deployments["onnxruntime"],),
+        engines=("onnxruntime",),
+    )
+    before = baseline.still_side(plan)
+    assert before.counters["nodes"]["MatMul"] > 10
+    changed = shutil.copytree(deployments["deepsparse"], tmp_path / "changed")
+    model = onnx.load(changed / "model.onnx")
+    weight = next(t for t in model.graph.initializer if list(t.dims) == [64, 112])
+    values = numpy_helper.to_array(weight).copy()
+    zeros = int((values == 0).sum())
+    values[values == 0] = 0.05
+    assert zeros > 100
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, changed / "model.onnx")
+    after = baseline.still_side(plan.model_copy(update={"candidates": (changed,)}))
+    margins = gate.Margins()
+    assert gate.check_setting(before, after) == []
+    (logits,) = gate.check_probe(before, after, margins)
+    assert logits.word == "REGRESSED"
+    found = {v.metric: v.word for v in gate.check_counters(before, after, margins)}
+    assert found[f"nonzeros: {weight.name}"] == "REGRESSED"
+    assert gate.check_probe(before, baseline.still_side(plan), margins)[0].word == "OK"
 
 
 def test_a_graph_that_an_engine_refuses_is_its_failure_alone(
