@@ -91,19 +91,33 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("deployments", nargs="+", metavar="NAME=DEPLOYMENT")
-    parser.add_argument("--gguf", nargs="*", default=[], metavar="NAME=FILE", help="candidates for llama.cpp")
-    parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
+    parser.add_argument(
+        "--gguf", nargs="*", default=[], metavar="NAME=FILE", help="candidates for llama.cpp"
+    )
+    parser.add_argument(
+        "--llama-python", default=sys.executable, help="a Python that has llama-cpp-python"
+    )
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--prompts", type=int, nargs="*", default=[128, 512])
-    parser.add_argument("--vocabulary", type=int, default=5000, help="prompt tokens are drawn below this")
+    parser.add_argument(
+        "--vocabulary", type=int, default=5000, help="prompt tokens are drawn below this"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lock", type=Path, help="a file to lock around each process, on a shared machine")
+    parser.add_argument(
+        "--lock", type=Path, help="a file to lock around each process, on a shared machine"
+    )
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     settings = json.dumps(
-        [arguments.context, arguments.tokens, arguments.prompts, arguments.threads, arguments.vocabulary]
+        [
+            arguments.context,
+            arguments.tokens,
+            arguments.prompts,
+            arguments.threads,
+            arguments.vocabulary,
+        ]
     )
     candidates = {
         name: [sys.executable, "-c", GENAI_WORKER, path, settings]

@@ -36,17 +36,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--isa", nargs="+", default=None, help="default: every one that runs here")
-    parser.add_argument("--quick", action="store_true", help="only 70 %% and dense, first instruction set")
+    parser.add_argument(
+        "--quick", action="store_true", help="only 70 %% and dense, first instruction set"
+    )
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     library = ctypes.CDLL(str(library_path()))
     library.owl_isa_name.restype = ctypes.c_char_p
     isas = arguments.isa or supported(library)[: 1 if arguments.quick else 3]
     sparsities = (None, 0.7) if arguments.quick else SPARSITIES
-    rows = []
+    rows: list[dict[str, object]] = []
     for model, shapes in SIZES.items():
         for isa in isas:
-            rows += measure(library, model, shapes, isa, sparsities, arguments.threads, arguments.rounds)
+            rows += measure(
+                library, model, shapes, isa, sparsities, arguments.threads, arguments.rounds
+            )
     result = {
         "command": " ".join(sys.argv),
         "machine": machine(),
@@ -67,7 +71,12 @@ def measure(
     rounds: int,
 ) -> list[dict[str, object]]:
     """All value types and sparsities of one model's shapes; one warm-up pass of each, then `rounds` alternating."""
-    variants = [(v, s) for v in ("int8", "bf16", "fp32") for s in sparsities if v != "fp32" or s in (None, 0.7)]
+    variants = [
+        (v, s)
+        for v in ("int8", "bf16", "fp32")
+        for s in sparsities
+        if v != "fp32" or s in (None, 0.7)
+    ]
     seconds: dict[tuple[str, float | None], list[float]] = {variant: [] for variant in variants}
     sizes: dict[tuple[str, float | None], int] = {}
     memory = np.ones(256 << 20, dtype=np.uint8)
@@ -83,10 +92,10 @@ def measure(
         sizes[values, sparsity] = total
         reads += time_read(library, memory, threads, 3)
     bandwidth = memory.size / min(reads) / 1e9
-    rows = []
+    rows: list[dict[str, object]] = []
     for (values, sparsity), times in seconds.items():
         median, size = statistics.median(times), sizes[values, sparsity]
-        row = {
+        row: dict[str, object] = {
             "model": model,
             "isa": isa,
             "values": values,
@@ -104,7 +113,9 @@ def measure(
     return rows
 
 
-def copies(shape: tuple[int, int], values: str, sparsity: float | None, elements: int) -> list[NDArray[np.uint8]]:
+def copies(
+    shape: tuple[int, int], values: str, sparsity: float | None, elements: int
+) -> list[NDArray[np.uint8]]:
     """Copies of one random packed weight that together hold about `elements` weights, each in memory of its own."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(shape, dtype=np.float32)
@@ -143,7 +154,9 @@ def time_matvec(
     return seconds[1:]
 
 
-def time_read(library: ctypes.CDLL, memory: NDArray[np.uint8], threads: int, rounds: int) -> list[float]:
+def time_read(
+    library: ctypes.CDLL, memory: NDArray[np.uint8], threads: int, rounds: int
+) -> list[float]:
     """Seconds of each plain read of `memory`."""
     seconds = np.zeros(rounds)
     start = -memory.ctypes.data % 64

@@ -85,10 +85,12 @@ class Rewriter:
             shape=tuple(tensor.dims),
         )
 
-    def add_packed(self, name: str, weight: NDArray[np.float32], *, may_be_sparse: bool = True) -> str:
+    def add_packed(
+        self, name: str, weight: NDArray[np.float32], *, may_be_sparse: bool = True
+    ) -> str:
         """Pack `weight` [outputs, inputs] once under `name`; sparse if that pays."""
         if name not in self.packed:
-            density = np.count_nonzero(weight) / weight.size
+            density = int(np.count_nonzero(weight)) / weight.size
             sparse = may_be_sparse and density <= MAX_DENSITY[self.values]
             self.packed[name] = pack.pack(np.ascontiguousarray(weight), self.values, sparse)
         return name
@@ -125,7 +127,8 @@ def sparsify_deployment(
         rewriter.index()
     if not rewriter.packed:
         raise BadInput(
-            f"No linear layer in {model_file} could be replaced.", "Export it with precision fp32 first."
+            f"No linear layer in {model_file} could be replaced.",
+            "Export it with precision fp32 first.",
         )
     destination.mkdir(parents=True, exist_ok=True)
     _write_model(rewriter, destination)
@@ -182,7 +185,9 @@ def replace_matmuls(rewriter: Rewriter) -> int:
             if values is not None and values.shape == (weight.shape[1],):
                 old, bias, output = [node, add], other, add.output[0]
         inputs = [node.input[0], name, *([bias] if bias else [])]
-        rewriter.replace(old, helper.make_node("SparseMatMul", inputs, [output], name=node.name, domain=DOMAIN))
+        rewriter.replace(
+            old, helper.make_node("SparseMatMul", inputs, [output], name=node.name, domain=DOMAIN)
+        )
         count += 1
     return count
 
@@ -231,7 +236,13 @@ def replace_embedding(rewriter: Rewriter) -> int:
             if table is None:
                 continue
             name = rewriter.add_packed(f"{gather.input[0]}.packed", table, may_be_sparse=False)
-        new = helper.make_node("PackedGather", ["input_ids", name], list(gather.output), name=gather.name, domain=DOMAIN)
+        new = helper.make_node(
+            "PackedGather",
+            ["input_ids", name],
+            list(gather.output),
+            name=gather.name,
+            domain=DOMAIN,
+        )
         rewriter.replace([gather], new)
         count += 1
     return count
@@ -242,10 +253,22 @@ def replace_attention(rewriter: Rewriter) -> int:
     nodes = rewriter.nodes("GroupQueryAttention")
     if not nodes or not all(_attention_supported(rewriter, node) for node in nodes):
         return 0
-    kept = ("num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved")
+    kept = (
+        "num_heads",
+        "kv_num_heads",
+        "scale",
+        "softcap",
+        "local_window_size",
+        "do_rotary",
+        "rotary_interleaved",
+    )
     for node in nodes:
         new = helper.make_node(
-            "CachedAttention", list(node.input[:9]), list(node.output), name=node.name, domain=DOMAIN
+            "CachedAttention",
+            list(node.input[:9]),
+            list(node.output),
+            name=node.name,
+            domain=DOMAIN,
         )
         new.attribute.extend(a for a in node.attribute if a.name in kept)
         rewriter.replace([node], new)
@@ -331,9 +354,19 @@ def _activation_input(
 
 def _attention_supported(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
     """Whether CachedAttention computes what this GroupQueryAttention does."""
-    known = {"num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved"}
+    known = {
+        "num_heads",
+        "kv_num_heads",
+        "scale",
+        "softcap",
+        "local_window_size",
+        "do_rotary",
+        "rotary_interleaved",
+    }
     odd = [a.name for a in node.attribute if a.name not in known and (a.i or a.f or a.s)]
-    cache = next((value for value in rewriter.model.graph.input if value.name == node.input[3]), None)
+    cache = next(
+        (value for value in rewriter.model.graph.input if value.name == node.input[3]), None
+    )
     if odd or any(node.input[9:]) or any(node.output[3:]) or cache is None:
         return False
     kind = cache.type.tensor_type
@@ -341,7 +374,9 @@ def _attention_supported(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
     heads, kv_heads = _attribute(node, "num_heads", 0), _attribute(node, "kv_num_heads", 0)
     size = size or _head_size(rewriter, node)
     rotary = bool(_attribute(node, "do_rotary", 0))
-    tables = len(node.input) > 8 and all(rewriter.load(name) is not None for name in node.input[7:9])
+    tables = len(node.input) > 8 and all(
+        rewriter.load(name) is not None for name in node.input[7:9]
+    )
     return (
         kind.elem_type == TensorProto.FLOAT
         and size % 16 == 0
@@ -385,7 +420,11 @@ def _write_model(rewriter: Rewriter, destination: Path) -> None:
             tensor = _tensor_entry(rewriter, name, data)
             tensor.data_location = TensorProto.EXTERNAL
             del tensor.external_data[:]
-            for key, value in (("location", DATA_FILE), ("offset", position), ("length", data.nbytes)):
+            for key, value in (
+                ("location", DATA_FILE),
+                ("offset", position),
+                ("length", data.nbytes),
+            ):
                 tensor.external_data.add(key=key, value=str(value))
             position += data.nbytes
     if all(opset.domain != DOMAIN for opset in model.opset_import):
@@ -406,7 +445,8 @@ def _large_tensors(rewriter: Rewriter) -> Iterator[tuple[str, NDArray[np.generic
             data = rewriter.load(tensor.name)
             if data is None:
                 raise BadInput(
-                    f"{tensor.name} in {rewriter.folder} is not fp32.", "Export with precision fp32 first."
+                    f"{tensor.name} in {rewriter.folder} is not fp32.",
+                    "Export with precision fp32 first.",
                 )
             yield tensor.name, np.ascontiguousarray(data)
 
@@ -415,7 +455,9 @@ def _tensor_entry(rewriter: Rewriter, name: str, data: NDArray[np.generic]) -> T
     for tensor in rewriter.model.graph.initializer:
         if tensor.name == name:
             return tensor
-    return rewriter.model.graph.initializer.add(name=name, data_type=TensorProto.UINT8, dims=[data.size])
+    return rewriter.model.graph.initializer.add(
+        name=name, data_type=TensorProto.UINT8, dims=[data.size]
+    )
 
 
 def _copy_rest(source: Path, destination: Path) -> None:

@@ -17,7 +17,9 @@ def build(destination: Path | None = None, *, sanitize: bool = False) -> Path:
     """Configure, compile and copy the library to `destination`, by default beside this file; returns its path."""
     for tool, package in (("cmake", "cmake"), ("c++", "g++")):
         if shutil.which(tool) is None:
-            raise EnvironmentFailed(f"`{tool}` is missing.", f"apt install {package}, or your system's equivalent.")
+            raise EnvironmentFailed(
+                f"`{tool}` is missing.", f"apt install {package}, or your system's equivalent."
+            )
     if not (ROOT / "CMakeLists.txt").is_file():
         raise EnvironmentFailed(
             "The library's sources are not here: this is an installed package.",
@@ -43,15 +45,22 @@ def _run(command: list[str]) -> None:
     output = done.stdout + done.stderr
     if "onnxruntime_cxx_api.h not found" in output:
         raise EnvironmentFailed(
-            "ONNX Runtime's C API header is missing.", "apt install libonnxruntime-dev, then build again."
+            "ONNX Runtime's C API header is missing.",
+            "apt install libonnxruntime-dev, then build again.",
         )
-    raise EnvironmentFailed(f"`{' '.join(command[:2])}` failed.", "\n".join(output.splitlines()[-20:]))
+    raise EnvironmentFailed(
+        f"`{' '.join(command[:2])}` failed.", "\n".join(output.splitlines()[-20:])
+    )
 
 
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers")
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="with the address and undefined-behaviour sanitizers",
+    )
     parser.add_argument("-o", "--output", type=Path, help="where to put the library")
     arguments = parser.parse_args()
     try:

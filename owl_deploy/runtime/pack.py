@@ -170,7 +170,9 @@ def _encode(
     padded[:rows, :cols] = weight
     tiles = padded.reshape(-1, blocks, SCALE_COLUMNS)
     # Rounded up to bf16, so that the largest value still fits 127.
-    scales = (((np.abs(tiles).max(axis=2) / np.float32(127)).view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)
+    scales = (
+        ((np.abs(tiles).max(axis=2) / np.float32(127)).view(np.uint32) + 0xFFFF) >> 16
+    ).astype(np.uint16)
     decoded = (scales.astype(np.uint32) << 16).view(np.float32)
     safe = np.where(decoded > 0, decoded, 1)[:, :, None]
     quantized = np.clip(np.rint(tiles / safe), -127, 127).astype(np.int8)
@@ -194,7 +196,9 @@ def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArra
     coded = block[info.scale_offset :][: info.scale_bytes].view(np.uint16).astype(np.uint32) << 16
     by_group = coded.view(np.float32).reshape(info.groups, -1, GROUP_ROWS).transpose(0, 2, 1)
     by_row = by_group.reshape(info.groups * GROUP_ROWS, -1)[: info.rows]
-    return bits.view(np.int8).astype(np.float32) * by_row.repeat(SCALE_COLUMNS, axis=1)[:, : info.cols]
+    return (
+        bits.view(np.int8).astype(np.float32) * by_row.repeat(SCALE_COLUMNS, axis=1)[:, : info.cols]
+    )
 
 
 def _to_cells(encoded: NDArray[np.generic], packed_columns: int) -> NDArray[np.generic]:
@@ -263,7 +267,9 @@ def _read_header(block: Block) -> PackedInfo:
     if cells != -(-cols // (4 * _PACK[names[code]])) * 4:
         raise ValueError("the number of cells does not match the columns")
     sparse = bool(flags & _SPARSE)
-    return PackedInfo(names[code], sparse, rows, cols, cells, nonzeros, mask, index, scale, value, total)
+    return PackedInfo(
+        names[code], sparse, rows, cols, cells, nonzeros, mask, index, scale, value, total
+    )
 
 
 def _check_region(name: str, offset: int, size_bytes: int, total: int) -> None:
