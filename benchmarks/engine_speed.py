@@ -1,11 +1,12 @@
-"""Time whole deployments in onnxruntime-genai: decode at a context, prefill of prompts; fresh alternating processes.
+"""Time whole deployments in onnxruntime-genai: decode at a context, and prefill of prompts.
 
 python benchmarks/engine_speed.py NAME=DEPLOYMENT ... [--gguf NAME=FILE ...] [--llama-python PYTHON]
                                   [-o benchmarks/results/engine_speed.json]
 
 The first deployment is the baseline of the ratios. Every round starts one fresh process for each
-candidate, in an order that turns round from one round to the next; a candidate's figure is the median
-over rounds of its process's median. All engines get the same random prompt tokens and thread count.
+candidate, in an order that turns round from one round to the next; a candidate's figure is the
+median over rounds of its process's median.
+All engines get the same random prompt tokens and thread count.
 """
 
 import argparse
@@ -17,14 +18,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Each worker prints one line of JSON: milliseconds of decode (median) and of each prefill (best of two).
+# Each worker prints a line of JSON: milliseconds of decode (median), of each prefill (best of two).
 GENAI_WORKER = """
 import json, statistics, sys, time
 import numpy as np, onnxruntime_genai as og
 folder, context, tokens, prompts, threads, vocabulary = sys.argv[1], *json.loads(sys.argv[2])
 started = time.perf_counter()
 config = og.Config(folder)
-config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+options = {"session_options": {"intra_op_num_threads": threads}}
+config.overlay(json.dumps({"model": {"decoder": options}}))
 model = og.Model(config)
 out = {"load": (time.perf_counter() - started) * 1e3}
 ids = np.random.default_rng(0).integers(10, vocabulary, max(context, *prompts)).astype(np.int32)
@@ -64,7 +66,9 @@ import numpy as np
 from llama_cpp import Llama
 file, context, tokens, prompts, threads, vocabulary = sys.argv[1], *json.loads(sys.argv[2])
 started = time.perf_counter()
-model = Llama(file, n_ctx=context + tokens + 16, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+length = context + tokens + 16
+options = dict(n_threads=threads, n_threads_batch=threads, verbose=False)
+model = Llama(file, n_ctx=length, n_batch=512, **options)
 out = {"load": (time.perf_counter() - started) * 1e3}
 ids = np.random.default_rng(0).integers(10, vocabulary, max(context, *prompts)).tolist()
 for prompt in prompts:
@@ -165,7 +169,7 @@ def collect(
 
 
 def summarise(samples: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Medians in ms (MB for memory), and how many times faster than the first candidate, pair by pair."""
+    """Medians in ms (MB for memory), and speed-ups over the first candidate, pair by pair."""
     baseline = next(iter(samples.values()))
     table = {}
     for name, runs in samples.items():

@@ -1,10 +1,10 @@
-"""Time the kernels alone: matrix-vector products from memory, against the read bandwidth of the same run.
+"""Time the kernels alone: products from memory, against the read bandwidth of the same run.
 
 python benchmarks/kernel_speed.py [--quick] [-o benchmarks/results/kernel_speed.json]
 
 For each matrix size, enough copies of the matrix are multiplied that the weights (130 MB and more)
-cannot stay in any cache. Variants alternate: one pass of each, then the next round. Each figure is the
-median of its passes; `bandwidth` is what a plain read of memory reached on the same threads.
+cannot stay in any cache. Each figure is the median of its passes; `read_bandwidth` is the best that
+a plain read of memory reached between them, on as many threads.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def measure(
     threads: int,
     rounds: int,
 ) -> list[dict[str, object]]:
-    """All value types and sparsities of one model's shapes; one warm-up pass of each, then `rounds` alternating."""
+    """All value types and sparsities of one model's shapes, each warmed up and then timed."""
     variants = [
         (v, s)
         for v in ("int8", "bf16", "fp32")
@@ -116,7 +116,7 @@ def measure(
 def copies(
     shape: tuple[int, int], values: str, sparsity: float | None, elements: int
 ) -> list[NDArray[np.uint8]]:
-    """Copies of one random packed weight that together hold about `elements` weights, each in memory of its own."""
+    """Copies of a random packed weight, in memory of their own, with `elements` weights in all."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(shape, dtype=np.float32)
     if sparsity:

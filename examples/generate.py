@@ -1,4 +1,4 @@
-"""Stream text from an `owl` deployment with onnxruntime-genai and nothing else: pip install onnxruntime-genai.
+"""Stream text from an `owl` deployment; needs `pip install onnxruntime-genai` and nothing else.
 
 python examples/generate.py DEPLOYMENT "The capital of France is"
 """

@@ -1,9 +1,10 @@
 """Rewrite an onnxruntime-genai fp32 deployment into one that runs on this package's operators.
 
-The source is what onnxruntime-genai's model builder writes. Each pass below recognises one pattern of
-that graph, checks it, and replaces it with an operator of domain `ai.owl`; what no pass recognises
-stays as it was, so a family with an unusual block still runs, only slower there. The result opens in
-stock onnxruntime-genai: the operator library lies in the folder and `genai_config.json` names it.
+The source is what onnxruntime-genai's model builder writes. Each pass below recognises one pattern
+of that graph, checks it, and replaces it with an operator of domain `ai.owl`; what no pass
+recognises stays as it was, so a family with an unusual block still runs, only slower there. The
+result opens in stock onnxruntime-genai: the operator library lies in the folder and
+`genai_config.json` names it.
 """
 
 import json
@@ -70,7 +71,7 @@ class Rewriter:
         return [node for node in self.model.graph.node if node.op_type in kinds]
 
     def load(self, name: str) -> NDArray[np.float32] | None:
-        """The initializer `name` as an array, read from its file only now; None if it is no fp32 initializer."""
+        """The fp32 initializer `name`, read from its file only now; None if it is not one."""
         tensor = self.initializers.get(name)
         if tensor is None or tensor.data_type != TensorProto.FLOAT:
             return None
@@ -107,9 +108,9 @@ class Rewriter:
 def sparsify_deployment(
     source: Path, destination: Path, values: Values = "bf16", cache: Cache | None = None
 ) -> dict[str, object]:
-    """Rewrite the builder's fp32 deployment `source` into `destination`, a new folder; returns statistics.
+    """Rewrite the builder's fp32 deployment `source` into the folder `destination`.
 
-    `cache` is the precision of the KV cache: fp16 unless `values` is fp32.
+    `cache` is the precision of the KV cache: fp16 unless `values` is fp32. Returns statistics.
     """
     model_file = source / "model.onnx"
     config_file = source / "genai_config.json"
@@ -117,7 +118,7 @@ def sparsify_deployment(
         if not file.is_file():
             raise BadInput(
                 f"{source} is not an onnxruntime-genai deployment: {file.name} is missing.",
-                "Make it with onnxruntime-genai's model builder, precision fp32, execution provider cpu.",
+                "Make it with onnxruntime-genai's model builder: precision fp32, provider cpu.",
             )
     library = library_path()
     model = onnx.load(model_file, load_external_data=False)
@@ -138,7 +139,7 @@ def sparsify_deployment(
     return _statistics(rewriter)
 
 
-# ---- Passes: each takes the rewriter, edits the graph and returns how often it did ---------------------
+# ---- Passes: each takes the rewriter, edits the graph and returns how often it did -------------
 
 
 def fuse_gated(rewriter: Rewriter) -> int:
@@ -220,7 +221,7 @@ def fuse_norms(rewriter: Rewriter) -> int:
 
 
 def replace_embedding(rewriter: Rewriter) -> int:
-    """Gather of token rows -> PackedGather, from the head's packed weight where the two are tied."""
+    """Gather of token rows -> PackedGather, from the head's weight where the two are tied."""
     count = 0
     for gather in rewriter.nodes("Gather"):
         if gather.input[1] != "input_ids" or _attribute(gather, "axis", 0) != 0:
@@ -305,13 +306,13 @@ PASSES: tuple[Callable[[Rewriter], int], ...] = (
 )
 
 
-# ---- Patterns -------------------------------------------------------------------------------------------
+# ---- Patterns ----------------------------------------------------------------------------------
 
 
 def _match_gated(
     rewriter: Rewriter, product: onnx.NodeProto
 ) -> tuple[onnx.NodeProto, onnx.NodeProto, str, list[onnx.NodeProto]] | None:
-    """(gate MatMul, up MatMul, epilogue, nodes between) of `product`, when nothing else reads them."""
+    """(gate, up, epilogue, nodes between) of `product`, when nothing else reads them."""
     for active, plain in (tuple(product.input), tuple(reversed(product.input))):
         up = rewriter.producer.get(plain)
         activation = rewriter.producer.get(active)
@@ -398,14 +399,14 @@ def _set_cache_type(rewriter: Rewriter, name: str) -> None:
             value.type.tensor_type.elem_type = kind
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:  # noqa: ANN401 - as in ONNX
     for attribute in node.attribute:
         if attribute.name == name:
             return helper.get_attribute_value(attribute)
     return default
 
 
-# ---- Files ----------------------------------------------------------------------------------------------
+# ---- Files -------------------------------------------------------------------------------------
 
 
 def _write_model(rewriter: Rewriter, destination: Path) -> None:

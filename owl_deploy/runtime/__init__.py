@@ -32,5 +32,5 @@ def library_path() -> Path:
 
 
 def register(session_options: _SessionOptions) -> None:
-    """Make the operators of domain `ai.owl` known to sessions that are opened with `session_options`."""
+    """Make the operators of domain `ai.owl` known to sessions opened with `session_options`."""
     session_options.register_custom_ops_library(str(library_path()))

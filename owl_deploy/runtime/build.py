@@ -1,4 +1,4 @@
-"""Build the operator library in the source tree: `python -m owl_deploy.runtime.build [--sanitize]`."""
+"""Build the operator library in the source tree: `python -m owl_deploy.runtime.build`."""
 
 import argparse
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def build(destination: Path | None = None, *, sanitize: bool = False) -> Path:
-    """Configure, compile and copy the library to `destination`, by default beside this file; returns its path."""
+    """Compile the library to `destination`, by default beside this file; returns its path."""
     for tool, package in (("cmake", "cmake"), ("c++", "g++")):
         if shutil.which(tool) is None:
             raise EnvironmentFailed(
@@ -33,7 +33,7 @@ def build(destination: Path | None = None, *, sanitize: bool = False) -> Path:
         _run(["cmake", "--build", folder, "--parallel"])
         staged = target.with_suffix(".tmp")
         shutil.copyfile(Path(folder) / LIBRARY_NAME, staged)
-        # A process that has the old library loaded keeps it: the name moves, the file does not change.
+        # A process that has the old library loaded keeps it: only the name moves.
         staged.replace(target)
     return target
 

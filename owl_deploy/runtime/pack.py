@@ -24,7 +24,7 @@ Header: `OWLPACK\\0`, then uint32 version, value type (1 fp32, 2 bf16, 3 int8; 4
 of masks, index, scales and values (0 where absent), and the block's length; 32 bytes reserved.
 
 int8 values lie in [-127, 127]; kernels rely on -128 not being there only for accuracy, never for safety.
-"""
+"""  # noqa: E501 - a table
 
 import struct
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class PackedInfo:
 
 
 def pack(weight: NDArray[np.floating], values: Values = "bf16", sparse: bool = True) -> Block:
-    """Pack `weight` [rows, cols]; with `sparse` only its non-zeros are stored. Returns the block of bytes."""
+    """Pack `weight` [rows, cols]; with `sparse` only its non-zeros. Returns the block of bytes."""
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
     if values not in get_args(Values):
@@ -118,7 +118,7 @@ def unpack(block: Block) -> NDArray[np.float32]:
 
 
 def inspect(block: Block) -> PackedInfo:
-    """Check `block` as the kernels do and return what its header says; ValueError says what is wrong."""
+    """Check `block` as the kernels do; returns what its header says, or raises ValueError."""
     info = _read_header(block)
     tail = ALIGNMENT
     cells = info.groups * info.cells
@@ -139,7 +139,7 @@ def inspect(block: Block) -> PackedInfo:
 
 
 def interleave_gate_up(gate: NDArray[np.floating], up: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Rows of gate and up [n, cols] in alternating groups of 16, each padded with zero rows: one weight, one pass."""
+    """Rows of gate and up [n, cols] in alternating groups of 16: one weight, one pass."""
     if gate.shape != up.shape:
         raise ValueError(f"gate {gate.shape} and up {up.shape} differ in shape")
     groups = -(-gate.shape[0] // GROUP_ROWS)
@@ -154,7 +154,7 @@ def interleave_gate_up(gate: NDArray[np.floating], up: NDArray[np.floating]) -> 
 def _encode(
     weight: NDArray[np.float32], values: Values
 ) -> tuple[NDArray[np.generic], NDArray[np.uint16] | None]:
-    """Weight -> the bits of its stored values, and int8's scales [groups, scale blocks, 16] as bf16.
+    """Weight -> the bits of its values, and int8's scales [groups, scale blocks, 16] as bf16.
 
     What rounds to zero is zero: it costs nothing then. -0.0 is stored as nothing.
     """

@@ -15,13 +15,9 @@ Floats = NDArray[np.float32]
 EPILOGUES = {"none": 0, "silu_mul": 1, "gelu_mul": 2}
 
 
-def aligned(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A copy of `block` on a 64-byte boundary whose last byte is the last of its allocation (ASan sees past it)."""
-    storage = np.empty(block.size + 64, dtype=np.uint8)
-    start = -storage.ctypes.data % 64
-    copy = storage[start : start + block.size]
-    copy[:] = block
-    return copy
+def owned(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy that ends where its allocation ends, so that ASan sees a read one byte past it."""
+    return np.array(block, copy=True)
 
 
 def _pointer(array: NDArray[np.generic] | None) -> ctypes.c_void_p:
@@ -47,7 +43,7 @@ class Kernels:
 
     def check(self, block: NDArray[np.uint8]) -> None:
         """Validate a packed block."""
-        copy = aligned(block)
+        copy = owned(block)
         self._raise(self.library.owl_check_packed(_pointer(copy), ctypes.c_size_t(copy.size)))
 
     def matmul(
@@ -65,7 +61,7 @@ class Kernels:
         epsilon: float = 1e-5,
     ) -> tuple[Floats, Floats]:
         """x [rows, cols] -> (y [rows, outputs], x + skip [rows, cols])."""
-        copy = aligned(block)
+        copy = owned(block)
         x = np.ascontiguousarray(x, dtype=np.float32)
         y = np.full((x.shape[0], outputs), np.nan, dtype=np.float32)
         total = np.zeros_like(x)
@@ -89,7 +85,7 @@ class Kernels:
 
     def gather(self, block: NDArray[np.uint8], row: int, cols: int) -> Floats:
         """One row of a dense weight."""
-        copy, out = aligned(block), np.empty(cols, dtype=np.float32)
+        copy, out = owned(block), np.empty(cols, dtype=np.float32)
         self._raise(
             self.library.owl_gather(
                 _pointer(copy), ctypes.c_size_t(copy.size), ctypes.c_size_t(row), _pointer(out)
@@ -111,7 +107,7 @@ class Kernels:
         window: int = 0,
         threads: int = 1,
     ) -> Floats:
-        """qkv [length, (heads + 2 kv) * size]; keys and values [kv, capacity, size] are updated in place."""
+        """qkv [length, (heads + 2 kv) * size]; caches [kv, capacity, size] change."""
         kv_heads, capacity, size = keys.shape
         out = np.full((qkv.shape[0], heads * size), np.nan, dtype=np.float32)
         cosines, sines = tables if tables is not None else (None, None)

@@ -48,9 +48,11 @@ def oracle(
     return out.reshape(length, heads * size)
 
 
-@pytest.mark.parametrize("heads, kv_heads, size", [(9, 3, 64), (4, 4, 32), (8, 1, 128), (5, 1, 48)])
 @pytest.mark.parametrize(
-    "length, past", [(1, 0), (1, 1), (1, 130), (1, 511), (7, 0), (70, 0), (33, 100)]
+    ("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (5, 1, 48)]
+)
+@pytest.mark.parametrize(
+    ("length", "past"), [(1, 0), (1, 1), (1, 130), (1, 511), (7, 0), (70, 0), (33, 100)]
 )
 @pytest.mark.parametrize("cache", [np.float32, np.float16])
 def test_against_oracle(
@@ -66,8 +68,8 @@ def test_against_oracle(
     check(kernels, isa, heads, kv_heads, size, length, past, cache)
 
 
-@pytest.mark.parametrize("length, past", [(1, 200), (40, 100)])
-@pytest.mark.parametrize("softcap, window", [(20.0, 0), (0.0, 50), (5.0, 129)])
+@pytest.mark.parametrize(("length", "past"), [(1, 200), (40, 100)])
+@pytest.mark.parametrize(("softcap", "window"), [(20.0, 0), (0.0, 50), (5.0, 129)])
 def test_softcap_and_window(
     kernels: Kernels, isa: str, length: int, past: int, softcap: float, window: int
 ) -> None:

@@ -22,7 +22,7 @@ def rounding_error(
 
 
 def as_kernels_see(x: NDArray[np.float32], values: pack.Values, isa: str) -> NDArray[np.float32]:
-    """x rounded as the kernels round it: int8 in blocks of 64, bf16 where the processor multiplies bf16."""
+    """x as the kernels round it: int8 in blocks of 64, bf16 where there is a bf16 product."""
     if values == "bf16" and isa == "avx512":
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)

@@ -1,4 +1,4 @@
-"""The operators inside stock ONNX Runtime: right results, and a clear error for a hostile weight."""
+"""The operators in stock ONNX Runtime: right results, clear errors for hostile weights."""
 
 import numpy as np
 import onnx
