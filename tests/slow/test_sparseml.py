@@ -10,7 +10,8 @@ import transformers
 from owl_deploy import recipe
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
 from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.text import load_tokenizer
+from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
+from tests import tiny
 from tests.slow.environments import environment, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -30,6 +31,31 @@ with torch.no_grad():
 modifier = Recipe.create_instance(folder + "/recipe.yaml").stages[0].modifiers[0]
 print()
 print(json.dumps({"ids": ids[0].tolist(), "type": modifier.type, "arguments": modifier.args}))
+"""
+
+
+ONE_SHOT = """
+import json, sys
+import torch
+import sparseml.core.session as session
+from sparseml.core.framework import Framework
+from sparseml.transformers import SparseAutoModelForCausalLM
+dense, recipe, windows = sys.argv[1:]
+model = SparseAutoModelForCausalLM.from_pretrained(dense).eval()
+data = [{"input_ids": row.unsqueeze(0)} for row in torch.tensor(json.loads(windows))]
+session.create_session()
+session.apply(
+    framework=Framework.pytorch, recipe=recipe, model=model, calib_data=data, start=-1,
+    copy_data=False,
+)
+found = {}
+for name, module in model.named_modules():
+    if isinstance(module, torch.nn.Linear) and ".layers." in name:
+        block = ".".join(name.split(".")[:3])
+        zeros, total = found.get(block, (0, 0))
+        found[block] = (zeros + int((module.weight == 0).sum()), total + module.weight.numel())
+print()
+print(json.dumps({block: zeros / total for block, (zeros, total) in found.items()}))
 """
 
 
@@ -58,3 +84,34 @@ def test_the_pruned_demo_model_loads_and_gives_the_same_logits(pruned, tmp_path)
     assert found["type"] == "WandaPruningModifier"
     assert found["arguments"]["sparsity"] == [block["sparsity"] for block in manifest["blocks"]]
     assert found["arguments"]["targets"] == [block["name"] for block in manifest["blocks"]]
+
+
+@pytest.mark.parametrize(
+    ("method", "structure"),
+    [
+        ("wanda", "unstructured"),
+        ("sparsegpt", "unstructured"),
+        ("wanda", "4:8"),
+        ("sparsegpt", "2:4"),
+    ],
+)
+def test_its_one_shot_applies_our_resolved_recipe(tmp_path, text_file, method, structure):
+    """Rows of a thousand weights and more: SparseML rounds each row's count down."""
+    model = tiny.write_llama(
+        tmp_path / "dense", hidden_size=1024, intermediate_size=2048, num_hidden_layers=3
+    )
+    settings = recipe.settings(method=method, structure=structure, outlier_multiple=2)
+    text = Calibration(str(text_file), samples=3, sequence_length=64)
+    manifest = prune(model, tmp_path / "ours", settings, text)
+    tokens = tokenize(load_tokenizer(model), tiny.text())
+    windows = calibration_windows(tokens, 3, 64, 0).tolist()
+    out = run(
+        environment("sparseml"),
+        ONE_SHOT,
+        model,
+        tmp_path / "ours" / "recipe.yaml",
+        json.dumps(windows),
+    )
+    found = json.loads(out.splitlines()[-1])
+    for block in manifest["blocks"]:
+        assert found[block["name"]] == pytest.approx(block["sparsity"], abs=1e-3)
