@@ -6,7 +6,6 @@ each block sees what the pruned blocks before it make of the calibration text.
 """
 
 import contextlib
-import errno
 import hashlib
 import resource
 import sys
@@ -16,24 +15,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from owl_deploy import recipe
 from owl_deploy.artefact import MANIFEST, check_output, read_manifest, versions, write_json
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
-from owl_deploy.errors import BadInput, EnvironmentFailed, unknown_name
+from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import budget, plan, score, sparsegpt, tune
 from owl_deploy.prune.calibrate import Activations, InputStatistics, Skeleton
+from owl_deploy.prune.hardware import (
+    ANY_HARDWARE,
+    Hardware,
+    find_batch,
+    find_device,
+    find_dtype,
+    is_full_disk,
+    is_out_of_memory,
+)
 from owl_deploy.prune.methods import methods
 from owl_deploy.prune.picture import sparsity_svg
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
-
-_TOKENS_A_BATCH = 4096  # on a CPU more is no faster, and leaves the caches
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,6 @@ class Calibration:
         for name, least in (("samples", 1), ("sequence_length", 2)):
             if getattr(self, name) < least:
                 raise BadInput(f"--{name.replace('_', '-')} must be at least {least}.")
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Where and how to compute; "auto" and None are chosen by what is there."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ def prune(
     output: Path,
     settings: PruneSettings,
     calibration: Calibration | None,
-    hardware: Hardware = Hardware(),
+    hardware: Hardware = ANY_HARDWARE,
     *,
     tune_allocation: bool = False,
     force: bool = False,
@@ -136,8 +132,8 @@ class Run:
         self.trials: Sequence[tune.Trial] = ()
         self.held_out: torch.Tensor | None = None
         _refuse_quantized(checkpoint)
-        self.device = _device(hardware.device)
-        dtype = _dtype(hardware.dtype, checkpoint, self.device)
+        self.device = find_device(hardware.device)
+        dtype = find_dtype(hardware.dtype, checkpoint, self.device)
         self.skeleton = Skeleton(checkpoint, dtype, self.device)
         options = sparsegpt.Options(settings.block_size, settings.preserve_mask)
         self.method = methods(options)[settings.method]
@@ -150,7 +146,7 @@ class Run:
         self._linears_a_block = [len(own) for own in sizes]
         self._check_groups()
         self.windows = self._windows()
-        self.batch = _batch(hardware.batch_size, self.windows, self.skeleton)
+        self.batch = find_batch(hardware.batch_size, self.windows, self.skeleton)
         self._first_inputs: InputStatistics | None = None
 
     def asked(self) -> dict[str, Any]:
@@ -453,11 +449,11 @@ def _kept_for_resuming(store: Store) -> Iterator[None]:
         else:
             store.discard()
         way_out = "then run again with --resume" if kept else "then run again"
-        if _is_full_disk(error):
+        if is_full_disk(error):
             raise EnvironmentFailed(
                 f"The disk of {store.output.parent} is full.", f"Make room, {way_out}."
             ) from error
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise EnvironmentFailed(
                 "There is not enough memory.",
                 f"Free some, or use a smaller --batch-size, {way_out}.",
@@ -465,66 +461,11 @@ def _kept_for_resuming(store: Store) -> Iterator[None]:
         raise
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room; safetensors tells it in words only."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )
-
-
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     if checkpoint.config.get("quantization_config"):
         raise BadInput(
             f"{checkpoint.folder} is quantized.", "Prune the unquantized model, then quantize."
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise unknown_name("device", name, ("auto", "cpu", "cuda")) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput("There is no CUDA device that this torch can use.", "Use --device cpu.")
-    return device
-
-
-def _dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: `auto` is float32 on a CPU, the checkpoint's own on a GPU."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        return torch.float32 if device.type == "cpu" else known.get(str(stored), torch.float32)
-    if name not in known:
-        raise unknown_name("dtype", name, ("auto", *known))
-    return known[name]
-
-
-def _batch(given: int | None, windows: torch.Tensor | None, skeleton: Skeleton) -> int:
-    """Samples that go through a block together: as many as a quarter of the free memory holds."""
-    if given is not None:
-        if given < 1:
-            raise BadInput("--batch-size must be at least 1.")
-        return given
-    if windows is None:
-        return 1
-    config = skeleton.checkpoint.config
-    width = 8 * config.get("hidden_size", 0) + 4 * config.get("intermediate_size", 0)
-    sample = windows.shape[1] * width * skeleton.dtype.itemsize
-    if skeleton.device.type == "cuda":
-        free = torch.cuda.mem_get_info(skeleton.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-        free = min(free, 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
-    return max(1, min(len(windows), int(free // 4 // max(sample, 1))))
 
 
 def _assemble(run: Run, store: Store) -> None:

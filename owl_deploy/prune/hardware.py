@@ -1,0 +1,82 @@
+"""Where a pruning computes: device, dtype and batch; and how to tell that there is no more room."""
+
+import errno
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.prune.calibrate import Skeleton
+
+_TOKENS_A_BATCH = 4096  # on a CPU more is no faster, and leaves the caches
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how to compute; "auto" and None are chosen by what is there."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
+
+
+ANY_HARDWARE = Hardware()
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise unknown_name("device", name, ("auto", "cpu", "cuda")) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput("There is no CUDA device that this torch can use.", "Use --device cpu.")
+    return device
+
+
+def find_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: `auto` is float32 on a CPU, the checkpoint's own on a GPU."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+        return torch.float32 if device.type == "cpu" else known.get(str(stored), torch.float32)
+    if name not in known:
+        raise unknown_name("dtype", name, ("auto", *known))
+    return known[name]
+
+
+def find_batch(given: int | None, windows: torch.Tensor | None, skeleton: Skeleton) -> int:
+    """Samples that go through a block together: as many as a quarter of the free memory holds."""
+    if given is not None:
+        if given < 1:
+            raise BadInput("--batch-size must be at least 1.")
+        return given
+    if windows is None:
+        return 1
+    config = skeleton.checkpoint.config
+    width = 8 * config.get("hidden_size", 0) + 4 * config.get("intermediate_size", 0)
+    sample = windows.shape[1] * width * skeleton.dtype.itemsize
+    if skeleton.device.type == "cuda":
+        free = torch.cuda.mem_get_info(skeleton.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+        free = min(free, 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
+    return max(1, min(len(windows), int(free // 4 // max(sample, 1))))
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room; safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
