@@ -182,8 +182,18 @@ def markdown(verdicts: Sequence[Verdict], result: Result | None) -> str:
     """The verdicts as a summary for a pull request."""
     word = gate.overall(verdicts)
     lines = [f"## owl bench: {word}", "", "| metric | verdict | why |", "|---|---|---|"]
-    lines += [f"| {v.metric} | {v.word} | {v.why} |" for v in verdicts]
+    lines += [f"| {_cell(v.metric)} | {v.word} | {_cell(v.why)} |" for v in verdicts]
     if result is not None:
         lines += ["", f"{result.machine.name}, {result.threads} threads, {result.pairs} rounds."]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
     return "\n".join([*lines, "", f"owl-deploy {__version__}, {now}", ""])
+
+
+def no_verdict(why: str) -> str:
+    """The summary of a check that ended in an error."""
+    return f"## owl bench: no verdict\n\n{_cell(why)}\n"
+
+
+def _cell(text: str) -> str:
+    """Text that stays within a cell of a table, and is no markup."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

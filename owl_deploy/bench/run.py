@@ -12,7 +12,7 @@ from owl_deploy.bench import baseline, gate
 from owl_deploy.bench.gate import Verdict
 from owl_deploy.bench.measure import BenchPlan, Progress, run_bench
 from owl_deploy.bench.result import Result, write_result
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, OwlError
 from owl_deploy.progress import error_console
 
 CHECK_LOOKS = 3  # a gate takes 8, 16 and at most 24 rounds
@@ -70,8 +70,37 @@ def run_gate(
     """As `run`, and save a baseline file or check against one.
 
     `margin` is the share of time that may be lost, kept in the saved file; `summary` a file that
-    the verdicts are appended to as markdown. Raises `BadInput` for a file that is no baseline.
+    the verdicts, or the reason why there are none, are appended to as markdown. Raises `BadInput`
+    for a file that is no baseline.
     """
+    try:
+        outcome = _run_gate(plan, save, check, margin, output, force)
+    except OwlError as error:
+        _append(summary, baseline.no_verdict(str(error)))
+        raise
+    if outcome.verdicts is not None:
+        _append(summary, baseline.markdown(outcome.verdicts, outcome.result))
+    return outcome
+
+
+def _append(file: Path | None, text: str) -> None:
+    if file is None:
+        return
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(text)
+    except OSError as error:
+        raise BadInput(f"The summary {file} cannot be written ({error.strerror}).") from error
+
+
+def _run_gate(
+    plan: BenchPlan,
+    save: Path | None,
+    check: Path | None,
+    margin: float,
+    output: Path | None,
+    force: bool,
+) -> Outcome:
     if save and check:
         raise BadInput("--save-baseline and --check exclude each other.", "Check first, then save.")
     if not 0 < margin < 1:
@@ -90,9 +119,6 @@ def run_gate(
             verdicts = tuple(found)
     if output is not None and result is not None:
         write_result(result, output, force)
-    if summary is not None and verdicts is not None:
-        with summary.open("a", encoding="utf-8") as file:
-            file.write(baseline.markdown(verdicts, result))
     return Outcome(result, verdicts)
 
 
