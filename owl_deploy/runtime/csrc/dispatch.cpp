@@ -30,9 +30,6 @@ bool has_avx512() {
 const Candidate kCandidates[] = {
     {&kAvx512Kernels, has_avx512}, {&kAvx512fKernels, has_avx512f}, {&kAvx2Kernels, has_avx2}, {&kPortableKernels, always}};
 const char* const kNames[] = {"avx512", "avx512f", "avx2", "portable", nullptr};
-#elif defined(__aarch64__)
-const Candidate kCandidates[] = {{&kNeonKernels, always}, {&kPortableKernels, always}};
-const char* const kNames[] = {"neon", "portable", nullptr};
 #else
 const Candidate kCandidates[] = {{&kPortableKernels, always}};
 const char* const kNames[] = {"portable", nullptr};

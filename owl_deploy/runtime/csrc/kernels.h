@@ -91,7 +91,6 @@ constexpr std::size_t attend_many_scratch(std::size_t heads) {
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512fKernels;
 extern const Kernels kAvx2Kernels;
-extern const Kernels kNeonKernels;
 extern const Kernels kPortableKernels;
 
 // The fastest table that this processor runs, or the one that OWL_ISA names.

@@ -1,0 +1,80 @@
+"""The open sparse engine, whole: prune, export --target owl, run in stock onnxruntime-genai."""
+
+import json
+
+import pytest
+
+from owl_deploy import recipe
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.export.targets import export
+from owl_deploy.generate import Sampling, Speed, generate
+from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.runtime import library_path
+from tests import tiny
+
+try:
+    library_path()
+except EnvironmentFailed as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, text_file):
+    folder = tmp_path_factory.mktemp("owl")
+    model = tiny.write_llama(
+        folder / "dense", hidden_size=128, intermediate_size=336, num_hidden_layers=3
+    )
+    calibration = Calibration(str(text_file), samples=4, sequence_length=64)
+    prune(model, folder / "sparse", recipe.settings(sparsity=0.6), calibration)
+    return folder / "sparse"
+
+
+@pytest.mark.parametrize(
+    ("values", "logits", "quality"), [("fp32", 1e-3, 1e-4), ("bf16", 2e-2, 2e-3), ("int8", 1, 1e-2)]
+)
+def test_the_deployment_computes_what_the_checkpoint_does(
+    pruned, text_file, tmp_path, values, logits, quality
+):
+    manifest = export(pruned, tmp_path / "out", target="owl", values=values)
+    assert manifest["parity"]["relative_difference"] <= logits
+    if values == "fp32":
+        assert manifest["parity"]["equal_greedy_tokens"] == 1
+        assert manifest["parity"]["equal_generated_tokens"] == 1
+    blocks = json.loads((pruned / "owl.json").read_text())
+    kept = blocks["weights"] * (1 - blocks["sparsity"]["achieved"])
+    head = 320 * 128
+    assert manifest["nonzeros"] == pytest.approx(kept + head, rel=0.02)  # rounding adds zeros
+
+    text = str(text_file)
+    dense = checkpoint_perplexity(pruned, text, window=128, limit=8)
+    found = deployment_perplexity(tmp_path / "out", text, window=128, limit=8)
+    assert found.value == pytest.approx(dense.value, rel=quality)
+    recorded = json.loads((tmp_path / "out" / "owl.json").read_text())["perplexity"]
+    assert recorded["value"] == found.value
+
+
+def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):
+    export(pruned, tmp_path / "out", target="owl", values="int8")
+    speed = Speed()
+    sampling = Sampling(max_new_tokens=12)
+    pieces = list(generate(tmp_path / "out", "The river ran", sampling, speed))
+    assert 1 <= speed.new_tokens <= 12
+    assert len(pieces) == speed.new_tokens
+    assert speed.first_token_s > 0
+    again = generate(tmp_path / "out", "The river ran", sampling, Speed())
+    assert "".join(again) == "".join(pieces)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 0}, {"temperature": 0}, {"top_k": 0}, {"top_p": 1.5}],
+)
+def test_impossible_sampling_is_refused(options):
+    with pytest.raises(BadInput, match="impossible"):
+        Sampling(**options)
+
+
+def test_generate_needs_a_deployment(tmp_path):
+    with pytest.raises(BadInput, match="does not exist"):
+        next(generate(tmp_path / "no", "x", Sampling(), Speed()))
