@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +8,8 @@ from typing import Any
 import pytest
 
 from owl_deploy.bench import machine
+from owl_deploy.engines import EngineProcess, worker
+from owl_deploy.errors import EngineFailed
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +39,27 @@ def fake(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines answer in the test's own process: for tests of what is made of the answers.
+
+    The real worker with the real driver of the fake engine; only what a process is for is missing.
+    """
+
+    def start(self: EngineProcess) -> None:
+        vars(self)["worker"] = worker.Worker(worker.load_driver(str(self.engine.driver)))
+
+    def request(self: EngineProcess, op: str, **arguments: Any) -> dict[str, Any]:
+        if op == "memory":
+            return {"peak_bytes": 100_000_000}
+        line = json.dumps({"op": op, **arguments})
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            answer = worker.answer(vars(self)["worker"], line)
+        if not answer.pop("ok"):
+            raise EngineFailed(f"The engine {self.engine.name!r} failed: {answer['error']}.")
+        return answer
+
+    monkeypatch.setattr(EngineProcess, "_start", start)
+    monkeypatch.setattr(EngineProcess, "request", request)

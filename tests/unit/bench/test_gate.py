@@ -13,6 +13,8 @@ from owl_deploy.bench import gate
 from owl_deploy.bench.gate import Margins, Side
 from owl_deploy.cli import app
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 Fake = Callable[..., Path]
 
 
@@ -243,7 +245,7 @@ def test_a_gate_needs_a_reference(fake: Fake, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_fails_writes_no_baseline(fake: Fake, tmp_path: Path) -> None:
-    bad = fake("bad", fail={"op": "next", "how": "abort"})
+    bad = fake("bad", fail={"op": "next", "how": "raise"})
     file = tmp_path / "x.json"
     answer = bench(bad, fake("b"), "--save-baseline", file)
     assert getattr(answer.exception, "exit_code", None) == 4

@@ -11,6 +11,8 @@ from owl_deploy.bench.sweep import REPORT, Steps, SweepPlan, read_plan, sweep, t
 from owl_deploy.bench.table import show_trade_off
 from owl_deploy.errors import BadInput
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 class Made:
     """The other verbs, replaced: they note what was asked and leave fake deployments."""
