@@ -30,7 +30,7 @@ from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.runtime import library_path
 
 # Enough for a picture of the method in minutes; the README's tables are made with 128 samples.
-SAMPLES, LENGTH, WINDOWS, PAIRS = 8, 2048, 8, 4
+SAMPLES, LENGTH, WINDOWS, PAIRS = 8, 2048, 6, 4
 
 
 @dataclass(frozen=True)
@@ -231,38 +231,43 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
 
 
 def meaning(table: list[dict[str, Any]]) -> str:
-    """One sentence or two for a user: does a sparse deployment pay here, and which?"""
+    """What the table means for a user: what keeps the quality, and what sparsity buys at what loss.
 
-    def name(row: dict[str, Any]) -> str:
-        return f"{row['model']} {row['precision']} in {row['engine']}"
-
-    def beats(a: dict[str, Any], b: dict[str, Any]) -> bool:
-        faster = a["decode_tokens_per_s"] >= b["decode_tokens_per_s"]
-        return bool(faster and a["perplexity"] <= b["perplexity"])
-
-    dense = [row for row in table if row["dense"]]
+    Quality counts as kept within 10 % of the best perplexity, as lost beyond 5 times it.
+    """
+    best = min(row["perplexity"] for row in table)
+    keeps = _fastest([row for row in table if row["perplexity"] <= 1.1 * best])
     sparse = [row for row in table if not row["dense"]]
-    worth = [row for row in sparse if not any(beats(other, row) for other in dense)]
-    fastest = max(dense, key=lambda row: row["decode_tokens_per_s"])
-    if not worth:
-        best = max(
-            (row for row in dense if any(beats(row, other) for other in sparse)),
-            key=lambda row: row["decode_tokens_per_s"],
-        )
-        return (
-            f"What this means: on this machine no sparse deployment pays. {name(best)} decodes "
-            f"{best['decode_tokens_per_s']:.0f} tokens/s at perplexity {best['perplexity']:.1f}, "
-            "and every sparse one is slower than a dense one that is also better."
-        )
-    best = max(worth, key=lambda row: row["decode_tokens_per_s"])
-    ratio = best["decode_tokens_per_s"] / fastest["decode_tokens_per_s"]
-    return (
-        f"What this means: {name(best)} decodes {best['decode_tokens_per_s']:.0f} tokens/s at "
-        f"perplexity {best['perplexity']:.1f}, {ratio:.2f}x the fastest dense one "
-        f"({name(fastest)}, perplexity {fastest['perplexity']:.1f}). No dense "
-        "deployment is both faster and better, so it is a choice between speed and quality: "
-        "fine-tune it, or prune less."
+    usable = [row for row in sparse if row["perplexity"] <= 5 * best]
+    text = (
+        f"What this means: the fastest that keeps the model's quality is {_name(keeps)}, "
+        f"{keeps['decode_tokens_per_s']:.0f} tokens/s at perplexity {keeps['perplexity']:.1f}."
     )
+    faster = [row for row in usable if row["decode_tokens_per_s"] > keeps["decode_tokens_per_s"]]
+    if keeps["dense"] and not faster:
+        text += " No sparse deployment pays here: none that is usable is faster."
+    elif faster:
+        pick = _fastest(faster)
+        ratio = pick["decode_tokens_per_s"] / keeps["decode_tokens_per_s"]
+        text += (
+            f" {_name(pick)} is {ratio:.2f}x as fast, at perplexity {pick['perplexity']:.1f}: "
+            "worth it only if that is good enough, or is won back by fine-tuning."
+        )
+    ruined = sorted({row["model"] for row in sparse if row not in usable})
+    if ruined:
+        text += (
+            f" {' and '.join(ruined)}: whatever the speed, one-shot pruning this far has ruined "
+            "a model this small."
+        )
+    return text
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['model']} {row['precision']} in {row['engine']}"
+
+
+def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(rows, key=lambda row: float(row["decode_tokens_per_s"]))
 
 
 def main(
