@@ -140,8 +140,10 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
         (result.statistics[key][s.name]["tokens_per_s"], float(s.perplexity or 0.0))
         for s in subjects
     ]
-    front = [points[index] for index in pareto(points)]
+    best = pareto(points)
+    front = [points[index] for index in best]
     axes.step(*zip(*front, strict=True), where="post", color=_FAINT, linewidth=1)
+    seen: set[str] = set()
     for subject, (speed, loss) in zip(subjects, points, strict=True):
         color = _COLORS[subject.engine]
         axes.plot(
@@ -150,14 +152,48 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
             _MARKERS[subject.engine],
             color=color,
             markerfacecolor=color if subject.role == "candidate" else "none",
+            label="" if subject.engine in seen else subject.engine,
         )
-        axes.annotate(subject.name, (speed, loss), (5, 4), textcoords="offset points", fontsize=8)
+        seen.add(subject.engine)
     if max(loss for _, loss in points) > 4 * min(loss for _, loss in points):
         axes.set_yscale("log")
     axes.margins(x=0.18, y=0.1)
     axes.grid()
     axes.set_xlabel("tokens/s (more is better)")
     axes.set_ylabel("perplexity (less is better)")
+    figure = axes.figure.get_figure(root=True)
+    assert figure is not None
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    first = [*best, *(index for index in range(len(points)) if index not in best)]
+    _label(axes, [(subjects[index].name, points[index]) for index in first])
+
+
+def _label(axes: "Axes", names: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Name the points, each where no earlier name is; one without room stays without a name.
+
+    The table below the picture has them all.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(axes.figure.get_figure(root=True))
+    canvas.draw()  # places the axes, which decides where the points are
+    taken: list[Any] = []
+    for name, point in names:
+        for right, up in ((6, 5), (-6, 5), (6, -12), (-6, -12), (6, 16), (-6, 16)):
+            text = axes.annotate(
+                name,
+                point,
+                (right, up),
+                textcoords="offset points",
+                fontsize=8,
+                horizontalalignment="left" if right > 0 else "right",
+            )
+            box = text.get_window_extent(canvas.get_renderer())
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def blocks(subject: Subject) -> str:
