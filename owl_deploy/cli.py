@@ -398,6 +398,7 @@ def sweep(
     threads: Annotated[int | None, typer.Option(help="For every engine.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 2048,
+    window: Annotated[int, typer.Option(help="Tokens a window for perplexity.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="At most so many for perplexity.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -416,7 +417,7 @@ def sweep(
     def evaluate_it(folder: Path) -> None:
         from owl_deploy.evaluate.perplexity import deployment_perplexity
 
-        deployment_perplexity(folder, perplexity, limit=windows)
+        deployment_perplexity(folder, perplexity, window=window, limit=windows)
 
     given = {
         "methods": method,
@@ -525,6 +526,16 @@ def install_engine(name: Annotated[str, typer.Argument(help="deepsparse.")]) -> 
     typer.echo(f"{name}: {engines.get_engine(name).licence}", err=True)
     folder = engines.install(name, lambda line: typer.echo(line, err=True))
     typer.echo(folder)
+
+
+@engines_app.command(name="path")
+def engine_path(name: Annotated[str, typer.Argument(help="owl, or another engine.")]) -> None:
+    """Print where the owl operator library is, or the Python that drives another engine."""
+    from owl_deploy import engines
+    from owl_deploy.runtime import library_path
+
+    engines.get_engine(name)
+    typer.echo(library_path() if name == "owl" else engines.python_of(name))
 
 
 @engines_app.command(name="remove")
