@@ -15,7 +15,7 @@ test: $(INSTALLED) runtime
 # The sparse engine's library. Without a compiler or ONNX Runtime's header the rest works all the same.
 runtime: $(INSTALLED)
 	@test -f /usr/include/onnxruntime/onnxruntime_c_api.h || ! command -v apt-get >/dev/null || \
-		(apt-get update -qq && apt-get install -y -qq libonnxruntime-dev) >/dev/null 2>&1 || true
+		(apt-get update -qq && apt-get install -y -qq g++ cmake libonnxruntime-dev) >/dev/null 2>&1 || true
 	@$(BIN)/python -m owl_deploy.runtime.build || echo "The engine owl is left out; all else works."
 
 check: $(INSTALLED)
