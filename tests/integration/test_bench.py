@@ -1,5 +1,6 @@
 """The real engines on a tiny model: what they compute, and that benching them changes nothing."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -181,3 +182,30 @@ def test_a_graph_that_an_engine_refuses_is_its_failure_alone(
     result = run_bench(plan)
     assert "failed in 'load'" in result.failures[0]
     assert len(result.subjects[1].samples) == 1
+
+
+def test_a_sweep_of_a_real_model_is_whole_and_never_repeats(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "sweep"
+    plan = tmp_path / "sweep.yaml"
+    plan.write_text("scenarios: [decode]\ncontext: [64]\npairs: 1\nmethods: [wanda, magnitude]\n")
+    line = [
+        *("sweep", str(llama), "-o", str(output), "--plan", str(plan), "--json"),
+        *("-c", str(text_file), "-p", str(text_file), "-s", "0.5", "-t", "onnxruntime"),
+        *("--samples", "2", "--sequence-length", "64", "--window", "64", "--windows", "1"),
+    ]
+    first = CliRunner().invoke(app, line)
+    assert first.exit_code == 0, first.output
+    rows = json.loads(first.stdout)["trade_off"]
+    assert {row["deployment"] for row in rows} == {
+        *("wanda-owl-50-onnxruntime-fp32", "magnitude-owl-50-onnxruntime-fp32"),
+        *("dense-onnxruntime-fp32", "dense-onnxruntime-int8", "dense-onnxruntime-int4"),
+    }
+    assert any(row["pareto"] for row in rows)
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/*/*")}
+    again = CliRunner().invoke(app, line)
+    assert json.loads(again.stdout)["trade_off"] == rows
+    assert again.stderr.splitlines() == ["Dense baselines"]  # nothing pruned, exported or timed
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*/*/*")} == before
