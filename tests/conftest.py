@@ -1,8 +1,10 @@
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from owl_deploy import cli
 from tests import tiny
 
 # On models this small threads only wait for each other, and more so on a busy machine.
@@ -21,3 +23,18 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny.text())
     return path
+
+
+@pytest.fixture
+def owl(capsys, monkeypatch):
+    """Run a command line in this process; return its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["owl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code or 0, out, err
+
+    return run

@@ -2,28 +2,10 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from owl_deploy import cli
-
-
-@pytest.fixture
-def owl(capsys, monkeypatch):
-    """Run a command line in this process; return its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["owl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 def damaged(llama, tmp_path, damage):

@@ -16,26 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from owl_deploy import artefact, cli, engines
+from owl_deploy import artefact, engines
 from owl_deploy.export.source import Source
 from tests import tiny
 
 DEEPSPARSE = engines.is_installed("deepsparse")
-
-
-@pytest.fixture
-def owl(capsys, monkeypatch):
-    """Run a command line in this process; return its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["owl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
