@@ -42,7 +42,8 @@ from sparseml.core.framework import Framework
 from sparseml.transformers import SparseAutoModelForCausalLM
 dense, recipe, windows = sys.argv[1:]
 model = SparseAutoModelForCausalLM.from_pretrained(dense).eval()
-data = [{"input_ids": row.unsqueeze(0)} for row in torch.tensor(json.loads(windows))]
+rows = torch.tensor(json.loads(windows)).unsqueeze(1)
+data = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
 session.create_session()
 session.apply(
     framework=Framework.pytorch, recipe=recipe, model=model, calib_data=data, start=-1,
