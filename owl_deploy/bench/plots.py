@@ -174,12 +174,14 @@ def _label(axes: "Axes", names: Sequence[tuple[str, tuple[float, float]]]) -> No
     The table below the picture has them all.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
 
     canvas: Any = FigureCanvasAgg(axes.figure.get_figure(root=True))
     canvas.draw()  # places the axes, which decides where the points are
-    taken: list[Any] = []
+    centres = [axes.transData.transform(point) for _, point in names]
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]  # the markers
     for name, point in names:
-        for right, up in ((6, 5), (-6, 5), (6, -12), (-6, -12), (6, 16), (-6, 16)):
+        for right, up in ((6, 5), (-6, 5), (6, -12), (-6, -12), (-6, 16), (-6, -24)):
             text = axes.annotate(
                 name,
                 point,
