@@ -23,8 +23,8 @@ from owl_deploy.families import Family, family_of
 from owl_deploy.prune import sparsegpt
 
 
-class _Stop(Exception):
-    """Ends a forward pass that has done its part."""
+class Seen(Exception):
+    """Ends a forward pass that has shown what it was run for."""
 
 
 class Skeleton:
@@ -133,7 +133,7 @@ class Skeleton:
     ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         recorders = [_Recorder() for _ in self.blocks]
         recorders[-1].last = True
-        with self._blocks_replaced(recorders), contextlib.suppress(_Stop):
+        with self._blocks_replaced(recorders), contextlib.suppress(Seen):
             backbone(input_ids=ids.to(self.device), use_cache=False)
         hidden = recorders[0].hidden
         assert hidden is not None
@@ -182,14 +182,18 @@ class Activations:
     ) -> None:
         """Run every sample through `block`; with `keep` its outputs become the new hidden states.
 
-        `advance` is called with the number of samples done.
+        Without, a hook may end a pass early with `Seen`. `advance` is called with the number of
+        samples done.
         """
         for start in range(0, len(self.hidden), self.batch):
             part = slice(start, start + self.batch)
             inputs = self.hidden[part].to(self.device)
-            output = block(inputs, **self.arguments[index])
             if keep:
+                output = block(inputs, **self.arguments[index])
                 self.hidden[part] = output.to(self.hidden.device)
+            else:
+                with contextlib.suppress(Seen):
+                    block(inputs, **self.arguments[index])
             advance(len(inputs))
 
 
@@ -207,10 +211,17 @@ class InputStatistics:
         self._leader: dict[str, str] = {}
         self._factors: dict[str, sparsegpt.Factor] = {}
         self._current: list[tuple[torch.Tensor, str]] = []
+        self._calls, self._calls_a_pass = 0, 0  # of the pass at hand; of every pass, once known
+        self._inputs_only = False
 
     @contextlib.contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Gather from all forward passes in the block."""
+    def gathering(self, *, inputs_only: bool = False) -> Iterator[None]:
+        """Gather from all forward passes in the block.
+
+        `inputs_only`: nobody wants the block's output, so that a pass ends with `Seen` at its last
+        Linear, whose product need not be made. The first pass, run whole, tells which that is.
+        """
+        self._inputs_only = inputs_only
         handles = [
             linear.register_forward_pre_hook(self._hook(name))
             for name, linear in self._linears.items()
@@ -236,19 +247,26 @@ class InputStatistics:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            tensor = inputs[0]
-            if self._current and name == self._current[0][1]:
-                self._current.clear()  # the first Linear again: a new batch begins
-            for seen, leader in self._current:
-                if seen is tensor:
-                    self._leader[name] = leader
-                    return
-            if self._leader.setdefault(name, name) != name:
-                raise AssertionError(f"{name} shared an input before and does not now")
-            self._current.append((tensor, name))
-            self._add(name, tensor.reshape(-1, tensor.shape[-1]).float())
+            if self._current and name == self._current[0][1]:  # the first again: a new batch
+                self._current.clear()
+                self._calls, self._calls_a_pass = 0, self._calls
+            self._calls += 1
+            self._note(name, inputs[0])
+            if self._inputs_only and self._calls == self._calls_a_pass:
+                raise Seen
 
         return record
+
+    def _note(self, name: str, tensor: torch.Tensor) -> None:
+        """Add `tensor` [..., in], which enters `name`, unless a Linear before it was given it."""
+        for seen, leader in self._current:
+            if seen is tensor:
+                self._leader[name] = leader
+                return
+        if self._leader.setdefault(name, name) != name:
+            raise AssertionError(f"{name} shared an input before and does not now")
+        self._current.append((tensor, name))
+        self._add(name, tensor.reshape(-1, tensor.shape[-1]).float())
 
     def _add(self, name: str, rows: torch.Tensor) -> None:
         """Add the inputs `rows` [tokens, in] to the statistic."""
@@ -290,7 +308,7 @@ class _Recorder(nn.Module):
     def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
         self.hidden, self.arguments = hidden, arguments
         if self.last:
-            raise _Stop
+            raise Seen
         return hidden
 
 

@@ -387,7 +387,7 @@ class Run:
         inputs = InputStatistics(
             {key: linears[key] for key in self.shape.linears[index]}, self._samples, hessian=hessian
         )
-        with inputs.gathering():
+        with inputs.gathering(inputs_only=not keep):
             hidden.through(block, index, advance, keep=keep)
         return inputs
 

@@ -31,14 +31,17 @@ def factorise(hessian: torch.Tensor, dampening: float) -> Factor:
     diagonal[dead] = 1
     diagonal += dampening * diagonal.mean()
     try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        upper = torch.linalg.cholesky(inverse, upper=True)
+        # With the columns in reverse, H = L L^T gives H^-1 = U^T U for the upper U = L^-1 turned
+        # back: one factorisation, where inverting and factorising again would take two and more.
+        lower = torch.linalg.cholesky(damped.flip(0, 1))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # not re-exported
         raise BadInput(
             "The inputs of a layer depend on each other too much for SparseGPT.",
             "Give more --samples, or a larger --dampening.",
         ) from error
-    return Factor(upper, dead)
+    identity = torch.eye(len(lower), device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return Factor(inverse.flip(0, 1).contiguous(), dead)
 
 
 @dataclass(frozen=True)
@@ -91,28 +94,36 @@ def _prune_block(
     group: tuple[int, int] | None,
     keep_zero: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Prune `block` [out, b] in place; the errors [out, b] that the later columns make up for."""
+    """Prune `block` [out, b] in place; the errors [out, b] that the later columns make up for.
+
+    A column takes the errors of those before it when its turn comes, in one product, and lies
+    contiguous: algorithm 1 updates all later columns at once, to the same end.
+    """
     diagonal = upper.diagonal()
-    errors = torch.empty_like(block)
-    removed = torch.zeros_like(block, dtype=torch.bool)
-    if group is None:
-        removed = mask.lowest_in_matrix(_scores(block, diagonal, keep_zero), sparsity)
-        if keep_zero is not None:
-            removed |= keep_zero
-    for column in range(block.shape[1]):
-        if group is not None and column % group[1] == 0:
-            part = slice(column, column + group[1])
-            zero = None if keep_zero is None else keep_zero[:, part]
-            scores = _scores(block[:, part], diagonal[part], zero)
-            removed[:, part] = mask.lowest_in_groups(scores, *group)
-            if zero is not None:
-                removed[:, part] |= zero
-        values = block[:, column]
-        error = values.where(removed[:, column], 0) / diagonal[column]
-        block[:, column:] -= error.unsqueeze(1) * upper[column, column:].unsqueeze(0)
-        values[removed[:, column]] = 0  # exactly, whatever the update left of them
-        errors[:, column] = error
-    return errors
+    width = block.shape[1] if group is None else group[1]
+    columns = block.T.contiguous()  # [b, out]
+    errors = torch.empty_like(columns)
+    removed = torch.empty_like(block, dtype=torch.bool)
+    for start in range(0, block.shape[1], width):
+        part = slice(start, start + width)
+        if start:
+            columns[part].addmm_(upper[:start, part].T, errors[:start], alpha=-1)
+        zero = None if keep_zero is None else keep_zero[:, part]
+        scores = _scores(columns[part].T, diagonal[part], zero)
+        if group is None:
+            gone = mask.lowest_in_matrix(scores, sparsity)
+        else:
+            gone = mask.lowest_in_groups(scores, *group)
+        removed[:, part] = gone if zero is None else gone | zero
+        share = removed[:, part].T / diagonal[part].unsqueeze(1)  # [width, out]: 0 where it stays
+        for offset in range(share.shape[0]):
+            column = start + offset
+            before = slice(start, column)
+            if offset:
+                columns[column].addmv_(errors[before].T, upper[before, column], alpha=-1)
+            torch.mul(columns[column], share[offset], out=errors[column])
+    block.copy_(columns.T.masked_fill(removed, 0))
+    return errors.T
 
 
 def _scores(

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import nn
+
+from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.prune import hardware
+from owl_deploy.prune.calibrate import Activations, InputStatistics
+
+
+class Block(nn.Module):
+    """Two Linears that share their input, then one that counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.down = nn.Linear(6, 6)
+        self.products = 0
+        self.down.register_forward_hook(self._count)
+
+    def _count(self, *_):
+        self.products += 1
+
+    def forward(self, hidden):
+        return self.down(torch.relu(self.q(hidden)) * self.k(hidden))
+
+
+def gathered(states, *, keep, hessian):
+    block = Block()
+    linears = dict(block.named_children())
+    statistics = InputStatistics(linears, len(states), hessian=hessian)
+    hidden = Activations(states.clone(), [{}], 2, torch.device("cpu"))
+    with statistics.gathering(inputs_only=not keep):
+        hidden.through(block, 0, lambda _: None, keep=keep)
+    return block, statistics, hidden
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+def test_a_pass_for_the_inputs_alone_sees_the_same_and_spares_the_last_product(hessian):
+    states = torch.randn(7, 5, 6)  # batches of 2, the last of 1
+    whole, expected, _ = gathered(states, keep=True, hessian=hessian)
+    early, found, hidden = gathered(states, keep=False, hessian=hessian)
+    assert (whole.products, early.products) == (4, 1)  # the first pass tells which is the last
+    assert torch.equal(hidden.hidden, states)
+    for name in ("q", "k", "down"):
+        assert torch.equal(found.norm(name), expected.norm(name))
+        if hessian:
+            assert torch.equal(found.factor(name, 0.01).upper, expected.factor(name, 0.01).upper)
+
+
+def test_norms_are_those_of_the_definition():
+    states = torch.randn(4, 5, 6)
+    _, found, _ = gathered(states, keep=False, hessian=False)
+    expected = (states.reshape(-1, 6).double().square().sum(0) / 4).sqrt()
+    torch.testing.assert_close(found.norm("q").double(), expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "fast", "expected"),
+    [
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+        ("float16", True, torch.float32),
+        ("float32", True, torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_the_stored_dtype_where_it_is_fast_in_it(
+    llama, monkeypatch, stored, fast, expected
+):
+    checkpoint = open_checkpoint(llama)
+    checkpoint.config["dtype"] = stored
+    monkeypatch.setattr(hardware, "_multiplies_bfloat16", lambda: fast)
+    assert hardware.find_dtype("auto", checkpoint, torch.device("cpu")) == expected
