@@ -28,12 +28,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Minutes on 2 cores, or an environment of their own (SparseML 1.8).
+# Minutes on 2 cores, or environments of their own (SparseML 1.8, llm-compressor).
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/unit tests/integration tests/slow
 
 compat: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow tests/slow/test_sparseml.py
+	$(BIN)/python -m pytest -m slow tests/slow/test_compatibility.py
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

@@ -156,6 +156,7 @@ def prune(
         tune_allocation=tune,
         force=force,
         resume=resume,
+        origin=recipes.origin(recipe, overrides) if recipe else None,
     )
     _emit(manifest, as_json, lambda: show(manifest, str(output)))
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, unknown_name
 
 METHODS = ("magnitude", "wanda", "wanda-variant", "sparsegpt")
@@ -148,6 +149,12 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
     if "structure" in overrides:
         values.pop("sparsity", None)
     return settings(**(values | overrides))
+
+
+def origin(recipe: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of settings that a recipe gave: which, and what was put over it."""
+    file = find(recipe)
+    return {"file": file.name, "sha256": sha256(file), "overrides": overrides}
 
 
 # --- SparseML's grammar ---------------------------------------------------------------------------

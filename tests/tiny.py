@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SENTENCES = (
@@ -90,3 +91,16 @@ def write_model(family: str, folder: Path, **changes: Any) -> Path:
 def write_llama(folder: Path, **changes: Any) -> Path:
     """The family that most tests use: grouped-query attention and tied embeddings."""
     return write_model("llama", folder, **changes)
+
+
+def truncate(folder: Path) -> None:
+    """Cut the end off a checkpoint's weights."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def poison(folder: Path) -> None:
+    """Put a NaN among a checkpoint's weights."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

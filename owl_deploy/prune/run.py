@@ -87,12 +87,14 @@ def prune(
     tune_allocation: bool = False,
     force: bool = False,
     resume: bool = False,
+    origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
     `calibration` may be None when neither method nor allocation looks at inputs. With
     `tune_allocation` the allocation's parameters are searched for (see `tune`). Every finished
     block is durable: a run that was stopped continues with `resume`, to bit-identical weights.
+    `origin` (see `recipe.origin`) is recorded in the manifest: what the settings were made from.
     Returns the manifest. Raises `BadInput` before any work for whatever can be known to be wrong by
     then, and `EnvironmentFailed` for a full disk or memory.
     """
@@ -106,7 +108,7 @@ def prune(
         reports = run.execute(store)
         _assemble(run, store)
         manifest = _manifest(run, reports, str(model), time.perf_counter() - started)
-        manifest["resumed"] = store.resumed
+        manifest |= {"recipe": origin, "resumed": store.resumed}
         (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
         write_json(store.folder / MANIFEST, manifest)
         store.finish()

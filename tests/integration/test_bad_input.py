@@ -4,25 +4,14 @@ import json
 import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+
+from tests import tiny
 
 
 def damaged(llama, tmp_path, damage):
     folder = shutil.copytree(llama, tmp_path / "damaged")
     damage(folder)
     return folder
-
-
-def truncate(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-64])
-
-
-def poison(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = torch.nan
-    save_file(tensors, folder / "model.safetensors")
 
 
 def rename_family(folder):
@@ -44,8 +33,8 @@ def lose_tokenizer(folder):
     ("damage", "complaint"),
     [
         (shutil.rmtree, "There is no model folder"),
-        (truncate, "is corrupt"),
-        (poison, "holds NaN or infinity"),
+        (tiny.truncate, "is corrupt"),
+        (tiny.poison, "holds NaN or infinity"),
         (rename_family, "Unknown model family 'bloom'"),
         (shrink, "do not fit config.json"),
         (lose_tokenizer, "no tokenizer"),

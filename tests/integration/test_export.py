@@ -13,7 +13,6 @@ import numpy as np
 import onnxruntime_genai
 import psutil
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import artefact, engines
@@ -112,17 +111,6 @@ def test_sparsity_of_what_was_exported(owl, llama, text_file, tmp_path):
     assert manifest["source"]["manifest"]["kind"] == "checkpoint"
 
 
-def truncate(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-64])
-
-
-def poison(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = torch.nan
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def lose_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -153,8 +141,8 @@ def lose_tokenizer(folder):
     [
         (shutil.rmtree, "There is no model folder"),
         (empty, "is missing"),
-        (truncate, "is corrupt"),
-        (poison, "holds NaN or infinity"),
+        (tiny.truncate, "is corrupt"),
+        (tiny.poison, "holds NaN or infinity"),
         (lose_tensor, "lacks 1 tensors"),
         (change_config(hidden_size=32), "cannot load"),
         (change_config(model_type="bloom"), "Unknown model family 'bloom'"),

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -5,8 +6,10 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from owl_deploy import recipe
+from owl_deploy.cli import app
 from owl_deploy.errors import BadInput
 from owl_deploy.prune.hardware import Hardware
 from owl_deploy.prune.run import Calibration, prune
@@ -147,3 +150,18 @@ def test_cuda_gives_the_same_masks_but_for_rounding(llama, tmp_path, calibration
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "cuda"))
     for name in a:
         assert ((a[name] == 0) == (b[name] == 0)).float().mean() > 0.999
+
+
+def test_a_recipe_and_what_overrides_it_are_recorded(llama, tmp_path, text_file):
+    command = ["prune", str(llama), "-o", str(tmp_path / "out"), "--recipe", "owl-wanda-50"]
+    command += ["--sparsity", "0.6", "-c", str(text_file), "--samples", "2"]
+    done = CliRunner().invoke(app, [*command, "--sequence-length", "32"])
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "out" / "owl.json").read_text())
+    assert manifest["settings"]["sparsity"] == 0.6
+    shipped = recipe.find("owl-wanda-50")
+    assert manifest["recipe"] == {
+        "file": "owl-wanda-50.yaml",
+        "sha256": hashlib.sha256(shipped.read_bytes()).hexdigest(),
+        "overrides": {"sparsity": 0.6},
+    }

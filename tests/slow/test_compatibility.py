@@ -1,4 +1,4 @@
-"""The real SparseML 1.8 (transformers 4.40) reads what we write, and computes the same."""
+"""The real SparseML 1.8 (transformers 4.40) and llm-compressor read what we write."""
 
 import json
 
@@ -34,7 +34,19 @@ print(json.dumps({"ids": ids[0].tolist(), "type": modifier.type, "arguments": mo
 """
 
 
-ONE_SHOT = """
+COUNT = """
+found = {}
+for name, module in model.named_modules():
+    if isinstance(module, torch.nn.Linear) and ".layers." in name:
+        block = ".".join(name.split(".")[:3])
+        zeros, total = found.get(block, (0, 0))
+        found[block] = (zeros + int((module.weight == 0).sum()), total + module.weight.numel())
+print()
+print(json.dumps({block: zeros / total for block, (zeros, total) in found.items()}))
+"""
+
+ONE_SHOT = {
+    "sparseml": """
 import json, sys
 import torch
 import sparseml.core.session as session
@@ -49,15 +61,23 @@ session.apply(
     framework=Framework.pytorch, recipe=recipe, model=model, calib_data=data, start=-1,
     copy_data=False,
 )
-found = {}
-for name, module in model.named_modules():
-    if isinstance(module, torch.nn.Linear) and ".layers." in name:
-        block = ".".join(name.split(".")[:3])
-        zeros, total = found.get(block, (0, 0))
-        found[block] = (zeros + int((module.weight == 0).sum()), total + module.weight.numel())
-print()
-print(json.dumps({block: zeros / total for block, (zeros, total) in found.items()}))
-"""
+""",
+    "llmcompressor": """
+import json, sys
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from transformers import AutoModelForCausalLM
+dense, recipe, windows = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(dense)
+rows = json.loads(windows)
+data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+oneshot(
+    model=model, dataset=data, recipe=recipe, max_seq_length=len(rows[0]),
+    num_calibration_samples=len(rows), shuffle_calibration_samples=False,
+)
+""",
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +107,7 @@ def test_the_pruned_demo_model_loads_and_gives_the_same_logits(pruned, tmp_path)
     assert found["arguments"]["targets"] == [block["name"] for block in manifest["blocks"]]
 
 
+@pytest.mark.parametrize("library", ONE_SHOT)
 @pytest.mark.parametrize(
     ("method", "structure"),
     [
@@ -96,8 +117,10 @@ def test_the_pruned_demo_model_loads_and_gives_the_same_logits(pruned, tmp_path)
         ("sparsegpt", "2:4"),
     ],
 )
-def test_its_one_shot_applies_our_resolved_recipe(tmp_path, text_file, method, structure):
-    """Rows of a thousand weights and more: SparseML rounds each row's count down."""
+def test_their_one_shot_applies_our_resolved_recipe(
+    tmp_path, text_file, method, structure, library
+):
+    """Rows of a thousand weights and more: the libraries round each row's count down."""
     model = tiny.write_llama(
         tmp_path / "dense", hidden_size=1024, intermediate_size=2048, num_hidden_layers=3
     )
@@ -107,8 +130,8 @@ def test_its_one_shot_applies_our_resolved_recipe(tmp_path, text_file, method, s
     tokens = tokenize(load_tokenizer(model), tiny.text())
     windows = calibration_windows(tokens, 3, 64, 0).tolist()
     out = run(
-        environment("sparseml"),
-        ONE_SHOT,
+        environment(library),
+        ONE_SHOT[library] + COUNT,
         model,
         tmp_path / "ours" / "recipe.yaml",
         json.dumps(windows),
