@@ -1,0 +1,50 @@
+"""On the demo model SparseGPT loses less of each block's output than Wanda, as its paper says."""
+
+import pytest
+import torch
+
+from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
+from owl_deploy.prune import methods, sparsegpt
+from owl_deploy.prune.calibrate import InputStatistics, Skeleton
+from owl_deploy.prune.run import _Asked
+from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SAMPLES, LENGTH, BLOCKS = 16, 512, 4
+
+
+def squared_error(block, arguments, inputs, expected):
+    """The summed squared difference of a block's output from `expected`, [samples, ...]."""
+    return sum(
+        float((block(part, **arguments) - wanted).square().sum())
+        for part, wanted in zip(inputs.split(1), expected.split(1), strict=True)
+    )
+
+
+@torch.no_grad()
+def test_sparsegpt_reconstructs_better_than_wanda(tmp_path):
+    folder = demo_input() / MODEL
+    skeleton = Skeleton(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+    tokens = tokenize(load_tokenizer(folder), load_text(str(demo_input() / CALIBRATION)))
+    windows = calibration_windows(tokens, SAMPLES, LENGTH, 0)
+    hidden = skeleton.embed(windows, 1, tmp_path)
+    table = methods.methods(sparsegpt.Options())
+    for index in range(BLOCKS):
+        with skeleton.loaded(skeleton.block_name(index)) as block:
+            linears = skeleton.linears(index)
+            statistics = InputStatistics(linears, SAMPLES, hessian=True)
+            before = hidden.hidden.clone()
+            with statistics.gathering():
+                hidden.through(block, index, lambda _: None, keep=True)
+            dense = {name: linear.weight.clone() for name, linear in linears.items()}
+            errors = {}
+            for method in ("wanda", "sparsegpt"):
+                for name, weight in dense.items():
+                    asked = _Asked(statistics, name, 0.01)
+                    linears[name].weight.copy_(table[method].prune(weight, asked, 0.7, None))
+                errors[method] = squared_error(
+                    block, hidden.arguments[index], before, hidden.hidden
+                )
+            assert errors["sparsegpt"] < errors["wanda"], (index, errors)
