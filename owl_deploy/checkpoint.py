@@ -6,7 +6,7 @@ What is written loads in current transformers and in SparseML 1.8 (transformers 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,11 @@ class Checkpoint:
                 "Such a model cannot be pruned: get it again, or mend the training run.",
             )
         return tensor
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is more than one shard."""
+        return sum(path.stat().st_size for path in set(self.files.values())) > SHARD_BYTES
 
     def names(self, prefix: str = "") -> list[str]:
         """The names of the tensors under the module `prefix`, without `prefix.`."""
@@ -156,15 +161,21 @@ def _no_safetensors_hint(folder: Path) -> str:
     return "Give a Hugging Face model folder."
 
 
-def shards(tensors: Iterator[tuple[str, "torch.Tensor"]], folder: Path) -> None:
+def shards(
+    tensors: Iterator[tuple[str, "torch.Tensor"]], folder: Path, ready: Sequence[Path] = ()
+) -> None:
     """Write `tensors` under `folder` as one safetensors file, or as shards with an index.
 
-    Holds one shard (`SHARD_BYTES`) in memory at a time.
+    Holds one shard (`SHARD_BYTES`) in memory at a time. The files `ready`, on the same disk, become
+    the first shards as they are, without a copy, and stay where they are too.
     """
     from safetensors.torch import save_file
 
     parts: list[tuple[Path, list[str]]] = []
-    total = 0
+    for path in ready:
+        with _open_safetensors(path) as file:
+            parts.append((_linked(path, folder / f"part-{len(parts)}"), list(file.keys())))
+    total = sum(path.stat().st_size for path in ready)
 
     def flush(shard: dict[str, "torch.Tensor"]) -> None:
         path = folder / f"part-{len(parts)}"
@@ -180,7 +191,8 @@ def shards(tensors: Iterator[tuple[str, "torch.Tensor"]], folder: Path) -> None:
         shard[name] = tensor.contiguous()
         size += tensor.nbytes
         total += tensor.nbytes
-    flush(shard)
+    if shard:
+        flush(shard)
     if len(parts) == 1:
         parts[0][0].rename(folder / WEIGHTS)
         return
@@ -191,6 +203,16 @@ def shards(tensors: Iterator[tuple[str, "torch.Tensor"]], folder: Path) -> None:
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _linked(path: Path, link: Path) -> Path:
+    """`link`, a second name for the file `path`, or a copy where the disk knows no such names."""
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, link)
+    return link
 
 
 def write_compatible(source: Checkpoint, folder: Path) -> None:

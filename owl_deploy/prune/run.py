@@ -472,20 +472,19 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _assemble(run: Run, store: Store) -> None:
     """Put the finished blocks and the untouched tensors together, as a checkpoint."""
+    files = run.checkpoint.files
+    large = run.checkpoint.is_large
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        pruned = set()
-        for name in run.names:
+        for name in run.names if not large else ():
             weights = store.load(name)
             assert weights is not None
-            for key, tensor in weights.items():
-                pruned.add(f"{name}.{key}")
-                yield f"{name}.{key}", tensor
-        for key in run.checkpoint.files:
-            if key not in pruned:
-                yield key, run.checkpoint.read(key)
+            yield from ((f"{name}.{key}", tensor) for key, tensor in weights.items())
+        blocks = tuple(f"{name}." for name in run.names)
+        yield from ((key, run.checkpoint.read(key)) for key in files if not key.startswith(blocks))
 
-    shards(tensors(), store.folder)
+    ready = [store.path(name) for name in run.names] if large else []
+    shards(tensors(), store.folder, ready)
     write_compatible(run.checkpoint, store.folder)
 
 

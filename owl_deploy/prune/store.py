@@ -77,20 +77,23 @@ class Store:
         from safetensors.torch import save_file
 
         temporary = self.folder / "unfinished"
-        save_file({key: value.contiguous() for key, value in weights.items()}, temporary)
+        named = {f"{name}.{key}": value.contiguous() for key, value in weights.items()}
+        save_file(named, temporary, metadata={"format": "pt"})
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        temporary.replace(self._path(name))
+        temporary.replace(self.path(name))
 
     def load(self, name: str) -> dict[str, torch.Tensor] | None:
         """A finished block's tensors, or None when it is not finished."""
         from safetensors.torch import load_file
 
-        path = self._path(name)
-        return load_file(path) if path.is_file() else None
+        path = self.path(name)
+        if not path.is_file():
+            return None
+        return {key.removeprefix(f"{name}."): value for key, value in load_file(path).items()}
 
     @property
     def has_work(self) -> bool:
@@ -115,7 +118,8 @@ class Store:
         """Leave it for a run that resumes."""
         self._lock.close()
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """The file of the block `name`: a shard of a checkpoint, with the tensors' whole names."""
         return self.folder / f"{name}.block"
 
 

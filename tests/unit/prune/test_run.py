@@ -92,7 +92,10 @@ def test_sharded_bfloat16_in_and_out(tmp_path, calibration, monkeypatch):
     monkeypatch.setattr("owl_deploy.checkpoint.SHARD_BYTES", 30_000)
     prune(source, tmp_path / "out", recipe.settings(sparsity=0.5), calibration)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 1
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert len(shards) > 2
+    assert {path.stat().st_nlink for path in (tmp_path / "out").glob("*")} == {1}
     pruned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert pruned.dtype == torch.bfloat16
     weight = pruned.model.layers[0].self_attn.q_proj.weight
