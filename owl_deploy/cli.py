@@ -140,7 +140,7 @@ def prune(
     overrides = {key: value for key, value in given.items() if value is not None}
     settings = recipes.merged(recipe, overrides)
 
-    from owl_deploy.prune.hardware import Hardware
+    from owl_deploy.hardware import Hardware
     from owl_deploy.prune.run import Calibration
     from owl_deploy.prune.run import prune as run
     from owl_deploy.prune.show import show

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from owl_deploy import recipe
 from owl_deploy.errors import BadInput
-from owl_deploy.prune.hardware import Hardware
+from owl_deploy.hardware import Hardware
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
