@@ -21,6 +21,8 @@ from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family, family_of
 
+_LOGIT_ROWS = 256  # rows of logits at once: 2048 x 150,000 words in float32 would be 1.2 GB
+
 
 class _Stop(Exception):
     """Ends a forward pass that has done its part."""
@@ -123,8 +125,7 @@ class Skeleton:
         for ids, hidden in zip(windows.to(self.device), state.hidden, strict=True):
             given = _Given(hidden.unsqueeze(0).to(self.device))
             with self._blocks_replaced([given] * len(self.blocks)):
-                logits = self.model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
-            total += float(nn.functional.cross_entropy(logits.float(), ids[1:], reduction="sum"))
+                total += window_nll(self.model, ids)
         return total / (len(windows) * (windows.shape[1] - 1))
 
     def _first_hidden(
@@ -190,6 +191,27 @@ class Activations:
             if keep:
                 self.hidden[part] = output.to(self.hidden.device)
             advance(len(inputs))
+
+
+def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped
+    """The summed negative log-likelihood of ids[1:] given what stands before each, in nats.
+
+    `ids` [length]. Added up in float32 and more, whatever the dtype of the model.
+    """
+    hidden = model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[0][0, :-1]
+    head, cap = (
+        model.get_output_embeddings(),
+        getattr(model.config, "final_logit_softcapping", None),
+    )
+    total = 0.0
+    for rows, targets in zip(
+        torch.split(hidden, _LOGIT_ROWS), torch.split(ids[1:], _LOGIT_ROWS), strict=True
+    ):
+        logits = head(rows).float()
+        if cap is not None:  # of Gemma, between its head and its softmax
+            logits = cap * torch.tanh(logits / cap)
+        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    return total
 
 
 def _room_for(
