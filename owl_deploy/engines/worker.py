@@ -183,7 +183,8 @@ class Worker:
         """
         first = self._last_logits(context)
         state = self.decoder.mark() if hasattr(self.decoder, "mark") else None
-        logprobs, greedy = [], []
+        logprobs: list[list[float]] = []
+        greedy: list[bool] = []
         for target in targets:
             values, likeliest = likelihoods([first], target[:1])
             if len(target) > 1:

@@ -145,7 +145,9 @@ def deployment_perplexity(
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "window.npy"
         with (
-            EngineProcess(engine, folder, context=window, all_logits=True) as process,
+            EngineProcess(
+                engine, folder, context=context_for(engine, window), all_logits=True
+            ) as process,
             bar("Perplexity", len(windows)) as advance,
         ):
             for ids in windows:
@@ -168,6 +170,15 @@ def engine_of(deployment: Deployment, asked: str | None) -> str:
             f"Leave --engine away, or export again with --target {asked}.",
         )
     return asked
+
+
+def context_for(engine: str, tokens: int) -> int:
+    """The context to open `engine` with, so that it computes `tokens` tokens rightly.
+
+    DeepSparse 1.8 gives other logits for the last ones that its cache holds, and NaN for all where
+    the cache holds no more than two of its chunks of 64: it gets room to spare.
+    """
+    return max(tokens + 64, 192) if engine == "deepsparse" else tokens
 
 
 def record(folder: Path, key: str, value: dict[str, Any]) -> None:
