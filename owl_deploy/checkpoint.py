@@ -5,6 +5,7 @@ What is written loads in current transformers and in SparseML 1.8 (transformers 
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,15 @@ class Checkpoint:
     def is_large(self) -> bool:
         """Whether it is more than one shard."""
         return sum(path.stat().st_size for path in set(self.files.values())) > SHARD_BYTES
+
+    def weights(self) -> int:
+        """How many numbers the tensors hold, without reading them."""
+        total = 0
+        for path in set(self.files.values()):
+            with _open_safetensors(path) as file:
+                shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
+                total += sum(math.prod(shape) for shape in shapes)
+        return total
 
     def names(self, prefix: str = "") -> list[str]:
         """The names of the tensors under the module `prefix`, without `prefix.`."""

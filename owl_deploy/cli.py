@@ -101,7 +101,9 @@ def prune(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", "-c", help="Text: a file, wikitext, c4, or hf:N:C:S:COL."),
+        typer.Option(
+            "--calibration", "-c", help="Text: a file, wikitext, c4, ptb, or hf:N:C:S:COL."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 2048,
@@ -140,7 +142,7 @@ def prune(
     overrides = {key: value for key, value in given.items() if value is not None}
     settings = recipes.merged(recipe, overrides)
 
-    from owl_deploy.prune.hardware import Hardware
+    from owl_deploy.hardware import Hardware
     from owl_deploy.prune.run import Calibration
     from owl_deploy.prune.run import prune as run
     from owl_deploy.prune.show import show
@@ -239,30 +241,64 @@ def generate(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A checkpoint or a deployment.")],
-    perplexity: Annotated[
-        str, typer.Option("--perplexity", "-p", help="Text: a file, wikitext, c4, or hf:N:C:S:COL.")
+    models: Annotated[
+        list[Path], typer.Argument(help="Checkpoints and deployments; several stand side by side.")
     ],
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    perplexity: Annotated[
+        str | None,
+        typer.Option(
+            "--perplexity", "-p", help="Text: a file, wikitext, c4, ptb, or hf:N:C:S:COL."
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Of lm-evaluation-harness, by commas; `paper` is the paper's seven."),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option(help="A folder with task files (YAML) of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many documents a task.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window; for tasks, at most.")] = 2048,
     windows: Annotated[
         int | None, typer.Option(help="At most so many windows; the whole text without it.")
     ] = None,
+    device: Annotated[str, typer.Option(help="For checkpoints: auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="For checkpoints: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(help="For checkpoints: windows or requests at once.")
+    ] = None,
+    blockwise: Annotated[
+        bool | None,
+        typer.Option(help="Perplexity with one block in memory at a time. [if short of it]"),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", "-e", help="For deployments. [the one made for it]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of a checkpoint, or of a deployment as it runs."""
-    from dataclasses import asdict
+    """Measure perplexity and tasks, of checkpoints and of deployments as they run."""
+    from owl_deploy.evaluate.run import Asked
+    from owl_deploy.evaluate.run import evaluate as run
+    from owl_deploy.evaluate.show import show
+    from owl_deploy.hardware import Hardware
 
-    from owl_deploy.evaluate.perplexity import perplexity as measure
-
-    result = measure(model, perplexity, window=window, limit=windows)
-    _emit(
-        asdict(result),
-        as_json,
-        lambda: typer.echo(
-            f"perplexity {result.value:.4g} on {result.text}: {result.windows} windows of "
-            f"{result.window} tokens, {result.tokens} predicted"
-        ),
+    asked = Asked(
+        text=perplexity,
+        tasks=tuple(name for part in tasks or () for name in part.split(",") if name),
+        tasks_path=tasks_path,
+        window=window,
+        windows=windows,
+        limit=limit,
+        hardware=Hardware(device, dtype, batch_size),
+        blockwise=blockwise,
+        engine=engine,
     )
+    found = run(models, asked)
+    records = [one.to_json() for one in found]
+    whole = records[0] if len(records) == 1 else {"models": records}
+    _emit(whole, as_json, lambda: show(found))
 
 
 @app.command()

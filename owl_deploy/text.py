@@ -1,5 +1,7 @@
 """Calibration and evaluation text: a local file, or a named data set of the Hub."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,54 +10,96 @@ from owl_deploy.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
-# name: (data set, config, split, column); the paper calibrates on c4 and evaluates on wikitext.
-_DATASETS = {
-    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
-    "wikitext-train": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "c4": ("allenai/c4", "en", "train", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a data set on the Hub: the first `documents` (None: all), joined by `separator`."""
+
+    name: str
+    config: str | None
+    split: str
+    column: str
+    separator: str = "\n\n"
+    documents: int | None = None
+    revision: str | None = None
+
+
+_C4, _C4_CONFIG = "allenai/c4", "en"
+_WIKITEXT, _WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
+# The name that the papers load is a script, which `datasets` no longer runs: the Hub's own copy.
+_PTB, _PTB_REVISION = "ptb-text-only/ptb_text_only", "refs/convert/parquet"
+_STREAMED_DOCUMENTS = 20_000  # of C4, which has 800 GB, and of what a user names: ample
+# To prune and fine-tune on.
+_TRAINING = {
+    "wikitext": _Part(_WIKITEXT, _WIKITEXT_CONFIG, "train", "text"),
+    "c4": _Part(_C4, _C4_CONFIG, "train", "text", documents=_STREAMED_DOCUMENTS),
+    "ptb": _Part(_PTB, None, "train", "sentence", revision=_PTB_REVISION),
 }
-# c4's train split alone has 800 GB: a stream of this many documents is ample for calibration.
-_STREAMED_DOCUMENTS = 20_000
+# To evaluate on, as the code of SparseGPT, Wanda and OWL does (get_wikitext2, get_c4, get_ptb).
+_EVALUATION = {
+    "wikitext": _Part(_WIKITEXT, _WIKITEXT_CONFIG, "test", "text"),
+    "c4": _Part(_C4, _C4_CONFIG, "validation", "text", " ", documents=1100),
+    "ptb": _Part(_PTB, None, "test", "sentence", " ", revision=_PTB_REVISION),
+}
+_EVALUATION_WINDOWS = {"c4": 256}  # at most so many; of the other texts all
 
 
 def load_text(source: str) -> str:
-    """The text of a SOURCE: a UTF-8 file, a name from the table, or hf:NAME:CONFIG:SPLIT:COLUMN.
+    """The text of a SOURCE to prune or train on: a UTF-8 file, or a data set of the Hub.
 
-    Documents are joined by a blank line, as the paper's evaluation does. Raises `BadInput`.
+    That is a name from the table, of which the training part is read, or
+    hf:NAME:CONFIG:SPLIT:COLUMN. Documents are joined by a blank line. Raises `BadInput`.
     """
+    return _load(source, _TRAINING)
+
+
+def load_evaluation_text(source: str) -> tuple[str, int | None]:
+    """The text of a SOURCE to evaluate on, and how many windows of it the papers read at most.
+
+    As `load_text`, but of the names in the table the part, and the way of joining its documents,
+    that the papers evaluate on. Raises `BadInput`.
+    """
+    named = source in _EVALUATION and not Path(source).is_file()
+    return _load(source, _EVALUATION), _EVALUATION_WINDOWS.get(source) if named else None
+
+
+def _load(source: str, names: Mapping[str, _Part]) -> str:
     path = Path(source)
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise BadInput(f"{source} is not UTF-8 text ({error.reason}).") from error
-    if source in _DATASETS:
-        return _load_dataset(*_DATASETS[source])
+    if source in names:
+        return _load_dataset(names[source])
     if source.startswith("hf:"):
         parts = source.split(":")[1:]
         if len(parts) != 4 or not all(parts):
             raise BadInput(f"{source!r} is not of the form hf:NAME:CONFIG:SPLIT:COLUMN.")
-        return _load_dataset(*parts)
+        name, config, split, column = parts
+        return _load_dataset(_Part(name, config, split, column, documents=_STREAMED_DOCUMENTS))
     raise BadInput(
         f"There is no text file {source!r}.",
-        f"Give a UTF-8 file, one of {', '.join(_DATASETS)}, or hf:NAME:CONFIG:SPLIT:COLUMN.",
+        f"Give a UTF-8 file, one of {', '.join(names)}, or hf:NAME:CONFIG:SPLIT:COLUMN.",
     )
 
 
-def _load_dataset(name: str, config: str, split: str, column: str) -> str:
+def _load_dataset(part: _Part) -> str:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        texts = [str(row[column]) for row in rows.take(_STREAMED_DOCUMENTS)]
+        rows = datasets.load_dataset(
+            part.name, part.config, split=part.split, revision=part.revision, streaming=True
+        )
+        rows = rows if part.documents is None else rows.take(part.documents)
+        texts = [str(row[part.column]) for row in rows]
     except Exception as error:  # no network, no such data set, split or column: many types
         raise BadInput(
-            f"The data set {name} ({config}, {split}, {column}) could not be read "
+            f"The {part.split} split of the data set {part.name} could not be read "
             f"({type(error).__name__}).",
-            "Check the name and the network, or give a text file.",
+            "Check its name, config and column, and the network, or give a text file.",
         ) from error
-    return "\n\n".join(texts)
+    return part.separator.join(texts)
 
 
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokenizers share no type
@@ -68,12 +112,20 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokeniz
         raise BadInput(f"{folder} holds no tokenizer that can be read ({error}).") from error
 
 
-def tokenize(tokenizer: Any, text: str) -> "torch.Tensor":  # noqa: ANN401
-    """The whole text as token ids [tokens], without the special tokens a tokenizer may add."""
+def tokenize(
+    tokenizer: Any,  # noqa: ANN401
+    text: str,
+    *,
+    special: bool = False,
+) -> "torch.Tensor":
+    """The whole text as token ids [tokens].
+
+    With `special` those that the tokenizer adds to a text are there, once: a leading BOS, often.
+    """
     import torch
 
     # verbose=False: the text is meant to be longer than the model's context.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 

@@ -16,6 +16,8 @@ and, if its time is not real, `clock() -> seconds`. A decoder has
     extend(tokens) -> [vocab]       run tokens, logits of the last one
     logits(tokens) -> [n, vocab]... run tokens, logits of all of them, in parts
 
+and, if its cache can be gone back to, `mark() -> state` and `back(state)`.
+
 What is timed, and how, is written here, once: every engine is measured by the same loops.
 """
 
@@ -29,7 +31,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
@@ -118,14 +120,21 @@ class Worker:
         return (self.clock() - start) * 1e3
 
     def greedy(
-        self, tokens: list[int], count: int, logits_file: str = "", prompt_logits_file: str = ""
+        self,
+        tokens: list[int],
+        count: int,
+        logits_file: str = "",
+        prompt_logits_file: str = "",
+        fresh: bool = True,
     ) -> dict[str, Any]:
         """Continue `tokens` by the `count` likeliest, one at a time with the cache.
 
         Writes float32 .npy files if asked: the logits each new token was chosen by [count, vocab],
-        and those of every prompt token [len(tokens), vocab] (needs `all_logits` at load).
+        and those of every prompt token [len(tokens), vocab] (needs `all_logits` at load). Without
+        `fresh` the cache is kept, and `tokens` follow what was run (the last choice never was).
         """
-        self.decoder.reset()
+        if fresh:
+            self.decoder.reset()
         if prompt_logits_file:
             parts = [np.array(part, np.float32) for part in self.decoder.logits(tokens)]
             np.save(prompt_logits_file, np.concatenate(parts))
@@ -162,17 +171,39 @@ class Worker:
 
     def _window_nll(self, tokens: np.ndarray) -> float:
         self.decoder.reset()
-        position, total = 0, 0.0
-        for logits in self.decoder.logits(tokens.tolist()):  # [n, vocab] each
-            following = tokens[position + 1 : position + 1 + len(logits)]
-            position += len(logits)
-            for start in range(0, len(following), 128):  # float64 of 128 rows at once, not of all
-                wanted = following[start : start + 128]
-                rows = logits[start : start + len(wanted)].astype(np.float64)
-                top = rows.max(axis=1)
-                norm = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
-                total += float((norm - rows[np.arange(len(wanted)), wanted]).sum())
-        return total
+        ids = tokens.tolist()
+        return -sum(likelihoods(self.decoder.logits(ids), ids[1:])[0])
+
+    def continuations(self, context: list[int], targets: list[list[int]]) -> dict[str, Any]:
+        """How likely each of `targets` is after `context`; none of them is empty.
+
+        `logprobs` has for each target its tokens' log-probabilities in nats, each given all before
+        it; `greedy` says for each whether all its tokens are the likeliest. The context is run once
+        if the decoder can go back to it. Needs `all_logits` at load.
+        """
+        first = self._last_logits(context)
+        state = self.decoder.mark() if hasattr(self.decoder, "mark") else None
+        logprobs: list[list[float]] = []
+        greedy: list[bool] = []
+        for target in targets:
+            values, likeliest = likelihoods([first], target[:1])
+            if len(target) > 1:
+                if state is not None:
+                    self.decoder.back(state)
+                elif logprobs:  # something has run since the context
+                    self._last_logits(context)
+                more, also = likelihoods(self.decoder.logits(target[:-1]), target[1:])
+                values, likeliest = values + more, likeliest and also
+            logprobs.append(values)
+            greedy.append(likeliest)
+        return {"logprobs": logprobs, "greedy": greedy}
+
+    def _last_logits(self, tokens: list[int]) -> np.ndarray:
+        """Run `tokens` in an empty cache; the logits [1, vocab] after them."""
+        self.decoder.reset()
+        for part in self.decoder.logits(tokens):
+            last: np.ndarray = np.array(part[-1:])
+        return last
 
     def memory(self) -> dict[str, Any]:
         """The peak of resident memory since the model file was prepared, in bytes.
@@ -180,6 +211,25 @@ class Worker:
         From the kernel's high-water mark: `ru_maxrss` also counts the parent that forked us.
         """
         return {"peak_bytes": _peak_bytes()}
+
+
+def likelihoods(parts: Iterable[np.ndarray], following: list[int]) -> tuple[list[float], bool]:
+    """The log-probability in nats of each of `following`, and whether all are the likeliest.
+
+    `parts` hold a row of logits [n, vocab] for each of them; a row beyond the last is left out.
+    """
+    values: list[float] = []
+    likeliest = True
+    for logits in parts:
+        for start in range(0, len(logits), 128):  # float64 of 128 rows at once, not of all
+            wanted = np.array(following[len(values) : len(values) + 128], np.int64)
+            rows = logits[start : start + len(wanted)].astype(np.float64)
+            wanted = wanted[: len(rows)]
+            top = rows.max(axis=1)
+            norm = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
+            values += (rows[np.arange(len(wanted)), wanted] - norm).tolist()
+            likeliest = likeliest and bool((rows.argmax(axis=1) == wanted).all())
+    return values, likeliest
 
 
 def in_threads(decoders: list[Any], steps: int) -> None:
@@ -233,7 +283,7 @@ def load_driver(path: str) -> Any:  # noqa: ANN401 - see Worker
 
 OPERATIONS = (
     *("load", "decode", "prefill", "generate", "throughput"),
-    *("greedy", "score", "memory"),
+    *("greedy", "score", "continuations", "memory"),
 )
 
 

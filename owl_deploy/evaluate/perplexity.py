@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from owl_deploy.artefact import MANIFEST, read_manifest, write_json
-from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.engines.deployment import open_deployment
+from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
+from owl_deploy.blocks import Skeleton, window_nll
+from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.engines import get_engine
+from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.families import family_of
+from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_batch, find_device, find_dtype
 from owl_deploy.progress import bar
-from owl_deploy.text import evaluation_windows, load_text, load_tokenizer, tokenize
-
-_LOGIT_ROWS = 256  # rows of logits at once: 2048 x 150,000 words in float32 would be 1.2 GB
+from owl_deploy.text import evaluation_windows, load_evaluation_text, load_tokenizer, tokenize
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class Perplexity:
 
 
 def windows_of(folder: Path, text: str, window: int, limit: int | None) -> torch.Tensor:
-    """The evaluation windows of a text in the tokens of the model in `folder`."""
+    """The evaluation windows of a text in the tokens of the model in `folder`.
+
+    As in the paper's code the special tokens of the tokenizer stand around the text as a whole: of
+    a model with a BOS only the first window begins with it.
+    """
     for name, value in (("--window", window - 1), ("--windows", 1 if limit is None else limit)):
         if value < 1:
             raise BadInput(f"{name} is too small.", "A window needs two tokens at least.")
-    return evaluation_windows(tokenize(load_tokenizer(folder), load_text(text)), window, limit)
+    content, most = load_evaluation_text(text)
+    tokens = tokenize(load_tokenizer(folder), content, special=True)
+    return evaluation_windows(tokens, window, most if limit is None else min(limit, most or limit))
 
 
 def from_nll(text: str, nll: float, windows: torch.Tensor) -> Perplexity:
@@ -64,59 +72,82 @@ def from_nll(text: str, nll: float, windows: torch.Tensor) -> Perplexity:
 
 
 def perplexity(
-    folder: Path, text: str, *, window: int = 2048, limit: int | None = None
+    folder: Path,
+    text: str,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    hardware: Hardware = ANY_HARDWARE,
+    blockwise: bool | None = None,
+    engine: str | None = None,
 ) -> Perplexity:
     """The perplexity of a checkpoint, or of a deployment, on `text` (a SOURCE).
 
-    A deployment is evaluated as it runs, in its engine; its folder's manifest then records the
+    A deployment is evaluated as it runs, in its engine; `hardware` and `blockwise` are for
+    checkpoints, `engine` for deployments. The manifest of a folder that owl wrote then records the
     value, so that a benchmark can show it beside the speed.
     """
     if read_manifest(folder).get("kind") == "deployment":
-        return deployment_perplexity(folder, text, window=window, limit=limit)
-    return checkpoint_perplexity(folder, text, window=window, limit=limit)
+        return deployment_perplexity(folder, text, window=window, limit=limit, engine=engine)
+    return checkpoint_perplexity(
+        folder, text, window=window, limit=limit, hardware=hardware, blockwise=blockwise
+    )
 
 
 def checkpoint_perplexity(
-    folder: Path, text: str, *, window: int = 2048, limit: int | None = None
+    folder: Path,
+    text: str,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    hardware: Hardware = ANY_HARDWARE,
+    blockwise: bool | None = None,
 ) -> Perplexity:
-    """The perplexity of a checkpoint on `text` (a SOURCE), computed in float32 on CPU or CUDA.
+    """The perplexity of a checkpoint on `text` (a SOURCE), on CPU or CUDA.
 
-    Raises `BadInput` for a model that is not supported, or a text without one full window.
+    With `blockwise` one block is on the device at a time; None: where the model does not fit into
+    what is free. The losses are added up in float32, whatever the dtype. Raises `BadInput` for a
+    model that is not supported, or a text without one full window.
     """
-    import transformers
-
     checkpoint = open_checkpoint(folder)
     family_of(checkpoint.config)
     windows = windows_of(checkpoint.folder, text, window, limit)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in checkpoint.files:
-        checkpoint.read(name)  # finite values in every file, or one sentence
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch.float32, local_files_only=True
-    ).to(device)
-    nll = 0.0
-    with bar("Perplexity", len(windows)) as advance, torch.inference_mode():
-        for ids in windows:
-            nll += _window_nll(model.eval(), ids.to(device))
-            advance(1)
-    return from_nll(text, nll, windows)
+    device = find_device(hardware.device)
+    dtype = find_dtype(hardware.dtype, checkpoint, device)
+    if blockwise is None:
+        blockwise = not fits(checkpoint, dtype, device)
+    if blockwise:
+        skeleton = Skeleton(checkpoint, dtype, device)
+        nll = _blockwise_nll(skeleton, windows, find_batch(hardware.batch_size, windows, skeleton))
+    else:
+        nll = _whole_nll(load_model(checkpoint, dtype, device), windows.to(device))
+    result = from_nll(text, nll, windows)
+    record(folder, "perplexity", {**asdict(result), "dtype": str(dtype).removeprefix("torch.")})
+    return result
 
 
 def deployment_perplexity(
-    folder: Path, text: str, *, window: int = 2048, limit: int | None = None
+    folder: Path,
+    text: str,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    engine: str | None = None,
 ) -> Perplexity:
     """The perplexity of a deployment on `text`, as its engine computes it; kept in its manifest.
 
-    A deployment for DeepSparse is evaluated in ONNX Runtime, which runs the same graph.
+    A deployment for DeepSparse is evaluated in ONNX Runtime, which runs the same graph, unless
+    `engine` asks for DeepSparse. Raises `BadInput` for an engine that does not open it.
     """
-    deployment = open_deployment(folder)
-    engine = "onnxruntime" if deployment.target == "deepsparse" else deployment.target
+    engine = engine_of(open_deployment(folder), engine)
     windows = windows_of(folder, text, window, limit)
     nll = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "window.npy"
         with (
-            EngineProcess(engine, folder, context=window, all_logits=True) as process,
+            EngineProcess(
+                engine, folder, context=context_for(engine, window), all_logits=True
+            ) as process,
             bar("Perplexity", len(windows)) as advance,
         ):
             for ids in windows:
@@ -124,19 +155,76 @@ def deployment_perplexity(
                 nll += sum(process.request("score", tokens_file=str(file), window=window)["nll"])
                 advance(1)
     result = from_nll(text, nll, windows)
-    record = {**asdict(result), "engine": engine}
-    write_json(folder / MANIFEST, read_manifest(folder) | {"perplexity": record})
+    record(folder, "perplexity", {**asdict(result), "engine": engine})
     return result
 
 
-def _window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped
-    """The summed negative log-likelihood of ids[1:] given what stands before each, in nats."""
-    hidden = model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[0][0, :-1]
-    head = model.get_output_embeddings()
-    total = 0.0
-    for rows, targets in zip(
-        torch.split(hidden, _LOGIT_ROWS), torch.split(ids[1:], _LOGIT_ROWS), strict=True
+def engine_of(deployment: Deployment, asked: str | None) -> str:
+    """The engine to evaluate a deployment in: the one `asked` for, or the fastest that opens it."""
+    if asked is None:
+        return "onnxruntime" if deployment.target == "deepsparse" else deployment.target
+    if deployment.target not in get_engine(asked).targets:
+        raise BadInput(
+            f"The engine {asked!r} does not open {deployment.path}, which was exported for "
+            f"{deployment.target}.",
+            f"Leave --engine away, or export again with --target {asked}.",
+        )
+    return asked
+
+
+def context_for(engine: str, tokens: int) -> int:
+    """The context to open `engine` with, so that it computes `tokens` tokens rightly.
+
+    DeepSparse 1.8 gives other logits for the last ones that its cache holds, and NaN for all where
+    the cache holds no more than two of its chunks of 64: it gets room to spare.
+    """
+    return max(tokens + 64, 192) if engine == "deepsparse" else tokens
+
+
+def record(folder: Path, key: str, value: dict[str, Any]) -> None:
+    """Keep a result in the manifest of `folder`, if that is an artefact of ours."""
+    if is_artefact(folder):
+        write_json(folder / MANIFEST, read_manifest(folder) | {key: value})
+
+
+def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether four fifths of the free memory of `device` hold the weights in `dtype`."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return checkpoint.weights() * dtype.itemsize < 0.8 * free
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
+    """The whole model, for inference. Raises `BadInput` where a value is not finite."""
+    import transformers
+
+    for name in checkpoint.files:
+        checkpoint.read(name)  # finite values in every file, or one sentence
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    return model.to(device).eval()
+
+
+def _whole_nll(model: Any, windows: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped
+    nll = 0.0
+    with bar("Perplexity", len(windows)) as advance, torch.inference_mode():
+        for ids in windows:
+            nll += window_nll(model, ids)
+            advance(1)
+    return nll
+
+
+def _blockwise_nll(skeleton: Skeleton, windows: torch.Tensor, batch: int) -> float:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        bar("Perplexity, a block at a time", len(windows) * len(skeleton.blocks)) as advance,
     ):
-        logits = head(rows).float()
-        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    return total
+        states = skeleton.embed(windows, batch, Path(scratch))
+        for index in range(len(skeleton.blocks)):
+            with skeleton.loaded(skeleton.block_name(index)) as block:
+                states.through(block, index, advance, keep=True)
+        (loss,) = skeleton.losses(windows, [states])
+    return loss * len(windows) * (windows.shape[1] - 1)

@@ -20,12 +20,10 @@ from pydantic import BaseModel, ConfigDict
 
 from owl_deploy import recipe
 from owl_deploy.artefact import MANIFEST, check_output, read_manifest, versions, write_json
+from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
 from owl_deploy.errors import BadInput, EnvironmentFailed
-from owl_deploy.progress import Advance, bar
-from owl_deploy.prune import budget, plan, score, sparsegpt, tune
-from owl_deploy.prune.calibrate import Activations, InputStatistics, Skeleton
-from owl_deploy.prune.hardware import (
+from owl_deploy.hardware import (
     ANY_HARDWARE,
     Hardware,
     find_batch,
@@ -34,6 +32,9 @@ from owl_deploy.prune.hardware import (
     is_full_disk,
     is_out_of_memory,
 )
+from owl_deploy.progress import Advance, bar
+from owl_deploy.prune import budget, plan, score, sparsegpt, tune
+from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.methods import methods
 from owl_deploy.prune.picture import sparsity_svg
 from owl_deploy.prune.store import Store

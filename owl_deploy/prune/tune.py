@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.errors import BadInput
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import mask, plan, score
-from owl_deploy.prune.calibrate import Activations, Skeleton
 from owl_deploy.recipe import PruneSettings
 
 HELD_OUT_WINDOWS = 4

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
 from owl_deploy.prune import methods, sparsegpt
-from owl_deploy.prune.calibrate import InputStatistics, Skeleton
+from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import _Asked
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
 

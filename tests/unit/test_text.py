@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from owl_deploy import text
 from owl_deploy.errors import BadInput
@@ -40,16 +41,68 @@ def test_bytes_that_are_no_text(tmp_path):
         text.load_text(str(tmp_path / "a.txt"))
 
 
-def test_a_data_set_is_joined_by_blank_lines(monkeypatch):
-    class Rows(list):
-        def take(self, count):
-            return self[:count]
+class Rows(list):
+    def take(self, count):
+        return Rows(self[:count])
 
-    def load_dataset(name, config, *, split, streaming):
-        assert (name, config, split) == ("org/set", "en", "test")
-        return Rows([{"body": "one"}, {"body": "two"}])
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that holds one data set for every name, and notes what was asked for."""
+    asked = []
+
+    def load_dataset(name, config, *, split, revision, streaming):
+        asked.append((name, config, split, revision))
+        column = {"allenai/c4": "text", "Salesforce/wikitext": "text"}.get(name, "sentence")
+        return Rows({column: f"{split} {number}"} for number in range(3000))
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert text.load_text("hf:org/set:en:test:body") == "one\n\ntwo"
-    with pytest.raises(BadInput, match="could not be read"):
+    return asked
+
+
+def test_a_data_set_is_joined_by_blank_lines(hub):
+    found = text.load_text("hf:org/set:en:test:sentence")
+    assert found.startswith("test 0\n\ntest 1\n\n")
+    assert hub == [("org/set", "en", "test", None)]
+    with pytest.raises(BadInput, match="test split of the data set org/set could not be read"):
         text.load_text("hf:org/set:en:test:title")
+
+
+# The protocols as they stand in SparseGPT's datautils.py, which Wanda and OWL took over.
+@pytest.mark.parametrize(
+    ("source", "split", "separator", "documents", "windows"),
+    [
+        ("wikitext", "test", "\n\n", 3000, None),
+        ("c4", "validation", " ", 1100, 256),
+        ("ptb", "test", " ", 3000, None),
+    ],
+)
+def test_evaluation_reads_what_the_papers_read(hub, source, split, separator, documents, windows):
+    found, most = text.load_evaluation_text(source)
+    assert found == separator.join(f"{split} {number}" for number in range(documents))
+    assert most == windows
+    assert hub[0][2] == split
+
+
+@pytest.mark.parametrize("source", ["wikitext", "c4", "ptb"])
+def test_a_model_is_never_pruned_on_the_text_that_evaluates_it(hub, source):
+    assert text.load_text(source).startswith("train 0")
+
+
+def test_a_file_called_like_a_data_set_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4").write_text("mine")
+    assert text.load_evaluation_text("c4") == ("mine", None)
+
+
+def test_special_tokens_stand_once_around_the_text(llama):
+    tokenizer = text.load_tokenizer(llama)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    plain = text.tokenize(tokenizer, "The river. The mill.")
+    assert plain[0] != 0
+    assert text.tokenize(tokenizer, "The river. The mill.", special=True).tolist() == [
+        0,
+        *plain.tolist(),
+    ]

@@ -140,6 +140,14 @@ class Session:
             if name.startswith("past_key_values.")
         }
 
+    def mark(self) -> tuple[int, dict[str, np.ndarray]]:
+        """The cache as it is, for `back`: a step makes new arrays and leaves these alone."""
+        return self.count, dict(self.past)
+
+    def back(self, state: tuple[int, dict[str, np.ndarray]]) -> None:
+        """Return to what `mark` gave."""
+        self.count, self.past = state[0], dict(state[1])
+
     def _run(self, tokens: list[int]) -> np.ndarray:
         """Run `tokens` in every row; return the logits [n, vocab] of the first."""
         step, total = len(tokens), self.count + len(tokens)

@@ -98,6 +98,25 @@ def test_requests_after_a_death_are_errors_too(tmp_path: Path) -> None:
                 engine.request("decode", prompt=[1], steps=1, warmup=0)
 
 
+def test_continuations_are_scored_token_by_token(tmp_path: Path) -> None:
+    norm = np.log(np.e + 9)  # logits are 1 at the successor, else 0
+    with EngineProcess("fake", fake(tmp_path, vocab=10)) as engine:
+        answer = engine.request(
+            "continuations", context=[3, 4], targets=[[5], [6], [5, 6, 7], [5, 6, 8], [1, 2]]
+        )
+    likely, other = 1 - norm, -norm
+    wanted = [[likely], [other], [likely] * 3, [likely, likely, other], [other, likely]]
+    for found, expected in zip(answer["logprobs"], wanted, strict=True):
+        assert found == pytest.approx(expected)
+    assert answer["greedy"] == [True, False, True, False, False]
+
+
+def test_greedy_goes_on_from_its_cache(tmp_path: Path) -> None:
+    with EngineProcess("fake", fake(tmp_path, vocab=8)) as engine:
+        assert engine.request("greedy", tokens=[1, 2], count=2)["tokens"] == [3, 4]
+        assert engine.request("greedy", tokens=[4], count=2, fresh=False)["tokens"] == [5, 6]
+
+
 def test_an_unknown_operation_is_an_error(tmp_path: Path) -> None:
     with (
         EngineProcess("fake", fake(tmp_path)) as engine,

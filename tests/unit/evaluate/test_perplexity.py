@@ -1,11 +1,18 @@
+import collections
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
+from owl_deploy.artefact import read_manifest, write_json
+from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
-from owl_deploy.evaluate.perplexity import from_nll, perplexity
+from owl_deploy.evaluate.perplexity import fits, from_nll, perplexity, windows_of
+from owl_deploy.hardware import Hardware
 from owl_deploy.text import load_tokenizer
 from tests import tiny
 
@@ -18,6 +25,75 @@ def test_equals_the_loss_of_transformers_window_by_window(llama, text_file):
         losses = [model(part.unsqueeze(0), labels=part.unsqueeze(0)).loss.item() for part in ids]
     assert found.value == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
     assert (found.windows, found.window, found.tokens) == (3, 300, 897)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_a_block_at_a_time_equals_the_whole_model(tmp_path, text_file, family):
+    model = tiny.write_model(family, tmp_path / "model")
+    options = {"window": 300, "limit": 3}
+    whole = perplexity(model, str(text_file), **options, blockwise=False)
+    streamed = perplexity(model, str(text_file), **options, blockwise=True)
+    assert streamed.value == pytest.approx(whole.value, rel=1e-6)
+
+
+def test_gemmas_cap_on_logits_counts(tmp_path, text_file):
+    model = tiny.write_model("gemma3_text", tmp_path / "model", final_logit_softcapping=0.5)
+    found = perplexity(model, str(text_file), window=300, limit=1)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.tensor([load_tokenizer(model)(tiny.text())["input_ids"][:300]])
+    with torch.no_grad():
+        assert found.value == pytest.approx(loaded(ids, labels=ids).loss.exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_added_up_in_float32(llama, text_file, dtype, blockwise):
+    exact = perplexity(llama, str(text_file), window=300, limit=3)
+    found = perplexity(
+        llama,
+        str(text_file),
+        window=300,
+        limit=3,
+        hardware=Hardware("cpu", dtype),
+        blockwise=blockwise,
+    )
+    assert found.value == pytest.approx(exact.value, rel=5e-3)
+    assert found.value != exact.value
+
+
+def test_blocks_stream_where_the_model_does_not_fit(llama, text_file, monkeypatch):
+    checkpoint = open_checkpoint(llama)
+    size = sum(checkpoint.read(name).numel() for name in checkpoint.files)
+    assert checkpoint.weights() == size
+    memory = collections.namedtuple("memory", "available")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(4 * size))  # bytes
+    cpu = torch.device("cpu")
+    assert fits(checkpoint, torch.bfloat16, cpu)
+    assert not fits(checkpoint, torch.float32, cpu)
+    monkeypatch.setattr("owl_deploy.evaluate.perplexity.load_model", None)  # not to be called
+    perplexity(llama, str(text_file), window=300, limit=1)
+
+
+def test_a_result_is_kept_where_owl_wrote_the_folder(llama, text_file, tmp_path):
+    ours = Path(shutil.copytree(llama, tmp_path / "model"))
+    write_json(ours / "owl.json", {"kind": "checkpoint"})
+    found = perplexity(ours, str(text_file), window=300, limit=1)
+    recorded = read_manifest(ours)["perplexity"]
+    assert (recorded["value"], recorded["dtype"]) == (found.value, "float32")
+    perplexity(llama, str(text_file), window=300, limit=1)
+    assert read_manifest(llama) == {}
+
+
+def test_a_tokenizer_that_begins_a_text_does_so_once(llama, text_file, tmp_path):
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    windows = windows_of(folder, str(text_file), 64, None)
+    assert windows[0, 0] == 0
+    assert (windows[1:] != 0).all()
 
 
 @pytest.mark.parametrize("nll", [1e6, math.inf, math.nan])

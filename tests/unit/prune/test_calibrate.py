@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from owl_deploy import hardware
+from owl_deploy.blocks import Activations
 from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.prune import hardware
-from owl_deploy.prune.calibrate import Activations, InputStatistics
+from owl_deploy.prune.calibrate import InputStatistics
 
 
 class Block(nn.Module):

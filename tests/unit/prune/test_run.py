@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from owl_deploy import recipe
 from owl_deploy.cli import app
 from owl_deploy.errors import BadInput
-from owl_deploy.prune.hardware import Hardware
+from owl_deploy.hardware import Hardware
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny

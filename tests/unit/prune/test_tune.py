@@ -6,10 +6,10 @@ import torch
 import transformers
 
 from owl_deploy import recipe
+from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.prune import tune
-from owl_deploy.prune.calibrate import Skeleton
 from owl_deploy.prune.run import Calibration, prune
 from tests import tiny
 

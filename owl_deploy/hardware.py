@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, unknown_name
-from owl_deploy.prune.calibrate import Skeleton
 
 _TOKENS_A_BATCH = 1024  # on a CPU more is no faster, and leaves the caches
 

@@ -1,0 +1,309 @@
+"""Run a model one block at a time, for what need not, or cannot, hold all of it.
+
+The model's own forward passes are used, with hooks: masks, positions and rotary tables are made by
+the model, never by hand, so that every architecture and version is right by construction.
+"""
+
+import contextlib
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.errors import BadInput
+from owl_deploy.families import Family, family_of
+
+_LOGIT_ROWS = 256  # rows of logits at once: 2048 x 150,000 words in float32 would be 1.2 GB
+
+
+class Seen(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
+class Skeleton:
+    """A model without weights, whose parts are filled from a checkpoint while they are needed.
+
+    `blocks`: the decoder blocks, on the meta device until `load_block`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.family: Family = family_of(checkpoint.config)
+        self.model: Any = _empty_model(checkpoint, dtype)
+        self.blocks: list[nn.Module] = list(self._module_list())
+
+    def block_name(self, index: int) -> str:
+        """The dotted name of block `index`, as in the checkpoint: model.layers.3."""
+        return f"{self.family.blocks}.{index}"
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The Linears of block `index`, by their names within the block, in model order."""
+        return {
+            name: module
+            for name, module in self.blocks[index].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    @contextlib.contextmanager
+    def loaded(
+        self, name: str, weights: dict[str, torch.Tensor] | None = None
+    ) -> Iterator[nn.Module]:
+        """The module `name` on the device, in the computing dtype, for as long as the block runs.
+
+        Its tensors come from the checkpoint, or are `weights`, keyed as in its state_dict.
+        """
+        module = self.model.get_submodule(name)
+        stored = self.family.renamed.get(name, name)
+        tensors = self.checkpoint.read_module(stored) if weights is None else weights
+        state = {key: value.to(self.device, self.dtype) for key, value in tensors.items()}
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise BadInput(
+                f"The weights of {name} do not fit config.json: {_first_line(error)}",
+                "The checkpoint is incomplete or of another model: get it again.",
+            ) from error
+        module.to(self.device)
+        try:
+            yield module
+        finally:
+            _release(module)
+
+    @torch.no_grad()
+    def embed(self, windows: torch.Tensor, batch: int, scratch: Path) -> "Activations":
+        """What enters the first block for `windows` [samples, length], and each one's arguments.
+
+        `batch` windows at a time; `scratch` is a folder for states that memory does not hold.
+        """
+        backbone = self.model.get_submodule(self.family.backbone)
+        with contextlib.ExitStack() as stack:
+            for name in self.family.embeddings:
+                stack.enter_context(self.loaded(name))
+            _move_buffers(backbone, self.device)
+            # All windows have one length and no padding: one look at the arguments serves them all.
+            first, arguments = self._first_hidden(backbone, windows[:1])
+            shape = (len(windows), *first.shape[1:])
+            hidden = _room_for(shape, first.dtype, self.device, scratch)
+            for start in range(0, len(windows), batch):
+                part = slice(start, start + batch)
+                hidden[part] = self._first_hidden(backbone, windows[part])[0].to(hidden.device)
+        return Activations(hidden, arguments, batch, self.device)
+
+    @torch.no_grad()
+    def losses(self, windows: torch.Tensor, states: Sequence["Activations"]) -> list[float]:
+        """The loss of each of `states`, what left the last block for `windows`, in nats a token.
+
+        The model itself turns them into logits: its blocks are replaced by one that gives them.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(_release, self.model)  # a tied head, too
+            for name in self._outside_blocks():
+                stack.enter_context(self.loaded(name))
+            self.model.tie_weights()
+            _move_buffers(self.model, self.device)
+            return [self._loss(windows, state) for state in states]
+
+    def _outside_blocks(self) -> list[str]:
+        """The modules outside the blocks that have weights of their own (a tied head has none)."""
+        found = {
+            name.rpartition(".")[0]
+            for name, _ in self.model.named_parameters()
+            if not name.startswith(f"{self.family.blocks}.")
+        }
+        return [n for n in sorted(found) if self.checkpoint.names(self.family.renamed.get(n, n))]
+
+    def _loss(self, windows: torch.Tensor, state: "Activations") -> float:
+        total = 0.0
+        for ids, hidden in zip(windows.to(self.device), state.hidden, strict=True):
+            given = _Given(hidden.unsqueeze(0).to(self.device))
+            with self._blocks_replaced([given] * len(self.blocks)):
+                total += window_nll(self.model, ids)
+        return total / (len(windows) * (windows.shape[1] - 1))
+
+    def _first_hidden(
+        self, backbone: nn.Module, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        recorders = [_Recorder() for _ in self.blocks]
+        recorders[-1].last = True
+        with self._blocks_replaced(recorders), contextlib.suppress(Seen):
+            backbone(input_ids=ids.to(self.device), use_cache=False)
+        hidden = recorders[0].hidden
+        assert hidden is not None
+        return hidden, [recorder.arguments for recorder in recorders]
+
+    @contextlib.contextmanager
+    def _blocks_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+        parent, _, attribute = self.family.blocks.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        real = getattr(owner, attribute)
+        setattr(owner, attribute, _keep_attributes(real, stand_ins))
+        try:
+            yield
+        finally:
+            setattr(owner, attribute, real)
+
+    def _module_list(self) -> nn.ModuleList:
+        modules = self.model.get_submodule(self.family.blocks)
+        assert isinstance(modules, nn.ModuleList)
+        return modules
+
+
+class Activations:
+    """The hidden states between two blocks, [samples, length, width], changed in place.
+
+    They lie on the device, in memory, or in a mapped file; `batch` samples at a time go through a
+    block. `arguments`: what the model gives each block besides (masks, rotary tables), by block.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        arguments: list[dict[str, Any]],
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        self.hidden, self.arguments, self.batch, self.device = hidden, arguments, batch, device
+
+    def copy(self) -> "Activations":
+        """The same states, to be changed by another pass."""
+        return Activations(self.hidden.clone(), self.arguments, self.batch, self.device)
+
+    @torch.no_grad()
+    def through(
+        self, block: nn.Module, index: int, advance: Callable[[float], None], *, keep: bool
+    ) -> None:
+        """Run every sample through `block`; with `keep` its outputs become the new hidden states.
+
+        Without, a hook may end a pass early with `Seen`. `advance` is called with the number of
+        samples done.
+        """
+        for start in range(0, len(self.hidden), self.batch):
+            part = slice(start, start + self.batch)
+            inputs = self.hidden[part].to(self.device)
+            if keep:
+                output = block(inputs, **self.arguments[index])
+                self.hidden[part] = output.to(self.hidden.device)
+            else:
+                with contextlib.suppress(Seen):
+                    block(inputs, **self.arguments[index])
+            advance(len(inputs))
+
+
+def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped
+    """The summed negative log-likelihood of ids[1:] given what stands before each, in nats.
+
+    `ids` [length]. Added up in float32 and more, whatever the dtype of the model.
+    """
+    hidden = model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[0][0, :-1]
+    head, cap = (
+        model.get_output_embeddings(),
+        getattr(model.config, "final_logit_softcapping", None),
+    )
+    total = 0.0
+    for rows, targets in zip(
+        torch.split(hidden, _LOGIT_ROWS), torch.split(ids[1:], _LOGIT_ROWS), strict=True
+    ):
+        logits = head(rows).float()
+        if cap is not None:  # of Gemma, between its head and its softmax
+            logits = cap * torch.tanh(logits / cap)
+        total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    return total
+
+
+def _room_for(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scratch: Path
+) -> torch.Tensor:
+    """An empty tensor on the device where half of what is free holds it, else in memory, else
+    in a file that is mapped."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if size < psutil.virtual_memory().available / 2:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=scratch, prefix="hidden-") as file:
+        # The mapping outlives the name: the space is given back with the tensor, or the process.
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
+        flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
+    return flat.view(shape)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with, and passes the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+        self.last = False
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
+        self.hidden, self.arguments = hidden, arguments
+        if self.last:
+            raise Seen
+        return hidden
+
+
+class _Given(nn.Module):
+    """Stands in for a block: gives the hidden states that it was made with."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
+        return self.hidden
+
+
+def _keep_attributes(real: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> nn.ModuleList:
+    """The stand-ins with the plain attributes by which a model chooses a block's mask."""
+    for block, stand_in in zip(real, stand_ins, strict=True):
+        for name, value in vars(block).items():
+            if isinstance(value, str | int | bool) and not hasattr(stand_in, name):
+                setattr(stand_in, name, value)
+    return nn.ModuleList(stand_ins)
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    import accelerate
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        with accelerate.init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa"
+            )
+    except Exception as error:  # a config can be wrong in any way; transformers raises many types
+        raise BadInput(
+            f"{checkpoint.folder / 'config.json'} describes no model that transformers can build "
+            f"({_first_line(error)})."
+        ) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _release(module: nn.Module) -> None:
+    """Drop the weights; the small tables beside them, which no checkpoint holds, stay."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move the small tables (rotary frequencies) that are not weights to the device."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(part, name, buffer.to(device))
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,88 @@
+"""`owl eval`: several folders side by side, by perplexity, by tasks, or by both."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from owl_deploy.errors import BadInput
+from owl_deploy.evaluate import zero_shot
+from owl_deploy.evaluate.perplexity import Perplexity, perplexity
+from owl_deploy.evaluate.zero_shot import TaskResult
+from owl_deploy.hardware import ANY_HARDWARE, Hardware
+from owl_deploy.progress import error_console
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to evaluate by: a text (SOURCE), names of tasks, or both; and on how much of them.
+
+    `window`: tokens a window of the text, and what the model sees at most of a task's; `windows`
+    and `limit`: at most so many windows, and documents of a task.
+    """
+
+    text: str | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_path: Path | None = None
+    window: int = 2048
+    windows: int | None = None
+    limit: int | None = None
+    hardware: Hardware = ANY_HARDWARE
+    blockwise: bool | None = None
+    engine: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one folder gave."""
+
+    model: str
+    perplexity: Perplexity | None
+    tasks: dict[str, TaskResult]
+
+    def to_json(self) -> dict[str, Any]:
+        """The folder, the parts of its perplexity, its tasks and their means."""
+        tasks = {name: asdict(one) for name, one in self.tasks.items()}
+        means = {name: asdict(one) for name, one in zero_shot.means(self.tasks).items()}
+        return {
+            "model": self.model,
+            **(asdict(self.perplexity) if self.perplexity else {}),
+            **({"tasks": tasks, "means": means} if tasks else {}),
+        }
+
+
+def evaluate(folders: Sequence[Path], asked: Asked) -> list[Evaluation]:
+    """Evaluate each of `folders`, checkpoints and deployments; tasks are loaded once for all.
+
+    Raises `BadInput` when nothing is asked for, and for all that cannot be read or run.
+    """
+    if asked.text is None and not asked.tasks:
+        raise BadInput("Nothing says what to evaluate by.", "Give --perplexity TEXT or --tasks.")
+    tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path) if asked.tasks else None
+    found = []
+    for folder in folders:
+        if len(folders) > 1:
+            error_console().print(f"{folder}:", highlight=False)
+        loss = None
+        if asked.text is not None:
+            loss = perplexity(
+                folder,
+                asked.text,
+                window=asked.window,
+                limit=asked.windows,
+                hardware=asked.hardware,
+                blockwise=asked.blockwise,
+                engine=asked.engine,
+            )
+        results: dict[str, TaskResult] = {}
+        if tasks is not None:
+            results = zero_shot.evaluate_tasks(
+                folder,
+                tasks,
+                limit=asked.limit,
+                window=asked.window,
+                hardware=asked.hardware,
+                engine=asked.engine,
+            )
+        found.append(Evaluation(str(folder), loss, results))
+    return found

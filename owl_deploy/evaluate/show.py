@@ -1,0 +1,65 @@
+"""What `owl eval` found, for a terminal of 80 columns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from owl_deploy.evaluate.run import Evaluation
+from owl_deploy.evaluate.zero_shot import Metric, means
+
+WIDTH = 80
+
+
+def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
+    """Print a line of perplexity for each model, and a table of tasks with a column for each."""
+    console = console or Console(width=WIDTH, highlight=False)
+    names = _names([one.model for one in found])
+    for name, one in zip(names, found, strict=True):
+        if one.perplexity:
+            loss = one.perplexity
+            console.print(
+                f"{name + ': ' if len(found) > 1 else ''}perplexity {loss.value:.4g} on "
+                f"{loss.text}: {loss.windows} windows of {loss.window} tokens, {loss.tokens} "
+                "predicted",
+                soft_wrap=True,
+            )
+    if any(one.tasks for one in found):
+        console.print(_table(names, found))
+
+
+def _table(names: Sequence[str], found: Sequence[Evaluation]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("task", "documents", "metric"):
+        table.add_column(column)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    first = found[0].tasks
+    for task, result in first.items():
+        for number, metric in enumerate(result.metrics):
+            cells = [_cell(one.tasks[task].metrics.get(metric)) for one in found]
+            again = number > 0
+            table.add_row(
+                "" if again else task, "" if again else str(result.documents), metric, *cells
+            )
+    averages = [means(one.tasks) for one in found]
+    for metric in averages[0]:
+        tasks = sum(metric in result.metrics for result in first.values())
+        cells = [_cell(own.get(metric)) for own in averages]
+        table.add_row(f"mean of {tasks}", "", metric, *cells)
+    return table
+
+
+def _cell(metric: Metric | None) -> str:
+    if metric is None:
+        return ""
+    if metric.stderr is None:
+        return f"{metric.value:.4g}"
+    return f"{metric.value:.4f} ± {metric.stderr:.4f}"
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """The folders' own names where they tell the models apart, else the whole paths."""
+    short = [Path(model).name for model in models]
+    return short if len(set(short)) == len(short) else list(models)

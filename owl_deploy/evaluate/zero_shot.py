@@ -1,0 +1,263 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, on checkpoints and on deployments as they run."""
+
+import contextlib
+import difflib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from owl_deploy.artefact import read_manifest
+from owl_deploy.cache import cache_dir
+from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.engines import EngineProcess, open_deployment
+from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.perplexity import context_for, engine_of, load_model, record
+from owl_deploy.families import family_of
+from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
+from owl_deploy.progress import bar
+from owl_deploy.text import load_tokenizer
+
+PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+_BOOTSTRAP = 1000  # draws for the standard errors that have no formula: perplexities, F1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A task's figure, with its standard error where there is one."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one task gave: `documents` of it were run, with `few_shot` examples before each.
+
+    `window`: the tokens that the model saw at most; `by`: the engine, or the dtype in PyTorch.
+    """
+
+    metrics: dict[str, Metric]
+    documents: int
+    few_shot: int
+    task_version: str
+    harness: str
+    window: int
+    by: str
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that the harness has loaded; `own` says that they are a user's, not the harness's."""
+
+    loaded: dict[str, Any]
+    own: bool
+
+
+def require_harness() -> None:
+    """Prepare the harness; raises `BadInput` where it is not installed."""
+    # Read when these are imported: a metric from the Hub would be code from the Hub.
+    os.environ.update(HF_EVALUATE_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    try:
+        import lm_eval.caching.cache
+    except ImportError as error:
+        raise BadInput(
+            "Tasks are run by lm-evaluation-harness, which is not installed.",
+            "Run: pip install 'owl-deploy[eval]'",
+        ) from error
+    for name in ("lm_eval", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Built requests are kept by task name alone, so each version of the harness has its folder.
+    folder = cache_dir() / "eval" / f"requests-{version('lm_eval')}"
+    lm_eval.caching.cache.PATH = str(folder)
+
+
+def load_tasks(names: Sequence[str], path: Path | None = None) -> Tasks:
+    """The tasks called `names`, with their data; "paper" is the paper's seven.
+
+    `path`: a folder with task files (YAML) of one's own. Raises `BadInput` for a name that is
+    unknown, with near ones, and for data that cannot be had.
+    """
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    if path is not None and not path.is_dir():
+        raise BadInput(f"There is no folder {path}.", "Give one with task files (YAML).")
+    wanted = list(
+        dict.fromkeys(one for name in names for one in (PAPER if name == "paper" else (name,)))
+    )
+    if not wanted:
+        raise BadInput("--tasks names no task.")
+    with bar("Reading the harness's tasks", 1) as advance:
+        manager = TaskManager(include_path=path and str(path), include_defaults=False)
+        own = all(name in manager.all_tasks for name in wanted)
+        if not own:  # reading some ten thousand files takes seconds
+            manager = TaskManager(include_path=path and str(path))
+        advance(1)
+    for name in wanted:
+        if name not in manager.all_tasks:
+            raise _unknown(name, manager.all_tasks)
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    with bar("Loading the tasks' data", len(wanted)) as advance:
+        for name in wanted:
+            for key, found in _load(manager, name).items():
+                loaded[key] |= found
+            advance(1)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # the harness's own
+    return Tasks(loaded, own or path is not None)
+
+
+def _unknown(name: str, known: Sequence[str]) -> BadInput:
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
+    hint = (
+        f"Near it: {', '.join(near)}."
+        if near
+        else "`lm_eval ls tasks` lists the harness's; --tasks-path adds a folder of your own."
+    )
+    return BadInput(f"Unknown task {name!r}.", hint)
+
+
+def _load(manager: Any, name: str) -> dict[str, Any]:  # noqa: ANN401 - the harness has no types
+    try:
+        found: dict[str, Any] = manager.load([name])
+    except Exception as error:  # no network, no such file, a wrong YAML: many types
+        raise BadInput(
+            f"The data of the task {name!r} cannot be had ({_first_line(error)}).",
+            "The harness's come from the Hugging Face Hub: run it once where there is a network.",
+        ) from error
+    return found
+
+
+def evaluate_tasks(
+    folder: Path,
+    tasks: Tasks,
+    *,
+    limit: int | None = None,
+    window: int = 2048,
+    hardware: Hardware = ANY_HARDWARE,
+    engine: str | None = None,
+) -> dict[str, TaskResult]:
+    """Run `tasks` on a checkpoint, or on a deployment as it runs; results by task name.
+
+    `limit`: only so many documents of each. `window`: what the model sees at most; longer contexts
+    are cut on the left. `hardware` is for checkpoints, `engine` for deployments. The manifest of a
+    folder that owl wrote records the results. Raises `BadInput` for what cannot be run.
+    """
+    if limit is not None and limit < 1:
+        raise BadInput("--limit must be at least 1.")
+    if window < 2:
+        raise BadInput("--window is too small.", "A window needs two tokens at least.")
+    from lm_eval.evaluator import evaluate
+
+    with _opened(folder, window, hardware, engine) as (model, by, seen):
+        try:
+            found = evaluate(
+                lm=model,
+                task_dict=tasks.loaded,
+                limit=limit,
+                cache_requests=not tasks.own,  # one's own files change under the same name
+                bootstrap_iters=_BOOTSTRAP,
+                log_samples=False,
+            )
+        except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
+            raise BadInput(
+                f"The harness could not run these tasks on {folder} ({_first_line(error)}).",
+                "Is --window large enough for their continuations?",
+            ) from error
+    results = {
+        name: TaskResult(
+            metrics=_metrics(name, row),
+            documents=int(row["sample_len"]),
+            few_shot=int(found["n-shot"].get(name) or 0),
+            task_version=str(found["versions"].get(name)),
+            harness=version("lm_eval"),
+            window=seen,
+            by=by,
+        )
+        for name, row in found["results"].items()
+        if name in tasks.loaded["tasks"]
+    }
+    earlier = read_manifest(folder).get("tasks", {})
+    record(folder, "tasks", earlier | {name: asdict(one) for name, one in results.items()})
+    return results
+
+
+@contextlib.contextmanager
+def _opened(
+    folder: Path, window: int, hardware: Hardware, engine: str | None
+) -> Iterator[tuple[Any, str, int]]:
+    """The folder as a model of the harness; what computes it; how many tokens it sees."""
+    if read_manifest(folder).get("kind") == "deployment":
+        from owl_deploy.evaluate.harness import DeploymentLM
+
+        name = engine_of(open_deployment(folder), engine)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        seen = min(window, config.get("max_position_embeddings") or window)
+        tokenizer = load_tokenizer(folder)
+        context = context_for(name, seen)
+        with EngineProcess(name, folder, context=context, all_logits=True) as process:
+            yield DeploymentLM(process, tokenizer, seen), name, seen
+        return
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint = open_checkpoint(folder)
+    family_of(checkpoint.config)
+    device = find_device(hardware.device)
+    dtype = find_dtype(hardware.dtype, checkpoint, device)
+    seen = min(window, checkpoint.config.get("max_position_embeddings") or window)
+    batch = 1 if hardware.batch_size is None else hardware.batch_size
+    if batch < 1:
+        raise BadInput("--batch-size must be at least 1.")
+    model = HFLM(
+        pretrained=load_model(checkpoint, dtype, device),
+        tokenizer=load_tokenizer(checkpoint.folder),
+        max_length=seen,
+        batch_size=batch,
+        softmax_dtype="float32",
+    )
+    yield model, str(dtype).removeprefix("torch."), seen
+
+
+def _metrics(task: str, row: Mapping[str, Any]) -> dict[str, Metric]:
+    """The figures of one task, from keys such as "acc,none" and "acc_stderr,none"."""
+    found = {}
+    for key, value in row.items():
+        name, _, chosen = key.partition(",")
+        if not chosen or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value):
+            raise BadInput(
+                f"{name} of the task {task!r} is {value}, which no model has.",
+                "Its weights are damaged, or its engine computes wrongly.",
+            )
+        stderr = row.get(f"{name}_stderr,{chosen}")
+        label = name if chosen == "none" else f"{name} ({chosen})"
+        known = isinstance(stderr, int | float) and math.isfinite(stderr)
+        found[label] = Metric(float(value), float(stderr) if known and stderr is not None else None)
+    return found
+
+
+def means(results: Mapping[str, TaskResult]) -> dict[str, Metric]:
+    """Of each accuracy that two tasks at least have: its mean over those tasks."""
+    found = {}
+    for name in ("acc", "acc_norm"):
+        own = [one.metrics[name] for one in results.values() if name in one.metrics]
+        if len(own) > 1:
+            errors = [metric.stderr for metric in own if metric.stderr is not None]
+            whole = len(errors) == len(own)
+            stderr = math.sqrt(sum(error**2 for error in errors)) / len(own) if whole else None
+            found[name] = Metric(sum(metric.value for metric in own) / len(own), stderr)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    words = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -1,0 +1,236 @@
+"""`owl eval --tasks`: the harness's own class for checkpoints, and our adapter for deployments."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from owl_deploy import engines
+from owl_deploy.artefact import read_manifest
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.evaluate import zero_shot
+from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.export.targets import export
+from owl_deploy.runtime import library_path
+from owl_deploy.text import load_tokenizer
+from tests import tiny
+
+harness = pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
+
+TASKS = Path("tests/tasks")
+NAMES = ("owl_sentences", "owl_texts", "owl_endings")
+WINDOW = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    """Nothing of these tests stays in the user's caches."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_shot, "cache_dir", lambda: folder)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_llama(
+        tmp_path_factory.mktemp("tasks") / "model", hidden_size=128, intermediate_size=336
+    )
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory, checkpoint):
+    """Made at the first use, once for each target."""
+    folder = tmp_path_factory.mktemp("deployments")
+
+    def made(target):
+        if not (folder / target).exists():
+            options = {"values": "fp32"} if target == "owl" else {}
+            export(checkpoint, folder / target, target=target, **options)
+        return folder / target
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return zero_shot.load_tasks(NAMES, TASKS)
+
+
+def responses(tasks):
+    """What the model answered in the last run: per task, each request with its response."""
+    return {
+        name: [(one.args, one.resps[0]) for one in task.instances]
+        for name, task in tasks.loaded["tasks"].items()
+    }
+
+
+def missing(target, engine):
+    if engine == "deepsparse" and not engines.is_installed("deepsparse"):
+        return "owl engines install deepsparse"
+    try:
+        library_path() if target == "owl" else None
+    except EnvironmentFailed as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("target", "engine"),
+    [
+        ("onnxruntime", None),
+        ("owl", None),
+        ("deepsparse", None),
+        ("deepsparse", "deepsparse"),
+    ],
+)
+def test_a_deployment_answers_as_the_checkpoint(checkpoint, deployment, tasks, target, engine):
+    if reason := missing(target, engine):
+        pytest.skip(reason)
+    wanted = zero_shot.evaluate_tasks(checkpoint, tasks, window=WINDOW)
+    by_torch = responses(tasks)
+    folder = deployment(target)
+    found = zero_shot.evaluate_tasks(folder, tasks, window=WINDOW, engine=engine)
+    by_engine = responses(tasks)
+
+    assert by_torch.keys() == by_engine.keys() == set(NAMES)
+    for (request, expected), (same, answer) in zip(
+        by_torch["owl_sentences"], by_engine["owl_sentences"], strict=True
+    ):
+        assert request == same
+        assert answer[0] == pytest.approx(expected[0], abs=1e-3)
+        assert answer[1] == expected[1]
+    for (_, expected), (_, answer) in zip(
+        by_torch["owl_texts"], by_engine["owl_texts"], strict=True
+    ):
+        assert answer == pytest.approx(expected, abs=1e-3)
+    assert by_torch["owl_endings"] == by_engine["owl_endings"]
+    for name in NAMES:
+        assert found[name].documents == wanted[name].documents
+        for metric, value in wanted[name].metrics.items():
+            assert found[name].metrics[metric].value == pytest.approx(value.value, rel=1e-4)
+    assert found["owl_sentences"].metrics["acc"] == wanted["owl_sentences"].metrics["acc"]
+
+    recorded = read_manifest(folder)["tasks"]["owl_sentences"]
+    assert recorded["by"] == (engine or ("onnxruntime" if target == "deepsparse" else target))
+    assert recorded["metrics"]["acc"]["value"] == found["owl_sentences"].metrics["acc"].value
+    assert (recorded["window"], recorded["documents"]) == (WINDOW, 10)
+
+
+def test_the_context_is_cut_and_empty_somewhere(checkpoint):
+    """Or the test above would say nothing of these."""
+    rows = [json.loads(line) for line in (TASKS / "sentences.json").read_text().splitlines()]
+    lengths = [len(load_tokenizer(checkpoint)(row["start"])["input_ids"]) for row in rows]
+    assert min(lengths) == 0
+    assert max(lengths) > WINDOW
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "deepsparse"])
+def test_perplexity_of_a_deployment_is_the_checkpoints(checkpoint, deployment, text_file, engine):
+    if reason := missing("deepsparse", engine):
+        pytest.skip(reason)
+    folder = deployment("deepsparse" if engine == "deepsparse" else "onnxruntime")
+    options = {"window": 128, "limit": 4}
+    wanted = checkpoint_perplexity(checkpoint, str(text_file), **options)
+    found = deployment_perplexity(folder, str(text_file), **options, engine=engine)
+    assert found.value == pytest.approx(wanted.value, rel=1e-3)
+    assert read_manifest(folder)["perplexity"]["engine"] == engine
+
+
+def test_the_command_line_shows_models_side_by_side(owl, checkpoint, deployment, text_file):
+    folder = deployment("onnxruntime")
+    arguments = ("eval", checkpoint, folder, "--tasks", "owl_sentences,owl_texts")
+    arguments += ("--tasks-path", TASKS, "--limit", 4, "-p", text_file, "--window", 64)
+    code, out, err = owl(*arguments, "--windows", 2, "--batch-size", 3)
+    assert code == 0, err
+    assert "model: perplexity" in out
+    assert "onnxruntime: perplexity" in out
+    (accuracy,) = (line.split() for line in out.splitlines() if line.startswith("owl_sentences"))
+    assert accuracy[:3] == ["owl_sentences", "4", "acc"]
+    assert accuracy[3:6] == accuracy[6:9]
+    assert accuracy[4] == "±"
+    assert max(map(len, out.splitlines()[2:])) <= 80
+    code, out, err = owl(*arguments, "--windows", 2, "--json")
+    assert code == 0, err
+    first, second = json.loads(out)["models"]
+    assert first["tasks"]["owl_texts"]["documents"] == 4
+    assert second["value"] == pytest.approx(first["value"], rel=1e-3)
+
+
+def test_means_are_over_the_tasks_that_have_the_metric():
+    def result(**metrics):
+        return zero_shot.TaskResult(metrics, 10, 0, "1", "0", 64, "float32")
+
+    found = zero_shot.means(
+        {
+            "a": result(acc=zero_shot.Metric(0.5, 0.3), acc_norm=zero_shot.Metric(1.0, 0.1)),
+            "b": result(acc=zero_shot.Metric(0.7, 0.4), word_perplexity=zero_shot.Metric(9, None)),
+        }
+    )
+    assert found.keys() == {"acc"}
+    assert found["acc"].value == pytest.approx(0.6)
+    assert found["acc"].stderr == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ([], "Nothing says what to evaluate by"),
+        (["--tasks", "owl_sentence"], "Unknown task 'owl_sentence'. Near it: owl_sentences"),
+        (["--tasks", "owl_sentences", "--limit", "0"], "--limit must be at least 1"),
+        (["--tasks", "owl_sentences", "--window", "1"], "--window is too small"),
+        (["--tasks", "owl_sentences", "--window", "2"], "Is --window large enough"),
+        (["--tasks", "owl_sentences", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--tasks", "owl_sentences", "--dtype", "float8"], "Unknown dtype"),
+        (["--tasks", ","], "Nothing says"),
+        (["--tasks", "broken"], "The data of the task 'broken' cannot be had"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_sentence(
+    owl, checkpoint, tmp_path, monkeypatch, options, complaint
+):
+    # Reading the harness's own ten thousand files for a name that is unknown takes seconds.
+    own = functools.partial(harness.TaskManager, include_defaults=False)
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", lambda include_path, **_: own(None, include_path)
+    )
+    broken = (TASKS / "texts.yaml").read_text().replace("owl_texts", "broken")
+    (tmp_path / "broken.yaml").write_text(broken.replace("texts.json", "no.json"))
+    for name in ("sentences", "texts"):
+        (tmp_path / f"{name}.yaml").write_text((TASKS / f"{name}.yaml").read_text())
+    code, _, err = owl("eval", checkpoint, *options, "--tasks-path", tmp_path)
+    assert (code, complaint in err) == (2, True), err
+
+
+def test_an_engine_that_does_not_open_the_deployment(owl, deployment):
+    folder = deployment("onnxruntime")
+    code, _, err = owl(
+        *("eval", folder, "--tasks", "owl_texts", "--tasks-path", TASKS, "-e", "deepsparse")
+    )
+    assert (code, "was exported for onnxruntime" in err) == (2, True), err
+
+
+def test_the_papers_tasks_are_the_harnesss_and_need_the_hub(monkeypatch):
+    """Their names are known; where there is no network, one sentence says so."""
+
+    def refuse(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    folder = Path(harness.__file__).parent
+    parts = ("super_glue", "glue", "hellaswag", "winogrande", "arc", "openbookqa")
+    paths = [folder / one for one in parts]
+    known = harness.TaskManager(include_defaults=False, include_path=paths)
+    assert set(zero_shot.PAPER) <= set(known.all_tasks)
+    monkeypatch.setattr(harness, "TaskManager", lambda **_: known)
+    with pytest.raises(BadInput, match=r"'boolq' cannot be had.*Couldn't reach.*Hub: run it once"):
+        zero_shot.load_tasks(["paper"])
+
+
+def test_without_the_harness(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.caching.cache", None)
+    with pytest.raises(BadInput, match=r"owl-deploy\[eval\]"):
+        zero_shot.load_tasks(["paper"])

@@ -1,0 +1,137 @@
+"""The adapter for the harness, against figures worked out by hand with the fake engine.
+
+Its logits are 1 at the successor of a token, of ten, and 0 elsewhere.
+"""
+
+import json
+import math
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from owl_deploy.engines import EngineProcess
+from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.harness import DeploymentLM
+
+LIKELY, OTHER = 1 - math.log(math.e + 9), -math.log(math.e + 9)
+
+
+class Digits:
+    """A tokenizer whose tokens are the digits of a text; 0 begins one and 9 ends it."""
+
+    bos_token_id, eos_token_id = 0, 9
+
+    def encode(self, text, add_special_tokens):
+        return [0] * add_special_tokens + [int(letter) for letter in text]
+
+    def decode(self, tokens, skip_special_tokens=False):
+        tokens = [tokens] if isinstance(tokens, int) else tokens
+        return "".join(str(t) for t in tokens if not (skip_special_tokens and t in (0, 9)))
+
+
+def asked(kind, *arguments):
+    return Instance(kind, {}, arguments, 0)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    (tmp_path / "fake.json").write_text(json.dumps({"vocab": 10}))
+    with EngineProcess("fake", tmp_path, all_logits=True) as process:
+        requests = []
+        ask = process.request
+
+        def note(operation, **rest):
+            requests.append(rest)
+            return ask(operation, **rest)
+
+        process.request = note
+
+        def model(max_length=8):
+            return DeploymentLM(process, Digits(), max_length)
+
+        yield model, requests
+
+
+def test_sums_and_the_greedy_flag(opened):
+    model, requests = opened
+    pairs = [("12", "3"), ("12", "345"), ("12", "346"), ("3", "4"), ("12", "8")]
+    found = model().loglikelihood([asked("loglikelihood", *pair) for pair in pairs])
+    assert [value for value, _ in found] == pytest.approx(
+        [LIKELY, 3 * LIKELY, 2 * LIKELY + OTHER, LIKELY, OTHER]
+    )
+    assert [greedy for _, greedy in found] == [True, True, False, True, False]
+    assert [asking["context"] for asking in requests] == [[0, 1, 2], [0, 3]]  # each is read once
+
+
+def test_an_empty_context_is_the_beginning_of_a_text(opened):
+    model, requests = opened
+    ((value, greedy),) = model().loglikelihood([asked("loglikelihood", "", "12")])
+    assert (value, greedy) == (pytest.approx(2 * LIKELY), True)
+    assert requests[0]["context"] == [0]
+    # A continuation that begins with BOS brings its context itself, as the harness has it.
+    model().loglikelihood([asked("loglikelihood", "", "012")])
+    assert requests[1] == {"context": [0], "targets": [[1, 2]]}
+
+
+def test_a_long_context_is_cut_on_the_left(opened):
+    model, requests = opened
+    model(4).loglikelihood(
+        [asked("loglikelihood", "12345", "67"), asked("loglikelihood", "1", "2")]
+    )
+    # 4 tokens are read, of which the last predicts 7, itself never read.
+    assert requests[0] == {"context": [3, 4, 5], "targets": [[6, 7]]}
+    assert requests[1] == {"context": [0, 1], "targets": [[2]]}
+    with pytest.raises(BadInput, match="has 5 tokens, and the model is to see 4"):
+        model(4).loglikelihood([asked("loglikelihood", "1", "23456")])
+
+
+def test_a_text_is_rolled_over_with_each_token_predicted_once(opened):
+    model, requests = opened
+    texts = ["123456", "13"]
+    found = model(4).loglikelihood_rolling([asked("loglikelihood_rolling", one) for one in texts])
+    # BOS stands before the text's own BOS: 0 | 0 1 2 3, then 3 | 4 5 6.
+    assert found == pytest.approx([OTHER + 6 * LIKELY, 2 * OTHER + LIKELY])
+    predicted = [token for asking in requests for target in asking["targets"] for token in target]
+    assert sorted(predicted) == sorted([0, 1, 2, 3, 4, 5, 6, 0, 1, 3])
+    assert all(len(a["context"] + a["targets"][0]) <= 5 for a in requests)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"until": ["6"], "max_gen_toks": 30}, "345"),
+        ({"until": ["0"], "max_gen_toks": 2}, "34"),
+        ({"until": [], "max_gen_toks": 30}, "345678"),  # 9 ends the text
+    ],
+)
+def test_generation_ends(opened, options, text):
+    model, _ = opened
+    assert model(64).generate_until([asked("generate_until", "12", options)]) == [text]
+
+
+def test_generation_goes_on_over_slices(opened):
+    model, requests = opened
+    lm = model(64)
+    lm.tokenizer.eos_token_id = 10  # never comes
+    (text,) = lm.generate_until(
+        [asked("generate_until", "8", {"until": ["x"], "max_gen_toks": 36})]
+    )
+    assert text == "".join(str((9 + n) % 10) for n in range(36)).replace("0", "").replace("9", "")
+    assert [(one["tokens"], one["count"], one["fresh"]) for one in requests] == [
+        ([0, 8], 16, True),
+        ([4], 16, False),
+        ([0], 4, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"do_sample": True, "temperature": 1.0}, "samples"),
+        ({"max_gen_toks": 8}, "generates 8 tokens"),
+    ],
+)
+def test_generation_that_cannot_be(opened, options, complaint):
+    model, _ = opened
+    with pytest.raises(BadInput, match=complaint):
+        model(8).generate_until([asked("generate_until", "1", {"until": ["x"], **options})])
