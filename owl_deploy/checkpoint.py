@@ -209,6 +209,7 @@ def shards(
     weight_map = {}
     for number, (path, names) in enumerate(parts, start=1):
         final = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        (folder / final).unlink(missing_ok=True)  # renaming a link onto its own file does nothing
         path.rename(folder / final)
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

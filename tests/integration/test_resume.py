@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from owl_deploy import recipe
+from owl_deploy import checkpoint, recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.prune import store
 from owl_deploy.prune.run import Calibration, prune
@@ -20,11 +20,12 @@ import os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from owl_deploy import recipe
+from owl_deploy import checkpoint, recipe
 from owl_deploy.prune import store
 from owl_deploy.prune.run import Calibration, prune
 
-model, output, text, method, moment, resume = sys.argv[1:]
+model, output, text, method, moment, resume = sys.argv[1:7]
+checkpoint.SHARD_BYTES = int(sys.argv[7])
 name, count = moment.split(":")
 original, calls = getattr(store.Store, name), 0
 
@@ -43,7 +44,7 @@ prune(model, Path(output), settings, calibration, tune_allocation=True, resume=b
 
 
 def killed(model, output, text, method, moment, resume=""):
-    arguments = [model, output, text, method, moment, resume]
+    arguments = [model, output, text, method, moment, resume, checkpoint.SHARD_BYTES]
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AFTER, *map(str, arguments)],
         capture_output=True,
@@ -59,8 +60,18 @@ def model(tmp_path_factory):
     return tiny.write_llama(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=4)
 
 
+def weights(folder):
+    """All tensors of a checkpoint, of one file or of several."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, 30_000])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_a_killed_run_resumes_to_the_same_weights(model, text_file, tmp_path, method):
+def test_a_killed_run_resumes_to_the_same_weights(
+    model, text_file, tmp_path, method, shard_bytes, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
     settings = recipe.settings(method=method, sparsity=0.6)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     prune(model, tmp_path / "whole", settings, calibration, tune_allocation=True)
@@ -75,7 +86,8 @@ def test_a_killed_run_resumes_to_the_same_weights(model, text_file, tmp_path, me
     assert sorted(path.name for path in out.iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir()
     )
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    whole, resumed = (weights(tmp_path / name) for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
     assert all(whole[name].equal(resumed[name]) for name in whole)
     recipes = [(tmp_path / name / "recipe.yaml").read_text() for name in ("whole", "out")]
     assert recipes[0] == recipes[1]
