@@ -19,7 +19,7 @@ from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_batch, find_device, find_dtype
-from owl_deploy.progress import bar
+from owl_deploy.progress import bar, error_console
 from owl_deploy.text import evaluation_windows, load_evaluation_text, load_tokenizer, tokenize
 
 
@@ -182,9 +182,16 @@ def context_for(engine: str, tokens: int) -> int:
 
 
 def record(folder: Path, key: str, value: dict[str, Any]) -> None:
-    """Keep a result in the manifest of `folder`, if that is an artefact of ours."""
-    if is_artefact(folder):
+    """Keep a result in the manifest of `folder`, if that is an artefact of ours.
+
+    A folder that cannot be written costs a remark, not the result.
+    """
+    if not is_artefact(folder):
+        return
+    try:
         write_json(folder / MANIFEST, read_manifest(folder) | {key: value})
+    except OSError as error:
+        error_console().print(f"{folder} does not keep the result ({error}).", highlight=False)
 
 
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:

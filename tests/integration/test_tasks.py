@@ -31,7 +31,7 @@ def caches(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero_shot, "cache_dir", lambda: folder)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
-        yield
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,18 @@ def test_perplexity_of_a_deployment_is_the_checkpoints(checkpoint, deployment, t
     found = deployment_perplexity(folder, str(text_file), **options, engine=engine)
     assert found.value == pytest.approx(wanted.value, rel=1e-3)
     assert read_manifest(folder)["perplexity"]["engine"] == engine
+
+
+def test_requests_are_built_once_for_the_harnesss_own_tasks(checkpoint, caches, tasks, monkeypatch):
+    theirs = zero_shot.Tasks(tasks.loaded, own=False)
+    first = zero_shot.evaluate_tasks(checkpoint, theirs, window=WINDOW)
+    (folder,) = (caches / "eval").iterdir()
+    assert len(list(folder.iterdir())) == len(NAMES)
+    for task in tasks.loaded["tasks"].values():
+        monkeypatch.setattr(task, "fewshot_context", None)  # what builds them
+    again = zero_shot.evaluate_tasks(checkpoint, theirs, window=WINDOW, limit=3)
+    assert again["owl_texts"].documents == 3
+    assert zero_shot.evaluate_tasks(checkpoint, theirs, window=WINDOW) == first
 
 
 def test_the_command_line_shows_models_side_by_side(owl, checkpoint, deployment, text_file):

@@ -74,7 +74,7 @@ def test_blocks_stream_where_the_model_does_not_fit(llama, text_file, monkeypatc
     perplexity(llama, str(text_file), window=300, limit=1)
 
 
-def test_a_result_is_kept_where_owl_wrote_the_folder(llama, text_file, tmp_path):
+def test_a_result_is_kept_where_owl_wrote_the_folder(llama, text_file, tmp_path, monkeypatch):
     ours = Path(shutil.copytree(llama, tmp_path / "model"))
     write_json(ours / "owl.json", {"kind": "checkpoint"})
     found = perplexity(ours, str(text_file), window=300, limit=1)
@@ -82,6 +82,12 @@ def test_a_result_is_kept_where_owl_wrote_the_folder(llama, text_file, tmp_path)
     assert (recorded["value"], recorded["dtype"]) == (found.value, "float32")
     perplexity(llama, str(text_file), window=300, limit=1)
     assert read_manifest(llama) == {}
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("owl_deploy.evaluate.perplexity.write_json", refuse)
+    assert perplexity(ours, str(text_file), window=300, limit=1) == found
 
 
 def test_a_tokenizer_that_begins_a_text_does_so_once(llama, text_file, tmp_path):
