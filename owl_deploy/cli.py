@@ -246,6 +246,9 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(help="At most so many windows; the whole text without it.")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA adapter for the checkpoint, in PEFT's format.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of a checkpoint, or of a deployment as it runs."""
@@ -253,7 +256,7 @@ def evaluate(
 
     from owl_deploy.evaluate.perplexity import perplexity as measure
 
-    result = measure(model, perplexity, window=window, limit=windows)
+    result = measure(model, perplexity, window=window, limit=windows, adapter=adapter)
     _emit(
         asdict(result),
         as_json,
@@ -262,6 +265,88 @@ def evaluate(
             f"{result.window} tokens, {result.tokens} predicted"
         ),
     )
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: a Hugging Face model folder.")],
+    output: Output,
+    text: Annotated[
+        str, typer.Option("--text", help="To train on: a file, wikitext-train, c4, hf:N:C:S:COL.")
+    ],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="lora, or masked: the weights that are left.")
+    ] = "lora",
+    merge: Annotated[
+        str | None, typer.Option(help="masked: fold LoRA's adapter in, and keep the zeros.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A dense checkpoint to learn from as well.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the teacher's and the student's logits. [1]")
+    ] = None,
+    teacher_weight: Annotated[
+        float | None, typer.Option(help="The teacher's share in the loss. [0.5]")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Steps of the optimizer. [one pass over the text]")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop then, if the steps are not over before.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its highest. [lora 1e-4, masked 2e-4]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at once.")] = 1,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 8,
+    warmup: Annotated[float, typer.Option(help="Share in which the learning rate rises.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of the order of windows, and of dropout.")] = 0,
+    block_group: Annotated[
+        int | None, typer.Option(help="masked: train so many blocks at a time, to save memory.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA's. [8]")] = None,
+    alpha: Annotated[int | None, typer.Option(help="LoRA's. [16]")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA's. [0.05]")] = None,
+    target_module: Annotated[
+        list[str] | None, typer.Option(help="A layer for LoRA; repeat. [q_proj, v_proj]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="To compute in: auto, float32 or bfloat16; it trains float32.")
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a sparse checkpoint, or an adapter for it, so that it wins quality back."""
+    from owl_deploy.finetune.run import finetune as run
+    from owl_deploy.finetune.show import show
+
+    values = {
+        "method": method,
+        "merge": merge,
+        "temperature": temperature,
+        "teacher_weight": teacher_weight,
+        "max_steps": max_steps,
+        "max_minutes": max_minutes,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "gradient_accumulation": gradient_accumulation,
+        "warmup": warmup,
+        "seed": seed,
+        "block_group": block_group,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": tuple(target_module) if target_module else None,
+        "dtype": dtype,
+    }
+    manifest = run(checkpoint, output, text, values, teacher=teacher, force=force, resume=resume)
+    _emit(manifest, as_json, lambda: show(manifest, str(output)))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from owl_deploy.adapter import with_adapter
 from owl_deploy.artefact import MANIFEST, read_manifest, write_json
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines.deployment import open_deployment
@@ -64,7 +65,12 @@ def from_nll(text: str, nll: float, windows: torch.Tensor) -> Perplexity:
 
 
 def perplexity(
-    folder: Path, text: str, *, window: int = 2048, limit: int | None = None
+    folder: Path,
+    text: str,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    adapter: Path | None = None,
 ) -> Perplexity:
     """The perplexity of a checkpoint, or of a deployment, on `text` (a SOURCE).
 
@@ -72,14 +78,23 @@ def perplexity(
     value, so that a benchmark can show it beside the speed.
     """
     if read_manifest(folder).get("kind") == "deployment":
+        if adapter is not None:
+            raise BadInput("--adapter goes with a checkpoint; a deployment is as it was exported.")
         return deployment_perplexity(folder, text, window=window, limit=limit)
-    return checkpoint_perplexity(folder, text, window=window, limit=limit)
+    return checkpoint_perplexity(folder, text, window=window, limit=limit, adapter=adapter)
 
 
 def checkpoint_perplexity(
-    folder: Path, text: str, *, window: int = 2048, limit: int | None = None
+    folder: Path,
+    text: str,
+    *,
+    window: int = 2048,
+    limit: int | None = None,
+    adapter: Path | None = None,
 ) -> Perplexity:
     """The perplexity of a checkpoint on `text` (a SOURCE), computed in float32 on CPU or CUDA.
+
+    With the LoRA adapter in the folder `adapter`, if there is one.
 
     Raises `BadInput` for a model that is not supported, or a text without one full window.
     """
@@ -94,6 +109,8 @@ def checkpoint_perplexity(
     model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, dtype=torch.float32, local_files_only=True
     ).to(device)
+    if adapter is not None:
+        model = with_adapter(model, checkpoint, adapter).get_base_model()
     nll = 0.0
     with bar("Perplexity", len(windows)) as advance, torch.inference_mode():
         for ids in windows:

@@ -1,6 +1,5 @@
 """Where a pruning computes: device, dtype and batch; and how to tell that there is no more room."""
 
-import errno
 from dataclasses import dataclass
 
 import psutil
@@ -66,17 +65,3 @@ def find_batch(given: int | None, windows: torch.Tensor | None, skeleton: Skelet
         free = psutil.virtual_memory().available
         free = min(free, 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
     return max(1, min(len(windows), int(free // 4 // max(sample, 1))))
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room; safetensors tells it in words only."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )

@@ -13,8 +13,9 @@ LAYERS = (
     ("__main__", "demo"),
     ("cli",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate"),
-    ("engines", "demo_input"),
+    ("engines", "demo_input", "adapter"),
     ("runtime", "recipe", "checkpoint", "families", "text"),
+    ("partial",),
     ("artefact", "cache", "progress"),
     ("errors", "__init__"),
 )
