@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from owl_deploy import __version__
+from owl_deploy.artefact import read_manifest
 from owl_deploy.errors import OwlError
 
 app = typer.Typer(
@@ -528,7 +529,9 @@ def sweep(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Folders or files that owl bench wrote.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="What owl bench wrote; checkpoints that owl finetune did.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path(
         "report.html"
     ),
@@ -537,8 +540,16 @@ def report(
     """Write benchmark results as one page with pictures and tables."""
     from owl_deploy.bench import read_result
     from owl_deploy.bench.report import write_report
+    from owl_deploy.finetune.picture import learning_curve_svg
+    from owl_deploy.finetune.show import caption
 
-    write_report([read_result(path) for path in results], output)
+    trained = {path: read_manifest(path).get("finetune") for path in results}
+    curves = [
+        (caption(str(path), done), learning_curve_svg(done["curve"]))
+        for path, done in trained.items()
+        if done
+    ]
+    write_report([read_result(path) for path in results if not trained[path]], output, curves)
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
 
 

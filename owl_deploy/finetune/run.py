@@ -19,6 +19,7 @@ import torch
 from owl_deploy import adapter
 from owl_deploy.artefact import MANIFEST, check_output, publish, versions, write_json
 from owl_deploy.checkpoint import shards, write_compatible
+from owl_deploy.errors import unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
@@ -86,6 +87,7 @@ class Run:
         if self.sparse_result:
             flag = "--merge masked" if settings.merge else "--method masked"
             source.refuse_dense(flag)
+        self.targets = _targets(source, settings.target_modules)
         self.windows = source.windows(text, settings.sequence_length)
         self.dtype = _computing_dtype(settings.dtype)
         # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
@@ -140,7 +142,7 @@ class Run:
             r=self.settings.rank,
             lora_alpha=self.settings.alpha,
             lora_dropout=self.settings.dropout,
-            target_modules=list(self.settings.target_modules or _query_and_value(model)),
+            target_modules=self.targets,
         )
         trainee = self._trainee(adapted)
         curve = self._train(trainee, partial, 0, 1)
@@ -311,12 +313,18 @@ def merged(source: Source, deltas: dict[str, torch.Tensor]) -> tuple[dict[str, t
     return tensors, count
 
 
-def _query_and_value(model: Any) -> list[str]:  # noqa: ANN401 - transformers is untyped
-    """The paper's targets, q_proj and v_proj, or the Linear that both are in."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if {"q_proj", "v_proj"} <= names:
-        return ["q_proj", "v_proj"]
-    return [name for name in _FUSED if name in names]
+def _targets(source: Source, asked: tuple[str, ...] | None) -> list[str]:
+    """The Linears that LoRA adapts: the paper's, q_proj and v_proj, or the one that has both."""
+    known = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for names in source.matrices.values()
+        for name in names
+    }
+    for name in asked or ():
+        if name not in known:
+            raise unknown_name("layer", name, sorted(known))
+    usual = [name for name in ("q_proj", "v_proj", *_FUSED) if name in known]
+    return list(asked or usual)
 
 
 def _computing_dtype(asked: str) -> torch.dtype:
