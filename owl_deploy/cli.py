@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from owl_deploy import __version__
+from owl_deploy.artefact import read_manifest
 from owl_deploy.errors import OwlError
 
 app = typer.Typer(
@@ -276,6 +277,9 @@ def evaluate(
     engine: Annotated[
         str | None, typer.Option("--engine", "-e", help="For deployments. [the one made for it]")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA adapter for the checkpoint, in PEFT's format.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity and tasks, of checkpoints and of deployments as they run."""
@@ -294,11 +298,94 @@ def evaluate(
         hardware=Hardware(device, dtype, batch_size),
         blockwise=blockwise,
         engine=engine,
+        adapter=adapter,
     )
     found = run(models, asked)
     records = [one.to_json() for one in found]
     whole = records[0] if len(records) == 1 else {"models": records}
     _emit(whole, as_json, lambda: show(found))
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: a Hugging Face model folder.")],
+    output: Output,
+    text: Annotated[
+        str, typer.Option("--text", help="To train on: a file, wikitext-train, c4, hf:N:C:S:COL.")
+    ],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="lora, or masked: the weights that are left.")
+    ] = "lora",
+    merge: Annotated[
+        str | None, typer.Option(help="masked: fold LoRA's adapter in, and keep the zeros.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A dense checkpoint to learn from as well.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the teacher's and the student's logits. [1]")
+    ] = None,
+    teacher_weight: Annotated[
+        float | None, typer.Option(help="The teacher's share in the loss. [0.5]")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Steps of the optimizer. [one pass over the text]")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop then, if the steps are not over before.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its highest. [lora 1e-4, masked 2e-4]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at once.")] = 1,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 8,
+    warmup: Annotated[float, typer.Option(help="Share in which the learning rate rises.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of the order of windows, and of dropout.")] = 0,
+    block_group: Annotated[
+        int | None, typer.Option(help="masked: train so many blocks at a time, to save memory.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA's. [8]")] = None,
+    alpha: Annotated[int | None, typer.Option(help="LoRA's. [16]")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA's. [0.05]")] = None,
+    target_module: Annotated[
+        list[str] | None, typer.Option(help="A layer for LoRA; repeat. [q_proj, v_proj]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="To compute in: auto, float32 or bfloat16; it trains float32.")
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a sparse checkpoint, or an adapter for it, so that it wins quality back."""
+    from owl_deploy.finetune.run import finetune as run
+    from owl_deploy.finetune.show import show
+
+    values = {
+        "method": method,
+        "merge": merge,
+        "temperature": temperature,
+        "teacher_weight": teacher_weight,
+        "max_steps": max_steps,
+        "max_minutes": max_minutes,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "gradient_accumulation": gradient_accumulation,
+        "warmup": warmup,
+        "seed": seed,
+        "block_group": block_group,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": tuple(target_module) if target_module else None,
+        "dtype": dtype,
+    }
+    manifest = run(checkpoint, output, text, values, teacher=teacher, force=force, resume=resume)
+    _emit(manifest, as_json, lambda: show(manifest, str(output)))
 
 
 @app.command()
@@ -480,7 +567,9 @@ def sweep(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Folders or files that owl bench wrote.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="What owl bench wrote; checkpoints that owl finetune did.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path(
         "report.html"
     ),
@@ -489,8 +578,16 @@ def report(
     """Write benchmark results as one page with pictures and tables."""
     from owl_deploy.bench import read_result
     from owl_deploy.bench.report import write_report
+    from owl_deploy.finetune.picture import learning_curve_svg
+    from owl_deploy.finetune.show import caption
 
-    write_report([read_result(path) for path in results], output)
+    trained = {path: read_manifest(path).get("finetune") for path in results}
+    curves = [
+        (caption(str(path), done), learning_curve_svg(done["curve"]))
+        for path, done in trained.items()
+        if done
+    ]
+    write_report([read_result(path) for path in results if not trained[path]], output, curves)
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
 
 

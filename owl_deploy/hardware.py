@@ -1,6 +1,5 @@
 """Where a pruning computes: device, dtype and batch; and how to tell that there is no more room."""
 
-import errno
 from dataclasses import dataclass
 
 import psutil
@@ -38,24 +37,27 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+def find_dtype(
+    name: str, checkpoint: Checkpoint, device: torch.device, *, exact: bool = False
+) -> torch.dtype:
     """The dtype to compute in: `auto` is the checkpoint's own where the device is fast in it.
 
-    A CPU is not in float16, nor in bfloat16 without instructions for it: float32 then. Statistics
-    and solvers use float32 in any case.
+    A CPU is not in float16, nor in bfloat16 without instructions for it: float32 then, and always
+    where `exact`, so that a result does not depend on which CPU it was.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
         stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         dtype = known.get(str(stored), torch.float32)
-        fast = device.type != "cpu" or (dtype == torch.bfloat16 and _multiplies_bfloat16())
-        return dtype if fast else torch.float32
+        if device.type == "cpu" and (exact or dtype != torch.bfloat16 or not _has_bfloat16()):
+            return torch.float32
+        return dtype
     if name not in known:
         raise unknown_name("dtype", name, ("auto", *known))
     return known[name]
 
 
-def _multiplies_bfloat16() -> bool:
+def _has_bfloat16() -> bool:
     """Whether this CPU has AVX-512 BF16 or AMX: about twice as fast as float32 then."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -77,17 +79,3 @@ def find_batch(given: int | None, windows: torch.Tensor | None, skeleton: Skelet
         free = psutil.virtual_memory().available
         free = min(free, 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
     return max(1, min(len(windows), int(free // 4 // max(sample, 1))))
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room; safetensors tells it in words only."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )

@@ -30,6 +30,7 @@ h3 { font-size: 1rem; margin-bottom: 0.3rem; }
 figure { margin: 1rem 0; padding: 0.6rem; background: var(--card); border-radius: 0.4rem; }
 figure svg { display: block; width: 100%; height: auto; max-width: 44rem; margin: auto; }
 figcaption { font-size: 0.9rem; }
+.paper { background: #fff; color: #17191c; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; width: 100%; }
 th, td { padding: 0.25rem 0.5rem; text-align: right; border-bottom: 1px solid var(--faint);
   white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
@@ -37,9 +38,14 @@ th.text, td.text { text-align: left; white-space: normal; overflow-wrap: normal;
 """
 
 
-def write_report(results: Sequence[Result], path: Path) -> None:
-    """Write the page for `results` to the file `path`; raises `BadInput` if that cannot be."""
-    page = render(results)
+def write_report(
+    results: Sequence[Result], path: Path, curves: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Write the page for `results` to the file `path`; raises `BadInput` if that cannot be.
+
+    `curves`: learning curves of fine-tunings, each a caption and an SVG.
+    """
+    page = render(results, curves)
     if not path.absolute().parent.is_dir():
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
     temporary = path.with_name(f".{path.name}.owl-tmp")
@@ -52,9 +58,15 @@ def write_report(results: Sequence[Result], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def render(results: Sequence[Result]) -> str:
-    """The page, as HTML."""
-    body = "\n".join(part for result in results for part in _result(result, len(results) > 1))
+def render(results: Sequence[Result], curves: Sequence[tuple[str, str]] = ()) -> str:
+    """The page, as HTML; `curves` as in `write_report`."""
+    parts = [part for result in results for part in _result(result, len(results) > 1)]
+    if curves:
+        parts.append("<h2>Fine-tuning</h2>")
+        for caption, svg in curves:
+            figure = _figure(svg[svg.index("<svg") :], caption)
+            parts.append(figure.replace("<figure>", '<figure class="paper">'))
+    body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

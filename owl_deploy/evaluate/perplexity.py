@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import torch
 
+from owl_deploy.adapter import with_adapter
 from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
 from owl_deploy.blocks import Skeleton, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
@@ -80,6 +81,7 @@ def perplexity(
     hardware: Hardware = ANY_HARDWARE,
     blockwise: bool | None = None,
     engine: str | None = None,
+    adapter: Path | None = None,
 ) -> Perplexity:
     """The perplexity of a checkpoint, or of a deployment, on `text` (a SOURCE).
 
@@ -88,9 +90,16 @@ def perplexity(
     value, so that a benchmark can show it beside the speed.
     """
     if read_manifest(folder).get("kind") == "deployment":
+        refuse_adapter(adapter)
         return deployment_perplexity(folder, text, window=window, limit=limit, engine=engine)
     return checkpoint_perplexity(
-        folder, text, window=window, limit=limit, hardware=hardware, blockwise=blockwise
+        folder,
+        text,
+        window=window,
+        limit=limit,
+        hardware=hardware,
+        blockwise=blockwise,
+        adapter=adapter,
     )
 
 
@@ -102,27 +111,33 @@ def checkpoint_perplexity(
     limit: int | None = None,
     hardware: Hardware = ANY_HARDWARE,
     blockwise: bool | None = None,
+    adapter: Path | None = None,
 ) -> Perplexity:
     """The perplexity of a checkpoint on `text` (a SOURCE), on CPU or CUDA.
 
     With `blockwise` one block is on the device at a time; None: where the model does not fit into
-    what is free. The losses are added up in float32, whatever the dtype. Raises `BadInput` for a
-    model that is not supported, or a text without one full window.
+    what is free. With the LoRA adapter in the folder `adapter`, if there is one, it is whole. The
+    losses are added up in float32, whatever the dtype. Raises `BadInput` for a model that is not
+    supported, or a text without one full window.
     """
     checkpoint = open_checkpoint(folder)
     family_of(checkpoint.config)
     windows = windows_of(checkpoint.folder, text, window, limit)
     device = find_device(hardware.device)
-    dtype = find_dtype(hardware.dtype, checkpoint, device)
+    dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     if blockwise is None:
-        blockwise = not fits(checkpoint, dtype, device)
+        blockwise = adapter is None and not fits(checkpoint, dtype, device)
     if blockwise:
+        if adapter is not None:
+            raise BadInput("--adapter and --blockwise exclude each other.", "Leave one out.")
         skeleton = Skeleton(checkpoint, dtype, device)
         nll = _blockwise_nll(skeleton, windows, find_batch(hardware.batch_size, windows, skeleton))
     else:
-        nll = _whole_nll(load_model(checkpoint, dtype, device), windows.to(device))
+        nll = _whole_nll(load_model(checkpoint, dtype, device, adapter), windows.to(device))
     result = from_nll(text, nll, windows)
-    record(folder, "perplexity", {**asdict(result), "dtype": str(dtype).removeprefix("torch.")})
+    if adapter is None:
+        computed = {**asdict(result), "dtype": str(dtype).removeprefix("torch.")}
+        record(folder, "perplexity", computed)
     return result
 
 
@@ -194,6 +209,12 @@ def record(folder: Path, key: str, value: dict[str, Any]) -> None:
         error_console().print(f"{folder} does not keep the result ({error}).", highlight=False)
 
 
+def refuse_adapter(adapter: Path | None) -> None:
+    """Raise `BadInput` if there is one, for a deployment."""
+    if adapter is not None:
+        raise BadInput("--adapter goes with a checkpoint; a deployment is as it was exported.")
+
+
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether four fifths of the free memory of `device` hold the weights in `dtype`."""
     if device.type == "cuda":
@@ -203,8 +224,13 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bo
     return checkpoint.weights() * dtype.itemsize < 0.8 * free
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
-    """The whole model, for inference. Raises `BadInput` where a value is not finite."""
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, adapter: Path | None
+) -> Any:  # noqa: ANN401 - transformers is untyped
+    """The whole model, with a LoRA adapter if there is one, for inference.
+
+    Raises `BadInput` where a value is not finite, and for an adapter of another model.
+    """
     import transformers
 
     for name in checkpoint.files:
@@ -212,6 +238,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.folder, dtype=dtype, local_files_only=True, use_safetensors=True
     )
+    if adapter is not None:
+        model = with_adapter(model, checkpoint, adapter).get_base_model()
     return model.to(device).eval()
 
 

@@ -30,6 +30,7 @@ class Asked:
     hardware: Hardware = ANY_HARDWARE
     blockwise: bool | None = None
     engine: str | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def evaluate(folders: Sequence[Path], asked: Asked) -> list[Evaluation]:
                 hardware=asked.hardware,
                 blockwise=asked.blockwise,
                 engine=asked.engine,
+                adapter=asked.adapter,
             )
         results: dict[str, TaskResult] = {}
         if tasks is not None:
@@ -83,6 +85,7 @@ def evaluate(folders: Sequence[Path], asked: Asked) -> list[Evaluation]:
                 window=asked.window,
                 hardware=asked.hardware,
                 engine=asked.engine,
+                adapter=asked.adapter,
             )
         found.append(Evaluation(str(folder), loss, results))
     return found

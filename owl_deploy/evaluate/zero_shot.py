@@ -17,7 +17,13 @@ from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import EngineProcess, open_deployment
 from owl_deploy.errors import BadInput
-from owl_deploy.evaluate.perplexity import context_for, engine_of, load_model, record
+from owl_deploy.evaluate.perplexity import (
+    context_for,
+    engine_of,
+    load_model,
+    record,
+    refuse_adapter,
+)
 from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
 from owl_deploy.progress import bar
@@ -144,12 +150,14 @@ def evaluate_tasks(
     window: int = 2048,
     hardware: Hardware = ANY_HARDWARE,
     engine: str | None = None,
+    adapter: Path | None = None,
 ) -> dict[str, TaskResult]:
     """Run `tasks` on a checkpoint, or on a deployment as it runs; results by task name.
 
     `limit`: only so many documents of each. `window`: what the model sees at most; longer contexts
-    are cut on the left. `hardware` is for checkpoints, `engine` for deployments. The manifest of a
-    folder that owl wrote records the results. Raises `BadInput` for what cannot be run.
+    are cut on the left. `hardware` and `adapter` are for checkpoints, `engine` for deployments. The
+    manifest of a folder that owl wrote records the results without an adapter. Raises `BadInput` for
+    what cannot be run.
     """
     if limit is not None and limit < 1:
         raise BadInput("--limit must be at least 1.")
@@ -157,7 +165,7 @@ def evaluate_tasks(
         raise BadInput("--window is too small.", "A window needs two tokens at least.")
     from lm_eval.evaluator import evaluate
 
-    with _opened(folder, window, hardware, engine) as (model, by, seen):
+    with _opened(folder, window, hardware, engine, adapter) as (model, by, seen):
         try:
             found = evaluate(
                 lm=model,
@@ -185,17 +193,19 @@ def evaluate_tasks(
         for name, row in found["results"].items()
         if name in tasks.loaded["tasks"]
     }
-    earlier = read_manifest(folder).get("tasks", {})
-    record(folder, "tasks", earlier | {name: asdict(one) for name, one in results.items()})
+    if adapter is None:
+        earlier = read_manifest(folder).get("tasks", {})
+        record(folder, "tasks", earlier | {name: asdict(one) for name, one in results.items()})
     return results
 
 
 @contextlib.contextmanager
 def _opened(
-    folder: Path, window: int, hardware: Hardware, engine: str | None
+    folder: Path, window: int, hardware: Hardware, engine: str | None, adapter: Path | None
 ) -> Iterator[tuple[Any, str, int]]:
     """The folder as a model of the harness; what computes it; how many tokens it sees."""
     if read_manifest(folder).get("kind") == "deployment":
+        refuse_adapter(adapter)
         from owl_deploy.evaluate.harness import DeploymentLM
 
         name = engine_of(open_deployment(folder), engine)
@@ -211,13 +221,13 @@ def _opened(
     checkpoint = open_checkpoint(folder)
     family_of(checkpoint.config)
     device = find_device(hardware.device)
-    dtype = find_dtype(hardware.dtype, checkpoint, device)
+    dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     seen = min(window, checkpoint.config.get("max_position_embeddings") or window)
     batch = 1 if hardware.batch_size is None else hardware.batch_size
     if batch < 1:
         raise BadInput("--batch-size must be at least 1.")
     model = HFLM(
-        pretrained=load_model(checkpoint, dtype, device),
+        pretrained=load_model(checkpoint, dtype, device, adapter),
         tokenizer=load_tokenizer(checkpoint.folder),
         max_length=seen,
         batch_size=batch,

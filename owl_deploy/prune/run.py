@@ -5,7 +5,6 @@ more: one with dense weights where the allocation looks at scores, and one that 
 each block sees what the pruned blocks before it make of the calibration text.
 """
 
-import contextlib
 import hashlib
 import resource
 import sys
@@ -22,16 +21,15 @@ from owl_deploy import recipe
 from owl_deploy.artefact import MANIFEST, check_output, read_manifest, versions, write_json
 from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
-from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.errors import BadInput
 from owl_deploy.hardware import (
     ANY_HARDWARE,
     Hardware,
     find_batch,
     find_device,
     find_dtype,
-    is_full_disk,
-    is_out_of_memory,
 )
+from owl_deploy.partial import kept_for_resuming
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import budget, plan, score, sparsegpt, tune
 from owl_deploy.prune.calibrate import InputStatistics
@@ -105,7 +103,7 @@ def prune(
         open_checkpoint(model), settings, calibration, hardware, tune_allocation=tune_allocation
     )
     store = Store(output, run.asked(), resume=resume, force=force)
-    with _kept_for_resuming(store):
+    with kept_for_resuming(store, "use a smaller --batch-size"):
         reports = run.execute(store)
         _assemble(run, store)
         manifest = _manifest(run, reports, str(model), time.perf_counter() - started)
@@ -435,33 +433,6 @@ def _block_statistics(scores: list[torch.Tensor], multiples: list[float]) -> pla
     return plan.BlockStatistics(
         dict(zip(multiples, ratios, strict=True)), budget.median_score(scores)
     )
-
-
-@contextlib.contextmanager
-def _kept_for_resuming(store: Store) -> Iterator[None]:
-    """Keep what is finished when a run is stopped; drop it when it could only fail again."""
-    try:
-        yield
-    except BadInput:
-        store.discard()
-        raise
-    except BaseException as error:  # whatever stopped it, what is finished stays
-        kept = store.has_work
-        if kept:
-            store.close()
-        else:
-            store.discard()
-        way_out = "then run again with --resume" if kept else "then run again"
-        if is_full_disk(error):
-            raise EnvironmentFailed(
-                f"The disk of {store.output.parent} is full.", f"Make room, {way_out}."
-            ) from error
-        if is_out_of_memory(error):
-            raise EnvironmentFailed(
-                "There is not enough memory.",
-                f"Free some, or use a smaller --batch-size, {way_out}.",
-            ) from error
-        raise
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -13,9 +13,10 @@ LAYERS = (
     ("__main__", "demo"),
     ("cli",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate"),
-    ("engines", "demo_input", "hardware"),
+    ("engines", "demo_input", "hardware", "adapter"),
     ("blocks",),
     ("runtime", "recipe", "checkpoint", "families", "text"),
+    ("partial",),
     ("artefact", "cache", "progress"),
     ("errors", "__init__"),
 )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from owl_deploy import checkpoint, recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.partial import partial_folder
 from owl_deploy.prune import store
 from owl_deploy.prune.run import Calibration, prune
 from tests import tiny
@@ -97,8 +98,8 @@ def test_kill_9_from_outside_at_some_moment(model, text_file, tmp_path):
     command = [sys.executable, "-m", "owl_deploy", "prune", model, "-o", tmp_path / "out"]
     command += ["-c", text_file, "--samples", "24", "--sequence-length", "128", "-m", "sparsegpt"]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-    partial = store.partial_folder(tmp_path / "out")
-    while not any(partial.glob("*.block")) and process.poll() is None:
+    unfinished = partial_folder(tmp_path / "out")
+    while not any(unfinished.glob("*.block")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -1,0 +1,93 @@
+"""LoRA adapters in PEFT's format, and which checkpoint each belongs to."""
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from owl_deploy.artefact import read_manifest, sha256
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """One digest of a checkpoint's weight files, whatever its folder is called."""
+    digest = hashlib.sha256()
+    for path in sorted(set(checkpoint.files.values())):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # noqa: ANN401
+    """`model`, loaded from `checkpoint`, with the adapter in `folder` applied (a PeftModel).
+
+    Raises `BadInput` for a folder without an adapter, or one that was trained on another model: by
+    the digest in our manifest, and for every adapter by the names and shapes of its tensors.
+    """
+    import peft
+    from safetensors import safe_open
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder} has no {name}.", "Give a folder that holds a PEFT adapter.")
+    trained_on = read_manifest(folder).get("finetune", {}).get("checkpoint", {})
+    if trained_on and trained_on["weights_sha256"] != weights_digest(checkpoint):
+        raise _for_another(folder, checkpoint, f"it was trained on {trained_on['path']}")
+    try:
+        with _older_names():
+            adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # peft's and torch's complaints about what does not fit: many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _for_another(folder, checkpoint, reason) from error
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        there = set(file.keys())
+    wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if there != wanted:  # peft would leave such layers at their random start, in silence
+        raise _for_another(folder, checkpoint, f"{len(there ^ wanted)} tensors have no counterpart")
+    return adapted
+
+
+def new_adapter(model: Any, **lora: Any) -> Any:  # noqa: ANN401 - peft and transformers are untyped
+    """`model` with a fresh adapter that adds nothing yet (a PeftModel); `lora`: LoraConfig's."""
+    import peft
+
+    with _older_names():
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+@contextlib.contextmanager
+def _older_names() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5.24 for things by names that warn of their end."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def deltas(adapted: Any) -> dict[str, "torch.Tensor"]:  # noqa: ANN401 - peft is untyped
+    """What a LoRA adapter adds to each weight, [out, in], by the base model's parameter name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        f"{name}.weight": _delta(module).detach().float()
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _delta(layer: Any) -> "torch.Tensor":  # noqa: ANN401 - peft's types know no such method
+    delta: torch.Tensor = layer.get_delta_weight(layer.active_adapters[0])
+    return delta
+
+
+def _for_another(folder: Path, checkpoint: Checkpoint, why: str) -> BadInput:
+    return BadInput(
+        f"The adapter in {folder} is not for {checkpoint.folder}: {why}.",
+        "Give the checkpoint that it was trained on.",
+    )

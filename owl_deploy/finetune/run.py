@@ -1,0 +1,364 @@
+"""`owl finetune`: train a sparse checkpoint, or an adapter for it, and write what came out.
+
+What is trained lies in the Trainer's checkpoints beside the output, in `.NAME.owl-partial`, so that
+a run that was stopped resumes; with block groups each finished group is kept as well.
+"""
+
+import hashlib
+import math
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from owl_deploy import adapter
+from owl_deploy.artefact import MANIFEST, check_output, publish, versions, write_json
+from owl_deploy.checkpoint import shards, write_compatible
+from owl_deploy.errors import unknown_name
+from owl_deploy.finetune.picture import learning_curve_svg
+from owl_deploy.finetune.settings import FinetuneSettings, resolved
+from owl_deploy.finetune.source import Source, load_teacher
+from owl_deploy.finetune.survivors import finished, freeze, nonzero, sparsify
+from owl_deploy.finetune.train import Schedule, last_checkpoint, train
+from owl_deploy.finetune.trainee import Trainee
+from owl_deploy.partial import Partial, kept_for_resuming
+
+_FUSED = ("query_key_value", "qkv_proj")  # where query and value are no Linears of their own
+_RECIPE = "recipe.yaml"
+_CARRIED = ("sparsity.svg",)  # what else of the source still tells the truth
+
+
+def finetune(
+    model: str | Path,
+    output: Path,
+    text: str,
+    values: dict[str, Any],
+    *,
+    teacher: str | None = None,
+    force: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune the checkpoint `model` on `text` (a SOURCE) into the folder `output`.
+
+    `values`: those of `FinetuneSettings` that are given. The result is an adapter in PEFT's format,
+    or, masked, a checkpoint whose zeros are exactly those of `model`: that is checked before it
+    appears. Returns the manifest. Raises `BadInput` before any work for what can be known to be
+    wrong by then, and `EnvironmentFailed` for a full disk or memory.
+    """
+    settings = resolved(values, teacher is not None)
+    check_output(output, force)
+    run = Run(Source(model), settings, text, teacher)
+    partial = _Unfinished(output, run.asked(), resume=resume, force=force)
+    with kept_for_resuming(partial, "use a smaller --batch-size or --block-group"):
+        staging = partial.folder / "output"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        outcome = run.execute(partial, staging)
+        manifest = run.manifest(outcome, resumed=partial.resumed)
+        svg = learning_curve_svg(outcome["curve"])
+        (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
+        write_json(staging / MANIFEST, manifest)
+        publish(staging, output.absolute())
+    partial.discard()
+    return manifest
+
+
+class _Unfinished(Partial):
+    @property
+    def has_work(self) -> bool:
+        """Whether a training has saved something, or a group is finished."""
+        folders = [path for path in self.folder.glob("group-*") if path.is_dir()]
+        return any(self.folder.glob("group-*.json")) or any(map(last_checkpoint, folders))
+
+
+class Run:
+    """One fine-tuning of one checkpoint: what is asked, on what text, computed in what."""
+
+    def __init__(
+        self, source: Source, settings: FinetuneSettings, text: str, teacher: str | None
+    ) -> None:
+        self.source, self.settings, self.text, self.teacher = source, settings, text, teacher
+        self.sparse_result = settings.method == "masked" or settings.merge is not None
+        if self.sparse_result:
+            flag = "--merge masked" if settings.merge else "--method masked"
+            source.refuse_dense(flag)
+        self.targets = _targets(source, settings.target_modules)
+        self.windows = source.windows(text, settings.sequence_length)
+        self.dtype = _computing_dtype(settings.dtype)
+        # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
+        half = self.dtype == torch.bfloat16 and source.checkpoint.config.get("dtype") == "bfloat16"
+        self.stored = torch.bfloat16 if half else torch.float32
+        self._teacher_model = None
+        if teacher is not None:
+            self._teacher_model = load_teacher(source, teacher, self.dtype)
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the result: a run that resumes must be asked the same."""
+        return {
+            "model": {
+                "folder": str(self.source.folder.absolute()),
+                "files": {
+                    path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+                    for path in sorted(set(self.source.checkpoint.files.values()))
+                },
+            },
+            "settings": self.settings.model_dump(mode="json"),
+            "text": self._describe_text(),
+            "teacher": self.teacher,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "versions": _versions(),
+        }
+
+    def _describe_text(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for part in self.windows:
+            digest.update(part.numpy().tobytes())
+        return {
+            "source": self.text,
+            "windows": len(self.windows[0]),
+            "held_out_windows": len(self.windows[1]),
+            "token_ids_sha256": digest.hexdigest(),
+        }
+
+    def execute(self, partial: Partial, staging: Path) -> dict[str, Any]:
+        """Train, and write weights or adapter to `staging`; the outcome, as for the manifest."""
+        model = self.source.load(self.stored)
+        if self.settings.method == "masked":
+            tensors, outcome = self._masked(model, partial)
+            self._write_checkpoint(tensors, staging)
+            return outcome
+        return self._lora(model, partial, staging)
+
+    def _lora(self, model: Any, partial: Partial, staging: Path) -> dict[str, Any]:  # noqa: ANN401
+        torch.manual_seed(self.settings.seed)
+        adapted = adapter.new_adapter(
+            model,
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,
+            lora_dropout=self.settings.dropout,
+            target_modules=self.targets,
+        )
+        trainee = self._trainee(adapted)
+        curve = self._train(trainee, partial, 0, 1)
+        count = sum(parameter.numel() for parameter in trainee.trained().values())
+        kept = 0
+        if self.settings.merge is None:
+            adapted.save_pretrained(str(staging), save_embedding_layers=False)
+            (staging / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
+        else:
+            tensors, kept = merged(self.source, adapter.deltas(adapted))
+            self._write_checkpoint(tensors, staging)
+        return {"curve": curve, "parameters_trained": count, "kept_off_zero": kept}
+
+    def _masked(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        partial: Partial,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Train the blocks, a group at a time; their tensors, and the outcome."""
+        size = self.settings.block_group or len(self.source.blocks)
+        starts = range(0, len(self.source.blocks), size)
+        tensors: dict[str, torch.Tensor] = {}
+        curve: list[dict[str, Any]] = []
+        count = kept = 0
+        for index, start in enumerate(starts):
+            names = self.source.blocks[start : start + size]
+            if partial.read(f"group-{index}.json") is None:
+                self._train_group(model, names, partial, index, len(starts))
+            own = _load(partial.folder / f"group-{index}.safetensors")
+            for name in names:
+                freeze(model.get_submodule(name), _within(own, name), self.stored)
+            done = partial.read(f"group-{index}.json")
+            tensors |= own
+            curve += _shifted(done["curve"], curve)
+            count += done["parameters_trained"]
+            kept += done["kept_off_zero"]
+        return tensors, {"curve": curve, "parameters_trained": count, "kept_off_zero": kept}
+
+    def _train_group(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        names: list[str],
+        partial: Partial,
+        index: int,
+        groups: int,
+    ) -> None:
+        from safetensors.torch import save_file
+
+        for name in names:
+            sparsify(model.get_submodule(name), self.dtype)
+        trainee = self._trainee(model)
+        curve = self._train(trainee, partial, index, groups)
+        tensors: dict[str, torch.Tensor] = {}
+        lost = 0
+        checkpoint = self.source.checkpoint
+        for name in names:
+            dtypes = {key: tensor.dtype for key, tensor in checkpoint.read_module(name).items()}
+            own, kept = finished(model.get_submodule(name), dtypes)
+            tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in own.items()}
+            lost += kept
+        save_file(tensors, partial.folder / f"group-{index}.safetensors")
+        done = {
+            "curve": curve,
+            "parameters_trained": sum(one.numel() for one in trainee.trained().values()),
+            "kept_off_zero": lost,
+        }
+        partial.write(f"group-{index}.json", done)  # the group counts as finished from here on
+        shutil.rmtree(partial.folder / f"group-{index}")
+
+    def _trainee(self, model: Any) -> Trainee:  # noqa: ANN401 - transformers is untyped
+        return Trainee(
+            model,
+            self._teacher_model,
+            dtype=self.dtype,
+            temperature=self.settings.temperature or 1.0,
+            weight=self.settings.teacher_weight or 0.0,
+        )
+
+    def _train(
+        self, trainee: Trainee, partial: Partial, index: int, groups: int
+    ) -> list[dict[str, Any]]:
+        steps = self.settings.max_steps or self._steps_a_pass
+        minutes = self.settings.max_minutes
+        schedule = Schedule(
+            math.ceil(steps / groups), None if minutes is None else 60 * minutes / groups
+        )
+        part = f", group {index + 1} of {groups}" if groups > 1 else ""
+        return train(
+            trainee,
+            self.windows,
+            self.settings,
+            schedule,
+            partial.folder / f"group-{index}",
+            f"Fine-tuning{part}",
+        )
+
+    @property
+    def _windows_a_step(self) -> int:
+        return self.settings.batch_size * self.settings.gradient_accumulation
+
+    @property
+    def _steps_a_pass(self) -> int:
+        return math.ceil(len(self.windows[0]) / self._windows_a_step)
+
+    def _write_checkpoint(self, tensors: dict[str, torch.Tensor], staging: Path) -> None:
+        """Write the trained `tensors` and the untouched ones, and check every zero."""
+        checkpoint = self.source.checkpoint
+
+        def all_tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for name in checkpoint.files:
+                yield name, tensors[name] if name in tensors else checkpoint.read(name)
+
+        shards(all_tensors(), staging)
+        write_compatible(checkpoint, staging)
+        self.source.check_same_zeros(staging)
+        for name in _CARRIED:
+            if (self.source.folder / name).is_file():
+                shutil.copyfile(self.source.folder / name, staging / name)
+        recipe = self.source.folder / _RECIPE
+        if recipe.is_file():
+            merge = ", merged under the mask" if self.settings.merge else ""
+            heading = f"# Then fine-tuned by owl: {self.settings.method}{merge}; see {MANIFEST}.\n"
+            content = recipe.read_text(encoding="utf-8")
+            (staging / _RECIPE).write_text(heading + content, encoding="utf-8")
+
+    def manifest(self, outcome: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
+        """The source's manifest, which stays true of the zeros, and what was done to the rest."""
+        curve = outcome["curve"]
+        held_out = [row["eval_loss"] for row in curve if "eval_loss" in row]
+        losses = [row["loss"] for row in curve if "loss" in row]
+        description = {
+            "checkpoint": {
+                "path": str(self.source.folder),
+                "weights_sha256": adapter.weights_digest(self.source.checkpoint),
+            },
+            "settings": self.settings.model_dump(mode="json"),
+            "text": self._describe_text(),
+            "teacher": self.teacher,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "steps": len(losses),
+            "seconds": curve[-1]["seconds"],
+            "tokens": len(losses) * self._windows_a_step * self.settings.sequence_length,
+            "held_out_loss": {"before": held_out[0], "after": held_out[-1]},
+            "training_loss": {"first": losses[0], "last": losses[-1]},
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "resumed": resumed,
+            "command": sys.argv,
+            "versions": _versions(),
+            **outcome,
+        }
+        if not self.sparse_result:
+            return {"kind": "adapter", "versions": _versions(), "finetune": description}
+        return {"kind": "checkpoint"} | self.source.manifest | {"finetune": description}
+
+
+def merged(source: Source, deltas: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights with `deltas` added where they are not zero, and how many were kept off zero.
+
+    Both are [out, in] by the checkpoint's names; the result has the checkpoint's dtypes.
+    """
+    tensors, count = {}, 0
+    for name, delta in deltas.items():
+        weight = source.checkpoint.read(name)
+        summed = weight.float() + delta.cpu()
+        kept, _ = nonzero(summed.to(weight.dtype), weight)
+        tensors[name] = kept.masked_fill(weight == 0, 0)
+        count += int(((summed.to(weight.dtype) == 0) & (weight != 0)).sum())
+    return tensors, count
+
+
+def _targets(source: Source, asked: tuple[str, ...] | None) -> list[str]:
+    """The Linears that LoRA adapts: the paper's, q_proj and v_proj, or the one that has both."""
+    known = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for names in source.matrices.values()
+        for name in names
+    }
+    for name in asked or ():
+        if name not in known:
+            raise unknown_name("layer", name, sorted(known))
+    usual = [name for name in ("q_proj", "v_proj", *_FUSED) if name in known]
+    return list(asked or usual)
+
+
+def _computing_dtype(asked: str) -> torch.dtype:
+    """What products are computed in: bfloat16 where the processor has it, since it is faster."""
+    if asked != "auto":
+        return torch.float32 if asked == "float32" else torch.bfloat16
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _within(tensors: dict[str, torch.Tensor], block: str) -> dict[str, torch.Tensor]:
+    start = f"{block}."
+    return {name[len(start) :]: one for name, one in tensors.items() if name.startswith(start)}
+
+
+def _shifted(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` as they continue the curve `before`."""
+    if not before:
+        return rows
+    last = before[-1]
+    return [
+        row | {"step": row["step"] + last["step"], "seconds": row["seconds"] + last["seconds"]}
+        for row in rows
+    ]
+
+
+def _versions() -> dict[str, str]:
+    return versions() | {name: version(name) for name in ("accelerate", "peft")}

@@ -1,0 +1,116 @@
+"""What a fine-tuning is asked to do."""
+
+import math
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from owl_deploy.errors import BadInput, unknown_name
+
+METHODS = ("lora", "masked")
+MERGES = ("masked",)
+DTYPES = ("auto", "float32", "bfloat16")
+# LoRA's are the paper's; a masked run has no base weights to keep near to.
+_LEARNING_RATES = {"lora": 1e-4, "masked": 2e-4}
+_LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
+
+
+class FinetuneSettings(BaseModel):
+    """What decides the result of a fine-tuning, besides the model and the text.
+
+    `merge`: "masked" folds a LoRA adapter into the weights that pruning left. `batch_size` windows
+    of `sequence_length` tokens go through the model at once, `gradient_accumulation` such batches
+    before a step. `max_steps`: None is one pass over the text; `max_minutes` ends a run before it.
+    `warmup`: share of the run in which the learning rate rises; then it falls linearly to 0.
+    `block_group`: blocks trained at a time (masked), all when None. `temperature` and
+    `teacher_weight` (the distillation loss's share) need a teacher. `rank`, `alpha`, `dropout`,
+    `target_modules`: LoRA's; no modules: the attention's query and value. `dtype`: what the matrix
+    products are computed in; what is trained is float32.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = "lora"
+    merge: str | None = None
+    learning_rate: float | None = None
+    batch_size: int = 1
+    sequence_length: int = 1024
+    gradient_accumulation: int = 8
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    warmup: float = 0.05
+    seed: int = 0
+    block_group: int | None = None
+    temperature: float | None = None
+    teacher_weight: float | None = None
+    rank: int | None = None
+    alpha: int | None = None
+    dropout: float | None = None
+    target_modules: tuple[str, ...] | None = None
+    dtype: str = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for what, name, known in (
+            ("method", self.method, METHODS),
+            ("merge", self.merge, MERGES),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if name is not None and name not in known:
+                raise unknown_name(what, name, known)
+        self._check_ranges()
+        return self
+
+    def _check_ranges(self) -> None:
+        least: dict[str, float] = {
+            "learning_rate": 0,
+            "batch_size": 1,
+            "sequence_length": 2,
+            "gradient_accumulation": 1,
+            "max_steps": 1,
+            "max_minutes": 0,
+            "block_group": 1,
+            "temperature": 0,
+            "rank": 1,
+            "alpha": 1,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            too_small = value is not None and (value < bound or (bound == 0 and value == 0))
+            if value is not None and (too_small or not math.isfinite(value)):
+                limit = f"at least {bound}" if bound else "above 0"
+                raise BadInput(f"{_option(name)} must be {limit}.")
+        for name in ("warmup", "teacher_weight", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise BadInput(f"{_option(name)} is a share: from 0 to 1.")
+
+
+def resolved(values: dict[str, Any], teacher: bool) -> FinetuneSettings:
+    """The settings that `values` (those given) mean, with each method's own defaults filled in.
+
+    Raises `BadInput` for values that are impossible, or belong to what was not asked for.
+    """
+    asked = FinetuneSettings(**values)
+    filled: dict[str, Any] = {"learning_rate": _LEARNING_RATES[asked.method]}
+    if asked.method == "lora":
+        filled |= _LORA
+        _refuse(asked, ("block_group",), "belongs to --method masked.")
+    else:
+        _refuse(asked, ("merge", *_LORA, "target_modules"), "belongs to --method lora.")
+    if teacher:
+        filled |= {"temperature": 1.0, "teacher_weight": 0.5}
+    else:
+        _refuse(asked, ("temperature", "teacher_weight"), "needs a --teacher.")
+    given = {name: value for name, value in asked.model_dump().items() if value is not None}
+    return FinetuneSettings(**(filled | given))
+
+
+def _refuse(asked: FinetuneSettings, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(asked, name) is not None:
+            raise BadInput(f"{_option(name)} {why}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

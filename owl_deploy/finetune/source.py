@@ -1,0 +1,147 @@
+"""The checkpoint that is fine-tuned: checked, loaded, and its mask compared with its manifest."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from owl_deploy.artefact import read_manifest
+from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.families import family_of
+from owl_deploy.text import load_text, load_tokenizer, tokenize
+
+_SPARSE_FROM = 0.1  # share of zeros; a dense model's weights, rounded to 4 bits, have fewer
+_HELD_OUT = (20, 8)  # one window in so many, and so many at most, for the held-out loss
+
+
+class Source:
+    """A checkpoint of a supported family, and where its blocks are.
+
+    `blocks`: their names; `matrices`: by block, the names within it of its weight matrices;
+    `manifest`: owl's, or empty; `zeros` of `weights`: what pruning left in the blocks.
+    Raises `BadInput` for a checkpoint whose zeros are not those that its manifest tells of.
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        self.checkpoint: Checkpoint = open_checkpoint(model)
+        self.family = family_of(self.checkpoint.config)
+        if self.checkpoint.config.get("quantization_config"):
+            raise BadInput(
+                f"{self.checkpoint.folder} is quantized.", "Fine-tune it before it is quantized."
+            )
+        self.folder = self.checkpoint.folder
+        self.manifest = read_manifest(self.folder)
+        count = int(self.checkpoint.config["num_hidden_layers"])
+        self.blocks = [f"{self.family.blocks}.{index}" for index in range(count)]
+        self.matrices: dict[str, list[str]] = {}
+        self.zeros = self.weights = 0
+        self._check_mask()
+
+    def _check_mask(self) -> None:
+        told = {row["name"]: row for row in self.manifest.get("blocks", [])}
+        skip = tuple(self.manifest.get("settings", {}).get("skip", ()))
+        for block in self.blocks:
+            zeros = weights = 0
+            self.matrices[block] = []
+            for name in self.checkpoint.names(block):
+                tensor = self.checkpoint.read(f"{block}.{name}")
+                if tensor.ndim != 2:
+                    continue
+                self.matrices[block].append(name)
+                linear = f"{block}.{name.removesuffix('.weight')}."
+                if not any(f".{linear}".endswith(f".{ending}.") for ending in skip):
+                    zeros += int((tensor == 0).sum())
+                    weights += tensor.numel()
+            if block in told and zeros != round(told[block]["achieved"] * weights):
+                raise BadInput(
+                    f"{block} in {self.folder} has {zeros} zeros, and its manifest says "
+                    f"{told[block]['achieved']:.2%} of {weights}: the weights were changed since.",
+                    "Prune again, or remove owl.json if the zeros that are there are to be kept.",
+                )
+            self.zeros += zeros
+            self.weights += weights
+
+    def refuse_dense(self, what: str) -> None:
+        """Raise `BadInput` when there is no mask that `what` could keep."""
+        if not self.manifest.get("blocks") and self.zeros < _SPARSE_FROM * self.weights:
+            raise BadInput(
+                f"{self.folder} is dense ({self.zeros / self.weights:.1%} zeros), and {what} "
+                "keeps a sparse model's zeros.",
+                "Prune it first with owl prune, or use --method lora without --merge.",
+            )
+
+    def load(self, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
+        """The model, frozen, in `dtype`."""
+        for name in self.checkpoint.files:
+            self.checkpoint.read(name)  # finite values in every file, or one sentence
+        return load_model(self.folder, dtype)
+
+    def windows(self, text: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows to train on and held-out ones from the text's end, ids [windows, length].
+
+        Raises `BadInput` for a text with fewer than two windows, or a model that takes less.
+        """
+        longest = self.checkpoint.config.get("max_position_embeddings")
+        if longest and length > longest:
+            raise BadInput(
+                f"The model takes {longest} tokens, not {length}.",
+                "Give a smaller --sequence-length.",
+            )
+        tokens = tokenize(load_tokenizer(self.folder), load_text(text))
+        count = len(tokens) // length
+        if count < 2:
+            raise BadInput(
+                f"The text holds {count} windows of {length} tokens, and fine-tuning needs two: "
+                "one to train on and one to hold out.",
+                "Give a longer text or a smaller --sequence-length.",
+            )
+        held_out = max(1, min(count // _HELD_OUT[0], _HELD_OUT[1]))
+        windows = tokens[: count * length].view(count, length)
+        return windows[:-held_out], windows[-held_out:]
+
+    def check_same_zeros(self, written: Path) -> None:
+        """Raise unless the checkpoint in `written` has its zeros exactly where this one has."""
+        result = Checkpoint(written)
+        for block in self.blocks:
+            for name in self.matrices[block]:
+                before = self.checkpoint.read(f"{block}.{name}")
+                after = result.read(f"{block}.{name}")
+                if after.dtype != before.dtype or not torch.equal(before == 0, after == 0):
+                    raise EnvironmentFailed(
+                        f"The zeros of {block}.{name} are not those before the fine-tuning.",
+                        "This is a fault of owl: please report it.",
+                    )
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
+    """The model in `folder`, frozen, in `dtype`; `BadInput` when it lacks tensors."""
+    logging = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BadInput(
+            f"{folder} lacks {len(missing)} tensors, {missing[0]!r} the first.",
+            "The checkpoint is incomplete: get it again.",
+        )
+    return model.requires_grad_(False)
+
+
+def load_teacher(student: Source, model: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    """The teacher, frozen, in `dtype`; `BadInput` when its vocabulary is not the student's."""
+    teacher = open_checkpoint(model)
+    family_of(teacher.config)
+    sizes = [one.config.get("vocab_size") for one in (student.checkpoint, teacher)]
+    words = [load_tokenizer(one.folder).get_vocab() for one in (student.checkpoint, teacher)]
+    if sizes[0] != sizes[1] or words[0] != words[1]:
+        raise BadInput(
+            f"The teacher {model} has another vocabulary than {student.folder} "
+            f"({sizes[1]} entries and {sizes[0]}).",
+            "A teacher must read the same tokens: give the dense model this one was pruned from.",
+        )
+    return load_model(teacher.folder, dtype)

@@ -1,0 +1,133 @@
+"""Linears whose non-zero weights alone are parameters, so that a mask cannot be lost.
+
+Gradients, and whatever an optimizer keeps, then exist for the survivors only: training a layer
+takes memory for its dense weight in the computing dtype and for 16 bytes a survivor (the float32
+weight, its gradient, Adam's two moments), and 4 bytes for where it is.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T, differentiated by x and by the weights at `positions`, which are `values`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch gives it no type
+        x: torch.Tensor,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, positions)
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        gradient: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor, None, None]:
+        x, weight, positions = ctx.saved_tensors
+        by_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        dense = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # [out, in], dropped at once
+        return by_x, dense.flatten().index_select(0, positions).float(), None, None
+
+
+class SparseLinear(nn.Module):
+    """A Linear of which only the weights that are not zero are parameters.
+
+    `values`: those weights, float32 [survivors], row by row. `positions`: int32 [survivors], where
+    they stand in the flat weight. `weight`: [out, in], what inputs are multiplied by, in the
+    computing dtype; `refresh` brings it up to date after a step.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        dense = linear.weight.detach()
+        positions = dense.flatten().nonzero().flatten()
+        self.values = nn.Parameter(dense.flatten()[positions].float())
+        self.register_buffer("positions", positions.int())
+        self.register_buffer("weight", dense.to(dtype, copy=True))
+        self.positions: torch.Tensor
+        self.weight: torch.Tensor
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in] to [..., out], in the computing dtype."""
+        y: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x.to(self.weight.dtype), self.values, self.weight, self.positions
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Put `values` into the weight that inputs are multiplied by."""
+        flat = self.weight.view(-1)
+        flat.index_copy_(0, self.positions.long(), self.values.to(flat.dtype))
+
+    def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+        """The whole weight [out, in] in `dtype`, and how many survivors were kept off zero."""
+        values = self.values.detach()
+        kept, count = nonzero(values.to(dtype), values)
+        weight = torch.zeros_like(self.weight, dtype=dtype)
+        weight.view(-1).index_copy_(0, self.positions.long(), kept)
+        return weight, count
+
+
+def nonzero(values: torch.Tensor, signs: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`values` with each 0 replaced by its dtype's smallest normal number, and how many there were.
+
+    A survivor that rounds to 0 would be one more hole in the mask. `signs`: what had been rounded.
+    """
+    lost = values == 0
+    tiny = torch.full_like(values, torch.finfo(values.dtype).tiny)
+    return torch.where(lost, tiny.copysign(signs.to(values.dtype)), values), int(lost.sum())
+
+
+def sparsify(block: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every Linear of `block`; its other parameters (norms, biases) train whole.
+
+    What trains is float32 then, whatever it was.
+    """
+    for name, linear in list(block.named_modules()):
+        if isinstance(linear, nn.Linear):
+            block.set_submodule(name, SparseLinear(linear, dtype))
+    for parameter in block.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def sparse_linears(module: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    """The replaced Linears in `module`, with their names."""
+    for name, part in module.named_modules():
+        if isinstance(part, SparseLinear):
+            yield name, part
+
+
+def finished(
+    block: nn.Module, dtypes: Mapping[str, torch.dtype]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The tensors of a trained block, in `dtypes` (by name), and how many were kept off zero."""
+    dense = {f"{name}.weight": sparse for name, sparse in sparse_linears(block)}
+    tensors, kept = {}, 0
+    for name, dtype in dtypes.items():
+        if name in dense:
+            tensors[name], count = dense[name].dense(dtype)
+            kept += count
+        else:
+            tensors[name] = block.get_parameter(name).detach().to(dtype)
+    return tensors, kept
+
+
+def freeze(block: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Give `block` plain Linears again, and `tensors`, in `dtype`; nothing in it trains."""
+    for name, sparse in list(sparse_linears(block)):
+        rows, columns = sparse.weight.shape
+        linear = nn.Linear(columns, rows, bias=sparse.bias is not None, device="meta")
+        block.set_submodule(name, linear)
+    block.load_state_dict({name: one.to(dtype) for name, one in tensors.items()}, assign=True)
+    block.requires_grad_(False)

@@ -1,0 +1,205 @@
+"""One training by the transformers Trainer, with our clock, our bar and our checkpoints' marks."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from owl_deploy.errors import BadInput
+from owl_deploy.finetune.settings import FinetuneSettings
+from owl_deploy.finetune.trainee import Trainee
+from owl_deploy.progress import Advance, bar
+
+_COMPLETE = "complete"  # a file in every checkpoint that was written to its end
+_EVALUATIONS = 4  # along the way and at the end, besides the one at the start
+_SAVE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a training goes: so many steps, or so many seconds if those are over first."""
+
+    steps: int
+    seconds: float | None
+
+    def progress(self, steps: int, seconds: float) -> float:
+        """The share of the training that is done."""
+        by_time = seconds / self.seconds if self.seconds else 0.0
+        return max(steps / self.steps, by_time)
+
+
+def train(
+    trainee: Trainee,
+    windows: tuple[torch.Tensor, torch.Tensor],
+    settings: FinetuneSettings,
+    schedule: Schedule,
+    folder: Path,
+    description: str,
+) -> list[dict[str, Any]]:
+    """Train `trainee` in place on `windows` (to train on, held out), resuming from `folder`.
+
+    Returns the learning curve: one row a step (`step`, `seconds`, `loss`, `learning_rate`) or a
+    held-out evaluation (`step`, `seconds`, `eval_loss`), losses in nats a token. With a time limit
+    the learning rate falls with the time, so only a training by steps resumes to the same losses.
+    """
+    before = last_checkpoint(folder)
+    total = 100.0 if schedule.seconds else float(schedule.steps)
+    with bar(description, total) as advance:
+        clock = _Clock(schedule, trainee, lambda share: advance(share * total))
+        trainer = _trainer(trainee, windows, settings, clock, folder, fresh=before is None)
+        with clock.interruptible():
+            trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    if clock.interrupted:
+        raise KeyboardInterrupt
+    wanted = ("step", "seconds", "loss", "learning_rate", "eval_loss")
+    return [
+        {key: row[key] for key in wanted if key in row}
+        for row in trainer.state.log_history
+        if "loss" in row or "eval_loss" in row
+    ]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest of the Trainer's checkpoints in `folder` that was written to its end."""
+    found = [mark.parent for mark in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _trainer(
+    trainee: Trainee,
+    windows: tuple[torch.Tensor, torch.Tensor],
+    settings: FinetuneSettings,
+    clock: "_Clock",
+    folder: Path,
+    *,
+    fresh: bool,
+) -> transformers.Trainer:
+    on_gpu = torch.cuda.is_available()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=clock.schedule.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        seed=settings.seed,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        eval_on_start=fresh,
+        prediction_loss_only=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number ends the run
+        save_strategy="no",  # the clock says when
+        save_total_limit=2,  # the last one stays whole while the next is written
+        disable_tqdm=True,
+        report_to="none",
+    )
+    optimizer = torch.optim.AdamW(
+        trainee.trained().values(), lr=settings.learning_rate or 0.0, weight_decay=0.0, fused=True
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, clock.rate(settings.warmup))
+    trainer = transformers.Trainer(
+        model=trainee,
+        args=arguments,
+        train_dataset=[{"input_ids": ids, "labels": ids} for ids in windows[0]],
+        eval_dataset=[{"input_ids": ids, "labels": ids} for ids in windows[1]],
+        data_collator=transformers.default_data_collator,
+        optimizers=(optimizer, scheduler),
+        callbacks=[clock],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # stdout is for results
+    return trainer
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Says when to evaluate, save and stop; keeps the time, that of earlier runs included."""
+
+    def __init__(self, schedule: Schedule, trainee: Trainee, advance: Advance) -> None:
+        self.schedule, self.trainee, self._advance = schedule, trainee, advance
+        self.interrupted = False
+        self._done = 0.0  # share
+        self._began: float | None = None
+        self._saved = time.monotonic()
+
+    def seconds(self) -> float:
+        """How long the training has gone, without what a kill lost."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
+
+    def rate(self, warmup: float) -> Callable[[int], float]:
+        """The learning rate's factor by the step: up within the share `warmup`, then down to 0."""
+
+        def factor(step: int) -> float:
+            done = self.schedule.progress(step, self.seconds())
+            rise = (done + 1 / self.schedule.steps) / warmup if warmup else 1.0
+            return max(0.0, min(1.0, rise, (1 - done) / (1 - warmup) if warmup < 1 else 1.0))
+
+        return factor
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let the first Ctrl-C end the step and save; the second is as it was."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def interrupt(_signal: int, _frame: FrameType | None) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Go on from where an earlier run's log ends."""
+        before = state.log_history[-1]["seconds"] if state.log_history else 0.0
+        self._began = time.monotonic() - before
+        self._move(state.global_step)
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+        """The survivors have changed: so do the weights they are part of."""
+        self.trainee.refresh()
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Decide what comes after this step."""
+        evaluated = int(self._done * _EVALUATIONS)
+        self._move(state.global_step)
+        over = self._done >= 1
+        control.should_evaluate = over or int(self._done * _EVALUATIONS) > evaluated
+        control.should_training_stop = over or self.interrupted
+        if over:
+            self.interrupted = False
+        elif self.interrupted or time.monotonic() - self._saved > _SAVE_SECONDS:
+            control.should_save = True
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any, **_: Any) -> None:  # noqa: ANN401
+        """Note the time; stop at a loss that is no number."""
+        state.log_history[-1]["seconds"] = round(self.seconds(), 3)
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
+            raise BadInput(
+                f"The loss is {loss} at step {state.global_step}.",
+                "Use a smaller --learning-rate.",
+            )
+
+    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Mark the checkpoint as whole: a kill may have come while one was written."""
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        self._saved = time.monotonic()
+
+    def _move(self, steps: int) -> None:
+        done = min(1.0, self.schedule.progress(steps, self.seconds()))
+        self._advance(done - self._done)
+        self._done = done

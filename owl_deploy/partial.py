@@ -1,0 +1,160 @@
+"""What a long run has finished so far, on disk beside its output, so that a killed run resumes.
+
+The hidden folder `.NAME.owl-partial` holds `run.json`, what was asked, and whatever the verb keeps.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from owl_deploy.artefact import write_json
+from owl_deploy.errors import BadInput, EnvironmentFailed
+
+
+class Partial:
+    """The partial result of one run; made by the run that starts it, opened by one that resumes.
+
+    Raises `BadInput` when another run uses it, when there is one and `resume` is not asked for (and
+    `force` neither), or when the one that is there was started with other arguments.
+    """
+
+    def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
+        output = output.absolute()
+        self.output = output
+        self.folder = partial_folder(output)
+        there = (self.folder / "run.json").is_file()
+        if there and not resume and not force:
+            raise BadInput(
+                f"An earlier run for {output} was interrupted.",
+                "Use --resume to continue it, or --force to start again.",
+            )
+        if resume and not there:
+            raise BadInput(f"There is no interrupted run for {output} to resume.")
+        self.folder.mkdir(exist_ok=True)
+        self._lock = self._take_lock()
+        if there and resume:
+            try:
+                _refuse_other_arguments(self.read("run.json"), asked)
+            except BadInput:
+                self.close()
+                raise
+        else:
+            self._clear()
+            write_json(self.folder / "run.json", asked)
+        self.resumed = resume
+
+    def _take_lock(self) -> IO[bytes]:
+        lock = (self.folder / "lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise BadInput(f"Another run is writing {self.output}.") from error
+        return lock
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def read(self, name: str) -> Any:  # noqa: ANN401 - any JSON value
+        """The JSON file `name`, or None when it is not there yet."""
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write(self, name: str, value: Any) -> None:  # noqa: ANN401 - any JSON value
+        """Write a JSON file, durably."""
+        write_json(self.folder / name, value)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is there that a resumed run would not have to do again."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Delete it all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def close(self) -> None:
+        """Leave it for a run that resumes."""
+        self._lock.close()
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the partial result for `output` lies."""
+    return output.absolute().with_name(f".{output.name}.owl-partial")
+
+
+@contextlib.contextmanager
+def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
+    """Keep what is finished when a run is stopped; drop it when it could only fail again.
+
+    Raises `EnvironmentFailed`, with `to_save_memory` in the way out, for a full disk or memory.
+    """
+    try:
+        yield
+    except BadInput:
+        partial.discard()
+        raise
+    except BaseException as error:  # whatever stopped it, what is finished stays
+        kept = partial.has_work
+        if kept:
+            partial.close()
+        else:
+            partial.discard()
+        way_out = "then run again with --resume" if kept else "then run again"
+        if _is_full_disk(error):
+            raise EnvironmentFailed(
+                f"The disk of {partial.output.parent} is full.", f"Make room, {way_out}."
+            ) from error
+        if _is_out_of_memory(error):
+            raise EnvironmentFailed(
+                "There is not enough memory.",
+                f"Free some, or {to_save_memory}, {way_out}.",
+            ) from error
+        raise
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room; safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
+
+
+def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> None:
+    asked = json.loads(json.dumps(asked))
+    differing = _differences(before, asked)
+    if differing:
+        raise BadInput(
+            f"The interrupted run was started with other arguments: {'; '.join(differing)}.",
+            "Give the same ones, or --force to start again.",
+        )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:  # noqa: ANN401 - JSON
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if before == now else [f"{name} was {before}, now {now}"]

@@ -1,0 +1,145 @@
+"""`owl finetune` as a user has it: kill -9 and resume, what is refused, export of what came out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from owl_deploy import recipe
+from owl_deploy.errors import BadInput
+from owl_deploy.prune.run import prune
+
+KILLED = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from owl_deploy import cli
+from owl_deploy.finetune import train
+
+train._SAVE_SECONDS = 0.0
+saved, save = 0, train._Clock.on_save
+
+def counted(self, *arguments, **more):
+    global saved
+    saved += 1
+    if saved == int(os.environ["KILL_AT"]):
+        os.kill(os.getpid(), 9)  # the checkpoint is there, and not marked as whole
+    save(self, *arguments, **more)
+
+train._Clock.on_save = counted
+sys.argv[0] = "owl"
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def sparse(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse") / "sparse"
+    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.6)
+    prune(llama, folder, settings, None)
+    return folder
+
+
+def arguments(sparse, text_file, output, *more):
+    options = ("--sequence-length", 32, "--batch-size", 2, "--gradient-accumulation", 2)
+    return ("finetune", sparse, "-o", output, "--text", text_file, *options, *more)
+
+
+MASKED_GROUPS = ("--method", "masked", "--block-group", 1, "--max-steps", 8)
+LORA = ("--merge", "masked", "--dropout", 0.3, "--max-steps", 5)
+
+
+@pytest.mark.parametrize(("how", "moment"), [(MASKED_GROUPS, 5), (LORA, 3)], ids=["groups", "lora"])
+def test_a_killed_run_resumes_to_the_same_losses(owl, sparse, text_file, tmp_path, how, moment):
+    more = ("--learning-rate", 0.01, "--json", *how)
+    _, whole, _ = owl(*arguments(sparse, text_file, tmp_path / "whole", *more))
+    command = arguments(sparse, text_file, tmp_path / "out", *more)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, command)],
+        env={"KILL_AT": str(moment), "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == -9, done.stderr
+    assert not (tmp_path / "out").exists()
+    code, resumed, err = owl(*command, "--resume")
+    assert code == 0, err
+    curves = [json.loads(out)["finetune"]["curve"] for out in (whole, resumed)]
+    for row in (*curves[0], *curves[1]):
+        del row["seconds"]
+    assert curves[0] == curves[1]
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
+    assert all(files[0][name].equal(files[1][name]) for name in files[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--sequence-length", "400", "--text", "SHORT"], "needs two"),
+        (["--sequence-length", "1024"], "takes 512 tokens, not 1024"),
+        (["--method", "mask"], "Did you mean 'masked'?"),
+        (["--merge", "all"], "Unknown merge"),
+        (["--method", "masked", "--merge", "masked"], "--merge belongs to --method lora"),
+        (["--method", "masked", "--rank", "4"], "--rank belongs to --method lora"),
+        (["--block-group", "1"], "--block-group belongs to --method masked"),
+        (["--temperature", "2"], "--temperature needs a --teacher"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be above 0"),
+        (["--max-minutes", "-1"], "--max-minutes must be above 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--warmup", "2"], "--warmup is a share"),
+        (["--text", "no.txt"], "no text file"),
+        (["--target-module", "nothing"], "Unknown layer 'nothing'"),
+        (["--resume"], "no interrupted run"),
+    ],
+)
+def test_impossible_options(owl, sparse, text_file, tmp_path, options, complaint):
+    short = tmp_path / "short.txt"
+    short.write_text("A text that is shorter than a window.")
+    given = [short if option == "SHORT" else option for option in options]
+    code, _, err = owl(*arguments(sparse, text_file, tmp_path / "out"), *given)
+    assert (code, complaint in err) == (2, True), err
+    assert list(tmp_path.iterdir()) == [short]
+
+
+@pytest.mark.parametrize("how", [["--method", "masked"], ["--merge", "masked"]], ids=str)
+def test_a_dense_checkpoint_has_no_mask_to_keep(owl, llama, text_file, tmp_path, how):
+    code, _, err = owl(*arguments(llama, text_file, tmp_path / "out"), *how)
+    assert (code, "is dense" in err, " ".join(how) in err) == (2, True, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_arguments_are_refused_by_name(sparse, text_file, tmp_path, monkeypatch):
+    from owl_deploy.finetune import run
+
+    values = {"sequence_length": 32, "max_steps": 2, "method": "masked"}
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Source, "check_same_zeros", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.finetune(sparse, tmp_path / "out", str(text_file), values)
+    with pytest.raises(BadInput, match=r"settings\.max_steps was 2, now 3"):
+        run.finetune(
+            sparse, tmp_path / "out", str(text_file), values | {"max_steps": 3}, resume=True
+        )
+
+
+def test_what_came_out_exports_and_is_reported(owl, sparse, text_file, tmp_path):
+    command = arguments(sparse, text_file, tmp_path / "out", "--method", "masked")
+    code, out, _ = owl(*command, "--max-steps", 2)
+    assert (code, "masked, 2 steps" in out) == (0, True)
+    assert owl("report", tmp_path / "out", "-o", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 1
+    assert "out: masked, 2 steps" in page
+    code, out, err = owl("export", tmp_path / "out", "-o", tmp_path / "deployment", "--json")
+    assert code == 0, err
+    assert json.loads(out)["kind"] == "deployment"
+
+
+def test_an_adapter_does_not_go_with_a_deployment(owl, sparse, text_file, tmp_path):
+    (tmp_path / "owl.json").write_text('{"kind": "deployment"}')
+    code, _, err = owl("eval", tmp_path, "-p", text_file, "--adapter", sparse)
+    assert (code, "goes with a checkpoint" in err) == (2, True)

@@ -1,0 +1,37 @@
+"""Fine-tuning the plain way: dense weights, and every gradient multiplied by the mask."""
+
+import torch
+
+
+def train_under_a_mask(model, blocks, window, steps, learning_rate):
+    """Train all parameters of the `blocks` (dotted names) on one window [length], in place.
+
+    Returns the loss before each step. The learning rate falls linearly; gradients are clipped to
+    norm 1, as the Trainer does.
+    """
+    model.train()
+    model.requires_grad_(False)
+    parameters = [p for name in blocks for p in model.get_submodule(name).parameters()]
+    masks = [(p != 0).float() if p.ndim == 2 else torch.ones_like(p) for p in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - step / steps)
+        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, window[1:])
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter, mask in zip(parameters, masks, strict=True):
+            parameter.grad.mul_(mask)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def merge_under_the_mask(weight, a, b, scale):
+    """(W + scale B A) where W is not zero; weight [out, in], a [rank, in], b [out, rank]."""
+    return (weight + scale * (b @ a)) * (weight != 0)

@@ -1,0 +1,204 @@
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from owl_deploy import adapter, recipe
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.evaluate.perplexity import perplexity
+from owl_deploy.finetune import run as module
+from owl_deploy.finetune import train as training
+from owl_deploy.finetune.run import finetune
+from owl_deploy.finetune.source import Source
+from tests import tiny
+from tests.reference import finetune as reference
+
+QUICK = {
+    "sequence_length": 32,
+    "batch_size": 4,
+    "gradient_accumulation": 1,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "dtype": "float32",
+}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("how", [{"method": "masked"}, {"merge": "masked"}], ids=str)
+def test_every_zero_stays_and_no_other_comes(models, text_file, tmp_path, family, how):
+    _, sparse = models(family)
+    manifest = finetune(sparse, tmp_path / "out", str(text_file), QUICK | how)
+    before, after = weights(sparse), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = 0
+    for name, tensor in before.items():
+        if tensor.ndim == 2:
+            assert torch.equal(tensor == 0, after[name] == 0), name
+        assert tensor.dtype == after[name].dtype
+        if not name.startswith(tuple(Source(sparse).blocks)):
+            assert torch.equal(tensor, after[name]), name
+        changed += not torch.equal(tensor, after[name])
+    assert changed >= 2
+    held_out = manifest["finetune"]["held_out_loss"]
+    assert held_out["after"] < held_out["before"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_manifest_says_what_was_pruned_and_what_was_trained(models, text_file, tmp_path):
+    dense, sparse = models("llama")
+    values = QUICK | {"method": "masked", "temperature": 2.0}
+    finetune(sparse, tmp_path / "out", str(text_file), values, teacher=str(dense))
+    manifest = json.loads((tmp_path / "out" / "owl.json").read_text())
+    pruning = json.loads((sparse / "owl.json").read_text())
+    assert {key: manifest[key] for key in pruning} == pruning
+    done = manifest["finetune"]
+    assert done["checkpoint"]["weights_sha256"] == adapter.weights_digest(Checkpoint(sparse))
+    assert (done["steps"], done["tokens"]) == (4, 4 * 4 * 32)
+    assert done["settings"]["temperature"] == 2.0
+    assert done["teacher"] == str(dense)
+    assert [row["step"] for row in done["curve"] if "eval_loss" in row] == [0, 1, 2, 3, 4]
+    assert "<svg" in (tmp_path / "out" / "learning_curve.svg").read_text()
+    text = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert text.startswith("# Then fine-tuned by owl: masked")
+    assert recipe.load(tmp_path / "out" / "recipe.yaml") == recipe.load(sparse / "recipe.yaml")
+
+
+def test_block_groups_train_every_block(models, text_file, tmp_path):
+    _, sparse = models("llama")
+    values = QUICK | {"method": "masked", "block_group": 1}
+    manifest = finetune(sparse, tmp_path / "out", str(text_file), values)
+    before, after = weights(sparse), weights(tmp_path / "out")
+    for block in range(2):
+        name = f"model.layers.{block}.mlp.up_proj.weight"
+        assert not torch.equal(before[name], after[name])
+    assert manifest["finetune"]["steps"] == 4
+    steps = [row["step"] for row in manifest["finetune"]["curve"]]
+    assert steps == sorted(steps)
+
+
+def test_bfloat16_checkpoint_and_products(models, text_file, tmp_path):
+    _, sparse = models("llama")
+    half = shutil.copytree(sparse, tmp_path / "half")
+    model = transformers.AutoModelForCausalLM.from_pretrained(sparse, dtype=torch.bfloat16)
+    model.save_pretrained(half)
+    values = QUICK | {"method": "masked", "dtype": "bfloat16"}
+    manifest = finetune(half, tmp_path / "out", str(text_file), values)
+    after = weights(tmp_path / "out")
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert (
+        manifest["finetune"]["held_out_loss"]["after"]
+        < manifest["finetune"]["held_out_loss"]["before"]
+    )
+
+
+def test_the_adapter_is_pefts_and_its_merge_is_the_formula(models, text_file, tmp_path):
+    _, sparse = models("llama")
+    finetune(sparse, tmp_path / "adapter", str(text_file), QUICK)
+    finetune(sparse, tmp_path / "merged", str(text_file), QUICK | {"merge": "masked"})
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "learning_curve.svg",
+        "owl.json",
+    ]
+    parts = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    before, after = weights(sparse), weights(tmp_path / "merged")
+    for block in range(2):
+        for layer in ("q_proj", "v_proj"):
+            name = f"model.layers.{block}.self_attn.{layer}"
+            a, b = (parts[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+            assert a.shape[0] == 8
+            assert b.abs().max() > 0
+            expected = reference.merge_under_the_mask(before[f"{name}.weight"], a, b, 16 / 8)
+            torch.testing.assert_close(after[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+
+    with_it = perplexity(sparse, str(text_file), window=32, limit=9, adapter=tmp_path / "adapter")
+    assert with_it.value < perplexity(sparse, str(text_file), window=32, limit=9).value
+
+
+def test_an_adapter_for_another_model(models, text_file, tmp_path):
+    dense, sparse = models("llama")
+    finetune(sparse, tmp_path / "adapter", str(text_file), QUICK)
+    with pytest.raises(BadInput, match=r"is not for .* it was trained on"):
+        perplexity(dense, str(text_file), window=32, limit=1, adapter=tmp_path / "adapter")
+    (tmp_path / "adapter" / "owl.json").unlink()  # as from elsewhere: names and shapes decide
+    for family, changes in (("opt", {}), ("llama", {"num_hidden_layers": 3})):
+        other = tiny.write_model(family, tmp_path / f"{family}-other", **changes)
+        with pytest.raises(BadInput, match="is not for"):
+            perplexity(other, str(text_file), window=32, limit=1, adapter=tmp_path / "adapter")
+    with pytest.raises(BadInput, match=r"no adapter_config\.json"):
+        perplexity(sparse, str(text_file), window=32, limit=1, adapter=sparse)
+
+
+def test_a_lost_mask_is_seen_before_anything_appears(models, text_file, tmp_path, monkeypatch):
+    _, sparse = models("llama")
+
+    def careless(source, deltas):
+        return {name: source.checkpoint.read(name) + delta for name, delta in deltas.items()}, 0
+
+    monkeypatch.setattr(module, "merged", careless)
+    with pytest.raises(EnvironmentFailed, match="zeros of"):
+        finetune(sparse, tmp_path / "out", str(text_file), QUICK | {"merge": "masked"})
+    assert not (tmp_path / "out").exists()
+
+
+def losses(manifest):
+    return [
+        (row["step"], row.get("loss"), row.get("eval_loss"))
+        for row in manifest["finetune"]["curve"]
+    ]
+
+
+def test_ctrl_c_finishes_the_step_and_resumes_to_the_same(models, text_file, tmp_path, monkeypatch):
+    _, sparse = models("llama")
+    whole = finetune(sparse, tmp_path / "whole", str(text_file), QUICK)
+    with monkeypatch.context() as patched:
+        step_end = training._Clock.on_step_end
+
+        def interrupted(self, args, state, control, **more):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            step_end(self, args, state, control, **more)
+
+        patched.setattr(training._Clock, "on_step_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(sparse, tmp_path / "out", str(text_file), QUICK)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BadInput, match="was interrupted"):
+        finetune(sparse, tmp_path / "out", str(text_file), QUICK)
+    resumed = finetune(sparse, tmp_path / "out", str(text_file), QUICK, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_mask_and_a_manifest_that_disagree(models, text_file, tmp_path):
+    _, sparse = models("llama")
+    changed = shutil.copytree(sparse, tmp_path / "changed")
+    tensors = weights(changed)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, :5] = 0.5
+    save_file(tensors, changed / "model.safetensors")
+    with pytest.raises(BadInput, match=r"model\.layers\.1 .* its manifest says 60\.\d\d%"):
+        finetune(changed, tmp_path / "out", str(text_file), QUICK)
+
+
+def test_a_teacher_with_another_vocabulary(models, text_file, tmp_path):
+    _, sparse = models("llama")
+    other = tiny.write_llama(tmp_path / "other", vocab_size=352)
+    with pytest.raises(BadInput, match="another vocabulary"):
+        finetune(sparse, tmp_path / "out", str(text_file), QUICK, teacher=str(other))
+    tiny.write_tokenizer(other, vocabulary=300)
+    same_size = tiny.write_llama(tmp_path / "same-size")
+    tiny.write_tokenizer(same_size, vocabulary=300)
+    with pytest.raises(BadInput, match="another vocabulary"):
+        finetune(sparse, tmp_path / "out", str(text_file), QUICK, teacher=str(same_size))

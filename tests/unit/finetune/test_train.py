@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from owl_deploy.errors import BadInput
+from owl_deploy.finetune.settings import resolved
+from owl_deploy.finetune.source import Source
+from owl_deploy.finetune.survivors import sparse_linears, sparsify
+from owl_deploy.finetune.train import Schedule, train
+from owl_deploy.finetune.trainee import Trainee
+from tests.reference import finetune as reference
+
+# A bias on all keys changes no attention: its gradient is rounding noise, which Adam scales up.
+KEY_BIASES = ("self_attn.k_proj.bias", "attention.query_key_value.bias")
+
+
+def ids(length=48):
+    return torch.randint(0, 320, (length,), generator=torch.Generator().manual_seed(3))
+
+
+def settings(**values):
+    return resolved({"method": "masked", "warmup": 0.0, **values}, teacher=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_equals_dense_training_with_masked_gradients(models, tmp_path, family):
+    source = Source(models(family)[1])
+    plain = source.load(torch.float32)
+    expected = reference.train_under_a_mask(plain, source.blocks, ids(), 5, 1e-2)
+
+    model = source.load(torch.float32)
+    for name in source.blocks:
+        sparsify(model.get_submodule(name), torch.float32)
+    # Two equal windows a step give the gradient of one, whatever order they come in.
+    windows = (ids().expand(2, -1).contiguous(), ids()[None])
+    asked = settings(learning_rate=1e-2, gradient_accumulation=2)
+    curve = train(Trainee(model), windows, asked, Schedule(5, None), tmp_path, "Training")
+
+    assert [row["loss"] for row in curve if "loss" in row] == pytest.approx(expected, abs=1e-6)
+    for name in source.blocks:
+        found = model.get_submodule(name).state_dict()
+        for key, wanted in plain.get_submodule(name).state_dict().items():
+            if key not in KEY_BIASES:
+                torch.testing.assert_close(found[key], wanted, rtol=0, atol=1e-6)
+
+
+def test_there_is_nothing_but_survivors_to_optimize(models):
+    source = Source(models("llama")[1])
+    model = source.load(torch.float32)
+    sparsify(model.get_submodule(source.blocks[0]), torch.float32)
+    trainee = Trainee(model)
+    trainee(ids()[None], ids()[None])["loss"].backward()
+    tensors = source.checkpoint.read_module(source.blocks[0])
+    nonzeros = sum(int((tensor != 0).sum()) for tensor in tensors.values())
+    assert sum(p.numel() for p in trainee.trained().values()) == nonzeros
+    with_gradient = [p for p in trainee.parameters() if p.grad is not None]
+    assert sum(p.grad.numel() for p in with_gradient) == nonzeros
+    assert sum(one.numel() for one in trainee.state_dict().values()) == nonzeros
+
+
+def test_bfloat16_products_keep_float32_weights(models, tmp_path):
+    source = Source(models("llama")[1])
+    model = source.load(torch.float32)
+    sparsify(model.get_submodule(source.blocks[0]), torch.bfloat16)
+    windows = (ids()[None], ids()[None])
+    trainee = Trainee(model, dtype=torch.bfloat16)
+    asked = settings(learning_rate=1e-2, gradient_accumulation=1)
+    curve = train(trainee, windows, asked, Schedule(8, None), tmp_path, "Training")
+    losses = [row["loss"] for row in curve if "loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+    for _, sparse in sparse_linears(model):
+        assert sparse.values.dtype == torch.float32
+        positions = sparse.positions.long()
+        assert sparse.weight.flatten()[positions].equal(sparse.values.bfloat16())
+
+
+def test_the_clock_ends_a_training_and_its_learning_rate(models, tmp_path):
+    source = Source(models("llama")[1])
+    model = source.load(torch.float32)
+    sparsify(model.get_submodule(source.blocks[0]), torch.float32)
+    windows = (ids()[None], ids()[None])
+    asked = settings(learning_rate=1e-3, gradient_accumulation=1)
+    curve = train(Trainee(model), windows, asked, Schedule(10**6, 1.0), tmp_path, "Training")
+    rates = [row["learning_rate"] for row in curve if "loss" in row]
+    assert rates == sorted(rates, reverse=True)
+    assert curve[-1]["seconds"] >= 1
+    assert "eval_loss" in curve[-1]
+
+
+def test_a_loss_that_is_no_number_is_an_error(models, tmp_path):
+    source = Source(models("llama")[1])
+    model = source.load(torch.float32)
+    sparsify(model.get_submodule(source.blocks[0]), torch.float32)
+    windows = (ids()[None], ids()[None])
+    asked = settings(learning_rate=1e30, gradient_accumulation=1)
+    with pytest.raises(BadInput, match="smaller --learning-rate"):
+        train(Trainee(model), windows, asked, Schedule(9, None), tmp_path, "Training")
