@@ -328,6 +328,7 @@ def _match_gated(
             gate is not None
             and gate.op_type == "MatMul"
             and gate.input[0] == up.input[0]
+            and gate_output not in rewriter.outputs
             and rewriter.only_reader(plain) is product
             and rewriter.only_reader(active) is product
             and readers == {id(node) for node in between if gate_output in node.input}
@@ -348,7 +349,12 @@ def _activation_input(
         return None
     for gate, other in (tuple(node.input), tuple(reversed(node.input))):
         sigmoid = rewriter.producer.get(other)
-        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.input[0] == gate:
+        if (
+            sigmoid is not None
+            and sigmoid.op_type == "Sigmoid"
+            and sigmoid.input[0] == gate
+            and rewriter.only_reader(other) is node
+        ):
             return gate, "silu_mul", [sigmoid, node]
     return None
 
