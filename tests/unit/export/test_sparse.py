@@ -379,7 +379,9 @@ def test_the_folder_is_whole(tmp_path: Path, library: Path) -> None:
         "tokenizer.json",
         library.name,
     }
-    options = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]
+    config = json.loads((out / "genai_config.json").read_text())
+    assert config["search"]["chunk_size"] == sparse.PROMPT_CHUNK
+    options = config["model"]["decoder"]
     assert options["session_options"]["custom_ops_library"] == library.name
     assert options["session_options"]["log_id"] == "kept"
     (packed,) = onnx.load(out / "model.onnx").graph.initializer
