@@ -64,7 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "phi3": _GROUPED,
+    "phi3": _GROUPED | {"original_max_position_embeddings": 512},
     "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64},
     "gpt_neox": {"intermediate_size": 112, "rotary_pct": 0.25},
 }

@@ -21,6 +21,7 @@ from owl_deploy import artefact
 from owl_deploy.cache import cache_dir
 from owl_deploy.engines.registry import ENGINES, Engine, get_engine
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.runtime import library_path
 
 Progress = Callable[[str], None]
 MARKER = ".complete"
@@ -117,7 +118,10 @@ def remove(name: str) -> bool:
 
 
 def list_engines() -> list[dict[str, Any]]:
-    """What is known about every engine: name, version (None: not installed), targets, licence."""
+    """What is known about every engine: name, version (None: not installed), targets, licence.
+
+    `library` is the file that the engine's exports carry: None if it has none, or was not built.
+    """
     return [
         {
             "name": engine.name,
@@ -125,10 +129,17 @@ def list_engines() -> list[dict[str, Any]]:
             "version": installed_version(engine.name),
             "opens": list(engine.targets),
             "licence": engine.licence,
+            "library": _library() if engine.name == "owl" else None,
             "environment": str(environment_folder(engine)) if engine.lock else None,
         }
         for engine in ENGINES.values()
     ]
+
+
+def _library() -> str | None:
+    with contextlib.suppress(EnvironmentFailed):
+        return str(library_path())
+    return None
 
 
 def find_python(engine: Engine) -> Path:

@@ -15,6 +15,12 @@ def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> N
     for column in ("engine", "installed", "opens", "licence"):
         table.add_column(column, overflow="fold")
     for engine in engines:
-        installed = engine["version"] or ("no: owl engines install " + engine["name"])
+        how = f": owl engines install {engine['name']}" if engine["environment"] else ""
+        installed = engine["version"] or f"no{how}"
         table.add_row(engine["name"], installed, ", ".join(engine["opens"]), engine["licence"])
-    (console or Console(width=WIDTH, highlight=False)).print(table)
+    console = console or Console(width=WIDTH, highlight=False)
+    console.print(table)
+    if any(engine["name"] == "owl" and engine["library"] is None for engine in engines):
+        console.print(
+            "Nothing can be exported to owl: `owl engines path owl` says what is missing."
+        )

@@ -156,8 +156,8 @@ def evaluate_tasks(
 
     `limit`: only so many documents of each. `window`: what the model sees at most; longer contexts
     are cut on the left. `hardware` and `adapter` are for checkpoints, `engine` for deployments. The
-    manifest of a folder that owl wrote records the results without an adapter. Raises `BadInput` for
-    what cannot be run.
+    manifest of a folder that owl wrote records the results without an adapter. Raises `BadInput`
+    for what cannot be run.
     """
     if limit is not None and limit < 1:
         raise BadInput("--limit must be at least 1.")

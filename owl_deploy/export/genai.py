@@ -1,8 +1,8 @@
 """Target `onnxruntime`: onnxruntime-genai's model builder, in a process of its own.
 
 The builder imports its modules by bare names, prints a line a block, and may end the process: in
-a child none of that reaches ours. It is kept off the network, and given no options but the
-precision, so that the deployment is the one which its own users get.
+a child none of that reaches ours. It is kept off the network, and given no options that change
+speed but the precision, so that the deployment is the one which its own users get.
 """
 
 import contextlib
@@ -21,13 +21,7 @@ import psutil
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.source import Progress, Source
 
-# The child dies with us: a killed `owl export` must not leave a builder at work.
-_BOOTSTRAP = """
-import ctypes, runpy, signal, sys
-with __import__("contextlib").suppress(OSError, AttributeError):
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
-"""
+_BUILDER = Path(__file__).with_name("builder.py")
 _UNSUPPORTED = "is not currently supported"
 _FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
 
@@ -80,9 +74,11 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     arguments = ["-i", str(source.folder), "-o", str(folder), "-p", precision]
     arguments += ["-e", "cpu", "-c", str(scratch / "cache")]
+    # Short caches for sliding windows are a layout that only onnxruntime-genai fills.
+    arguments += ["--extra_options", "windowed_kv_cache=false"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", _BOOTSTRAP, *arguments],
+        [sys.executable, "-P", str(_BUILDER), *arguments],
         cwd=scratch,
         env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)},
         stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from owl_deploy.errors import EnvironmentFailed
 
+_CHECKOUT = (Path(__file__).parents[2] / "CMakeLists.txt").is_file()
 LIBRARY_NAME = {"darwin": "libowl_runtime.dylib", "win32": "owl_runtime.dll"}.get(
     sys.platform, "libowl_runtime.so"
 )
@@ -23,10 +24,11 @@ def library_path() -> Path:
     override = os.environ.get("OWL_RUNTIME_LIBRARY")
     path = Path(override) if override else Path(__file__).parent / LIBRARY_NAME
     if not path.is_file():
+        then = "`python -m owl_deploy.runtime.build`" if _CHECKOUT else "install owl-deploy again"
         raise EnvironmentFailed(
             f"The owl engine's library {path} is missing.",
-            "Build it with `python -m owl_deploy.runtime.build` (needs a C++ compiler, CMake and "
-            "`apt install libonnxruntime-dev`); everything but the owl engine works without it.",
+            "It needs a C++ compiler and ONNX Runtime's header: `apt install g++ cmake "
+            f"libonnxruntime-dev`, then {then}. Everything but the owl engine works without it.",
         )
     return path
 

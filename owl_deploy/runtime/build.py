@@ -31,6 +31,7 @@ def build(destination: Path | None = None, *, sanitize: bool = False) -> Path:
         option = f"-DOWL_SANITIZE={'ON' if sanitize else 'OFF'}"
         _run(["cmake", "-S", str(ROOT), "-B", folder, option, *generator])
         _run(["cmake", "--build", folder, "--parallel"])
+        target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_suffix(".tmp")
         shutil.copyfile(Path(folder) / LIBRARY_NAME, staged)
         # A process that has the old library loaded keeps it: only the name moves.

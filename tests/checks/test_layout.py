@@ -22,7 +22,11 @@ LAYERS = (
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 # Standalone scripts that run in another environment's Python, without this package.
-STANDALONE = [PACKAGE / "engines" / "worker.py", *(PACKAGE / "engines" / "drivers").glob("*.py")]
+STANDALONE = [
+    PACKAGE / "engines" / "worker.py",
+    PACKAGE / "export" / "builder.py",
+    *(PACKAGE / "engines" / "drivers").glob("*.py"),
+]
 
 
 def part_of(module: str) -> str:

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
+import onnxruntime_genai
 import pytest
 
 from owl_deploy import recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.export.sparse import PROMPT_CHUNK
 from owl_deploy.export.targets import export
 from owl_deploy.generate import Sampling, Speed, generate
 from owl_deploy.prune.run import Calibration, prune
@@ -64,6 +67,27 @@ def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):
     assert speed.first_token_s > 0
     again = generate(tmp_path / "out", "The river ran", sampling, Speed())
     assert "".join(again) == "".join(pieces)
+
+
+def test_a_prompt_in_parts_says_the_same(pruned, tmp_path):
+    export(pruned, tmp_path / "out", target="owl", values="fp32")
+    tokens = np.random.default_rng(0).integers(3, 320, 300).astype(np.int32)
+
+    def greedy(chunk):
+        config = onnxruntime_genai.Config(str(tmp_path / "out"))
+        config.overlay(json.dumps({"search": {"chunk_size": chunk}}))
+        model = onnxruntime_genai.Model(config)
+        parameters = onnxruntime_genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=332, min_length=332, do_sample=False)
+        generator = onnxruntime_genai.Generator(model, parameters)
+        generator.append_tokens(tokens)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return list(generator.get_sequence(0))
+
+    written = json.loads((tmp_path / "out" / "genai_config.json").read_text())["search"]
+    assert written["chunk_size"] == PROMPT_CHUNK
+    assert greedy(PROMPT_CHUNK) == greedy(1000) == greedy(7)
 
 
 @pytest.mark.parametrize(

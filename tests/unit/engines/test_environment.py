@@ -121,3 +121,14 @@ def test_the_list_fits_a_terminal_and_says_the_licence(capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "never production" in " ".join(printed.split())
+
+
+def test_a_missing_library_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWL_RUNTIME_LIBRARY", "/nowhere/libowl_runtime.so")
+    show(environment.list_engines())
+    assert "`owl engines path owl` says what is missing" in capsys.readouterr().out
+    monkeypatch.setenv("OWL_RUNTIME_LIBRARY", __file__)
+    show(environment.list_engines())
+    assert "missing" not in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """The operators in stock ONNX Runtime: right results, clear errors for hostile weights."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -13,7 +15,7 @@ from .conftest import Kernels
 from .test_pack import sparse_weight
 
 
-def session(block: NDArray[np.uint8], cols: int) -> onnxruntime.InferenceSession:
+def model_of(block: NDArray[np.uint8], cols: int) -> onnx.ModelProto:
     """x [n, cols] -> SparseMatMul."""
     node = helper.make_node("SparseMatMul", ["x", "w"], ["y"], domain="ai.owl")
     graph = helper.make_graph(
@@ -26,8 +28,18 @@ def session(block: NDArray[np.uint8], cols: int) -> onnxruntime.InferenceSession
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.checker.check_model(model, check_custom_domain=False)
+    return model
+
+
+def session(block: NDArray[np.uint8], cols: int, threads: int = 1) -> onnxruntime.InferenceSession:
+    """That model, opened."""
+    return opened(model_of(block, cols), threads)
+
+
+def opened(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = threads
     register(options)
     return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
@@ -53,3 +65,167 @@ def test_wrong_width_is_refused(kernels: Kernels) -> None:
     block = pack.pack(sparse_weight(50, 96, 0.7), "bf16")
     with pytest.raises(Exception, match="last dimension"):
         session(block, 95).run(None, {"x": np.zeros((1, 95), dtype=np.float32)})
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_no_thread_count_of_the_session_changes_a_bit(values: pack.Values, rows: int) -> None:
+    block = pack.pack(sparse_weight(900, 260, 0.7), values)
+    x = np.random.default_rng(0).standard_normal((rows, 260)).astype(np.float32)
+    first = session(block, 260).run(None, {"x": x})[0]
+    for threads in (2, 3, 5, 8):
+        again = session(block, 260, threads).run(None, {"x": x})[0]
+        np.testing.assert_array_equal(again, first)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_no_rows_give_no_rows() -> None:
+    block = pack.pack(sparse_weight(50, 96, 0.7), "int8")
+    y = session(block, 96).run(None, {"x": np.zeros((0, 96), dtype=np.float32)})[0]
+    assert y.shape == (0, 50)
+
+
+# ---- Hostile models ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+def test_no_damaged_weight_crashes_a_session(values: pack.Values) -> None:
+    """Each damage is refused by name, or harmless; the header's fields are refused."""
+    rng = np.random.default_rng(0)
+    whole = pack.pack(sparse_weight(40, 150, 0.6), values)
+    refused = []
+    for turn in range(60):
+        block = whole.copy()
+        places = rng.integers(0, 128 if turn % 2 else block.size, 3)
+        block[places] = rng.integers(0, 256, 3)
+        if turn % 3 == 0:
+            block = block[: rng.integers(0, block.size)]
+        try:
+            session(block, 150).run(None, {"x": np.ones((2, 150), dtype=np.float32)})
+        except Exception as error:
+            refused.append(str(error))
+    assert len(refused) >= 30
+    assert all("ai.owl: " in words for words in refused)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_truncated_data_file_is_refused(tmp_path: Path) -> None:
+    model = model_of(pack.pack(sparse_weight(64, 96, 0.7), "bf16"), 96)
+    onnx.save(
+        model, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0, location="d"
+    )
+    data = (tmp_path / "d").read_bytes()
+    for size in (len(data) - 64, 100, 0):
+        (tmp_path / "d").write_bytes(data[:size])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        register(options)
+        with pytest.raises(Exception, match=r"out of bounds|external|size|ai\.owl"):
+            onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("token", [-1, 50, 2**40, -(2**63)])
+def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
+    block = pack.pack(sparse_weight(50, 32, 0.0), "int8", sparse=False)
+    gather = gather_of(block)
+    rows = gather.run(None, {"ids": np.array([[0, 49]])})[0]
+    np.testing.assert_array_equal(rows[0], pack.unpack(block)[[0, 49]])
+    with pytest.raises(Exception, match="outside the vocabulary"):
+        gather.run(None, {"ids": np.array([[0, token]])})
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_sparse_table_is_refused() -> None:
+    with pytest.raises(Exception, match="without a mask"):
+        gather_of(pack.pack(sparse_weight(50, 32, 0.5), "int8"))
+
+
+def gather_of(block: NDArray[np.uint8]) -> onnxruntime.InferenceSession:
+    """ids [b, n] -> PackedGather."""
+    graph = helper.make_graph(
+        [helper.make_node("PackedGather", ["ids", "w"], ["y"], domain="ai.owl")],
+        "test",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", "n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "n", "m"])],
+        [numpy_helper.from_array(block, "w")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
+    return opened(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+HEADS, KV, SIZE, POSITIONS = 4, 2, 16, 32
+
+
+def attention() -> onnxruntime.InferenceSession:
+    """Packed queries, keys and values against a cache of fp32, with rotary tables."""
+    floats = {
+        "q": ["b", "n", "w"],
+        "past_k": ["b", "h", "p", "d"],
+        "past_v": ["b", "h", "p", "d"],
+    }
+    whole = {"lengths": ["b"], "total": []}
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, d) for n, d in floats.items()]
+    inputs += [helper.make_tensor_value_info(n, TensorProto.INT32, d) for n, d in whole.items()]
+    outputs = [
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "n", "o"]),
+        helper.make_tensor_value_info("k", TensorProto.FLOAT, ["b", "h", "q", "d"]),
+        helper.make_tensor_value_info("v", TensorProto.FLOAT, ["b", "h", "q", "d"]),
+    ]
+    node = helper.make_node(
+        "CachedAttention",
+        ["q", "", "", "past_k", "past_v", "lengths", "total", "cos", "sin"],
+        ["y", "k", "v"],
+        domain="ai.owl",
+        num_heads=HEADS,
+        kv_num_heads=KV,
+        do_rotary=1,
+    )
+    tables = [
+        numpy_helper.from_array(np.ones((POSITIONS, SIZE // 2), dtype=np.float32), name)
+        for name in ("cos", "sin")
+    ]
+    graph = helper.make_graph([node], "test", inputs, outputs, tables)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
+    return opened(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+def feeds(**changes: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
+    """One new token behind ten."""
+    cache = np.ones((1, KV, 10, SIZE), dtype=np.float32)
+    good = {
+        "q": np.ones((1, 1, (HEADS + 2 * KV) * SIZE), dtype=np.float32),
+        "past_k": cache,
+        "past_v": cache,
+        "lengths": np.array([10], dtype=np.int32),
+        "total": np.array(11, dtype=np.int32),
+    }
+    return good | changes
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lengths", np.array([11], dtype=np.int32)),
+        ("lengths", np.array([2**31 - 1], dtype=np.int32)),
+        ("lengths", np.array([-5], dtype=np.int32)),
+        ("lengths", np.array([10, 10], dtype=np.int32)),
+        ("lengths", np.array([], dtype=np.int32)),
+        ("total", np.array(-1, dtype=np.int32)),
+        ("q", np.ones((1, 1, 16), dtype=np.float32)),
+        ("q", np.ones((2, 1, (HEADS + 2 * KV) * SIZE), dtype=np.float32)),
+        ("q", np.ones((1, 40, (HEADS + 2 * KV) * SIZE), dtype=np.float32)),  # beyond the tables
+        ("past_k", np.ones((1, KV, 9, SIZE), dtype=np.float32)),
+        ("past_k", np.ones((1, KV, 10, 8), dtype=np.float32)),
+        ("past_v", np.ones((1, 1, 10, SIZE), dtype=np.float32)),
+    ],
+    ids=str,
+)
+def test_hostile_attention_inputs_are_refused(name: str, value: NDArray[np.generic]) -> None:
+    session = attention()
+    assert session.run(None, feeds())[1].shape == (1, KV, 11, SIZE)
+    with pytest.raises(Exception, match=r"ai\.owl: "):
+        session.run(None, feeds(**{name: value}))

@@ -1,0 +1,166 @@
+"""Where kernels go wrong: tails, large shapes, every batch and sparsity, threads, infinities."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from owl_deploy.runtime import library_path, pack
+
+from .conftest import Kernels
+from .test_kernels import TOLERANCE, activations, as_kernels_see, rounding_error
+from .test_pack import sparse_weight
+
+VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8")
+# Around every width that some kernel has: lanes, cells, blocks of 64 and 128 columns, tiles.
+WIDTHS = (*range(1, 21), 31, 32, 33, 63, 64, 65, 66, 127, 128, 129, 191, 193, 255, 256, 257, 259)
+
+
+def check(kernels: Kernels, isa: str, block: pack.Block, rows: int, threads: int = 1) -> None:
+    info = pack.inspect(block)
+    x = activations(rows, info.cols)
+    y, _ = kernels.matmul(isa, block, x, info.rows, threads=threads)
+    error = rounding_error(y, as_kernels_see(x, info.values, isa), pack.unpack(block))
+    assert error < TOLERANCE, (info.rows, info.cols, rows)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_every_tail(kernels: Kernels, isa: str, values: pack.Values) -> None:
+    for number, cols in enumerate(WIDTHS):
+        for outputs in (1 + number % 16, 17 + number % 64):
+            block = pack.pack(sparse_weight(outputs, cols, 0.5, seed=cols), values)
+            for rows in (1, 3):
+                check(kernels, isa, block, rows)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_every_sparsity(kernels: Kernels, isa: str, values: pack.Values) -> None:
+    for percent in range(0, 101, 5):
+        block = pack.pack(sparse_weight(70, 203, percent / 100, seed=percent), values)
+        for rows in (1, 18):
+            check(kernels, isa, block, rows)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_every_batch_near_a_tile(
+    kernels: Kernels, isa: str, values: pack.Values, sparse: bool
+) -> None:
+    block = pack.pack(sparse_weight(90, 140, 0.7), values, sparse)
+    for rows in (*range(1, 34), 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300):
+        check(kernels, isa, block, rows, threads=2)
+
+
+@pytest.fixture(scope="module")
+def large() -> dict[str, pack.Block]:
+    return {values: pack.pack(sparse_weight(1031, 4099, 0.7), values) for values in VALUES}
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_a_large_odd_weight(
+    kernels: Kernels, isa: str, values: pack.Values, large: dict[str, pack.Block]
+) -> None:
+    for rows in (1, 19):
+        check(kernels, isa, large[values], rows, threads=2)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("epilogue", ["none", "silu_mul", "gelu_mul"])
+def test_no_thread_count_changes_a_bit_of_what_is_fused(
+    kernels: Kernels, isa: str, values: pack.Values, rows: int, epilogue: str
+) -> None:
+    outputs, cols = 320, 200
+    block = pack.pack(sparse_weight(2 * outputs, cols, 0.6), values)
+    width = 2 * outputs if epilogue == "none" else outputs
+    x, skip = activations(rows, cols, 1), activations(rows, cols, 2)
+    gamma, bias = activations(1, cols, 3)[0], activations(1, width, 4)[0]
+
+    def run(threads: int) -> tuple[np.ndarray, np.ndarray]:
+        return kernels.matmul(
+            isa,
+            block,
+            x,
+            width,
+            threads=threads,
+            epilogue=epilogue,
+            bias=bias,
+            skip=skip,
+            gamma=gamma,
+        )
+
+    first = run(1)
+    for threads in range(2, 9):
+        for one, other in zip(first, run(threads), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("values", ["fp32", "bf16"])
+def test_infinity_times_a_zero_that_is_not_stored_is_nan(
+    kernels: Kernels, isa: str, values: pack.Values, rows: int, bad: float
+) -> None:
+    """As in the dense product: what is left out of the file is still a zero."""
+    weight = sparse_weight(50, 90, 0.7)
+    block = pack.pack(weight, values)
+    x = activations(rows, 90)
+    x[-1, 41] = bad
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(np.float64) @ pack.unpack(block).T.astype(np.float64)
+    y, _ = kernels.matmul(isa, block, x, 50)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+    np.testing.assert_array_equal(y[np.isinf(expected)], expected[np.isinf(expected)])
+    assert np.isinf(expected).any() or np.isnan(bad)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_the_largest_activations_do_not_overflow_on_the_way(
+    kernels: Kernels, isa: str, values: pack.Values
+) -> None:
+    block = pack.pack(np.eye(48, 64, dtype=np.float32), values)
+    x = np.full((1, 64), 3e38, dtype=np.float32)
+    y, _ = kernels.matmul(isa, block, x, 48)
+    np.testing.assert_allclose(y, x[:, :48], rtol=0.01)
+
+
+CHOSEN = """
+import ctypes, sys
+import numpy as np, onnxruntime
+from owl_deploy.runtime import library_path, register
+library = ctypes.CDLL(str(library_path()))
+library.owl_best_isa.restype = ctypes.c_char_p
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+register(options)
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+x = np.load(sys.argv[2])
+parts = [session.run(None, {"x": part})[0] for part in (x, x[:1])]
+np.save(sys.argv[3], np.concatenate(parts))
+print(library.owl_best_isa().decode())
+"""
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_owl_isa_chooses_the_kernels_of_a_session(
+    kernels: Kernels, isa: str, values: pack.Values, tmp_path
+) -> None:
+    from .test_operators import model_of
+
+    block = pack.pack(sparse_weight(50, 96, 0.7), values)
+    (tmp_path / "m.onnx").write_bytes(model_of(block, 96).SerializeToString())
+    x = activations(5, 96)
+    np.save(tmp_path / "x.npy", x)
+    done = subprocess.run(
+        [sys.executable, "-c", CHOSEN, *(str(tmp_path / n) for n in ("m.onnx", "x.npy", "y.npy"))],
+        env={**os.environ, "OWL_ISA": isa, "OWL_RUNTIME_LIBRARY": str(library_path())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
+    expected = [kernels.matmul(isa, block, part, 50)[0] for part in (x, x[:1])]
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), np.concatenate(expected))
