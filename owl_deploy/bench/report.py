@@ -79,8 +79,11 @@ def render(results: Sequence[Result], curves: Sequence[tuple[str, str]] = ()) ->
 def _result(result: Result, several: bool) -> Iterator[str]:
     if several:
         yield f"<h2>Measured {_text(result.created)}</h2>"
-    lines = headline(result) or ["No dense baseline was measured: there is nothing to compare."]
-    yield '<ul class="headline">' + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>"
+    first, others = headline(result)
+    yield _list(first or ["No dense baseline was measured: there is nothing to compare."])
+    if others:
+        yield "<details><summary>The others against the best dense</summary>"
+        yield _list(others) + "</details>"
     for warning in (*result.failures, *result.notes):
         yield f'<p class="note">{_text(warning)}</p>'
     for metric in metrics_of(result.scenarios):
@@ -92,6 +95,10 @@ def _result(result: Result, several: bool) -> Iterator[str]:
         yield _figure(plots.costs(result), "Peak resident memory and file size, MB.")
     yield _costs(result)
     yield from _method(result)
+
+
+def _list(lines: Sequence[str]) -> str:
+    return '<ul class="headline">' + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>"
 
 
 def _metric(result: Result, metric: Metric) -> Iterator[str]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_deploy.bench.gate import Verdict, overall
-from owl_deploy.bench.result import Against, Result, Subject, metrics_of
+from owl_deploy.bench.result import Against, Comparison, Result, Subject, metrics_of
 from owl_deploy.bench.run import Outcome
 from owl_deploy.bench.scenario import Metric
 
@@ -76,15 +76,29 @@ def show_trade_off(
     console.print(f"The whole of it: {report}", soft_wrap=True, markup=False)
 
 
-def headline(result: Result) -> list[str]:
-    """One sentence for each candidate and scenario, against the best dense baseline of all."""
-    engines = {subject.name: subject for subject in result.subjects}
-    return [
-        f"{c.candidate}, {c.scenario}: {c.text} against {c.baseline} "
-        f"({engines[c.baseline].engine} {engines[c.baseline].precision}), the best dense."
-        for c in result.comparisons
-        if "best of all" in c.against
-    ]
+def headline(result: Result) -> tuple[list[str], list[str]]:
+    """One sentence for each candidate and scenario, against the best dense baseline of all.
+
+    Those with the largest gain of their scenario, with what it costs in perplexity; and the others.
+    """
+    found = [c for c in result.comparisons if "best of all" in c.against]
+    best = {c.scenario: c for c in sorted(found, key=lambda c: c.ratio)}
+    first = [_sentence(result, c) + _price(result, c) for c in best.values()]
+    return first, [_sentence(result, c) for c in found if best[c.scenario] is not c]
+
+
+def _sentence(result: Result, c: Comparison) -> str:
+    baseline = {subject.name: subject for subject in result.subjects}[c.baseline]
+    kind = f"{baseline.engine} {baseline.precision}"
+    return f"{c.candidate}, {c.scenario}: {c.text} against {c.baseline} ({kind}), the best dense."
+
+
+def _price(result: Result, c: Comparison) -> str:
+    known = {subject.name: subject.perplexity for subject in result.subjects}
+    now, dense = known[c.candidate], known[c.baseline]
+    if now is None or dense is None:
+        return ""
+    return f" Its perplexity is {_digits(now)}, the dense one's {_digits(dense)}."
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -64,6 +64,7 @@ def test_every_picture_has_its_words_and_every_number_a_table(page: str) -> None
     assert "28.10" in page
     assert "Some CPU &lt;9000&gt;" in page
     assert "int4), the best dense" in page
+    assert "Its perplexity is" in page.split("<details>")[0]
 
 
 def test_ink_follows_the_page(page: str) -> None:
