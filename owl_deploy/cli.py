@@ -311,7 +311,7 @@ def finetune(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint: a Hugging Face model folder.")],
     output: Output,
     text: Annotated[
-        str, typer.Option("--text", help="To train on: a file, wikitext-train, c4, hf:N:C:S:COL.")
+        str, typer.Option("--text", help="To train on: a file, wikitext, c4, ptb, or hf:N:C:S:COL.")
     ],
     method: Annotated[
         str, typer.Option("--method", "-m", help="lora, or masked: the weights that are left.")
