@@ -6,9 +6,10 @@ python benchmarks/engine_growth.py [--sizes NAME ...] [--sparsities S ...] [--lo
 Llama models with random weights, of which the blocks lose a random share, exported to `owl` int8;
 and dense fp32 in onnxruntime-genai beside them (sparsity "fp32"). One fresh process a measurement;
 each figure is the median over the rounds, which go through all contexts before one comes again.
-Load time is the second opening's of a file that is in the page cache. `peak_mb` is the
-process's peak memory after the prompt and some tokens, `model_mb` the same less what a process
-holds that has the runtime and a model of next to nothing; the KV cache is stated beside it.
+Load time is the second opening's of a file that is in the page cache. `peak_mb`
+is the process's peak memory (a part of the prompt has logits of all its tokens), `model_mb` what is
+resident after some tokens, less what a process holds that has the runtime and a model of next to
+nothing; the KV cache is in both, and stated beside them.
 Writes data and a picture.
 """
 
@@ -183,7 +184,7 @@ def measured(
             "kv_cache_mb": cached * (context + arguments.tokens + 4) / 2**20,
             "million_weights": (blocks * block + vocabulary * hidden) / 1e6,
             **{key: statistics.median(s[key] for s in found) for key in found[0]},
-            "model_mb": statistics.median(s["peak_mb"] for s in found) - runtime,
+            "model_mb": statistics.median(s["resident_mb"] for s in found) - runtime,
             "samples": found,
         }
         for context, found in samples.items()
@@ -234,7 +235,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     lines(memory, here, "file_mb", "model_mb", "size")
     top = max(row["file_mb"] for row in here)
     memory.plot([0, top], [0, 1.2 * top], color="grey", linewidth=1, label="file + 20 %")
-    memory.set(xlabel="file, MB", ylabel="peak memory over the runtime's, MB")
+    memory.set(xlabel="file, MB", ylabel="resident memory over the runtime's, MB")
     for axes in (by_size, by_zeros, by_context):
         axes.set_yscale("log")
     for axes in (by_size, by_zeros, by_context, memory):
