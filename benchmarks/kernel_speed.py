@@ -1,15 +1,17 @@
 """Time the kernels alone: products from memory, against the read bandwidth of the same run.
 
-python benchmarks/kernel_speed.py [--quick] [-o benchmarks/results/kernel_speed.json]
+python benchmarks/kernel_speed.py [--quick] [--plot FILE.svg] [-o RESULT.json]
 
-For each matrix size, enough copies of the matrix are multiplied that the weights (130 MB and more)
-cannot stay in any cache. Each figure is the median of its passes; `read_bandwidth` is the best that
-a plain read of memory reached between them, on as many threads.
+For each matrix size, copies of the matrix that fill 192 MB are multiplied, so that the weights
+come from memory; they lie in huge pages, where the operators put them too. Every round reads memory
+plainly, on as many threads, and then multiplies: `share_of_bandwidth` is the median over rounds of
+the weights' speed over that read's. `--plot` draws time against sparsity.
 """
 
 import argparse
 import ctypes
 import json
+import mmap
 import platform
 import statistics
 import sys
@@ -27,7 +29,7 @@ SIZES: dict[str, list[tuple[int, int]]] = {
     "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
 }
 SPARSITIES = (None, 0.0, 0.5, 0.6, 0.7, 0.8, 0.9)  # None: stored dense, without a mask
-ELEMENTS = 300_000_000
+BYTES = 192 << 20
 
 
 def main() -> None:
@@ -39,6 +41,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="only 70 %% and dense, first instruction set"
     )
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--plot", type=Path, help="draw time against sparsity into this SVG file")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     library = ctypes.CDLL(str(library_path()))
@@ -46,10 +50,10 @@ def main() -> None:
     isas = arguments.isa or supported(library)[: 1 if arguments.quick else 3]
     sparsities = (None, 0.7) if arguments.quick else SPARSITIES
     rows: list[dict[str, object]] = []
-    for model, shapes in SIZES.items():
-        for isa in isas:
+    for isa in isas:
+        for model in arguments.models:
             rows += measure(
-                library, model, shapes, isa, sparsities, arguments.threads, arguments.rounds
+                library, model, SIZES[model], isa, sparsities, arguments.threads, arguments.rounds
             )
     result = {
         "command": " ".join(sys.argv),
@@ -57,6 +61,8 @@ def main() -> None:
         "threads": arguments.threads,
         "rows": rows,
     }
+    if arguments.plot:
+        plot(rows, arguments.plot)
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -77,67 +83,93 @@ def measure(
         for s in sparsities
         if v != "fp32" or s in (None, 0.7)
     ]
-    seconds: dict[tuple[str, float | None], list[float]] = {variant: [] for variant in variants}
-    sizes: dict[tuple[str, float | None], int] = {}
-    memory = np.ones(256 << 20, dtype=np.uint8)
-    reads: list[float] = []
-    for values, sparsity in variants:
-        total = 0
-        sums = np.zeros(rounds)
-        for shape in shapes:
-            blocks = copies(shape, values, sparsity, ELEMENTS // len(shapes))
-            sums += time_matvec(library, isa, blocks, threads, rounds)
-            total += sum(block.size for block in blocks)
-        seconds[values, sparsity] = list(sums)
-        sizes[values, sparsity] = total
-        reads += time_read(library, memory, threads, 3)
-    bandwidth = memory.size / min(reads) / 1e9
+    memory = huge_memory(256 << 20)
+    memory[:] = 1
     rows: list[dict[str, object]] = []
-    for (values, sparsity), times in seconds.items():
-        median, size = statistics.median(times), sizes[values, sparsity]
+    for values, sparsity in variants:
+        blocks = [copies(shape, values, sparsity) for shape in shapes]
+        size = sum(block[0].size for block in blocks)
+        seconds, reads = [], []
+        for _ in range(rounds):
+            reads.append(min(time_read(library, memory, threads, 2)) / memory.size)
+            # One matrix of each shape.
+            seconds.append(sum(time_matvec(library, isa, b, threads) / len(b) for b in blocks))
+        shares = [size * read / s for read, s in zip(reads, seconds, strict=True)]
         row: dict[str, object] = {
             "model": model,
             "isa": isa,
             "values": values,
             "sparsity": sparsity,
-            "milliseconds": round(median * 1e3, 3),
-            "best_milliseconds": round(min(times) * 1e3, 3),
-            "megabytes": round(size / 1e6, 1),
-            "gigabytes_per_second": round(size / median / 1e9, 1),
-            "read_bandwidth": round(bandwidth, 1),
-            "share_of_bandwidth": round(size / median / 1e9 / bandwidth, 2),
-            "best_share_of_bandwidth": round(size / min(times) / 1e9 / bandwidth, 2),
+            "microseconds": round(statistics.median(seconds) * 1e6, 1),
+            "best_microseconds": round(min(seconds) * 1e6, 1),
+            "megabytes": round(size / 1e6, 2),
+            "gigabytes_per_second": round(size / statistics.median(seconds) / 1e9, 1),
+            "read_bandwidth": round(1e-9 / statistics.median(reads), 1),
+            "best_read_bandwidth": round(1e-9 / min(reads), 1),
+            "share_of_bandwidth": round(statistics.median(shares), 2),
+            "best_over_best": round(size * min(reads) / min(seconds), 2),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
 
 
-def copies(
-    shape: tuple[int, int], values: str, sparsity: float | None, elements: int
-) -> list[NDArray[np.uint8]]:
-    """Copies of a random packed weight, in memory of their own, with `elements` weights in all."""
+def plot(rows: list[dict[str, object]], file: Path) -> None:
+    """Time against sparsity for each model: sparse int8 and bf16, dense ones, the memory bound."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    isa = rows[0]["isa"]
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.5 * len(models), 3.6), squeeze=False)
+    colours = {"int8": "tab:blue", "bf16": "tab:orange", "fp32": "tab:gray"}
+    for axis, model in zip(axes[0], models, strict=True):
+        for values, colour in colours.items():
+            own = [r for r in rows if (r["model"], r["isa"], r["values"]) == (model, isa, values)]
+            dense = [r for r in own if r["sparsity"] is None]
+            sparse = [r for r in own if r["sparsity"] is not None]
+            x = [100 * float(str(r["sparsity"])) for r in sparse]
+            axis.plot(x, [r["microseconds"] for r in sparse], "o-", color=colour, label=values)
+            bound = [1e3 * r["megabytes"] / r["read_bandwidth"] for r in sparse]  # type: ignore[operator]
+            axis.plot(x, bound, ":", color=colour, label=f"{values} memory bound")
+            for row in dense:
+                axis.axhline(row["microseconds"], color=colour, ls="--", label=f"{values} dense")  # type: ignore[arg-type]
+        axis.set(
+            title=f"{model}, {isa}", xlabel="sparsity, %", ylabel="one block, us", yscale="log"
+        )
+    axes[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def copies(shape: tuple[int, int], values: str, sparsity: float | None) -> list[NDArray[np.uint8]]:
+    """Copies of a random packed weight that fill `BYTES`, as the operators hold them in memory."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(shape, dtype=np.float32)
     if sparsity:
         weight[rng.random(shape, dtype=np.float32) < sparsity] = 0
     block = pack.pack(weight, values, sparsity is not None)  # type: ignore[arg-type]
-    return [aligned_copy(block) for _ in range(max(1, elements // weight.size))]
+    count = max(1, BYTES // block.size)
+    memory = huge_memory(count * block.size).reshape(count, block.size)
+    memory[:] = block
+    return list(memory)
 
 
-def aligned_copy(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """As a memory-mapped file gives it: on a page boundary."""
-    storage = np.empty(block.size + 4096, dtype=np.uint8)
-    start = -storage.ctypes.data % 4096
-    storage[start : start + block.size] = block
-    return storage[start : start + block.size]
+def huge_memory(size_bytes: int) -> NDArray[np.uint8]:
+    """Memory in huge pages, where the system gives them."""
+    pages = mmap.mmap(-1, size_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype=np.uint8)
 
 
 def time_matvec(
-    library: ctypes.CDLL, isa: str, blocks: list[NDArray[np.uint8]], threads: int, rounds: int
-) -> NDArray[np.float64]:
-    """Seconds of each of `rounds` passes over all `blocks`."""
-    seconds = np.zeros(rounds + 1)
+    library: ctypes.CDLL, isa: str, blocks: list[NDArray[np.uint8]], threads: int
+) -> float:
+    """Seconds of a pass over all `blocks`, the second of two."""
+    seconds = np.zeros(2)
     addresses = (ctypes.c_void_p * len(blocks))(*(block.ctypes.data for block in blocks))
     lengths = (ctypes.c_size_t * len(blocks))(*(block.size for block in blocks))
     code = library.owl_time_matvec(
@@ -146,12 +178,12 @@ def time_matvec(
         lengths,
         ctypes.c_size_t(len(blocks)),
         ctypes.c_size_t(threads),
-        ctypes.c_size_t(rounds + 1),
+        ctypes.c_size_t(len(seconds)),
         ctypes.c_void_p(seconds.ctypes.data),
     )
     if code:
         raise RuntimeError(f"{isa} does not run here")
-    return seconds[1:]
+    return float(seconds[-1])
 
 
 def time_read(

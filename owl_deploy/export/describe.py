@@ -11,8 +11,8 @@ from onnx import numpy_helper
 from owl_deploy.artefact import MANIFEST, sha256
 from owl_deploy.runtime import pack
 
-_PACKED = "SparseMatMul"  # this package's operator
-_READS_WEIGHT = ("MatMul", "Gemm", "MatMulNBits", "Gather", "GatherBlockQuantized", _PACKED)
+_PACKED = ("SparseMatMul", "ProgramFp16", "ProgramFp32")  # this package's operators
+_READS_WEIGHT = ("MatMul", "Gemm", "MatMulNBits", "Gather", "GatherBlockQuantized", *_PACKED)
 _QUANTIZATION = ("bits", "block_size", "accuracy_level")
 
 
@@ -68,7 +68,7 @@ def _quantization(model: onnx.ModelProto) -> dict[str, int] | None:
 def _weights_of(
     node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], folder: Path
 ) -> list[tuple[str, dict[str, Any]]]:
-    if node.op_type == _PACKED:
+    if node.op_type in _PACKED:
         return _packed(node, tensors, folder)
     kind = "embedding" if node.op_type.startswith("Gather") else "linear"
     attributes = {a.name: a for a in node.attribute}

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from owl_deploy.errors import BadInput
+from owl_deploy.export import program
 from owl_deploy.runtime import library_path, pack
 
 Values = Literal["bf16", "int8", "fp32"]
@@ -109,11 +110,18 @@ class Rewriter:
 
 
 def sparsify_deployment(
-    source: Path, destination: Path, values: Values = "bf16", cache: Cache | None = None
+    source: Path,
+    destination: Path,
+    values: Values = "bf16",
+    cache: Cache | None = None,
+    *,
+    join: bool = True,
 ) -> dict[str, object]:
     """Rewrite the builder's fp32 deployment `source` into the folder `destination`.
 
-    `cache` is the precision of the KV cache: fp16 unless `values` is fp32. Returns statistics.
+    `cache` is the precision of the KV cache: fp16 unless `values` is fp32. Without `join` every
+    operator stays a node of its own: slower, but the runtime's profile then shows each. Returns
+    statistics.
     """
     model_file = source / "model.onnx"
     config_file = source / "genai_config.json"
@@ -126,7 +134,7 @@ def sparsify_deployment(
     library = library_path()
     model = onnx.load(model_file, load_external_data=False)
     rewriter = Rewriter(model, source, values, cache or ("fp32" if values == "fp32" else "fp16"))
-    for apply in PASSES:
+    for apply in PASSES if join else (*REPLACEMENTS, drop_unused):
         rewriter.counts[apply.__name__] = apply(rewriter)
         rewriter.index()
     if not rewriter.packed:
@@ -281,6 +289,17 @@ def replace_attention(rewriter: Rewriter) -> int:
     return len(nodes)
 
 
+def join_programs(rewriter: Rewriter) -> int:
+    """SparseMatMul and CachedAttention nodes that follow one another -> one node."""
+
+    def shape(name: str) -> tuple[int, int]:
+        info = pack.read_header(rewriter.packed[name])
+        return info.rows, info.cols
+
+    graph = rewriter.model.graph
+    return program.join_programs(graph, shape, _config_head_size(rewriter))
+
+
 def drop_unused(rewriter: Rewriter) -> int:
     """Nodes whose results nobody reads any more, and initializers likewise."""
     graph = rewriter.model.graph
@@ -299,14 +318,14 @@ def drop_unused(rewriter: Rewriter) -> int:
     return before - len(graph.node)
 
 
-PASSES: tuple[Callable[[Rewriter], int], ...] = (
+REPLACEMENTS: tuple[Callable[[Rewriter], int], ...] = (
     fuse_gated,
     replace_matmuls,
     fuse_norms,
     replace_embedding,
     replace_attention,
-    drop_unused,
 )
+PASSES = (*REPLACEMENTS, join_programs, drop_unused)
 
 
 # ---- Patterns ----------------------------------------------------------------------------------
@@ -382,7 +401,7 @@ def _attention_supported(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
     kind = cache.type.tensor_type
     size = kind.shape.dim[3].dim_value if len(kind.shape.dim) == 4 else 0
     heads, kv_heads = _attribute(node, "num_heads", 0), _attribute(node, "kv_num_heads", 0)
-    size = size or _head_size(rewriter, node)
+    size = size or _config_head_size(rewriter)
     rotary = bool(_attribute(node, "do_rotary", 0))
     tables = len(node.input) > 8 and all(
         rewriter.load(name) is not None for name in node.input[7:9]
@@ -396,7 +415,7 @@ def _attention_supported(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
     )
 
 
-def _head_size(rewriter: Rewriter, node: onnx.NodeProto) -> int:
+def _config_head_size(rewriter: Rewriter) -> int:
     config = json.loads((rewriter.folder / "genai_config.json").read_text())
     return int(config["model"]["decoder"].get("head_size", 0))
 

@@ -119,7 +119,7 @@ def unpack(block: Block) -> NDArray[np.float32]:
 
 def inspect(block: Block) -> PackedInfo:
     """Check `block` as the kernels do; returns what its header says, or raises ValueError."""
-    info = _read_header(block)
+    info = read_header(block)
     tail = ALIGNMENT
     cells = info.groups * info.cells
     if not info.sparse:
@@ -248,7 +248,8 @@ def _assemble(
     return np.frombuffer(header + bytes(body), dtype=np.uint8)
 
 
-def _read_header(block: Block) -> PackedInfo:
+def read_header(block: Block) -> PackedInfo:
+    """What a block's header says, without a look at what follows; ValueError if it cannot be."""
     if block.size < _HEADER.size:
         raise ValueError("the block is shorter than its header")
     magic, version, code, flags, group_rows, *rest = _HEADER.unpack(block[: _HEADER.size].tobytes())

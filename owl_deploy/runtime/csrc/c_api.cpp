@@ -66,7 +66,9 @@ OWL_EXPORT int owl_matmul(const char* isa, const void* packed, std::size_t size,
   op.gamma = gamma;
   op.epsilon = epsilon;
   const owl::Pool pool{run_threads, &threads};
-  owl::run_linear(*kernels, pool, op, x, rows, y, sum);
+  owl::Plan plan(*kernels);
+  plan.add(op, x, rows, y, sum);
+  plan.run(pool);
   return 0;
 }
 
@@ -106,6 +108,8 @@ OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t leng
   const owl::AttentionInput input{qkv,    qkv + heads * head_size, qkv + (heads + kv_heads) * head_size, stride, stride,
                                   length, past,                    keys,                                 values};
   const owl::Pool pool{run_threads, &threads};
-  owl::run_attention(*kernels, pool, op, input, out);
+  owl::Plan plan(*kernels);
+  plan.add(op, input, out);
+  plan.run(pool);
   return 0;
 }

@@ -1,11 +1,16 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <exception>
+#include <functional>
 #include <memory>
 #include <new>
+#include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -55,24 +60,129 @@ class Scratch {
 
 thread_local Scratch caller_rows;   // activations, shared with the tasks
 thread_local Scratch caller_extra;
+thread_local Scratch caller_counters;
 thread_local Scratch task_sums;
 thread_local Scratch task_tile;
 
-template <class Task>
-void parallel(const Pool& pool, std::size_t count, Task& task) {
-  auto call = [](void* argument, std::size_t i) {
-    DenormalsAreZero guard;
-    (*static_cast<Task*>(argument))(i);
-  };
-  if (count == 1) return call(&task, 0);
-  pool.run(pool.context, count, call, &task);
-}
-
 std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
-constexpr std::size_t kTaskBytes = 24 * 1024;  // weights that one task of a matrix-vector product reads, at least
-constexpr std::size_t kMaxTasks = 256;
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// ---- Phases ----------------------------------------------------------------------------------------------
+
+struct Phase {
+  std::size_t count = 0;  // items
+  std::size_t grain = 1;  // items that a thread takes at least
+  bool in_runs = false;   // a thread takes long runs of items while many are left: weights are read in order then
+  std::function<void(std::size_t, std::size_t)> items;  // [begin, end)
+  std::function<void()> before, after;                  // by one thread, before the first item and after the last
+};
+
+// What the threads of one run share; a phase's counters have a cache line of their own.
+class Run {
+ public:
+  explicit Run(const std::vector<Phase>& phases, std::uint8_t* memory)
+      : phases_(phases), counters_(reinterpret_cast<Counters*>(memory)) {
+    for (std::size_t p = 0; p < phases.size(); ++p) new (counters_ + p) Counters;
+    open(0);
+  }
+  static std::size_t bytes(std::size_t phases) { return phases * sizeof(Counters); }
+
+  // Called by every thread that takes part, at any time and any number of times.
+  void take_part() {
+    if (over_.load(std::memory_order_relaxed)) return;
+    DenormalsAreZero guard;
+    threads_.fetch_add(1, std::memory_order_relaxed);
+    for (std::size_t p = open_.load(std::memory_order_acquire); p < phases_.size(); ++p) {
+      wait_for(p);
+      work_on(p);
+    }
+    over_.store(true, std::memory_order_relaxed);
+  }
+
+  void rethrow() {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  struct alignas(64) Counters {
+    std::atomic<std::size_t> taken{0}, done{0};
+  };
+
+  void wait_for(std::size_t p) {
+    for (std::size_t spins = 0; open_.load(std::memory_order_acquire) < p; ++spins) {
+      relax();
+      // Whoever has the last item may have lost its core to another process.
+      if (spins > kSpins) std::this_thread::yield();
+    }
+  }
+
+  void work_on(std::size_t p) {
+    const Phase& phase = phases_[p];
+    std::size_t finished = 0, begin, end;
+    while (take(p, &begin, &end)) {
+      guarded([&] { phase.items(begin, end); });
+      finished += end - begin;
+    }
+    if (finished == 0) return;
+    if (counters_[p].done.fetch_add(finished, std::memory_order_acq_rel) + finished < phase.count) return;
+    if (phase.after) guarded(phase.after);
+    open(p + 1);
+  }
+
+  void open(std::size_t p) {
+    if (p < phases_.size() && phases_[p].before) guarded(phases_[p].before);
+    open_.store(p, std::memory_order_release);
+  }
+
+  bool take(std::size_t p, std::size_t* begin, std::size_t* end) {
+    const Phase& phase = phases_[p];
+    std::atomic<std::size_t>& taken = counters_[p].taken;
+    std::size_t at = taken.load(std::memory_order_relaxed), size;
+    do {
+      if (at >= phase.count) return false;
+      size = phase.grain;
+      if (phase.in_runs) size = std::max(size, (phase.count - at) / (2 * threads_.load(std::memory_order_relaxed)));
+      size = std::min(size, phase.count - at);
+    } while (!taken.compare_exchange_weak(at, at + size, std::memory_order_relaxed));
+    *begin = at;
+    *end = at + size;
+    return true;
+  }
+
+  // Memory may run out inside a task; the others must not wait for it for ever, nor may the exception cross the pool.
+  template <class Work>
+  void guarded(const Work& work) {
+    try {
+      work();
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+
+  static constexpr std::size_t kSpins = 2000;
+
+  const std::vector<Phase>& phases_;
+  Counters* counters_;
+  std::atomic<std::size_t> open_{0};
+  std::atomic<std::size_t> threads_{0};
+  std::atomic<bool> over_{false};  // every item has been taken
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
+};
+
+// ---- Linear layers ---------------------------------------------------------------------------------------
+
+constexpr std::size_t kTaskBytes = 16 * 1024;  // weights that a thread takes at least, of a matrix-vector product
+constexpr std::size_t kSumGroups = 64;         // row groups whose sums are kept until they are finished
 constexpr std::size_t kRowChunk = 128;         // activation rows of one task of a matrix-matrix product
+constexpr std::size_t kPrepareRows = 4;
 
 std::size_t group_bytes(const PackedMatrix& w) {
   if (!w.sparse) return w.cells * kCellBytes;
@@ -80,71 +190,63 @@ std::size_t group_bytes(const PackedMatrix& w) {
   return values / w.groups + w.cells * w.mask_bytes_per_cell();
 }
 
-void normalise(const Kernels& kernels, const Linear& op, const float* x, std::size_t row, float* sum, float* y) {
-  const std::size_t cols = op.weight.cols;
-  kernels.rms_norm(x + row * cols, op.skip == nullptr ? nullptr : op.skip + row * cols, op.gamma, cols, op.epsilon,
-                   sum == nullptr ? nullptr : sum + row * cols, y);
-}
+struct LinearStep {
+  const Kernels& kernels;
+  Linear op;
+  const float* x;
+  std::size_t rows;
+  float* y;
+  float* sum;
+  ActivationLayout layout;
 
-Output output_of(const Linear& op, float* y) {
-  Output output;
-  output.epilogue = op.epilogue;
-  output.bias = op.bias;
-  output.data = y;
-  output.cols = op.outputs;
-  return output;
-}
-
-void run_one_row(const Kernels& kernels, const Pool& pool, const Linear& op, const float* x, float* y, float* sum) {
-  const PackedMatrix& w = op.weight;
-  const ActivationLayout layout = kernels.layout(w);
-  auto* row = caller_rows.get<std::uint8_t>(layout.stride);
-  {
-    DenormalsAreZero guard;
-    if (op.gamma != nullptr) {
-      auto* normed = caller_extra.get<float>(w.cols);
-      normalise(kernels, op, x, 0, sum, normed);
-      x = normed;
-    }
-    kernels.prepare(w, layout, x, row);
+  void normalise(std::size_t row, float* out) const {
+    const std::size_t cols = op.weight.cols;
+    kernels.rms_norm(x + row * cols, op.skip == nullptr ? nullptr : op.skip + row * cols, op.gamma, cols, op.epsilon,
+                     sum == nullptr ? nullptr : sum + row * cols, out);
   }
-  const Output output = output_of(op, y);
-  // Even, so that gate and up stay together.
-  const std::size_t at_least = divide_up(kTaskBytes, std::max<std::size_t>(1, group_bytes(w)));
-  const std::size_t groups = divide_up(std::max(at_least, divide_up(w.groups, kMaxTasks)), 2) * 2;
-  auto task = [&](std::size_t i) {
-    const std::size_t begin = i * groups, end = std::min(w.groups, begin + groups);
-    auto* sums = task_sums.get<float>(groups * kGroupRows);
-    kernels.matvec(w, begin, end, layout, row, sums);
-    kernels.finish(begin, end, sums, 0, 0, 1, output);
-  };
-  parallel(pool, divide_up(w.groups, groups), task);
-}
 
-void run_many_rows(const Kernels& kernels, const Pool& pool, const Linear& op, const float* x, std::size_t rows,
-                   float* y, float* sum) {
-  const PackedMatrix& w = op.weight;
-  const ActivationLayout layout = kernels.layout(w);
-  auto* prepared = caller_rows.get<std::uint8_t>(layout.stride * rows);
-  constexpr std::size_t kPrepareRows = 4;
-  auto prepare = [&](std::size_t i) {
-    auto* normed = task_sums.get<float>(w.cols);
-    for (std::size_t r = i * kPrepareRows; r < std::min(rows, (i + 1) * kPrepareRows); ++r) {
-      if (op.gamma != nullptr) normalise(kernels, op, x, r, sum, normed);
-      kernels.prepare(w, layout, op.gamma != nullptr ? normed : x + r * w.cols, prepared + r * layout.stride);
+  void prepare(std::size_t row, float* scratch, std::uint8_t* prepared) const {
+    const float* from = x + row * op.weight.cols;
+    if (op.gamma != nullptr) {
+      normalise(row, scratch);
+      from = scratch;
     }
-  };
-  parallel(pool, divide_up(rows, kPrepareRows), prepare);
+    kernels.prepare(op.weight, layout, from, prepared + row * layout.stride);
+  }
 
-  const Output output = output_of(op, y);
-  const std::size_t width = kernels.panel_groups * kGroupRows;
+  Output output() const {
+    Output o;
+    o.epilogue = op.epilogue;
+    o.bias = op.bias;
+    o.data = y;
+    o.cols = op.outputs;
+    return o;
+  }
+
+  // Row groups come in pairs, so that gate and up stay together.
+  void multiply_pairs(std::size_t first, std::size_t last, const std::uint8_t* prepared) const {
+    const PackedMatrix& w = op.weight;
+    float sums[kSumGroups * kGroupRows];
+    const std::size_t stop = std::min(w.groups, 2 * last);
+    for (std::size_t begin = 2 * first; begin < stop; begin += kSumGroups) {
+      const std::size_t end = std::min(stop, begin + kSumGroups);
+      kernels.matvec(w, begin, end, layout, prepared, sums);
+      kernels.finish(begin, end, sums, 0, 0, 1, output());
+    }
+  }
+
   // A gated epilogue needs both halves of a pair of groups.
-  const std::size_t per_panel = op.epilogue == Epilogue::kNone ? kernels.panel_groups : divide_up(kernels.panel_groups, 2) * 2;
-  const std::size_t panels = divide_up(w.groups, per_panel);
-  const std::size_t chunk = std::min(rows, kRowChunk);
-  auto multiply = [&](std::size_t i) {
-    const std::size_t first = i / panels * chunk, count = std::min(chunk, rows - first);
-    const std::size_t begin = i % panels * per_panel, end = std::min(w.groups, begin + per_panel);
+  std::size_t groups_per_panel() const {
+    return op.epilogue == Epilogue::kNone ? kernels.panel_groups : divide_up(kernels.panel_groups, 2) * 2;
+  }
+  std::size_t panels() const { return divide_up(op.weight.groups, groups_per_panel()); }
+  std::size_t chunk() const { return std::min(rows, kRowChunk); }
+
+  void multiply_panel(std::size_t i, const std::uint8_t* prepared) const {
+    const PackedMatrix& w = op.weight;
+    const std::size_t width = kernels.panel_groups * kGroupRows;
+    const std::size_t first = i / panels() * chunk(), count = std::min(chunk(), rows - first);
+    const std::size_t begin = i % panels() * groups_per_panel(), end = std::min(w.groups, begin + groups_per_panel());
     const std::size_t parts = divide_up(end - begin, kernels.panel_groups);
     auto* tile = task_tile.get<std::uint8_t>(kPanelScratch);
     auto* sums = task_sums.get<float>(count * width * (parts + 1));
@@ -153,33 +255,18 @@ void run_many_rows(const Kernels& kernels, const Pool& pool, const Linear& op, c
       kernels.panel(w, from, std::min(end - from, kernels.panel_groups), layout, prepared + first * layout.stride,
                     count, tile, sums + p * count * width);
     }
-    if (parts == 1) return kernels.finish(begin, end, sums, width, first, count, output);
+    if (parts == 1) return kernels.finish(begin, end, sums, width, first, count, output());
     // Narrow panels: put the halves of each row side by side.
     float* joined = sums + parts * count * width;
     for (std::size_t m = 0; m < count; ++m) {
       for (std::size_t p = 0; p < parts; ++p)
         std::memcpy(joined + p * width, sums + (p * count + m) * width, width * sizeof(float));
-      kernels.finish(begin, end, joined, parts * width, first + m, 1, output);
+      kernels.finish(begin, end, joined, parts * width, first + m, 1, output());
     }
-  };
-  parallel(pool, panels * divide_up(rows, chunk), multiply);
-}
+  }
+};
 
 // ---- Attention -------------------------------------------------------------------------------------------
-
-void rotate(const Attention& op, std::size_t position, const float* x, float* out) {
-  const std::size_t half = op.rotary_size / 2;
-  const float* c = op.cosines + position * half;
-  const float* s = op.sines + position * half;
-  for (std::size_t i = 0; i < half; ++i) {
-    const std::size_t a = op.interleaved ? 2 * i : i;
-    const std::size_t b = op.interleaved ? 2 * i + 1 : i + half;
-    const float first = x[a], second = x[b];
-    out[a] = first * c[i] - second * s[i];
-    out[b] = first * s[i] + second * c[i];
-  }
-  for (std::size_t i = op.rotary_size; i < op.head_size; ++i) out[i] = x[i];
-}
 
 std::size_t cache_bytes(CacheType type) { return type == CacheType::kFp32 ? 4 : 2; }
 
@@ -200,100 +287,192 @@ AttentionSpan span_of(const Attention& op, const AttentionInput& in, std::size_t
   return span;
 }
 
-// Rotates one new position's queries into `q`, and stores its keys and values.
-void enter_position(const Kernels& kernels, const Attention& op, const AttentionInput& in, std::size_t s, float* q) {
-  const std::size_t size = op.head_size, position = in.past + s;
-  alignas(64) float rotated[kMaxHeadSize];
-  for (std::size_t h = 0; h < op.heads; ++h) {
-    const float* x = in.q + s * in.q_stride + h * size;
-    if (op.rotary)
-      rotate(op, position, x, q + h * size);
-    else
-      std::memcpy(q + h * size, x, size * sizeof(float));
+struct AttentionStep {
+  const Kernels& kernels;
+  Attention op;
+  AttentionInput in;
+  float* out;
+
+  std::size_t shared() const { return op.heads / op.kv_heads; }
+  std::size_t width() const { return op.heads * op.head_size; }
+
+  void rotate(std::size_t position, const float* x, float* to) const {
+    const std::size_t half = op.rotary_size / 2;
+    kernels.rotate(x, op.head_size, op.cosines + position * half, op.sines + position * half, half, op.interleaved, to);
   }
-  for (std::size_t h = 0; h < op.kv_heads; ++h) {
-    const float* k = in.k + s * in.kv_stride + h * size;
-    if (op.rotary) {
-      rotate(op, position, k, rotated);
-      k = rotated;
+
+  // Rotates one new position's queries into `q`, and stores its keys and values.
+  void enter(std::size_t s, float* q) const {
+    const std::size_t size = op.head_size, position = in.past + s;
+    alignas(64) float rotated[kMaxHeadSize];
+    for (std::size_t h = 0; h < op.heads; ++h) {
+      const float* x = in.q + s * in.q_stride + h * size;
+      if (op.rotary)
+        rotate(position, x, q + h * size);
+      else
+        std::memcpy(q + h * size, x, size * sizeof(float));
     }
-    kernels.store_cache(op.cache, k, size, cache_at(op, in.keys, h, position));
-    kernels.store_cache(op.cache, in.v + s * in.kv_stride + h * size, size, cache_at(op, in.values, h, position));
+    for (std::size_t h = 0; h < op.kv_heads; ++h) {
+      const float* k = in.k + s * in.kv_stride + h * size;
+      if (op.rotary) {
+        rotate(position, k, rotated);
+        k = rotated;
+      }
+      kernels.store_cache(op.cache, k, size, cache_at(op, in.keys, h, position));
+      kernels.store_cache(op.cache, in.v + s * in.kv_stride + h * size, size, cache_at(op, in.values, h, position));
+    }
   }
-}
 
-// Joins one head's partial results, in order of position.
-void join_chunks(std::size_t chunks, std::size_t stride, std::size_t size, const float* partial, const float* maxima,
-                 const float* sums, std::size_t stat_stride, float* out) {
-  float peak = maxima[0];
-  for (std::size_t c = 1; c < chunks; ++c) peak = std::max(peak, maxima[c * stat_stride]);
-  float total = 0.0F;
-  std::fill(out, out + size, 0.0F);
-  for (std::size_t c = 0; c < chunks; ++c) {
-    const float share = std::exp(maxima[c * stat_stride] - peak);
-    total += share * sums[c * stat_stride];
-    for (std::size_t d = 0; d < size; ++d) out[d] += share * partial[c * stride + d];
+  // One new position: tasks are chunks of the past, one key head after the other, as they lie in memory.
+  std::size_t end() const { return in.past + 1; }
+  std::size_t start() const { return op.window != 0 && end() > op.window ? end() - op.window : 0; }
+  std::size_t first_chunk() const { return start() / kDecodeChunk; }
+  std::size_t chunks() const { return divide_up(end(), kDecodeChunk) - first_chunk(); }
+  // Results of a chunk: [heads, size] values, then a maximum and a sum for each head.
+  std::size_t chunk_floats() const { return width() + 2 * op.heads; }
+
+  void attend_chunk(std::size_t i, const float* q, float* partial) const {
+    const std::size_t size = op.head_size, chunk = i % chunks(), head = i / chunks(), h = head * shared();
+    const std::size_t from = (first_chunk() + chunk) * kDecodeChunk;
+    float* result = partial + chunk * chunk_floats();
+    auto* scratch = task_sums.get<float>(attend_one_scratch(shared()));
+    kernels.attend_one(span_of(op, in, head), q + h * size, std::max(start(), from), std::min(end(), from + kDecodeChunk),
+                       scratch, result + h * size, result + width() + h, result + width() + op.heads + h);
   }
-  for (std::size_t d = 0; d < size; ++d) out[d] /= total;
-}
 
-void attend_decode(const Kernels& kernels, const Pool& pool, const Attention& op, const AttentionInput& in, float* out) {
-  const std::size_t size = op.head_size, shared = op.heads / op.kv_heads, width = op.heads * size;
-  const std::size_t end = in.past + 1;
-  const std::size_t start = op.window != 0 && end > op.window ? end - op.window : 0;
-  const std::size_t first = start / kDecodeChunk, chunks = divide_up(end, kDecodeChunk) - first;
-  // Results of chunk c: [heads, size] values, then a maximum and a sum for each head.
-  const std::size_t stride = width + 2 * op.heads;
-  float* q = caller_extra.get<float>(width + chunks * stride);
-  float* partial = q + width;
-  enter_position(kernels, op, in, 0, q);
-  auto task = [&](std::size_t i) {
-    const std::size_t chunk = i / op.kv_heads, head = i % op.kv_heads;
-    const std::size_t begin = std::max(start, (first + chunk) * kDecodeChunk);
-    const std::size_t stop = std::min(end, (first + chunk + 1) * kDecodeChunk);
-    float* result = partial + chunk * stride;
-    auto* scratch = task_sums.get<float>(attend_one_scratch(shared));
-    kernels.attend_one(span_of(op, in, head), q + head * shared * size, begin, stop, scratch,
-                       result + head * shared * size, result + width + head * shared,
-                       result + width + op.heads + head * shared);
-  };
-  parallel(pool, chunks * op.kv_heads, task);
-  for (std::size_t h = 0; h < op.heads; ++h)
-    join_chunks(chunks, stride, size, partial + h * size, partial + width + h, partial + width + op.heads + h, stride,
-                out + h * size);
-}
+  void join(const float* partial) const {
+    const float* maxima = partial + width();
+    for (std::size_t h = 0; h < op.heads; ++h)
+      kernels.join_chunks(chunks(), chunk_floats(), op.head_size, partial + h * op.head_size, maxima + h,
+                          maxima + op.heads + h, out + h * op.head_size);
+  }
 
-void attend_prefill(const Kernels& kernels, const Pool& pool, const Attention& op, const AttentionInput& in, float* out) {
-  const std::size_t size = op.head_size, shared = op.heads / op.kv_heads, width = op.heads * size;
-  float* q = caller_extra.get<float>(in.length * width);
-  auto enter = [&](std::size_t i) {
-    for (std::size_t s = i * kQueryBlock; s < std::min(in.length, (i + 1) * kQueryBlock); ++s)
-      enter_position(kernels, op, in, s, q + s * width);
-  };
-  const std::size_t blocks = divide_up(in.length, kQueryBlock);
-  parallel(pool, blocks, enter);
-  auto attend = [&](std::size_t i) {
+  // Many new positions: tasks are blocks of queries by key head.
+  std::size_t blocks() const { return divide_up(in.length, kQueryBlock); }
+
+  void enter_block(std::size_t i, float* q) const {
+    for (std::size_t s = i * kQueryBlock; s < std::min(in.length, (i + 1) * kQueryBlock); ++s) enter(s, q + s * width());
+  }
+
+  void attend_block(std::size_t i, const float* q) const {
     // The last blocks see the most and are started first, so that threads finish together.
-    const std::size_t block = blocks - 1 - i / op.kv_heads, head = i % op.kv_heads;
+    const std::size_t block = blocks() - 1 - i / op.kv_heads, head = i % op.kv_heads;
     const std::size_t s = block * kQueryBlock, count = std::min(kQueryBlock, in.length - s);
-    auto* scratch = task_sums.get<float>(attend_many_scratch(shared));
-    kernels.attend_many(span_of(op, in, head), q + s * width + head * shared * size, width, count, in.past + s,
-                        op.window, reinterpret_cast<std::uint8_t*>(scratch), out + s * width + head * shared * size,
-                        width);
-  };
-  parallel(pool, blocks * op.kv_heads, attend);
-}
+    const std::size_t at = s * width() + head * shared() * op.head_size;
+    auto* scratch = task_sums.get<float>(attend_many_scratch(shared()));
+    kernels.attend_many(span_of(op, in, head), q + at, width(), count, in.past + s, op.window,
+                        reinterpret_cast<std::uint8_t*>(scratch), out + at, width());
+  }
+};
 
 }  // namespace
 
+// ---- The plan --------------------------------------------------------------------------------------------
+
+class Plan::Steps {
+ public:
+  explicit Steps(const Kernels& kernels) : kernels_(kernels) {}
+
+  void add(const Linear& op, const float* x, std::size_t rows, float* y, float* sum) {
+    const ActivationLayout layout = kernels_.layout(op.weight);
+    const LinearStep& step = linears_.emplace_back(LinearStep{kernels_, op, x, rows, y, sum, layout});
+    row_bytes_ = std::max(row_bytes_, layout.stride * rows);
+    rows == 1 ? add_one_row(step) : add_many_rows(step);
+  }
+
+  void add(const Attention& op, const AttentionInput& input, float* out) {
+    const AttentionStep& step = attentions_.emplace_back(AttentionStep{kernels_, op, input, out});
+    input.length == 1 ? add_decode(step) : add_prefill(step);
+  }
+
+  void run(const Pool& pool) {
+    if (phases_.empty()) return;
+    rows_ = caller_rows.get<std::uint8_t>(row_bytes_);
+    extra_ = caller_extra.get<float>(extra_floats_);
+    Run run(phases_, caller_counters.get<std::uint8_t>(Run::bytes(phases_.size())));
+    auto take_part = [](void* argument, std::size_t) { static_cast<Run*>(argument)->take_part(); };
+    const bool alone = std::all_of(phases_.begin(), phases_.end(), [](const Phase& p) { return p.count == 1; });
+    if (alone)
+      run.take_part();
+    else
+      pool.run(pool.context, kMaxThreads, take_part, &run);
+    run.rethrow();
+  }
+
+ private:
+  // The closures hold two pointers, which std::function keeps without asking for memory.
+  template <class Items>
+  Phase& add_phase(std::size_t count, Items items) {
+    Phase& phase = phases_.emplace_back();
+    phase.count = count;
+    phase.items = [items](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) items(i);
+    };
+    return phase;
+  }
+
+  void add_one_row(const LinearStep& step) {
+    const LinearStep* s = &step;
+    extra_floats_ = std::max(extra_floats_, s->op.weight.cols);
+    Phase& phase = phases_.emplace_back();
+    phase.count = divide_up(s->op.weight.groups, 2);
+    phase.grain = divide_up(kTaskBytes, 2 * std::max<std::size_t>(1, group_bytes(s->op.weight)));
+    phase.in_runs = true;
+    phase.before = [this, s] { s->prepare(0, extra_, rows_); };
+    phase.items = [this, s](std::size_t begin, std::size_t end) { s->multiply_pairs(begin, end, rows_); };
+  }
+
+  void add_many_rows(const LinearStep& step) {
+    const LinearStep* s = &step;
+    add_phase(divide_up(s->rows, kPrepareRows), [this, s](std::size_t i) {
+      auto* normed = task_sums.get<float>(s->op.weight.cols);
+      for (std::size_t r = i * kPrepareRows; r < std::min(s->rows, (i + 1) * kPrepareRows); ++r) s->prepare(r, normed, rows_);
+    });
+    add_phase(s->panels() * divide_up(s->rows, s->chunk()), [this, s](std::size_t i) { s->multiply_panel(i, rows_); });
+  }
+
+  void add_decode(const AttentionStep& step) {
+    const AttentionStep* s = &step;
+    extra_floats_ = std::max(extra_floats_, s->width() + s->chunks() * s->chunk_floats());
+    Phase& phase = add_phase(s->chunks() * s->op.kv_heads,
+                             [this, s](std::size_t i) { s->attend_chunk(i, extra_, extra_ + s->width()); });
+    phase.in_runs = true;
+    phase.before = [this, s] { s->enter(0, extra_); };
+    phase.after = [this, s] { s->join(extra_ + s->width()); };
+  }
+
+  void add_prefill(const AttentionStep& step) {
+    const AttentionStep* s = &step;
+    extra_floats_ = std::max(extra_floats_, s->in.length * s->width());
+    add_phase(s->blocks(), [this, s](std::size_t i) { s->enter_block(i, extra_); });
+    add_phase(s->blocks() * s->op.kv_heads, [this, s](std::size_t i) { s->attend_block(i, extra_); });
+  }
+
+  static constexpr std::size_t kMaxThreads = 256;
+
+  const Kernels& kernels_;
+  std::deque<LinearStep> linears_;  // deques: phases point into them
+  std::deque<AttentionStep> attentions_;
+  std::vector<Phase> phases_;
+  // The calling thread's memory, which all steps use in turn.
+  std::size_t row_bytes_ = 0, extra_floats_ = 0;
+  std::uint8_t* rows_ = nullptr;  // prepared activations
+  float* extra_ = nullptr;
+};
+
+Plan::Plan(const Kernels& kernels) : steps_(std::make_unique<Steps>(kernels)) {}
+Plan::~Plan() = default;
+
+void Plan::add(const Linear& op, const float* x, std::size_t rows, float* y, float* sum) {
+  if (rows > 0) steps_->add(op, x, rows, y, sum);
+}
+void Plan::add(const Attention& op, const AttentionInput& input, float* out) {
+  if (input.length > 0) steps_->add(op, input, out);
+}
+void Plan::run(const Pool& pool) { steps_->run(pool); }
+
 std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue) {
   return epilogue == Epilogue::kNone ? weight.rows : weight.rows / 2;
-}
-
-void run_linear(const Kernels& kernels, const Pool& pool, const Linear& op, const float* x, std::size_t rows, float* y,
-                float* sum) {
-  if (rows == 1) return run_one_row(kernels, pool, op, x, y, sum);
-  if (rows > 1) run_many_rows(kernels, pool, op, x, rows, y, sum);
 }
 
 void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
@@ -316,14 +495,6 @@ void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
       }
       out[c * pack + j] = value;
     }
-}
-
-void run_attention(const Kernels& kernels, const Pool& pool, const Attention& op, const AttentionInput& input,
-                   float* out) {
-  if (input.length == 1)
-    attend_decode(kernels, pool, op, input, out);
-  else if (input.length > 1)
-    attend_prefill(kernels, pool, op, input, out);
 }
 
 }  // namespace owl

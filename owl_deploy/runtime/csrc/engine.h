@@ -1,9 +1,11 @@
 // The operators' work, without ONNX Runtime: how it is cut into tasks, and in which order results are joined.
-// Tasks depend only on shapes, never on the number of threads, so results do not either.
+// Each output is computed by one task whose sums do not depend on how tasks are shared out, so results do not depend on
+// the number of threads.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "kernels.h"
 
@@ -28,10 +30,6 @@ struct Linear {
 
 // Columns of y that a weight yields under an epilogue.
 std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue);
-
-// x [rows, weight.cols] -> y [rows, outputs]; sum [rows, weight.cols] gets x + skip unless null.
-void run_linear(const Kernels& kernels, const Pool& pool, const Linear& op, const float* x, std::size_t rows, float* y,
-                float* sum);
 
 // Row `row` of a dense weight -> out [weight.cols].
 void gather_row(const PackedMatrix& weight, std::size_t row, float* out);
@@ -60,7 +58,24 @@ struct AttentionInput {
   void* keys;
   void* values;
 };
-void run_attention(const Kernels& kernels, const Pool& pool, const Attention& op, const AttentionInput& input,
-                   float* out);
+
+// Steps that follow one another, run by the pool's threads in one go: waking threads for each step by itself takes as
+// long as a small step. Each step is cut into phases of independent items; a thread takes items of the open phase, and
+// whoever finishes the last one opens the next. A thread only ever waits for items that a running thread has taken,
+// so any number of threads, one included, gets to the end.
+class Plan {
+ public:
+  explicit Plan(const Kernels& kernels);
+  ~Plan();
+
+  // x [rows, weight.cols] -> y [rows, outputs]; sum [rows, weight.cols] gets x + skip unless null.
+  void add(const Linear& op, const float* x, std::size_t rows, float* y, float* sum);
+  void add(const Attention& op, const AttentionInput& input, float* out);
+  void run(const Pool& pool);
+
+ private:
+  class Steps;
+  std::unique_ptr<Steps> steps_;
+};
 
 }  // namespace owl

@@ -71,6 +71,8 @@ std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matri
 
   PackedMatrix m;
   m.type = static_cast<ValueType>(h.value_type);
+  m.data = bytes;
+  m.size = size;
   m.sparse = (h.flags & kFlagSparse) != 0;
   m.rows = h.rows;
   m.cols = h.cols;

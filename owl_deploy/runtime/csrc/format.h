@@ -39,6 +39,8 @@ struct PackedMatrix {
   std::size_t groups = 0;  // ceil(rows / 16)
   std::size_t cells = 0;   // in each group; a multiple of 4
   std::uint64_t nonzeros = 0;
+  const std::uint8_t* data = nullptr;    // the block
+  std::size_t size = 0;
   const std::uint8_t* masks = nullptr;   // sparse: [groups][cells][2 * pack] bytes, bit = row * pack + column
   const std::uint32_t* index = nullptr;  // sparse: [groups + 1], start of a group's values in units of 64 bytes
   const std::uint16_t* scales = nullptr; // int8: bf16 [groups][scale_blocks][16]
@@ -55,6 +57,16 @@ struct PackedMatrix {
   OWL_INLINE const std::uint8_t* group_values(std::size_t group) const {
     return sparse ? values + static_cast<std::size_t>(index[group]) * kCellBytes
                   : values + group * cells * kCellBytes;
+  }
+
+  // Views a copy of the block instead.
+  void move_to(const std::uint8_t* copy) {
+    auto moved = [&](const void* p) { return copy + (static_cast<const std::uint8_t*>(p) - data); };
+    if (masks != nullptr) masks = moved(masks);
+    if (index != nullptr) index = reinterpret_cast<const std::uint32_t*>(moved(index));
+    if (scales != nullptr) scales = reinterpret_cast<const std::uint16_t*>(moved(scales));
+    values = moved(values);
+    data = copy;
   }
 };
 

@@ -151,8 +151,9 @@ struct Avx2 {
       for (int j = 0; j < 16; ++j) to[j][i] = from[i][j];
     for (int i = 0; i < 16; ++i) r[i] = f_load(to[i]);
   }
-  // Lane i of the result is the sum over the lanes of v[i].
-  static F f_hsum16(F v[16]) { return {hsum8(v), hsum8(v + 8)}; }
+  // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i].
+  static F f_sum8(const F v[8]) { return {hsum8(v), _mm256_setzero_ps()}; }
+  static F f_join8(F low, F high) { return {_mm256_add_ps(low.lo, low.hi), _mm256_add_ps(high.lo, high.hi)}; }
 
  private:
   static __m256 hsum8(const F v[8]) {

@@ -168,6 +168,12 @@ inline typename V::I block_int8(Stream& stream, const std::uint8_t* x, std::size
   return V::i_add(a, c);
 }
 
+// A group's scales are few, but far from its values: unforeseen, they would cost a memory latency for each group.
+inline void prefetch_scales(const PackedMatrix& w, std::size_t group) {
+  const char* p = reinterpret_cast<const char*>(w.group_scales(group));
+  for (std::size_t i = 0; i < w.scale_blocks() * kGroupRows * 2; i += 64) prefetch(p + i);
+}
+
 template <class V, bool Sparse>
 void matvec_int8(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
                  const std::uint8_t* row, float* sums) {
@@ -177,6 +183,7 @@ void matvec_int8(const PackedMatrix& w, std::size_t begin, std::size_t end, cons
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
     CellStream<V, ValueType::kInt8, Sparse> stream(w, g);
     const std::uint16_t* weight_scales = w.group_scales(g);
+    prefetch_scales(w, g + 2);
     typename V::F total = V::f_set1(0.0F);
     for (std::size_t b = 0; b < layout.blocks; ++b) {
       const std::uint8_t* x = row + b * kBlockCells * 4;
@@ -491,6 +498,44 @@ void store_cache(CacheType type, const float* x, std::size_t size, void* cache) 
   }
 }
 
+template <class V>
+void rotate(const float* x, std::size_t size, const float* cosines, const float* sines, std::size_t half,
+            bool interleaved, float* out) {
+  if (interleaved) {
+    for (std::size_t i = 0; i < half; ++i) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      out[2 * i] = a * cosines[i] - b * sines[i];
+      out[2 * i + 1] = a * sines[i] + b * cosines[i];
+    }
+  } else {
+    for (std::size_t i = 0; i < half; i += kGroupRows) {
+      const std::size_t lanes = half - i;
+      const typename V::F a = load_lanes<V>(x + i, lanes), b = load_lanes<V>(x + half + i, lanes);
+      const typename V::F c = load_lanes<V>(cosines + i, lanes), s = load_lanes<V>(sines + i, lanes);
+      store_lanes<V>(out + i, lanes, V::f_sub(V::f_mul(a, c), V::f_mul(b, s)));
+      store_lanes<V>(out + half + i, lanes, V::f_fma(a, s, V::f_mul(b, c)));
+    }
+  }
+  std::memcpy(out + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(float));
+}
+
+template <class V>
+void join_chunks(std::size_t chunks, std::size_t stride, std::size_t size, const float* values, const float* maxima,
+                 const float* sums, float* out) {
+  float peak = maxima[0];
+  for (std::size_t c = 1; c < chunks; ++c) peak = maxima[c * stride] > peak ? maxima[c * stride] : peak;
+  float total = 0.0F;
+  std::memset(out, 0, size * sizeof(float));
+  for (std::size_t c = 0; c < chunks; ++c) {
+    const float share = __builtin_expf(maxima[c * stride] - peak);
+    total += share * sums[c * stride];
+    for (std::size_t d = 0; d < size; d += kGroupRows)
+      V::f_store(out + d, V::f_fma(V::f_load(values + c * stride + d), V::f_set1(share), V::f_load(out + d)));
+  }
+  const typename V::F inverse = V::f_set1(1.0F / total);
+  for (std::size_t d = 0; d < size; d += kGroupRows) V::f_store(out + d, V::f_mul(V::f_load(out + d), inverse));
+}
+
 inline void prefetch_cache(CacheType type, const void* base, std::size_t index, std::size_t size) {
   const std::size_t bytes = type == CacheType::kFp32 ? 4 : 2;
   const char* p = static_cast<const char*>(base) + index * bytes;
@@ -506,31 +551,71 @@ inline typename V::F cap(typename V::F score, float softcap) {  // softcap * tan
   return V::f_mul(t, V::f_set1(softcap));
 }
 
-// scores [heads, kDecodeChunk] of positions [begin, end); 16 positions are scored together, so that the sums
-// across a head's dimensions are one tree for 16 scores instead of 16 trees.
-template <class V>
-void score_chunk(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* keys,
-                 float* scores) {
-  using F = typename V::F;
-  const std::size_t size = span.head_size;
-  for (std::size_t t = begin; t < end; t += 16) {
-    const std::size_t rows = smaller(16, end - t);
-    for (std::size_t r = 0; r < 16; ++r) {
-      const std::size_t at = (t + smaller(r, rows - 1)) * size;
-      prefetch_cache(span.cache, span.keys, at + 16 * size, size);
-      for (std::size_t d = 0; d < size; d += 16) V::f_store(keys + r * size + d, load_cache<V>(span.cache, span.keys, at + d));
+// Scores of 8 positions (Full) or fewer from `keys` on for each of some heads, as V::f_sum8 leaves them: converting keys
+// costs as much as multiplying them, so heads share it. Size: the head size where it is known, else 0.
+template <class V, CacheType Type, std::size_t Size, int Heads, bool Full>
+inline void score_rows(const std::uint8_t* keys, const float* q, std::size_t head_size, std::size_t rows,
+                       typename V::F* scores) {
+  const std::size_t size = Size != 0 ? Size : head_size;
+  typename V::F acc[Heads][8];
+#pragma GCC unroll 4
+  for (int h = 0; h < Heads; ++h)
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) acc[h][r] = V::f_set1(0.0F);
+  for (std::size_t d = 0; d < size; d += 16) {
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < 8; ++r) {
+      const typename V::F key = load_cache<V>(Type, keys, (Full ? r : smaller(r, rows - 1)) * size + d);
+#pragma GCC unroll 4
+      for (int h = 0; h < Heads; ++h) acc[h][r] = V::f_fma(V::f_load(q + h * size + d), key, acc[h][r]);
     }
-    for (std::size_t h = 0; h < span.heads; ++h) {
-      F acc[16];
-      for (int r = 0; r < 16; ++r) acc[r] = V::f_set1(0.0F);
-      for (std::size_t d = 0; d < size; d += 16) {
-        const F query = V::f_load(q + h * size + d);
-#pragma GCC unroll 16
-        for (std::size_t r = 0; r < 16; ++r) acc[r] = V::f_fma(query, V::f_load(keys + r * size + d), acc[r]);
-      }
-      const F score = V::f_mul(V::f_hsum16(acc), V::f_set1(span.scale));
+  }
+  for (int h = 0; h < Heads; ++h) scores[h] = V::f_sum8(acc[h]);
+}
+
+// scores [Heads, kDecodeChunk] of positions [begin, end).
+template <class V, CacheType Type, std::size_t Size, int Heads>
+void score_heads(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scores) {
+  const std::size_t size = Size != 0 ? Size : span.head_size;
+  const std::size_t row_bytes = size * (Type == CacheType::kFp32 ? 4 : 2);
+  for (std::size_t t = begin; t < end; t += 16) {
+    const auto* keys = static_cast<const std::uint8_t*>(span.keys) + t * row_bytes;
+    if (t + 16 < end) prefetch_cache(Type, keys, 32 * size, 16 * size);
+    typename V::F low[Heads], high[Heads];
+    if (end - t >= 16) {
+      score_rows<V, Type, Size, Heads, true>(keys, q, size, 8, low);
+      score_rows<V, Type, Size, Heads, true>(keys + 8 * row_bytes, q, size, 8, high);
+    } else {
+      const std::size_t rows = end - t, first = smaller(rows, 8);
+      score_rows<V, Type, Size, Heads, false>(keys, q, size, first, low);
+      // With no row left, the last one again: what it scores is dropped.
+      const std::size_t at = rows > 8 ? 8 : rows - 1;
+      score_rows<V, Type, Size, Heads, false>(keys + at * row_bytes, q, size, rows - at, high);
+    }
+    for (int h = 0; h < Heads; ++h) {
+      const typename V::F score = V::f_mul(V::f_join8(low[h], high[h]), V::f_set1(span.scale));
       V::f_store(scores + h * kDecodeChunk + (t - begin), cap<V>(score, span.softcap));
     }
+  }
+}
+
+template <class V, CacheType Type, std::size_t Size>
+void score_chunk(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scores) {
+  std::size_t h = 0;
+  auto at = [&](std::size_t head) { return q + head * span.head_size; };
+  for (; h + 4 < span.heads || h + 3 == span.heads; h += 3)
+    score_heads<V, Type, Size, 3>(span, at(h), begin, end, scores + h * kDecodeChunk);
+  for (; h + 2 <= span.heads; h += 2)
+    score_heads<V, Type, Size, 2>(span, at(h), begin, end, scores + h * kDecodeChunk);
+  for (; h < span.heads; ++h) score_heads<V, Type, Size, 1>(span, at(h), begin, end, scores + h * kDecodeChunk);
+}
+
+template <class V, CacheType Type>
+void score_chunk(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scores) {
+  switch (span.head_size) {
+    case 64: return score_chunk<V, Type, 64>(span, q, begin, end, scores);
+    case 128: return score_chunk<V, Type, 128>(span, q, begin, end, scores);
+    default: return score_chunk<V, Type, 0>(span, q, begin, end, scores);
   }
 }
 
@@ -553,46 +638,55 @@ void soften(float* scores, std::size_t size, float* maximum, float* total) {
   *total = V::f_hsum(sum);
 }
 
-template <class V, int Heads>
-void mix_values(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, float* out) {
+// out [Heads, head_size], dimensions [d, d + 16 * Parts): the weighted sums of the values of positions [begin, end).
+template <class V, CacheType Type, int Heads, int Parts>
+void mix_part(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, std::size_t d,
+              float* out) {
   const std::size_t size = span.head_size;
-  constexpr int D = 4;
-  for (std::size_t d = 0; d < size; d += 16 * D) {
-    const std::size_t parts = smaller(D, (size - d) / 16);
-    typename V::F acc[Heads][D];
-    for (int h = 0; h < Heads; ++h)
-      for (int p = 0; p < D; ++p) acc[h][p] = V::f_set1(0.0F);
-    for (std::size_t t = begin; t < end; ++t) {
-      prefetch_cache(span.cache, span.values, (t + 16) * size + d, 16 * parts);
+  typename V::F acc[Heads][Parts];
+  for (int h = 0; h < Heads; ++h)
+    for (int p = 0; p < Parts; ++p) acc[h][p] = V::f_set1(0.0F);
+  for (std::size_t t = begin; t < end; ++t) {
 #pragma GCC unroll 4
-      for (std::size_t p = 0; p < D; ++p) {
-        if (p >= parts) break;
-        const typename V::F value = load_cache<V>(span.cache, span.values, t * size + d + 16 * p);
+    for (std::size_t p = 0; p < Parts; ++p) {
+      const typename V::F value = load_cache<V>(Type, span.values, t * size + d + 16 * p);
 #pragma GCC unroll 4
-        for (int h = 0; h < Heads; ++h)
-          acc[h][p] = V::f_fma(value, V::f_set1(weights[h * kDecodeChunk + (t - begin)]), acc[h][p]);
-      }
+      for (int h = 0; h < Heads; ++h)
+        acc[h][p] = V::f_fma(value, V::f_set1(weights[h * kDecodeChunk + (t - begin)]), acc[h][p]);
     }
-    for (int h = 0; h < Heads; ++h)
-      for (std::size_t p = 0; p < parts; ++p) V::f_store(out + h * size + d + 16 * p, acc[h][p]);
   }
+  for (int h = 0; h < Heads; ++h)
+    for (int p = 0; p < Parts; ++p) V::f_store(out + h * size + d + 16 * p, acc[h][p]);
+}
+
+template <class V, CacheType Type, int Heads>
+void mix_values(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, float* out) {
+  std::size_t d = 0;
+  for (; d + 64 <= span.head_size; d += 64) mix_part<V, Type, Heads, 4>(span, weights, begin, end, d, out);
+  for (; d < span.head_size; d += 16) mix_part<V, Type, Heads, 1>(span, weights, begin, end, d, out);
+}
+
+template <class V, CacheType Type>
+void attend_chunk(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scores,
+                  float* out, float* maxima, float* sums) {
+  score_chunk<V, Type>(span, q, begin, end, scores);
+  for (std::size_t h = 0; h < span.heads; ++h)
+    soften<V>(scores + h * kDecodeChunk, end - begin, maxima + h, sums + h);
+  std::size_t h = 0;
+  for (; h + 4 <= span.heads; h += 4)
+    mix_values<V, Type, 4>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+  for (; h + 3 <= span.heads; h += 3)
+    mix_values<V, Type, 3>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+  for (; h < span.heads; ++h)
+    mix_values<V, Type, 1>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
 }
 
 template <class V>
 void attend_one(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scratch,
                 float* out, float* maxima, float* sums) {
-  float* scores = scratch;
-  float* keys = scratch + span.heads * kDecodeChunk;
-  score_chunk<V>(span, q, begin, end, keys, scores);
-  for (std::size_t h = 0; h < span.heads; ++h)
-    soften<V>(scores + h * kDecodeChunk, end - begin, maxima + h, sums + h);
-  std::size_t h = 0;
-  for (; h + 4 <= span.heads; h += 4)
-    mix_values<V, 4>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
-  for (; h + 3 <= span.heads; h += 3)
-    mix_values<V, 3>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
-  for (; h < span.heads; ++h)
-    mix_values<V, 1>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+  span.cache == CacheType::kFp32
+      ? attend_chunk<V, CacheType::kFp32>(span, q, begin, end, scratch, out, maxima, sums)
+      : attend_chunk<V, CacheType::kFp16>(span, q, begin, end, scratch, out, maxima, sums);
 }
 
 // One tile of keys, transposed: panels [ceil(kKeyBlock / width)][head_size][width].
@@ -710,7 +804,8 @@ void attend_many(const AttentionSpan& span, const float* q, std::size_t q_stride
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,        V::kPanelGroups, activation_layout<V>, prepare_row<V>, matvec<V>,     panel<V>,
-                 finish<V>,   rms_norm<V>,     attend_one<V>,        attend_many<V>, store_cache<V>};
+                 finish<V>,   rms_norm<V>,     attend_one<V>,        attend_many<V>, rotate<V>,
+                 join_chunks<V>, store_cache<V>};
 }
 
 }  // namespace

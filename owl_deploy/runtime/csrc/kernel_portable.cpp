@@ -189,8 +189,12 @@ struct Portable {
         r[j].v[i] = t;
       }
   }
-  static F f_hsum16(const F v[16]) {
-    return each([&](int i) { return f_hsum(v[i]); });
+  // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i].
+  static F f_sum8(const F v[8]) {
+    return each([&](int i) { return i < 8 ? f_hsum(v[i]) : 0.0F; });
+  }
+  static F f_join8(F low, F high) {
+    return each([&](int i) { return i < 8 ? low.v[i] + low.v[i + 8] : high.v[i - 8] + high.v[i]; });
   }
 };
 

@@ -69,6 +69,13 @@ struct Kernels {
   void (*attend_many)(const AttentionSpan& span, const float* q, std::size_t q_stride, std::size_t count,
                       std::size_t position, std::size_t window, std::uint8_t* scratch, float* out,
                       std::size_t out_stride);
+  // Rotary embedding of one head: the first 2 * half of x [size] turn, in pairs (i, i + half) or neighbours, the rest is
+  // copied. cosines, sines [half].
+  void (*rotate)(const float* x, std::size_t size, const float* cosines, const float* sines, std::size_t half,
+                 bool interleaved, float* out);
+  // Joins one head's results of attend_one over chunks, which lie `stride` floats apart: values [size], maximum, sum.
+  void (*join_chunks)(std::size_t chunks, std::size_t stride, std::size_t size, const float* values,
+                      const float* maxima, const float* sums, float* out);
   void (*store_cache)(CacheType type, const float* x, std::size_t size, void* cache);
 };
 
@@ -82,7 +89,7 @@ constexpr std::size_t kMaxHeadSize = 256;
 constexpr std::size_t kMaxHeads = 64;         // query heads for one kv head
 
 // Floats of scratch that attend_one and attend_many need.
-constexpr std::size_t attend_one_scratch(std::size_t heads) { return heads * kDecodeChunk + 16 * kMaxHeadSize; }
+constexpr std::size_t attend_one_scratch(std::size_t heads) { return heads * kDecodeChunk; }
 constexpr std::size_t attend_many_scratch(std::size_t heads) {
   return kQueryBlock * heads * (2 * kMaxHeadSize + kKeyBlock + 2) + 2 * kKeyBlock * kMaxHeadSize + 64;
 }

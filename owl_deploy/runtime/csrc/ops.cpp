@@ -3,60 +3,18 @@
 //   SparseMatMul(X, W, [bias], [skip], [gamma]) -> Y, [sum]   attributes epilogue, columns, epsilon
 //   PackedGather(ids, W) -> X                                 rows of a dense packed weight
 //   CachedAttention(q, [k], [v], past_key, past_value, seqlens_k, total_length, [cos], [sin]) -> Y, key, value
+//   ProgramFp16, ProgramFp32(any ...) -> [Y] x 4, caches ...  several of these in one go: see program.cpp
 //
 // Only the C API of the header's version is used, so the library runs with every later ONNX Runtime.
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime/onnxruntime_cxx_api.h>
+#include "ops.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <string>
 #include <vector>
 
-#include "engine.h"
+using namespace owl_ops;  // NOLINT: this file defines what those helpers are for
 
 namespace {
-
-[[noreturn]] void reject(const std::string& message) {
-  throw Ort::Exception("ai.owl: " + message, ORT_INVALID_ARGUMENT);
-}
-
-void require(bool condition, const char* message) {
-  if (!condition) reject(message);
-}
-
-std::size_t extent(std::int64_t n) {
-  require(n >= 0, "negative dimension");
-  return static_cast<std::size_t>(n);
-}
-
-// The session's own threads.
-void run_session_threads(void* context, std::size_t count, void (*task)(void*, std::size_t), void* argument) {
-  Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(task, count, 0, argument);
-}
-
-owl::Pool session_pool(OrtKernelContext* context) { return {run_session_threads, context}; }
-
-// The packed weight at input `index`, which must be a constant of the model. It is validated here, once.
-owl::PackedMatrix constant_weight(const Ort::ConstKernelInfo& info, std::size_t index) {
-  int constant = 0;
-  const Ort::ConstValue value = info.GetTensorConstantInput(index, &constant);
-  require(constant != 0 && value, "the packed weight must be an initializer of the model");
-  const auto shape = value.GetTensorTypeAndShapeInfo();
-  require(shape.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, "the packed weight must be uint8");
-  owl::PackedMatrix matrix;
-  const std::string wrong = owl::parse_packed(value.GetTensorRawData(), shape.GetElementCount(), &matrix);
-  if (!wrong.empty()) reject("packed weight: " + wrong);
-  return matrix;
-}
-
-owl::Epilogue epilogue_named(const std::string& name) {
-  if (name.empty() || name == "none") return owl::Epilogue::kNone;
-  if (name == "silu_mul") return owl::Epilogue::kSiluMul;
-  if (name == "gelu_mul") return owl::Epilogue::kGeluMul;
-  reject("unknown epilogue '" + name + "'");
-}
 
 // A float input of exactly `size` elements, or null when it is left out.
 const float* optional_floats(const Ort::KernelContext& context, std::size_t index, std::size_t size, const char* what) {
@@ -66,35 +24,6 @@ const float* optional_floats(const Ort::KernelContext& context, std::size_t inde
   if (value.GetTensorTypeAndShapeInfo().GetElementCount() != size) reject(std::string(what) + " has the wrong size");
   return value.GetTensorData<float>();
 }
-
-template <class T>
-T attribute_or(const Ort::ConstKernelInfo& info, const char* name, T fallback) {
-  try {
-    return info.GetAttribute<T>(name);
-  } catch (const Ort::Exception&) {
-    return fallback;
-  }
-}
-
-// Runs `body`; an exception becomes a status, since none may cross into the runtime.
-template <class Body>
-OrtStatusPtr guarded(Body body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const Ort::Exception& e) {
-    return Ort::GetApi().CreateStatus(e.GetOrtErrorCode(), e.what());
-  } catch (const std::exception& e) {
-    return Ort::GetApi().CreateStatus(ORT_RUNTIME_EXCEPTION, e.what());
-  }
-}
-
-template <class Op, class Kernel>
-struct Operator : Ort::CustomOpBase<Op, Kernel, true> {
-  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    return guarded([&] { *kernel = new Kernel(Ort::ConstKernelInfo(info)); });
-  }
-};
 
 // ---- SparseMatMul ----------------------------------------------------------------------------------------
 
@@ -106,9 +35,7 @@ class SparseMatMulKernel {
     op_.epsilon = attribute_or<float>(info, "epsilon", 0.0F);
     const std::size_t most = owl::linear_outputs(op_.weight, op_.epilogue);
     op_.outputs = extent(attribute_or<std::int64_t>(info, "columns", static_cast<std::int64_t>(most)));
-    require(op_.outputs > 0 && op_.outputs <= most, "columns must lie between 1 and what the weight has");
-    if (op_.epilogue != owl::Epilogue::kNone)
-      require(op_.weight.groups % 2 == 0, "a gated weight needs an even number of row groups");
+    check_linear(op_);
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
@@ -137,7 +64,9 @@ class SparseMatMulKernel {
     }
     shape.back() = static_cast<std::int64_t>(op.outputs);
     float* y = context.GetOutput(0, shape).GetTensorMutableData<float>();
-    owl::run_linear(owl::best_kernels(), session_pool(raw), op, x.GetTensorData<float>(), rows, y, sum);
+    owl::Plan plan(owl::best_kernels());
+    plan.add(op, x.GetTensorData<float>(), rows, y, sum);
+    plan.run(session_pool(raw));
   }
 
   owl::Linear op_;
@@ -208,126 +137,62 @@ struct PackedGather : Operator<PackedGather, PackedGatherKernel> {
 class CachedAttentionKernel {
  public:
   explicit CachedAttentionKernel(const Ort::ConstKernelInfo& info) {
-    op_.heads = extent(info.GetAttribute<std::int64_t>("num_heads"));
-    op_.kv_heads = extent(info.GetAttribute<std::int64_t>("kv_num_heads"));
-    op_.scale = attribute_or<float>(info, "scale", 0.0F);
-    op_.softcap = attribute_or<float>(info, "softcap", 0.0F);
+    owl::Attention& op = node_.op;
+    op.heads = extent(info.GetAttribute<std::int64_t>("num_heads"));
+    op.kv_heads = extent(info.GetAttribute<std::int64_t>("kv_num_heads"));
+    op.scale = attribute_or<float>(info, "scale", 0.0F);
+    op.softcap = attribute_or<float>(info, "softcap", 0.0F);
     const auto window = attribute_or<std::int64_t>(info, "local_window_size", -1);
-    op_.window = window > 0 ? extent(window) : 0;
-    op_.rotary = attribute_or<std::int64_t>(info, "do_rotary", 0) != 0;
-    op_.interleaved = attribute_or<std::int64_t>(info, "rotary_interleaved", 0) != 0;
-    require(op_.heads > 0 && op_.kv_heads > 0 && op_.heads % op_.kv_heads == 0, "num_heads must be a multiple of kv_num_heads");
-    require(op_.heads / op_.kv_heads <= owl::kMaxHeads, "too many query heads for each key head");
+    op.window = window > 0 ? extent(window) : 0;
+    op.rotary = attribute_or<std::int64_t>(info, "do_rotary", 0) != 0;
+    op.interleaved = attribute_or<std::int64_t>(info, "rotary_interleaved", 0) != 0;
+    node_.check_heads();
   }
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
     return guarded([&] { compute(raw); });
   }
 
  private:
-  struct Shapes {
-    std::size_t batch, length;
-    bool packed;
-  };
-
-  // Checks everything that later becomes an address.
-  Shapes read_shapes(const Ort::KernelContext& context, owl::Attention& op) const {
-    const auto q = context.GetInput(0).GetTensorTypeAndShapeInfo().GetShape();
-    const auto cache_info = context.GetInput(3).GetTensorTypeAndShapeInfo();
-    const auto cache = cache_info.GetShape();
-    require(q.size() == 3 && cache.size() == 4, "queries are [batch, length, width], caches [batch, heads, positions, size]");
-    const Ort::ConstValue k = context.GetInput(1);
-    Shapes shapes{extent(q[0]), extent(q[1]), !k};
-    op.head_size = extent(cache[3]);
-    require(op.head_size % 16 == 0 && op.head_size > 0 && op.head_size <= owl::kMaxHeadSize,
-            "the head size must be a multiple of 16, at most 256");
-    require(extent(cache[0]) == shapes.batch && extent(cache[1]) == op.kv_heads, "the cache has the wrong shape");
-    require(context.GetInput(4).GetTensorTypeAndShapeInfo().GetShape() == cache, "the caches differ in shape");
-    const std::size_t heads = shapes.packed ? op.heads + 2 * op.kv_heads : op.heads;
-    require(extent(q[2]) == heads * op.head_size, "the queries have the wrong width");
-    if (!shapes.packed) {
-      const std::vector<std::int64_t> expected{q[0], q[1], static_cast<std::int64_t>(op.kv_heads * op.head_size)};
-      require(k.GetTensorTypeAndShapeInfo().GetShape() == expected, "the keys have the wrong shape");
-      const Ort::ConstValue v = context.GetInput(2);
-      require(v && v.GetTensorTypeAndShapeInfo().GetShape() == expected, "the values have the wrong shape");
-    }
-    op.cache = cache_info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? owl::CacheType::kFp16
-                                                                                   : owl::CacheType::kFp32;
-    if (op.scale == 0.0F) op.scale = 1.0F / std::sqrt(static_cast<float>(op.head_size));
-    return shapes;
-  }
-
-  // Returns the number of positions that the rotary tables hold.
-  std::size_t read_tables(const Ort::KernelContext& context, owl::Attention& op) const {
-    require(context.GetInputCount() > 8, "rotary embedding needs its tables");
-    const Ort::ConstValue cosines = context.GetInput(7), sines = context.GetInput(8);
-    require(cosines && sines, "rotary embedding needs its tables");
-    const auto shape = cosines.GetTensorTypeAndShapeInfo().GetShape();
-    require(shape.size() == 2 && sines.GetTensorTypeAndShapeInfo().GetShape() == shape, "the rotary tables differ in shape");
-    op.rotary_size = 2 * extent(shape[1]);
-    require(op.rotary_size <= op.head_size, "the rotary tables are wider than a head");
-    op.cosines = cosines.GetTensorData<float>();
-    op.sines = sines.GetTensorData<float>();
-    return extent(shape[0]);
-  }
-
   void compute(OrtKernelContext* raw) {
     Ort::KernelContext context(raw);
-    owl::Attention op = op_;
-    const Shapes shapes = read_shapes(context, op);
-    const std::size_t table = op.rotary ? read_tables(context, op) : static_cast<std::size_t>(-1);
-    const auto past_shape = context.GetInput(3).GetTensorTypeAndShapeInfo().GetShape();
-    const std::size_t past_capacity = extent(past_shape[2]);
-    const Ort::ConstValue lengths = context.GetInput(5);
-    require(lengths.GetTensorTypeAndShapeInfo().GetElementCount() == shapes.batch, "seqlens_k has the wrong size");
-    const auto* seqlens = lengths.GetTensorData<std::int32_t>();
-    require(context.GetInput(6).GetTensorTypeAndShapeInfo().GetElementCount() == 1, "total_length must be one number");
-    const std::size_t total = extent(context.GetInput(6).GetTensorData<std::int32_t>()[0]);
-    op.capacity = std::max(past_capacity, total);
-
-    const std::vector<std::int64_t> cache_shape{past_shape[0], past_shape[1], static_cast<std::int64_t>(op.capacity), past_shape[3]};
-    const std::size_t width = op.heads * op.head_size;
-    const std::vector<std::int64_t> out_shape{static_cast<std::int64_t>(shapes.batch), static_cast<std::int64_t>(shapes.length),
-                                              static_cast<std::int64_t>(width)};
-    float* out = context.GetOutput(0, out_shape).GetTensorMutableData<float>();
-    void* keys = context.GetOutput(1, cache_shape).GetTensorMutableRawData();
-    void* values = context.GetOutput(2, cache_shape).GetTensorMutableRawData();
-    const auto* q = context.GetInput(0).GetTensorData<float>();
-    const std::size_t kv_width = op.kv_heads * op.head_size;
-    const std::size_t stride = shapes.packed ? width + 2 * kv_width : width;
-    const float* k = shapes.packed ? q + width : context.GetInput(1).GetTensorData<float>();
-    const float* v = shapes.packed ? q + width + kv_width : context.GetInput(2).GetTensorData<float>();
-    const std::size_t kv_stride = shapes.packed ? stride : kv_width;
-
-    const std::size_t bytes = op.head_size * (op.cache == owl::CacheType::kFp16 ? 2 : 4);
-    const std::size_t sequence_bytes = op.kv_heads * op.capacity * bytes;
-    for (std::size_t b = 0; b < shapes.batch; ++b) {
-      // seqlens_k is each sequence's length less one; a first prompt may be padded on its right.
-      const std::size_t known = extent(seqlens[b]) + 1;
-      const std::size_t past = total == shapes.length || known < shapes.length ? 0 : known - shapes.length;
-      require(past + shapes.length <= op.capacity && past <= past_capacity, "seqlens_k runs past the cache");
-      require(past + shapes.length <= table, "the rotary tables hold too few positions");
-      auto* own_keys = static_cast<std::uint8_t*>(keys) + b * sequence_bytes;
-      auto* own_values = static_cast<std::uint8_t*>(values) + b * sequence_bytes;
-      copy_past(context, 3, b, past, past_capacity, op, bytes, own_keys);
-      copy_past(context, 4, b, past, past_capacity, op, bytes, own_values);
-      const owl::AttentionInput input{q + b * shapes.length * stride, k + b * shapes.length * kv_stride,
-                                      v + b * shapes.length * kv_stride, stride, kv_stride,
-                                      shapes.length, past, own_keys, own_values};
-      owl::run_attention(owl::best_kernels(), session_pool(raw), op, input, out + b * shapes.length * width);
+    const auto shape = context.GetInput(0).GetTensorTypeAndShapeInfo().GetShape();
+    require(shape.size() == 3, "queries are [batch, length, width]");
+    AttentionTensors t;
+    t.q = context.GetInput(0).GetTensorData<float>();
+    t.batch = extent(shape[0]);
+    t.length = extent(shape[1]);
+    t.q_width = extent(shape[2]);
+    t.past_key = context.GetInput(3);
+    t.past_value = context.GetInput(4);
+    t.seqlens = context.GetInput(5);
+    t.total = context.GetInput(6);
+    if (context.GetInputCount() > 8) {
+      t.cosines = context.GetInput(7);
+      t.sines = context.GetInput(8);
     }
+    const Ort::ConstValue k = context.GetInput(1), v = context.GetInput(2);
+    if (k) {
+      const auto expected = k.GetTensorTypeAndShapeInfo().GetShape();
+      require(expected.size() == 3 && expected[0] == shape[0] && expected[1] == shape[1], "the keys have the wrong shape");
+      require(v && v.GetTensorTypeAndShapeInfo().GetShape() == expected, "the values have the wrong shape");
+      t.kv_width = extent(expected[2]);
+      t.k = k.GetTensorData<float>();
+      t.v = v.GetTensorData<float>();
+    }
+    owl::Plan plan(owl::best_kernels());
+    node_.add_to(
+        plan, t,
+        [&](std::size_t width) {
+          const std::vector<std::int64_t> out{shape[0], shape[1], static_cast<std::int64_t>(width)};
+          return context.GetOutput(0, out).GetTensorMutableData<float>();
+        },
+        [&](std::size_t which, const std::vector<std::int64_t>& dimensions) {
+          return context.GetOutput(1 + which, dimensions).GetTensorMutableRawData();
+        });
+    plan.run(session_pool(raw));
   }
 
-  // Nothing to do when the runtime gives one buffer for past and present, as onnxruntime-genai does.
-  static void copy_past(const Ort::KernelContext& context, std::size_t index, std::size_t b, std::size_t past,
-                        std::size_t past_capacity, const owl::Attention& op, std::size_t bytes, std::uint8_t* to) {
-    const auto* from = static_cast<const std::uint8_t*>(context.GetInput(index).GetTensorRawData()) +
-                       b * op.kv_heads * past_capacity * bytes;
-    if (from == to || past == 0) return;
-    for (std::size_t h = 0; h < op.kv_heads; ++h)
-      std::memcpy(to + h * op.capacity * bytes, from + h * past_capacity * bytes, past * bytes);
-  }
-
-  owl::Attention op_;
+  AttentionNode node_;
 };
 
 // Once for each type of cache: ONNX Runtime chooses by the types it finds in the graph.
@@ -369,6 +234,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
       d.Add(&gather);
       d.Add(&attention_fp32);
       d.Add(&attention_fp16);
+      d.Add(owl_ops::program_fp16());
+      d.Add(owl_ops::program_fp32());
       return d;
     }();
     Ort::UnownedSessionOptions(options).Add(domain);

@@ -87,12 +87,22 @@ struct Avx512Common {
       r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
     }
   }
-  // Lane i of the result is the sum over the lanes of v[i].
-  static F f_hsum16(F v[16]) {
-    transpose16(v);
-    for (int half = 8; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) v[i] = _mm512_add_ps(v[i], v[i + half]);
-    return v[0];
+  // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i]: each step joins halves of two vectors.
+  static F f_sum8(const F v[8]) {
+    F w[4];
+    for (int i = 0; i < 4; ++i) {
+      const F other = _mm512_mask_blend_ps(0x0f0f, v[i], v[i + 4]);
+      w[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, v[i], v[i + 4]), _mm512_shuffle_f32x4(other, other, 0xb1));
+    }
+    for (int i = 0; i < 2; ++i)
+      w[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, w[i], w[i + 2]),
+                           _mm512_permute_ps(_mm512_mask_blend_ps(0x3333, w[i], w[i + 2]), 0x4e));
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, w[0], w[1]),
+                         _mm512_permute_ps(_mm512_mask_blend_ps(0x5555, w[0], w[1]), 0xb1));
+  }
+  // Adds those pairs of lanes: sums of `low` in the first 8 lanes, of `high` in the others.
+  static F f_join8(F low, F high) {
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, low, high), _mm512_shuffle_f32x4(low, high, 0x4e));
   }
 
  private:

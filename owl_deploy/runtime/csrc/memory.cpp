@@ -1,0 +1,83 @@
+#include "memory.h"
+
+#include <new>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstring>
+#endif
+
+namespace owl {
+
+HugeMemory::HugeMemory(HugeMemory&& other) noexcept { *this = std::move(other); }
+
+HugeMemory& HugeMemory::operator=(HugeMemory&& other) noexcept {
+  std::swap(mapping_, other.mapping_);
+  std::swap(mapped_, other.mapped_);
+  std::swap(data_, other.data_);
+  return *this;
+}
+
+#if defined(__linux__)
+
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kPage = 4096;
+
+// Whether [begin, end) lies in one private mapping of a file.
+bool maps_a_file(std::uintptr_t begin, std::uintptr_t end) {
+  std::FILE* maps = std::fopen("/proc/self/maps", "re");
+  if (maps == nullptr) return false;
+  bool found = false;
+  char line[512], rights[5];
+  unsigned long from, to, offset, major, minor, inode;
+  while (!found && std::fgets(line, sizeof line, maps) != nullptr)
+    found = std::sscanf(line, "%lx-%lx %4s %lx %lx:%lx %lu", &from, &to, rights, &offset, &major, &minor, &inode) == 7 &&
+            from <= begin && end <= to && inode != 0 && rights[3] == 'p';
+  std::fclose(maps);
+  return found;
+}
+
+}  // namespace
+
+bool huge_pages_available() {
+  std::FILE* file = std::fopen("/sys/kernel/mm/transparent_hugepage/enabled", "re");
+  if (file == nullptr) return false;
+  char line[128] = "";
+  const bool read = std::fgets(line, sizeof line, file) != nullptr;
+  std::fclose(file);
+  return read && std::strstr(line, "[never]") == nullptr;
+}
+
+HugeMemory::HugeMemory(std::size_t bytes) : mapped_(bytes + kHugePage) {
+  mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping_ == MAP_FAILED) throw std::bad_alloc();
+  const auto start = (reinterpret_cast<std::uintptr_t>(mapping_) + kHugePage - 1) / kHugePage * kHugePage;
+  data_ = reinterpret_cast<std::uint8_t*>(start);
+  madvise(data_, bytes, MADV_HUGEPAGE);  // advice: without it the memory works all the same
+}
+
+HugeMemory::~HugeMemory() {
+  if (mapping_ != nullptr) munmap(mapping_, mapped_);
+}
+
+void release_file_pages(const void* data, std::size_t size) {
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + size) / kPage * kPage;
+  if (begin < end && maps_a_file(begin, end)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+#else
+
+bool huge_pages_available() { return false; }
+HugeMemory::HugeMemory(std::size_t) { throw std::bad_alloc(); }
+HugeMemory::~HugeMemory() = default;
+void release_file_pages(const void*, std::size_t) {}
+
+#endif
+
+}  // namespace owl

@@ -1,0 +1,32 @@
+// Memory in huge pages, for weights: a token reads each once, and with pages of 4 KiB the walks through page tables cost
+// a third of the bandwidth (measured in a virtual machine, where a walk is two-dimensional).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace owl {
+
+// Whether this system gives huge pages to those who ask; only then is a copy worth its time.
+bool huge_pages_available();
+
+class HugeMemory {
+ public:
+  HugeMemory() = default;
+  explicit HugeMemory(std::size_t bytes);  // throws std::bad_alloc
+  HugeMemory(HugeMemory&& other) noexcept;
+  HugeMemory& operator=(HugeMemory&& other) noexcept;
+  ~HugeMemory();
+  std::uint8_t* data() const { return data_; }  // on a boundary of 2 MiB
+
+ private:
+  void* mapping_ = nullptr;
+  std::size_t mapped_ = 0;
+  std::uint8_t* data_ = nullptr;
+};
+
+// Gives back the resident pages of [data, data + size) if they are a view of a file, which keeps them for later
+// readers; any other memory is left alone.
+void release_file_pages(const void* data, std::size_t size);
+
+}  // namespace owl

@@ -1,0 +1,411 @@
+// One operator that runs a list of others: a decoder's SparseMatMul and CachedAttention nodes, from the first block to
+// the logits. They give up their threads only at the end, where nodes by themselves would wake them 150 times a token.
+//
+// Attributes. `steps`: integers, one record after another (below); `numbers`: each record's floats, likewise; `slots`:
+// the widths of the buffers between steps, which hold [batch, length, width] floats. A value is an integer, -1 if left
+// out, else 4 * index + place: place 0 an input of the node, 1 a slot, 2 an output. Outputs 0 to 3 are float values that other
+// nodes read, all later ones caches.
+//   0, x, weight, bias, skip, gamma, y, sum, epilogue, columns                  numbers: epsilon
+//   1, q, k, v, past_key, past_value, seqlens_k, total_length, cos, sin, y, present_key, present_value,
+//      num_heads, kv_num_heads, local_window_size, do_rotary, rotary_interleaved  numbers: scale, softcap
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "memory.h"
+#include "ops.h"
+
+namespace owl_ops {
+namespace {
+
+constexpr std::size_t kFloatOutputs = 4;
+constexpr std::int64_t kAbsent = -1;
+
+struct Value {
+  enum Place { kInput = 0, kSlot = 1, kOutput = 2 };
+  bool present = false;
+  Place place = kInput;
+  std::size_t index = 0;
+};
+
+struct MatMulStep {
+  owl::Linear op;
+  Value x, bias, skip, gamma, y, sum;
+};
+
+struct AttentionStep {
+  AttentionNode node;
+  Value q, k, v, past_key, past_value, seqlens, total, cosines, sines, y, present_key, present_value;
+};
+
+struct Step {
+  bool is_attention = false;
+  MatMulStep matmul;
+  AttentionStep attention;
+};
+
+// Reads the attributes' records; any wrong length or number is an error.
+class Reader {
+ public:
+  explicit Reader(const Ort::ConstKernelInfo& info)
+      : info_(info),
+        integers_(info.GetAttributes<std::int64_t>("steps")),
+        numbers_(info.GetAttributes<float>("numbers")) {}
+
+  bool done() const { return at_ == integers_.size(); }
+  void finish() const { require(number_at_ == numbers_.size(), "numbers are left over"); }
+
+  Step step() {
+    Step s;
+    const std::int64_t kind = integer();
+    require(kind == 0 || kind == 1, "unknown kind of step");
+    s.is_attention = kind == 1;
+    if (s.is_attention)
+      attention(s.attention);
+    else
+      matmul(s.matmul);
+    return s;
+  }
+
+ private:
+  std::int64_t integer() {
+    require(at_ < integers_.size(), "a step is cut off");
+    return integers_[at_++];
+  }
+  float number() {
+    require(number_at_ < numbers_.size(), "a step's numbers are missing");
+    return numbers_[number_at_++];
+  }
+  Value value(bool required) {
+    const std::int64_t code = integer();
+    Value v;
+    if (code == kAbsent) {
+      require(!required, "a step lacks a value");
+      return v;
+    }
+    require(code >= 0 && code % 4 < 3, "a value has an unknown place");
+    v.present = true;
+    v.place = static_cast<Value::Place>(code % 4);
+    v.index = static_cast<std::size_t>(code / 4);
+    return v;
+  }
+
+  void matmul(MatMulStep& s) {
+    s.x = value(true);
+    const Value weight = value(true);
+    require(weight.place == Value::kInput && weight.index < info_.GetInputCount(), "a weight must be an input");
+    s.op.weight = constant_weight(info_, weight.index);
+    s.bias = value(false);
+    s.skip = value(false);
+    s.gamma = value(false);
+    s.y = value(true);
+    s.sum = value(false);
+    const std::int64_t epilogue = integer();
+    require(epilogue >= 0 && epilogue <= 2, "unknown epilogue");
+    s.op.epilogue = static_cast<owl::Epilogue>(epilogue);
+    s.op.outputs = extent(integer());
+    s.op.epsilon = number();
+    check_linear(s.op);
+    require(s.gamma.present || (!s.skip.present && !s.sum.present), "skip and sum need gamma");
+  }
+
+  void attention(AttentionStep& s) {
+    for (Value* v : {&s.q, &s.k, &s.v, &s.past_key, &s.past_value, &s.seqlens, &s.total, &s.cosines, &s.sines})
+      *v = value(v != &s.k && v != &s.v && v != &s.cosines && v != &s.sines);
+    s.y = value(true);
+    s.present_key = value(true);
+    s.present_value = value(true);
+    owl::Attention& op = s.node.op;
+    op.heads = extent(integer());
+    op.kv_heads = extent(integer());
+    const std::int64_t window = integer();
+    op.window = window > 0 ? extent(window) : 0;
+    op.rotary = integer() != 0;
+    op.interleaved = integer() != 0;
+    op.scale = number();
+    op.softcap = number();
+    s.node.check_heads();
+    require(s.k.present == s.v.present, "keys come with values");
+    for (const Value* v : {&s.past_key, &s.past_value, &s.seqlens, &s.total})
+      require(v->place == Value::kInput, "caches and lengths must be inputs");
+    for (const Value* v : {&s.cosines, &s.sines}) require(v->place == Value::kInput, "rotary tables must be inputs");
+    for (const Value* v : {&s.present_key, &s.present_value})
+      require(v->place == Value::kOutput && v->index >= kFloatOutputs, "new caches must be outputs");
+  }
+
+  const Ort::ConstKernelInfo& info_;
+  std::vector<std::int64_t> integers_;
+  std::vector<float> numbers_;
+  std::size_t at_ = 0, number_at_ = 0;
+};
+
+// Buffers between steps: the calling thread's, kept from one run to the next.
+class Slots {
+ public:
+  float* get(std::size_t floats) {
+    if (floats > size_) {
+      memory_.reset();
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+      if (!memory_) throw std::bad_alloc();
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  std::size_t size_ = 0;
+};
+thread_local Slots slots;
+
+class ProgramKernel {
+ public:
+  ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache)
+      : cache_(cache), inputs_(info.GetInputCount()), outputs_(info.GetOutputCount()) {
+    for (const std::int64_t width : info.GetAttributes<std::int64_t>("slots")) {
+      require(width > 0 && width <= kMaxWidth, "a slot's width is out of range");
+      slot_widths_.push_back((static_cast<std::size_t>(width) + 15) / 16 * 16);
+    }
+    Reader reader(info);
+    while (!reader.done()) steps_.push_back(reader.step());
+    reader.finish();
+    require(!steps_.empty(), "there are no steps");
+    check_flow();
+    if (owl::huge_pages_available()) copy_weights();
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
+    return guarded([&] { Call(*this, raw).compute(); });
+  }
+
+ private:
+  static constexpr std::int64_t kMaxWidth = std::int64_t{1} << 28;
+
+  // Every index exists, every slot and output is written before it is read, and no wider than it is.
+  void check_flow() const {
+    std::vector<bool> slot_written(slot_widths_.size()), output_written(kFloatOutputs);
+    auto reads = [&](const Value& v) {
+      if (!v.present) return;
+      if (v.place == Value::kInput) require(v.index < inputs_, "no such input");
+      if (v.place == Value::kSlot) require(v.index < slot_written.size() && slot_written[v.index], "a slot is read before it is written");
+      if (v.place == Value::kOutput) require(v.index < kFloatOutputs && output_written[v.index], "an output is read before it is written");
+    };
+    auto writes = [&](const Value& v, std::size_t width) {
+      if (!v.present) return;
+      require(v.place != Value::kInput, "a step writes to an input");
+      if (v.place == Value::kSlot) {
+        require(v.index < slot_widths_.size() && width <= slot_widths_[v.index], "a slot is too narrow");
+        slot_written[v.index] = true;
+      } else {
+        require(v.index < std::min(kFloatOutputs, outputs_) && !output_written[v.index], "an output is missing or written twice");
+        output_written[v.index] = true;
+      }
+    };
+    for (const Step& s : steps_) {
+      if (s.is_attention) {
+        const AttentionStep& a = s.attention;
+        for (const Value* v : {&a.q, &a.k, &a.v, &a.past_key, &a.past_value, &a.seqlens, &a.total, &a.cosines, &a.sines}) reads(*v);
+        writes(a.y, 0);  // its width follows from the cache: checked at each run
+        for (const Value* v : {&a.present_key, &a.present_value}) require(v->index < outputs_, "no such cache output");
+      } else {
+        const MatMulStep& m = s.matmul;
+        for (const Value* v : {&m.x, &m.bias, &m.skip, &m.gamma}) reads(*v);
+        writes(m.y, m.op.outputs);
+        writes(m.sum, m.op.weight.cols);
+      }
+    }
+  }
+
+  // Into huge pages, next to each other in the order in which a token meets them.
+  void copy_weights() {
+    auto room = [](const owl::PackedMatrix& weight) { return (weight.size + 63) / 64 * 64; };
+    std::size_t total = 0;
+    for (const Step& s : steps_)
+      if (!s.is_attention) total += room(s.matmul.op.weight);
+    memory_ = owl::HugeMemory(total);
+    std::uint8_t* at = memory_.data();
+    for (Step& s : steps_) {
+      if (s.is_attention) continue;
+      owl::PackedMatrix& weight = s.matmul.op.weight;
+      const std::uint8_t* from = weight.data;
+      std::memcpy(at, from, weight.size);
+      weight.move_to(at);
+      at += room(weight);
+      owl::release_file_pages(from, weight.size);
+    }
+  }
+
+  // One run: where values lie this time, and how wide they are.
+  class Call {
+   public:
+    Call(const ProgramKernel& kernel, OrtKernelContext* raw)
+        : kernel_(kernel), raw_(raw), context_(raw), slot_now_(kernel.slot_widths_.size()) {}
+
+    void compute() {
+      const Step& first = kernel_.steps_.front();
+      const Value& x = first.is_attention ? first.attention.q : first.matmul.x;
+      const auto shape = context_.GetInput(x.index).GetTensorTypeAndShapeInfo().GetShape();
+      require(shape.size() == 3, "activations are [batch, length, width]");
+      batch_ = extent(shape[0]);
+      length_ = extent(shape[1]);
+      place_slots();
+      owl::Plan plan(owl::best_kernels());
+      for (const Step& s : kernel_.steps_) s.is_attention ? add(plan, s.attention) : add(plan, s.matmul);
+      plan.run(session_pool(raw_));
+    }
+
+   private:
+    struct Row {
+      float* data = nullptr;
+      std::size_t width = 0;
+    };
+
+    std::size_t rows() const { return batch_ * length_; }
+
+    void place_slots() {
+      std::size_t total = 0;
+      for (const std::size_t width : kernel_.slot_widths_) total += width * rows();
+      float* at = slots.get(total);
+      for (std::size_t i = 0; i < slot_now_.size(); ++i) {
+        slot_now_[i] = {at, 0};
+        at += kernel_.slot_widths_[i] * rows();
+      }
+    }
+
+    // Activations of this width, or of any if it is 0.
+    const float* activations(const Value& v, std::size_t width, std::size_t* found = nullptr) {
+      if (!v.present) return nullptr;
+      Row row;
+      if (v.place == Value::kInput) {
+        const Ort::ConstValue tensor = context_.GetInput(v.index);
+        const auto info = tensor.GetTensorTypeAndShapeInfo();
+        const auto shape = info.GetShape();
+        require(info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && shape.size() == 3 &&
+                    extent(shape[0]) == batch_ && extent(shape[1]) == length_,
+                "an input is not what its step expects");
+        row = {const_cast<float*>(tensor.GetTensorData<float>()), extent(shape[2])};
+      } else {
+        row = v.place == Value::kSlot ? slot_now_[v.index] : output_now_[v.index];
+      }
+      require(width == 0 || row.width == width, "a value's width differs from what its step expects");
+      if (found != nullptr) *found = row.width;
+      return row.data;
+    }
+
+    float* result(const Value& v, std::size_t width) {
+      if (!v.present) return nullptr;
+      if (v.place == Value::kSlot) {
+        require(width <= kernel_.slot_widths_[v.index], "a slot is too narrow");
+        slot_now_[v.index].width = width;
+        return slot_now_[v.index].data;
+      }
+      const std::vector<std::int64_t> shape{static_cast<std::int64_t>(batch_), static_cast<std::int64_t>(length_),
+                                            static_cast<std::int64_t>(width)};
+      output_now_[v.index] = {context_.GetOutput(v.index, shape).GetTensorMutableData<float>(), width};
+      return output_now_[v.index].data;
+    }
+
+    // A vector of the model: bias or gamma.
+    const float* vector(const Value& v, std::size_t size) {
+      if (!v.present) return nullptr;
+      require(v.place == Value::kInput, "bias and gamma must be inputs");
+      const Ort::ConstValue tensor = context_.GetInput(v.index);
+      const auto info = tensor.GetTensorTypeAndShapeInfo();
+      require(info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && info.GetElementCount() == size,
+              "bias or gamma has the wrong size");
+      return tensor.GetTensorData<float>();
+    }
+
+    Ort::ConstValue tensor(const Value& v, ONNXTensorElementDataType type) {
+      if (!v.present) return Ort::ConstValue{nullptr};
+      const Ort::ConstValue found = context_.GetInput(v.index);
+      require(found && found.GetTensorTypeAndShapeInfo().GetElementType() == type, "an input has the wrong type");
+      return found;
+    }
+
+    void add(owl::Plan& plan, const MatMulStep& s) {
+      owl::Linear op = s.op;
+      const float* x = activations(s.x, op.weight.cols);
+      op.bias = vector(s.bias, op.outputs);
+      op.skip = activations(s.skip, op.weight.cols);
+      op.gamma = vector(s.gamma, op.weight.cols);
+      float* sum = result(s.sum, op.weight.cols);
+      plan.add(op, x, rows(), result(s.y, op.outputs), sum);
+    }
+
+    void add(owl::Plan& plan, const AttentionStep& s) {
+      AttentionTensors t;
+      t.q = activations(s.q, 0, &t.q_width);
+      t.k = activations(s.k, 0, &t.kv_width);
+      t.v = activations(s.v, t.kv_width);
+      t.batch = batch_;
+      t.length = length_;
+      t.past_key = tensor(s.past_key, kernel_.cache_);
+      t.past_value = tensor(s.past_value, kernel_.cache_);
+      t.seqlens = tensor(s.seqlens, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
+      t.total = tensor(s.total, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
+      t.cosines = tensor(s.cosines, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+      t.sines = tensor(s.sines, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+      s.node.add_to(
+          plan, t, [&](std::size_t width) { return result(s.y, width); },
+          [&](std::size_t which, const std::vector<std::int64_t>& shape) {
+            const Value& v = which == 0 ? s.present_key : s.present_value;
+            return context_.GetOutput(v.index, shape).GetTensorMutableRawData();
+          });
+    }
+
+    const ProgramKernel& kernel_;
+    OrtKernelContext* raw_;
+    Ort::KernelContext context_;
+    std::size_t batch_ = 0, length_ = 0;
+    std::vector<Row> slot_now_;
+    Row output_now_[kFloatOutputs];
+  };
+
+  ONNXTensorElementDataType cache_;
+  std::size_t inputs_, outputs_;
+  std::vector<std::size_t> slot_widths_;
+  std::vector<Step> steps_;
+  owl::HugeMemory memory_;
+};
+
+template <ONNXTensorElementDataType Cache>
+struct ProgramKernelFor : ProgramKernel {
+  explicit ProgramKernelFor(const Ort::ConstKernelInfo& info) : ProgramKernel(info, Cache) {}
+};
+
+template <ONNXTensorElementDataType Cache>
+struct Program : Operator<Program<Cache>, ProgramKernelFor<Cache>> {
+  const char* GetName() const { return Cache == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? "ProgramFp16" : "ProgramFp32"; }
+  std::size_t GetInputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetInputType(std::size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(std::size_t) const { return INPUT_OUTPUT_VARIADIC; }
+  bool GetVariadicInputHomogeneity() const { return false; }
+  std::size_t GetOutputTypeCount() const { return kFloatOutputs + 1; }
+  ONNXTensorElementDataType GetOutputType(std::size_t i) const {
+    return i < kFloatOutputs ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : Cache;
+  }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(std::size_t i) const {
+    return i < kFloatOutputs ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_VARIADIC;
+  }
+  int GetVariadicOutputMinArity() const { return 0; }
+};
+
+}  // namespace
+
+const OrtCustomOp* program_fp16() {
+  static const Program<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16> op;
+  return &op;
+}
+const OrtCustomOp* program_fp32() {
+  static const Program<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT> op;
+  return &op;
+}
+
+}  // namespace owl_ops

@@ -1,0 +1,163 @@
+"""Operators joined into programs: the numbers of node by node; hostile steps are refused."""
+
+import contextlib
+import random
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from owl_deploy.export.program import join_programs
+from owl_deploy.runtime import pack, register
+
+from .test_pack import sparse_weight
+
+pytestmark = pytest.mark.usefixtures("kernels")
+WIDTH, HEADS, KV_HEADS, SIZE, INNER, VOCABULARY = 96, 4, 2, 32, 80, 70
+TOTAL, PAST = 20, 13
+REFUSALS = tuple(
+    getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
+    for name in ("Fail", "InvalidArgument", "InvalidGraph", "RuntimeException")
+)
+
+
+def decoder(blocks: int, cache: int, values: pack.Values = "fp32") -> onnx.ModelProto:
+    """What `owl export` makes of a small model, node by node; a foreign node between two blocks."""
+    weights = {}
+    nodes = []
+    floats = {"gamma": np.linspace(0.5, 1.5, WIDTH, dtype=np.float32)}
+
+    def matmul(name: str, rows: int, cols: int, inputs: list[str], outputs: list[str], **extra):
+        weight = sparse_weight(rows, cols, 0.6, seed=len(weights)) / np.float32(np.sqrt(cols))
+        weights[name] = pack.pack(weight, values, sparse=name != "head")
+        inputs = [inputs[0], name, *inputs[1:]]
+        nodes.append(helper.make_node("SparseMatMul", inputs, outputs, domain="ai.owl", **extra))
+
+    residual, update = "x", ""
+    for i in range(blocks):
+        norm = [residual, "", update, "gamma"]
+        qkv_width = (HEADS + 2 * KV_HEADS) * SIZE
+        after = f"r{i}" if update else ""
+        matmul(
+            f"qkv{i}", qkv_width, WIDTH, norm, [f"q{i}", after][: 2 if after else 1], epsilon=1e-5
+        )
+        residual = after or residual
+        nodes.append(
+            helper.make_node(
+                "CachedAttention",
+                [f"q{i}", "", "", f"pk{i}", f"pv{i}", "seqlens", "total", "cos", "sin"],
+                [f"a{i}", f"k{i}", f"v{i}"],
+                domain="ai.owl",
+                num_heads=HEADS,
+                kv_num_heads=KV_HEADS,
+                do_rotary=1,
+            )
+        )
+        matmul(f"o{i}", WIDTH, HEADS * SIZE, [f"a{i}"], [f"o{i}.y"])
+        norm = [residual, "", f"o{i}.y", "gamma"]
+        gated = {"epilogue": "silu_mul", "columns": INNER}
+        matmul(f"up{i}", 2 * INNER, WIDTH, norm, [f"u{i}", f"s{i}"], epsilon=1e-5, **gated)
+        matmul(f"down{i}", WIDTH, INNER, [f"u{i}"], [f"d{i}"])
+        residual, update = f"s{i}", f"d{i}"
+        if i == 0 and blocks > 2:
+            nodes.append(helper.make_node("Neg", [update], ["foreign"]))
+            update = "foreign"
+    matmul("head", VOCABULARY, WIDTH, [residual, "", update, "gamma"], ["logits"], epsilon=1e-5)
+    angles = np.arange(TOTAL)[:, None] / 100.0 ** (np.arange(SIZE // 2) / (SIZE // 2))
+    floats |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    info = helper.make_tensor_value_info
+    shape = [1, KV_HEADS, TOTAL, SIZE]
+    inputs = [info("x", TensorProto.FLOAT, [1, "n", WIDTH])]
+    inputs += [info(name, TensorProto.INT32, [1]) for name in ("seqlens", "total")]
+    inputs += [info(f"p{kv}{i}", cache, shape) for i in range(blocks) for kv in "kv"]
+    outputs = [info("logits", TensorProto.FLOAT, [1, "n", VOCABULARY])]
+    outputs += [info(f"{kv}{i}", cache, shape) for i in range(blocks) for kv in "kv"]
+    constants = [numpy_helper.from_array(array, name) for name, array in (weights | floats).items()]
+    graph = helper.make_graph(nodes, "decoder", inputs, outputs, constants)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def joined(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    blocks = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+    def shape(name: str) -> tuple[int, int]:
+        header = pack.read_header(blocks[name])
+        return header.rows, header.cols
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy, join_programs(copy.graph, shape, SIZE)
+
+
+def run(model: onnx.ModelProto, length: int, past: int, threads: int = 2) -> list[NDArray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    register(options)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    rng = np.random.default_rng(5)
+    feeds = {
+        "x": rng.standard_normal((1, length, WIDTH)).astype(np.float32),
+        "seqlens": np.array([past + length - 1], dtype=np.int32),
+        "total": np.array([past + length], dtype=np.int32),
+    }
+    for value in session.get_inputs()[3:]:
+        kind = np.float16 if "float16" in value.type else np.float32
+        feeds[value.name] = rng.standard_normal(value.shape).astype(kind)
+    return session.run(None, feeds)
+
+
+@pytest.mark.parametrize(("length", "past"), [(1, PAST), (1, 0), (5, 0), (7, PAST)])
+@pytest.mark.parametrize("cache", [TensorProto.FLOAT, TensorProto.FLOAT16])
+@pytest.mark.parametrize(("blocks", "programs"), [(2, 1), (3, 2)])
+def test_same_numbers_as_node_by_node(length, past, cache, blocks, programs):
+    model = decoder(blocks, cache)
+    together, count = joined(model)
+    assert count == programs
+    assert not any(node.op_type == "SparseMatMul" for node in together.graph.node)
+    known = past + length
+    for apart, one in zip(run(model, length, past), run(together, length, past), strict=True):
+        valid = slice(None) if apart.ndim == 3 else (slice(None), slice(None), slice(known))
+        np.testing.assert_array_equal(one[valid], apart[valid])
+
+
+@pytest.mark.parametrize("values", ["int8", "bf16"])
+def test_thread_count_changes_no_bit(values):
+    model, _ = joined(decoder(2, TensorProto.FLOAT16, values))
+    first = run(model, 1, PAST, threads=1)[0]
+    for threads in (2, 3, 8):
+        np.testing.assert_array_equal(run(model, 1, PAST, threads)[0], first)
+
+
+def test_a_weight_may_have_two_readers_and_activations_other_ranks():
+    model = decoder(2, TensorProto.FLOAT)
+    model.graph.input[0].type.tensor_type.shape.dim.add().dim_value = 1  # [1, n, width, 1]
+    assert joined(model)[1] == 0
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_hostile_steps_are_refused_or_harmless(seed):
+    """Whatever is wrong: an error, or wrong numbers, but nothing outside is read or written."""
+    model, _ = joined(decoder(2, TensorProto.FLOAT))
+    dice = random.Random(seed)
+    node = next(node for node in model.graph.node if node.op_type.startswith("Program"))
+    attributes = {a.name: a for a in node.attribute}
+    steps = list(attributes["steps"].ints)
+    if seed % 5 == 0:
+        attributes["slots"].ints[dice.randrange(len(attributes["slots"].ints))] = dice.choice(
+            [-1, 0, 1, 1 << 40]
+        )
+    elif seed % 5 == 1:
+        del steps[dice.randrange(len(steps)) :]
+    else:
+        steps[dice.randrange(len(steps))] = dice.choice(
+            [-7, -1, 0, 3, 5, 9, 400, 401, 402, 1 << 62]
+        )
+    del attributes["steps"].ints[:]
+    attributes["steps"].ints.extend(steps)
+    with contextlib.suppress(*REFUSALS):
+        run(model, dice.choice([1, 4]), PAST)
