@@ -135,9 +135,8 @@ def test_mask_with_too_many_bits(kernels: Kernels) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_fuzzed_blocks_never_read_outside(data: st.DataObject) -> None:
+def test_fuzzed_blocks_never_read_outside(kernels: Kernels, data: st.DataObject) -> None:
     """Damage is refused, or leaves a block that multiplies inside its bounds (ASan watches)."""
-    kernels = _library()
     values = data.draw(st.sampled_from(["fp32", "bf16", "int8"]))
     rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
     block = pack.pack(sparse_weight(rows, cols, 0.6), values, data.draw(st.booleans())).copy()
@@ -164,14 +163,3 @@ def test_fuzzed_blocks_never_read_outside(data: st.DataObject) -> None:
     x = np.ones((data.draw(st.sampled_from([1, 3])), info.cols), dtype=np.float32)
     for isa in kernels.isas():
         kernels.matmul(isa, block, x, info.rows)
-
-
-def _library() -> Kernels:
-    from owl_deploy.runtime import library_path
-
-    from .conftest import load
-
-    try:
-        return load(library_path())
-    except OSError as error:
-        pytest.skip(str(error))
