@@ -19,20 +19,27 @@ ROADS = (
     ("onnxruntime", "int8"),
     ("onnxruntime", "int4"),
 )
-DEEPSPARSE = ("deepsparse", "fp32")
+# The engines that skip zeros: what runs in one is compared with dense in the same.
+_SPARSE = ("deepsparse", "owl")
 
 
 def dense_baselines(
-    checkpoint: Path, with_deepsparse: bool, export: Export, folder: Path | None = None
+    checkpoint: Path,
+    targets: Iterable[tuple[str, str]],
+    export: Export,
+    folder: Path | None = None,
 ) -> tuple[Path, ...]:
-    """Deployments of a dense checkpoint, made in the cache (or `folder`) unless they are there."""
+    """Deployments of a dense checkpoint, made in the cache (or `folder`) unless they are there.
+
+    `targets`, with their precisions, are those of the deployments to compare with.
+    """
     if not (checkpoint / "config.json").is_file():
         raise BadInput(f"{checkpoint} is no checkpoint: it has no config.json.")
     folder = folder or cache_dir() / "dense" / _identity(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    roads = (DEEPSPARSE, *ROADS) if with_deepsparse else ROADS
+    own = sorted(road for road in set(targets) if road[0] in _SPARSE)
     found = []
-    for target, precision in roads:
+    for target, precision in (*own, *ROADS):
         destination = folder / f"dense-{target}-{precision}"
         if not is_artefact(destination):
             export(checkpoint, destination, target, precision)
@@ -43,9 +50,9 @@ def dense_baselines(
 def baselines_for(
     checkpoint: Path, deployments: Iterable[Path], export: Export
 ) -> tuple[Path, ...]:
-    """The dense baselines that suit these deployments: DeepSparse's only where it is asked for."""
-    targets = {open_deployment(path).target for path in deployments}
-    return dense_baselines(checkpoint, "deepsparse" in targets, export)
+    """The dense baselines that suit these deployments."""
+    opened = [open_deployment(path) for path in deployments]
+    return dense_baselines(checkpoint, [(one.target, one.precision) for one in opened], export)
 
 
 def _identity(checkpoint: Path) -> str:

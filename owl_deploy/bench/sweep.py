@@ -103,9 +103,9 @@ def sweep(checkpoint: Path, output: Path, plan: SweepPlan, steps: Steps) -> Resu
         for name, settings in plan.prunings().items()
         for deployment in _deployments(name, settings, output, plan, steps)
     ]
-    deepsparse = any(target.startswith("deepsparse") for target in plan.targets)
     steps.say("Dense baselines")
-    dense = dense_baselines(checkpoint, deepsparse, steps.export, output / "deployments")
+    targets = [_target(road) for road in plan.targets]
+    dense = dense_baselines(checkpoint, targets, steps.export, output / "deployments")
     for deployment in (*candidates, *dense):
         if "perplexity" not in read_manifest(deployment):
             steps.say(f"Perplexity of {deployment.name}")
@@ -124,13 +124,18 @@ def _deployments(
         steps.prune(checkpoint, settings)
     found = []
     for road in plan.targets:
-        target, _, precision = road.partition(":")
-        destination = output / "deployments" / f"{name}-{target}-{precision or 'fp32'}"
+        target, precision = _target(road)
+        destination = output / "deployments" / f"{name}-{target}-{precision}"
         if not is_artefact(destination):
             steps.say(f"Exporting {destination.name}")
-            steps.export(checkpoint, destination, target, precision or "fp32")
+            steps.export(checkpoint, destination, target, precision)
         found.append(destination)
     return found
+
+
+def _target(road: str) -> tuple[str, str]:
+    target, _, precision = road.partition(":")
+    return target, precision or "fp32"
 
 
 def _bench(

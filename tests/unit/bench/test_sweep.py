@@ -116,19 +116,21 @@ def test_the_trade_off_marks_what_nothing_beats(
 
 def test_dense_baselines_are_made_once_for_a_checkpoint(checkpoint: Path) -> None:
     made = Made()
-    first = dense_baselines(checkpoint, True, made.export)
+    mine = [("owl", "int8"), ("deepsparse", "fp32"), ("onnxruntime", "fp32"), ("owl", "int8")]
+    first = dense_baselines(checkpoint, mine, made.export)
     assert [path.name for path in first] == [
         "dense-deepsparse-fp32",
+        "dense-owl-int8",
         "dense-onnxruntime-fp32",
         "dense-onnxruntime-int8",
         "dense-onnxruntime-int4",
     ]
-    assert dense_baselines(checkpoint, True, made.export) == first
-    assert len(made.did) == 4
+    assert dense_baselines(checkpoint, mine, made.export) == first
+    assert len(made.did) == 5
     (checkpoint / "config.json").write_text('{"changed": 1}')
-    assert dense_baselines(checkpoint, False, made.export)[0] != first[1]
+    assert dense_baselines(checkpoint, [], made.export)[0] != first[2]
     with pytest.raises(BadInput, match=r"no config\.json"):
-        dense_baselines(checkpoint / "nothing", False, made.export)
+        dense_baselines(checkpoint / "nothing", [], made.export)
 
 
 @pytest.mark.parametrize(
