@@ -297,7 +297,7 @@ def finetune(
         float | None, typer.Option(help="Stop then, if the steps are not over before.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At its highest. [lora 1e-4, masked 2e-4]")
+        float | None, typer.Option(help="At its highest. [lora 1e-4, masked 3e-4]")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,

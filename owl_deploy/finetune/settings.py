@@ -11,7 +11,7 @@ METHODS = ("lora", "masked")
 MERGES = ("masked",)
 DTYPES = ("auto", "float32", "bfloat16")
 # LoRA's are the paper's; a masked run has no base weights to keep near to.
-_LEARNING_RATES = {"lora": 1e-4, "masked": 2e-4}
+_LEARNING_RATES = {"lora": 1e-4, "masked": 3e-4}
 _LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
 
 
