@@ -22,7 +22,7 @@ from owl_deploy.progress import Advance, bar
 
 _COMPLETE = "complete"  # a file in every checkpoint that was written to its end
 _EVALUATIONS = 4  # along the way and at the end, besides the one at the start
-_SAVE_SECONDS = 120.0
+_SAVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
