@@ -25,7 +25,7 @@ from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.partial import partial_folder
 
 NOT_DONE = 75
-TRAINING = ("--sequence-length", "512", "--batch-size", "2", "--gradient-accumulation", "1")
+TRAINING = ("--sequence-length", "512", "--batch-size", "1", "--gradient-accumulation", "1")
 TEACHER = "TEACHER"  # the demo's dense model
 KINDS: dict[str, tuple[str, ...]] = {
     "masked + teacher": ("--method", "masked", "--teacher", TEACHER),

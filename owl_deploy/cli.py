@@ -335,11 +335,11 @@ def finetune(
         float | None, typer.Option(help="Stop then, if the steps are not over before.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At its highest. [lora 1e-4, masked 2e-4]")
+        float | None, typer.Option(help="At its highest. [lora 1e-4, masked 5e-4]")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows at once.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     warmup: Annotated[float, typer.Option(help="Share in which the learning rate rises.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the order of windows, and of dropout.")] = 0,
     block_group: Annotated[

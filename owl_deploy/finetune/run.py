@@ -29,6 +29,7 @@ from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.partial import Partial, kept_for_resuming
 
 _FUSED = ("query_key_value", "qkv_proj")  # where query and value are no Linears of their own
+_COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
 _CARRIED = ("sparsity.svg",)  # what else of the source still tells the truth
 
@@ -240,12 +241,9 @@ class Run:
         )
 
     @property
-    def _windows_a_step(self) -> int:
-        return self.settings.batch_size * self.settings.gradient_accumulation
-
-    @property
     def _steps_a_pass(self) -> int:
-        return math.ceil(len(self.windows[0]) / self._windows_a_step)
+        windows_a_step = self.settings.batch_size * self.settings.gradient_accumulation
+        return math.ceil(len(self.windows[0]) / windows_a_step)
 
     def _write_checkpoint(self, tensors: dict[str, torch.Tensor], staging: Path) -> None:
         """Write the trained `tensors` and the untouched ones, and check every zero."""
@@ -284,7 +282,7 @@ class Run:
             "dtype": str(self.dtype).removeprefix("torch."),
             "steps": len(losses),
             "seconds": curve[-1]["seconds"],
-            "tokens": len(losses) * self._windows_a_step * self.settings.sequence_length,
+            "tokens": curve[-1]["tokens"],
             "held_out_loss": {"before": held_out[0], "after": held_out[-1]},
             "training_loss": {"first": losses[0], "last": losses[-1]},
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -354,10 +352,7 @@ def _shifted(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[d
     if not before:
         return rows
     last = before[-1]
-    return [
-        row | {"step": row["step"] + last["step"], "seconds": row["seconds"] + last["seconds"]}
-        for row in rows
-    ]
+    return [row | {key: row[key] + last[key] for key in _COUNTED} for row in rows]
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ METHODS = ("lora", "masked")
 MERGES = ("masked",)
 DTYPES = ("auto", "float32", "bfloat16")
 # LoRA's are the paper's; a masked run has no base weights to keep near to.
-_LEARNING_RATES = {"lora": 1e-4, "masked": 2e-4}
+_LEARNING_RATES = {"lora": 1e-4, "masked": 5e-4}
 _LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
 
 
@@ -35,7 +35,7 @@ class FinetuneSettings(BaseModel):
     learning_rate: float | None = None
     batch_size: int = 1
     sequence_length: int = 1024
-    gradient_accumulation: int = 8
+    gradient_accumulation: int = 1
     max_steps: int | None = None
     max_minutes: float | None = None
     warmup: float = 0.05

@@ -22,7 +22,7 @@ from owl_deploy.progress import Advance, bar
 
 _COMPLETE = "complete"  # a file in every checkpoint that was written to its end
 _EVALUATIONS = 4  # along the way and at the end, besides the one at the start
-_SAVE_SECONDS = 120.0
+_SAVE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train `trainee` in place on `windows` (to train on, held out), resuming from `folder`.
 
-    Returns the learning curve: one row a step (`step`, `seconds`, `loss`, `learning_rate`) or a
-    held-out evaluation (`step`, `seconds`, `eval_loss`), losses in nats a token. With a time limit
-    the learning rate falls with the time, so only a training by steps resumes to the same losses.
+    Returns the learning curve: one row a step (`step`, `seconds`, `tokens` read so far, `loss`,
+    `learning_rate`) or a held-out evaluation (`step`, `seconds`, `tokens`, `eval_loss`), losses in
+    nats a token. With a time limit the learning rate falls with the time, so only a training by
+    steps resumes to the same losses.
     """
     before = last_checkpoint(folder)
     total = 100.0 if schedule.seconds else float(schedule.steps)
@@ -63,7 +64,7 @@ def train(
         raise KeyboardInterrupt
     wanted = ("step", "seconds", "loss", "learning_rate", "eval_loss")
     return [
-        {key: row[key] for key in wanted if key in row}
+        {key: row[key] for key in wanted if key in row} | {"tokens": row["num_input_tokens_seen"]}
         for row in trainer.state.log_history
         if "loss" in row or "eval_loss" in row
     ]
@@ -97,6 +98,7 @@ def _trainer(
         eval_on_start=fresh,
         prediction_loss_only=True,
         logging_steps=1,
+        include_num_input_tokens_seen="all",
         logging_nan_inf_filter=False,  # a loss that is no number ends the run
         save_strategy="no",  # the clock says when
         save_total_limit=2,  # the last one stays whole while the next is written
