@@ -135,7 +135,7 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
             bound = [1e3 * r["megabytes"] / r["read_bandwidth"] for r in sparse]  # type: ignore[operator]
             axis.plot(x, bound, ":", color=colour, label=f"{values} memory bound")
             for row in dense:
-                axis.axhline(row["microseconds"], color=colour, ls="--", label=f"{values} dense")  # type: ignore[arg-type]
+                axis.axhline(row["microseconds"], color=colour, ls="--", label=f"{values} dense")
         axis.set(
             title=f"{model}, {isa}", xlabel="sparsity, %", ylabel="one block, us", yscale="log"
         )

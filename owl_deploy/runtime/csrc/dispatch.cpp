@@ -23,13 +23,13 @@ bool has_avx512f() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512() {
-  return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bf16");
+bool has_avx512vnni() {
+  return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
 }
+bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 const Candidate kCandidates[] = {
-    {&kAvx512Kernels, has_avx512}, {&kAvx512fKernels, has_avx512f}, {&kAvx2Kernels, has_avx2}, {&kPortableKernels, always}};
-const char* const kNames[] = {"avx512", "avx512f", "avx2", "portable", nullptr};
+    {&kAvx512Kernels, has_avx512}, {&kAvx512VnniKernels, has_avx512vnni}, {&kAvx512fKernels, has_avx512f}, {&kAvx2Kernels, has_avx2}, {&kPortableKernels, always}};
+const char* const kNames[] = {"avx512", "avx512vnni", "avx512f", "avx2", "portable", nullptr};
 #else
 const Candidate kCandidates[] = {{&kPortableKernels, always}};
 const char* const kNames[] = {"portable", nullptr};

@@ -39,13 +39,7 @@ struct Avx512f : Avx512Common {
     const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
-  static F dot16(F acc, Cell w, const std::uint8_t* x) {
-    float pair[2];
-    std::memcpy(pair, x, 8);
-    const F even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-    const F odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-    return _mm512_fmadd_ps(odd, _mm512_set1_ps(pair[1]), _mm512_fmadd_ps(even, _mm512_set1_ps(pair[0]), acc));
-  }
+  static F dot16(F acc, Cell w, const std::uint8_t* x) { return dot16_fp32(acc, w, x); }
   static void store_half_row(Half* out, F v) { f_store(out, v); }
 };
 

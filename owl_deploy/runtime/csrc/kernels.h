@@ -96,6 +96,7 @@ constexpr std::size_t attend_many_scratch(std::size_t heads) {
 
 // One table a file; only those that the build's target architecture has are linked in.
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512fKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kPortableKernels;

@@ -25,7 +25,7 @@ struct Avx512Common {
   static Cell load_cell(const void* p) { return _mm512_loadu_si512(p); }
   static void store_cell(void* p, Cell v) { _mm512_storeu_si512(p, v); }
   static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
-    Cell cell = load_cell(p);  // assembly: see kernel_avx512.cpp
+    Cell cell = load_cell(p);  // assembly: see x86_avx512_vnni.h
     __asm__("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(cell) : "Yk"(static_cast<__mmask16>(mask)));
     return cell;
   }
@@ -103,6 +103,15 @@ struct Avx512Common {
   // Adds those pairs of lanes: sums of `low` in the first 8 lanes, of `high` in the others.
   static F f_join8(F low, F high) {
     return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, low, high), _mm512_shuffle_f32x4(low, high, 0x4e));
+  }
+
+  // bf16 weights times pairs of fp32 activations.
+  static F dot16_fp32(F acc, Cell w, const std::uint8_t* x) {
+    float pair[2];
+    std::memcpy(pair, x, 8);
+    const F even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+    const F odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    return _mm512_fmadd_ps(odd, _mm512_set1_ps(pair[1]), _mm512_fmadd_ps(even, _mm512_set1_ps(pair[0]), acc));
   }
 
  private:
