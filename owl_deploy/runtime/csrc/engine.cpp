@@ -148,7 +148,7 @@ class Run {
     do {
       if (at >= phase.count) return false;
       size = phase.grain;
-      if (phase.in_runs) size = std::max(size, (phase.count - at) / (2 * threads_.load(std::memory_order_relaxed)));
+      if (phase.in_runs) size = std::max(size, (phase.count - at) / threads_.load(std::memory_order_relaxed));
       size = std::min(size, phase.count - at);
     } while (!taken.compare_exchange_weak(at, at + size, std::memory_order_relaxed));
     *begin = at;
