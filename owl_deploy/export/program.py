@@ -100,8 +100,6 @@ class _Program:
             steps += record
             numbers += floats_of_step
             self._release(at)
-        while self.outputs and not self.outputs[-1]:
-            self.outputs.pop()
         fp32 = kinds == {TensorProto.FLOAT}
         return helper.make_node(
             "ProgramFp32" if fp32 else "ProgramFp16",
