@@ -31,6 +31,7 @@ from owl_deploy.partial import Partial, kept_for_resuming
 _FUSED = ("query_key_value", "qkv_proj")  # where query and value are no Linears of their own
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
+_OUTDATED = ("perplexity", "tasks")  # what was measured of the weights before
 _CARRIED = ("sparsity.svg",)  # what else of the source still tells the truth
 
 
@@ -293,7 +294,8 @@ class Run:
         }
         if not self.sparse_result:
             return {"kind": "adapter", "versions": _versions(), "finetune": description}
-        return {"kind": "checkpoint"} | self.source.manifest | {"finetune": description}
+        carried = {k: v for k, v in self.source.manifest.items() if k not in _OUTDATED}
+        return {"kind": "checkpoint"} | carried | {"finetune": description}
 
 
 def merged(source: Source, deltas: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:

@@ -55,6 +55,16 @@ def test_every_zero_stays_and_no_other_comes(models, text_file, tmp_path, family
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_what_was_measured_before_is_not_said_of_the_result(models, text_file, tmp_path):
+    _, sparse = models("llama")
+    evaluated = shutil.copytree(sparse, tmp_path / "evaluated")
+    perplexity(evaluated, str(text_file), window=64, limit=1)
+    assert "perplexity" in json.loads((evaluated / "owl.json").read_text())
+    manifest = finetune(evaluated, tmp_path / "out", str(text_file), QUICK | {"method": "masked"})
+    assert not {"perplexity", "tasks"} & manifest.keys()
+    assert manifest["blocks"] == json.loads((sparse / "owl.json").read_text())["blocks"]
+
+
 def test_the_manifest_says_what_was_pruned_and_what_was_trained(models, text_file, tmp_path):
     dense, sparse = models("llama")
     values = QUICK | {"method": "masked", "temperature": 2.0}
