@@ -26,6 +26,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 
 
@@ -119,9 +120,7 @@ def prune(
     tune: Annotated[
         bool, typer.Option("--tune", help="Search the allocation's parameters on held-out text.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a run that was stopped.")
-    ] = False,
+    resume: Resume = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -354,9 +353,7 @@ def finetune(
     dtype: Annotated[
         str, typer.Option(help="To compute in: auto, float32 or bfloat16; it trains float32.")
     ] = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a run that was stopped.")
-    ] = False,
+    resume: Resume = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:

@@ -49,7 +49,7 @@ def find_dtype(
     if name == "auto":
         stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         dtype = known.get(str(stored), torch.float32)
-        if device.type == "cpu" and (exact or dtype != torch.bfloat16 or not _has_bfloat16()):
+        if device.type == "cpu" and (exact or dtype != torch.bfloat16 or not multiplies_bfloat16()):
             return torch.float32
         return dtype
     if name not in known:
@@ -57,7 +57,7 @@ def find_dtype(
     return known[name]
 
 
-def _has_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether this CPU has AVX-512 BF16 or AMX: about twice as fast as float32 then."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 

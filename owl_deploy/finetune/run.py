@@ -26,6 +26,7 @@ from owl_deploy.finetune.source import Source, load_teacher
 from owl_deploy.finetune.survivors import finished, freeze, nonzero, sparsify
 from owl_deploy.finetune.train import Schedule, last_checkpoint, train
 from owl_deploy.finetune.trainee import Trainee
+from owl_deploy.hardware import multiplies_bfloat16
 from owl_deploy.partial import Partial, kept_for_resuming
 
 _FUSED = ("query_key_value", "qkv_proj")  # where query and value are no Linears of their own
@@ -333,9 +334,7 @@ def _computing_dtype(asked: str) -> torch.dtype:
         return torch.float32 if asked == "float32" else torch.bfloat16
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = able.get("avx512_bf16") or able.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ LAYERS = (
     ("blocks",),
     ("runtime", "recipe", "checkpoint", "families", "text"),
     ("partial",),
-    ("artefact", "cache", "progress"),
+    ("artefact", "cache", "picture", "progress"),
     ("errors", "__init__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

@@ -70,7 +70,7 @@ def test_a_cpu_computes_in_the_stored_dtype_where_it_is_fast_in_it(
 ):
     checkpoint = open_checkpoint(llama)
     checkpoint.config["dtype"] = stored
-    monkeypatch.setattr(hardware, "_has_bfloat16", lambda: fast)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: fast)
     cpu = torch.device("cpu")
     assert hardware.find_dtype("auto", checkpoint, cpu) == expected
     assert hardware.find_dtype("auto", checkpoint, cpu, exact=True) == torch.float32
