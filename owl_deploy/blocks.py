@@ -31,7 +31,7 @@ class Seen(Exception):
 class Skeleton:
     """A model without weights, whose parts are filled from a checkpoint while they are needed.
 
-    `blocks`: the decoder blocks, on the meta device until `load_block`.
+    `blocks`: the decoder blocks, on the meta device until `loaded`.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -195,6 +195,31 @@ class Activations:
                 with contextlib.suppress(Seen):
                     block(inputs, **self.arguments[index])
             advance(len(inputs))
+
+
+def whole_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
+    """All of the model in memory, on the CPU.
+
+    Raises `BadInput` where a value is not finite, or a tensor is not there.
+    """
+    import transformers
+
+    for name in checkpoint.files:
+        checkpoint.read(name)  # finite values in every file, or one sentence
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BadInput(
+            f"{checkpoint.folder} lacks {len(missing)} tensors, {missing[0]!r} the first.",
+            "The checkpoint is incomplete: get it again.",
+        )
+    return model
 
 
 def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped

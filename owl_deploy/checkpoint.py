@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput
 
 if TYPE_CHECKING:
@@ -65,6 +66,17 @@ class Checkpoint:
                 "Such a model cannot be pruned: get it again, or mend the training run.",
             )
         return tensor
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another, or from itself after a change, without reading weights."""
+        return {
+            "folder": str(self.folder.absolute()),
+            "config": sha256(self.folder / "config.json"),
+            "files": {
+                path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+                for path in sorted(set(self.files.values()))
+            },
+        }
 
     @property
     def is_large(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from owl_deploy.adapter import with_adapter
 from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
-from owl_deploy.blocks import Skeleton, window_nll
+from owl_deploy.blocks import Skeleton, whole_model, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment
@@ -229,15 +229,10 @@ def load_model(
 ) -> Any:  # noqa: ANN401 - transformers is untyped
     """The whole model, with a LoRA adapter if there is one, for inference.
 
-    Raises `BadInput` where a value is not finite, and for an adapter of another model.
+    Raises `BadInput` for weights that are incomplete or not finite, and for an adapter that is
+    not for them.
     """
-    import transformers
-
-    for name in checkpoint.files:
-        checkpoint.read(name)  # finite values in every file, or one sentence
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    model = whole_model(checkpoint, dtype)
     if adapter is not None:
         model = with_adapter(model, checkpoint, adapter).get_base_model()
     return model.to(device).eval()

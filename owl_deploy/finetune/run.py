@@ -103,13 +103,7 @@ class Run:
     def asked(self) -> dict[str, Any]:
         """What decides the result: a run that resumes must be asked the same."""
         return {
-            "model": {
-                "folder": str(self.source.folder.absolute()),
-                "files": {
-                    path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-                    for path in sorted(set(self.source.checkpoint.files.values()))
-                },
-            },
+            "model": self.source.checkpoint.identity(),
             "settings": self.settings.model_dump(mode="json"),
             "text": self._describe_text(),
             "teacher": self.teacher,

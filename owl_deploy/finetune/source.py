@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from owl_deploy.artefact import read_manifest
+from owl_deploy.blocks import whole_model
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.families import family_of
@@ -74,9 +75,7 @@ class Source:
 
     def load(self, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
         """The model, frozen, in `dtype`."""
-        for name in self.checkpoint.files:
-            self.checkpoint.read(name)  # finite values in every file, or one sentence
-        return load_model(self.folder, dtype)
+        return load_model(self.checkpoint, dtype)
 
     def windows(self, text: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows to train on and held-out ones from the text's end, ids [windows, length].
@@ -115,21 +114,12 @@ class Source:
                     )
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
-    """The model in `folder`, frozen, in `dtype`; `BadInput` when it lacks tensors."""
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
+    """The whole model, frozen, in `dtype`; without transformers' own bars and remarks."""
     logging = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise BadInput(
-            f"{folder} lacks {len(missing)} tensors, {missing[0]!r} the first.",
-            "The checkpoint is incomplete: get it again.",
-        )
-    return model.requires_grad_(False)
+    return whole_model(checkpoint, dtype).requires_grad_(False)
 
 
 def load_teacher(student: Source, model: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
@@ -144,4 +134,4 @@ def load_teacher(student: Source, model: str, dtype: torch.dtype) -> Any:  # noq
             f"({sizes[1]} entries and {sizes[0]}).",
             "A teacher must read the same tokens: give the dense model this one was pruned from.",
         )
-    return load_model(teacher.folder, dtype)
+    return load_model(teacher, dtype)

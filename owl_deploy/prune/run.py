@@ -152,16 +152,8 @@ class Run:
 
     def asked(self) -> dict[str, Any]:
         """What decides the result: a run that resumes must be asked the same."""
-        config = self.checkpoint.folder / "config.json"
         return {
-            "model": {
-                "folder": str(self.checkpoint.folder.absolute()),
-                "config": hashlib.sha256(config.read_bytes()).hexdigest(),
-                "files": {
-                    path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-                    for path in sorted(set(self.checkpoint.files.values()))
-                },
-            },
+            "model": self.checkpoint.identity(),
             "settings": self.settings.model_dump(mode="json"),
             "tune": self.tune,
             "calibration": self.describe_calibration(),
