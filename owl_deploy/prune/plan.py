@@ -26,7 +26,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What the dense pass finds of a block: outlier ratios (percent) by multiple, median score."""
+    """What the dense pass finds of a block.
+
+    Outlier ratios (percent) by multiple; the median score, which DLP alone looks at (0 otherwise).
+    """
 
     outlier_ratios: dict[float, float]
     median_score: float

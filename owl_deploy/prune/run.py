@@ -299,7 +299,8 @@ class Run:
                     linears = self.skeleton.linears(index)
                     own = {key: inputs.norm(key) for key in self.shape.linears[index]}
                     scores = [score.wanda(linears[key].weight.float(), own[key]) for key in own]
-                    found.append(_block_statistics(scores, multiples))
+                    median = self.settings.allocation == "dlp"
+                    found.append(_block_statistics(scores, multiples, median=median))
                 if norms is not None:
                     norms.append(own)
                 if index == 0:
@@ -418,13 +419,14 @@ class _Asked:
         return self.statistics.factor(self.name, self.dampening)
 
 
-def _block_statistics(scores: list[torch.Tensor], multiples: list[float]) -> plan.BlockStatistics:
+def _block_statistics(
+    scores: list[torch.Tensor], multiples: list[float], *, median: bool
+) -> plan.BlockStatistics:
     if not scores:  # every Linear of the block is skipped
         return plan.BlockStatistics(dict.fromkeys(multiples, 0.0), 0.0)
     ratios = budget.outlier_ratios(scores, multiples)
-    return plan.BlockStatistics(
-        dict(zip(multiples, ratios, strict=True)), budget.median_score(scores)
-    )
+    middle = budget.median_score(scores) if median else 0.0
+    return plan.BlockStatistics(dict(zip(multiples, ratios, strict=True)), middle)
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
