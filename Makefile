@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test runtime check format slow sanitize gpu compat lock clean
+.PHONY: demo test runtime check format slow sanitize arm gpu compat lock clean
 
 demo: $(INSTALLED) runtime
 	$(BIN)/python -m owl_deploy.demo --output demo
@@ -42,6 +42,10 @@ sanitize: $(INSTALLED)
 		UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest --capture=sys -p no:faulthandler tests/unit/runtime
+
+# The kernels' tests on an emulated Arm processor.
+arm: $(INSTALLED)
+	tests/slow/arm.sh
 
 compat: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/slow/test_compatibility.py

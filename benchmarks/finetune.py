@@ -5,8 +5,9 @@
 
 Prunes the demo's model by OWL with each case's method to its sparsity, fine-tunes it in every kind
 for the same time on the demo's calibration text, and evaluates on its evaluation text, which holds
-other articles. WORK keeps what is finished: run it again to go on. With --step-minutes a training
-is interrupted after so long, as by Ctrl-C, and the command ends with 75: the next one resumes it.
+other articles. WORK keeps what is finished: run it again to go on; FILE gets all that WORK has
+of the cases. With --step-minutes a training is interrupted after so long, as by Ctrl-C, and the
+command ends with 75: the next one resumes it.
 """
 
 import argparse
@@ -62,9 +63,14 @@ def prune(case: str, work: Path) -> Path:
     return folder
 
 
-def finetune(sparse: Path, kind: str, minutes: float, step: float | None) -> Path:
-    """The result of a kind of fine-tuning; exits with `NOT_DONE` when it is to go on later."""
-    folder = sparse.with_name(f"{sparse.name}-{kind.replace(' ', '-')}")
+def tuned_folder(sparse: Path, kind: str) -> Path:
+    """Where the result of a kind of fine-tuning lies."""
+    return sparse.with_name(f"{sparse.name}-{kind.replace(' ', '-')}")
+
+
+def finetune(sparse: Path, kind: str, minutes: float, step: float | None) -> None:
+    """Fine-tune unless that is done; exits with `NOT_DONE` when it is to go on later."""
+    folder = tuned_folder(sparse, kind)
     if not is_artefact(folder):
         options = [demo_input() / MODEL if part == TEACHER else part for part in KINDS[kind]]
         resume = ["--resume"] if partial_folder(folder).is_dir() else []
@@ -75,7 +81,6 @@ def finetune(sparse: Path, kind: str, minutes: float, step: float | None) -> Pat
         )
         if not done:
             sys.exit(NOT_DONE)
-    return folder
 
 
 def evaluate(checkpoint: Path, work: Path, adapter: Path | None = None) -> float:
@@ -135,8 +140,11 @@ def main() -> None:
     for case in given.case or ["wanda:0.5"]:
         sparse = prune(case, given.work)
         for kind in given.kind or KINDS:
-            folder = finetune(sparse, kind, given.minutes, given.step_minutes)
-            rows.append(row(case, kind, (sparse, folder), given.work))
+            finetune(sparse, kind, given.minutes, given.step_minutes)
+        finished = [kind for kind in KINDS if is_artefact(tuned_folder(sparse, kind))]
+        rows += [
+            row(case, kind, (sparse, tuned_folder(sparse, kind)), given.work) for kind in finished
+        ]
     result = {
         "cpu": look().cpu,
         "versions": versions(),

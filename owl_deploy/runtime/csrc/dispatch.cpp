@@ -4,6 +4,10 @@
 
 #include "kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace owl {
 namespace {
 
@@ -30,6 +34,16 @@ bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf1
 const Candidate kCandidates[] = {
     {&kAvx512Kernels, has_avx512}, {&kAvx512VnniKernels, has_avx512vnni}, {&kAvx512fKernels, has_avx512f}, {&kAvx2Kernels, has_avx2}, {&kPortableKernels, always}};
 const char* const kNames[] = {"avx512", "avx512vnni", "avx512f", "avx2", "portable", nullptr};
+#elif defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return true;  // every processor that Apple ever put into a computer
+#endif
+}
+const Candidate kCandidates[] = {{&kNeonKernels, has_dot_products}, {&kPortableKernels, always}};
+const char* const kNames[] = {"neon", "portable", nullptr};
 #else
 const Candidate kCandidates[] = {{&kPortableKernels, always}};
 const char* const kNames[] = {"portable", nullptr};

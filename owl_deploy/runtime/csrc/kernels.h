@@ -99,6 +99,7 @@ extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512fKernels;
 extern const Kernels kAvx2Kernels;
+extern const Kernels kNeonKernels;
 extern const Kernels kPortableKernels;
 
 // The fastest table that this processor runs, or the one that OWL_ISA names.

@@ -152,7 +152,7 @@ def kernels() -> Kernels:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=["avx512", "avx512vnni", "avx512f", "avx2", "portable"])
+@pytest.fixture(params=["avx512", "avx512vnni", "avx512f", "avx2", "neon", "portable"])
 def isa(request: pytest.FixtureRequest, kernels: Kernels) -> str:
     """Each instruction set in turn, if it runs here."""
     name = str(request.param)

@@ -1,0 +1,215 @@
+// Arm's Advanced SIMD with dot products (Armv8.2: Neoverse N1, Apple M1, Cortex-A76 and later). 16 floats are four
+// registers.
+#include <arm_neon.h>
+
+#include "expand_tables.h"
+#include "kernel_body.h"
+
+namespace owl {
+namespace {
+
+struct CountTable {  // set bits: a scalar popcount goes through the vector unit and back here
+  std::uint8_t entry[256];
+};
+constexpr CountTable make_count_table() {
+  CountTable table{};
+  for (int mask = 1; mask < 256; ++mask) table.entry[mask] = static_cast<std::uint8_t>(table.entry[mask / 2] + (mask & 1));
+  return table;
+}
+constexpr CountTable kCounts = make_count_table();
+
+struct Neon {
+  struct F {
+    float32x4_t v[4];
+  };
+  struct I {
+    int32x4_t v[4];
+  };
+  struct Cell {
+    uint8x16_t v[4];
+  };
+  using Half = float;
+  static constexpr std::size_t kPanelGroups = 1;
+  static constexpr int kFloatRows = 4;  // 4 x 4 sums, 4 weights and their halves, in 32 registers
+  static constexpr int kInt8Rows = 2;
+  static constexpr bool kBiased = false;
+
+  template <class Operation>
+  static F each(Operation operation) {
+    return {{operation(0), operation(1), operation(2), operation(3)}};
+  }
+
+  static Cell load_cell(const void* p) {
+    const auto* q = static_cast<const std::uint8_t*>(p);
+    return {{vld1q_u8(q), vld1q_u8(q + 16), vld1q_u8(q + 32), vld1q_u8(q + 48)}};
+  }
+  static void store_cell(void* p, const Cell& cell) {
+    for (int i = 0; i < 4; ++i) vst1q_u8(static_cast<std::uint8_t*>(p) + 16 * i, cell.v[i]);
+  }
+  // A table's indices past the register give zeros, and stay past it when the upper half's are moved on.
+  static uint8x16_t expand_bytes(const std::uint8_t*& p, std::uint32_t mask) {
+    const std::uint32_t low = mask & 0xff, high = mask >> 8 & 0xff;
+    const std::uint8_t used = kCounts.entry[low];
+    const uint8x8_t upper = vadd_u8(vld1_u8(kLowBytes.entry[high]), vdup_n_u8(used));
+    const uint8x16_t found = vqtbl1q_u8(vld1q_u8(p), vcombine_u8(vld1_u8(kLowBytes.entry[low]), upper));
+    p += used + kCounts.entry[high];
+    return found;
+  }
+  static uint8x16_t expand_words(const std::uint8_t*& p, std::uint32_t mask) {
+    const uint8x16_t found = vqtbl1q_u8(vld1q_u8(p), vld1q_u8(kWords.entry[mask]));
+    p += 2 * static_cast<std::size_t>(kCounts.entry[mask]);
+    return found;
+  }
+  static uint8x16_t expand_quads(const std::uint8_t*& p, std::uint32_t mask) {
+    const uint8x16_t found = vqtbl1q_u8(vld1q_u8(p), vld1q_u8(kQuads.entry[mask]));
+    p += 4 * static_cast<std::size_t>(kCounts.entry[mask]);
+    return found;
+  }
+  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
+    Cell cell;
+    for (int i = 0; i < 4; ++i) cell.v[i] = expand_bytes(p, static_cast<std::uint32_t>(mask >> 16 * i) & 0xffff);
+    return cell;
+  }
+  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
+    Cell cell;
+    for (int i = 0; i < 4; ++i) cell.v[i] = expand_words(p, mask >> 8 * i & 0xff);
+    return cell;
+  }
+  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
+    Cell cell;
+    for (int i = 0; i < 4; ++i) cell.v[i] = expand_quads(p, mask >> 4 * i & 0xf);
+    return cell;
+  }
+
+  static Cell bias8(const Cell& w) { return w; }
+  static I dot8(I acc, const Cell& w, const std::uint8_t* x) {
+    std::int32_t four;
+    std::memcpy(&four, x, 4);
+    const int8x16_t broadcast = vreinterpretq_s8_s32(vdupq_n_s32(four));
+    for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), broadcast);
+    return acc;
+  }
+  static F dot16(F acc, const Cell& w, const std::uint8_t* x) {
+    float pair[2];
+    std::memcpy(pair, x, 8);
+    for (int i = 0; i < 4; ++i) {
+      const uint32x4_t both = vreinterpretq_u32_u8(w.v[i]);
+      const float32x4_t even = vreinterpretq_f32_u32(vshlq_n_u32(both, 16));
+      const float32x4_t odd = vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xffff0000U)));
+      acc.v[i] = vfmaq_n_f32(vfmaq_n_f32(acc.v[i], even, pair[0]), odd, pair[1]);
+    }
+    return acc;
+  }
+  static F dot32(F acc, const Cell& w, const std::uint8_t* x) {
+    float value;
+    std::memcpy(&value, x, 4);
+    for (int i = 0; i < 4; ++i) acc.v[i] = vfmaq_n_f32(acc.v[i], vreinterpretq_f32_u8(w.v[i]), value);
+    return acc;
+  }
+  static void store_half_row(Half* out, const F& v) { f_store(out, v); }
+
+  static F f_set1(float x) {
+    return each([&](int) { return vdupq_n_f32(x); });
+  }
+  static F f_load(const float* p) {
+    return each([&](int i) { return vld1q_f32(p + 4 * i); });
+  }
+  static void f_store(float* p, const F& a) {
+    for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.v[i]);
+  }
+  static F f_add(const F& a, const F& b) {
+    return each([&](int i) { return vaddq_f32(a.v[i], b.v[i]); });
+  }
+  static F f_sub(const F& a, const F& b) {
+    return each([&](int i) { return vsubq_f32(a.v[i], b.v[i]); });
+  }
+  static F f_mul(const F& a, const F& b) {
+    return each([&](int i) { return vmulq_f32(a.v[i], b.v[i]); });
+  }
+  static F f_div(const F& a, const F& b) {
+    return each([&](int i) { return vdivq_f32(a.v[i], b.v[i]); });
+  }
+  // The second operand where either is NaN, as on x86.
+  static F f_max(const F& a, const F& b) {
+    return each([&](int i) { return vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
+  }
+  static F f_min(const F& a, const F& b) {
+    return each([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
+  }
+  static F f_abs(const F& a) {
+    return each([&](int i) { return vabsq_f32(a.v[i]); });
+  }
+  static F f_fma(const F& a, const F& b, const F& c) {
+    return each([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
+  }
+  static float32x4_t sum4(const F& a) { return vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3])); }
+  static float f_hsum(const F& a) { return vaddvq_f32(sum4(a)); }
+  static float f_hmax(const F& a) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
+  }
+  static I i_set1(std::int32_t x) { return {{vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x)}}; }
+  static I i_add(I a, const I& b) {
+    for (int i = 0; i < 4; ++i) a.v[i] = vaddq_s32(a.v[i], b.v[i]);
+    return a;
+  }
+  static F to_float(const I& a) {
+    return each([&](int i) { return vcvtq_f32_s32(a.v[i]); });
+  }
+  static int16x8_t words(float32x4_t low, float32x4_t high) {
+    return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(low)), vqmovn_s32(vcvtnq_s32_f32(high)));
+  }
+  static void store_int8(std::int8_t* out, const F& a) {
+    vst1q_s8(out, vcombine_s8(vqmovn_s16(words(a.v[0], a.v[1])), vqmovn_s16(words(a.v[2], a.v[3]))));
+  }
+  // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23: n is added to the exponent.
+  static F scale_by_power(const F& p, const F& shifted) {
+    return each([&](int i) {
+      const int32x4_t power = vshlq_n_s32(vreinterpretq_s32_f32(shifted.v[i]), 23);
+      return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.v[i]), power));
+    });
+  }
+  static F f_load_bf16(const std::uint16_t* p) {
+    return each([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
+  }
+  static F f_load_fp16(const std::uint16_t* p) {
+    return each([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
+  }
+  static void f_store_fp16(std::uint16_t* p, const F& a) {
+    for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
+  }
+  static void transpose16(F r[16]) {
+    F to[16];
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) {
+        const float32x4_t a = vtrn1q_f32(r[4 * i].v[j], r[4 * i + 1].v[j]), b = vtrn2q_f32(r[4 * i].v[j], r[4 * i + 1].v[j]);
+        const float32x4_t c = vtrn1q_f32(r[4 * i + 2].v[j], r[4 * i + 3].v[j]);
+        const float32x4_t d = vtrn2q_f32(r[4 * i + 2].v[j], r[4 * i + 3].v[j]);
+        to[4 * j].v[i] = pair_low(a, c);
+        to[4 * j + 1].v[i] = pair_low(b, d);
+        to[4 * j + 2].v[i] = pair_high(a, c);
+        to[4 * j + 3].v[i] = pair_high(b, d);
+      }
+    for (int i = 0; i < 16; ++i) r[i] = to[i];
+  }
+  // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i].
+  static F f_sum8(const F v[8]) {
+    const float32x4_t low = vpaddq_f32(vpaddq_f32(sum4(v[0]), sum4(v[1])), vpaddq_f32(sum4(v[2]), sum4(v[3])));
+    const float32x4_t high = vpaddq_f32(vpaddq_f32(sum4(v[4]), sum4(v[5])), vpaddq_f32(sum4(v[6]), sum4(v[7])));
+    return {{low, high, vdupq_n_f32(0.0F), vdupq_n_f32(0.0F)}};
+  }
+  static F f_join8(const F& low, const F& high) { return {{low.v[0], low.v[1], high.v[0], high.v[1]}}; }
+
+ private:
+  static float32x4_t pair_low(float32x4_t a, float32x4_t b) {
+    return vreinterpretq_f32_f64(vtrn1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+  }
+  static float32x4_t pair_high(float32x4_t a, float32x4_t b) {
+    return vreinterpretq_f32_f64(vtrn2q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+  }
+};
+
+}  // namespace
+
+const Kernels kNeonKernels = make_kernels<Neon>("neon");
+
+}  // namespace owl
