@@ -32,9 +32,11 @@ CONF
         libpython$python-stdlib libc6 libexpat1 libffi8 libgcc-s1 libstdc++6 zlib1g)
     unset APT_CONFIG
     for package in "$work"/debs/*.deb; do dpkg-deb -x "$package" "$work/system"; done
+    ln -s usr/lib "$work/system/lib"
     grep -E '^(numpy|pytest|pytest-timeout|hypothesis)==' "$root/requirements/dev.lock" >"$work/packages"
     "$root/.venv/bin/python" -m pip install -q --target "$work/site" --only-binary :all: \
-        --platform manylinux_2_28_aarch64 --python-version $python -r "$work/packages"
+        --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
+        --platform manylinux2014_aarch64 --python-version $python -r "$work/packages"
     cp -r "$root"/.venv/lib/python3*/site-packages/owl_deploy-*.dist-info "$work/site" # for its version
     touch "$work/.ready"
 fi
