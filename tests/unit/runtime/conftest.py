@@ -1,6 +1,7 @@
 """The kernels through their C interface: `owl_matmul` and its kin of the built library."""
 
 import ctypes
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +153,11 @@ def kernels() -> Kernels:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=["avx512", "avx512vnni", "avx512f", "avx2", "neon", "portable"])
+ARM = platform.machine() in ("aarch64", "arm64")
+ISAS = ["neon"] if ARM else ["avx512", "avx512vnni", "avx512f", "avx2"]
+
+
+@pytest.fixture(params=[*ISAS, "portable"])
 def isa(request: pytest.FixtureRequest, kernels: Kernels) -> str:
     """Each instruction set in turn, if it runs here."""
     name = str(request.param)
