@@ -13,6 +13,7 @@ command ends with 75: the next one resumes it.
 import argparse
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -147,6 +148,7 @@ def main() -> None:
         ]
     result = {
         "cpu": look().cpu,
+        "cores": len(os.sched_getaffinity(0)),
         "versions": versions(),
         "evaluated": {"window": WINDOW, "windows": WINDOWS},
         "rows": rows,
