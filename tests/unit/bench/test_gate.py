@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from owl_deploy.bench import gate
 from owl_deploy.bench.gate import Margins, Side
 from owl_deploy.cli import app
+from owl_deploy.engines import default_threads
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -188,7 +189,8 @@ def test_noise_is_looked_at_three_times_and_then_said(
     if found["verdict"] == "INCONCLUSIVE":
         assert answer.exit_code == 3
         assert found["pairs"] == 24
-    strict = bench(now, tmp_path / "reference", "--check", saved, "--strict", "--threads", 1)
+    other = ("--threads", default_threads() + 1)
+    strict = bench(now, tmp_path / "reference", "--check", saved, "--strict", *other)
     assert strict.exit_code == 1
     assert "INCOMPARABLE" in strict.stdout
 
