@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from tests import tiny
 
 # On models this small threads only wait for each other, and more so on a busy machine.
 torch.set_num_threads(1)
+
+# A shell's background job ignores Ctrl-C, and so would whatever a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
