@@ -13,7 +13,6 @@ command ends with 75: the next one resumes it.
 import argparse
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from owl_deploy.artefact import is_artefact, read_manifest, versions, write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
+from owl_deploy.engines import default_threads
 from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.partial import partial_folder
 
@@ -94,9 +94,9 @@ def evaluate(checkpoint: Path, work: Path, adapter: Path | None = None) -> float
     return float(json.loads(file.read_text()))
 
 
-def row(case: str, kind: str, folders: tuple[Path, Path], work: Path) -> dict[str, Any]:
-    """What is known of one fine-tuning; `folders`: the pruned checkpoint and the result."""
-    sparse, folder = folders
+def row(case: str, kind: str, sparse: Path, work: Path) -> dict[str, Any]:
+    """What is known of the finished fine-tuning of the pruned checkpoint `sparse`."""
+    folder = tuned_folder(sparse, kind)
     dense, pruned = (evaluate(one, work) for one in (demo_input() / MODEL, sparse))
     if read_manifest(folder)["kind"] == "adapter":
         after = evaluate(sparse, work, folder)
@@ -143,12 +143,10 @@ def main() -> None:
         for kind in given.kind or KINDS:
             finetune(sparse, kind, given.minutes, given.step_minutes)
         finished = [kind for kind in KINDS if is_artefact(tuned_folder(sparse, kind))]
-        rows += [
-            row(case, kind, (sparse, tuned_folder(sparse, kind)), given.work) for kind in finished
-        ]
+        rows += [row(case, kind, sparse, given.work) for kind in finished]
     result = {
         "cpu": look().cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": default_threads(),
         "versions": versions(),
         "evaluated": {"window": WINDOW, "windows": WINDOWS},
         "rows": rows,
