@@ -176,6 +176,13 @@ def export(
     values: Annotated[
         str | None, typer.Option(help="For owl: the non-zeros as bf16, int8 or fp32. [bf16]")
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="For int8 values: screened, where tokens far from the likeliest get 4 bits of the "
+            "head, or whole. [screened]"
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -190,6 +197,7 @@ def export(
             target=target,
             precision=precision,
             values=values,
+            head=head,
             force=force,
             progress=progress,
         )

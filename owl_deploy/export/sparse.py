@@ -26,6 +26,9 @@ from owl_deploy.runtime import library_path, pack
 
 Values = Literal["bf16", "int8", "fp32"]
 Cache = Literal["fp16", "fp32"]
+# How an int8 head is stored: in planes, so that a token's likely successors get all 8 bits and the
+# others 4, or whole.
+Head = Literal["screened", "whole"]
 
 DOMAIN = "ai.owl"
 DATA_FILE = "model.onnx.data"
@@ -47,6 +50,7 @@ class Rewriter:
     folder: Path
     values: Values
     cache: Cache
+    head: Head = "screened"
     packed: dict[str, pack.Block] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -91,13 +95,21 @@ class Rewriter:
         )
 
     def add_packed(
-        self, name: str, weight: NDArray[np.float32], *, may_be_sparse: bool = True
+        self,
+        name: str,
+        weight: NDArray[np.float32],
+        *,
+        may_be_sparse: bool = True,
+        is_head: bool = False,
     ) -> str:
         """Pack `weight` [outputs, inputs] once under `name`; sparse if that pays."""
         if name not in self.packed:
             density = int(np.count_nonzero(weight)) / weight.size
-            sparse = may_be_sparse and density <= MAX_DENSITY[self.values]
-            self.packed[name] = pack.pack(np.ascontiguousarray(weight), self.values, sparse)
+            sparse = may_be_sparse and not is_head and density <= MAX_DENSITY[self.values]
+            planes = is_head and self.values == "int8" and self.head == "screened"
+            self.packed[name] = pack.pack(
+                np.ascontiguousarray(weight), self.values, sparse, planes=planes
+            )
         return name
 
     def replace(self, old: list[onnx.NodeProto], new: onnx.NodeProto) -> None:
@@ -115,11 +127,13 @@ def sparsify_deployment(
     values: Values = "bf16",
     cache: Cache | None = None,
     *,
+    head: Head = "screened",
     join: bool = True,
 ) -> dict[str, object]:
     """Rewrite the builder's fp32 deployment `source` into the folder `destination`.
 
-    `cache` is the precision of the KV cache: fp16 unless `values` is fp32. Without `join` every
+    `cache` is the precision of the KV cache: fp16 unless `values` is fp32. `head` matters to int8
+    only. Without `join` every
     operator stays a node of its own: slower, but the runtime's profile then shows each. Returns
     statistics.
     """
@@ -133,7 +147,8 @@ def sparsify_deployment(
             )
     library = library_path()
     model = onnx.load(model_file, load_external_data=False)
-    rewriter = Rewriter(model, source, values, cache or ("fp32" if values == "fp32" else "fp16"))
+    cache = cache or ("fp32" if values == "fp32" else "fp16")
+    rewriter = Rewriter(model, source, values, cache, head)
     for apply in PASSES if join else (*REPLACEMENTS, drop_unused):
         rewriter.counts[apply.__name__] = apply(rewriter)
         rewriter.index()
@@ -188,7 +203,7 @@ def replace_matmuls(rewriter: Rewriter) -> int:
         if weight is None or weight.ndim != 2:
             continue
         is_head = node.output[0] in rewriter.outputs
-        name = rewriter.add_packed(f"{node.input[1]}.packed", weight.T, may_be_sparse=not is_head)
+        name = rewriter.add_packed(f"{node.input[1]}.packed", weight.T, is_head=is_head)
         old, bias, output = [node], "", node.output[0]
         add = rewriter.only_reader(node.output[0])
         if add is not None and add.op_type == "Add":
@@ -510,6 +525,7 @@ def _statistics(rewriter: Rewriter) -> dict[str, object]:
     return {
         "values": rewriter.values,
         "cache": rewriter.cache,
+        "screened_head": any(info.planes for info in infos),
         "replaced": dict(rewriter.counts),
         "sparse_weights": sum(info.sparse for info in infos),
         "dense_weights": sum(not info.sparse for info in infos),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from owl_deploy import artefact, checkpoint
 from owl_deploy.errors import BadInput, unknown_name
@@ -27,13 +27,15 @@ _BYTES_A_WEIGHT = {"fp32": 4, "int8": 1, "int4": 0.5}
 class Request:
     """What a target's function is asked for: write `source` into `folder`.
 
-    `precision` is one of the target's; `values` one of its value types, None if it has none.
+    `precision` is one of the target's; `values` one of its value types, None if it has none;
+    `head` how an int8 head is stored.
     """
 
     source: Source
     folder: Path
     precision: str
     values: str | None
+    head: sparse.Head
     progress: Progress
 
 
@@ -96,7 +98,7 @@ def _owl(request: Request) -> dict[str, Any]:
             ) from error
         request.progress("Packing the weights")
         values = cast(sparse.Values, request.values)
-        statistics = sparse.sparsify_deployment(dense, request.folder, values)
+        statistics = sparse.sparsify_deployment(dense, request.folder, values, head=request.head)
     return {**facts, "packing": statistics}
 
 
@@ -138,23 +140,29 @@ def export(
     target: str,
     precision: str = "fp32",
     values: str | None = None,
+    head: str | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
-    `progress` is told each step. The deployment appears whole, after its parity with PyTorch was
-    checked, or not at all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
+    `head`, for int8 values only, is `screened` (the default) or `whole`. `progress` is told each
+    step. The deployment appears whole, after its parity with PyTorch was checked, or not at all.
+    Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
     """
     row = _row(target, precision, values)
     if row.values and values is None:
         values = row.values[0]
+    _check_head(head, values)
     started = time.monotonic()
     with _disk_errors(destination), artefact.staged_folder(destination, force) as staging:
         progress("Loading the checkpoint")
         source = Source(folder)
         _check_disk(source, staging, precision)
-        facts = row.build(Request(source, staging, precision, values, progress))
+        request = Request(
+            source, staging, precision, values, cast(sparse.Head, head or "screened"), progress
+        )
+        facts = row.build(request)
         progress("Computing PyTorch's logits")
         manifest = {
             "kind": "deployment",
@@ -197,6 +205,18 @@ def _row(target: str, precision: str, values: str | None) -> Target:
             f"The target {target!r} has no value type {values!r}.", f"It has: {offered}."
         )
     return row
+
+
+def _check_head(head: str | None, values: str | None) -> None:
+    if head is None:
+        return
+    if head not in get_args(sparse.Head):
+        raise unknown_name("head", head, get_args(sparse.Head))
+    if values != "int8":
+        raise BadInput(
+            "Only int8 values have a choice of heads.",
+            "Add --target owl --values int8, or leave --head out.",
+        )
 
 
 def _check_disk(source: Source, folder: Path, precision: str) -> None:

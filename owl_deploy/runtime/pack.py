@@ -1,4 +1,4 @@
-"""The packed weight format that the kernels read, version 1.
+"""The packed weight format that the kernels read, version 2.
 
 A weight `[rows, cols]` (rows are outputs) becomes one block of bytes, little-endian, that a kernel uses
 as it lies in the file. Every region starts on a multiple of 64 bytes.
@@ -15,20 +15,28 @@ multiple of `4 * pack`.
 | header | 128 | below |
 | masks | groups x cells x 2 x pack | only if sparse: bit i of a cell's mask is set if its value i is stored |
 | index | (groups + 1) x 4 | only if sparse: uint32, where a group's values start in the values, in units of 64 bytes |
-| scales | groups x ceil(cells / 32) x 16 x 2 | only int8: bf16, one for each row and 128 columns; weight = scale x value |
-| values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full |
+| scales | groups x ceil(cells / 8) x 16 | only int8: one byte for each row and 32 columns; weight = scale x value |
+| values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full; planes: below |
 | tail | 64 | zeros, so that a kernel may load a whole register at the last value |
 
 Header: `OWLPACK\\0`, then uint32 version, value type (1 fp32, 2 bf16, 3 int8; 4 is kept for int4), flags
-(bit 0: sparse) and rows in a group (16), then uint64 rows, cols, cells in a group, non-zeros, offsets
-of masks, index, scales and values (0 where absent), and the block's length; 32 bytes reserved.
+(0 dense, 1 sparse, 2 planes) and rows in a group (16), then uint64 rows, cols, cells in a group, non-zeros,
+offsets of masks, index, scales and values (0 where absent), and the block's length; uint32 scale exponent;
+28 bytes reserved.
 
 int8 values lie in [-127, 127]; kernels rely on -128 not being there only for accuracy, never for safety.
+A scale's byte holds 4 bits of exponent and 4 of mantissa: as fp32 its bits are `byte << 19` plus the
+header's scale exponent `<< 23`.
+
+Planes are for a dense int8 weight most of whose outputs matter little, as a head's do. A value in
+[-119, 119] is `16 x high + low`, both in [-8, 7] and stored plus 8, in 4 bits. The high plane comes first:
+each two cells of a group as one, 64 bytes whose lower halves are the first cell. The low plane follows
+row by row, `16 x groups` of them: 64 bytes for 128 columns, whose lower halves are the first 64 columns.
 """  # noqa: E501 - a table
 
 import struct
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +45,14 @@ Values = Literal["fp32", "bf16", "int8"]
 Block = NDArray[np.uint8]
 
 MAGIC = b"OWLPACK\0"
-VERSION = 1
+VERSION = 2
 GROUP_ROWS = 16
-SCALE_COLUMNS = 128
+SCALE_COLUMNS = 32
 ALIGNMENT = 64
-_SPARSE = 1
-_HEADER = struct.Struct("<8s4I9Q32x")
+LOW_COLUMNS = 128  # of the low plane, in 64 bytes
+_DENSE, _SPARSE, _PLANES = range(3)
+_HEADER = struct.Struct("<8s4I9QI28x")
+_MAX_SCALE_EXPONENT = 254 - 15
 _TYPE_CODES: dict[Values, int] = {"fp32": 1, "bf16": 2, "int8": 3}
 _PACK: dict[Values, int] = {"fp32": 1, "bf16": 2, "int8": 4}
 _DTYPE: dict[Values, type[np.generic]] = {"fp32": np.uint32, "bf16": np.uint16, "int8": np.uint8}
@@ -54,6 +64,7 @@ class PackedInfo:
 
     values: Values
     sparse: bool
+    planes: bool
     rows: int
     cols: int
     cells: int
@@ -63,6 +74,7 @@ class PackedInfo:
     scale_offset: int
     value_offset: int
     size_bytes: int
+    scale_exponent: int
 
     @property
     def groups(self) -> int:
@@ -72,17 +84,38 @@ class PackedInfo:
     @property
     def scale_bytes(self) -> int:
         """Bytes of int8's scales."""
-        return self.groups * -(-self.cells * 4 // SCALE_COLUMNS) * GROUP_ROWS * 2
+        return self.groups * -(-self.cells * 4 // SCALE_COLUMNS) * GROUP_ROWS
+
+    @property
+    def high_bytes(self) -> int:
+        """Bytes of the high plane."""
+        return self.groups * self.cells // 2 * 64
+
+    @property
+    def low_bytes(self) -> int:
+        """Bytes of the low plane."""
+        return self.groups * GROUP_ROWS * -(-self.cols // LOW_COLUMNS) * 64
 
 
-def pack(weight: NDArray[np.floating], values: Values = "bf16", sparse: bool = True) -> Block:
-    """Pack `weight` [rows, cols]; with `sparse` only its non-zeros. Returns the block of bytes."""
+def pack(
+    weight: NDArray[np.floating],
+    values: Values = "bf16",
+    sparse: bool = True,
+    *,
+    planes: bool = False,
+) -> Block:
+    """Pack `weight` [rows, cols]; with `sparse` only its non-zeros. Returns the block of bytes.
+
+    `planes`: int8 whose upper and lower bits lie apart; not with `sparse`.
+    """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
     if values not in get_args(Values):
         raise ValueError(f"values must be one of {', '.join(get_args(Values))}, not {values!r}")
+    if planes and (sparse or values != "int8"):
+        raise ValueError("only a dense int8 weight comes in planes")
     rows, cols = weight.shape
-    encoded, scales = _encode(np.asarray(weight, dtype=np.float32), values)
+    encoded, scales, exponent = _encode(np.asarray(weight, dtype=np.float32), values, planes)
     cells = _to_cells(encoded, _PACK[values])  # [groups, cells, 16 * pack]
     regions: list[tuple[str, bytes]] = []
     nonzeros = int(np.count_nonzero(encoded))
@@ -92,12 +125,13 @@ def pack(weight: NDArray[np.floating], values: Values = "bf16", sparse: bool = T
         regions.append(("mask", np.packbits(mask, axis=-1, bitorder="little").tobytes()))
         regions.append(("index", index.astype("<u4").tobytes()))
     else:
-        packed = cells.tobytes()
+        packed = _to_planes(cells.view(np.int8), cols) if planes else cells.tobytes()
     if scales is not None:
-        regions.append(("scale", scales.astype("<u2").tobytes()))
+        regions.append(("scale", scales.tobytes()))
     regions.append(("value", packed + bytes(ALIGNMENT)))
-    flags = _SPARSE if sparse else 0
-    return _assemble((_TYPE_CODES[values], flags), (rows, cols, cells.shape[1], nonzeros), regions)
+    flags = _SPARSE if sparse else _PLANES if planes else _DENSE
+    kind = (_TYPE_CODES[values], flags)
+    return _assemble(kind, (rows, cols, cells.shape[1], nonzeros), exponent, regions)
 
 
 def unpack(block: Block) -> NDArray[np.float32]:
@@ -112,9 +146,28 @@ def unpack(block: Block) -> NDArray[np.float32]:
         for group in range(info.groups):
             stored = raw[int(index[group]) * ALIGNMENT :].view(cells.dtype)
             cells[group][masks[group]] = stored[: int(masks[group].sum())]
+    elif info.planes:
+        high, low = planes(block)
+        matrix = (16 * high + low).view(np.uint8)
+        return _decode(matrix[: info.rows, : info.cols], block, info)
     else:
         cells = raw[: cells.nbytes].view(cells.dtype).reshape(cells.shape)
     return _decode(_from_cells(cells, info), block, info)
+
+
+def planes(block: Block) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """The upper and lower bits of a weight in planes, in [-8, 7]: value = 16 x upper + lower.
+
+    Both [16 x groups, cols].
+    """
+    info = read_header(block)
+    raw = block[info.value_offset :]
+    pairs = raw[: info.high_bytes].reshape(info.groups, -1, 1, 64)
+    cells = np.concatenate((pairs & 15, pairs >> 4), axis=2).reshape(info.groups, -1, 64)
+    chunks = raw[info.high_bytes :][: info.low_bytes].reshape(info.groups * GROUP_ROWS, -1, 1, 64)
+    low = np.concatenate((chunks & 15, chunks >> 4), axis=2).reshape(info.groups * GROUP_ROWS, -1)
+    high = _cells_to_matrix(cells, 4)
+    return tuple(part[:, : info.cols].view(np.int8) - np.int8(8) for part in (high, low))  # type: ignore[return-value]
 
 
 def inspect(block: Block) -> PackedInfo:
@@ -123,7 +176,8 @@ def inspect(block: Block) -> PackedInfo:
     tail = ALIGNMENT
     cells = info.groups * info.cells
     if not info.sparse:
-        _check_region("values", info.value_offset, cells * 64 + tail, block.size)
+        whole = info.high_bytes + info.low_bytes if info.planes else cells * 64
+        _check_region("values", info.value_offset, whole + tail, block.size)
     if info.values == "int8":
         _check_region("scales", info.scale_offset, info.scale_bytes, block.size)
     if (info.values != "int8" and info.scale_offset) or (
@@ -152,32 +206,52 @@ def interleave_gate_up(gate: NDArray[np.floating], up: NDArray[np.floating]) -> 
 
 
 def _encode(
-    weight: NDArray[np.float32], values: Values
-) -> tuple[NDArray[np.generic], NDArray[np.uint16] | None]:
-    """Weight -> the bits of its values, and int8's scales [groups, scale blocks, 16] as bf16.
+    weight: NDArray[np.float32], values: Values, planes: bool
+) -> tuple[NDArray[np.generic], NDArray[np.uint8] | None, int]:
+    """Weight -> its values' bits, int8's scales [groups, scale blocks, 16] and their exponent.
 
     What rounds to zero is zero: it costs nothing then. -0.0 is stored as nothing.
     """
     if values == "fp32":
-        return np.where(weight == 0, np.float32(0), weight).view(np.uint32), None
+        return np.where(weight == 0, np.float32(0), weight).view(np.uint32), None, 0
     if values == "bf16":
-        return _to_bf16(weight), None
+        return _to_bf16(weight), None, 0
     if not np.isfinite(weight).all():
         raise ValueError("a weight with infinities or NaN cannot be stored as int8")
+    largest = np.float32(119 if planes else 127)
     rows, cols = weight.shape
     groups, blocks = -(-rows // GROUP_ROWS), -(-cols // SCALE_COLUMNS)
     padded = np.zeros((groups * GROUP_ROWS, blocks * SCALE_COLUMNS), dtype=np.float32)
     padded[:rows, :cols] = weight
     tiles = padded.reshape(-1, blocks, SCALE_COLUMNS)
-    # Rounded up to bf16, so that the largest value still fits 127.
-    scales = (
-        ((np.abs(tiles).max(axis=2) / np.float32(127)).view(np.uint32) + 0xFFFF) >> 16
-    ).astype(np.uint16)
-    decoded = (scales.astype(np.uint32) << 16).view(np.float32)
+    # Rounded up, so that the largest value still fits.
+    bits = ((np.abs(tiles).max(axis=2) / largest).view(np.uint32) + 0x7FFFF) >> 19
+    exponent = max(0, (int(bits.max()) - 240) // 16)
+    scales = np.maximum(bits.astype(np.int64) - 16 * exponent, 0).astype(np.uint8)
+    decoded = _decode_scales(scales, exponent)
     safe = np.where(decoded > 0, decoded, 1)[:, :, None]
-    quantized = np.clip(np.rint(tiles / safe), -127, 127).astype(np.int8)
+    quantized = np.clip(np.rint(tiles / safe), -largest, largest).astype(np.int8)
     order = scales.reshape(groups, GROUP_ROWS, blocks).transpose(0, 2, 1)
-    return quantized.reshape(padded.shape)[:rows, :cols].view(np.uint8), np.ascontiguousarray(order)
+    values_of_rows = quantized.reshape(padded.shape)[:rows, :cols].view(np.uint8)
+    return values_of_rows, np.ascontiguousarray(order), exponent
+
+
+def _decode_scales(codes: NDArray[np.uint8], exponent: int) -> NDArray[np.float32]:
+    return ((codes.astype(np.uint32) << 19) + np.uint32(exponent << 23)).view(np.float32)
+
+
+def _to_planes(cells: NDArray[np.int8], cols: int) -> bytes:
+    """int8 cells [groups, cells, 64] -> the high plane and the low plane."""
+    high = (cells + np.int8(8)) >> 4
+    low = cells - 16 * high + np.int8(8)
+    stored = (high + np.int8(8)).view(np.uint8)
+    pairs = stored[:, 0::2] | stored[:, 1::2] << 4
+    rows = _cells_to_matrix(low.view(np.uint8), 4)
+    padded = np.full((len(rows), -(-cols // LOW_COLUMNS) * LOW_COLUMNS), 8, dtype=np.uint8)
+    width = min(padded.shape[1], rows.shape[1])
+    padded[:, :width] = rows[:, :width]
+    chunks = padded.reshape(len(rows), -1, 2, 64)
+    return pairs.tobytes() + (chunks[:, :, 0] | chunks[:, :, 1] << 4).tobytes()
 
 
 def _to_bf16(weight: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -193,8 +267,8 @@ def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArra
         return bits.view(np.float32)
     if info.values == "bf16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
-    coded = block[info.scale_offset :][: info.scale_bytes].view(np.uint16).astype(np.uint32) << 16
-    by_group = coded.view(np.float32).reshape(info.groups, -1, GROUP_ROWS).transpose(0, 2, 1)
+    coded = _decode_scales(block[info.scale_offset :][: info.scale_bytes], info.scale_exponent)
+    by_group = coded.reshape(info.groups, -1, GROUP_ROWS).transpose(0, 2, 1)
     by_row = by_group.reshape(info.groups * GROUP_ROWS, -1)[: info.rows]
     return (
         bits.view(np.int8).astype(np.float32) * by_row.repeat(SCALE_COLUMNS, axis=1)[:, : info.cols]
@@ -213,10 +287,15 @@ def _to_cells(encoded: NDArray[np.generic], packed_columns: int) -> NDArray[np.g
 
 
 def _from_cells(cells: NDArray[np.generic], info: PackedInfo) -> NDArray[np.generic]:
-    packed_columns = _PACK[info.values]
-    tiles = cells.reshape(info.groups, info.cells, GROUP_ROWS, packed_columns).transpose(0, 2, 1, 3)
-    matrix = tiles.reshape(info.groups * GROUP_ROWS, info.cells * packed_columns)
+    matrix = _cells_to_matrix(cells, _PACK[info.values])
     return np.ascontiguousarray(matrix[: info.rows, : info.cols])
+
+
+def _cells_to_matrix(cells: NDArray[Any], packed_columns: int) -> NDArray[Any]:
+    """[groups, cells, 16 * pack] -> [16 * groups, cells * pack]"""
+    groups, count = cells.shape[:2]
+    tiles = cells.reshape(groups, count, GROUP_ROWS, packed_columns).transpose(0, 2, 1, 3)
+    return tiles.reshape(groups * GROUP_ROWS, count * packed_columns)
 
 
 def _compress(
@@ -234,7 +313,10 @@ def _compress(
 
 
 def _assemble(
-    kind: tuple[int, int], extents: tuple[int, int, int, int], regions: list[tuple[str, bytes]]
+    kind: tuple[int, int],
+    extents: tuple[int, int, int, int],
+    scale_exponent: int,
+    regions: list[tuple[str, bytes]],
 ) -> Block:
     """Header and regions, each region at a multiple of 64."""
     offsets = dict.fromkeys(("mask", "index", "scale", "value"), 0)
@@ -244,7 +326,8 @@ def _assemble(
         offsets[name] = _HEADER.size + len(body)
         body += data
     total = _HEADER.size + len(body)
-    header = _HEADER.pack(MAGIC, VERSION, *kind, GROUP_ROWS, *extents, *offsets.values(), total)
+    places = (*offsets.values(), total, scale_exponent)
+    header = _HEADER.pack(MAGIC, VERSION, *kind, GROUP_ROWS, *extents, *places)
     return np.frombuffer(header + bytes(body), dtype=np.uint8)
 
 
@@ -253,23 +336,27 @@ def read_header(block: Block) -> PackedInfo:
     if block.size < _HEADER.size:
         raise ValueError("the block is shorter than its header")
     magic, version, code, flags, group_rows, *rest = _HEADER.unpack(block[: _HEADER.size].tobytes())
-    rows, cols, cells, nonzeros, mask, index, scale, value, total = rest
+    rows, cols, cells, nonzeros, mask, index, scale, value, total, exponent = rest
     names: dict[int, Values] = {code: name for name, code in _TYPE_CODES.items()}
     if magic != MAGIC:
         raise ValueError("the block does not start with OWLPACK")
     if version != VERSION:
-        raise ValueError(f"format version {version} is not supported ({VERSION} is)")
-    if code not in names or flags & ~_SPARSE or group_rows != GROUP_ROWS:
+        raise ValueError(f"format version {version} is not supported ({VERSION} is): export again")
+    if code not in names or flags > _PLANES or group_rows != GROUP_ROWS:
         raise ValueError("unknown value type, flags or group size")
+    if flags == _PLANES and names[code] != "int8":
+        raise ValueError("only int8 comes in planes")
+    if exponent > _MAX_SCALE_EXPONENT:
+        raise ValueError("the scales' exponent is out of range")
     if not (0 < rows <= 1 << 28 and 0 < cols <= 1 << 28):
         raise ValueError("rows and columns must lie between 1 and 2^28")
     if total != block.size:
         raise ValueError("the block's length differs from what its header says (truncated?)")
     if cells != -(-cols // (4 * _PACK[names[code]])) * 4:
         raise ValueError("the number of cells does not match the columns")
-    sparse = bool(flags & _SPARSE)
+    form = (names[code], flags == _SPARSE, flags == _PLANES)
     return PackedInfo(
-        names[code], sparse, rows, cols, cells, nonzeros, mask, index, scale, value, total
+        *form, rows, cols, cells, nonzeros, mask, index, scale, value, total, exponent
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from owl_deploy import recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.export.parity import Session
 from owl_deploy.export.sparse import PROMPT_CHUNK
 from owl_deploy.export.targets import export
 from owl_deploy.generate import Sampling, Speed, generate
@@ -55,6 +56,30 @@ def test_the_deployment_computes_what_the_checkpoint_does(
     assert found.value == pytest.approx(dense.value, rel=quality)
     recorded = json.loads((tmp_path / "out" / "owl.json").read_text())["perplexity"]
     assert recorded["value"] == found.value
+
+
+def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, text_file, tmp_path):
+    for head in ("screened", "whole"):
+        manifest = export(pruned, tmp_path / head, target="owl", values="int8", head=head)
+        assert manifest["packing"]["screened_head"] == (head == "screened")
+    tokens = [3 + n * 7 % 300 for n in range(40)]
+    logits = {}
+    for head in ("screened", "whole"):
+        session = Session(tmp_path / head)
+        logits[head] = np.concatenate([session.step([token]) for token in tokens])
+        # Many tokens at once take the whole head, whichever way it is stored.
+        session.start()
+        logits[head, "at once"] = session.step(tokens)
+    # Two int8 roundings of one head: [-119, 119] and [-127, 127].
+    spread = np.abs(logits["whole"]).max()
+    np.testing.assert_allclose(logits["screened"], logits["whole"], atol=0.2 * spread)
+    np.testing.assert_allclose(
+        logits["screened", "at once"], logits["whole", "at once"], atol=0.02 * spread
+    )
+    likely = logits["whole"] >= logits["whole"].max(axis=1, keepdims=True) - 1
+    np.testing.assert_allclose(
+        logits["screened"][likely], logits["whole"][likely], atol=0.02 * spread
+    )
 
 
 def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):

@@ -76,7 +76,7 @@ OWL_EXPORT int owl_gather(const void* packed, std::size_t size, std::size_t row,
   owl::PackedMatrix matrix;
   const std::string wrong = owl::parse_packed(packed, size, &matrix);
   if (!wrong.empty()) return fail(wrong);
-  if (matrix.sparse || row >= matrix.rows) return fail("no such row");
+  if (matrix.sparse() || row >= matrix.rows) return fail("no such row");
   owl::gather_row(matrix, row, out);
   return 0;
 }

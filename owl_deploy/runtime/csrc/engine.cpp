@@ -7,6 +7,7 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <new>
 #include <thread>
@@ -183,9 +184,10 @@ constexpr std::size_t kTaskBytes = 16 * 1024;  // weights that a thread takes at
 constexpr std::size_t kSumGroups = 64;         // row groups whose sums are kept until they are finished
 constexpr std::size_t kRowChunk = 128;         // activation rows of one task of a matrix-matrix product
 constexpr std::size_t kPrepareRows = 4;
+constexpr std::size_t kScreenGroups = 32;      // row groups that a thread looks through for candidates at a time
 
 std::size_t group_bytes(const PackedMatrix& w) {
-  if (!w.sparse) return w.cells * kCellBytes;
+  if (!w.sparse()) return w.whole_group_bytes();
   const std::size_t values = static_cast<std::size_t>(w.index[w.groups]) * kCellBytes;
   return values / w.groups + w.cells * w.mask_bytes_per_cell();
 }
@@ -233,6 +235,20 @@ struct LinearStep {
       kernels.matvec(w, begin, end, layout, prepared, sums);
       kernels.finish(begin, end, sums, 0, 0, 1, output());
     }
+  }
+
+  // Of a weight in planes: the largest output of the pairs goes to the first one's place in maxima [pairs].
+  void multiply_and_screen(std::size_t first, std::size_t last, const std::uint8_t* prepared, float* maxima) const {
+    multiply_pairs(first, last, prepared);
+    std::fill(maxima + first, maxima + last, -std::numeric_limits<float>::infinity());
+    const std::size_t begin = 2 * first * kGroupRows, end = std::min(op.outputs, 2 * last * kGroupRows);
+    if (begin < end) maxima[first] = kernels.largest(y + begin, end - begin);
+  }
+
+  void refine(std::size_t first, std::size_t last, const std::uint8_t* prepared, float least) const {
+    const std::size_t groups = op.weight.groups;
+    kernels.refine(op.weight, first * kScreenGroups, std::min(groups, last * kScreenGroups), layout, prepared, least, y,
+                   op.outputs);
   }
 
   // A gated epilogue needs both halves of a pair of groups.
@@ -420,6 +436,20 @@ class Plan::Steps {
     phase.in_runs = true;
     phase.before = [this, s] { s->prepare(0, extra_, rows_); };
     phase.items = [this, s](std::size_t begin, std::size_t end) { s->multiply_pairs(begin, end, rows_); };
+    if (s->op.weight.storage == Storage::kPlanes) screen(*s);
+  }
+
+  // Outputs from the upper bits first; the lower bits then only for those that come near the largest.
+  void screen(const LinearStep& step) {
+    const LinearStep* s = &step;
+    Phase& rough = phases_.back();
+    const std::size_t pairs = rough.count;
+    extra_floats_ = std::max(extra_floats_, pairs + 1);  // a maximum for each, then the least that counts as near
+    rough.items = [this, s](std::size_t begin, std::size_t end) { s->multiply_and_screen(begin, end, rows_, extra_); };
+    rough.after = [this, pairs] { extra_[pairs] = kernels_.largest(extra_, pairs) - kScreenMargin; };
+    Phase& fine = phases_.emplace_back();
+    fine.count = divide_up(s->op.weight.groups, kScreenGroups);
+    fine.items = [this, s, pairs](std::size_t begin, std::size_t end) { s->refine(begin, end, rows_, extra_[pairs]); };
   }
 
   void add_many_rows(const LinearStep& step) {
@@ -477,8 +507,9 @@ std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue) {
 
 void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
   const std::size_t pack = columns_per_cell(w.type), lane = row % kGroupRows;
-  const std::uint8_t* cells = w.group_values(row / kGroupRows) + lane * 4;
-  const std::uint16_t* scales = w.scales == nullptr ? nullptr : w.group_scales(row / kGroupRows) + lane;
+  const std::uint8_t* cells = w.group_values(row / kGroupRows) + lane * 4;  // not of planes
+  const std::uint8_t* scales = w.scales == nullptr ? nullptr : w.group_scales(row / kGroupRows) + lane;
+  const bool planes = w.storage == Storage::kPlanes;
   for (std::size_t c = 0; c < w.cells; ++c, cells += kCellBytes)
     for (std::size_t j = 0; j < pack && c * pack + j < w.cols; ++j) {
       float value = 0.0F;
@@ -489,9 +520,9 @@ void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
         std::memcpy(reinterpret_cast<std::uint8_t*>(&bits) + 2, cells + 2 * j, 2);
         std::memcpy(&value, &bits, 4);
       } else {
-        std::uint32_t bits = static_cast<std::uint32_t>(scales[c / kScaleCells * kGroupRows]) << 16;
+        const std::uint32_t bits = w.scale_bits(scales[c / kBlockCells * kGroupRows]);
         std::memcpy(&value, &bits, 4);
-        value *= static_cast<float>(static_cast<std::int8_t>(cells[j]));
+        value *= static_cast<float>(planes ? w.joined(row, 4 * c + j) : static_cast<std::int8_t>(cells[j]));
       }
       out[c * pack + j] = value;
     }

@@ -17,7 +17,8 @@ struct Pool {
   void* context;
 };
 
-// y = epilogue(norm(x + skip) * W^T + bias); everything but x, W and y is optional.
+// y = epilogue(norm(x + skip) * W^T + bias); everything but x, W and y is optional. With a weight in planes, which takes
+// no epilogue, and one row of x, outputs far below the largest are left as the upper bits give them: see kScreenMargin.
 struct Linear {
   PackedMatrix weight;
   Epilogue epilogue = Epilogue::kNone;
@@ -31,7 +32,12 @@ struct Linear {
 // Columns of y that a weight yields under an epilogue.
 std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue);
 
-// Row `row` of a dense weight -> out [weight.cols].
+// How far below the largest output another one of a weight in planes may lie and still be computed from all 8 bits.
+// As logits: down to e^-12, 6e-6, of the likeliest token's probability. (SmolLM2 at 50 %: 13 % of the vocabulary, and the
+// Kullback-Leibler divergence from whole int8 is 1e-3; with 10 they are 5 % and 5e-3, and a token takes 2 % less time.)
+constexpr float kScreenMargin = 12.0F;
+
+// Row `row` of a weight that is not sparse -> out [weight.cols].
 void gather_row(const PackedMatrix& weight, std::size_t row, float* out);
 
 struct Attention {

@@ -6,8 +6,9 @@ namespace owl {
 namespace {
 
 constexpr char kMagic[8] = {'O', 'W', 'L', 'P', 'A', 'C', 'K', '\0'};
-constexpr std::uint32_t kVersion = 1;
-constexpr std::uint32_t kFlagSparse = 1;
+constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kFlagSparse = 1, kFlagPlanes = 2;
+constexpr std::uint32_t kMaxScaleExponent = 254 - 15;  // the largest scale is finite
 constexpr std::uint64_t kMaxExtent = 1ull << 28;  // rows or columns; keeps every product below in 64 bits
 
 struct Header {
@@ -15,7 +16,8 @@ struct Header {
   std::uint32_t version, value_type, flags, group_rows;
   std::uint64_t rows, cols, cells, nonzeros;
   std::uint64_t mask_offset, index_offset, scale_offset, value_offset, total_bytes;
-  std::uint8_t reserved[32];
+  std::uint32_t scale_exponent;
+  std::uint8_t reserved[28];
 };
 static_assert(sizeof(Header) == 128, "the header is 128 bytes on every platform");
 
@@ -61,9 +63,12 @@ std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matri
   if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0) return "the block is not aligned to 16 bytes";
   std::memcpy(&h, data, sizeof(Header));
   if (std::memcmp(h.magic, kMagic, sizeof(kMagic)) != 0) return "the block does not start with OWLPACK";
-  if (h.version != kVersion) return "format version " + std::to_string(h.version) + " is not supported (1 is)";
+  if (h.version != kVersion) return "format version " + std::to_string(h.version) + " is not supported (2 is): export again";
   if (h.value_type < 1 || h.value_type > 3) return "unknown value type " + std::to_string(h.value_type);
-  if (h.flags & ~kFlagSparse) return "unknown flags";
+  if (h.flags > kFlagPlanes) return "unknown flags";
+  if (h.flags == kFlagPlanes && h.value_type != static_cast<std::uint32_t>(ValueType::kInt8))
+    return "only int8 comes in planes";
+  if (h.scale_exponent > kMaxScaleExponent) return "the scales' exponent is out of range";
   if (h.group_rows != kGroupRows) return "only groups of 16 rows are supported";
   if (h.rows == 0 || h.cols == 0 || h.rows > kMaxExtent || h.cols > kMaxExtent)
     return "rows and columns must lie between 1 and 2^28";
@@ -73,7 +78,8 @@ std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matri
   m.type = static_cast<ValueType>(h.value_type);
   m.data = bytes;
   m.size = size;
-  m.sparse = (h.flags & kFlagSparse) != 0;
+  m.storage = h.flags == kFlagSparse ? Storage::kSparse : h.flags == kFlagPlanes ? Storage::kPlanes : Storage::kDense;
+  m.scale_exponent = h.scale_exponent;
   m.rows = h.rows;
   m.cols = h.cols;
   m.groups = (m.rows + kGroupRows - 1) / kGroupRows;
@@ -84,16 +90,18 @@ std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matri
 
   const std::uint64_t cells = static_cast<std::uint64_t>(m.groups) * m.cells;
   // 64 bytes after the last value: kernels load whole registers.
-  const std::uint64_t dense_bytes = cells * kCellBytes + kCellBytes;
-  if (!fits(h.value_offset, m.sparse ? kCellBytes : dense_bytes, size)) return "the values lie outside the block";
+  std::uint64_t value_space = kCellBytes;
+  if (!m.sparse()) value_space += m.groups * m.whole_group_bytes();
+  if (m.storage == Storage::kPlanes) value_space += m.groups * kGroupRows * m.low_row_bytes();
+  if (!fits(h.value_offset, value_space, size)) return "the values lie outside the block";
   m.values = bytes + h.value_offset;
   if (m.type == ValueType::kInt8) {
-    if (!fits(h.scale_offset, m.groups * m.scale_blocks() * kGroupRows * sizeof(std::uint16_t), size)) return "the scales lie outside the block";
-    m.scales = reinterpret_cast<const std::uint16_t*>(bytes + h.scale_offset);
+    if (!fits(h.scale_offset, m.groups * m.scale_blocks() * kGroupRows, size)) return "the scales lie outside the block";
+    m.scales = bytes + h.scale_offset;
   }
-  if ((m.type != ValueType::kInt8 && h.scale_offset != 0) || (!m.sparse && (h.mask_offset | h.index_offset) != 0))
+  if ((m.type != ValueType::kInt8 && h.scale_offset != 0) || (!m.sparse() && (h.mask_offset | h.index_offset) != 0))
     return "a region that this weight does not have is given a place";
-  if (m.sparse) {
+  if (m.sparse()) {
     if (!fits(h.mask_offset, cells * m.mask_bytes_per_cell(), size)) return "the masks lie outside the block";
     if (!fits(h.index_offset, (m.groups + 1) * sizeof(std::uint32_t), size)) return "the index lies outside the block";
     m.masks = bytes + h.mask_offset;

@@ -35,6 +35,27 @@ struct Avx2 {
     _mm256_storeu_si256(q, v.lo);
     _mm256_storeu_si256(q + 1, v.hi);
   }
+  static Cell broadcast(const std::uint8_t* x) { return {_mm256_set1_epi32(load32(x)), _mm256_set1_epi32(load32(x))}; }
+  template <bool Upper>
+  static __m256i nibbles_half(__m256i v) {
+    if constexpr (!Upper) v = _mm256_slli_epi16(v, 4);
+    return _mm256_xor_si256(_mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(0xf0))),
+                            _mm256_set1_epi8(static_cast<char>(0x80)));
+  }
+  template <bool Upper>
+  static Cell nibbles(Cell v) {
+    return {nibbles_half<Upper>(v.lo), nibbles_half<Upper>(v.hi)};
+  }
+  template <bool Upper>
+  static __m256i add_nibbles_half(__m256i cell, __m256i v) {
+    if constexpr (Upper) v = _mm256_srli_epi16(v, 4);
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi8(0x0f));
+    return _mm256_add_epi8(cell, _mm256_sub_epi8(low, _mm256_set1_epi8(8)));
+  }
+  template <bool Upper>
+  static Cell add_nibbles(Cell cell, Cell v) {
+    return {add_nibbles_half<Upper>(cell.lo, v.lo), add_nibbles_half<Upper>(cell.hi, v.hi)};
+  }
   static __m256i join(__m128i a, __m128i b) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1); }
   static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
     const __m128i a = expand_bytes(p, static_cast<std::uint32_t>(mask) & 0xffff);
@@ -64,10 +85,7 @@ struct Avx2 {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static I dot8(I acc, Cell w, const std::uint8_t* x) {
-    const __m256i broadcast = _mm256_set1_epi32(load32(x));
-    return {dot8_half(acc.lo, w.lo, broadcast), dot8_half(acc.hi, w.hi, broadcast)};
-  }
+  static I dot8(I acc, Cell w, Cell x) { return {dot8_half(acc.lo, w.lo, x.lo), dot8_half(acc.hi, w.hi, x.hi)}; }
   static __m256 dot16_half(__m256 acc, __m256i w, __m256 even, __m256 odd) {
     const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
     const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
@@ -130,11 +148,15 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
   }
   static F scale_by_power(F p, F shifted) { return {scale_half(p.lo, shifted.lo), scale_half(p.hi, shifted.hi)}; }
-  static F f_load_bf16(const std::uint16_t* p) {
-    const auto* q = reinterpret_cast<const __m128i*>(p);
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
-            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
+  static __m256 scales_half(const std::uint8_t* p, std::uint32_t exponent) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_slli_epi32(wide, 19), _mm256_set1_epi32(static_cast<int>(exponent << 23))));
   }
+  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
+    return {scales_half(p, exponent), scales_half(p + 8, exponent)};
+  }
+  static F f_halves(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
   static F f_load_fp16(const std::uint16_t* p) {
     const auto* q = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};

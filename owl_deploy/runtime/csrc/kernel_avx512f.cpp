@@ -33,9 +33,8 @@ struct Avx512f : Avx512Common {
 
   static Cell bias8(Cell w) { return w; }
   // |w| * (x with w's sign): neither product nor pair sum leaves 16 bits, since |x| <= 127.
-  static I dot8(I acc, Cell w, const std::uint8_t* x) {
-    const __m512i broadcast = _mm512_set1_epi32(load32(x));
-    const __m512i turned = _mm512_mask_sub_epi8(broadcast, _mm512_movepi8_mask(w), _mm512_setzero_si512(), broadcast);
+  static I dot8(I acc, Cell w, Cell x) {
+    const __m512i turned = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
     const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }

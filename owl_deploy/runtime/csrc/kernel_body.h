@@ -25,17 +25,23 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // ---- Weights ---------------------------------------------------------------------------------------------
 
 // Walks the cells of one row group, expanding each.
-template <class V, ValueType T, bool Sparse>
+template <class V, ValueType T, Storage S>
 struct CellStream {
   const std::uint8_t* mask = nullptr;
   const std::uint8_t* value = nullptr;
 
   CellStream() = default;
   CellStream(const PackedMatrix& w, std::size_t group)
-      : mask(Sparse ? w.group_masks(group) : nullptr), value(w.group_values(group)) {}
+      : mask(S == Storage::kSparse ? w.group_masks(group) : nullptr), value(w.group_values(group)) {}
 
+  // Cells come in turn from an even place and from an odd one.
+  template <bool Odd>
   inline typename V::Cell next() {
-    if constexpr (!Sparse) {
+    if constexpr (S == Storage::kPlanes) {
+      const typename V::Cell cell = V::template nibbles<Odd>(V::load_cell(value));
+      if constexpr (Odd) value += kCellBytes;
+      return cell;
+    } else if constexpr (S == Storage::kDense) {
       const typename V::Cell cell = V::load_cell(value);
       value += kCellBytes;
       return cell;
@@ -68,11 +74,11 @@ struct CellStream {
     const char* p = reinterpret_cast<const char*>(value) + kPrefetchBytes;
     prefetch(p);
     prefetch(p + 64);
-    if constexpr (!Sparse || T != ValueType::kInt8) {
+    if constexpr (S == Storage::kDense || T != ValueType::kInt8) {
       prefetch(p + 128);
       prefetch(p + 192);
     }
-    if constexpr (Sparse) prefetch(mask + kPrefetchBytes / 2);
+    if constexpr (S == Storage::kSparse) prefetch(mask + kPrefetchBytes / 2);
   }
 };
 
@@ -83,8 +89,8 @@ ActivationLayout activation_layout(const PackedMatrix& w) {
   ActivationLayout layout;
   const std::size_t columns = w.cells * columns_per_cell(w.type);
   if (w.type == ValueType::kInt8) {
-    layout.blocks = (w.cells + kBlockCells - 1) / kBlockCells;
-    layout.scale_offset = layout.blocks * kBlockCells * 4;
+    layout.blocks = round_up(w.scale_blocks(), 2);
+    layout.scale_offset = layout.blocks * kBlockColumns;
     layout.correction_offset = layout.scale_offset + round_up(layout.blocks * 4, 64);
     layout.stride = layout.correction_offset + round_up(layout.blocks * 4, 64);
   } else {
@@ -94,30 +100,27 @@ ActivationLayout activation_layout(const PackedMatrix& w) {
   return layout;
 }
 
-// One block of 64 columns -> int8 [64] in [-127, 127], its scale, and the correction -128 * sum that kernels need
+// One block of 32 columns -> int8 [32] in [-127, 127], its scale, and the correction -128 * sum that kernels need
 // which multiply weights biased by 128. A block with an infinity or NaN gets the scale NaN.
 template <class V>
 void quantize_block(const float* x, std::size_t size, std::int8_t* q, float* scale, std::int32_t* correction) {
-  alignas(64) float padded[64] = {};
-  if (size < 64) {
+  using F = typename V::F;
+  alignas(64) float padded[kBlockColumns] = {};
+  if (size < kBlockColumns) {
     std::memcpy(padded, x, size * sizeof(float));
     x = padded;
   }
-  typename V::F parts[4];
-  typename V::F peak = V::f_set1(0.0F);
-  typename V::F bad = V::f_set1(0.0F);
-  for (int i = 0; i < 4; ++i) {
-    parts[i] = V::f_load(x + 16 * i);
-    peak = V::f_max(peak, V::f_abs(parts[i]));
-    bad = V::f_add(bad, V::f_mul(parts[i], V::f_set1(0.0F)));  // 0 * inf and 0 * NaN are NaN
-  }
+  const F zero = V::f_set1(0.0F);
+  const F parts[2] = {V::f_load(x), V::f_load(x + 16)};
+  const F peak = V::f_max(V::f_abs(parts[0]), V::f_abs(parts[1]));
+  const F bad = V::f_add(V::f_mul(parts[0], zero), V::f_mul(parts[1], zero));  // 0 * inf and 0 * NaN are NaN
   const float largest = V::f_hmax(peak);
   const float poison = V::f_hsum(bad);
   const bool usable = largest > 1e-30F && poison == 0.0F;
-  const typename V::F inverse = V::f_set1(usable ? 127.0F / largest : 0.0F);
-  for (int i = 0; i < 4; ++i) V::store_int8(q + 16 * i, poison == 0.0F ? V::f_mul(parts[i], inverse) : V::f_set1(0.0F));
+  const F inverse = V::f_set1(usable ? 127.0F / largest : 0.0F);
+  for (int i = 0; i < 2; ++i) V::store_int8(q + 16 * i, poison == 0.0F ? V::f_mul(parts[i], inverse) : zero);
   std::int32_t sum = 0;
-  for (int i = 0; i < 64; ++i) sum += q[i];
+  for (std::size_t i = 0; i < kBlockColumns; ++i) sum += q[i];
   *scale = poison == 0.0F ? (usable ? largest / 127.0F : 0.0F) : __builtin_nanf("");
   *correction = -128 * sum;
 }
@@ -128,8 +131,10 @@ void prepare_row(const PackedMatrix& w, const ActivationLayout& layout, const fl
     auto* q = reinterpret_cast<std::int8_t*>(row);
     auto* scales = reinterpret_cast<float*>(row + layout.scale_offset);
     auto* corrections = reinterpret_cast<std::int32_t*>(row + layout.correction_offset);
-    for (std::size_t b = 0; b < layout.blocks; ++b)
-      quantize_block<V>(x + 64 * b, smaller(64, w.cols - smaller(w.cols, 64 * b)), q + 64 * b, scales + b, corrections + b);
+    for (std::size_t b = 0; b < layout.blocks; ++b) {
+      const std::size_t at = smaller(w.cols, kBlockColumns * b);
+      quantize_block<V>(x + at, smaller(kBlockColumns, w.cols - at), q + kBlockColumns * b, scales + b, corrections + b);
+    }
   } else if (w.type == ValueType::kBf16) {
     auto* half = reinterpret_cast<typename V::Half*>(row);
     std::size_t i = 0;
@@ -153,17 +158,17 @@ void prepare_row(const PackedMatrix& w, const ActivationLayout& layout, const fl
 
 // ---- One row ---------------------------------------------------------------------------------------------
 
-// One block of 16 cells: exact integer sums.
+// One block of cells: exact integer sums.
 template <class V, class Stream>
-inline typename V::I block_int8(Stream& stream, const std::uint8_t* x, std::size_t cells, std::int32_t correction) {
+OWL_INLINE typename V::I block_int8(Stream& stream, const std::uint8_t* x, std::size_t cells, std::int32_t correction) {
   typename V::I a = V::i_set1(V::kBiased ? correction : 0);
   typename V::I c = V::i_set1(0);
   for (std::size_t i = 0; i < cells; i += 4, x += 16) {
     stream.prefetch_ahead();
-    a = V::dot8(a, V::bias8(stream.next()), x);
-    c = V::dot8(c, V::bias8(stream.next()), x + 4);
-    a = V::dot8(a, V::bias8(stream.next()), x + 8);
-    c = V::dot8(c, V::bias8(stream.next()), x + 12);
+    a = V::dot8(a, V::bias8(stream.template next<false>()), V::broadcast(x));
+    c = V::dot8(c, V::bias8(stream.template next<true>()), V::broadcast(x + 4));
+    a = V::dot8(a, V::bias8(stream.template next<false>()), V::broadcast(x + 8));
+    c = V::dot8(c, V::bias8(stream.template next<true>()), V::broadcast(x + 12));
   }
   return V::i_add(a, c);
 }
@@ -171,73 +176,138 @@ inline typename V::I block_int8(Stream& stream, const std::uint8_t* x, std::size
 // A group's scales are few, but far from its values: unforeseen, they would cost a memory latency for each group.
 inline void prefetch_scales(const PackedMatrix& w, std::size_t group) {
   const char* p = reinterpret_cast<const char*>(w.group_scales(group));
-  for (std::size_t i = 0; i < w.scale_blocks() * kGroupRows * 2; i += 64) prefetch(p + i);
+  for (std::size_t i = 0; i < w.scale_blocks() * kGroupRows; i += 64) prefetch(p + i);
 }
 
-template <class V, bool Sparse>
+template <class V, Storage S>
 void matvec_int8(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
                  const std::uint8_t* row, float* sums) {
   const auto* scales = reinterpret_cast<const float*>(row + layout.scale_offset);
   const auto* corrections = reinterpret_cast<const std::int32_t*>(row + layout.correction_offset);
   const std::size_t whole = w.cells / kBlockCells;
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
-    CellStream<V, ValueType::kInt8, Sparse> stream(w, g);
-    const std::uint16_t* weight_scales = w.group_scales(g);
+    CellStream<V, ValueType::kInt8, S> stream(w, g);
+    const std::uint8_t* weight_scales = w.group_scales(g);
     prefetch_scales(w, g + 2);
     typename V::F total = V::f_set1(0.0F);
-    for (std::size_t b = 0; b < layout.blocks; ++b) {
-      const std::uint8_t* x = row + b * kBlockCells * 4;
-      // The usual case has a constant length, so that the compiler unrolls it.
-      const typename V::I sum = b < whole ? block_int8<V>(stream, x, kBlockCells, corrections[b])
-                                          : block_int8<V>(stream, x, w.cells - whole * kBlockCells, corrections[b]);
-      const typename V::F scale =
-          V::f_mul(V::f_load_bf16(weight_scales + b * kBlockCells / kScaleCells * kGroupRows), V::f_set1(scales[b]));
-      total = V::f_fma(V::to_float(sum), scale, total);
-    }
+    auto add = [&](std::size_t b, typename V::I sum) {
+      const typename V::F scale = V::f_load_scales(weight_scales + b * kGroupRows, w.scale_exponent);
+      total = V::f_fma(V::to_float(sum), V::f_mul(scale, V::f_set1(scales[b])), total);
+    };
+    for (std::size_t b = 0; b < whole; ++b)
+      add(b, block_int8<V>(stream, row + b * kBlockColumns, kBlockCells, corrections[b]));
+    if (w.cells > whole * kBlockCells)
+      add(whole, block_int8<V>(stream, row + whole * kBlockColumns, w.cells - whole * kBlockCells, corrections[whole]));
     V::f_store(sums, total);
   }
 }
 
+// The lower bits' share of one row's product: 64 columns at a time, each half of the lanes under its block's scale.
+template <class V>
+float low_product(const PackedMatrix& w, std::size_t r, const ActivationLayout& layout, const std::uint8_t* row) {
+  const auto* x_scales = reinterpret_cast<const float*>(row + layout.scale_offset);
+  const auto* corrections = reinterpret_cast<const std::int32_t*>(row + layout.correction_offset);
+  const std::uint8_t* low = w.low_row(r);
+  const std::uint8_t* weight_scales = w.group_scales(r / kGroupRows) + r % kGroupRows;
+  auto scale = [&](std::size_t b) {
+    if (b >= w.scale_blocks()) return 0.0F;
+    const std::uint32_t bits = w.scale_bits(weight_scales[b * kGroupRows]);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value * x_scales[b];
+  };
+  typename V::F total = V::f_set1(0.0F);
+  float bias = 0.0F;
+  for (std::size_t b = 0; b < layout.blocks; b += 2) {
+    const typename V::Cell both = V::load_cell(low + b / 4 * kCellBytes);
+    const typename V::Cell cell = b % 4 == 0 ? V::template nibbles<false>(both) : V::template nibbles<true>(both);
+    const float first = scale(b), second = scale(b + 1);
+    const typename V::I sum = V::dot8(V::i_set1(0), V::bias8(cell), V::load_cell(row + b * kBlockColumns));
+    total = V::f_fma(V::to_float(sum), V::f_halves(first, second), total);
+    if (V::kBiased)
+      bias += first * static_cast<float>(corrections[b]) + second * static_cast<float>(corrections[b + 1]);
+  }
+  return (V::f_hsum(total) + bias) * 0.0625F;  // nibbles() yields sixteenfold values
+}
+
+template <class V>
+float largest(const float* x, std::size_t size) {
+  typename V::F peak = V::f_set1(x[0]);
+  std::size_t i = 0;
+  for (; i + 16 <= size; i += 16) peak = V::f_max(peak, V::f_load(x + i));
+  float found = V::f_hmax(peak);
+  for (; i < size; ++i) found = x[i] > found ? x[i] : found;
+  return found;
+}
+
+template <class V>
+void refine(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
+            const std::uint8_t* row, float least, float* y, std::size_t outputs) {
+  for (std::size_t from = begin * kGroupRows; from < smaller(outputs, end * kGroupRows); from += kGroupRows) {
+    const std::size_t to = smaller(outputs, from + kGroupRows);
+    if (largest<V>(y + from, to - from) < least) continue;
+    for (std::size_t r = from; r < to; ++r)
+      if (y[r] >= least) y[r] += low_product<V>(w, r, layout, row);
+  }
+}
+
 // fp32 and bf16: four independent sums hide the latency of the multiply-add.
-template <class V, ValueType T, bool Sparse>
+template <class V, ValueType T, Storage S>
 void matvec_float(const PackedMatrix& w, std::size_t begin, std::size_t end, const std::uint8_t* row, float* sums) {
   constexpr std::size_t step = T == ValueType::kBf16 ? 2 * sizeof(typename V::Half) : sizeof(float);
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
-    CellStream<V, T, Sparse> stream(w, g);
+    CellStream<V, T, S> stream(w, g);
     typename V::F a = V::f_set1(0.0F), b = a, c = a, d = a;
     const std::uint8_t* x = row;
     for (std::size_t i = 0; i < w.cells; i += 4, x += 4 * step) {
       stream.prefetch_ahead();
       if constexpr (T == ValueType::kBf16) {
-        a = V::dot16(a, stream.next(), x);
-        b = V::dot16(b, stream.next(), x + step);
-        c = V::dot16(c, stream.next(), x + 2 * step);
-        d = V::dot16(d, stream.next(), x + 3 * step);
+        a = V::dot16(a, stream.template next<false>(), x);
+        b = V::dot16(b, stream.template next<true>(), x + step);
+        c = V::dot16(c, stream.template next<false>(), x + 2 * step);
+        d = V::dot16(d, stream.template next<true>(), x + 3 * step);
       } else {
-        a = V::dot32(a, stream.next(), x);
-        b = V::dot32(b, stream.next(), x + step);
-        c = V::dot32(c, stream.next(), x + 2 * step);
-        d = V::dot32(d, stream.next(), x + 3 * step);
+        a = V::dot32(a, stream.template next<false>(), x);
+        b = V::dot32(b, stream.template next<true>(), x + step);
+        c = V::dot32(c, stream.template next<false>(), x + 2 * step);
+        d = V::dot32(d, stream.template next<true>(), x + 3 * step);
       }
     }
     V::f_store(sums, V::f_add(V::f_add(a, b), V::f_add(c, d)));
   }
 }
 
+template <ValueType T, Storage S>
+struct Form {
+  static constexpr ValueType type = T;
+  static constexpr Storage storage = S;
+};
+
+// Calls work(Form) with a weight's type and storage as constants.
+template <class Work>
+inline void with_form(const PackedMatrix& w, const Work& work) {
+  constexpr ValueType kFp32 = ValueType::kFp32, kBf16 = ValueType::kBf16, kInt8 = ValueType::kInt8;
+  constexpr Storage kSparse = Storage::kSparse, kDense = Storage::kDense;
+  switch (w.type) {
+    case kInt8:
+      if (w.storage == Storage::kPlanes) return work(Form<kInt8, Storage::kPlanes>{});
+      return w.sparse() ? work(Form<kInt8, kSparse>{}) : work(Form<kInt8, kDense>{});
+    case kBf16:
+      return w.sparse() ? work(Form<kBf16, kSparse>{}) : work(Form<kBf16, kDense>{});
+    case kFp32:
+      return w.sparse() ? work(Form<kFp32, kSparse>{}) : work(Form<kFp32, kDense>{});
+  }
+}
+
 template <class V>
 void matvec(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
             const std::uint8_t* row, float* sums) {
-  switch (w.type) {
-    case ValueType::kInt8:
-      return w.sparse ? matvec_int8<V, true>(w, begin, end, layout, row, sums)
-                      : matvec_int8<V, false>(w, begin, end, layout, row, sums);
-    case ValueType::kBf16:
-      return w.sparse ? matvec_float<V, ValueType::kBf16, true>(w, begin, end, row, sums)
-                      : matvec_float<V, ValueType::kBf16, false>(w, begin, end, row, sums);
-    case ValueType::kFp32:
-      return w.sparse ? matvec_float<V, ValueType::kFp32, true>(w, begin, end, row, sums)
-                      : matvec_float<V, ValueType::kFp32, false>(w, begin, end, row, sums);
-  }
+  with_form(w, [&](auto form) {
+    if constexpr (form.type == ValueType::kInt8)
+      matvec_int8<V, form.storage>(w, begin, end, layout, row, sums);
+    else
+      matvec_float<V, form.type, form.storage>(w, begin, end, row, sums);
+  });
 }
 
 // ---- Many rows: unpack a tile of weights into the first-level cache, then multiply densely -------------------
@@ -295,10 +365,10 @@ inline void multiply_int8(const std::uint8_t* tile, const float* tile_scales, st
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) acc[m][n] = V::dot8(acc[m][n], w[n], x + m * stride);
+        for (int n = 0; n < N; ++n) acc[m][n] = V::dot8(acc[m][n], w[n], V::broadcast(x + m * stride));
       }
     }
-    const float* weight_scale = tile_scales + done / kScaleCells * N * kGroupRows;
+    const float* weight_scale = tile_scales + done / kBlockCells * N * kGroupRows;
     for (int n = 0; n < N; ++n) {
       const typename V::F s = V::f_load(weight_scale + n * kGroupRows);
       for (int m = 0; m < M; ++m)
@@ -324,7 +394,37 @@ void multiply_fp32_rows(const float* tile, std::size_t cells, const float* x, st
                                            stride * sizeof(float), sums + m * sums_stride, sums_stride);
 }
 
-template <class V, ValueType T, bool Sparse>
+// A cell of upper bits with its lower bits, which lie in 16 different rows.
+template <class V>
+inline typename V::Cell add_low(const PackedMatrix& w, std::size_t group, std::size_t c, typename V::Cell cell) {
+  const std::size_t column = 4 * c, place = column % kLowColumns;
+  const std::uint8_t* low = w.low_row(group * kGroupRows) + column / kLowColumns * kCellBytes + place % kCellBytes;
+  alignas(64) std::uint8_t both[kCellBytes];
+  for (std::size_t r = 0; r < kGroupRows; ++r) std::memcpy(both + 4 * r, low + r * w.low_row_bytes(), 4);
+  return place < kCellBytes ? V::template add_nibbles<false>(cell, V::load_cell(both))
+                            : V::template add_nibbles<true>(cell, V::load_cell(both));
+}
+
+template <class V, ValueType T, Storage S>
+void unpack_cells(const PackedMatrix& w, std::size_t group, std::size_t first, std::size_t cells, std::size_t step,
+                  CellStream<V, T, S>& stream, std::uint8_t* tile) {
+  auto put = [&](std::size_t c, typename V::Cell cell) {
+    if constexpr (T == ValueType::kInt8) cell = V::bias8(cell);
+    V::store_cell(tile + c * step, cell);
+  };
+  for (std::size_t c = 0; c < cells; c += 2) {
+    if constexpr (S == Storage::kPlanes) {
+      const typename V::Cell high = V::load_cell(w.group_values(group) + (first + c) / 2 * kCellBytes);
+      put(c, add_low<V>(w, group, first + c, V::template nibbles<false>(high)));
+      put(c + 1, add_low<V>(w, group, first + c + 1, V::template nibbles<true>(high)));
+    } else {
+      put(c, stream.template next<false>());
+      put(c + 1, stream.template next<true>());
+    }
+  }
+}
+
+template <class V, ValueType T, Storage S>
 void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups, const ActivationLayout& layout,
               const std::uint8_t* rows, std::size_t count, std::uint8_t* scratch, float* sums) {
   constexpr std::size_t N = V::kPanelGroups;
@@ -332,29 +432,21 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups, cons
   constexpr std::size_t step = T == ValueType::kInt8 ? 4 : T == ValueType::kBf16 ? 2 * sizeof(typename V::Half) : 4;
   std::memset(sums, 0, count * width * sizeof(float));
   if (groups < N) std::memset(scratch, 0, kPanelBlockCells * N * kCellBytes);
-  using Stream = CellStream<V, T, Sparse>;
-  Stream streams[N];
-  for (std::size_t n = 0; n < groups; ++n) streams[n] = Stream(w, begin + n);
+  CellStream<V, T, S> streams[N];
+  for (std::size_t n = 0; n < groups; ++n) streams[n] = CellStream<V, T, S>(w, begin + n);
   for (std::size_t done = 0; done < w.cells; done += kPanelBlockCells) {
     const std::size_t cells = smaller(kPanelBlockCells, w.cells - done);
-    for (std::size_t n = 0; n < groups; ++n) {
-      Stream stream = streams[n];
-      for (std::size_t c = 0; c < cells; ++c) {
-        typename V::Cell cell = stream.next();
-        if constexpr (T == ValueType::kInt8) cell = V::bias8(cell);
-        V::store_cell(scratch + (c * N + n) * kCellBytes, cell);
-      }
-      streams[n] = stream;
-    }
+    for (std::size_t n = 0; n < groups; ++n)
+      unpack_cells(w, begin + n, done, cells, N * kCellBytes, streams[n], scratch + n * kCellBytes);
     const std::uint8_t* x = rows + done * step;
     if constexpr (T == ValueType::kInt8) {
       constexpr int M = V::kInt8Rows;
       const std::size_t block = done / kBlockCells;
-      alignas(64) float scales[kPanelBlockCells / kScaleCells * N * kGroupRows] = {};
-      for (std::size_t b = 0; b < (cells + kScaleCells - 1) / kScaleCells; ++b)
+      alignas(64) float scales[kPanelBlockCells / kBlockCells * N * kGroupRows] = {};
+      for (std::size_t b = 0; b < (cells + kBlockCells - 1) / kBlockCells; ++b)
         for (std::size_t n = 0; n < groups; ++n)
           V::f_store(scales + (b * N + n) * kGroupRows,
-                     V::f_load_bf16(w.group_scales(begin + n) + (done / kScaleCells + b) * kGroupRows));
+                     V::f_load_scales(w.group_scales(begin + n) + (block + b) * kGroupRows, w.scale_exponent));
       std::size_t m = 0;
       for (; m + M <= count; m += M)
         multiply_int8<V, M>(scratch, scales, cells, block, layout, rows + m * layout.stride, x + m * layout.stride,
@@ -376,17 +468,9 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups, cons
 template <class V>
 void panel(const PackedMatrix& w, std::size_t begin, std::size_t groups, const ActivationLayout& layout,
            const std::uint8_t* rows, std::size_t count, std::uint8_t* scratch, float* sums) {
-  switch (w.type) {
-    case ValueType::kInt8:
-      return w.sparse ? panel_of<V, ValueType::kInt8, true>(w, begin, groups, layout, rows, count, scratch, sums)
-                      : panel_of<V, ValueType::kInt8, false>(w, begin, groups, layout, rows, count, scratch, sums);
-    case ValueType::kBf16:
-      return w.sparse ? panel_of<V, ValueType::kBf16, true>(w, begin, groups, layout, rows, count, scratch, sums)
-                      : panel_of<V, ValueType::kBf16, false>(w, begin, groups, layout, rows, count, scratch, sums);
-    case ValueType::kFp32:
-      return w.sparse ? panel_of<V, ValueType::kFp32, true>(w, begin, groups, layout, rows, count, scratch, sums)
-                      : panel_of<V, ValueType::kFp32, false>(w, begin, groups, layout, rows, count, scratch, sums);
-  }
+  with_form(w, [&](auto form) {
+    panel_of<V, form.type, form.storage>(w, begin, groups, layout, rows, count, scratch, sums);
+  });
 }
 
 // ---- Elementwise -----------------------------------------------------------------------------------------
@@ -803,7 +887,8 @@ void attend_many(const AttentionSpan& span, const float* q, std::size_t q_stride
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,        V::kPanelGroups, activation_layout<V>, prepare_row<V>, matvec<V>,     panel<V>,
+  return Kernels{name,        V::kPanelGroups, activation_layout<V>, prepare_row<V>, matvec<V>,     refine<V>,
+                 largest<V>,  panel<V>,
                  finish<V>,   rms_norm<V>,     attend_one<V>,        attend_many<V>, rotate<V>,
                  join_chunks<V>, store_cache<V>};
 }

@@ -82,11 +82,31 @@ struct Neon {
   }
 
   static Cell bias8(const Cell& w) { return w; }
-  static I dot8(I acc, const Cell& w, const std::uint8_t* x) {
-    std::int32_t four;
+  static Cell broadcast(const std::uint8_t* x) {
+    std::uint32_t four;
     std::memcpy(&four, x, 4);
-    const int8x16_t broadcast = vreinterpretq_s8_s32(vdupq_n_s32(four));
-    for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), broadcast);
+    const uint8x16_t v = vreinterpretq_u8_u32(vdupq_n_u32(four));
+    return {{v, v, v, v}};
+  }
+  template <bool Upper>
+  static Cell nibbles(Cell cell) {
+    for (uint8x16_t& v : cell.v) {
+      if constexpr (!Upper) v = vshlq_n_u8(v, 4);
+      v = veorq_u8(vandq_u8(v, vdupq_n_u8(0xf0)), vdupq_n_u8(0x80));
+    }
+    return cell;
+  }
+  template <bool Upper>
+  static Cell add_nibbles(Cell cell, const Cell& from) {
+    for (int i = 0; i < 4; ++i) {
+      const uint8x16_t low = Upper ? vshrq_n_u8(from.v[i], 4) : vandq_u8(from.v[i], vdupq_n_u8(0x0f));
+      cell.v[i] = vaddq_u8(cell.v[i], vsubq_u8(low, vdupq_n_u8(8)));
+    }
+    return cell;
+  }
+  static I dot8(I acc, const Cell& w, const Cell& x) {
+    for (int i = 0; i < 4; ++i)
+      acc.v[i] = vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), vreinterpretq_s8_u8(x.v[i]));
     return acc;
   }
   static F dot16(F acc, const Cell& w, const std::uint8_t* x) {
@@ -168,8 +188,16 @@ struct Neon {
       return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.v[i]), power));
     });
   }
-  static F f_load_bf16(const std::uint16_t* p) {
-    return each([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
+  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
+    const uint8x16_t codes = vld1q_u8(p);
+    const uint16x8_t wide[2] = {vmovl_u8(vget_low_u8(codes)), vmovl_u8(vget_high_u8(codes))};
+    return each([&](int i) {
+      const uint16x4_t four = i % 2 == 0 ? vget_low_u16(wide[i / 2]) : vget_high_u16(wide[i / 2]);
+      return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vmovl_u16(four), 19), vdupq_n_u32(exponent << 23)));
+    });
+  }
+  static F f_halves(float low, float high) {
+    return {{vdupq_n_f32(low), vdupq_n_f32(low), vdupq_n_f32(high), vdupq_n_f32(high)}};
   }
   static F f_load_fp16(const std::uint16_t* p) {
     return each([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });

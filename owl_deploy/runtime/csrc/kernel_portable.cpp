@@ -38,10 +38,27 @@ struct Portable {
   static Cell expand32(const std::uint8_t* p, std::uint32_t mask) { return expand<4>(p, mask); }
 
   static const Cell& bias8(const Cell& w) { return w; }
-  static I dot8(I acc, const Cell& w, const std::uint8_t* x) {
+  static Cell broadcast(const std::uint8_t* x) {
+    Cell cell;
+    for (int i = 0; i < 64; i += 4) std::memcpy(cell.v + i, x, 4);
+    return cell;
+  }
+  // The lower or the upper 4 bits of each byte, less 8, times 16.
+  template <bool Upper>
+  static Cell nibbles(Cell cell) {
+    for (auto& v : cell.v) v = static_cast<std::uint8_t>(((Upper ? v : v << 4) & 0xf0) ^ 0x80);
+    return cell;
+  }
+  // Adds those bits less 8 themselves.
+  template <bool Upper>
+  static Cell add_nibbles(Cell cell, const Cell& from) {
+    for (int i = 0; i < 64; ++i) cell.v[i] = static_cast<std::uint8_t>(cell.v[i] + ((Upper ? from.v[i] >> 4 : from.v[i] & 15) - 8));
+    return cell;
+  }
+  static I dot8(I acc, const Cell& w, const Cell& x) {
     for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 4; ++j)
-        acc.v[i] += static_cast<std::int8_t>(w.v[4 * i + j]) * static_cast<std::int8_t>(x[j]);
+      for (int j = 4 * i; j < 4 * i + 4; ++j)
+        acc.v[i] += static_cast<std::int8_t>(w.v[j]) * static_cast<std::int8_t>(x.v[j]);
     return acc;
   }
   static F dot16(F acc, const Cell& w, const std::uint8_t* x) {
@@ -167,13 +184,17 @@ struct Portable {
     const std::uint32_t rounded = rest + 0xfff + (rest >> 13 & 1);  // to nearest, ties to even
     return static_cast<std::uint16_t>(sign | (rounded - 0x38000000U) >> 13);
   }
-  static F f_load_bf16(const std::uint16_t* p) {
+  // See PackedMatrix::scale_bits.
+  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
     return each([&](int i) {
-      const std::uint32_t bits = static_cast<std::uint32_t>(p[i]) << 16;
+      const std::uint32_t bits = (exponent << 23) + (static_cast<std::uint32_t>(p[i]) << 19);
       float r;
       std::memcpy(&r, &bits, 4);
       return r;
     });
+  }
+  static F f_halves(float low, float high) {
+    return each([&](int i) { return i < 8 ? low : high; });
   }
   static F f_load_fp16(const std::uint16_t* p) {
     return each([&](int i) { return from_fp16(p[i]); });

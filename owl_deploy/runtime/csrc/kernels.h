@@ -11,7 +11,7 @@ namespace owl {
 enum class Epilogue { kNone = 0, kSiluMul = 1, kGeluMul = 2 };
 
 // How a row of activations is laid out for one weight: values first, then (int8) one fp32 scale and one
-// int32 correction per block of 64 columns. `stride` is the bytes of one row, a multiple of 64.
+// int32 correction per block of 32 columns, an even number of blocks. `stride` is the bytes of one row, a multiple of 64.
 struct ActivationLayout {
   std::size_t blocks = 0;
   std::size_t scale_offset = 0;
@@ -48,8 +48,15 @@ struct Kernels {
   // x [cols] -> one activation row.
   void (*prepare)(const PackedMatrix& w, const ActivationLayout& layout, const float* x, std::uint8_t* row);
   // One row times groups [begin, end): sums [(end - begin) * 16].
+  // Of a weight in planes only the upper bits count.
   void (*matvec)(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
                  const std::uint8_t* row, float* sums);
+  // Adds what the lower bits of a weight in planes contribute to those of y [outputs] in groups [begin, end) that are
+  // `least` or more.
+  void (*refine)(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
+                 const std::uint8_t* row, float least, float* y, std::size_t outputs);
+  // The largest of x [size], size > 0; anything if there are NaN.
+  float (*largest)(const float* x, std::size_t size);
   // `count` rows times groups [begin, begin + groups), groups <= panel_groups:
   // sums [count, panel_groups * 16]; scratch: kPanelScratch bytes, 64-byte aligned.
   void (*panel)(const PackedMatrix& w, std::size_t begin, std::size_t groups, const ActivationLayout& layout,

@@ -94,7 +94,7 @@ class PackedGatherKernel {
  public:
   explicit PackedGatherKernel(const Ort::ConstKernelInfo& info)
       : weight_(constant_weight(info, 1)), scale_(attribute_or<float>(info, "scale", 1.0F)) {
-    require(!weight_.sparse, "PackedGather needs a weight without a mask");
+    require(!weight_.sparse(), "PackedGather needs a weight without a mask");
   }
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
     return guarded([&] { compute(raw); });

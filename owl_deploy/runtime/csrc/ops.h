@@ -77,7 +77,8 @@ inline void check_linear(const owl::Linear& op) {
   require(op.outputs > 0 && op.outputs <= owl::linear_outputs(op.weight, op.epilogue),
           "columns must lie between 1 and what the weight has");
   if (op.epilogue != owl::Epilogue::kNone)
-    require(op.weight.groups % 2 == 0, "a gated weight needs an even number of row groups");
+    require(op.weight.groups % 2 == 0 && op.weight.storage != owl::Storage::kPlanes,
+            "a gated weight needs an even number of row groups, and no planes");
 }
 
 template <class Op, class Kernel>

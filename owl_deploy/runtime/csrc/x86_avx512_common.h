@@ -24,6 +24,21 @@ struct Avx512Common {
   }
   static Cell load_cell(const void* p) { return _mm512_loadu_si512(p); }
   static void store_cell(void* p, Cell v) { _mm512_storeu_si512(p, v); }
+  static Cell broadcast(const std::uint8_t* x) { return _mm512_set1_epi32(load32(x)); }
+  template <bool Upper>
+  static Cell nibbles(Cell v) {
+    if constexpr (!Upper) v = _mm512_slli_epi16(v, 4);
+    // (v & 0xf0) ^ 0x80 in one operation
+    return _mm512_ternarylogic_epi32(v, _mm512_set1_epi8(static_cast<char>(0xf0)),
+                                     _mm512_set1_epi8(static_cast<char>(0x80)), 0x6a);
+  }
+  // Adds the nibbles less 8 themselves.
+  template <bool Upper>
+  static Cell add_nibbles(Cell cell, Cell v) {
+    if constexpr (Upper) v = _mm512_srli_epi16(v, 4);
+    const __m512i low = _mm512_and_si512(v, _mm512_set1_epi8(0x0f));
+    return _mm512_add_epi8(cell, _mm512_sub_epi8(low, _mm512_set1_epi8(8)));
+  }
   static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
     Cell cell = load_cell(p);  // assembly: see x86_avx512_vnni.h
     __asm__("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(cell) : "Yk"(static_cast<__mmask16>(mask)));
@@ -56,9 +71,13 @@ struct Avx512Common {
   }
   // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23.
   static F scale_by_power(F p, F shifted) { return _mm512_scalef_ps(p, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0F))); }
-  static F f_load_bf16(const std::uint16_t* p) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_slli_epi32(wide, 19), _mm512_set1_epi32(static_cast<int>(exponent << 23))));
+  }
+  static F f_halves(float low, float high) {
+    return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
   }
   static F f_load_fp16(const std::uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -24,7 +24,7 @@ struct Avx512VnniCommon : Avx512Common {
   }
 
   static Cell bias8(Cell w) { return _mm512_xor_si512(w, _mm512_set1_epi8(static_cast<char>(0x80))); }
-  static I dot8(I acc, Cell w, const std::uint8_t* x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(load32(x))); }
+  static I dot8(I acc, Cell w, Cell x) { return _mm512_dpbusd_epi32(acc, w, x); }
 };
 
 }  // namespace

@@ -14,7 +14,7 @@ from .test_kernels import TOLERANCE, activations, as_kernels_see, rounding_error
 from .test_pack import sparse_weight
 
 VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8")
-# Around every width that some kernel has: lanes, cells, blocks of 64 and 128 columns, tiles.
+# Around every width that some kernel has: lanes, cells, blocks of 32, planes of 128 columns, tiles.
 WIDTHS = (*range(1, 21), 31, 32, 33, 63, 64, 65, 66, 127, 128, 129, 191, 193, 255, 256, 257, 259)
 
 

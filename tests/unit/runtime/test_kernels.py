@@ -22,15 +22,15 @@ def rounding_error(
 
 
 def as_kernels_see(x: NDArray[np.float32], values: pack.Values, isa: str) -> NDArray[np.float32]:
-    """x as the kernels round it: int8 in blocks of 64, bf16 where there is a bf16 product."""
+    """x as the kernels round it: int8 in blocks of 32, bf16 where there is a bf16 product."""
     if values == "bf16" and isa == "avx512":
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
     if values != "int8":
         return x
-    padded = np.zeros((x.shape[0], -(-x.shape[1] // 64) * 64), dtype=np.float32)
+    padded = np.zeros((x.shape[0], -(-x.shape[1] // 32) * 32), dtype=np.float32)
     padded[:, : x.shape[1]] = x
-    blocks = padded.reshape(x.shape[0], -1, 64)
+    blocks = padded.reshape(x.shape[0], -1, 32)
     peak = np.abs(blocks).max(axis=2, keepdims=True)
     steps = np.rint(blocks * (np.float32(127) / np.maximum(peak, np.float32(1e-30))))
     return (steps * (peak / np.float32(127))).reshape(padded.shape)[:, : x.shape[1]]
@@ -60,6 +60,54 @@ def test_against_oracle(
         x = activations(rows, shape[1])
         y, _ = kernels.matmul(isa, block, x, shape[0], threads=2)
         assert rounding_error(y, as_kernels_see(x, values, isa), weight) < TOLERANCE
+
+
+SCREEN_MARGIN = 12.0  # kScreenMargin in engine.h
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 32), (17, 65), (70, 127), (501, 160), (2085, 576)])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
+def test_one_row_times_planes_is_exact_near_the_largest(
+    kernels: Kernels, isa: str, shape: tuple[int, int], spread: float
+) -> None:
+    """Outputs that the upper bits put within the margin get all 8 bits, the others only those."""
+    block = pack.pack(sparse_weight(*shape, 0.0), "int8", sparse=False, planes=True)
+    x = activations(1, shape[1])
+    seen = as_kernels_see(x, "int8", isa)[0].astype(np.float64)
+    whole = pack.unpack(block).astype(np.float64)
+    high, low = (part[: shape[0]].astype(np.float64) for part in pack.planes(block))
+    steps = 16 * high + low
+    rough_weight = np.divide(whole, steps, out=np.zeros_like(whole), where=steps != 0) * 16 * high
+    factor = spread / np.abs(rough_weight @ seen).max() if shape[0] > 1 else 1.0
+    bias = activations(1, shape[0], 3)[0]
+    x, seen = (x * factor).astype(np.float32), seen * factor
+    y, _ = kernels.matmul(isa, block, x, shape[0], threads=3, bias=bias)
+    rough, exact = rough_weight @ seen + bias, whole @ seen + bias
+    size = np.abs(whole) @ np.abs(seen) + np.abs(bias)
+    near = rough >= rough.max() - SCREEN_MARGIN
+    undecided = np.abs(rough - (rough.max() - SCREEN_MARGIN)) < 1e-4 * spread
+    error = np.abs(y[0] - np.where(near, exact, rough)) / np.maximum(size, 1e-30)
+    assert error[~undecided].max() < 4e-6
+    assert near.all() == (spread < 5 or shape[0] == 1) or shape[0] < 20
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 65), (70, 127), (501, 160)])
+@pytest.mark.parametrize("rows", [2, 7, 66])
+def test_many_rows_times_planes(
+    kernels: Kernels, isa: str, shape: tuple[int, int], rows: int
+) -> None:
+    block = pack.pack(sparse_weight(*shape, 0.3), "int8", sparse=False, planes=True)
+    x = activations(rows, shape[1])
+    y, _ = kernels.matmul(isa, block, x, shape[0], threads=2)
+    assert rounding_error(y, as_kernels_see(x, "int8", isa), pack.unpack(block)) < TOLERANCE
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_planes_pass_on_what_is_not_a_number(kernels: Kernels, isa: str, bad: float) -> None:
+    block = pack.pack(sparse_weight(70, 96, 0.0), "int8", sparse=False, planes=True)
+    x = activations(1, 96)
+    x[0, 40] = bad
+    assert np.isnan(kernels.matmul(isa, block, x, 70)[0]).all()
 
 
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
@@ -153,9 +201,12 @@ def test_norm_residual_and_bias(kernels: Kernels, isa: str, cols: int, rows: int
     )
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
-def test_gather(kernels: Kernels, values: pack.Values) -> None:
-    block = pack.pack(sparse_weight(50, 300, 0.0), values, sparse=False)
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "planes"])
+def test_gather(kernels: Kernels, values: str) -> None:
+    planes = values == "planes"
+    block = pack.pack(
+        sparse_weight(50, 300, 0.0), "int8" if planes else values, sparse=False, planes=planes
+    )
     rows = pack.unpack(block)
     for row in (0, 1, 15, 16, 49):
         np.testing.assert_array_equal(kernels.gather(block, row, 300), rows[row])

@@ -12,7 +12,7 @@ from .conftest import Kernels
 
 SHAPES = [(1, 1), (16, 64), (17, 5), (31, 129), (64, 576), (100, 1000)]
 # Relative to the largest value of the row and block: half a step of each type.
-STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 1.01 / 254}
+STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254}
 
 
 def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArray[np.float32]:
@@ -37,14 +37,46 @@ def test_round_trip(
     assert back.shape == weight.shape
     assert np.array_equal(back == 0, weight == 0) or values == "int8"
     assert np.abs(back - weight).max() <= STEP[values] * np.abs(weight).max()
-    assert pack.unpack(pack.pack(back, values, sparse)) == pytest.approx(back, rel=0.01)
+    again = pack.unpack(pack.pack(back, values, sparse))
+    assert np.abs(again - back).max() <= STEP[values] * np.abs(weight).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+def test_planes_hold_int8_in_two_halves(shape: tuple[int, int], sparsity: float) -> None:
+    weight = sparse_weight(*shape, sparsity)
+    block = pack.pack(weight, "int8", sparse=False, planes=True)
+    high, low = (part[: shape[0]].astype(int) for part in pack.planes(block))
+    back = pack.unpack(block)
+    assert pack.inspect(block).planes
+    assert np.abs(back - weight).max() <= 127 / 119 * STEP["int8"] * np.abs(weight).max()
+    assert np.abs(high).max() <= 7
+    assert set(low.flat) <= set(range(-8, 8))
+    scale = np.divide(back, 16 * high + low, out=np.zeros_like(back), where=back != 0)
+    # Half of 16 steps, and half of one.
+    assert np.abs(scale * 16 * high - weight).max() <= 8.5 / 119 * 17 / 16 * np.abs(weight).max()
+
+
+def test_int8_scales_span_the_sizes_of_a_weight_s_rows() -> None:
+    weight = sparse_weight(64, 64, 0.0)
+    weight *= np.logspace(-4, 4, 64, dtype=np.float32)[:, None]
+    error = np.abs(pack.unpack(pack.pack(weight, "int8")) - weight).max(axis=1)
+    size = np.abs(weight).max(axis=1)
+    assert (
+        error[size > 2**-14 * size.max()] <= STEP["int8"] * size[size > 2**-14 * size.max()]
+    ).all()
+    assert error.max() <= STEP["int8"] * size.max()
+    for factor in (1e-30, 1e30):  # the exponent is the weight's own
+        scaled = (weight[:8] * np.float32(factor)).astype(np.float32)
+        back = pack.unpack(pack.pack(scaled, "int8"))
+        assert np.abs(back - scaled).max() <= STEP["int8"] * np.abs(scaled).max()
 
 
 def test_size_at_seventy_percent() -> None:
     weight = sparse_weight(1024, 1024, 0.7)
     bits = {values: pack.pack(weight, values).size / weight.size for values in ("bf16", "int8")}
     assert bits["bf16"] == pytest.approx(0.725, rel=0.02)
-    assert bits["int8"] == pytest.approx(0.43, rel=0.05)
+    assert bits["int8"] == pytest.approx(0.3 + 1 / 8 + 1 / 32, rel=0.01)
 
 
 def test_every_region_is_aligned() -> None:
@@ -58,6 +90,9 @@ def test_refuses_what_it_cannot_store() -> None:
         pack.pack(np.zeros(3, dtype=np.float32))
     with pytest.raises(ValueError, match="int8"):
         pack.pack(np.array([[np.inf]], dtype=np.float32), "int8")
+    for values, sparse in (("bf16", False), ("int8", True)):
+        with pytest.raises(ValueError, match="planes"):
+            pack.pack(np.ones((2, 2), dtype=np.float32), values, sparse, planes=True)
     with pytest.raises(ValueError, match="must be one of"):
         pack.pack(np.ones((2, 2), dtype=np.float32), "int5")  # type: ignore[arg-type]
 
@@ -80,7 +115,10 @@ def test_gate_and_up_alternate() -> None:
 
 # ---- Hostile blocks --------------------------------------------------------------------
 
-REFUSAL = "block|version|value type|flags|groups of 16|rows|cells|outside|region|index|mask"
+REFUSAL = (
+    "block|version|value type|flags|planes|exponent|"
+    "groups of 16|rows|cells|outside|region|index|mask"
+)
 HEADER_FIELDS = {
     "version": (8, 4),
     "type": (12, 4),
@@ -95,6 +133,7 @@ HEADER_FIELDS = {
     "scales": (72, 8),
     "values": (80, 8),
     "total": (88, 8),
+    "exponent": (96, 4),
 }
 
 
@@ -108,6 +147,10 @@ def test_hostile_header(kernels: Kernels, field: str, value: int, values: pack.V
     if np.array_equal(block[offset : offset + width], new):
         pytest.skip("this is the true value")
     block[offset : offset + width] = new
+    if field == "exponent" and value % 2**32 < 2**8 - 16:  # the weight is larger or smaller
+        kernels.check(block)
+        pack.inspect(block)
+        return
     with pytest.raises(ValueError, match=REFUSAL):
         kernels.check(block)
     with pytest.raises(ValueError, match=REFUSAL):
@@ -139,7 +182,9 @@ def test_fuzzed_blocks_never_read_outside(kernels: Kernels, data: st.DataObject)
     """Damage is refused, or leaves a block that multiplies inside its bounds (ASan watches)."""
     values = data.draw(st.sampled_from(["fp32", "bf16", "int8"]))
     rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
-    block = pack.pack(sparse_weight(rows, cols, 0.6), values, data.draw(st.booleans())).copy()
+    sparse = data.draw(st.booleans())
+    planes = values == "int8" and not sparse and data.draw(st.booleans())
+    block = pack.pack(sparse_weight(rows, cols, 0.6), values, sparse, planes=planes).copy()
     for _ in range(data.draw(st.integers(1, 8))):
         # Mostly in the header and the index, where it hurts.
         at = data.draw(st.integers(0, min(block.size, 256) - 1) | st.integers(0, block.size - 1))
