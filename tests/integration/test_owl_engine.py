@@ -58,28 +58,22 @@ def test_the_deployment_computes_what_the_checkpoint_does(
     assert recorded["value"] == found.value
 
 
-def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, text_file, tmp_path):
+def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path):
+    tokens = [3 + n * 7 % 300 for n in range(40)]
+    whole = {}
     for head in ("screened", "whole"):
         manifest = export(pruned, tmp_path / head, target="owl", values="int8", head=head)
         assert manifest["packing"]["screened_head"] == (head == "screened")
-    tokens = [3 + n * 7 % 300 for n in range(40)]
-    logits = {}
-    for head in ("screened", "whole"):
         session = Session(tmp_path / head)
-        logits[head] = np.concatenate([session.step([token]) for token in tokens])
-        # Many tokens at once take the whole head, whichever way it is stored.
+        single = np.concatenate([session.step([token]) for token in tokens])
         session.start()
-        logits[head, "at once"] = session.step(tokens)
-    # Two int8 roundings of one head: [-119, 119] and [-127, 127].
-    spread = np.abs(logits["whole"]).max()
-    np.testing.assert_allclose(logits["screened"], logits["whole"], atol=0.2 * spread)
-    np.testing.assert_allclose(
-        logits["screened", "at once"], logits["whole", "at once"], atol=0.02 * spread
-    )
-    likely = logits["whole"] >= logits["whole"].max(axis=1, keepdims=True) - 1
-    np.testing.assert_allclose(
-        logits["screened"][likely], logits["whole"][likely], atol=0.02 * spread
-    )
+        # Many tokens at once take all 8 bits of the head, whichever way it is stored.
+        whole[head] = session.step(tokens)
+        near = single >= single.max(axis=1, keepdims=True) - 10
+        spread = np.abs(single).max()
+        np.testing.assert_allclose(single[near], whole[head][near], atol=0.01 * spread)
+    # Two roundings of one head, to [-119, 119] and to [-127, 127], in all that follows from it.
+    assert np.abs(whole["screened"] - whole["whole"]).mean() < 0.02 * spread
 
 
 def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):
