@@ -71,7 +71,7 @@ def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path):
         whole[head] = session.step(tokens)
         near = single >= single.max(axis=1, keepdims=True) - 10
         spread = np.abs(single).max()
-        np.testing.assert_allclose(single[near], whole[head][near], atol=0.01 * spread)
+        np.testing.assert_allclose(single[near], whole[head][near], atol=0.02 * spread)
     # Two roundings of one head, to [-119, 119] and to [-127, 127], in all that follows from it.
     assert np.abs(whole["screened"] - whole["whole"]).mean() < 0.02 * spread
 
