@@ -184,7 +184,6 @@ constexpr std::size_t kTaskBytes = 16 * 1024;  // weights that a thread takes at
 constexpr std::size_t kSumGroups = 64;         // row groups whose sums are kept until they are finished
 constexpr std::size_t kRowChunk = 128;         // activation rows of one task of a matrix-matrix product
 constexpr std::size_t kPrepareRows = 4;
-constexpr std::size_t kScreenGroups = 32;      // row groups that a thread looks through for candidates at a time
 
 std::size_t group_bytes(const PackedMatrix& w) {
   if (!w.sparse()) return w.whole_group_bytes();
@@ -247,8 +246,9 @@ struct LinearStep {
 
   void refine(std::size_t first, std::size_t last, const std::uint8_t* prepared, float least) const {
     const std::size_t groups = op.weight.groups;
-    kernels.refine(op.weight, first * kScreenGroups, std::min(groups, last * kScreenGroups), layout, prepared, least, y,
-                   op.outputs);
+    for (std::size_t i = first; i < last; ++i)
+      kernels.refine(op.weight, i * kScreenGroups, std::min(groups, (i + 1) * kScreenGroups), layout, prepared, least, y,
+                     op.outputs);
   }
 
   // A gated epilogue needs both halves of a pair of groups.

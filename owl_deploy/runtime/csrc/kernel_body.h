@@ -230,6 +230,12 @@ float low_product(const PackedMatrix& w, std::size_t r, const ActivationLayout& 
   return (V::f_hsum(total) + bias) * 0.0625F;  // nibbles() yields sixteenfold values
 }
 
+inline void prefetch_low(const PackedMatrix& w, std::size_t r) {
+  for (std::size_t i = 0; i < w.low_row_bytes(); i += 64) prefetch(w.low_row(r) + i);
+  const std::uint8_t* scales = w.group_scales(r / kGroupRows);
+  for (std::size_t i = 0; i < w.scale_blocks() * kGroupRows; i += 64) prefetch(scales + i);
+}
+
 template <class V>
 float largest(const float* x, std::size_t size) {
   typename V::F peak = V::f_set1(x[0]);
@@ -243,11 +249,19 @@ float largest(const float* x, std::size_t size) {
 template <class V>
 void refine(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
             const std::uint8_t* row, float least, float* y, std::size_t outputs) {
+  // Found first, so that the memory of the next ones, which lie far apart, can be asked for early.
+  constexpr std::size_t kAhead = 6;
+  std::size_t found[kScreenGroups * kGroupRows];
+  std::size_t count = 0;
   for (std::size_t from = begin * kGroupRows; from < smaller(outputs, end * kGroupRows); from += kGroupRows) {
     const std::size_t to = smaller(outputs, from + kGroupRows);
     if (largest<V>(y + from, to - from) < least) continue;
     for (std::size_t r = from; r < to; ++r)
-      if (y[r] >= least) y[r] += low_product<V>(w, r, layout, row);
+      if (y[r] >= least) found[count++] = r;
+  }
+  for (std::size_t i = 0; i < count + kAhead; ++i) {
+    if (i < count) prefetch_low(w, found[i]);
+    if (i >= kAhead) y[found[i - kAhead]] += low_product<V>(w, found[i - kAhead], layout, row);
   }
 }
 
@@ -659,12 +673,14 @@ inline void score_rows(const std::uint8_t* keys, const float* q, std::size_t hea
 
 // scores [Heads, kDecodeChunk] of positions [begin, end).
 template <class V, CacheType Type, std::size_t Size, int Heads>
-void score_heads(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scores) {
+void score_heads(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scores,
+                 bool prefetch_values) {
   const std::size_t size = Size != 0 ? Size : span.head_size;
   const std::size_t row_bytes = size * (Type == CacheType::kFp32 ? 4 : 2);
   for (std::size_t t = begin; t < end; t += 16) {
     const auto* keys = static_cast<const std::uint8_t*>(span.keys) + t * row_bytes;
-    if (t + 16 < end) prefetch_cache(Type, keys, 32 * size, 16 * size);
+    prefetch_cache(Type, keys, 32 * size, 16 * size);  // past `end` they are the next task's
+    if (prefetch_values) prefetch_cache(Type, span.values, t * size, 16 * size);
     typename V::F low[Heads], high[Heads];
     if (end - t >= 16) {
       score_rows<V, Type, Size, Heads, true>(keys, q, size, 8, low);
@@ -688,10 +704,11 @@ void score_chunk(const AttentionSpan& span, const float* q, std::size_t begin, s
   std::size_t h = 0;
   auto at = [&](std::size_t head) { return q + head * span.head_size; };
   for (; h + 4 < span.heads || h + 3 == span.heads; h += 3)
-    score_heads<V, Type, Size, 3>(span, at(h), begin, end, scores + h * kDecodeChunk);
+    score_heads<V, Type, Size, 3>(span, at(h), begin, end, scores + h * kDecodeChunk, h == 0);
   for (; h + 2 <= span.heads; h += 2)
-    score_heads<V, Type, Size, 2>(span, at(h), begin, end, scores + h * kDecodeChunk);
-  for (; h < span.heads; ++h) score_heads<V, Type, Size, 1>(span, at(h), begin, end, scores + h * kDecodeChunk);
+    score_heads<V, Type, Size, 2>(span, at(h), begin, end, scores + h * kDecodeChunk, h == 0);
+  for (; h < span.heads; ++h)
+    score_heads<V, Type, Size, 1>(span, at(h), begin, end, scores + h * kDecodeChunk, h == 0);
 }
 
 template <class V, CacheType Type>

@@ -51,8 +51,8 @@ struct Kernels {
   // Of a weight in planes only the upper bits count.
   void (*matvec)(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
                  const std::uint8_t* row, float* sums);
-  // Adds what the lower bits of a weight in planes contribute to those of y [outputs] in groups [begin, end) that are
-  // `least` or more.
+  // Adds what the lower bits of a weight in planes contribute to those of y [outputs] in groups [begin, end), at most
+  // kScreenGroups of them, that are `least` or more.
   void (*refine)(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
                  const std::uint8_t* row, float least, float* y, std::size_t outputs);
   // The largest of x [size], size > 0; anything if there are NaN.
@@ -89,6 +89,7 @@ struct Kernels {
 constexpr std::size_t kPanelBlockCells = 64;  // cells unpacked at a time: the tile stays in the first-level cache
 constexpr std::size_t kPanelGroups = 4;       // the largest panel_groups
 constexpr std::size_t kPanelScratch = kPanelBlockCells * kPanelGroups * kCellBytes;
+constexpr std::size_t kScreenGroups = 32;     // row groups that are looked through for candidates at a time
 constexpr std::size_t kDecodeChunk = 128;     // cache positions of one decode task
 constexpr std::size_t kQueryBlock = 16;       // query positions of one prefill task
 constexpr std::size_t kKeyBlock = 64;         // cache positions of one prefill tile
