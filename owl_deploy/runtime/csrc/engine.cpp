@@ -184,6 +184,7 @@ constexpr std::size_t kTaskBytes = 16 * 1024;  // weights that a thread takes at
 constexpr std::size_t kSumGroups = 64;         // row groups whose sums are kept until they are finished
 constexpr std::size_t kRowChunk = 128;         // activation rows of one task of a matrix-matrix product
 constexpr std::size_t kPrepareRows = 4;
+constexpr std::size_t kScreenSample = 64;      // with a smaller sample every near output counts
 
 std::size_t group_bytes(const PackedMatrix& w) {
   if (!w.sparse()) return w.whole_group_bytes();
@@ -242,6 +243,17 @@ struct LinearStep {
     std::fill(maxima + first, maxima + last, -std::numeric_limits<float>::infinity());
     const std::size_t begin = 2 * first * kGroupRows, end = std::min(op.outputs, 2 * last * kGroupRows);
     if (begin < end) maxima[first] = kernels.largest(y + begin, end - begin);
+  }
+
+  // The least output that is near, from the largest and from every 16th output; `sample` has room for those.
+  float least_near(float largest, float* sample) const {
+    const float least = largest - kScreenMargin;
+    const std::size_t size = op.outputs / kGroupRows, most = size / kScreenShare;
+    for (std::size_t i = 0; i < size; ++i) sample[i] = y[i * kGroupRows];
+    const auto near = std::count_if(sample, sample + size, [&](float value) { return value >= least; });
+    if (size < kScreenSample || static_cast<std::size_t>(near) <= most) return least;
+    std::nth_element(sample, sample + most, sample + size, std::greater<float>());
+    return sample[most];
   }
 
   void refine(std::size_t first, std::size_t last, const std::uint8_t* prepared, float least) const {
@@ -444,9 +456,12 @@ class Plan::Steps {
     const LinearStep* s = &step;
     Phase& rough = phases_.back();
     const std::size_t pairs = rough.count;
-    extra_floats_ = std::max(extra_floats_, pairs + 1);  // a maximum for each, then the least that counts as near
+    // A maximum for each, then the least that counts as near, then a sample.
+    extra_floats_ = std::max(extra_floats_, pairs + 1 + s->op.outputs / kGroupRows);
     rough.items = [this, s](std::size_t begin, std::size_t end) { s->multiply_and_screen(begin, end, rows_, extra_); };
-    rough.after = [this, pairs] { extra_[pairs] = kernels_.largest(extra_, pairs) - kScreenMargin; };
+    rough.after = [this, s, pairs] {
+      extra_[pairs] = s->least_near(kernels_.largest(extra_, pairs), extra_ + pairs + 1);
+    };
     Phase& fine = phases_.emplace_back();
     fine.count = divide_up(s->op.weight.groups, kScreenGroups);
     fine.items = [this, s, pairs](std::size_t begin, std::size_t end) { s->refine(begin, end, rows_, extra_[pairs]); };

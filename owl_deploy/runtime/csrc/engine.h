@@ -33,9 +33,12 @@ struct Linear {
 std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue);
 
 // How far below the largest output another one of a weight in planes may lie and still be computed from all 8 bits.
-// As logits: down to e^-12, 6e-6, of the likeliest token's probability. (SmolLM2 at 50 %: 13 % of the vocabulary, and the
-// Kullback-Leibler divergence from whole int8 is 1e-3; with 10 they are 5 % and 5e-3, and a token takes 2 % less time.)
+// As logits: down to e^-12, 6e-6, of the likeliest token's probability. benchmarks/decode_quality.py shows what that
+// loses; 10 would add more to the Kullback-Leibler divergence than all other rounding and save 2 % of a token's time.
 constexpr float kScreenMargin = 12.0F;
+// About so many of them at most, 1 of 8: rows read here and there cost some three times as much as rows read in order,
+// and where more than these are near, the model is sure of none of them.
+constexpr std::size_t kScreenShare = 8;
 
 // Row `row` of a weight that is not sparse -> out [weight.cols].
 void gather_row(const PackedMatrix& weight, std::size_t row, float* out);

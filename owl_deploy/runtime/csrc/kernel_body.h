@@ -202,32 +202,53 @@ void matvec_int8(const PackedMatrix& w, std::size_t begin, std::size_t end, cons
   }
 }
 
-// The lower bits' share of one row's product: 64 columns at a time, each half of the lanes under its block's scale.
+constexpr std::size_t kTableBlocks = 64;  // blocks whose scales for 16 rows are kept at a time
+
+// What the lower bits of row r contribute in `blocks` blocks from `first` on: 64 columns at a time, each half of the
+// lanes under its block's scale. scales [blocks][16].
 template <class V>
-float low_product(const PackedMatrix& w, std::size_t r, const ActivationLayout& layout, const std::uint8_t* row) {
-  const auto* x_scales = reinterpret_cast<const float*>(row + layout.scale_offset);
-  const auto* corrections = reinterpret_cast<const std::int32_t*>(row + layout.correction_offset);
+float low_product(const PackedMatrix& w, std::size_t r, std::size_t first, std::size_t blocks, const std::uint8_t* row,
+                  const float* scales) {
   const std::uint8_t* low = w.low_row(r);
-  const std::uint8_t* weight_scales = w.group_scales(r / kGroupRows) + r % kGroupRows;
-  auto scale = [&](std::size_t b) {
-    if (b >= w.scale_blocks()) return 0.0F;
-    const std::uint32_t bits = w.scale_bits(weight_scales[b * kGroupRows]);
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value * x_scales[b];
-  };
+  scales += r % kGroupRows;
   typename V::F total = V::f_set1(0.0F);
-  float bias = 0.0F;
-  for (std::size_t b = 0; b < layout.blocks; b += 2) {
+  for (std::size_t b = first; b < first + blocks; b += 2, scales += 2 * kGroupRows) {
     const typename V::Cell both = V::load_cell(low + b / 4 * kCellBytes);
     const typename V::Cell cell = b % 4 == 0 ? V::template nibbles<false>(both) : V::template nibbles<true>(both);
-    const float first = scale(b), second = scale(b + 1);
     const typename V::I sum = V::dot8(V::i_set1(0), V::bias8(cell), V::load_cell(row + b * kBlockColumns));
-    total = V::f_fma(V::to_float(sum), V::f_halves(first, second), total);
-    if (V::kBiased)
-      bias += first * static_cast<float>(corrections[b]) + second * static_cast<float>(corrections[b + 1]);
+    total = V::f_fma(V::to_float(sum), V::f_halves(scales[0], scales[kGroupRows]), total);
   }
-  return (V::f_hsum(total) + bias) * 0.0625F;  // nibbles() yields sixteenfold values
+  return V::f_hsum(total);
+}
+
+// Adds the lower bits' share to y of some rows of one group; `before(i)` is called before the i-th.
+template <class V, class Before>
+void refine_group(const PackedMatrix& w, const std::size_t* rows, std::size_t count, const ActivationLayout& layout,
+                  const std::uint8_t* row, float* y, const Before& before) {
+  const auto* x_scales = reinterpret_cast<const float*>(row + layout.scale_offset);
+  const auto* corrections = reinterpret_cast<const std::int32_t*>(row + layout.correction_offset);
+  const std::uint8_t* weight_scales = w.group_scales(rows[0] / kGroupRows);
+  alignas(64) float scales[kTableBlocks * kGroupRows];
+  alignas(64) float bias[kGroupRows];
+  float sums[kGroupRows] = {};
+  typename V::F total_bias = V::f_set1(0.0F);
+  for (std::size_t first = 0; first < layout.blocks; first += kTableBlocks) {
+    const std::size_t blocks = smaller(kTableBlocks, layout.blocks - first);
+    for (std::size_t b = first; b < first + blocks; ++b) {
+      typename V::F scale = V::f_set1(0.0F);  // the even number of blocks may be one more than there are
+      if (b < w.scale_blocks())
+        scale = V::f_mul(V::f_load_scales(weight_scales + b * kGroupRows, w.scale_exponent), V::f_set1(x_scales[b]));
+      V::f_store(scales + (b - first) * kGroupRows, scale);
+      if (V::kBiased) total_bias = V::f_fma(scale, V::f_set1(static_cast<float>(corrections[b])), total_bias);
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+      if (first == 0) before(i);
+      sums[i] += low_product<V>(w, rows[i], first, blocks, row, scales);
+    }
+  }
+  V::f_store(bias, total_bias);
+  // nibbles() yields sixteenfold values
+  for (std::size_t i = 0; i < count; ++i) y[rows[i]] += (sums[i] + bias[rows[i] % kGroupRows]) * 0.0625F;
 }
 
 inline void prefetch_low(const PackedMatrix& w, std::size_t r) {
@@ -259,9 +280,12 @@ void refine(const PackedMatrix& w, std::size_t begin, std::size_t end, const Act
     for (std::size_t r = from; r < to; ++r)
       if (y[r] >= least) found[count++] = r;
   }
-  for (std::size_t i = 0; i < count + kAhead; ++i) {
-    if (i < count) prefetch_low(w, found[i]);
-    if (i >= kAhead) y[found[i - kAhead]] += low_product<V>(w, found[i - kAhead], layout, row);
+  for (std::size_t i = 0; i < smaller(count, kAhead); ++i) prefetch_low(w, found[i]);
+  for (std::size_t i = 0, next; i < count; i = next) {
+    for (next = i + 1; next < count && found[next] / kGroupRows == found[i] / kGroupRows;) ++next;
+    refine_group<V>(w, found + i, next - i, layout, row, y, [&](std::size_t n) {
+      if (i + n + kAhead < count) prefetch_low(w, found[i + n + kAhead]);
+    });
   }
 }
 

@@ -62,7 +62,7 @@ def test_against_oracle(
         assert rounding_error(y, as_kernels_see(x, values, isa), weight) < TOLERANCE
 
 
-SCREEN_MARGIN = 12.0  # kScreenMargin in engine.h
+SCREEN_MARGIN, SCREEN_SHARE = 12.0, 8  # kScreenMargin and kScreenShare in engine.h
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 32), (17, 65), (70, 127), (501, 160), (2085, 576)])
@@ -84,11 +84,15 @@ def test_one_row_times_planes_is_exact_near_the_largest(
     y, _ = kernels.matmul(isa, block, x, shape[0], threads=3, bias=bias)
     rough, exact = rough_weight @ seen + bias, whole @ seen + bias
     size = np.abs(whole) @ np.abs(seen) + np.abs(bias)
-    near = rough >= rough.max() - SCREEN_MARGIN
-    undecided = np.abs(rough - (rough.max() - SCREEN_MARGIN)) < 1e-4 * spread
+    least = rough.max() - SCREEN_MARGIN
+    sample = np.sort(rough[::16][: shape[0] // 16])[::-1]
+    if len(sample) >= 64 and (sample >= least).sum() > len(sample) // SCREEN_SHARE:
+        least = sample[len(sample) // SCREEN_SHARE]
+    near = rough >= least
+    undecided = np.abs(rough - least) < 1e-4 * spread
     error = np.abs(y[0] - np.where(near, exact, rough)) / np.maximum(size, 1e-30)
     assert error[~undecided].max() < 4e-6
-    assert near.all() == (spread < 5 or shape[0] == 1) or shape[0] < 20
+    assert near.all() == (spread < 5 and len(sample) < 64) or shape[0] < 20
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 65), (70, 127), (501, 160)])
