@@ -100,13 +100,12 @@ class Rewriter:
         weight: NDArray[np.float32],
         *,
         may_be_sparse: bool = True,
-        is_head: bool = False,
+        planes: bool = False,
     ) -> str:
-        """Pack `weight` [outputs, inputs] once under `name`; sparse if that pays."""
+        """Pack `weight` [outputs, inputs] once under `name`; sparse if that pays and may be."""
         if name not in self.packed:
             density = int(np.count_nonzero(weight)) / weight.size
-            sparse = may_be_sparse and not is_head and density <= MAX_DENSITY[self.values]
-            planes = is_head and self.values == "int8" and self.head == "screened"
+            sparse = may_be_sparse and density <= MAX_DENSITY[self.values]
             self.packed[name] = pack.pack(
                 np.ascontiguousarray(weight), self.values, sparse, planes=planes
             )
@@ -133,9 +132,8 @@ def sparsify_deployment(
     """Rewrite the builder's fp32 deployment `source` into the folder `destination`.
 
     `cache` is the precision of the KV cache: fp16 unless `values` is fp32. `head` matters to int8
-    only. Without `join` every
-    operator stays a node of its own: slower, but the runtime's profile then shows each. Returns
-    statistics.
+    only. Without `join` every operator stays a node of its own: slower, but the runtime's profile
+    then shows each. Returns statistics.
     """
     model_file = source / "model.onnx"
     config_file = source / "genai_config.json"
@@ -203,7 +201,12 @@ def replace_matmuls(rewriter: Rewriter) -> int:
         if weight is None or weight.ndim != 2:
             continue
         is_head = node.output[0] in rewriter.outputs
-        name = rewriter.add_packed(f"{node.input[1]}.packed", weight.T, is_head=is_head)
+        name = rewriter.add_packed(
+            f"{node.input[1]}.packed",
+            weight.T,
+            may_be_sparse=not is_head,
+            planes=is_head and rewriter.values == "int8" and rewriter.head == "screened",
+        )
         old, bias, output = [node], "", node.output[0]
         add = rewriter.only_reader(node.output[0])
         if add is not None and add.op_type == "Add":

@@ -162,12 +162,10 @@ def planes(block: Block) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """
     info = read_header(block)
     raw = block[info.value_offset :]
-    pairs = raw[: info.high_bytes].reshape(info.groups, -1, 1, 64)
-    cells = np.concatenate((pairs & 15, pairs >> 4), axis=2).reshape(info.groups, -1, 64)
-    chunks = raw[info.high_bytes :][: info.low_bytes].reshape(info.groups * GROUP_ROWS, -1, 1, 64)
-    low = np.concatenate((chunks & 15, chunks >> 4), axis=2).reshape(info.groups * GROUP_ROWS, -1)
-    high = _cells_to_matrix(cells, 4)
-    return tuple(part[:, : info.cols].view(np.int8) - np.int8(8) for part in (high, low))  # type: ignore[return-value]
+    cells = _split_nibbles(raw[: info.high_bytes]).reshape(info.groups, -1, 64)
+    high = _cells_to_matrix(cells, _PACK["int8"])
+    low = _split_nibbles(raw[info.high_bytes :][: info.low_bytes]).reshape(len(high), -1)
+    return high[:, : info.cols], low[:, : info.cols]
 
 
 def inspect(block: Block) -> PackedInfo:
@@ -243,15 +241,22 @@ def _decode_scales(codes: NDArray[np.uint8], exponent: int) -> NDArray[np.float3
 def _to_planes(cells: NDArray[np.int8], cols: int) -> bytes:
     """int8 cells [groups, cells, 64] -> the high plane and the low plane."""
     high = (cells + np.int8(8)) >> 4
-    low = cells - 16 * high + np.int8(8)
-    stored = (high + np.int8(8)).view(np.uint8)
-    pairs = stored[:, 0::2] | stored[:, 1::2] << 4
-    rows = _cells_to_matrix(low.view(np.uint8), 4)
-    padded = np.full((len(rows), -(-cols // LOW_COLUMNS) * LOW_COLUMNS), 8, dtype=np.uint8)
-    width = min(padded.shape[1], rows.shape[1])
-    padded[:, :width] = rows[:, :width]
-    chunks = padded.reshape(len(rows), -1, 2, 64)
-    return pairs.tobytes() + (chunks[:, :, 0] | chunks[:, :, 1] << 4).tobytes()
+    rows = _cells_to_matrix(cells - 16 * high, _PACK["int8"])
+    low = np.zeros((len(rows), -(-cols // LOW_COLUMNS) * LOW_COLUMNS), dtype=np.int8)
+    low[:, :cols] = rows[:, :cols]
+    return _join_nibbles(high) + _join_nibbles(low)
+
+
+def _join_nibbles(values: NDArray[np.int8]) -> bytes:
+    """Values in [-8, 7]: of each 128, the first 64 as lower halves and the others as upper ones."""
+    halves = (values + np.int8(8)).view(np.uint8).reshape(-1, 2, 64)
+    return (halves[:, 0] | halves[:, 1] << 4).tobytes()
+
+
+def _split_nibbles(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """What `_join_nibbles` joined, [bytes / 64, 2, 64]."""
+    pairs = stored.reshape(-1, 64)
+    return np.stack((pairs & 15, pairs >> 4), axis=1).view(np.int8) - np.int8(8)
 
 
 def _to_bf16(weight: NDArray[np.float32]) -> NDArray[np.uint16]:
