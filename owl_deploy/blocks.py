@@ -44,6 +44,27 @@ class Skeleton:
         """The dotted name of block `index`, as in the checkpoint: model.layers.3."""
         return f"{self.family.blocks}.{index}"
 
+    @property
+    def head(self) -> nn.Linear:
+        """The output head, on the meta device until it is loaded."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
+
+    @property
+    def head_name(self) -> str:
+        """The head's dotted name in checkpoints and recipes, also where its weight is tied."""
+        name = next(name for name, module in self.model.named_modules() if module is self.head)
+        return self.family.renamed.get(name, name)
+
+    @property
+    def head_weights(self) -> list[str]:
+        """The tensors of the checkpoint that are the head's weight: the embedding's, if tied."""
+        modules = [self.head_name]
+        if self.model.config.tie_word_embeddings:
+            modules.insert(0, self.family.embeddings[0])
+        return [f"{name}.weight" for name in modules if f"{name}.weight" in self.checkpoint.files]
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The Linears of block `index`, by their names within the block, in model order."""
         return {
@@ -103,13 +124,34 @@ class Skeleton:
 
         The model itself turns them into logits: its blocks are replaced by one that gives them.
         """
+        with self._outside_loaded():
+            return [self._loss(windows, state) for state in states]
+
+    @torch.no_grad()
+    def enter_head(
+        self, windows: torch.Tensor, state: "Activations", advance: Callable[[float], None]
+    ) -> None:
+        """Run `state`, what left the last block for `windows`, up to the head and no further.
+
+        For the hooks that see what enters it. `advance` is called with the number of windows done.
+        """
+        with self._outside_loaded(), _stopping(self.head):
+            for start in range(0, len(windows), state.batch):
+                part = slice(start, start + state.batch)
+                given = _Given(state.hidden[part].to(self.device))
+                with self._blocks_replaced([given] * len(self.blocks)), contextlib.suppress(Seen):
+                    self.model(input_ids=windows[part].to(self.device), use_cache=False)
+                advance(len(given.hidden))
+
+    @contextlib.contextmanager
+    def _outside_loaded(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.callback(_release, self.model)  # a tied head, too
             for name in self._outside_blocks():
                 stack.enter_context(self.loaded(name))
             self.model.tie_weights()
             _move_buffers(self.model, self.device)
-            return [self._loss(windows, state) for state in states]
+            yield
 
     def _outside_blocks(self) -> list[str]:
         """The modules outside the blocks that have weights of their own (a tied head has none)."""
@@ -285,6 +327,20 @@ class _Given(nn.Module):
 
     def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
         return self.hidden
+
+
+@contextlib.contextmanager
+def _stopping(module: nn.Module) -> Iterator[None]:
+    """End forward passes with `Seen` where `module` would begin."""
+
+    def stop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        raise Seen
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _keep_attributes(real: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> nn.ModuleList:

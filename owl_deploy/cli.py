@@ -92,6 +92,10 @@ def prune(
     skip: Annotated[
         list[str] | None, typer.Option(help="A layer to leave dense, such as down_proj; repeat.")
     ] = None,
+    head_sparsity: Annotated[
+        float | None,
+        typer.Option(help="Prune the output head too, and the embedding if they are one matrix."),
+    ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="SparseGPT: columns a block. [128]")
     ] = None,
@@ -135,6 +139,7 @@ def prune(
         "outlier_multiple": outlier_multiple,
         "spread": spread,
         "skip": tuple(skip) if skip else None,
+        "head_sparsity": head_sparsity,
         "block_size": block_size,
         "dampening": dampening,
         "preserve_mask": preserve_mask,

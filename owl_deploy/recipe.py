@@ -23,6 +23,7 @@ METHODS = ("magnitude", "wanda", "wanda-variant", "sparsegpt")
 SPREADS = {"owl": 0.08, "dlp": 0.15, "linear": 0.15, "uniform": 0.0, "list": 0.0}
 ALLOCATIONS = tuple(SPREADS)
 UNSTRUCTURED = "unstructured"
+HEADS = ("lm_head", "embed_out")  # what models call their output head
 _DENSE_MASK = "0:0"  # SparseML's word for unstructured
 
 
@@ -33,8 +34,9 @@ class PruneSettings(BaseModel):
     "unstructured", or "N:M", N weights kept of every M neighbours, which sets the sparsity; an
     allocation other than uniform then gives each block its own N. `outlier_multiple`: OWL's M.
     `spread`: half the range of the sparsities over the blocks (OWL's lambda, DLP's alpha). `skip`:
-    Linears that stay dense, by the end of their names. `layers`, for the allocation "list": block
-    or Linear name to sparsity. `block_size`, `dampening`, `preserve_mask`: SparseGPT's.
+    Linears that stay dense, by the end of their names. `head_sparsity`: that of the output head,
+    which stays dense without it. `layers`, for the allocation "list": block or Linear name to
+    sparsity. `block_size`, `dampening`, `preserve_mask`: SparseGPT's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +48,7 @@ class PruneSettings(BaseModel):
     outlier_multiple: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     spread: float = Field(default=0.08, ge=0, le=0.5, allow_inf_nan=False)
     skip: tuple[str, ...] = ()
+    head_sparsity: float | None = None
     layers: dict[str, float] | None = None
     block_size: int = Field(default=128, ge=1)
     dampening: float = Field(default=0.01, gt=0, allow_inf_nan=False)
@@ -85,12 +88,14 @@ class PruneSettings(BaseModel):
                 "The allocation 'list' and a list of layers come together, from a recipe.",
                 "Give --recipe, or another --allocation without a recipe.",
             )
-        for value in (self.sparsity, *(self.layers or {}).values()):
-            if not (math.isfinite(value) and 0 <= value < 1):
+        for value in (self.sparsity, self.head_sparsity, *(self.layers or {}).values()):
+            if value is not None and not (math.isfinite(value) and 0 <= value < 1):
                 raise BadInput(
                     f"A sparsity of {value} is impossible.",
                     "It is the share of weights to remove: from 0 to below 1, such as 0.7.",
                 )
+        if self.head_sparsity is not None and set(self.skip) & set(HEADS):
+            raise BadInput("--skip names the head, and --head-sparsity prunes it.", "Drop one.")
         return self
 
     @property
@@ -357,6 +362,9 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
             values.setdefault("allocation", "uniform")
             if None in groups:
                 values["sparsity"] = sparsity
+    heads = [layers.pop(name) for name in HEADS if name in layers]
+    if heads:
+        values["head_sparsity"] = heads[0]
     if layers:
         values |= {"allocation": "list", "layers": layers}
     return values | _structure(source, groups)
@@ -417,7 +425,7 @@ def _layer_of(target: str) -> str | None:
     """
     plain = target.replace("\\", "").removeprefix("re:").removesuffix("$")
     plain = plain.removesuffix(".weight").removesuffix("(..*)?")
-    return plain if re.fullmatch(r"(\w+\.)+\d+(\.\w+)*", plain) else None
+    return plain if plain in HEADS or re.fullmatch(r"(\w+\.)+\d+(\.\w+)*", plain) else None
 
 
 def _one_sentence(what: str, error: ValidationError) -> BadInput:

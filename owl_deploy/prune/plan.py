@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from owl_deploy.errors import BadInput
 from owl_deploy.prune import budget
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.recipe import HEADS, PruneSettings
 
 # The allocations that look at the scores of the dense model.
 MEASURED = ("owl", "dlp")
@@ -52,7 +52,7 @@ def select(
     """
     full = [f"{block}.{name}" for block, own in zip(names, linears, strict=True) for name in own]
     for ending in skip:
-        if not any(_ends(name, ending) for name in full) and ending not in ("lm_head", "embed_out"):
+        if not any(_ends(name, ending) for name in full) and ending not in HEADS:
             known = sorted({name.rpartition(".")[2] for name in full})
             raise BadInput(f"No layer is called {ending!r}.", f"There are: {', '.join(known)}.")
     kept = [

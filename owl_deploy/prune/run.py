@@ -57,7 +57,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What was asked of a block and what came out; `outlier_ratio` in percent."""
+    """What was asked of a block (or the head) and what came out; `outlier_ratio` in percent."""
 
     name: str
     outlier_ratio: float | None
@@ -104,10 +104,11 @@ def prune(
     )
     store = Store(output, run.asked(), resume=resume, force=force)
     with kept_for_resuming(store, "use a smaller --batch-size"):
-        reports = run.execute(store)
+        reports, head = run.execute(store)
         _assemble(run, store)
         manifest = _manifest(run, reports, str(model), time.perf_counter() - started)
         manifest |= {"recipe": origin, "resumed": store.resumed}
+        manifest["head"] = asdict(head) if head else None
         (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
         write_json(store.folder / MANIFEST, manifest)
         store.finish()
@@ -178,11 +179,9 @@ class Run:
         for index, own in enumerate(self.shape.linears):
             for name in own:
                 columns = self.skeleton.linears(index)[name].in_features
-                if columns % size:
-                    raise BadInput(
-                        f"{self.names[index]}.{name} has {columns} inputs, no multiple of {size}.",
-                        "Choose another structure, or --skip it.",
-                    )
+                _check_columns(f"{self.names[index]}.{name}", columns, size)
+        if self.settings.head_sparsity is not None:
+            _check_columns(self.skeleton.head_name, self.skeleton.head.in_features, size)
 
     def _windows(self) -> torch.Tensor | None:
         measures = self.tune or self.settings.allocation in plan.MEASURED
@@ -210,18 +209,25 @@ class Run:
             self.held_out = windows[calibration.samples :]
         return windows[: calibration.samples]
 
-    def execute(self, store: Store) -> list[BlockReport]:
-        """Prune every block that `store` does not hold yet; it then holds them all."""
+    def execute(self, store: Store) -> tuple[list[BlockReport], BlockReport | None]:
+        """Prune every block that `store` does not hold yet, and the head if that is asked.
+
+        `store` then holds them all.
+        """
         made = self._plan(store)
         self.settings, self.trials = made.settings, made.trials
         statistics = made.statistics
         sparsities = self.sparsities(statistics)
         layers = plan.resolved_layers(self.shape, sparsities, self._linears_a_block)
+        head, head_sparsity = None, self.settings.head_sparsity
+        if head_sparsity is not None:
+            layers[self.skeleton.head_name] = head_sparsity
         text = recipe.dump_resolved(self.settings, layers)
         (store.folder / "recipe.yaml").write_text(text, encoding="utf-8")
         hidden = self._embedded(store.folder) if self.method.needs != "nothing" else None
         reports = []
-        with bar("Pruning", (2 * len(self.names) - 1) * self._samples) as advance:
+        passes = 2 * len(self.names) + (-1 if head_sparsity is None else 1)
+        with bar("Pruning", passes * self._samples) as advance:
             for index, name in enumerate(self.names):
                 weights = store.load(name)
                 if weights is None:
@@ -231,7 +237,9 @@ class Run:
                     self._replay(index, weights, hidden, advance)
                 ratio = None if statistics is None else self._ratio(statistics[index])
                 reports.append(self._report(index, ratio, sparsities[index], weights))
-        return reports
+            if head_sparsity is not None:
+                head = self._finish_head(store, head_sparsity, hidden, advance)
+        return reports, head
 
     def sparsities(self, statistics: plan.Statistics | None) -> list[dict[str, float]]:
         """For each block, its pruned Linears' sparsities by name."""
@@ -324,17 +332,44 @@ class Run:
             if hidden is not None:
                 inputs = self._pruning_inputs(block, index, hidden, advance)
             for key, sparsity in sparsities.items():
-                dense = weights[f"{key}.weight"]
-                group = self.settings.group
-                if group is not None:
-                    group = (plan.kept(sparsity, group[1]), group[1])
-                asked = _Asked(inputs, key, self.settings.dampening)
-                on_device = dense.to(self.device, torch.float32)
-                pruned = self.method.prune(on_device, asked, sparsity, group)
-                weights[f"{key}.weight"] = pruned.to(dense.device, dense.dtype)
-                linears[key].weight.copy_(weights[f"{key}.weight"])
+                pruned = self._pruned(weights[f"{key}.weight"], inputs, key, sparsity)
+                weights[f"{key}.weight"] = pruned
+                linears[key].weight.copy_(pruned)
             self._pass_on(block, index, hidden, advance)
         return weights
+
+    def _pruned(
+        self, dense: torch.Tensor, inputs: InputStatistics | None, key: str, sparsity: float
+    ) -> torch.Tensor:
+        """The weight `dense` [out, in] of the Linear `key`, pruned: as it lies, in its dtype."""
+        group = self.settings.group
+        if group is not None:
+            group = (plan.kept(sparsity, group[1]), group[1])
+        asked = _Asked(inputs, key, self.settings.dampening)
+        on_device = dense.to(self.device, torch.float32)
+        return self.method.prune(on_device, asked, sparsity, group).to(dense.device, dense.dtype)
+
+    @torch.no_grad()
+    def _finish_head(
+        self, store: Store, sparsity: float, hidden: Activations | None, advance: Advance
+    ) -> BlockReport:
+        """Prune the head, by what the pruned blocks let enter it, unless `store` holds it."""
+        name = self.skeleton.head_name
+        weights = store.load(name)
+        if weights is None:
+            inputs = None
+            if hidden is not None:
+                assert self.windows is not None
+                hessian = self.method.needs == "hessian"
+                inputs = InputStatistics({name: self.skeleton.head}, self._samples, hessian=hessian)
+                with inputs.gathering():
+                    self.skeleton.enter_head(self.windows, hidden, advance)
+            dense = self.checkpoint.read(self.skeleton.head_weights[0])
+            weights = {"weight": self._pruned(dense, inputs, name, sparsity)}
+            store.save(name, weights)
+        weight = weights["weight"]
+        zeros = int((weight == 0).sum())
+        return BlockReport(name, None, sparsity, zeros / weight.numel(), weight.numel())
 
     def _pruning_inputs(
         self, block: torch.nn.Module, index: int, hidden: Activations, advance: Advance
@@ -361,10 +396,10 @@ class Run:
     def _pass_on(
         self, block: torch.nn.Module, index: int, hidden: Activations | None, advance: Advance
     ) -> None:
-        """Run the pruned block, for what enters the next one; the last has none."""
+        """Run the pruned block, for what enters the next one; after the last only a head may."""
         if hidden is None:
             advance(2 * self._samples)
-        elif index + 1 < len(self.names):
+        elif index + 1 < len(self.names) or self.settings.head_sparsity is not None:
             hidden.through(block, index, advance, keep=True)
 
     def _gather(
@@ -429,6 +464,14 @@ def _block_statistics(
     return plan.BlockStatistics(dict(zip(multiples, ratios, strict=True)), middle)
 
 
+def _check_columns(name: str, columns: int, size: int) -> None:
+    if columns % size:
+        raise BadInput(
+            f"{name} has {columns} inputs, no multiple of {size}.",
+            "Choose another structure, or leave that layer dense.",
+        )
+
+
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     if checkpoint.config.get("quantization_config"):
         raise BadInput(
@@ -447,7 +490,13 @@ def _assemble(run: Run, store: Store) -> None:
             assert weights is not None
             yield from ((f"{name}.{key}", tensor) for key, tensor in weights.items())
         blocks = tuple(f"{name}." for name in run.names)
-        yield from ((key, run.checkpoint.read(key)) for key in files if not key.startswith(blocks))
+        for key in files:
+            # A tied weight may lie there under both names, of which each is written by itself.
+            head = key in run.skeleton.head_weights and store.load(run.skeleton.head_name)
+            if head:
+                yield key, head["weight"]
+            elif not key.startswith(blocks):
+                yield key, run.checkpoint.read(key)
 
     ready = [store.path(name) for name in run.names] if large else []
     shards(tensors(), store.folder, ready)

@@ -28,7 +28,11 @@ def show(manifest: dict[str, Any], output: str) -> None:
             Bar(1.0, 0.0, block["sparsity"], width=_BAR_WIDTH, color="blue"),
         )
     table.add_section()
-    table.add_row("all blocks", "", f"{whole['asked']:.4f}", f"{whole['achieved']:.4f}")
+    ends = [("all blocks", whole["asked"], whole["achieved"])]
+    if head := manifest["head"]:
+        ends.append((head["name"], head["sparsity"], head["achieved"]))
+    for name, asked, achieved in ends:
+        table.add_row(name, "", f"{asked:.4f}", f"{achieved:.4f}")
     console = Console()
     console.print(table)
     _show_tuning(console, manifest)

@@ -8,6 +8,12 @@ import torch
 
 def block_inputs(model: torch.nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
     """For each Linear in a decoder block: sqrt(sum over tokens of x^2 / samples), [in], float64."""
+    norms = input_norms(model, windows)
+    return {name: norm for name, norm in norms.items() if ".layers." in name}
+
+
+def input_norms(model: torch.nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same for every Linear of the model, its head among them."""
     squares: dict[str, torch.Tensor] = {}
 
     def hook(name: str):
@@ -20,7 +26,7 @@ def block_inputs(model: torch.nn.Module, windows: torch.Tensor) -> dict[str, tor
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
+        if isinstance(module, torch.nn.Linear)
     ]
     with torch.no_grad():
         for window in windows:

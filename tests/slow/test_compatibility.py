@@ -37,8 +37,8 @@ print(json.dumps({"ids": ids[0].tolist(), "type": modifier.type, "arguments": mo
 COUNT = """
 found = {}
 for name, module in model.named_modules():
-    if isinstance(module, torch.nn.Linear) and ".layers." in name:
-        block = ".".join(name.split(".")[:3])
+    if isinstance(module, torch.nn.Linear):
+        block = ".".join(name.split(".")[:3])  # or the head
         zeros, total = found.get(block, (0, 0))
         found[block] = (zeros + int((module.weight == 0).sum()), total + module.weight.numel())
 print()
@@ -107,6 +107,14 @@ def test_the_pruned_demo_model_loads_and_gives_the_same_logits(pruned, tmp_path)
     assert found["arguments"]["targets"] == [block["name"] for block in manifest["blocks"]]
 
 
+def one_shot(library, model, resolved):
+    """The share of zeros in each block and in the head after the library applied the recipe."""
+    tokens = tokenize(load_tokenizer(model), tiny.text())
+    windows = json.dumps(calibration_windows(tokens, 3, 64, 0).tolist())
+    out = run(environment(library), ONE_SHOT[library] + COUNT, model, resolved, windows)
+    return json.loads(out.splitlines()[-1])
+
+
 @pytest.mark.parametrize("library", ONE_SHOT)
 @pytest.mark.parametrize(
     ("method", "structure"),
@@ -127,15 +135,21 @@ def test_their_one_shot_applies_our_resolved_recipe(
     settings = recipe.settings(method=method, structure=structure, outlier_multiple=2)
     text = Calibration(str(text_file), samples=3, sequence_length=64)
     manifest = prune(model, tmp_path / "ours", settings, text)
-    tokens = tokenize(load_tokenizer(model), tiny.text())
-    windows = calibration_windows(tokens, 3, 64, 0).tolist()
-    out = run(
-        environment(library),
-        ONE_SHOT[library] + COUNT,
-        model,
-        tmp_path / "ours" / "recipe.yaml",
-        json.dumps(windows),
-    )
-    found = json.loads(out.splitlines()[-1])
+    found = one_shot(library, model, tmp_path / "ours" / "recipe.yaml")
     for block in manifest["blocks"]:
         assert found[block["name"]] == pytest.approx(block["sparsity"], abs=1e-3)
+    assert found["lm_head"] < 1e-3
+
+
+@pytest.mark.parametrize("library", ONE_SHOT)
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_their_one_shot_prunes_the_head_where_our_recipe_does(tmp_path, text_file, method, library):
+    model = tiny.write_llama(
+        tmp_path / "dense", hidden_size=1024, intermediate_size=2048, tie_word_embeddings=False
+    )
+    settings = recipe.settings(method=method, allocation="uniform", head_sparsity=0.3)
+    text = Calibration(str(text_file), samples=3, sequence_length=64)
+    prune(model, tmp_path / "ours", settings, text)
+    found = one_shot(library, model, tmp_path / "ours" / "recipe.yaml")
+    assert found["lm_head"] == pytest.approx(0.3, abs=1e-3)
+    assert found["model.layers.1"] == pytest.approx(0.7, abs=1e-3)
