@@ -251,14 +251,17 @@ def _dump_layerwise(
     return {"SparseGPTModifier": arguments}
 
 
+_WEIGHTS = r"\.(?!.*norm)(.*\.)?weight$"  # a target names tensors here: norms have weights too
+
+
 def _dump_magnitude(target: str, sparsity: float, group: tuple[int, int] | None) -> dict[str, Any]:
     return {
         "init_sparsity": sparsity,
         "final_sparsity": sparsity,
         "start": 0.0,
-        "end": 0.0,
+        "end": 1.0,  # SparseML never starts a modifier whose end is no later than its start
         "mask_structure": UNSTRUCTURED if group is None else mask_structure(group),
-        "targets": [rf"re:{re.escape(target)}(\..*)?\.weight$"],
+        "targets": [rf"re:{re.escape(target)}{_WEIGHTS}"],
     }
 
 
@@ -280,6 +283,8 @@ def _describe(settings: PruneSettings) -> list[str]:
         lines.append(f"Outlier multiple (M) {settings.outlier_multiple:g}.")
     if settings.spread:
         lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
+    if settings.method == "magnitude":
+        lines.append("SparseML knows magnitude in training only, from its first step, and no N:M.")
     if settings.method == "wanda-variant":
         lines.append("SparseML knows plain Wanda only: these layers, another choice of weights.")
     return lines
@@ -423,7 +428,7 @@ def _layer_of(target: str) -> str | None:
 
     re:model\.layers\.3(\..*)?\.weight$ -> model.layers.3
     """
-    plain = target.replace("\\", "").removeprefix("re:").removesuffix("$")
+    plain = target.removesuffix(_WEIGHTS).replace("\\", "").removeprefix("re:").removesuffix("$")
     plain = plain.removesuffix(".weight").removesuffix("(..*)?")
     return plain if plain in HEADS or re.fullmatch(r"(\w+\.)+\d+(\.\w+)*", plain) else None
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from owl_deploy import recipe
+from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
@@ -142,7 +144,7 @@ def test_their_one_shot_applies_our_resolved_recipe(
 
 
 @pytest.mark.parametrize("library", ONE_SHOT)
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_their_one_shot_prunes_the_head_where_our_recipe_does(tmp_path, text_file, method, library):
     model = tiny.write_llama(
         tmp_path / "dense", hidden_size=1024, intermediate_size=2048, tie_word_embeddings=False
@@ -153,3 +155,49 @@ def test_their_one_shot_prunes_the_head_where_our_recipe_does(tmp_path, text_fil
     found = one_shot(library, model, tmp_path / "ours" / "recipe.yaml")
     assert found["lm_head"] == pytest.approx(0.3, abs=1e-3)
     assert found["model.layers.1"] == pytest.approx(0.7, abs=1e-3)
+
+
+TRAIN = """
+import json, sys
+import torch
+import sparseml.core.session as session
+from sparseml.core.framework import Framework
+from sparseml.core.session import callbacks
+from sparseml.transformers import SparseAutoModelForCausalLM
+dense, recipe = sys.argv[1:]
+model = SparseAutoModelForCausalLM.from_pretrained(dense)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+session.create_session()
+session.initialize(
+    framework=Framework.pytorch, recipe=recipe, model=model, optimizer=optimizer, start=0.0,
+    steps_per_epoch=10, copy_data=False,
+)
+ids = torch.tensor([[5, 6, 7]])
+callbacks.batch_start(batch_data=ids)
+loss = model(ids, labels=ids).loss
+loss.backward()
+callbacks.loss_calculated(loss=loss)
+callbacks.optim_pre_step()
+optimizer.step()
+callbacks.optim_post_step()
+callbacks.batch_end()
+print()
+print(json.dumps([n for n, p in model.named_parameters() if "norm" in n and (p == 0).any()]))
+"""
+
+
+def test_sparsemls_training_applies_our_magnitude_recipe(tmp_path):
+    """Magnitude is for training there: the first step removes the weights, and no others."""
+    model = tiny.write_llama(
+        tmp_path / "dense", hidden_size=256, intermediate_size=512, tie_word_embeddings=False
+    )
+    tensors = load_file(model / WEIGHTS)
+    apart = {name: value + 1e-3 * torch.randn(value.shape) for name, value in tensors.items()}
+    save_file(apart, model / WEIGHTS, metadata={"format": "pt"})  # no ties, of which it removes all
+    settings = recipe.settings(method="magnitude", allocation="linear", head_sparsity=0.3)
+    manifest = prune(model, tmp_path / "ours", settings, None)
+    out = run(environment("sparseml"), TRAIN + COUNT, model, tmp_path / "ours" / "recipe.yaml")
+    norms, _, found = out.splitlines()[-3:]
+    assert json.loads(norms) == []
+    for block in [*manifest["blocks"], manifest["head"]]:
+        assert json.loads(found)[block["name"]] == pytest.approx(block["sparsity"], abs=1e-3)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,22 @@ def test_a_resolved_recipe_with_mixed_groups_reads_back(tmp_path, method):
 def modifiers(text: str) -> list[dict]:
     stage = yaml.safe_load(text)["oneshot_stage"]
     return [arguments for group in stage.values() for arguments in group.values()]
+
+
+def test_a_magnitude_target_is_the_weights_of_linears():
+    text = recipe.dump_resolved(
+        recipe.settings(method="magnitude"), {"model.layers.1": 0.5, "lm_head": 0.25}
+    )
+    block, head = (modifier["targets"][0].removeprefix("re:") for modifier in modifiers(text))
+    assert re.match(block, "model.layers.1.mlp.up_proj.weight")
+    assert re.match(head, "lm_head.weight")
+    for other in (
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.10.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj.bias",
+    ):
+        assert not re.match(block, other)
 
 
 def test_skipped_layers_leave_linears_as_targets(tmp_path):
