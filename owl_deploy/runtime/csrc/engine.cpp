@@ -364,7 +364,12 @@ struct AttentionStep {
     const std::size_t from = (first_chunk() + chunk) * kDecodeChunk;
     float* result = partial + chunk * chunk_floats();
     auto* scratch = task_sums.get<float>(attend_one_scratch(shared()));
-    kernels.attend_one(span_of(op, in, head), q + h * size, std::max(start(), from), std::min(end(), from + kDecodeChunk),
+    AttentionSpan span = span_of(op, in, head);
+    if (chunk + 1 < chunks())
+      span.next = cache_at(op, in.keys, head, from + kDecodeChunk);
+    else if (head + 1 < op.kv_heads)
+      span.next = cache_at(op, in.keys, head + 1, first_chunk() * kDecodeChunk);
+    kernels.attend_one(span, q + h * size, std::max(start(), from), std::min(end(), from + kDecodeChunk),
                        scratch, result + h * size, result + width() + h, result + width() + op.heads + h);
   }
 

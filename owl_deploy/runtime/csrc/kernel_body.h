@@ -677,8 +677,9 @@ inline typename V::F cap(typename V::F score, float softcap) {  // softcap * tan
 // costs as much as multiplying them, so heads share it. Size: the head size where it is known, else 0.
 template <class V, CacheType Type, std::size_t Size, int Heads, bool Full>
 inline void score_rows(const std::uint8_t* keys, const float* q, std::size_t head_size, std::size_t rows,
-                       typename V::F* scores) {
+                       const std::uint8_t* values, typename V::F* scores) {
   const std::size_t size = Size != 0 ? Size : head_size;
+  constexpr std::size_t bytes = Type == CacheType::kFp32 ? 4 : 2;
   typename V::F acc[Heads][8];
 #pragma GCC unroll 4
   for (int h = 0; h < Heads; ++h)
@@ -687,6 +688,10 @@ inline void score_rows(const std::uint8_t* keys, const float* q, std::size_t hea
   for (std::size_t d = 0; d < size; d += 16) {
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < 8; ++r) {
+      if (d * bytes % 64 == 0) {
+        prefetch(keys + (32 + r) * size * bytes + d * bytes);
+        if (values != nullptr) prefetch(values + (r * size + d) * bytes);
+      }
       const typename V::F key = load_cache<V>(Type, keys, (Full ? r : smaller(r, rows - 1)) * size + d);
 #pragma GCC unroll 4
       for (int h = 0; h < Heads; ++h) acc[h][r] = V::f_fma(V::f_load(q + h * size + d), key, acc[h][r]);
@@ -703,18 +708,17 @@ void score_heads(const AttentionSpan& span, const float* q, std::size_t begin, s
   const std::size_t row_bytes = size * (Type == CacheType::kFp32 ? 4 : 2);
   for (std::size_t t = begin; t < end; t += 16) {
     const auto* keys = static_cast<const std::uint8_t*>(span.keys) + t * row_bytes;
-    prefetch_cache(Type, keys, 32 * size, 16 * size);  // past `end` they are the next task's
-    if (prefetch_values) prefetch_cache(Type, span.values, t * size, 16 * size);
+    const auto* values = prefetch_values ? static_cast<const std::uint8_t*>(span.values) + t * row_bytes : nullptr;
     typename V::F low[Heads], high[Heads];
     if (end - t >= 16) {
-      score_rows<V, Type, Size, Heads, true>(keys, q, size, 8, low);
-      score_rows<V, Type, Size, Heads, true>(keys + 8 * row_bytes, q, size, 8, high);
+      score_rows<V, Type, Size, Heads, true>(keys, q, size, 8, values, low);
+      score_rows<V, Type, Size, Heads, true>(keys + 8 * row_bytes, q, size, 8, values == nullptr ? nullptr : values + 8 * row_bytes, high);
     } else {
       const std::size_t rows = end - t, first = smaller(rows, 8);
-      score_rows<V, Type, Size, Heads, false>(keys, q, size, first, low);
+      score_rows<V, Type, Size, Heads, false>(keys, q, size, first, values, low);
       // With no row left, the last one again: what it scores is dropped.
       const std::size_t at = rows > 8 ? 8 : rows - 1;
-      score_rows<V, Type, Size, Heads, false>(keys + at * row_bytes, q, size, rows - at, high);
+      score_rows<V, Type, Size, Heads, false>(keys + at * row_bytes, q, size, rows - at, nullptr, high);
     }
     for (int h = 0; h < Heads; ++h) {
       const typename V::F score = V::f_mul(V::f_join8(low[h], high[h]), V::f_set1(span.scale));
@@ -766,12 +770,13 @@ void soften(float* scores, std::size_t size, float* maximum, float* total) {
 // out [Heads, head_size], dimensions [d, d + 16 * Parts): the weighted sums of the values of positions [begin, end).
 template <class V, CacheType Type, int Heads, int Parts>
 void mix_part(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, std::size_t d,
-              float* out) {
+              const void* next, float* out) {
   const std::size_t size = span.head_size;
   typename V::F acc[Heads][Parts];
   for (int h = 0; h < Heads; ++h)
     for (int p = 0; p < Parts; ++p) acc[h][p] = V::f_set1(0.0F);
   for (std::size_t t = begin; t < end; ++t) {
+    if (next != nullptr) prefetch_cache(Type, next, (t - begin) * size + d, 16 * Parts);
 #pragma GCC unroll 4
     for (std::size_t p = 0; p < Parts; ++p) {
       const typename V::F value = load_cache<V>(Type, span.values, t * size + d + 16 * p);
@@ -785,10 +790,11 @@ void mix_part(const AttentionSpan& span, const float* weights, std::size_t begin
 }
 
 template <class V, CacheType Type, int Heads>
-void mix_values(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, float* out) {
+void mix_values(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, const void* next,
+                float* out) {
   std::size_t d = 0;
-  for (; d + 64 <= span.head_size; d += 64) mix_part<V, Type, Heads, 4>(span, weights, begin, end, d, out);
-  for (; d < span.head_size; d += 16) mix_part<V, Type, Heads, 1>(span, weights, begin, end, d, out);
+  for (; d + 64 <= span.head_size; d += 64) mix_part<V, Type, Heads, 4>(span, weights, begin, end, d, next, out);
+  for (; d < span.head_size; d += 16) mix_part<V, Type, Heads, 1>(span, weights, begin, end, d, next, out);
 }
 
 template <class V, CacheType Type>
@@ -799,11 +805,11 @@ void attend_chunk(const AttentionSpan& span, const float* q, std::size_t begin, 
     soften<V>(scores + h * kDecodeChunk, end - begin, maxima + h, sums + h);
   std::size_t h = 0;
   for (; h + 4 <= span.heads; h += 4)
-    mix_values<V, Type, 4>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+    mix_values<V, Type, 4>(span, scores + h * kDecodeChunk, begin, end, h == 0 ? span.next : nullptr, out + h * span.head_size);
   for (; h + 3 <= span.heads; h += 3)
-    mix_values<V, Type, 3>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+    mix_values<V, Type, 3>(span, scores + h * kDecodeChunk, begin, end, h == 0 ? span.next : nullptr, out + h * span.head_size);
   for (; h < span.heads; ++h)
-    mix_values<V, Type, 1>(span, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+    mix_values<V, Type, 1>(span, scores + h * kDecodeChunk, begin, end, h == 0 ? span.next : nullptr, out + h * span.head_size);
 }
 
 template <class V>
