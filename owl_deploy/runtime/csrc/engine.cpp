@@ -77,12 +77,25 @@ inline void relax() {
 
 // ---- Phases ----------------------------------------------------------------------------------------------
 
+// Where the data of an item and of those behind it begin; null: nowhere.
+struct Memory {
+  const std::uint8_t* values = nullptr;
+  const std::uint8_t* masks = nullptr;
+
+  // Asks for four cache lines of values from line `first` on, and for the masks that may go with them.
+  void ask(std::size_t first) const {
+    for (std::size_t i = 0; values != nullptr && i < 4; ++i) __builtin_prefetch(values + 64 * (first + i));
+    if (masks != nullptr) __builtin_prefetch(masks + 16 * first);
+  }
+};
+
 struct Phase {
   std::size_t count = 0;  // items
   std::size_t grain = 1;  // items that a thread takes at least
   bool in_runs = false;   // a thread takes long runs of items while many are left: weights are read in order then
   std::function<void(std::size_t, std::size_t)> items;  // [begin, end)
   std::function<void()> before, after;                  // by one thread, before the first item and after the last
+  std::function<Memory(std::size_t)> memory;            // of an item, for a thread that waits; may be empty
 };
 
 // What the threads of one run share; a phase's counters have a cache line of their own.
@@ -116,8 +129,14 @@ class Run {
     std::atomic<std::size_t> taken{0}, done{0};
   };
 
+  // Weights and keys do not depend on what is waited for: meanwhile they come nearer. Whoever opens the phase takes the
+  // first items, so that the next thread begins behind its share.
   void wait_for(std::size_t p) {
+    const Phase& phase = phases_[p];
+    const std::size_t likely = phase.count / threads_.load(std::memory_order_relaxed);
+    const Memory next = phase.memory && likely < phase.count ? phase.memory(likely) : Memory{};
     for (std::size_t spins = 0; open_.load(std::memory_order_acquire) < p; ++spins) {
+      if (spins < kAheadLines / 4) next.ask(4 * spins);
       relax();
       // Whoever has the last item may have lost its core to another process.
       if (spins > kSpins) std::this_thread::yield();
@@ -168,6 +187,7 @@ class Run {
   }
 
   static constexpr std::size_t kSpins = 2000;
+  static constexpr std::size_t kAheadLines = 128;
 
   const std::vector<Phase>& phases_;
   Counters* counters_;
@@ -359,6 +379,11 @@ struct AttentionStep {
   // Results of a chunk: [heads, size] values, then a maximum and a sum for each head.
   std::size_t chunk_floats() const { return width() + 2 * op.heads; }
 
+  const std::uint8_t* keys_of(std::size_t i) const {
+    const std::size_t from = (first_chunk() + i % chunks()) * kDecodeChunk;
+    return static_cast<const std::uint8_t*>(cache_at(op, in.keys, i / chunks(), from));
+  }
+
   void attend_chunk(std::size_t i, const float* q, float* partial) const {
     const std::size_t size = op.head_size, chunk = i % chunks(), head = i / chunks(), h = head * shared();
     const std::size_t from = (first_chunk() + chunk) * kDecodeChunk;
@@ -453,6 +478,10 @@ class Plan::Steps {
     phase.in_runs = true;
     phase.before = [this, s] { s->prepare(0, extra_, rows_); };
     phase.items = [this, s](std::size_t begin, std::size_t end) { s->multiply_pairs(begin, end, rows_); };
+    phase.memory = [s](std::size_t pair) {
+      const PackedMatrix& w = s->op.weight;
+      return Memory{w.group_values(2 * pair), w.sparse() ? w.group_masks(2 * pair) : nullptr};
+    };
     if (s->op.weight.storage == Storage::kPlanes) screen(*s);
   }
 
@@ -487,6 +516,7 @@ class Plan::Steps {
     Phase& phase = add_phase(s->chunks() * s->op.kv_heads,
                              [this, s](std::size_t i) { s->attend_chunk(i, extra_, extra_ + s->width()); });
     phase.in_runs = true;
+    phase.memory = [s](std::size_t i) { return Memory{s->keys_of(i), nullptr}; };
     phase.before = [this, s] { s->enter(0, extra_); };
     phase.after = [this, s] { s->join(extra_ + s->width()); };
   }

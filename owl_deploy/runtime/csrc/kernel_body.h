@@ -251,10 +251,12 @@ void refine_group(const PackedMatrix& w, const std::size_t* rows, std::size_t co
   for (std::size_t i = 0; i < count; ++i) y[rows[i]] += (sums[i] + bias[rows[i] % kGroupRows]) * 0.0625F;
 }
 
-inline void prefetch_low(const PackedMatrix& w, std::size_t r) {
-  for (std::size_t i = 0; i < w.low_row_bytes(); i += 64) prefetch(w.low_row(r) + i);
-  const std::uint8_t* scales = w.group_scales(r / kGroupRows);
-  for (std::size_t i = 0; i < w.scale_blocks() * kGroupRows; i += 64) prefetch(scales + i);
+// Of the i-th of some rows in order: its group's scales too, unless the row before it has asked for them.
+inline void prefetch_low(const PackedMatrix& w, const std::size_t* rows, std::size_t i) {
+  const std::uint8_t* low = w.low_row(rows[i]);
+  for (std::size_t at = 0; at < w.low_row_bytes(); at += 64) prefetch(low + at);
+  const std::size_t group = rows[i] / kGroupRows;
+  if (i == 0 || rows[i - 1] / kGroupRows != group) prefetch_scales(w, group);
 }
 
 template <class V>
@@ -280,11 +282,11 @@ void refine(const PackedMatrix& w, std::size_t begin, std::size_t end, const Act
     for (std::size_t r = from; r < to; ++r)
       if (y[r] >= least) found[count++] = r;
   }
-  for (std::size_t i = 0; i < smaller(count, kAhead); ++i) prefetch_low(w, found[i]);
+  for (std::size_t i = 0; i < smaller(count, kAhead); ++i) prefetch_low(w, found, i);
   for (std::size_t i = 0, next; i < count; i = next) {
     for (next = i + 1; next < count && found[next] / kGroupRows == found[i] / kGroupRows;) ++next;
     refine_group<V>(w, found + i, next - i, layout, row, y, [&](std::size_t n) {
-      if (i + n + kAhead < count) prefetch_low(w, found[i + n + kAhead]);
+      if (i + n + kAhead < count) prefetch_low(w, found, i + n + kAhead);
     });
   }
 }
@@ -674,7 +676,8 @@ inline typename V::F cap(typename V::F score, float softcap) {  // softcap * tan
 }
 
 // Scores of 8 positions (Full) or fewer from `keys` on for each of some heads, as V::f_sum8 leaves them: converting keys
-// costs as much as multiplying them, so heads share it. Size: the head size where it is known, else 0.
+// costs as much as multiplying them, so heads share it. Size: the head size where it is known, else 0. `values`: of the
+// same positions, to ask memory for, or null.
 template <class V, CacheType Type, std::size_t Size, int Heads, bool Full>
 inline void score_rows(const std::uint8_t* keys, const float* q, std::size_t head_size, std::size_t rows,
                        const std::uint8_t* values, typename V::F* scores) {
@@ -688,7 +691,7 @@ inline void score_rows(const std::uint8_t* keys, const float* q, std::size_t hea
   for (std::size_t d = 0; d < size; d += 16) {
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < 8; ++r) {
-      if (d * bytes % 64 == 0) {
+      if (d * bytes % 64 == 0) {  // past the end they are the next task's
         prefetch(keys + (32 + r) * size * bytes + d * bytes);
         if (values != nullptr) prefetch(values + (r * size + d) * bytes);
       }
@@ -770,13 +773,13 @@ void soften(float* scores, std::size_t size, float* maximum, float* total) {
 // out [Heads, head_size], dimensions [d, d + 16 * Parts): the weighted sums of the values of positions [begin, end).
 template <class V, CacheType Type, int Heads, int Parts>
 void mix_part(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, std::size_t d,
-              const void* next, float* out) {
+              float* out) {
   const std::size_t size = span.head_size;
   typename V::F acc[Heads][Parts];
   for (int h = 0; h < Heads; ++h)
     for (int p = 0; p < Parts; ++p) acc[h][p] = V::f_set1(0.0F);
   for (std::size_t t = begin; t < end; ++t) {
-    if (next != nullptr) prefetch_cache(Type, next, (t - begin) * size + d, 16 * Parts);
+    if (span.next != nullptr) prefetch_cache(Type, span.next, (t - begin) * size + d, 16 * Parts);
 #pragma GCC unroll 4
     for (std::size_t p = 0; p < Parts; ++p) {
       const typename V::F value = load_cache<V>(Type, span.values, t * size + d + 16 * p);
@@ -790,11 +793,10 @@ void mix_part(const AttentionSpan& span, const float* weights, std::size_t begin
 }
 
 template <class V, CacheType Type, int Heads>
-void mix_values(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, const void* next,
-                float* out) {
+void mix_values(const AttentionSpan& span, const float* weights, std::size_t begin, std::size_t end, float* out) {
   std::size_t d = 0;
-  for (; d + 64 <= span.head_size; d += 64) mix_part<V, Type, Heads, 4>(span, weights, begin, end, d, next, out);
-  for (; d < span.head_size; d += 16) mix_part<V, Type, Heads, 1>(span, weights, begin, end, d, next, out);
+  for (; d + 64 <= span.head_size; d += 64) mix_part<V, Type, Heads, 4>(span, weights, begin, end, d, out);
+  for (; d < span.head_size; d += 16) mix_part<V, Type, Heads, 1>(span, weights, begin, end, d, out);
 }
 
 template <class V, CacheType Type>
@@ -803,13 +805,15 @@ void attend_chunk(const AttentionSpan& span, const float* q, std::size_t begin, 
   score_chunk<V, Type>(span, q, begin, end, scores);
   for (std::size_t h = 0; h < span.heads; ++h)
     soften<V>(scores + h * kDecodeChunk, end - begin, maxima + h, sums + h);
+  AttentionSpan asking = span;  // the first pass asks for all that comes next
   std::size_t h = 0;
-  for (; h + 4 <= span.heads; h += 4)
-    mix_values<V, Type, 4>(span, scores + h * kDecodeChunk, begin, end, h == 0 ? span.next : nullptr, out + h * span.head_size);
-  for (; h + 3 <= span.heads; h += 3)
-    mix_values<V, Type, 3>(span, scores + h * kDecodeChunk, begin, end, h == 0 ? span.next : nullptr, out + h * span.head_size);
-  for (; h < span.heads; ++h)
-    mix_values<V, Type, 1>(span, scores + h * kDecodeChunk, begin, end, h == 0 ? span.next : nullptr, out + h * span.head_size);
+  auto mix = [&](auto values, std::size_t heads) {
+    for (; h + heads <= span.heads; h += heads, asking.next = nullptr)
+      values(asking, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+  };
+  mix(mix_values<V, Type, 4>, 4);
+  mix(mix_values<V, Type, 3>, 3);
+  mix(mix_values<V, Type, 1>, 1);
 }
 
 template <class V>

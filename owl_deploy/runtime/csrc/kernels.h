@@ -38,7 +38,7 @@ struct AttentionSpan {
   std::size_t heads = 0;         // query heads that share this kv head
   float scale = 1.0F;
   float softcap = 0.0F;          // 0: none
-  const void* next = nullptr;    // keys that attend_one asks memory for while it mixes values: of its next call, or null
+  const void* next = nullptr;    // the next call's keys, which attend_one asks memory for while it mixes values; or null
 };
 
 struct Kernels {
