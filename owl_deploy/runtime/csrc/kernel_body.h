@@ -21,6 +21,8 @@ constexpr std::size_t kPrefetchBytes = 2048;  // hides memory latency; without i
 inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 inline std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second-level cache: more of these can be under way at once, for what is needed some microseconds later.
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // ---- Weights ---------------------------------------------------------------------------------------------
 
@@ -663,7 +665,7 @@ void join_chunks(std::size_t chunks, std::size_t stride, std::size_t size, const
 inline void prefetch_cache(CacheType type, const void* base, std::size_t index, std::size_t size) {
   const std::size_t bytes = type == CacheType::kFp32 ? 4 : 2;
   const char* p = static_cast<const char*>(base) + index * bytes;
-  for (std::size_t i = 0; i < size * bytes; i += 64) prefetch(p + i);
+  for (std::size_t i = 0; i < size * bytes; i += 64) prefetch_far(p + i);
 }
 
 template <class V>
@@ -691,10 +693,7 @@ inline void score_rows(const std::uint8_t* keys, const float* q, std::size_t hea
   for (std::size_t d = 0; d < size; d += 16) {
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < 8; ++r) {
-      if (d * bytes % 64 == 0) {  // past the end they are the next task's
-        prefetch(keys + (32 + r) * size * bytes + d * bytes);
-        if (values != nullptr) prefetch(values + (r * size + d) * bytes);
-      }
+      if (values != nullptr && d * bytes % 64 == 0) prefetch_far(values + (r * size + d) * bytes);
       const typename V::F key = load_cache<V>(Type, keys, (Full ? r : smaller(r, rows - 1)) * size + d);
 #pragma GCC unroll 4
       for (int h = 0; h < Heads; ++h) acc[h][r] = V::f_fma(V::f_load(q + h * size + d), key, acc[h][r]);
