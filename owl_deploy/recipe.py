@@ -283,6 +283,8 @@ def _describe(settings: PruneSettings) -> list[str]:
         lines.append(f"Outlier multiple (M) {settings.outlier_multiple:g}.")
     if settings.spread:
         lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
+    if settings.head_sparsity is not None:
+        lines.append(f"Of the output head {settings.head_sparsity:.4g}.")
     if settings.method == "magnitude":
         lines.append("SparseML knows magnitude in training only, from its first step, and no N:M.")
     if settings.method == "wanda-variant":
