@@ -184,8 +184,8 @@ def export(
     head: Annotated[
         str | None,
         typer.Option(
-            help="For int8 values: screened, where tokens far from the likeliest get 4 bits of the "
-            "head, or whole. [screened]"
+            help="For owl: screened, an int8 head of which tokens far from the likeliest get 4 "
+            "bits, or whole, like the other values. [screened for int8, else whole]"
         ),
     ] = None,
     force: Force = False,

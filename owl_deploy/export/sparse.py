@@ -26,8 +26,8 @@ from owl_deploy.runtime import library_path, pack
 
 Values = Literal["bf16", "int8", "fp32"]
 Cache = Literal["fp16", "fp32"]
-# How an int8 head is stored: in planes, so that a token's likely successors get all 8 bits and the
-# others 4, or whole.
+# How the head is stored: as int8 in planes, so that a token's likely successors get all 8 bits and
+# the others 4, or whole, in the type of the other values.
 Head = Literal["screened", "whole"]
 
 DOMAIN = "ai.owl"
@@ -50,7 +50,7 @@ class Rewriter:
     folder: Path
     values: Values
     cache: Cache
-    head: Head = "screened"
+    head: Head = "whole"
     packed: dict[str, pack.Block] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -102,12 +102,16 @@ class Rewriter:
         may_be_sparse: bool = True,
         planes: bool = False,
     ) -> str:
-        """Pack `weight` [outputs, inputs] once under `name`; sparse if that pays and may be."""
+        """Pack `weight` [outputs, inputs] once under `name`; sparse if that pays and may be.
+
+        With `planes` as int8, whatever the other values are.
+        """
         if name not in self.packed:
             density = int(np.count_nonzero(weight)) / weight.size
             sparse = may_be_sparse and density <= MAX_DENSITY[self.values]
+            values = "int8" if planes else self.values
             self.packed[name] = pack.pack(
-                np.ascontiguousarray(weight), self.values, sparse, planes=planes
+                np.ascontiguousarray(weight), values, sparse, planes=planes
             )
         return name
 
@@ -126,14 +130,14 @@ def sparsify_deployment(
     values: Values = "bf16",
     cache: Cache | None = None,
     *,
-    head: Head = "screened",
+    head: Head | None = None,
     join: bool = True,
 ) -> dict[str, object]:
     """Rewrite the builder's fp32 deployment `source` into the folder `destination`.
 
-    `cache` is the precision of the KV cache: fp16 unless `values` is fp32. `head` matters to int8
-    only. Without `join` every operator stays a node of its own: slower, but the runtime's profile
-    then shows each. Returns statistics.
+    `cache` is the precision of the KV cache: fp16 unless `values` is fp32; `head` is screened where
+    they are int8, else whole. Without `join` every operator stays a node of its own: slower, but
+    the runtime's profile then shows each. Returns statistics.
     """
     model_file = source / "model.onnx"
     config_file = source / "genai_config.json"
@@ -146,6 +150,7 @@ def sparsify_deployment(
     library = library_path()
     model = onnx.load(model_file, load_external_data=False)
     cache = cache or ("fp32" if values == "fp32" else "fp16")
+    head = head or ("screened" if values == "int8" else "whole")
     rewriter = Rewriter(model, source, values, cache, head)
     for apply in PASSES if join else (*REPLACEMENTS, drop_unused):
         rewriter.counts[apply.__name__] = apply(rewriter)
@@ -205,7 +210,7 @@ def replace_matmuls(rewriter: Rewriter) -> int:
             f"{node.input[1]}.packed",
             weight.T,
             may_be_sparse=not is_head,
-            planes=is_head and rewriter.values == "int8" and rewriter.head == "screened",
+            planes=is_head and rewriter.head == "screened",
         )
         old, bias, output = [node], "", node.output[0]
         add = rewriter.only_reader(node.output[0])

@@ -28,14 +28,14 @@ class Request:
     """What a target's function is asked for: write `source` into `folder`.
 
     `precision` is one of the target's; `values` one of its value types, None if it has none;
-    `head` how an int8 head is stored.
+    `head` how its head is stored, None as usual.
     """
 
     source: Source
     folder: Path
     precision: str
     values: str | None
-    head: sparse.Head
+    head: sparse.Head | None
     progress: Progress
 
 
@@ -146,22 +146,21 @@ def export(
 ) -> dict[str, Any]:
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
-    `head`, for int8 values only, is `screened` (the default) or `whole`. `progress` is told each
-    step. The deployment appears whole, after its parity with PyTorch was checked, or not at all.
-    Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
+    `head`, for targets with values, is `screened` (usual for int8) or `whole`. `progress` is told
+    each step. The deployment appears whole, after its parity with PyTorch was checked, or not at
+    all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
     """
     row = _row(target, precision, values)
     if row.values and values is None:
         values = row.values[0]
-    _check_head(head, values)
+    _check_head(head, row)
     started = time.monotonic()
     with _disk_errors(destination), artefact.staged_folder(destination, force) as staging:
         progress("Loading the checkpoint")
         source = Source(folder)
         _check_disk(source, staging, precision)
-        request = Request(
-            source, staging, precision, values, cast(sparse.Head, head or "screened"), progress
-        )
+        chosen = cast(sparse.Head | None, head)
+        request = Request(source, staging, precision, values, chosen, progress)
         facts = row.build(request)
         progress("Computing PyTorch's logits")
         manifest = {
@@ -174,7 +173,8 @@ def export(
             "source": _source_summary(source),
         }
         reference = source.reference
-        tolerance = row.tolerances.get(values or precision)
+        # A screened head rounds as int8 values do.
+        tolerance = None if head == "screened" else row.tolerances.get(values or precision)
         del source  # its weights are as large as what the engine loads next
         manifest["parity"] = parity.check(
             staging,
@@ -207,16 +207,13 @@ def _row(target: str, precision: str, values: str | None) -> Target:
     return row
 
 
-def _check_head(head: str | None, values: str | None) -> None:
+def _check_head(head: str | None, row: Target) -> None:
     if head is None:
         return
     if head not in get_args(sparse.Head):
         raise unknown_name("head", head, get_args(sparse.Head))
-    if values != "int8":
-        raise BadInput(
-            "Only int8 values have a choice of heads.",
-            "Add --target owl --values int8, or leave --head out.",
-        )
+    if not row.values:
+        raise BadInput("Only --target owl has a choice of heads.", "Use it, or leave --head out.")
 
 
 def _check_disk(source: Source, folder: Path, precision: str) -> None:

@@ -58,21 +58,22 @@ def test_the_deployment_computes_what_the_checkpoint_does(
     assert recorded["value"] == found.value
 
 
-def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path):
+@pytest.mark.parametrize("values", ["int8", "bf16"])
+def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path, values):
     tokens = [3 + n * 7 % 300 for n in range(40)]
     whole = {}
     for head in ("screened", "whole"):
-        manifest = export(pruned, tmp_path / head, target="owl", values="int8", head=head)
+        manifest = export(pruned, tmp_path / head, target="owl", values=values, head=head)
         assert manifest["packing"]["screened_head"] == (head == "screened")
         session = Session(tmp_path / head)
         single = np.concatenate([session.step([token]) for token in tokens])
         session.start()
-        # Many tokens at once take all 8 bits of the head, whichever way it is stored.
+        # Many tokens at once take all bits of the head, whichever way it is stored.
         whole[head] = session.step(tokens)
         near = single >= single.max(axis=1, keepdims=True) - 10
         spread = np.abs(single).max()
         np.testing.assert_allclose(single[near], whole[head][near], atol=0.02 * spread)
-    # Two roundings of one head, to [-119, 119] and to [-127, 127], in all that follows from it.
+    # Two roundings of one head (of int8 to [-119, 119] and to [-127, 127]), and what follows.
     assert np.abs(whole["screened"] - whole["whole"]).mean() < 0.02 * spread
 
 

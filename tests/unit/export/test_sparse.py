@@ -171,17 +171,17 @@ def test_dense_weights_are_stored_whole(density: float, is_sparse: bool) -> None
     assert pack.inspect(graph.packed["w.packed"]).sparse is is_sparse
 
 
-@pytest.mark.parametrize(
-    ("values", "head"), [("int8", "screened"), ("int8", "whole"), ("bf16", "screened")]
-)
-def test_only_an_int8_head_is_screened(values: sparse.Values, head: sparse.Head) -> None:
+@pytest.mark.parametrize("head", ["screened", "whole"])
+@pytest.mark.parametrize("values", ["int8", "bf16", "fp32"])
+def test_a_screened_head_is_int8(values: sparse.Values, head: sparse.Head) -> None:
     nodes = [("MatMul", "x w", "a"), ("MatMul", "a v", "y")]
     graph = rewriter(nodes, {"w": weight(8, 20), "v": weight(20, 40)})
     graph.values, graph.head = values, head
     sparse.replace_matmuls(graph)
     body, last = (pack.inspect(graph.packed[f"{name}.packed"]) for name in "wv")
     assert (body.sparse, body.planes) == (True, False)
-    assert (last.sparse, last.planes) == (False, (values, head) == ("int8", "screened"))
+    assert (last.sparse, last.planes) == (False, head == "screened")
+    assert (body.values, last.values) == (values, "int8" if head == "screened" else values)
 
 
 # ---- fuse_norms --------------------------------------------------------------------------------

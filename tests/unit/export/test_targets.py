@@ -20,7 +20,7 @@ from owl_deploy.export.targets import export
         ({"target": "onnxruntime", "precision": "int2"}, "It has: fp32, int8, int4."),
         ({"target": "onnxruntime", "values": "bf16"}, "no value type 'bf16'. It has: none."),
         ({"target": "owl", "values": "int8", "head": "hole"}, "Did you mean 'whole'?"),
-        ({"target": "owl", "head": "whole"}, "Only int8 values have a choice of heads."),
+        ({"target": "deepsparse", "head": "whole"}, "Only --target owl has a choice of heads."),
     ],
 )
 def test_refused_before_any_work(llama, tmp_path, options, complaint):
