@@ -390,10 +390,7 @@ struct AttentionStep {
     float* result = partial + chunk * chunk_floats();
     auto* scratch = task_sums.get<float>(attend_one_scratch(shared()));
     AttentionSpan span = span_of(op, in, head);
-    if (chunk + 1 < chunks())
-      span.next = cache_at(op, in.keys, head, from + kDecodeChunk);
-    else if (head + 1 < op.kv_heads)
-      span.next = cache_at(op, in.keys, head + 1, first_chunk() * kDecodeChunk);
+    if (i + 1 < chunks() * op.kv_heads) span.next = keys_of(i + 1);
     kernels.attend_one(span, q + h * size, std::max(start(), from), std::min(end(), from + kDecodeChunk),
                        scratch, result + h * size, result + width() + h, result + width() + op.heads + h);
   }
