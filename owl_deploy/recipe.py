@@ -94,6 +94,11 @@ class PruneSettings(BaseModel):
                     f"A sparsity of {value} is impossible.",
                     "It is the share of weights to remove: from 0 to below 1, such as 0.7.",
                 )
+        if self.group and self.head_sparsity and _kept(self.head_sparsity, self.group[1]) == 0:
+            raise BadInput(
+                f"A head sparsity of {self.head_sparsity} keeps none of {self.group[1]} weights.",
+                "Give less, or another structure.",
+            )
         if self.head_sparsity is not None and set(self.skip) & set(HEADS):
             raise BadInput("--skip names the head, and --head-sparsity prunes it.", "Drop one.")
         return self
@@ -370,6 +375,11 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
             if None in groups:
                 values["sparsity"] = sparsity
     heads = [layers.pop(name) for name in HEADS if name in layers]
+    if heads and not layers:
+        raise BadInput(
+            f"The recipe {source} names the head alone.",
+            "Name the blocks as well, or use --head-sparsity with another recipe.",
+        )
     if heads:
         values["head_sparsity"] = heads[0]
     if layers:

@@ -69,6 +69,23 @@ def test_a_magnitude_target_is_the_weights_of_linears():
         assert not re.match(block, other)
 
 
+@pytest.mark.parametrize("sparsity", ["0.5", "[0.5]"])
+def test_a_recipe_for_the_head_alone_is_refused(tmp_path, sparsity):
+    """What it leaves out would otherwise be pruned as a recipe without targets is."""
+    path = write(
+        tmp_path,
+        f"""
+oneshot_stage:
+  pruning_modifiers:
+    WandaPruningModifier:
+      sparsity: {sparsity}
+      targets: [lm_head]
+""",
+    )
+    with pytest.raises(BadInput, match="names the head alone"):
+        recipe.load(path)
+
+
 def test_skipped_layers_leave_linears_as_targets(tmp_path):
     layers = {"model.layers.0.mlp.up_proj": 0.5, "model.layers.1": 0.25}
     for method in ("wanda", "magnitude"):

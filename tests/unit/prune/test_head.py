@@ -141,6 +141,7 @@ def test_the_table_names_the_head(llama, tmp_path, calibration, capsys):
         ({"head_sparsity": 1.0}, "A sparsity of 1.0 is impossible"),
         ({"head_sparsity": float("nan")}, "A sparsity of nan is impossible"),
         ({"head_sparsity": 0.5, "skip": ("lm_head",)}, "--skip names the head"),
+        ({"head_sparsity": 0.9, "structure": "2:4"}, "keeps none of 4 weights"),
     ],
 )
 def test_what_cannot_be(values, complaint):
