@@ -7,14 +7,17 @@
 namespace owl {
 namespace {
 
-struct ByteTable {  // 8 bytes a mask; `offset` is added to each source position
-  alignas(64) std::uint8_t entry[256][8];
+// The shuffle of 16 bytes is the sum of an entry for the lower half's mask, whose upper half counts the values that it
+// uses, and one for the upper half's mask.
+struct HalfTable {
+  alignas(64) std::uint8_t entry[256][16];
 };
-constexpr ByteTable make_byte_table(std::uint8_t offset) {
-  ByteTable table{};
+constexpr HalfTable make_half_table(bool upper) {
+  HalfTable table{};
   for (int mask = 0; mask < 256; ++mask) {
-    std::uint8_t next = offset;
-    for (int i = 0; i < 8; ++i) table.entry[mask][i] = (mask >> i & 1) ? next++ : std::uint8_t{0x80};
+    std::uint8_t next = 0;
+    for (int i = 0; i < 8; ++i) table.entry[mask][i + 8 * upper] = (mask >> i & 1) ? next++ : std::uint8_t{0x80};
+    for (int i = 0; i < 8; ++i) table.entry[mask][i + 8 * !upper] = upper ? std::uint8_t{0} : next;
   }
   return table;
 }
@@ -45,8 +48,8 @@ constexpr QuadTable make_quad_table() {
   return table;
 }
 
-constexpr ByteTable kLowBytes = make_byte_table(0);
-constexpr ByteTable kHighBytes = make_byte_table(8);
+constexpr HalfTable kLowerHalf = make_half_table(false);
+constexpr HalfTable kUpperHalf = make_half_table(true);
 constexpr WordTable kWords = make_word_table();
 constexpr QuadTable kQuads = make_quad_table();
 

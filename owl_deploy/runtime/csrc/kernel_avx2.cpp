@@ -58,18 +58,12 @@ struct Avx2 {
   }
   static __m256i join(__m128i a, __m128i b) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1); }
   static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
-    const __m128i a = expand_bytes(p, static_cast<std::uint32_t>(mask) & 0xffff);
-    const __m128i b = expand_bytes(p, static_cast<std::uint32_t>(mask >> 16) & 0xffff);
-    const __m128i c = expand_bytes(p, static_cast<std::uint32_t>(mask >> 32) & 0xffff);
-    const __m128i d = expand_bytes(p, static_cast<std::uint32_t>(mask >> 48));
-    return {join(a, b), join(c, d)};
+    const Halves cell = expand_bytes(p, mask);
+    return {cell.lo, cell.hi};
   }
   static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
-    const __m128i a = expand_words(p, mask & 0xff);
-    const __m128i b = expand_words(p, mask >> 8 & 0xff);
-    const __m128i c = expand_words(p, mask >> 16 & 0xff);
-    const __m128i d = expand_words(p, mask >> 24);
-    return {join(a, b), join(c, d)};
+    const Halves cell = expand_words(p, mask);
+    return {cell.lo, cell.hi};
   }
   static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
     const __m128i a = expand_quads(p, mask & 0xf);

@@ -12,23 +12,14 @@ struct Avx512f : Avx512Common {
   using Half = float;  // bf16 weights meet fp32 activations
   static constexpr bool kBiased = false;
 
-  static Cell join(__m128i a, __m128i b, __m128i c, __m128i d) {
-    const __m512i low = _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1));
-    return _mm512_inserti64x4(low, _mm256_inserti128_si256(_mm256_castsi128_si256(c), d, 1), 1);
-  }
+  static Cell join(const Halves& v) { return _mm512_inserti64x4(_mm512_castsi256_si512(v.lo), v.hi, 1); }
   static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
-    const __m128i a = expand_bytes(p, static_cast<std::uint32_t>(mask) & 0xffff);
-    const __m128i b = expand_bytes(p, static_cast<std::uint32_t>(mask >> 16) & 0xffff);
-    const __m128i c = expand_bytes(p, static_cast<std::uint32_t>(mask >> 32) & 0xffff);
-    const __m128i d = expand_bytes(p, static_cast<std::uint32_t>(mask >> 48));
-    return join(a, b, c, d);
+    const Halves cell = expand_bytes(p, mask);
+    return join(cell);
   }
   static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
-    const __m128i a = expand_words(p, mask & 0xff);
-    const __m128i b = expand_words(p, mask >> 8 & 0xff);
-    const __m128i c = expand_words(p, mask >> 16 & 0xff);
-    const __m128i d = expand_words(p, mask >> 24);
-    return join(a, b, c, d);
+    const Halves cell = expand_words(p, mask);
+    return join(cell);
   }
 
   static Cell bias8(Cell w) { return w; }

@@ -46,13 +46,12 @@ struct Neon {
   static void store_cell(void* p, const Cell& cell) {
     for (int i = 0; i < 4; ++i) vst1q_u8(static_cast<std::uint8_t*>(p) + 16 * i, cell.v[i]);
   }
-  // A table's indices past the register give zeros, and stay past it when the upper half's are moved on.
+  // A table's indices past the register give zeros.
   static uint8x16_t expand_bytes(const std::uint8_t*& p, std::uint32_t mask) {
     const std::uint32_t low = mask & 0xff, high = mask >> 8 & 0xff;
-    const std::uint8_t used = kCounts.entry[low];
-    const uint8x8_t upper = vadd_u8(vld1_u8(kLowBytes.entry[high]), vdup_n_u8(used));
-    const uint8x16_t found = vqtbl1q_u8(vld1q_u8(p), vcombine_u8(vld1_u8(kLowBytes.entry[low]), upper));
-    p += used + kCounts.entry[high];
+    const uint8x16_t order = vaddq_u8(vld1q_u8(kLowerHalf.entry[low]), vld1q_u8(kUpperHalf.entry[high]));
+    const uint8x16_t found = vqtbl1q_u8(vld1q_u8(p), order);
+    p += static_cast<std::size_t>(kCounts.entry[low]) + kCounts.entry[high];
     return found;
   }
   static uint8x16_t expand_words(const std::uint8_t*& p, std::uint32_t mask) {

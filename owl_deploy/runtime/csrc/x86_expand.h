@@ -1,4 +1,6 @@
-// Expansion by table and shuffle (SSSE3), for AVX2 and for AVX-512 without VBMI2.
+// Expansion by table and shuffle (SSSE3), for AVX2 and for AVX-512 without VBMI2. These processors are limited by how many
+// operations they can start: addresses come from counts over the whole mask, not from one another, tables are indexed
+// by a rotation and an `and`, and two halves of a register are joined while they are loaded.
 #pragma once
 
 #include <immintrin.h>
@@ -10,22 +12,49 @@
 namespace owl {
 namespace {
 
-// 16 bytes of a cell; advances p past the values it used.
-inline __m128i expand_bytes(const std::uint8_t*& p, std::uint32_t mask) {
-  const std::uint32_t low = mask & 0xff, high = mask >> 8 & 0xff;
-  const auto used = static_cast<std::size_t>(__builtin_popcount(low));
-  __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  v = _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(v), reinterpret_cast<const __m64*>(p + used)));
-  __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLowBytes.entry[low]));
-  order = _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(order), reinterpret_cast<const __m64*>(kHighBytes.entry[high])));
-  p += used + static_cast<std::size_t>(__builtin_popcount(high));
-  return _mm_shuffle_epi8(v, order);
+struct Halves {  // of a cell
+  __m256i lo, hi;
+};
+
+inline __m256i load_pair(const void* a, const void* b) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(a))),
+                                 _mm_loadu_si128(static_cast<const __m128i*>(b)), 1);
 }
 
-inline __m128i expand_words(const std::uint8_t*& p, std::uint32_t mask) {
-  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  p += 2 * static_cast<std::size_t>(__builtin_popcount(mask));
-  return _mm_shuffle_epi8(v, _mm_load_si128(reinterpret_cast<const __m128i*>(kWords.entry[mask])));
+inline std::size_t count(std::uint64_t mask) { return static_cast<std::size_t>(__builtin_popcountll(mask)); }
+inline std::size_t count(std::uint32_t mask) { return static_cast<std::size_t>(__builtin_popcount(mask)); }
+
+// Where a table of 16 bytes an entry has the one for the byte of `mask` that begins at `bit`.
+template <int bit, class Table, class Mask>
+inline const std::uint8_t* entry_of(const Table& table, Mask mask) {
+  constexpr int width = 8 * sizeof(Mask);
+  constexpr int turn = (bit + width - 4) % width;
+  return table.entry[0] + (static_cast<Mask>(mask >> turn | mask << (width - turn)) & 0xff0);
+}
+
+// 32 bytes, of the mask's bits from `bit` on; the values of the first 16 begin at a, those of the last at b.
+template <int bit>
+inline __m256i expand_bytes_at(const std::uint8_t* a, const std::uint8_t* b, std::uint64_t mask) {
+  const __m256i lower = load_pair(entry_of<bit>(kLowerHalf, mask), entry_of<bit + 16>(kLowerHalf, mask));
+  const __m256i upper = load_pair(entry_of<bit + 8>(kUpperHalf, mask), entry_of<bit + 24>(kUpperHalf, mask));
+  return _mm256_shuffle_epi8(load_pair(a, b), _mm256_add_epi8(lower, upper));
+}
+
+inline Halves expand_bytes(const std::uint8_t* p, std::uint64_t mask) {
+  const std::uint8_t* second = p + count(static_cast<std::uint32_t>(mask & 0xffff));
+  const std::uint8_t* third = p + count(static_cast<std::uint32_t>(mask));
+  return {expand_bytes_at<0>(p, second, mask), expand_bytes_at<32>(third, p + count(mask << 16), mask)};
+}
+
+template <int bit>
+inline __m256i expand_words_at(const std::uint8_t* a, const std::uint8_t* b, std::uint32_t mask) {
+  return _mm256_shuffle_epi8(load_pair(a, b), load_pair(entry_of<bit>(kWords, mask), entry_of<bit + 8>(kWords, mask)));
+}
+
+inline Halves expand_words(const std::uint8_t* p, std::uint32_t mask) {
+  const std::uint8_t* second = p + 2 * count(mask & 0xff);
+  const std::uint8_t* third = p + 2 * count(mask & 0xffff);
+  return {expand_words_at<0>(p, second, mask), expand_words_at<16>(third, p + 2 * count(mask << 8), mask)};
 }
 
 inline __m128i expand_quads(const std::uint8_t*& p, std::uint32_t mask) {
