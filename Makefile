@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test runtime check format slow sanitize arm gpu compat lock clean
+.PHONY: demo test runtime check format slow sanitize vnni arm gpu compat lock clean
 
 demo: $(INSTALLED) runtime
 	$(BIN)/python -m owl_deploy.demo --output demo
@@ -42,6 +42,12 @@ sanitize: $(INSTALLED)
 		UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest --capture=sys -p no:faulthandler tests/unit/runtime
+
+# The kernels for AVX-VNNI, in AVX-512's encoding, on a processor that has only that.
+vnni: $(INSTALLED)
+	$(BIN)/python -m owl_deploy.runtime.build --evex -o build/evex/libowl_runtime.so
+	OWL_RUNTIME_LIBRARY=$(CURDIR)/build/evex/libowl_runtime.so \
+		$(BIN)/python -m pytest -k avxvnni tests/unit/runtime
 
 # The kernels' tests on an emulated Arm processor.
 arm: $(INSTALLED)

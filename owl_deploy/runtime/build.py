@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from owl_deploy.errors import EnvironmentFailed
@@ -13,8 +14,11 @@ from owl_deploy.runtime import LIBRARY_NAME
 ROOT = Path(__file__).parents[2]
 
 
-def build(destination: Path | None = None, *, sanitize: bool = False) -> Path:
-    """Compile the library to `destination`, by default beside this file; returns its path."""
+def build(destination: Path | None = None, options: Iterable[str] = ()) -> Path:
+    """Compile the library to `destination`, by default beside this file; returns its path.
+
+    `options` of CMakeLists.txt are switched on.
+    """
     for tool, package in (("cmake", "cmake"), ("c++", "g++")):
         if shutil.which(tool) is None:
             raise EnvironmentFailed(
@@ -28,8 +32,8 @@ def build(destination: Path | None = None, *, sanitize: bool = False) -> Path:
     target = destination or Path(__file__).with_name(LIBRARY_NAME)
     with tempfile.TemporaryDirectory(prefix="owl-build-") as folder:
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        option = f"-DOWL_SANITIZE={'ON' if sanitize else 'OFF'}"
-        _run(["cmake", "-S", str(ROOT), "-B", folder, option, *generator])
+        switched = [f"-D{option}=ON" for option in options]
+        _run(["cmake", "-S", str(ROOT), "-B", folder, *switched, *generator])
         _run(["cmake", "--build", folder, "--parallel"])
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_suffix(".tmp")
@@ -57,15 +61,21 @@ def _run(command: list[str]) -> None:
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--sanitize",
-        action="store_true",
-        help="with the address and undefined-behaviour sanitizers",
-    )
+    for name, text in (
+        ("sanitize", "with the address and undefined-behaviour sanitizers"),
+        ("evex", "AVX-VNNI's kernels in AVX-512's encoding, to test them without AVX-VNNI"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            dest="options",
+            action="append_const",
+            const=f"OWL_{name.upper()}",
+            help=text,
+        )
     parser.add_argument("-o", "--output", type=Path, help="where to put the library")
     arguments = parser.parse_args()
     try:
-        path = build(arguments.output, sanitize=arguments.sanitize)
+        path = build(arguments.output, arguments.options or ())
     except EnvironmentFailed as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(f"{path}\n")

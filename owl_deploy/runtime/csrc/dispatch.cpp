@@ -23,6 +23,13 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
          __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2");
 }
+bool has_avxvnni() {
+#ifdef OWL_EVEX
+  return has_avx2() && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
+  return has_avx2() && __builtin_cpu_supports("avxvnni");
+#endif
+}
 bool has_avx512f() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -31,9 +38,10 @@ bool has_avx512vnni() {
   return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
-const Candidate kCandidates[] = {
-    {&kAvx512Kernels, has_avx512}, {&kAvx512VnniKernels, has_avx512vnni}, {&kAvx512fKernels, has_avx512f}, {&kAvx2Kernels, has_avx2}, {&kPortableKernels, always}};
-const char* const kNames[] = {"avx512", "avx512vnni", "avx512f", "avx2", "portable", nullptr};
+const Candidate kCandidates[] = {{&kAvx512Kernels, has_avx512},         {&kAvx512VnniKernels, has_avx512vnni},
+                                 {&kAvxVnniKernels, has_avxvnni},       {&kAvx512fKernels, has_avx512f},
+                                 {&kAvx2Kernels, has_avx2},             {&kPortableKernels, always}};
+const char* const kNames[] = {"avx512", "avx512vnni", "avxvnni", "avx512f", "avx2", "portable", nullptr};
 #elif defined(__aarch64__)
 bool has_dot_products() {
 #if defined(__linux__)

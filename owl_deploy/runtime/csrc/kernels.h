@@ -107,6 +107,7 @@ constexpr std::size_t attend_many_scratch(std::size_t heads) {
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512fKernels;
+extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kPortableKernels;

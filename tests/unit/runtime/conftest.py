@@ -154,7 +154,7 @@ def kernels() -> Kernels:
 
 
 ARM = platform.machine() in ("aarch64", "arm64")
-ISAS = ["neon"] if ARM else ["avx512", "avx512vnni", "avx512f", "avx2"]
+ISAS = ["neon"] if ARM else ["avx512", "avx512vnni", "avxvnni", "avx512f", "avx2"]
 
 
 @pytest.fixture(params=[*ISAS, "portable"])

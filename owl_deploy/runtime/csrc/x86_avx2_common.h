@@ -1,0 +1,179 @@
+// What the two files without AVX-512 share: 16 floats in two registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "x86_expand.h"
+
+namespace owl {
+namespace {
+
+struct Avx2Common {
+  struct F {
+    __m256 lo, hi;
+  };
+  struct I {
+    __m256i lo, hi;
+  };
+  using Cell = I;
+  using Half = float;
+  static constexpr std::size_t kPanelGroups = 1;
+  static constexpr int kFloatRows = 4;  // 4 x 2 sums, 2 weights and their halves, in 16 registers
+
+  static int load32(const void* p) {
+    int v;
+    std::memcpy(&v, p, 4);
+    return v;
+  }
+  static Cell load_cell(const void* p) {
+    const auto* q = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+  }
+  static void store_cell(void* p, Cell v) {
+    auto* q = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, v.lo);
+    _mm256_storeu_si256(q + 1, v.hi);
+  }
+  static Cell broadcast(const std::uint8_t* x) { return {_mm256_set1_epi32(load32(x)), _mm256_set1_epi32(load32(x))}; }
+  template <bool Upper>
+  static __m256i nibbles_half(__m256i v) {
+    if constexpr (!Upper) v = _mm256_slli_epi16(v, 4);
+    return _mm256_xor_si256(_mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(0xf0))),
+                            _mm256_set1_epi8(static_cast<char>(0x80)));
+  }
+  template <bool Upper>
+  static Cell nibbles(Cell v) {
+    return {nibbles_half<Upper>(v.lo), nibbles_half<Upper>(v.hi)};
+  }
+  template <bool Upper>
+  static __m256i add_nibbles_half(__m256i cell, __m256i v) {
+    if constexpr (Upper) v = _mm256_srli_epi16(v, 4);
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi8(0x0f));
+    return _mm256_add_epi8(cell, _mm256_sub_epi8(low, _mm256_set1_epi8(8)));
+  }
+  template <bool Upper>
+  static Cell add_nibbles(Cell cell, Cell v) {
+    return {add_nibbles_half<Upper>(cell.lo, v.lo), add_nibbles_half<Upper>(cell.hi, v.hi)};
+  }
+  static __m256i join(__m128i a, __m128i b) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1); }
+  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
+    const Halves cell = expand_bytes(p, mask);
+    return {cell.lo, cell.hi};
+  }
+  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
+    const Halves cell = expand_words(p, mask);
+    return {cell.lo, cell.hi};
+  }
+  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
+    const __m128i a = expand_quads(p, mask & 0xf);
+    const __m128i b = expand_quads(p, mask >> 4 & 0xf);
+    const __m128i c = expand_quads(p, mask >> 8 & 0xf);
+    const __m128i d = expand_quads(p, mask >> 12 & 0xf);
+    return {join(a, b), join(c, d)};
+  }
+
+  static __m256 dot16_half(__m256 acc, __m256i w, __m256 even, __m256 odd) {
+    const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+    const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    return _mm256_fmadd_ps(high, odd, _mm256_fmadd_ps(low, even, acc));
+  }
+  static F dot16(F acc, Cell w, const std::uint8_t* x) {
+    float pair[2];
+    std::memcpy(pair, x, 8);
+    const __m256 even = _mm256_set1_ps(pair[0]), odd = _mm256_set1_ps(pair[1]);
+    return {dot16_half(acc.lo, w.lo, even, odd), dot16_half(acc.hi, w.hi, even, odd)};
+  }
+  static F dot32(F acc, Cell w, const std::uint8_t* x) {
+    float value;
+    std::memcpy(&value, x, 4);
+    const __m256 b = _mm256_set1_ps(value);
+    return {_mm256_fmadd_ps(_mm256_castsi256_ps(w.lo), b, acc.lo), _mm256_fmadd_ps(_mm256_castsi256_ps(w.hi), b, acc.hi)};
+  }
+  static void store_half_row(Half* out, F v) { f_store(out, v); }
+
+  static F f_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static F f_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void f_store(float* p, F v) {
+    _mm256_storeu_ps(p, v.lo);
+    _mm256_storeu_ps(p + 8, v.hi);
+  }
+  static F f_add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static F f_sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+  static F f_mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static F f_div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+  static F f_max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+  static F f_min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+  static F f_abs(F a) {
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    return {_mm256_and_ps(a.lo, mask), _mm256_and_ps(a.hi, mask)};
+  }
+  static F f_fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+  static float f_hsum(F v) {
+    const __m256 s = _mm256_add_ps(v.lo, v.hi);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+  }
+  static float f_hmax(F v) {
+    const __m256 s = _mm256_max_ps(v.lo, v.hi);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+  }
+  static I i_set1(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static I i_add(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+  static F to_float(I v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
+  static void store_int8(std::int8_t* out, F v) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+  }
+  // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23: n is added to the exponent.
+  static __m256 scale_half(__m256 p, __m256 shifted) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+  }
+  static F scale_by_power(F p, F shifted) { return {scale_half(p.lo, shifted.lo), scale_half(p.hi, shifted.hi)}; }
+  static __m256 scales_half(const std::uint8_t* p, std::uint32_t exponent) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_slli_epi32(wide, 19), _mm256_set1_epi32(static_cast<int>(exponent << 23))));
+  }
+  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
+    return {scales_half(p, exponent), scales_half(p + 8, exponent)};
+  }
+  static F f_halves(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
+  static F f_load_fp16(const std::uint16_t* p) {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+  }
+  static void f_store_fp16(std::uint16_t* p, F v) {
+    auto* q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(q + 1, _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void transpose16(F r[16]) {
+    alignas(32) float from[16][16], to[16][16];
+    for (int i = 0; i < 16; ++i) f_store(from[i], r[i]);
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 16; ++j) to[j][i] = from[i][j];
+    for (int i = 0; i < 16; ++i) r[i] = f_load(to[i]);
+  }
+  // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i].
+  static F f_sum8(const F v[8]) { return {hsum8(v), _mm256_setzero_ps()}; }
+  static F f_join8(F low, F high) { return {_mm256_add_ps(low.lo, low.hi), _mm256_add_ps(high.lo, high.hi)}; }
+
+ private:
+  static __m256 hsum8(const F v[8]) {
+    __m256 s[8];
+    for (int i = 0; i < 8; ++i) s[i] = _mm256_add_ps(v[i].lo, v[i].hi);
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+};
+
+}  // namespace
+}  // namespace owl
