@@ -62,13 +62,13 @@ class PruneSettings(BaseModel):
         allocation = values.get("allocation", "owl")
         group = parse_structure(values.get("structure", UNSTRUCTURED))
         if group is not None:
-            kept, size = group
-            implied = 1 - kept / size
+            left, size = group
+            implied = 1 - left / size
             given = values.setdefault("sparsity", implied)
             if values.get("layers") is None and given != implied:
                 raise BadInput(
-                    f"A sparsity of {given} contradicts the structure {kept}:{size}, "
-                    f"which keeps {kept} of {size} weights: {implied:.4g}.",
+                    f"A sparsity of {given} contradicts the structure {left}:{size}, "
+                    f"which keeps {left} of {size} weights: {implied:.4g}.",
                     "Give one of the two.",
                 )
             # The paper's mixed N:8 spans 2 weights (lambda = 2): half of that, over 8.
@@ -94,11 +94,11 @@ class PruneSettings(BaseModel):
                     f"A sparsity of {value} is impossible.",
                     "It is the share of weights to remove: from 0 to below 1, such as 0.7.",
                 )
-        if self.group and self.head_sparsity and _kept(self.head_sparsity, self.group[1]) == 0:
-            raise BadInput(
-                f"A head sparsity of {self.head_sparsity} keeps none of {self.group[1]} weights.",
-                "Give less, or another structure.",
-            )
+            if self.group and value is not None and kept(value, self.group[1]) == 0:
+                raise BadInput(
+                    f"A sparsity of {value:g} keeps none of {self.group[1]} weights.",
+                    "Give less, or another structure.",
+                )
         if self.head_sparsity is not None and set(self.skip) & set(HEADS):
             raise BadInput("--skip names the head, and --head-sparsity prunes it.", "Drop one.")
         return self
@@ -223,16 +223,16 @@ def dump_resolved(settings: PruneSettings, layers: Mapping[str, float]) -> str:
     stage: dict[str, Any] = {}
     if settings.method == "magnitude":
         for number, (target, sparsity) in enumerate(layers.items()):
-            own = None if group is None else (_kept(sparsity, group[1]), group[1])
+            own = None if group is None else (kept(sparsity, group[1]), group[1])
             modifier = _dump_magnitude(target, sparsity, own)
             stage[f"layer_{number}_modifiers"] = {"MagnitudePruningModifier": modifier}
     elif group is None:
         stage["pruning_modifiers"] = _dump_layerwise(settings, layers, None)
     else:
-        for kept in sorted({_kept(value, group[1]) for value in layers.values()}):
-            same = {name: s for name, s in layers.items() if _kept(s, group[1]) == kept}
-            name = f"keep_{kept}_of_{group[1]}_modifiers"
-            stage[name] = _dump_layerwise(settings, same, (kept, group[1]))
+        for number in sorted({kept(value, group[1]) for value in layers.values()}):
+            same = {name: s for name, s in layers.items() if kept(s, group[1]) == number}
+            name = f"keep_{number}_of_{group[1]}_modifiers"
+            stage[name] = _dump_layerwise(settings, same, (number, group[1]))
     heading = "".join(f"# {line}\n" for line in _describe(settings))
     return heading + yaml.safe_dump({"oneshot_stage": stage}, sort_keys=False)
 
@@ -275,7 +275,8 @@ def mask_structure(group: tuple[int, int] | None) -> str:
     return _DENSE_MASK if group is None else f"{group[1] - group[0]}:{group[1]}"
 
 
-def _kept(sparsity: float, size: int) -> int:
+def kept(sparsity: float, size: int) -> int:
+    """The N of N:`size` that a sparsity means."""
     return round((1 - sparsity) * size)
 
 
@@ -409,8 +410,8 @@ def _structure(source: Path, groups: set[tuple[int, int] | None]) -> dict[str, A
         return {}
     if len({size for _, size in known}) > 1 or None in groups:
         raise BadInput(f"The recipe {source} mixes structures with different M.")
-    kept = round(sum(kept for kept, _ in known) / len(known))
-    return {"structure": f"{kept}:{known[0][1]}"}
+    mean = round(sum(left for left, _ in known) / len(known))
+    return {"structure": f"{mean}:{known[0][1]}"}
 
 
 def _arguments(source: Path, modifier: _Modifier) -> dict[str, Any]:

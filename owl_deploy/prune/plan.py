@@ -38,11 +38,6 @@ class BlockStatistics:
 Statistics = Sequence[BlockStatistics]
 
 
-def kept(sparsity: float, group: int) -> int:
-    """The N of N:`group` that a sparsity means."""
-    return round((1 - sparsity) * group)
-
-
 def select(
     names: Sequence[str], linears: Sequence[Mapping[str, int]], skip: Sequence[str]
 ) -> Shape:

@@ -224,9 +224,12 @@ class Run:
             layers[self.skeleton.head_name] = head_sparsity
         text = recipe.dump_resolved(self.settings, layers)
         (store.folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        hidden = self._embedded(store.folder) if self.method.needs != "nothing" else None
+        last = self.names[-1] if head_sparsity is None else self.skeleton.head_name
+        hidden = None
+        if self.method.needs != "nothing" and not store.path(last).is_file():
+            hidden = self._embedded(store.folder)
+        passes = 2 * (len(self.names) + (head_sparsity is not None)) - (hidden is not None)
         reports = []
-        passes = 2 * len(self.names) + (-1 if head_sparsity is None else 1)
         with bar("Pruning", passes * self._samples) as advance:
             for index, name in enumerate(self.names):
                 weights = store.load(name)
@@ -344,7 +347,7 @@ class Run:
         """The weight `dense` [out, in] of the Linear `key`, pruned: as it lies, in its dtype."""
         group = self.settings.group
         if group is not None:
-            group = (plan.kept(sparsity, group[1]), group[1])
+            group = (recipe.kept(sparsity, group[1]), group[1])
         asked = _Asked(inputs, key, self.settings.dampening)
         on_device = dense.to(self.device, torch.float32)
         return self.method.prune(on_device, asked, sparsity, group).to(dense.device, dense.dtype)
@@ -367,6 +370,8 @@ class Run:
             dense = self.checkpoint.read(self.skeleton.head_weights[0])
             weights = {"weight": self._pruned(dense, inputs, name, sparsity)}
             store.save(name, weights)
+        if hidden is None:
+            advance(2 * self._samples)
         weight = weights["weight"]
         zeros = int((weight == 0).sum())
         return BlockReport(name, None, sparsity, zeros / weight.numel(), weight.numel())

@@ -16,7 +16,7 @@ from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.errors import BadInput
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import mask, plan, score
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.recipe import PruneSettings, kept
 
 HELD_OUT_WINDOWS = 4
 MULTIPLES = (3.0, 5.0, 7.0, 10.0)
@@ -125,4 +125,4 @@ class Judge:
 def _removed(scores: torch.Tensor, sparsity: float, group: tuple[int, int] | None) -> torch.Tensor:
     if group is None:
         return mask.lowest_in_rows(scores, sparsity)
-    return mask.lowest_in_groups(scores, plan.kept(sparsity, group[1]), group[1])
+    return mask.lowest_in_groups(scores, kept(sparsity, group[1]), group[1])

@@ -316,8 +316,6 @@ struct LinearStep {
 
 // ---- Attention -------------------------------------------------------------------------------------------
 
-std::size_t cache_bytes(CacheType type) { return type == CacheType::kFp32 ? 4 : 2; }
-
 void* cache_at(const Attention& op, void* cache, std::size_t head, std::size_t position) {
   return static_cast<std::uint8_t*>(cache) +
          (head * op.capacity + position) * op.head_size * cache_bytes(op.cache);

@@ -663,7 +663,7 @@ void join_chunks(std::size_t chunks, std::size_t stride, std::size_t size, const
 }
 
 inline void prefetch_cache(CacheType type, const void* base, std::size_t index, std::size_t size) {
-  const std::size_t bytes = type == CacheType::kFp32 ? 4 : 2;
+  const std::size_t bytes = cache_bytes(type);
   const char* p = static_cast<const char*>(base) + index * bytes;
   for (std::size_t i = 0; i < size * bytes; i += 64) prefetch_far(p + i);
 }
@@ -684,7 +684,7 @@ template <class V, CacheType Type, std::size_t Size, int Heads, bool Full>
 inline void score_rows(const std::uint8_t* keys, const float* q, std::size_t head_size, std::size_t rows,
                        const std::uint8_t* values, typename V::F* scores) {
   const std::size_t size = Size != 0 ? Size : head_size;
-  constexpr std::size_t bytes = Type == CacheType::kFp32 ? 4 : 2;
+  constexpr std::size_t bytes = cache_bytes(Type);
   typename V::F acc[Heads][8];
 #pragma GCC unroll 4
   for (int h = 0; h < Heads; ++h)
@@ -707,14 +707,18 @@ template <class V, CacheType Type, std::size_t Size, int Heads>
 void score_heads(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scores,
                  bool prefetch_values) {
   const std::size_t size = Size != 0 ? Size : span.head_size;
-  const std::size_t row_bytes = size * (Type == CacheType::kFp32 ? 4 : 2);
+  const std::size_t row_bytes = size * cache_bytes(Type);
   for (std::size_t t = begin; t < end; t += 16) {
     const auto* keys = static_cast<const std::uint8_t*>(span.keys) + t * row_bytes;
-    const auto* values = prefetch_values ? static_cast<const std::uint8_t*>(span.values) + t * row_bytes : nullptr;
+    const std::uint8_t *values = nullptr, *later_values = nullptr;
+    if (prefetch_values) {
+      values = static_cast<const std::uint8_t*>(span.values) + t * row_bytes;
+      later_values = values + 8 * row_bytes;
+    }
     typename V::F low[Heads], high[Heads];
     if (end - t >= 16) {
       score_rows<V, Type, Size, Heads, true>(keys, q, size, 8, values, low);
-      score_rows<V, Type, Size, Heads, true>(keys + 8 * row_bytes, q, size, 8, values == nullptr ? nullptr : values + 8 * row_bytes, high);
+      score_rows<V, Type, Size, Heads, true>(keys + 8 * row_bytes, q, size, 8, later_values, high);
     } else {
       const std::size_t rows = end - t, first = smaller(rows, 8);
       score_rows<V, Type, Size, Heads, false>(keys, q, size, first, values, low);

@@ -29,6 +29,8 @@ struct Output {
 
 enum class CacheType { kFp32, kFp16 };
 
+OWL_INLINE constexpr std::size_t cache_bytes(CacheType type) { return type == CacheType::kFp32 ? 4 : 2; }
+
 // One (batch, kv head) of the cache and the queries that read it.
 struct AttentionSpan {
   CacheType cache = CacheType::kFp32;

@@ -1,5 +1,7 @@
 """The output head is pruned when it is asked for, and only then: last, by what enters it."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import transformers
@@ -104,12 +106,43 @@ def test_a_run_stopped_after_the_head_resumes(llama, tmp_path, calibration, monk
             prune(llama, tmp_path / "out", settings, calibration)
     with pytest.raises(BadInput, match="head_sparsity"):
         prune(llama, tmp_path / "out", recipe.settings(), calibration, resume=True)
+    monkeypatch.setattr("owl_deploy.blocks.Skeleton.embed", interrupted)  # no block needs to run
+    bars = bars_filled(monkeypatch)
     prune(llama, tmp_path / "out", settings, calibration, resume=True)
     assert not differing(tmp_path / "whole", tmp_path / "out")
+    assert [done for done, _ in bars] == [length for _, length in bars]
 
 
 def interrupted(*_):
     raise KeyboardInterrupt
+
+
+def bars_filled(monkeypatch):
+    """Of every bar of a pruning, once it has run: [how far it came, its length]."""
+    bars = []
+
+    @contextmanager
+    def counting(_, length):
+        bars.append([0, length])
+
+        def advance(by=1):
+            bars[-1][0] += by
+
+        yield advance
+
+    monkeypatch.setattr("owl_deploy.prune.run.bar", counting)
+    return bars
+
+
+@pytest.mark.parametrize("head", [None, 0.5])
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_the_bar_ends_full(llama, tmp_path, calibration, monkeypatch, method, head):
+    bars = bars_filled(monkeypatch)
+    settings = recipe.settings(
+        method=method, allocation="uniform", sparsity=0.5, head_sparsity=head
+    )
+    prune(llama, tmp_path / "out", settings, calibration if method == "wanda" else None)
+    assert [done for done, _ in bars] == [length for _, length in bars]
 
 
 def test_large_checkpoints(tmp_path, calibration, monkeypatch):
@@ -141,7 +174,11 @@ def test_the_table_names_the_head(llama, tmp_path, calibration, capsys):
         ({"head_sparsity": 1.0}, "A sparsity of 1.0 is impossible"),
         ({"head_sparsity": float("nan")}, "A sparsity of nan is impossible"),
         ({"head_sparsity": 0.5, "skip": ("lm_head",)}, "--skip names the head"),
-        ({"head_sparsity": 0.9, "structure": "2:4"}, "keeps none of 4 weights"),
+        ({"head_sparsity": 0.9, "structure": "2:4"}, "0.9 keeps none of 4 weights"),
+        (
+            {"allocation": "list", "layers": {"model.layers.0": 0.9}, "structure": "2:4"},
+            "0.9 keeps none of 4 weights",
+        ),
     ],
 )
 def test_what_cannot_be(values, complaint):
