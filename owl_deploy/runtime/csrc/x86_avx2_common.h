@@ -57,7 +57,6 @@ struct Avx2Common {
   static Cell add_nibbles(Cell cell, Cell v) {
     return {add_nibbles_half<Upper>(cell.lo, v.lo), add_nibbles_half<Upper>(cell.hi, v.hi)};
   }
-  static __m256i join(__m128i a, __m128i b) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1); }
   static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
     const Halves cell = expand_bytes(p, mask);
     return {cell.lo, cell.hi};
@@ -67,11 +66,8 @@ struct Avx2Common {
     return {cell.lo, cell.hi};
   }
   static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
-    const __m128i a = expand_quads(p, mask & 0xf);
-    const __m128i b = expand_quads(p, mask >> 4 & 0xf);
-    const __m128i c = expand_quads(p, mask >> 8 & 0xf);
-    const __m128i d = expand_quads(p, mask >> 12 & 0xf);
-    return {join(a, b), join(c, d)};
+    const Halves cell = expand_quads(p, mask);
+    return {cell.lo, cell.hi};
   }
 
   static __m256 dot16_half(__m256 acc, __m256i w, __m256 even, __m256 odd) {

@@ -24,12 +24,12 @@ inline __m256i load_pair(const void* a, const void* b) {
 inline std::size_t count(std::uint64_t mask) { return static_cast<std::size_t>(__builtin_popcountll(mask)); }
 inline std::size_t count(std::uint32_t mask) { return static_cast<std::size_t>(__builtin_popcount(mask)); }
 
-// Where a table of 16 bytes an entry has the one for the byte of `mask` that begins at `bit`.
+// Where a table of 16 bytes an entry has the one for the bits of `mask` from `bit` on.
 template <int bit, class Table, class Mask>
 inline const std::uint8_t* entry_of(const Table& table, Mask mask) {
   constexpr int width = 8 * sizeof(Mask);
   constexpr int turn = (bit + width - 4) % width;
-  return table.entry[0] + (static_cast<Mask>(mask >> turn | mask << (width - turn)) & 0xff0);
+  return table.entry[0] + (static_cast<Mask>(mask >> turn | mask << (width - turn) % width) & (sizeof(table.entry) - 16));
 }
 
 // 32 bytes, of the mask's bits from `bit` on; the values of the first 16 begin at a, those of the last at b.
@@ -57,10 +57,15 @@ inline Halves expand_words(const std::uint8_t* p, std::uint32_t mask) {
   return {expand_words_at<0>(p, second, mask), expand_words_at<16>(third, p + 2 * count(mask << 8), mask)};
 }
 
-inline __m128i expand_quads(const std::uint8_t*& p, std::uint32_t mask) {
-  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  p += 4 * static_cast<std::size_t>(__builtin_popcount(mask));
-  return _mm_shuffle_epi8(v, _mm_load_si128(reinterpret_cast<const __m128i*>(kQuads.entry[mask])));
+template <int bit>
+inline __m256i expand_quads_at(const std::uint8_t* a, const std::uint8_t* b, std::uint32_t mask) {
+  return _mm256_shuffle_epi8(load_pair(a, b), load_pair(entry_of<bit>(kQuads, mask), entry_of<bit + 4>(kQuads, mask)));
+}
+
+inline Halves expand_quads(const std::uint8_t* p, std::uint32_t mask) {
+  const std::uint8_t* second = p + 4 * count(mask & 0xf);
+  const std::uint8_t* third = p + 4 * count(mask & 0xff);
+  return {expand_quads_at<0>(p, second, mask), expand_quads_at<8>(third, p + 4 * count(mask & 0xfff), mask)};
 }
 
 }  // namespace
