@@ -5,7 +5,8 @@ python benchmarks/kernel_speed.py [--quick] [--plot FILE.svg] [-o RESULT.json]
 For each matrix size, copies of the matrix that fill 192 MB are multiplied, so that the weights
 come from memory; they lie in huge pages, where the operators put them too. Every round reads memory
 plainly, on as many threads, and then multiplies: `share_of_bandwidth` is the median over rounds of
-the weights' speed over that read's. `--plot` draws time against sparsity.
+the weights' speed over that read's. `--plot` draws time against sparsity on the first instruction
+set.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import mmap
 import platform
 import statistics
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +52,8 @@ def main() -> None:
     isas = arguments.isa or supported(library)[: 1 if arguments.quick else 3]
     sparsities = (None, 0.7) if arguments.quick else SPARSITIES
     rows: list[dict[str, object]] = []
-    for isa in isas:
-        for model in arguments.models:
-            rows += measure(
-                library, model, SIZES[model], isa, sparsities, arguments.threads, arguments.rounds
-            )
+    for model in arguments.models:
+        rows += measure(library, model, isas, sparsities, arguments.threads, arguments.rounds)
     result = {
         "command": " ".join(sys.argv),
         "machine": machine(),
@@ -70,48 +69,72 @@ def main() -> None:
 def measure(
     library: ctypes.CDLL,
     model: str,
-    shapes: list[tuple[int, int]],
-    isa: str,
+    isas: list[str],
     sparsities: tuple[float | None, ...],
     threads: int,
     rounds: int,
 ) -> list[dict[str, object]]:
-    """All value types and sparsities of one model's shapes, each warmed up and then timed."""
+    """All instruction sets, value types and sparsities for one model's shapes.
+
+    Every round times each of them once, so that a neighbour's busy minute falls on all alike.
+    """
     variants = [
         (v, s)
         for v in ("int8", "bf16", "fp32")
         for s in sparsities
         if v != "fp32" or s in (None, 0.7)
     ]
+    blocks = {variant: [packed(shape, *variant) for shape in SIZES[model]] for variant in variants}
     memory = huge_memory(256 << 20)
     memory[:] = 1
-    rows: list[dict[str, object]] = []
-    for values, sparsity in variants:
-        blocks = [copies(shape, values, sparsity) for shape in shapes]
-        size = sum(block[0].size for block in blocks)
-        seconds, reads = [], []
-        for _ in range(rounds):
-            reads.append(min(time_read(library, memory, threads, 2)) / memory.size)
-            # One matrix of each shape.
-            seconds.append(sum(time_matvec(library, isa, b, threads) / len(b) for b in blocks))
-        shares = [size * read / s for read, s in zip(reads, seconds, strict=True)]
-        row: dict[str, object] = {
-            "model": model,
-            "isa": isa,
-            "values": values,
-            "sparsity": sparsity,
-            "microseconds": round(statistics.median(seconds) * 1e6, 1),
-            "best_microseconds": round(min(seconds) * 1e6, 1),
+    rows = [Row(model, isa, *variant) for isa in isas for variant in variants]
+    for _ in range(rounds):
+        for variant in variants:
+            own = [row for row in rows if (row.values, row.sparsity) == variant]
+            reads = [min(time_read(library, memory, threads, 2)) / memory.size for _ in own]
+            for row, read in zip(own, reads, strict=True):
+                row.reads.append(read)
+                row.seconds.append(0.0)
+            for block in blocks[variant]:
+                spread = copies(block)
+                for row in own:
+                    # One matrix of each shape.
+                    seconds = time_matvec(library, row.isa, spread, threads)
+                    row.seconds[-1] += seconds / len(spread)
+    found = [row.summary(sum(b.size for b in blocks[row.values, row.sparsity])) for row in rows]
+    for one in found:
+        print(json.dumps(one), flush=True)
+    return found
+
+
+@dataclass
+class Row:
+    """One kernel: seconds a pass over one matrix of each shape, and seconds a byte of a read."""
+
+    model: str
+    isa: str
+    values: str
+    sparsity: float | None
+    seconds: list[float] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
+
+    def summary(self, size: int) -> dict[str, object]:
+        """Medians, the best, and how they compare with the read; `size`: bytes of the weights."""
+        shares = [size * read / s for read, s in zip(self.reads, self.seconds, strict=True)]
+        return {
+            "model": self.model,
+            "isa": self.isa,
+            "values": self.values,
+            "sparsity": self.sparsity,
+            "microseconds": round(statistics.median(self.seconds) * 1e6, 1),
+            "best_microseconds": round(min(self.seconds) * 1e6, 1),
             "megabytes": round(size / 1e6, 2),
-            "gigabytes_per_second": round(size / statistics.median(seconds) / 1e9, 1),
-            "read_bandwidth": round(1e-9 / statistics.median(reads), 1),
-            "best_read_bandwidth": round(1e-9 / min(reads), 1),
+            "gigabytes_per_second": round(size / statistics.median(self.seconds) / 1e9, 1),
+            "read_bandwidth": round(1e-9 / statistics.median(self.reads), 1),
+            "best_read_bandwidth": round(1e-9 / min(self.reads), 1),
             "share_of_bandwidth": round(statistics.median(shares), 2),
-            "best_over_best": round(size * min(reads) / min(seconds), 2),
+            "best_over_best": round(size * min(self.reads) / min(self.seconds), 2),
         }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
 
 
 def plot(rows: list[dict[str, object]], file: Path) -> None:
@@ -144,13 +167,17 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
     figure.savefig(file)
 
 
-def copies(shape: tuple[int, int], values: str, sparsity: float | None) -> list[NDArray[np.uint8]]:
-    """Copies of a random packed weight that fill `BYTES`, as the operators hold them in memory."""
+def packed(shape: tuple[int, int], values: str, sparsity: float | None) -> NDArray[np.uint8]:
+    """A random packed weight."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(shape, dtype=np.float32)
     if sparsity:
         weight[rng.random(shape, dtype=np.float32) < sparsity] = 0
-    block = pack.pack(weight, values, sparsity is not None)  # type: ignore[arg-type]
+    return pack.pack(weight, values, sparsity is not None)  # type: ignore[arg-type]
+
+
+def copies(block: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Copies of a packed weight that fill `BYTES`, as the operators hold them in memory."""
     count = max(1, BYTES // block.size)
     memory = huge_memory(count * block.size).reshape(count, block.size)
     memory[:] = block
