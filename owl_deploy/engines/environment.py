@@ -21,7 +21,7 @@ from owl_deploy import artefact
 from owl_deploy.cache import cache_dir
 from owl_deploy.engines.registry import ENGINES, Engine, get_engine
 from owl_deploy.errors import BadInput, EnvironmentFailed
-from owl_deploy.runtime import library_path
+from owl_deploy.runtime import kernels, library_path
 
 Progress = Callable[[str], None]
 MARKER = ".complete"
@@ -120,7 +120,8 @@ def remove(name: str) -> bool:
 def list_engines() -> list[dict[str, Any]]:
     """What is known about every engine: name, version (None: not installed), targets, licence.
 
-    `library` is the file that the engine's exports carry: None if it has none, or was not built.
+    `library` is the file that the engine's exports carry, `kernels` the instruction set that it
+    computes with here: None if it has none, or was not built.
     """
     return [
         {
@@ -130,6 +131,7 @@ def list_engines() -> list[dict[str, Any]]:
             "opens": list(engine.targets),
             "licence": engine.licence,
             "library": _library() if engine.name == "owl" else None,
+            "kernels": kernels() if engine.name == "owl" else None,
             "environment": str(environment_folder(engine)) if engine.lock else None,
         }
         for engine in ENGINES.values()

@@ -20,7 +20,10 @@ def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> N
         table.add_row(engine["name"], installed, ", ".join(engine["opens"]), engine["licence"])
     console = console or Console(width=WIDTH, highlight=False)
     console.print(table)
-    if any(engine["name"] == "owl" and engine["library"] is None for engine in engines):
+    owl = next(engine for engine in engines if engine["name"] == "owl")
+    if owl["library"] is None:
         console.print(
             "Nothing can be exported to owl: `owl engines path owl` says what is missing."
         )
+    elif owl["kernels"] is not None:
+        console.print(f"The kernels of owl on this processor: {owl['kernels']}.")

@@ -1,5 +1,7 @@
 """The open sparse engine: packed weights and the ONNX Runtime operators that read them."""
 
+import contextlib
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -31,6 +33,18 @@ def library_path() -> Path:
             f"libonnxruntime-dev`, then {then}. Everything but the owl engine works without it.",
         )
     return path
+
+
+def kernels() -> str | None:
+    """The instruction set whose kernels run here, such as "avx512": `$OWL_ISA`, or the best.
+
+    None where the library is missing or is none.
+    """
+    with contextlib.suppress(EnvironmentFailed, OSError, AttributeError):
+        best = ctypes.CDLL(str(library_path())).owl_best_isa
+        best.restype = ctypes.c_char_p
+        return str(best().decode())
+    return None
 
 
 def register(session_options: _SessionOptions) -> None:

@@ -131,4 +131,15 @@ def test_a_missing_library_is_said(
     assert "`owl engines path owl` says what is missing" in capsys.readouterr().out
     monkeypatch.setenv("OWL_RUNTIME_LIBRARY", __file__)
     show(environment.list_engines())
-    assert "missing" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "missing" not in said
+    assert "kernels" not in said
+
+
+def test_the_kernels_that_run_here_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    known = environment.list_engines()
+    kernels = next(one["kernels"] for one in known if one["name"] == "owl")
+    if kernels is None:
+        pytest.skip("the library was not built")
+    show(known)
+    assert f"processor: {kernels}." in capsys.readouterr().out
