@@ -40,6 +40,17 @@ def check_output(destination: Path, force: bool = False) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder`, if it is not there; raises `BadInput` where the system does not let us."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"The folder {folder.parent} cannot be written ({error.strerror}).",
+            "Choose another output folder.",
+        ) from error
+
+
 def is_artefact(folder: Path) -> bool:
     """Whether `folder` is one that owl wrote, whole."""
     return (folder / MANIFEST).is_file()
@@ -55,7 +66,7 @@ def staged_folder(destination: Path, force: bool = False) -> Iterator[Path]:
     destination = destination.absolute()
     _remove_stale(destination)
     staging = destination.with_name(f".{destination.name}.owl-tmp-{os.getpid()}")
-    staging.mkdir()
+    make_folder(staging)
     try:
         yield staging
         publish(staging, destination)

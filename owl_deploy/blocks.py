@@ -20,6 +20,7 @@ from torch import nn
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family, family_of
+from owl_deploy.progress import quiet_transformers
 
 _LOGIT_ROWS = 256  # rows of logits at once: 2048 x 150,000 words in float32 would be 1.2 GB
 
@@ -37,6 +38,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.family: Family = family_of(checkpoint.config)
+        checkpoint.blocks(self.family.blocks)  # refuses weights of another model
         self.model: Any = _empty_model(checkpoint, dtype)
         self.blocks: list[nn.Module] = list(self._module_list())
 
@@ -242,19 +244,21 @@ class Activations:
 def whole_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
     """All of the model in memory, on the CPU.
 
-    Raises `BadInput` where a value is not finite, or a tensor is not there.
+    Raises `BadInput` where a value is not finite, or a tensor is missing or surplus.
     """
     import transformers
 
+    checkpoint.blocks(family_of(checkpoint.config).blocks)
     for name in checkpoint.files:
         checkpoint.read(name)  # finite values in every file, or one sentence
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with quiet_transformers():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise BadInput(
@@ -387,4 +391,5 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    line = " ".join(str(error).split())
+    return line if len(line) <= 200 else f"{line[:200]} ..."

@@ -58,6 +58,12 @@ class Checkpoint:
             )
         with _open_safetensors(path) as file:
             tensor: torch.Tensor = file.get_tensor(name)
+        if name.endswith(".weight") and (not tensor.is_floating_point() or tensor.itemsize < 2):
+            held = str(tensor.dtype).removeprefix("torch.")
+            raise BadInput(
+                f"The tensor {name!r} in {path} is quantized: it holds {held}.",
+                "Give the model as it was before.",
+            )
         # The extremes are NaN or infinite if any value is: one quick reading of the tensor.
         extremes = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()
         if not all(bool(value.isfinite()) for value in extremes):
@@ -91,6 +97,23 @@ class Checkpoint:
                 shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
                 total += sum(math.prod(shape) for shape in shapes)
         return total
+
+    def blocks(self, stem: str) -> list[str]:
+        """The names of the decoder blocks, `stem` and a number each; config.json counts them.
+
+        Raises `BadInput` when that is no count, or when the weights hold more of them.
+        """
+        count = self.config.get("num_hidden_layers")
+        if not isinstance(count, int) or count < 1:
+            raise BadInput(f"config.json in {self.folder} counts {count} blocks.")
+        surplus = f"{stem}.{count}"
+        if self.names(surplus):
+            raise BadInput(
+                f"config.json in {self.folder} counts {count} blocks, and the weights hold "
+                f"{surplus} as well.",
+                "Give the config.json that belongs to them.",
+            )
+        return [f"{stem}.{index}" for index in range(count)]
 
     def names(self, prefix: str = "") -> list[str]:
         """The names of the tensors under the module `prefix`, without `prefix.`."""
@@ -170,7 +193,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise BadInput(f"{folder} has no {WEIGHTS}.", _no_safetensors_hint(folder))
     found: dict[str, Path] = {}
     for path in sorted(files):
-        if path.parent != folder or not path.is_file():
+        if path.parent != folder:
+            raise BadInput(f"{folder / INDEX} names {path}, which lies outside the model's folder.")
+        if not path.is_file():
             raise BadInput(f"{path} is missing, though the index names it.", "Get the file again.")
         with _open_safetensors(path) as file:
             found.update(dict.fromkeys(file.keys(), path))
@@ -178,6 +203,8 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _no_safetensors_hint(folder: Path) -> str:
+    if any(folder.glob("*.onnx")):
+        return "It is a deployment: give the checkpoint that it was exported from."
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         return "Pickled weights are not read, since they can run code: convert them to safetensors."
     return "Give a Hugging Face model folder."

@@ -10,13 +10,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from owl_deploy import __version__
 from owl_deploy.artefact import read_manifest
 from owl_deploy.errors import OwlError
 
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer has the type to itself
+        """Say what Ctrl-C left, which typer ends on without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            left = str(error) or "finished outputs are untouched"
+            typer.echo(f"owl: interrupted; {left}.", err=True)
+            raise typer.Exit(130) from error
+
+
 app = typer.Typer(
     name="owl",
+    cls=_Group,
     help="Prune a causal language model, export it to ONNX, and measure what that bought on a CPU.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+SEEDS = 2**31 - 1  # the largest that every library takes
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
@@ -113,7 +128,7 @@ def prune(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the draw of windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of the draw of windows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="To compute in: auto, float32, bfloat16 or float16.")
@@ -224,7 +239,7 @@ def generate(
     top_k: Annotated[int, typer.Option()] = 50,
     top_p: Annotated[float, typer.Option()] = 1.0,
     repetition_penalty: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=SEEDS, help="Of sampling.")] = None,
     as_json: Json = False,
 ) -> None:
     """Stream text from a deployment, and say how fast it came."""
@@ -353,7 +368,9 @@ def finetune(
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     warmup: Annotated[float, typer.Option(help="Share in which the learning rate rises.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Of the order of windows, and of dropout.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEEDS, help="Of the order of windows, and of dropout.")
+    ] = 0,
     block_group: Annotated[
         int | None, typer.Option(help="masked: train so many blocks at a time, to save memory.")
     ] = None,
@@ -698,6 +715,3 @@ def main() -> None:
     except OwlError as error:
         typer.echo(f"owl: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("owl: interrupted; finished outputs are untouched.", err=True)
-        sys.exit(130)

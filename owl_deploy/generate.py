@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.engines.deployment import GENAI_CONFIG, open_deployment
+from owl_deploy.engines.deployment import GENAI_CONFIG, genai_number, open_deployment
 from owl_deploy.errors import BadInput, EngineFailed
 
 
@@ -63,6 +63,9 @@ def generate(
             f"{deployment} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
             "Export the checkpoint with --target owl or onnxruntime.",
         )
+    if not prompt:
+        raise BadInput("The prompt is empty.", "Give a text to go on from.")
+    context = genai_number(deployment, "context_length")
     import onnxruntime_genai
 
     try:
@@ -71,6 +74,12 @@ def generate(
         if chat:
             prompt = _in_template(tokenizer, prompt)
         tokens = tokenizer.encode(prompt)
+        if len(tokens) + sampling.max_new_tokens > context:
+            raise BadInput(
+                f"The prompt's {len(tokens)} tokens and {sampling.max_new_tokens} new ones are "
+                f"more than the {context} that the model takes.",
+                "Shorten the prompt, or give a smaller --max-new-tokens (-n).",
+            )
         generator = _generator(onnxruntime_genai, model, len(tokens), sampling)
         yield from _stream(generator, tokenizer, tokens, speed)
     except RuntimeError as error:  # whatever is wrong, onnxruntime-genai has this one type for it

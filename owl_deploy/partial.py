@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from owl_deploy.artefact import write_json
+from owl_deploy.artefact import make_folder, write_json
 from owl_deploy.errors import BadInput, EnvironmentFailed
 
 
@@ -35,7 +35,7 @@ class Partial:
             )
         if resume and not there:
             raise BadInput(f"There is no interrupted run for {output} to resume.")
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         self._lock = self._take_lock()
         if there and resume:
             try:
@@ -120,6 +120,8 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
                 "There is not enough memory.",
                 f"Free some, or {to_save_memory}, {way_out}.",
             ) from error
+        if kept and isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt("the same command with --resume goes on from here") from error
         raise
 
 

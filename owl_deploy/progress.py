@@ -40,4 +40,23 @@ def bar(description: str, total: float) -> Iterator[Advance]:
         task = progress.add_task(description, total=total)
         yield lambda units: progress.advance(task, units)
         if not console.is_terminal:
-            console.print(f"{description}: done in {progress.tasks[0].elapsed or 0.0:.1f} s")
+            ended = "done in" if progress.finished else "stopped after"
+            console.print(f"{description}: {ended} {progress.tasks[0].elapsed or 0.0:.1f} s")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the terminal: ours go there."""
+    import transformers
+
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

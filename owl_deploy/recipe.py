@@ -309,7 +309,8 @@ def load(source: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"The recipe {source} cannot be read ({error}).") from error
     except yaml.YAMLError as error:
-        raise BadInput(f"The recipe {source} is not valid YAML ({error}).") from error
+        reason = " ".join(str(error).split())
+        raise BadInput(f"The recipe {source} is not valid YAML ({reason}).") from error
     return _from_modifiers(source, _modifiers(source, content))
 
 

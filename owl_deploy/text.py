@@ -109,7 +109,11 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokeniz
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # missing, truncated, or of an unknown class: many types
-        raise BadInput(f"{folder} holds no tokenizer that can be read ({error}).") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(
+            f"{folder} holds no tokenizer that can be read ({reason}).",
+            "Copy the model's tokenizer files there.",
+        ) from error
 
 
 def tokenize(

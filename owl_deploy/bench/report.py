@@ -1,5 +1,6 @@
 """`owl report`: results as one page that needs nothing else: phone, print, light and dark."""
 
+import contextlib
 import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def write_report(
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def render(results: Sequence[Result], curves: Sequence[tuple[str, str]] = ()) -> str:

@@ -124,7 +124,9 @@ def read_result(path: Path) -> Result:
     try:
         return Result.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise BadInput(f"{file} cannot be read ({error.strerror}).") from error
+        raise BadInput(
+            f"{file} cannot be read ({error.strerror}).", "Give what owl bench -o wrote."
+        ) from error
     except (ValueError, ValidationError) as error:
         raise BadInput(f"{file} is not a benchmark's result, or a damaged one.") from error
 

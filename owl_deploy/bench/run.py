@@ -132,6 +132,6 @@ def _shown() -> Iterator[Progress]:
                 yield lambda line: status.update(escape(line))
             else:
                 yield lambda line: console.print(line, markup=False)
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on with the samples that were taken.")
-        raise
+    except KeyboardInterrupt as error:
+        going_on = "the same command goes on with the samples that were taken"
+        raise KeyboardInterrupt(going_on) from error

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from owl_deploy.artefact import is_artefact, read_manifest
+from owl_deploy.artefact import is_artefact, make_folder, read_manifest
 from owl_deploy.bench import plots
 from owl_deploy.bench.dense import Export, dense_baselines
 from owl_deploy.bench.measure import BenchPlan
@@ -96,8 +96,8 @@ def sweep(checkpoint: Path, output: Path, plan: SweepPlan, steps: Steps) -> Resu
         steps.validate(settings)
     if not output.parent.is_dir():
         raise BadInput(f"The folder {output.parent} does not exist.", "Create it first.")
-    for folder in ("checkpoints", "deployments"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
+    for folder in (output, output / "checkpoints", output / "deployments"):
+        make_folder(folder)
     candidates = [
         deployment
         for name, settings in plan.prunings().items()

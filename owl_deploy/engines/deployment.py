@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import read_manifest
+from owl_deploy.artefact import read_manifest, sha256
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
 
+_MODEL_FILES = (".onnx", ".data", ".so", ".dylib", ".dll")  # of them, not of settings and tokenizer
 MODEL, GENAI_CONFIG, FAKE = "model.onnx", "genai_config.json", "fake.json"
 
 
@@ -61,7 +63,10 @@ class Deployment:
 
 
 def open_deployment(path: Path) -> Deployment:
-    """Read what `path` is; raises `BadInput` when no engine could run it as a language model."""
+    """Read what `path` is; raises `BadInput` when no engine could run it as a language model.
+
+    So it does when graph, weights or operators are not those that were exported.
+    """
     if not path.exists():
         raise BadInput(f"The deployment {path} does not exist.", "Make it with owl export.")
     if not path.is_dir():
@@ -74,6 +79,7 @@ def open_deployment(path: Path) -> Deployment:
         raise BadInput(
             f"{path} is not a deployment: it has no {MODEL}.", "Make it with owl export."
         )
+    _check_files(path, manifest)
     inputs, vocab = _describe_graph(path / MODEL)
     if "input_ids" not in inputs or not any(name.startswith("past_key_values.") for name in inputs):
         raise BadInput(
@@ -84,7 +90,28 @@ def open_deployment(path: Path) -> Deployment:
     target = target or _guess_target(path, inputs)
     if target not in TARGETS:
         raise unknown_name(f"target (in {path / 'owl.json'})", str(target), TARGETS)
-    return Deployment(path, target, vocab or _genai_vocab(path), manifest)
+    return Deployment(path, target, vocab or genai_number(path, "vocab_size"), manifest)
+
+
+def _check_files(path: Path, manifest: dict[str, Any]) -> None:
+    """Damaged weights run as well as others do, and give other text."""
+    for name, told in manifest.get("files", {}).items():
+        file = path / name
+        if file.suffix not in _MODEL_FILES:
+            continue
+        if not file.is_file():
+            raise BadInput(f"{file} is missing.", "Export again.")
+        status = file.stat()
+        if _digest(file, status.st_size, status.st_mtime_ns) != told.get("sha256"):
+            raise BadInput(
+                f"{file} is damaged, or was changed since the export: its digest is another.",
+                "Export again.",
+            )
+
+
+@cache
+def _digest(file: Path, _size: int, _modified_ns: int) -> str:
+    return sha256(file)
 
 
 def _guess_target(path: Path, inputs: set[str]) -> str:
@@ -108,11 +135,12 @@ def _describe_graph(path: Path) -> tuple[set[str], int]:
     return {item.name for item in graph.input}, logits[-1].dim_value if logits else 0
 
 
-def _genai_vocab(path: Path) -> int:
+def genai_number(path: Path, name: str) -> int:
+    """A number about the model in the genai_config.json of the deployment `path`."""
     try:
         config = json.loads((path / GENAI_CONFIG).read_text(encoding="utf-8"))
-        return int(config["model"]["vocab_size"])
-    except (OSError, ValueError, KeyError) as error:
+        return int(config["model"][name])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"{path} does not say the size of its vocabulary.", "Export again."
+            f"{path / GENAI_CONFIG} does not say the model's {name}.", "Export again."
         ) from error

@@ -1,7 +1,6 @@
 """The checkpoint that is exported: checked, loaded in fp32, and what PyTorch computes with it."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from owl_deploy.artefact import read_manifest
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, OwlError
 from owl_deploy.families import Family, family_of
+from owl_deploy.progress import quiet_transformers
 from owl_deploy.text import load_tokenizer, tokenize
 
 Progress = Callable[[str], None]
@@ -63,6 +63,7 @@ class Source:
         self.config = self.checkpoint.config
         self.family: Family = family_of(self.config)
         self.manifest = read_manifest(folder)
+        self.checkpoint.blocks(self.family.blocks)
         _check_causal(self.config, folder)
         self._check_memory()
         self.tokenizer = self._load_tokenizer()
@@ -153,6 +154,8 @@ def _load_model(folder: Path) -> Any:  # noqa: ANN401 - transformers is partly t
         raise BadInput(f"There is not enough memory to load {folder}.") from error
     except Exception as error:  # transformers' errors for a bad folder are of many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "ignore_mismatched_sizes" in reason:  # the advice is for programmers
+            reason = "the weights' shapes are not those of config.json."
         raise BadInput(f"transformers cannot load {folder}: {reason}") from error
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random weights in their place
@@ -162,21 +165,7 @@ def _load_model(folder: Path) -> Any:  # noqa: ANN401 - transformers is partly t
         )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise BadInput(f"The tensor {name!r} in {folder} holds NaN or infinity.")
+            raise BadInput(
+                f"The tensor {name!r} in {folder} holds NaN or infinity.", "Get the model again."
+            )
     return model.eval()
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the terminal: ours go there."""
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

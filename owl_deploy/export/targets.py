@@ -199,13 +199,15 @@ def _row(target: str, precision: str, values: str | None) -> Target:
     if precision not in row.precisions:
         raise BadInput(
             f"The target {target!r} has no precision {precision!r}.",
-            f"It has: {', '.join(row.precisions)}.",
+            f"Use --values {precision}."
+            if precision in row.values
+            else f"It has: {', '.join(row.precisions)}.",
         )
     if values is not None and values not in row.values:
-        offered = ", ".join(row.values) or "none"
-        raise BadInput(
-            f"The target {target!r} has no value type {values!r}.", f"It has: {offered}."
-        )
+        offered = f"It has: {', '.join(row.values)}." if row.values else "--values is for owl."
+        if values in row.precisions:
+            offered = f"Use --precision {values}, or --target owl."
+        raise BadInput(f"The target {target!r} has no value type {values!r}.", offered)
     return row
 
 

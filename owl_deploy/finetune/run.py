@@ -19,7 +19,7 @@ import torch
 from owl_deploy import adapter
 from owl_deploy.artefact import MANIFEST, check_output, publish, versions, write_json
 from owl_deploy.checkpoint import shards, write_compatible
-from owl_deploy.errors import unknown_name
+from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
@@ -56,6 +56,7 @@ def finetune(
     settings = resolved(values, teacher is not None)
     check_output(output, force)
     run = Run(Source(model), settings, text, teacher)
+    run.check_disk(output.absolute().parent)
     partial = _Unfinished(output, run.asked(), resume=resume, force=force)
     with kept_for_resuming(partial, "use a smaller --batch-size or --block-group"):
         staging = partial.folder / "output"
@@ -111,6 +112,24 @@ class Run:
             "threads": torch.get_num_threads(),
             "versions": _versions(),
         }
+
+    def check_disk(self, folder: Path) -> None:
+        """Refuse what cannot fit before minutes or hours are spent on it.
+
+        A checkpoint takes its size, and its trained tensors lie beside it meanwhile; an adapter
+        takes little.
+        """
+        if not self.sparse_result:
+            return
+        files = set(self.source.checkpoint.files.values())
+        needed = 2 * sum(path.stat().st_size for path in files)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise BadInput(
+                f"The result needs up to {needed / 2**30:.1f} GiB, and the disk has "
+                f"{free / 2**30:.1f} GiB left.",
+                "Free some space, or choose another output folder.",
+            )
 
     def _describe_text(self) -> dict[str, Any]:
         digest = hashlib.sha256()

@@ -34,8 +34,7 @@ class Source:
             )
         self.folder = self.checkpoint.folder
         self.manifest = read_manifest(self.folder)
-        count = int(self.checkpoint.config["num_hidden_layers"])
-        self.blocks = [f"{self.family.blocks}.{index}" for index in range(count)]
+        self.blocks = self.checkpoint.blocks(self.family.blocks)
         self.matrices: dict[str, list[str]] = {}
         self.zeros = self.weights = 0
         self._check_mask()

@@ -22,6 +22,7 @@ from owl_deploy.progress import Advance, bar
 
 _COMPLETE = "complete"  # a file in every checkpoint that was written to its end
 _EVALUATIONS = 4  # along the way and at the end, besides the one at the start
+_EVALUATING = 0.25  # of a time limit, at most, unless one at the end takes more
 _SAVE_SECONDS = 300.0
 
 
@@ -129,6 +130,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.schedule, self.trainee, self._advance = schedule, trainee, advance
         self.interrupted = False
         self._done = 0.0  # share
+        self._evaluations = _EVALUATIONS
         self._began: float | None = None
         self._saved = time.monotonic()
 
@@ -174,12 +176,18 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         """The survivors have changed: so do the weights they are part of."""
         self.trainee.refresh()
 
+    def on_evaluate(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
+        """The one at the start tells how many a time limit has room for."""
+        if state.global_step == 0 and self.schedule.seconds:
+            room = int(_EVALUATING * self.schedule.seconds / max(self.seconds(), 1e-3))
+            self._evaluations = max(1, min(_EVALUATIONS, room))
+
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Decide what comes after this step."""
-        evaluated = int(self._done * _EVALUATIONS)
+        evaluated = int(self._done * self._evaluations)
         self._move(state.global_step)
         over = self._done >= 1
-        control.should_evaluate = over or int(self._done * _EVALUATIONS) > evaluated
+        control.should_evaluate = over or int(self._done * self._evaluations) > evaluated
         control.should_training_stop = over or self.interrupted
         if over:
             self.interrupted = False

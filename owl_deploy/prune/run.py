@@ -224,11 +224,11 @@ class Run:
             layers[self.skeleton.head_name] = head_sparsity
         text = recipe.dump_resolved(self.settings, layers)
         (store.folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        last = self.names[-1] if head_sparsity is None else self.skeleton.head_name
+        parts = [*self.names, *([] if head_sparsity is None else [self.skeleton.head_name])]
         hidden = None
-        if self.method.needs != "nothing" and not store.path(last).is_file():
+        if self.method.needs != "nothing" and not all(map(store.holds, parts)):
             hidden = self._embedded(store.folder)
-        passes = 2 * (len(self.names) + (head_sparsity is not None)) - (hidden is not None)
+        passes = 2 * len(parts) - (hidden is not None)
         reports = []
         with bar("Pruning", passes * self._samples) as advance:
             for index, name in enumerate(self.names):

@@ -31,12 +31,22 @@ class Store(Partial):
             os.close(descriptor)
         temporary.replace(self.path(name))
 
+    def holds(self, name: str) -> bool:
+        """Whether a block is finished: its file is there and whole."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path(name), framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
     def load(self, name: str) -> dict[str, torch.Tensor] | None:
         """A finished block's tensors, or None when it is not finished."""
         from safetensors.torch import load_file
 
         path = self.path(name)
-        if not path.is_file():
+        if not self.holds(name):
             return None
         return {key.removeprefix(f"{name}."): value for key, value in load_file(path).items()}
 

@@ -5,7 +5,15 @@ import shutil
 
 import pytest
 
+from owl_deploy import recipe
+from owl_deploy.prune.run import Calibration, prune
 from tests import tiny
+
+
+def cli_prune(model, output, text_file):
+    """What `owl prune` does, without its handling of errors."""
+    calibration = Calibration(str(text_file), samples=2, sequence_length=64)
+    prune(model, output, recipe.merged(None, {}), calibration)
 
 
 def damaged(llama, tmp_path, damage):
@@ -24,6 +32,11 @@ def shrink(folder):
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
 
 
+def lose_a_layer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+
+
 def lose_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
@@ -37,6 +50,7 @@ def lose_tokenizer(folder):
         (tiny.poison, "holds NaN or infinity"),
         (rename_family, "Unknown model family 'bloom'"),
         (shrink, "do not fit config.json"),
+        (lose_a_layer, "counts 1 blocks, and the weights hold model.layers.1 as well"),
         (lose_tokenizer, "no tokenizer"),
     ],
 )
@@ -62,6 +76,8 @@ def test_prune_refuses_a_broken_model(owl, llama, text_file, tmp_path, damage, c
         (["--samples", "100000"], "windows of 64 tokens, not 100000"),
         (["--samples", "0"], "--samples must be at least 1"),
         (["--sequence-length", "1024"], "takes 512 tokens, not 1024"),
+        (["--seed", "99999999999999999999"], "Invalid value for '--seed'"),
+        (["--output", "/proc/out"], "/proc cannot be written"),
         (["--device", "gpu"], "Unknown device"),
         (["--dtype", "float8"], "Unknown dtype"),
         (["--recipe", "no.yaml"], "Unknown recipe"),
@@ -76,6 +92,50 @@ def test_prune_refuses_impossible_options(owl, llama, text_file, tmp_path, optio
     )
     assert (code, complaint in err) == (2, True), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["export", "finetune", "eval"])
+def test_weights_of_more_layers_than_the_config_has(owl, llama, text_file, tmp_path, command):
+    folder = damaged(llama, tmp_path, lose_a_layer)
+    options = {
+        "export": ["-o", tmp_path / "out"],
+        "finetune": ["-o", tmp_path / "out", "--text", text_file],
+        "eval": ["--perplexity", text_file, "--window", 64],
+    }
+    code, _, err = owl(command, folder, *options[command])
+    assert (code, "model.layers.1 as well" in err) == (2, True), err
+
+
+def test_ctrl_c_says_what_is_left(owl, llama, text_file, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    command = ["prune", llama, "-o", tmp_path / "out", "-c", text_file]
+    command += ["--samples", 2, "--sequence-length", 64]
+    with monkeypatch.context() as patched:
+        patched.setattr("owl_deploy.prune.run.Run.measure", interrupted)
+        code, _, err = owl(*command)
+        assert (code, "owl: interrupted; finished outputs are untouched.\n" in err) == (130, True)
+        patched.undo()
+        patched.setattr("owl_deploy.prune.run._assemble", interrupted)
+        code, _, err = owl(*command)
+    assert (code, "the same command with --resume goes on from here.\n" in err) == (130, True)
+
+
+def test_a_damaged_part_is_made_again(owl, llama, text_file, tmp_path, monkeypatch):
+    command = ["-c", text_file, "--samples", 2, "--sequence-length", 64]
+    assert owl("prune", llama, "-o", tmp_path / "whole", *command)[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("owl_deploy.prune.run._assemble", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli_prune(llama, tmp_path / "out", text_file)
+    part = tmp_path / ".out.owl-partial" / "model.layers.0.block"
+    part.write_bytes(part.read_bytes()[:50])
+    assert owl("prune", llama, "-o", tmp_path / "out", *command, "--resume")[0] == 0
+    found, wanted = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")
+    )
+    assert found == wanted
 
 
 def test_prune_leaves_an_existing_folder_alone(owl, llama, text_file, tmp_path):

@@ -87,6 +87,12 @@ def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):
     assert speed.first_token_s > 0
     again = generate(tmp_path / "out", "The river ran", sampling, Speed())
     assert "".join(again) == "".join(pieces)
+    for prompt, wanted, complaint in (
+        ("", 12, "prompt is empty"),
+        ("The river ran", 100_000, "100000 new ones are more than the 512 that the model takes"),
+    ):
+        with pytest.raises(BadInput, match=complaint):
+            next(generate(tmp_path / "out", prompt, Sampling(max_new_tokens=wanted), Speed()))
 
 
 def test_a_prompt_in_parts_says_the_same(pruned, tmp_path):

@@ -58,8 +58,29 @@ def test_an_index_that_leads_outside_the_folder(copy):
     index = {"weight_map": {"a": "../elsewhere.safetensors"}}
     (copy / checkpoint.INDEX).write_text(json.dumps(index))
     (copy.parent / "elsewhere.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match="outside the model's folder"):
         checkpoint.open_checkpoint(copy)
+
+
+def test_quantized_weights(copy):
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, copy / "model.safetensors")
+    with pytest.raises(BadInput, match=r"up_proj\.weight.* is quantized: it holds int8"):
+        checkpoint.open_checkpoint(copy).read(name)
+
+
+@pytest.mark.parametrize("count", [0, 1, None, 2])
+def test_the_config_counts_the_blocks(copy, count):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+    opened = checkpoint.open_checkpoint(copy)
+    if count == 2:
+        assert opened.blocks("model.layers") == ["model.layers.0", "model.layers.1"]
+        return
+    complaint = r"counts 1 .* model\.layers\.1 as well" if count == 1 else f"counts {count} blocks"
+    with pytest.raises(BadInput, match=complaint):
+        opened.blocks("model.layers")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

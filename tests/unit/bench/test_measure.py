@@ -245,7 +245,7 @@ def test_ctrl_c_ends_at_once_and_leaves_no_process(tmp_path: Path) -> None:
     _, said = owl.communicate(timeout=10)
     assert time.monotonic() - started < 2
     assert owl.returncode == 130
-    assert "The same command goes on" in said
+    assert "the same command goes on" in said
     assert not worker.is_running()
 
 

@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from owl_deploy.artefact import MANIFEST, sha256
 from owl_deploy.engines import open_deployment
 from owl_deploy.errors import BadInput
 
@@ -47,11 +48,29 @@ def test_targets(
 
 def test_a_genai_folder_gives_its_vocabulary(tmp_path: Path) -> None:
     graph(tmp_path, [*DECODER, "causal_mask"], width="vocab")
-    with pytest.raises(BadInput, match="vocabulary"):
+    with pytest.raises(BadInput, match="vocab_size"):
         open_deployment(tmp_path)
     (tmp_path / "genai_config.json").write_text('{"model": {"vocab_size": 12}}')
     assert open_deployment(tmp_path).vocab == 12
     assert open_deployment(tmp_path).target == "onnxruntime"
+
+
+def test_a_file_that_is_not_what_was_exported(tmp_path: Path) -> None:
+    graph(tmp_path, DECODER)
+    (tmp_path / "model.onnx.data").write_bytes(b"weights")
+    (tmp_path / "genai_config.json").write_text("{}")
+    files = {
+        path.name: {"sha256": sha256(path)} for path in tmp_path.iterdir() if path.name != MANIFEST
+    }
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": files}))
+    (tmp_path / "genai_config.json").write_text('{"a user": "may change"}')
+    open_deployment(tmp_path)
+    (tmp_path / "model.onnx.data").write_bytes(b"weighty")
+    with pytest.raises(BadInput, match=r"model\.onnx\.data is damaged, or was changed"):
+        open_deployment(tmp_path)
+    (tmp_path / "model.onnx.data").unlink()
+    with pytest.raises(BadInput, match=r"model\.onnx\.data is missing"):
+        open_deployment(tmp_path)
 
 
 def test_recorded_perplexity(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,17 @@ def test_a_lost_mask_is_seen_before_anything_appears(models, text_file, tmp_path
     with pytest.raises(EnvironmentFailed, match="zeros of"):
         finetune(sparse, tmp_path / "out", str(text_file), QUICK | {"merge": "masked"})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_too_small_is_seen_before_anything_is_trained(
+    models, text_file, tmp_path, monkeypatch
+):
+    _, sparse = models("llama")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(module.Run, "execute", lambda *_: 1 / 0)
+    with pytest.raises(BadInput, match=r"the disk has 0\.0 GiB left"):
+        finetune(sparse, tmp_path / "out", str(text_file), QUICK | {"method": "masked"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def losses(manifest):

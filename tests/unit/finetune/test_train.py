@@ -1,3 +1,6 @@
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -5,7 +8,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import resolved
 from owl_deploy.finetune.source import Source
 from owl_deploy.finetune.survivors import sparse_linears, sparsify
-from owl_deploy.finetune.train import Schedule, train
+from owl_deploy.finetune.train import Schedule, _Clock, train
 from owl_deploy.finetune.trainee import Trainee
 from tests.reference import finetune as reference
 
@@ -41,6 +44,25 @@ def test_equals_dense_training_with_masked_gradients(models, tmp_path, family):
         for key, wanted in plain.get_submodule(name).state_dict().items():
             if key not in KEY_BIASES:
                 torch.testing.assert_close(found[key], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "took", "evaluations"),
+    [(600.0, 10.0, 4), (60.0, 4.9, 3), (60.0, 22.0, 1), (None, 22.0, 4)],
+)
+def test_evaluating_takes_a_part_of_the_time(limit, took, evaluations):
+    clock = _Clock(Schedule(100, limit), None, lambda _: None)
+    clock.on_train_begin(None, SimpleNamespace(log_history=[], global_step=0), None)
+    clock._began -= took
+    clock.on_evaluate(None, SimpleNamespace(global_step=0), None)
+    control = SimpleNamespace(should_evaluate=False)
+    asked = 0
+    for step in range(1, 101):
+        if limit:
+            clock._began = time.monotonic() - limit * step / 100
+        clock.on_step_end(None, SimpleNamespace(global_step=step), control)
+        asked += control.should_evaluate
+    assert asked == evaluations
 
 
 def test_there_is_nothing_but_survivors_to_optimize(models):
