@@ -127,7 +127,7 @@ def settings(**values: Any) -> PruneSettings:  # noqa: ANN401 - checked by the m
     try:
         return PruneSettings(**values)
     except ValidationError as error:
-        raise _one_sentence("settings", error) from error
+        raise _one_sentence("the settings", error) from error
 
 
 def shipped() -> dict[str, Path]:
@@ -452,4 +452,5 @@ def _one_sentence(what: str, error: ValidationError) -> BadInput:
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return BadInput(f"Unknown key {place!r} in {what}.", "Unknown keys are never ignored.")
-    return BadInput(f"{what}: {place}: {first['msg']}.")
+    said = first["msg"][0].lower() + first["msg"][1:]
+    return BadInput(f"{place} in {what} is {first['input']!r}: {said}.")
