@@ -56,7 +56,7 @@ def finetune(
     settings = resolved(values, teacher is not None)
     check_output(output, force)
     run = Run(Source(model), settings, text, teacher)
-    run.check_disk(output.absolute().parent)
+    run.check_disk(output.absolute().parent, copies=1 if resume else 2)
     partial = _Unfinished(output, run.asked(), resume=resume, force=force)
     with kept_for_resuming(partial, "use a smaller --batch-size or --block-group"):
         staging = partial.folder / "output"
@@ -113,16 +113,16 @@ class Run:
             "versions": _versions(),
         }
 
-    def check_disk(self, folder: Path) -> None:
+    def check_disk(self, folder: Path, copies: int) -> None:
         """Refuse what cannot fit before minutes or hours are spent on it.
 
-        A checkpoint takes its size, and its trained tensors lie beside it meanwhile; an adapter
-        takes little.
+        A checkpoint takes its size, and its trained tensors lie beside it meanwhile, from an
+        earlier run perhaps: hence `copies`. An adapter takes little.
         """
         if not self.sparse_result:
             return
         files = set(self.source.checkpoint.files.values())
-        needed = 2 * sum(path.stat().st_size for path in files)
+        needed = copies * sum(path.stat().st_size for path in files)
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise BadInput(
