@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import read_manifest, sha256
+from owl_deploy.artefact import MANIFEST, read_manifest, sha256
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
 
@@ -105,7 +105,7 @@ def _check_files(path: Path, manifest: dict[str, Any]) -> None:
         if _digest(file, status.st_size, status.st_mtime_ns) != told.get("sha256"):
             raise BadInput(
                 f"{file} is damaged, or was changed since the export: its digest is another.",
-                "Export again.",
+                f"Export again; if the change is meant, delete {MANIFEST} there.",
             )
 
 
