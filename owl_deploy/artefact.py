@@ -40,6 +40,17 @@ def check_output(destination: Path, force: bool = False) -> None:
         )
 
 
+def check_room(folder: Path, needed: float, what: str) -> None:
+    """Refuse `what` when its `needed` bytes do not fit on the disk of `folder`, before any work."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BadInput(
+            f"{what} needs up to {needed / 2**30:.1f} GiB, and the disk has "
+            f"{free / 2**30:.1f} GiB left.",
+            "Free some space, or choose another output folder.",
+        )
+
+
 def make_folder(folder: Path) -> None:
     """Make `folder`, if it is not there; raises `BadInput` where the system does not let us."""
     try:

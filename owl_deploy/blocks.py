@@ -32,19 +32,16 @@ class Seen(Exception):
 class Skeleton:
     """A model without weights, whose parts are filled from a checkpoint while they are needed.
 
-    `blocks`: the decoder blocks, on the meta device until `loaded`.
+    `blocks`: the decoder blocks, on the meta device until `loaded`; `names`: their dotted names, as
+    in the checkpoint: model.layers.3.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.family: Family = family_of(checkpoint.config)
-        checkpoint.blocks(self.family.blocks)  # refuses weights of another model
+        self.names = checkpoint.blocks(self.family.blocks)
         self.model: Any = _empty_model(checkpoint, dtype)
         self.blocks: list[nn.Module] = list(self._module_list())
-
-    def block_name(self, index: int) -> str:
-        """The dotted name of block `index`, as in the checkpoint: model.layers.3."""
-        return f"{self.family.blocks}.{index}"
 
     @property
     def head(self) -> nn.Linear:

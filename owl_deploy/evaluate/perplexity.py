@@ -254,7 +254,7 @@ def _blockwise_nll(skeleton: Skeleton, windows: torch.Tensor, batch: int) -> flo
     ):
         states = skeleton.embed(windows, batch, Path(scratch))
         for index in range(len(skeleton.blocks)):
-            with skeleton.loaded(skeleton.block_name(index)) as block:
+            with skeleton.loaded(skeleton.names[index]) as block:
                 states.through(block, index, advance, keep=True)
         (loss,) = skeleton.losses(windows, [states])
     return loss * len(windows) * (windows.shape[1] - 1)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -225,13 +224,7 @@ def _check_disk(source: Source, folder: Path, precision: str) -> None:
     config = source.model.config
     head = 4 * config.vocab_size * config.hidden_size  # a tied one may be there twice
     needed = _BYTES_A_WEIGHT[precision] * source.parameters() + head
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise BadInput(
-            f"The export needs up to {needed / 2**30:.1f} GiB, and the disk has "
-            f"{free / 2**30:.1f} GiB left.",
-            "Free some space, or choose another output folder.",
-        )
+    artefact.check_room(folder, needed, "The export")
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from owl_deploy import adapter
-from owl_deploy.artefact import MANIFEST, check_output, publish, versions, write_json
+from owl_deploy.artefact import MANIFEST, check_output, check_room, publish, versions, write_json
 from owl_deploy.checkpoint import shards, write_compatible
-from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.errors import unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
@@ -122,14 +122,7 @@ class Run:
         if not self.sparse_result:
             return
         files = set(self.source.checkpoint.files.values())
-        needed = copies * sum(path.stat().st_size for path in files)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise BadInput(
-                f"The result needs up to {needed / 2**30:.1f} GiB, and the disk has "
-                f"{free / 2**30:.1f} GiB left.",
-                "Free some space, or choose another output folder.",
-            )
+        check_room(folder, copies * sum(path.stat().st_size for path in files), "The result")
 
     def _describe_text(self) -> dict[str, Any]:
         digest = hashlib.sha256()

@@ -139,7 +139,7 @@ class Run:
         self.skeleton = Skeleton(checkpoint, dtype, self.device)
         options = sparsegpt.Options(settings.block_size, settings.preserve_mask)
         self.method = methods(options)[settings.method]
-        self.names = [self.skeleton.block_name(i) for i in range(len(self.skeleton.blocks))]
+        self.names = self.skeleton.names
         sizes = [
             {name: linear.weight.numel() for name, linear in self.skeleton.linears(i).items()}
             for i in range(len(self.names))

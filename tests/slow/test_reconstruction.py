@@ -33,7 +33,7 @@ def test_sparsegpt_reconstructs_better_than_wanda(tmp_path):
     hidden = skeleton.embed(windows, 1, tmp_path)
     table = methods.methods(sparsegpt.Options())
     for index in range(BLOCKS):
-        with skeleton.loaded(skeleton.block_name(index)) as block:
+        with skeleton.loaded(skeleton.names[index]) as block:
             linears = skeleton.linears(index)
             statistics = InputStatistics(linears, SAMPLES, hessian=True)
             before = hidden.hidden.clone()

@@ -14,10 +14,8 @@ struct Avx2Common {
   struct F {
     __m256 lo, hi;
   };
-  struct I {
-    __m256i lo, hi;
-  };
-  using Cell = I;
+  using I = Halves;
+  using Cell = Halves;
   using Half = float;
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 4;  // 4 x 2 sums, 2 weights and their halves, in 16 registers
@@ -57,18 +55,9 @@ struct Avx2Common {
   static Cell add_nibbles(Cell cell, Cell v) {
     return {add_nibbles_half<Upper>(cell.lo, v.lo), add_nibbles_half<Upper>(cell.hi, v.hi)};
   }
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
-    const Halves cell = expand_bytes(p, mask);
-    return {cell.lo, cell.hi};
-  }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
-    const Halves cell = expand_words(p, mask);
-    return {cell.lo, cell.hi};
-  }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
-    const Halves cell = expand_quads(p, mask);
-    return {cell.lo, cell.hi};
-  }
+  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) { return expand_bytes(p, mask); }
+  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) { return expand_words(p, mask); }
+  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) { return expand_quads(p, mask); }
 
   static __m256 dot16_half(__m256 acc, __m256i w, __m256 even, __m256 odd) {
     const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));

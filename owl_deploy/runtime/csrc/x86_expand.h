@@ -46,27 +46,17 @@ inline Halves expand_bytes(const std::uint8_t* p, std::uint64_t mask) {
   return {expand_bytes_at<0>(p, second, mask), expand_bytes_at<32>(third, p + count(mask << 16), mask)};
 }
 
-template <int bit>
-inline __m256i expand_words_at(const std::uint8_t* a, const std::uint8_t* b, std::uint32_t mask) {
-  return _mm256_shuffle_epi8(load_pair(a, b), load_pair(entry_of<bit>(kWords, mask), entry_of<bit + 8>(kWords, mask)));
+// Wider values, `lanes` of them in 16 bytes, by the table of their shuffles.
+template <int lanes, class Table>
+inline Halves expand_lanes(const Table& table, const std::uint8_t* p, std::uint32_t mask) {
+  auto after = [&](int quarters) { return p + 16 / lanes * count(mask & ((1U << quarters * lanes) - 1)); };
+  const __m256i lo = load_pair(entry_of<0>(table, mask), entry_of<lanes>(table, mask));
+  const __m256i hi = load_pair(entry_of<2 * lanes>(table, mask), entry_of<3 * lanes>(table, mask));
+  return {_mm256_shuffle_epi8(load_pair(p, after(1)), lo), _mm256_shuffle_epi8(load_pair(after(2), after(3)), hi)};
 }
 
-inline Halves expand_words(const std::uint8_t* p, std::uint32_t mask) {
-  const std::uint8_t* second = p + 2 * count(mask & 0xff);
-  const std::uint8_t* third = p + 2 * count(mask & 0xffff);
-  return {expand_words_at<0>(p, second, mask), expand_words_at<16>(third, p + 2 * count(mask << 8), mask)};
-}
-
-template <int bit>
-inline __m256i expand_quads_at(const std::uint8_t* a, const std::uint8_t* b, std::uint32_t mask) {
-  return _mm256_shuffle_epi8(load_pair(a, b), load_pair(entry_of<bit>(kQuads, mask), entry_of<bit + 4>(kQuads, mask)));
-}
-
-inline Halves expand_quads(const std::uint8_t* p, std::uint32_t mask) {
-  const std::uint8_t* second = p + 4 * count(mask & 0xf);
-  const std::uint8_t* third = p + 4 * count(mask & 0xff);
-  return {expand_quads_at<0>(p, second, mask), expand_quads_at<8>(third, p + 4 * count(mask & 0xfff), mask)};
-}
+inline Halves expand_words(const std::uint8_t* p, std::uint32_t mask) { return expand_lanes<8>(kWords, p, mask); }
+inline Halves expand_quads(const std::uint8_t* p, std::uint32_t mask) { return expand_lanes<4>(kQuads, p, mask); }
 
 }  // namespace
 }  // namespace owl

@@ -43,7 +43,7 @@ def test_losses_of_the_dense_states_are_the_models_own(family, tmp_path):
     skeleton = Skeleton(open_checkpoint(folder), torch.float32, torch.device("cpu"))
     states = skeleton.embed(windows, 3, tmp_path)
     for index in range(2):
-        with skeleton.loaded(skeleton.block_name(index)) as block:
+        with skeleton.loaded(skeleton.names[index]) as block:
             states.through(block, index, lambda _: None, keep=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
