@@ -267,6 +267,20 @@ def generate(
     )
 
 
+@app.command()
+def verify(
+    deployment: Annotated[Path, typer.Argument(help="A deployment, also one that others made.")],
+    as_json: Json = False,
+) -> None:
+    """Say what opening a deployment would load, and whether that is what was exported."""
+    from owl_deploy.verify import show
+    from owl_deploy.verify import verify as run
+
+    found = run(deployment)
+    _emit(found.to_json(), as_json, lambda: show(found, str(deployment)))
+    sys.exit(0 if found.whole else 1)
+
+
 @app.command(name="eval")
 def evaluate(
     models: Annotated[

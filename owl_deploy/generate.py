@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.engines.deployment import GENAI_CONFIG, genai_number, open_deployment
+from owl_deploy.engines.deployment import genai_number, open_deployment
+from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.errors import BadInput, EngineFailed
 
 

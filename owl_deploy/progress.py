@@ -1,6 +1,7 @@
 """Progress on stderr: one bar for each long step, with the time left."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import (
 )
 
 Advance = Callable[[float], None]
+LOG_EVERY_S = 30.0  # where there is no terminal to draw a bar on
 
 
 def error_console() -> Console:
@@ -25,7 +27,8 @@ def error_console() -> Console:
 def bar(description: str, total: float) -> Iterator[Advance]:
     """Show a bar until the block ends; yield the function that moves it by some units of `total`.
 
-    Without a terminal only the description is printed, once, with the time it took.
+    Without a terminal a line is printed every half minute, with what is done and the time left,
+    and one at the end with the time it took.
     """
     console = error_console()
     columns = (
@@ -38,10 +41,33 @@ def bar(description: str, total: float) -> Iterator[Advance]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total)
-        yield lambda units: progress.advance(task, units)
-        if not console.is_terminal:
-            ended = "done in" if progress.finished else "stopped after"
-            console.print(f"{description}: {ended} {progress.tasks[0].elapsed or 0.0:.1f} s")
+        if console.is_terminal:
+            yield lambda units: progress.advance(task, units)
+            return
+        yield _log_lines(progress, console)
+        ended = "done in" if progress.finished else "stopped after"
+        console.print(f"{description}: {ended} {progress.tasks[0].elapsed or 0.0:.1f} s")
+
+
+def _log_lines(progress: Progress, console: Console) -> Advance:
+    """Move the one task of `progress`, and tell of it in lines of a log."""
+    told = time.monotonic()
+
+    def advance(units: float) -> None:
+        nonlocal told
+        task = progress.tasks[0]
+        progress.advance(task.id, units)
+        if progress.finished or time.monotonic() - told < LOG_EVERY_S:
+            return
+        told = time.monotonic()
+        done, total, elapsed = task.completed, task.total or 0.0, task.elapsed or 0.0
+        console.print(
+            f"{task.description}: {done:g} of {total:g}, {elapsed:.0f} s, "
+            f"{elapsed * (total - done) / done:.0f} s left",
+            highlight=False,
+        )
+
+    return advance
 
 
 @contextlib.contextmanager

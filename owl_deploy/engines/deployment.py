@@ -1,17 +1,15 @@
 """What a deployment folder is, before an engine opens it."""
 
-import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import MANIFEST, read_manifest, sha256
+from owl_deploy.artefact import read_manifest
+from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, check, genai_config, load_graph
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
 
-_MODEL_FILES = (".onnx", ".data", ".so", ".dylib", ".dll")  # of them, not of settings and tokenizer
-MODEL, GENAI_CONFIG, FAKE = "model.onnx", "genai_config.json", "fake.json"
+FAKE = "fake.json"
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,11 @@ class Deployment:
         return sum(part.stat().st_size for part in set(parts) if part.is_file())
 
 
-def open_deployment(path: Path) -> Deployment:
+def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
     """Read what `path` is; raises `BadInput` when no engine could run it as a language model.
 
-    So it does when graph, weights or operators are not those that were exported.
+    So it does when graph, weights, settings or operators are not those that were exported, and for
+    a library of operators that is not ours unless `trust_library` (see loading.py).
     """
     if not path.exists():
         raise BadInput(f"The deployment {path} does not exist.", "Make it with owl export.")
@@ -79,7 +78,7 @@ def open_deployment(path: Path) -> Deployment:
         raise BadInput(
             f"{path} is not a deployment: it has no {MODEL}.", "Make it with owl export."
         )
-    _check_files(path, manifest)
+    check(path, trust=trust_library)
     inputs, vocab = _describe_graph(path / MODEL)
     if "input_ids" not in inputs or not any(name.startswith("past_key_values.") for name in inputs):
         raise BadInput(
@@ -93,27 +92,6 @@ def open_deployment(path: Path) -> Deployment:
     return Deployment(path, target, vocab or genai_number(path, "vocab_size"), manifest)
 
 
-def _check_files(path: Path, manifest: dict[str, Any]) -> None:
-    """Damaged weights run as well as others do, and give other text."""
-    for name, told in manifest.get("files", {}).items():
-        file = path / name
-        if file.suffix not in _MODEL_FILES:
-            continue
-        if not file.is_file():
-            raise BadInput(f"{file} is missing.", "Export again.")
-        status = file.stat()
-        if _digest(file, status.st_size, status.st_mtime_ns) != told.get("sha256"):
-            raise BadInput(
-                f"{file} is damaged, or was changed since the export: its digest is another.",
-                f"Export again; if the change is meant, delete {MANIFEST} there.",
-            )
-
-
-@cache
-def _digest(file: Path, _size: int, _modified_ns: int) -> str:
-    return sha256(file)
-
-
 def _guess_target(path: Path, inputs: set[str]) -> str:
     """The target of a folder that has no manifest."""
     if (path / GENAI_CONFIG).is_file() or "causal_mask" not in inputs:
@@ -123,13 +101,7 @@ def _guess_target(path: Path, inputs: set[str]) -> str:
 
 def _describe_graph(path: Path) -> tuple[set[str], int]:
     """The names of a graph's inputs, and the width of `logits` (0 if that is not written)."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except DecodeError as error:
-        raise BadInput(f"{path} is not an ONNX file, or a damaged one.", "Export again.") from error
+    graph = load_graph(path)
     outputs = {item.name: item.type.tensor_type.shape.dim for item in graph.output}
     logits = outputs.get("logits")
     return {item.name for item in graph.input}, logits[-1].dim_value if logits else 0
@@ -138,9 +110,8 @@ def _describe_graph(path: Path) -> tuple[set[str], int]:
 def genai_number(path: Path, name: str) -> int:
     """A number about the model in the genai_config.json of the deployment `path`."""
     try:
-        config = json.loads((path / GENAI_CONFIG).read_text(encoding="utf-8"))
-        return int(config["model"][name])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return int(genai_config(path)["model"][name])
+    except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path / GENAI_CONFIG} does not say the model's {name}.", "Export again."
         ) from error

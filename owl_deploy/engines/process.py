@@ -16,6 +16,7 @@ from typing import IO, Any, Self
 import psutil
 
 from owl_deploy.engines.environment import python_of
+from owl_deploy.engines.loading import operators
 from owl_deploy.engines.registry import Engine, get_engine
 from owl_deploy.errors import EngineFailed
 
@@ -37,10 +38,12 @@ class EngineProcess:
 
     `context` is the tokens that the cache must hold, `timeout_s` the limit of each request; with
     `all_logits` the requests that need the logits of every position can be made; `batch` rows are
-    decoded together, `streams` decoders share the model. `loaded` is the answer to the load
+    decoded together, `streams` decoders share the model; `trust_library` lets a deployment bring
+    operators of its own (see loading.py). `loaded` is the answer to the load
     request: seconds, version, runtime, isa, threads.
 
-    Entering raises `EnvironmentFailed` when the engine is not installed, and `EngineFailed`, with
+    Entering raises `BadInput` for settings that name what must not be loaded, `EnvironmentFailed`
+    when the engine is not installed, and `EngineFailed`, with
     the engine's own last words, when it refuses the model, aborts, or takes too long.
     """
 
@@ -55,6 +58,7 @@ class EngineProcess:
         all_logits: bool = False,
         batch: int = 1,
         streams: int = 1,
+        trust_library: bool = False,
     ) -> None:
         self.engine: Engine = get_engine(engine)
         self.deployment = deployment
@@ -62,12 +66,14 @@ class EngineProcess:
         self.context = context
         self.timeout_s = timeout_s
         self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}
+        self.trust_library = trust_library
         self.loaded: dict[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
         self._pending = b""
 
     def __enter__(self) -> Self:
+        library = operators(self.deployment, trust=self.trust_library)
         try:
             self._start()
             self.loaded = self.request(
@@ -75,6 +81,7 @@ class EngineProcess:
                 folder=str(self.deployment.absolute()),
                 threads=self.threads,
                 context=self.context,
+                library=str(library.absolute()) if library else "",
                 **self.options,
             )
         except BaseException:

@@ -4,8 +4,9 @@ Started as `python -I worker.py DRIVER.py PARENT_PID` with the Python of the eng
 which may be as old as 3.8: no import of owl_deploy here. A driver has one class, `Driver`, with
 
     prepare()                       import the engine
-    load(folder, threads, context, all_logits, batch, streams) -> dict
-                                    open the model; its version, isa, ...
+    load(folder, threads, context, library, all_logits, batch, streams) -> dict
+                                    open the model, with that library of operators if its graph
+                                    needs one; its version, isa, ...
     streams -> [decoder, ...]       decoders that share the model, each with a cache of its own
 
 and, if its time is not real, `clock() -> seconds`. A decoder has
@@ -50,6 +51,7 @@ class Worker:
         folder: str,
         threads: int,
         context: int,
+        library: str = "",
         all_logits: bool = False,
         batch: int = 1,
         streams: int = 1,
@@ -57,7 +59,7 @@ class Worker:
         """Open the model; `seconds` includes what the engine compiles, not its import."""
         self.driver.prepare()
         start = self.clock()
-        about = self.driver.load(folder, threads, context, all_logits, batch, streams)
+        about = self.driver.load(folder, threads, context, library, all_logits, batch, streams)
         return {"seconds": self.clock() - start, "threads": threads, **about}
 
     @property

@@ -14,7 +14,6 @@ falls fast after a first difference.
 """
 
 import itertools
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import onnxruntime
 
 from owl_deploy import engines
+from owl_deploy.engines.loading import genai_config, operators
 from owl_deploy.errors import EngineFailed, OwlError
 from owl_deploy.export.source import Progress, Reference
 
@@ -48,19 +48,17 @@ class Session:
     def __init__(self, deployment: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        decoder = _genai_decoder(deployment)
-        library = decoder.get("session_options", {}).get("custom_ops_library")
-        if library:
-            options.register_custom_ops_library(str(deployment / library))
+        library = operators(deployment)
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         path = str(deployment / "model.onnx")
         self._session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
-        self._head_size = int(
-            decoder.get("head_size", 0)
-        )  # the builder leaves it symbolic in the graph
+        decoder = genai_config(deployment).get("model", {}).get("decoder", {})
+        self._head_size = int(decoder.get("head_size", 0))  # the builder's graph has only a name
         self.start()
 
     @property
@@ -105,15 +103,6 @@ class Session:
             "causal_mask": causal[None, None],
         }
         return {name: array for name, array in every.items() if name in self._inputs}
-
-
-def _genai_decoder(deployment: Path) -> dict[str, Any]:
-    """What the deployment tells onnxruntime-genai of the decoder; empty when it tells nothing."""
-    config = deployment / "genai_config.json"
-    if not config.is_file():
-        return {}
-    decoder: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]
-    return decoder
 
 
 def check(

@@ -10,9 +10,13 @@ from typing import Protocol
 from owl_deploy.errors import EnvironmentFailed
 
 _CHECKOUT = (Path(__file__).parents[2] / "CMakeLists.txt").is_file()
-LIBRARY_NAME = {"darwin": "libowl_runtime.dylib", "win32": "owl_runtime.dll"}.get(
-    sys.platform, "libowl_runtime.so"
-)
+_NAMES = {
+    "linux": "libowl_runtime.so",
+    "darwin": "libowl_runtime.dylib",
+    "win32": "owl_runtime.dll",
+}
+LIBRARY_NAMES = frozenset(_NAMES.values())
+LIBRARY_NAME = _NAMES.get(sys.platform, _NAMES["linux"])
 
 
 class _SessionOptions(Protocol):

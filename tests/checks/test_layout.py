@@ -12,7 +12,7 @@ PACKAGE = Path("owl_deploy")
 LAYERS = (
     ("__main__", "demo"),
     ("cli",),
-    ("prune", "export", "bench", "evaluate", "finetune", "generate"),
+    ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
     ("engines", "demo_input", "hardware", "adapter"),
     ("blocks",),
     ("runtime", "recipe", "checkpoint", "families", "text"),

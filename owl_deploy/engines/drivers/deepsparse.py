@@ -33,7 +33,14 @@ class Driver:
         import deepsparse  # noqa: F401
 
     def load(
-        self, folder: str, threads: int, context: int, all_logits: bool, batch: int, streams: int
+        self,
+        folder: str,
+        threads: int,
+        context: int,
+        library: str,
+        all_logits: bool,
+        batch: int,
+        streams: int,
     ) -> dict[str, Any]:
         """Compile both engines for `context` tokens, on `threads` cores."""
         import deepsparse

@@ -39,7 +39,14 @@ class Driver:
         """Nothing to import."""
 
     def load(
-        self, folder: str, threads: int, context: int, all_logits: bool, batch: int, streams: int
+        self,
+        folder: str,
+        threads: int,
+        context: int,
+        library: str,
+        all_logits: bool,
+        batch: int,
+        streams: int,
     ) -> dict[str, Any]:
         """Read the behaviour."""
         text = (Path(folder) / "fake.json").read_text(encoding="utf-8")

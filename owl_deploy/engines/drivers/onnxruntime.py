@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,14 @@ class Driver:
         onnxruntime_genai.disable_telemetry_events()
 
     def load(
-        self, folder: str, threads: int, context: int, all_logits: bool, batch: int, streams: int
+        self,
+        folder: str,
+        threads: int,
+        context: int,
+        library: str,
+        all_logits: bool,
+        batch: int,
+        streams: int,
     ) -> dict[str, Any]:
         """Open with onnxruntime-genai, or with a plain session when it cannot or `all_logits`."""
         import onnxruntime
@@ -36,10 +45,10 @@ class Driver:
 
         genai = (Path(folder) / GENAI_CONFIG).is_file() and not all_logits
         if genai:
-            model = open_genai(folder, threads)
+            model = open_genai(folder, threads, library)
             self.streams = [Genai(model, context, batch) for _ in range(streams)]
         else:
-            session = open_session(Path(folder), threads)
+            session = open_session(Path(folder), threads, library)
             head_size = decoder_config(Path(folder)).get("head_size")
             self.streams = [Session(session, batch, head_size) for _ in range(streams)]
         return {
@@ -50,26 +59,46 @@ class Driver:
         }
 
 
-def open_genai(folder: str, threads: int) -> Any:  # noqa: ANN401 - a type without stubs
-    """A model of onnxruntime-genai that never ends a text by itself."""
+def open_genai(folder: str, threads: int, library: str = "", *, endless: bool = True) -> Any:  # noqa: ANN401 - a type without stubs
+    """A model of onnxruntime-genai; an `endless` one never ends a text by itself.
+
+    `library`: the operators to load, whatever library the folder names; whoever calls has checked
+    that it names none where this is empty.
+    """
     import onnxruntime_genai
 
-    config = onnxruntime_genai.Config(folder)
-    options = {"intra_op_num_threads": threads}
-    overlay = {"eos_token_id": [], "decoder": {"session_options": options}}
+    config = onnxruntime_genai.Config(str(Path(folder).absolute()))
+    options: dict[str, Any] = {"intra_op_num_threads": threads}
+    if library:
+        options["custom_ops_library"] = library
+    overlay: dict[str, Any] = {"decoder": {"session_options": options}}
+    if endless:
+        overlay["eos_token_id"] = []
     config.overlay(json.dumps({"model": overlay}))
-    return onnxruntime_genai.Model(config)
+    # It takes a library from the model's folder or the working directory, from nowhere else.
+    with working_in(Path(library).parent if library else Path.cwd()):
+        return onnxruntime_genai.Model(config)
 
 
-def open_session(folder: Path, threads: int) -> Any:  # noqa: ANN401 - a type without stubs
-    """A plain session of the graph, with the operators that the folder names."""
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Work in another directory for a while."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def open_session(folder: Path, threads: int, library: str = "") -> Any:  # noqa: ANN401 - as above
+    """A plain session of the graph, with that library of operators if there is one."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    library = decoder_config(folder).get("session_options", {}).get("custom_ops_library", "")
     if library:
-        options.register_custom_ops_library(str(folder / library))
+        options.register_custom_ops_library(library)
     return onnxruntime.InferenceSession(
         str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )

@@ -73,6 +73,18 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         assert covered / 200 >= least
 
 
+@pytest.mark.parametrize("pairs", range(1, stats.FEW_PAIRS))
+def test_few_pairs_have_their_range_for_an_interval(pairs: int) -> None:
+    ratio = stats.compare([10.0] * pairs, [10.0 + n for n in range(pairs)])
+    assert (ratio.low, ratio.high) == pytest.approx((1.0, 1.0 + (pairs - 1) / 10))
+
+
+def test_a_bootstrap_begins_with_six_pairs() -> None:
+    assert stats.FEW_PAIRS == 6  # of five pairs its interval covers a good deal less than it says
+    baseline = [10.0, 10.0, 10.0, 10.0, 10.0, 90.0]
+    assert stats.compare([10.0] * 6, baseline).high < 9.0
+
+
 def test_nothing_is_seldom_taken_for_a_speedup() -> None:
     said = [
         stats.compare(processes(seed, 8), processes(1000 + seed, 8), seed).verdict

@@ -63,8 +63,11 @@ def test_a_file_that_is_not_what_was_exported(tmp_path: Path) -> None:
         path.name: {"sha256": sha256(path)} for path in tmp_path.iterdir() if path.name != MANIFEST
     }
     (tmp_path / MANIFEST).write_text(json.dumps({"files": files}))
-    (tmp_path / "genai_config.json").write_text('{"a user": "may change"}')
     open_deployment(tmp_path)
+    (tmp_path / "genai_config.json").write_text('{"search": {}}')
+    with pytest.raises(BadInput, match=r"genai_config\.json is damaged, or was changed"):
+        open_deployment(tmp_path)
+    (tmp_path / "genai_config.json").write_text("{}")
     (tmp_path / "model.onnx.data").write_bytes(b"weighty")
     with pytest.raises(BadInput, match=r"model\.onnx\.data is damaged, or was changed"):
         open_deployment(tmp_path)

@@ -1,0 +1,287 @@
+"""What opening a deployment would load: its graph, its weights, a library of operators.
+
+A folder can name any file, a library runs as whoever opens it, and a digest beside it proves only
+that nothing broke on the way. So, before a runtime sees the folder, each name is checked, and the
+operators that run are this installation's, unless the user trusts the folder's own.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from owl_deploy.artefact import MANIFEST, read_manifest, sha256
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.progress import error_console
+from owl_deploy.runtime import LIBRARY_NAMES, library_path
+
+if TYPE_CHECKING:
+    import onnx
+
+MODEL, GENAI_CONFIG = "model.onnx", "genai_config.json"
+_LIBRARIES = (".so", ".dylib", ".dll")
+_LOADED = (".onnx", ".data", *_LIBRARIES)  # not a tokenizer, which people do adapt
+# Session options that choose how the graph runs, and never a file to read or to write.
+_HARMLESS = {
+    *("log_id", "log_severity_level", "log_verbosity_level", "graph_optimization_level"),
+    *("intra_op_num_threads", "inter_op_num_threads", "enable_cpu_mem_arena", "enable_mem_pattern"),
+    *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"),
+}
+_EXPORT_AGAIN = "Export again."
+AS_EXPORTED, CHANGED, MISSING = "as exported", "changed", "missing"
+UNLISTED, EDITED, UNUSED = "not listed", "edited", "not loaded"
+_COMPLAINTS = {
+    MISSING: "is missing",
+    CHANGED: "is damaged, or was changed since the export: its digest is another",
+    UNLISTED: f"would be loaded, and {MANIFEST} does not list it",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file of a deployment: what it is, its digest, and what is said of it.
+
+    `part`: graph, weights, settings, operators, or other; `state`: one of the words
+    above, of which "edited" is a change to what is neither code nor weights (a tokenizer, say).
+    """
+
+    name: str
+    part: str
+    sha256: str
+    state: str
+
+    @property
+    def refused(self) -> bool:
+        """Whether a deployment with such a row is not opened."""
+        return self.state in (MISSING, CHANGED, UNLISTED)
+
+
+def operators(folder: Path, *, trust: bool = False) -> Path | None:
+    """The library of operators to open `folder` with: None where it names none.
+
+    That is the installed one, for a folder that names ours; the folder's own only if `trust`.
+    Raises `BadInput` for settings that name anything else to load, and for another's library.
+    """
+    name = _named_library(folder, genai_config(folder))
+    if name is None:
+        return None
+    own = folder / name
+    if trust:
+        if not own.is_file():
+            raise BadInput(f"{own} is missing.", _EXPORT_AGAIN)
+        return own
+    if name not in LIBRARY_NAMES:
+        raise BadInput(
+            f"{folder} would run {name}, a library that is not owl's.",
+            "If you trust whoever made it, give --trust-library.",
+        )
+    try:
+        return library_path()
+    except EnvironmentFailed as error:
+        raise EnvironmentFailed(
+            f"{folder} needs the operators of owl, which are not installed here.",
+            f"To run its own, if you trust whoever made it: --trust-library. Else: {error.hint}",
+        ) from error
+
+
+@cache
+def _say_once(text: str) -> None:
+    error_console().print(text, highlight=False, soft_wrap=True)
+
+
+def genai_config(folder: Path) -> dict[str, Any]:
+    """The folder's genai_config.json; empty where it has none. Raises `BadInput` if damaged."""
+    path = folder / GENAI_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} cannot be read ({error}).", _EXPORT_AGAIN) from error
+    return config
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two equal keys Python keeps the last, and another reader may act on the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _named_library(folder: Path, config: dict[str, Any]) -> str | None:
+    """The library that the settings name, after all else that they may load is refused."""
+    try:
+        model = config.get("model", {})
+        decoder = model.get("decoder", {})
+        options = dict(decoder.get("session_options", {}))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder / GENAI_CONFIG} is not a decoder's.", _EXPORT_AGAIN) from error
+    library, graph = options.pop("custom_ops_library", None), decoder.get("filename", MODEL)
+    strange = {key for key, value in model.items() if isinstance(value, dict)} - {"decoder"}
+    strange |= (decoder.keys() & {"pipeline"}) | (options.keys() - _HARMLESS)
+    if options.get("provider_options") == []:
+        strange -= {"provider_options"}
+    complaint = ""
+    if strange:
+        complaint = f"sets {', '.join(sorted(strange))}, which owl never writes"
+    elif graph != MODEL:
+        complaint = f"names {graph!r} as the graph, which must be {MODEL}"
+    elif library and not (isinstance(library, str) and is_bare(library)):
+        complaint = f"names the library {library!r}, which is not a file of the folder"
+    if complaint:
+        raise BadInput(f"{folder / GENAI_CONFIG} {complaint}.", _EXPORT_AGAIN)
+    return library or None
+
+
+def is_bare(name: str) -> bool:
+    """Whether `name` is that of a file within a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
+
+
+def check(folder: Path, *, trust: bool = False) -> Path | None:
+    """Refuse a folder whose loaded files are not those of its manifest; returns `operators`.
+
+    Raises `BadInput`. A folder without a manifest has nothing to compare with.
+    """
+    library = operators(folder, trust=trust)
+    rows = contents(folder)
+    if read_manifest(folder).get("files"):
+        for row in filter(lambda row: row.refused, rows):
+            raise BadInput(
+                f"{folder / row.name} {_COMPLAINTS[row.state]}.",
+                f"{_EXPORT_AGAIN} `owl verify {folder}` says what else is not as it was.",
+            )
+    own = next((folder / row.name for row in rows if row.part == "operators"), None)
+    if own and own != library and own.is_file() and library and digest(own) != digest(library):
+        _say_once(
+            f"{folder} brings another build of owl's operators; this installation's are loaded "
+            "(--trust-library loads its own)."
+        )
+    return library
+
+
+def is_deployment(folder: Path) -> bool:
+    """Whether `folder` holds a graph to open."""
+    return (folder / MODEL).is_file()
+
+
+def contents(folder: Path) -> list[Row]:
+    """Every file of a deployment with its state, by its manifest; runs nothing of it.
+
+    Raises `BadInput` for a manifest or settings that name files elsewhere.
+    """
+    listed = _listed(folder)
+    config = genai_config(folder)
+    library = _named_library(folder, config)
+    loaded = {MODEL, *external_files(folder / MODEL), *([library] if library else [])}
+    loaded |= {GENAI_CONFIG} if config else set()
+    there = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
+    return [
+        _row(folder, name, library, listed, loaded)
+        for name in sorted(there | listed.keys() | loaded)
+    ]
+
+
+def _row(
+    folder: Path, name: str, library: str | None, listed: dict[str, str], loaded: set[str]
+) -> Row:
+    path = folder / name
+    found = digest(path) if path.is_file() else ""
+    if not found:
+        state = MISSING
+    elif name not in listed:
+        state = UNLISTED if name in loaded else UNUSED
+    elif found == listed[name]:
+        state = AS_EXPORTED
+    else:
+        state = CHANGED if name in loaded or path.suffix in _LOADED else EDITED
+    parts = {MODEL: "graph", GENAI_CONFIG: "settings", library: "operators"}
+    return Row(name, parts.get(name, "weights" if name in loaded else "other"), found, state)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The digests of the manifest, by name."""
+    files = read_manifest(folder).get("files", {})
+    try:
+        listed = {name: str(row["sha256"]) for name, row in files.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder / MANIFEST} lists no digests.", _EXPORT_AGAIN) from error
+    for name in listed:
+        if not is_bare(name):
+            raise BadInput(f"{folder / MANIFEST} names {name!r}, a file elsewhere.", _EXPORT_AGAIN)
+    return listed
+
+
+def external_files(path: Path) -> set[str]:
+    """The names of the files in which a graph's weights lie; raises `BadInput` for other places."""
+    if not path.is_file():
+        return set()
+    found = set()
+    for tensor in _tensors(load_graph(path)):
+        place = {entry.key: entry.value for entry in tensor.external_data}.get("location")
+        if place is None:
+            continue
+        if not is_bare(place):
+            raise BadInput(f"{path} names weights in {place!r}, elsewhere.", _EXPORT_AGAIN)
+        if not (path.parent / place).resolve().is_file():
+            raise BadInput(f"{path.parent / place} is missing.", _EXPORT_AGAIN)
+        found.add(place)
+    _refuse_scattered_links(path, found)
+    return found
+
+
+def _refuse_scattered_links(path: Path, names: set[str]) -> None:
+    """ONNX Runtime follows links as long as graph and weights end in one folder (a Hub cache's)."""
+    home = path.resolve().parent
+    for name in sorted(names):
+        target = (path.parent / name).resolve()
+        if target.parent not in (home, path.parent.resolve()):
+            raise BadInput(
+                f"{path.parent / name} is a link to {target}, and ONNX Runtime reads weights only "
+                "from the graph's own folder.",
+                f"Copy the deployment with its files: cp -rL {path.parent} COPY.",
+            )
+
+
+def _tensors(graph: "onnx.GraphProto") -> Iterator["onnx.TensorProto"]:
+    """The tensors of a graph and of those within it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
+def load_graph(path: Path) -> "onnx.GraphProto":
+    """The graph of an ONNX file without its external weights; raises `BadInput` if damaged."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except DecodeError as error:
+        raise BadInput(f"{path} is not an ONNX file, or a damaged one.", _EXPORT_AGAIN) from error
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file, read once as long as it stays as it is."""
+    status = file.stat()
+    return _digest(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest(file: Path, _size: int, _modified_ns: int) -> str:
+    return sha256(file)
+
+
+def fingerprint(rows: list[Row]) -> str:
+    """One digest over the names and digests of all files, whatever the folder is called."""
+    lines = "".join(f"{row.sha256}  {row.name}\n" for row in rows)
+    return hashlib.sha256(lines.encode()).hexdigest()

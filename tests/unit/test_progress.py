@@ -1,0 +1,37 @@
+import re
+
+import pytest
+
+from owl_deploy import progress
+
+
+def test_a_log_hears_of_a_long_step(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    with progress.bar("Pruning", 3) as advance:
+        for _ in range(3):
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"[\d.]+ s", "T", line) for line in lines] == [
+        "Pruning: 1 of 3, T, T left",
+        "Pruning: 2 of 3, T, T left",
+        "Pruning: done in T",
+    ]
+
+
+def test_a_short_step_is_one_line(capsys):
+    with progress.bar("Reading", 2) as advance:
+        advance(1)
+        advance(1)
+    assert re.fullmatch(r"Reading: done in [\d.]+ s\n", capsys.readouterr().err)
+
+
+def test_what_stopped_is_not_called_done(capsys):
+    with progress.bar("Reading", 2) as advance:
+        advance(1)
+    assert "stopped after" in capsys.readouterr().err
+
+
+def test_an_error_ends_a_bar_without_a_last_line(capsys):
+    with pytest.raises(ValueError, match="x"), progress.bar("Reading", 2):
+        raise ValueError("x")
+    assert capsys.readouterr().err == ""
