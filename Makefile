@@ -3,19 +3,26 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test runtime check format slow sanitize vnni arm gpu compat lock clean
+.PHONY: demo demo-full test runtime check format slow sanitize vnni arm gpu compat lock clean
 
 demo: $(INSTALLED) runtime
 	$(BIN)/python -m owl_deploy.demo --output demo
+
+# Half an hour: two more settings, and every engine and precision.
+demo-full: $(INSTALLED) runtime
+	$(BIN)/python -m owl_deploy.demo --full --output demo-full
 
 test: $(INSTALLED) runtime
 	$(BIN)/owl engines install deepsparse
 	$(BIN)/python -m pytest
 
 # The sparse engine's library. Without a compiler or ONNX Runtime's header the rest works all the same.
+NEEDED := g++ cmake libonnxruntime-dev
 runtime: $(INSTALLED)
 	@test -f /usr/include/onnxruntime/onnxruntime_c_api.h || ! command -v apt-get >/dev/null || \
-		(apt-get update -qq && apt-get install -y -qq g++ cmake libonnxruntime-dev) >/dev/null 2>&1 || true
+		test -n "$(OWL_NO_APT)" || \
+		{ echo "Installing the Debian packages $(NEEDED) (set OWL_NO_APT=1 to leave that out) ..."; \
+		(apt-get update -qq && apt-get install -y -qq $(NEEDED)) >/dev/null 2>&1; } || true
 	@$(BIN)/python -m owl_deploy.runtime.build || echo "The engine owl is left out; all else works."
 
 check: $(INSTALLED)
@@ -77,4 +84,4 @@ $(INSTALLED): pyproject.toml requirements/dev.lock
 	@touch $@
 
 clean:
-	rm -rf .venv demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv demo demo-full build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

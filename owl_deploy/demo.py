@@ -1,7 +1,8 @@
 """The whole chain on a real model: `python -m owl_deploy.demo -o DIR` (what `make demo` runs).
 
-Prunes SmolLM2-135M, exports dense and sparse, benches them in every engine, and says what it means.
-Steps whose result is in the output folder already are not repeated.
+Prunes SmolLM2-135M, exports dense and sparse, benches them against each other, and says what it
+means: a first look in minutes, or with `--full` more settings in every engine and precision. Steps
+whose result is in the output folder already are not repeated.
 """
 
 import json
@@ -29,32 +30,80 @@ from owl_deploy.progress import error_console
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.runtime import library_path
 
-# Enough for a picture of the method in minutes; the README's tables are made with 128 samples.
-SAMPLES, LENGTH, WINDOWS, PAIRS = 8, 2048, 6, 4
+# A target and a precision.
+Road = tuple[str, str]
+_DEEPSPARSE, _OWL = ("deepsparse", "fp32"), ("owl", "int8")
+_EVERYWHERE = (_DEEPSPARSE, ("onnxruntime", "fp32"), _OWL)
+MODEL_IS = (
+    "The model is SmolLM2-135M-Instruct, from a GGUF file in 4 bits (Q4_1), expanded: "
+    'what is "dense" here has been rounded once.'
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of models in the demo: dense, or pruned with these settings."""
+    """A model in the demo: dense, or pruned with these settings; and where it is deployed."""
 
     name: str
     title: str
+    roads: tuple[Road, ...]
     settings: recipe.PruneSettings | None = None
 
 
-VARIANTS = (
-    Variant("dense", "dense"),
-    Variant("owl-50", "OWL 50 %", recipe.PruneSettings(sparsity=0.5)),
-    Variant("uniform-70", "uniform 70 %", recipe.PruneSettings(allocation="uniform")),
-    Variant("owl-70", "OWL 70 %", recipe.PruneSettings(sparsity=0.7)),
+@dataclass(frozen=True)
+class Plan:
+    """How much of the chain is run: `samples` windows of `length` tokens to calibrate on, `windows`
+    of 2048 to evaluate on, `pairs` rounds of the benchmark.
+    """
+
+    variants: tuple[Variant, ...]
+    samples: int
+    length: int
+    windows: int
+    pairs: int
+
+
+_OWL_50 = recipe.PruneSettings(sparsity=0.5)
+FIRST_LOOK = Plan(
+    (
+        Variant("dense", "dense", (_DEEPSPARSE, ("onnxruntime", "int8"), _OWL)),
+        Variant("owl-50", "OWL 50 %", (_DEEPSPARSE, _OWL), _OWL_50),
+    ),
+    samples=8,
+    length=512,
+    windows=2,
+    pairs=4,
+)
+# Enough for a picture of the method; the README's table of methods is made with 128 samples.
+FULL = Plan(
+    (
+        Variant(
+            "dense",
+            "dense",
+            (*_EVERYWHERE[:2], ("onnxruntime", "int8"), ("onnxruntime", "int4"), _OWL),
+        ),
+        Variant("owl-50", "OWL 50 %", _EVERYWHERE, _OWL_50),
+        Variant(
+            "uniform-70",
+            "uniform 70 %",
+            _EVERYWHERE,
+            recipe.PruneSettings(allocation="uniform", sparsity=0.7),
+        ),
+        Variant("owl-70", "OWL 70 %", _EVERYWHERE, recipe.PruneSettings(sparsity=0.7)),
+    ),
+    samples=8,
+    length=2048,
+    windows=6,
+    pairs=4,
 )
 
 
 class Demo:
     """The steps; each leaves an artefact under `output`, and is skipped when that is there."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, plan: Plan) -> None:
         self.output = output
+        self.plan = plan
         self.started = time.monotonic()
         output.mkdir(parents=True, exist_ok=True)
         self.input = Path()
@@ -73,9 +122,9 @@ class Demo:
         error_console().print(engines.get_engine("deepsparse").licence, style="dim")
         engines.install("deepsparse", lambda line: error_console().print(line, style="dim"))
         self.look_for_owl_engine()
-        for variant in VARIANTS:
+        for variant in self.plan.variants:
             self.prune(variant)
-        deployments = [d for variant in VARIANTS for d in self.deploy(variant)]
+        deployments = [d for variant in self.plan.variants for d in self.deploy(variant)]
         return self.bench(deployments)
 
     def look_for_owl_engine(self) -> None:
@@ -98,19 +147,17 @@ class Demo:
         folder.parent.mkdir(exist_ok=True)
         if variant.settings is None or is_artefact(folder):
             return
-        self.say(f"Pruning: {variant.title} with Wanda, {SAMPLES} windows of {LENGTH} tokens")
-        text = Calibration(str(self.input / CALIBRATION), SAMPLES, LENGTH)
+        samples, length = self.plan.samples, self.plan.length
+        self.say(f"Pruning: {variant.title} with Wanda, {samples} windows of {length} tokens")
+        text = Calibration(str(self.input / CALIBRATION), samples, length)
         prune(self.input / MODEL, folder, variant.settings, text, force=True)
 
     def deploy(self, variant: Variant) -> list[Path]:
-        """Export the variant for every engine; each deployment's manifest holds its perplexity."""
-        roads = [("deepsparse", "fp32"), ("onnxruntime", "fp32")]
-        if variant.settings is None:
-            roads += [("onnxruntime", "int8"), ("onnxruntime", "int4")]
-        if self.has_owl_engine:
-            roads.append(("owl", "int8"))
+        """Export the variant as planned; each deployment's manifest holds its perplexity."""
         folders = []
-        for target, precision in roads:
+        for target, precision in variant.roads:
+            if target == "owl" and not self.has_owl_engine:
+                continue
             folder = self.output / "deployments" / f"{variant.name}-{target}-{precision}"
             folder.parent.mkdir(exist_ok=True)
             folders.append(folder)
@@ -139,12 +186,12 @@ class Demo:
         text = str(self.input / EVALUATION)
         if precision != "fp32":
             self.say(f"Perplexity: {variant.title}, {precision}, as it runs")
-            deployment_perplexity(folder, text, limit=WINDOWS)
+            deployment_perplexity(folder, text, limit=self.plan.windows)
             return
         known = self.output / "checkpoints" / f"{variant.name}.perplexity.json"
         if not known.is_file():
             self.say(f"Perplexity: {variant.title}")
-            found = checkpoint_perplexity(self.checkpoint(variant), text, limit=WINDOWS)
+            found = checkpoint_perplexity(self.checkpoint(variant), text, limit=self.plan.windows)
             write_json(known, asdict(found))
         value = json.loads(known.read_text())
         write_json(folder / MANIFEST, manifest | {"perplexity": value | {"engine": "torch"}})
@@ -154,16 +201,17 @@ class Demo:
         folder = self.output / "bench"
         if is_artefact(folder):
             return read_result(folder)
-        self.say(f"Benchmarking {len(deployments)} deployments, {PAIRS} rounds of fresh processes")
+        pairs = self.plan.pairs
+        self.say(f"Benchmarking {len(deployments)} deployments, {pairs} rounds of fresh processes")
         dense = tuple(d for d in deployments if d.name.startswith("dense"))
         sparse = tuple(d for d in deployments if d not in dense)
-        plan = BenchPlan(candidates=sparse, baselines=dense, pairs=PAIRS)
+        plan = BenchPlan(candidates=sparse, baselines=dense, pairs=pairs)
         return bench(plan, folder, True)
 
 
-def rows(result: Result) -> list[dict[str, Any]]:
+def rows(result: Result, plan: Plan) -> list[dict[str, Any]]:
     """The demo's table: one row a deployment."""
-    titles = {variant.name: variant.title for variant in VARIANTS}
+    variants = {variant.name: variant for variant in plan.variants}
     found = []
     for subject in result.subjects:
         if not subject.samples:
@@ -176,13 +224,14 @@ def rows(result: Result) -> list[dict[str, Any]]:
             and comparison.scenario == result.scenarios[0].key
             and "same engine" in comparison.against
         ]
+        variant = variants[Path(subject.path).name.rsplit("-", 2)[0]]
         found.append(
             {
-                "model": titles[Path(subject.path).name.rsplit("-", 2)[0]],
+                "model": variant.title,
                 "engine": subject.engine,
                 "precision": subject.precision,
                 "perplexity": subject.perplexity,
-                "sparsity": subject.zeros,
+                "sparsity": variant.settings.sparsity if variant.settings else 0.0,
                 "decode_tokens_per_s": decode["tokens_per_s"],
                 "prefill_ms": prefill["median_ms"],
                 "speedup": speedups[0] if speedups else "",
@@ -204,7 +253,7 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
     """Print the table, the machine, and what it means."""
     console = Console()
     view = Table(box=None, pad_edge=False)
-    for heading in ("model", "engine", "", "ppl", "zeros", "tok/s", "ms", "decode speed-up"):
+    for heading in ("model", "engine", "", "ppl", "pruned", "tok/s", "ms", "decode speed-up"):
         text = heading in ("model", "engine", "", "decode speed-up")
         view.add_column(heading, justify="left" if text else "right", no_wrap=True)
     for row in table:
@@ -221,11 +270,11 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
     console.print(view)
     console.print(
         f"\n{result.machine.cpu}, {result.threads} threads. ppl: perplexity on text that was not "
-        "calibrated on; zeros: of all linear layers, the head included, which is dense; tok/s: "
+        "calibrated on; pruned: the share of the blocks' weights that was removed; tok/s: "
         f"decoding at a context of {result.scenarios[0].tokens}; ms: a prompt of "
         f"{result.scenarios[1].tokens} tokens. Speed-ups are against dense in the same "
         "engine, with 90 % intervals; no: none "
-        "that matters; ?: the machine is too noisy to tell.\n"
+        f"that matters; ?: the machine is too noisy to tell. {MODEL_IS}\n"
     )
     console.print(meaning(table), soft_wrap=True)
 
@@ -272,11 +321,15 @@ def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for what is made.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="More settings, every engine: half an hour.")
+    ] = False,
 ) -> None:
-    """Prune SmolLM2-135M with OWL, export it, bench it in every engine against dense."""
+    """Prune SmolLM2-135M with OWL, export it, bench it against dense."""
+    plan = FULL if full else FIRST_LOOK
     try:
-        result = Demo(output).run()
-        table = rows(result)
+        result = Demo(output, plan).run()
+        table = rows(result, plan)
         write_json(output / "table.json", table)
         write_report([result], output / "report.html")
         show(result, table)

@@ -1,4 +1,4 @@
-from owl_deploy.demo import meaning
+from owl_deploy.demo import FIRST_LOOK, FULL, meaning
 
 
 def row(model, speed, perplexity, *, dense=False, engine="onnxruntime"):
@@ -38,3 +38,11 @@ def test_a_sparse_one_can_be_the_best_of_all():
     text = meaning([row("dense", 50, 15, dense=True), row("OWL 50 %", 90, 15.5)])
     assert "is OWL 50 % fp32 in onnxruntime, 90 tokens/s" in text
     assert "No sparse" not in text
+
+
+def test_the_first_look_is_a_part_of_the_full_demo():
+    full = {variant.name: variant for variant in FULL.variants}
+    for variant in FIRST_LOOK.variants:
+        assert variant.settings == full[variant.name].settings
+        assert set(variant.roads) <= set(full[variant.name].roads)
+    assert FIRST_LOOK.windows < FULL.windows
