@@ -16,7 +16,7 @@ from owl_deploy.bench import counters, gate
 from owl_deploy.bench.gate import Margins, Side, Verdict
 from owl_deploy.bench.measure import BenchPlan, Progress, run_bench
 from owl_deploy.bench.result import Result, paired
-from owl_deploy.engines import EngineProcess, installed_version
+from owl_deploy.engines import EngineProcess, installed_version, threads_for
 from owl_deploy.errors import BadInput, EngineFailed
 
 SCHEMA = 1
@@ -112,7 +112,7 @@ def still_side(plan: BenchPlan) -> Side:
 
     (subject, deployment), (reference, other) = entries_of(plan)[:2]
     here = look(0.1)
-    threads = plan.threads or EngineProcess("fake", deployment.path).threads
+    threads = threads_for(plan.threads)
     setting = {
         "schema": SCHEMA,
         "engine": subject.engine,

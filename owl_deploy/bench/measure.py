@@ -23,12 +23,12 @@ from owl_deploy.bench.scenario import KINDS, Scenario, by_session
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
-    default_threads,
     engine_for,
     get_engine,
     installed_version,
     open_deployment,
     python_of,
+    threads_for,
 )
 from owl_deploy.engines.registry import Engine
 from owl_deploy.errors import BadInput, EngineFailed, unknown_name
@@ -88,7 +88,6 @@ class BenchPlan(BaseModel):
             ("--new-tokens", (self.new_tokens,), 2),
             ("--pairs", (self.pairs,), 1),
             ("--looks", (self.looks,), 1),
-            ("--threads", (self.threads or 1,), 1),
         ):
             for value in values:
                 if value < least:
@@ -143,7 +142,7 @@ def run_bench(
     entries = entries_of(plan)
     for engine in dict.fromkeys(subject.engine for subject, _ in entries):
         python_of(engine)
-    threads = plan.threads or default_threads()
+    threads = threads_for(plan.threads)
     here = machine.look()
     bandwidth = 0.0
     journal = Journal([plan.model_dump(), threads, here.cpu, _identities(entries)])

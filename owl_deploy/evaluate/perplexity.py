@@ -81,17 +81,20 @@ def perplexity(
     hardware: Hardware = ANY_HARDWARE,
     blockwise: bool | None = None,
     engine: str | None = None,
+    threads: int | None = None,
     adapter: Path | None = None,
 ) -> Perplexity:
     """The perplexity of a checkpoint, or of a deployment, on `text` (a SOURCE).
 
     A deployment is evaluated as it runs, in its engine; `hardware` and `blockwise` are for
-    checkpoints, `engine` for deployments. The manifest of a folder that owl wrote then records the
-    value, so that a benchmark can show it beside the speed.
+    checkpoints, `engine` and `threads` for deployments. The manifest of a folder that owl wrote
+    then records the value, so that a benchmark can show it beside the speed.
     """
     if read_manifest(folder).get("kind") == "deployment":
         refuse_adapter(adapter)
-        return deployment_perplexity(folder, text, window=window, limit=limit, engine=engine)
+        return deployment_perplexity(
+            folder, text, window=window, limit=limit, engine=engine, threads=threads
+        )
     return checkpoint_perplexity(
         folder,
         text,
@@ -148,6 +151,7 @@ def deployment_perplexity(
     window: int = 2048,
     limit: int | None = None,
     engine: str | None = None,
+    threads: int | None = None,
 ) -> Perplexity:
     """The perplexity of a deployment on `text`, as its engine computes it; kept in its manifest.
 
@@ -161,7 +165,11 @@ def deployment_perplexity(
         file = Path(scratch) / "window.npy"
         with (
             EngineProcess(
-                engine, folder, context=context_for(engine, window), all_logits=True
+                engine,
+                folder,
+                threads=threads,
+                context=context_for(engine, window),
+                all_logits=True,
             ) as process,
             bar("Perplexity", len(windows)) as advance,
         ):
