@@ -42,6 +42,13 @@ SEEDS = 2**31 - 1  # the largest that every library takes
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Of an engine. [the physical cores]")
+]
+TrustLibrary = Annotated[
+    bool,
+    typer.Option("--trust-library", help="Run operators that a deployment brings, not owl's own."),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 
 
@@ -227,11 +234,23 @@ def export(
 @app.command()
 def generate(
     deployment: Annotated[Path, typer.Argument(help="A deployment for owl or onnxruntime.")],
-    prompt: Annotated[str, typer.Argument(help="What the model continues.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the model continues; - reads it from stdin.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A UTF-8 file with the prompt, instead of PROMPT.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            help="At most so many; -1: on until the context is full. [128, or what fits]",
+        ),
+    ] = None,
     do_sample: Annotated[
         bool, typer.Option("--do-sample", help="Sample; without it the likeliest token is taken.")
     ] = False,
@@ -240,10 +259,12 @@ def generate(
     top_p: Annotated[float, typer.Option()] = 1.0,
     repetition_penalty: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=SEEDS, help="Of sampling.")] = None,
+    threads: Threads = None,
+    trust_library: TrustLibrary = False,
     as_json: Json = False,
 ) -> None:
     """Stream text from a deployment, and say how fast it came."""
-    from owl_deploy.generate import Sampling, Speed
+    from owl_deploy.generate import Sampling, Speed, read_prompt
     from owl_deploy.generate import generate as run
 
     sampling = Sampling(
@@ -251,7 +272,16 @@ def generate(
     )
     speed = Speed()
     pieces = []
-    for piece in run(deployment, prompt, sampling, speed, chat=chat):
+    text = read_prompt(prompt, prompt_file)
+    for piece in run(
+        deployment,
+        text,
+        sampling,
+        speed,
+        chat=chat,
+        threads=threads,
+        trust_library=trust_library,
+    ):
         pieces.append(piece)
         if not as_json:
             typer.echo(piece, nl=False)
@@ -261,7 +291,8 @@ def generate(
         as_json,
         lambda: typer.echo(
             f"\n{speed.prompt_tokens} tokens read in {speed.first_token_s:.2f} s, then "
-            f"{speed.tokens_per_s:.1f} tokens/s",
+            f"{speed.tokens_per_s:.1f} tokens/s"
+            + ("; the context is full" if speed.context_full else ""),
             err=True,
         ),
     )
@@ -318,6 +349,8 @@ def evaluate(
     engine: Annotated[
         str | None, typer.Option("--engine", "-e", help="For deployments. [the one made for it]")
     ] = None,
+    threads: Threads = None,
+    trust_library: TrustLibrary = False,
     adapter: Annotated[
         Path | None, typer.Option(help="A LoRA adapter for the checkpoint, in PEFT's format.")
     ] = None,
@@ -339,6 +372,8 @@ def evaluate(
         hardware=Hardware(device, dtype, batch_size),
         blockwise=blockwise,
         engine=engine,
+        threads=threads,
+        trust_library=trust_library,
         adapter=adapter,
     )
     found = run(models, asked)
@@ -461,9 +496,8 @@ def bench(
         list[int] | None, typer.Option(help="Streams at once, for throughput; repeatable. [2]")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, for generate.")] = 64,
-    threads: Annotated[
-        int | None, typer.Option("--threads", "-t", help="For every engine. [the physical cores]")
-    ] = None,
+    threads: Threads = None,
+    trust_library: TrustLibrary = False,
     pairs: Annotated[int, typer.Option(help="Rounds; each is a fresh process a deployment.")] = 8,
     looks: Annotated[
         int | None,
@@ -498,7 +532,7 @@ def bench(
     if dense:
         from owl_deploy.bench.dense import baselines_for
 
-        baselines += baselines_for(dense, deployments, _export)
+        baselines += baselines_for(dense, deployments, _export, trust_library=trust_library)
     plan = BenchPlan(
         candidates=tuple(deployments),
         baselines=baselines,
@@ -510,6 +544,7 @@ def bench(
         streams=tuple(streams or (2,)),
         new_tokens=new_tokens,
         threads=threads,
+        trust_library=trust_library,
         pairs=pairs,
         looks=looks or (CHECK_LOOKS if check else 1),
         time_limit_s=time_limit,
@@ -560,7 +595,7 @@ def sweep(
         list[str] | None, typer.Option("--target", "-t", help="deepsparse, onnxruntime:int8, ...")
     ] = None,
     pairs: Annotated[int | None, typer.Option(help="Rounds of the benchmark. [8]")] = None,
-    threads: Annotated[int | None, typer.Option(help="For every engine.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of an engine. [the physical cores]")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens a calibration window.")] = 2048,
     window: Annotated[int, typer.Option(help="Tokens a window for perplexity.")] = 2048,
@@ -582,7 +617,7 @@ def sweep(
     def evaluate_it(folder: Path) -> None:
         from owl_deploy.evaluate.perplexity import deployment_perplexity
 
-        deployment_perplexity(folder, perplexity, window=window, limit=windows)
+        deployment_perplexity(folder, perplexity, window=window, limit=windows, threads=threads)
 
     given = {
         "methods": method,

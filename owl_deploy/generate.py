@@ -1,21 +1,31 @@
 """`owl generate`: stream text from a deployment through onnxruntime-genai."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from owl_deploy.engines import threads_for
 from owl_deploy.engines.deployment import genai_number, open_deployment
-from owl_deploy.engines.loading import GENAI_CONFIG
+from owl_deploy.engines.loading import GENAI_CONFIG, operators
 from owl_deploy.errors import BadInput, EngineFailed
+
+STDIN = "-"
+DEFAULT_NEW_TOKENS = 128
+UNLIMITED = -1  # new tokens: on until the context is full, as in llama.cpp
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Search options, by their names in onnxruntime-genai and transformers."""
+    """Search options, by their names in onnxruntime-genai and transformers.
 
-    max_new_tokens: int = 128
+    `max_new_tokens`: None for `DEFAULT_NEW_TOKENS`, or as many as the context has room for;
+    `UNLIMITED` for all that it has room for.
+    """
+
+    max_new_tokens: int | None = None
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 50
@@ -24,8 +34,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        new = self.max_new_tokens
+        if new is not None and new < 1 and new != UNLIMITED:
+            raise BadInput(
+                f"--max-new-tokens {new} is impossible.",
+                f"Give 1 or more, or {UNLIMITED} to go on until the context is full.",
+            )
         for name, value, fits in (
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1),
             ("--temperature", self.temperature, self.temperature > 0),
             ("--top-k", self.top_k, self.top_k >= 1),
             ("--top-p", self.top_p, 0 < self.top_p <= 1),
@@ -37,12 +52,16 @@ class Sampling:
 
 @dataclass
 class Speed:
-    """What a generation took: seconds to the first token, and after it; tokens made."""
+    """What a generation took: seconds to the first token, and after it; tokens made.
+
+    `context_full`: it ended because the model takes no more.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     first_token_s: float = 0.0
     decode_s: float = 0.0
+    context_full: bool = False
 
     @property
     def tokens_per_s(self) -> float:
@@ -50,15 +69,64 @@ class Speed:
         return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
 
+def read_prompt(text: str | None, file: Path | None) -> str:
+    """The prompt: `text` itself, or what stands in `file`; of either, "-" is stdin.
+
+    The line break that editors and `echo` put at the end of a file is no part of it. Raises
+    `BadInput` for none, for two, and for what is not UTF-8 text.
+    """
+    if text is not None and file is not None:
+        raise BadInput("There are two prompts.", "Leave out the prompt or --prompt-file.")
+    if text is None and file is None:
+        raise BadInput(
+            "There is no prompt.", "Give it after the deployment, - for stdin, or --prompt-file."
+        )
+    if text is None or text == STDIN:
+        where, content = _read(None if file == Path(STDIN) else file)
+    else:
+        where, content = "the arguments", text.encode(errors="surrogateescape")
+    try:
+        prompt = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"The prompt in {where} is not UTF-8 text ({error.reason}).", "Convert it to UTF-8."
+        ) from error
+    if "\0" in prompt:  # onnxruntime-genai would read no further
+        raise BadInput(
+            f"The prompt in {where} has a NUL character.", "Is it UTF-16? Convert it to UTF-8."
+        )
+    return prompt
+
+
+def _read(file: Path | None) -> tuple[str, bytes]:
+    """What `file` is called, and what stands in it but for its last line break; None is stdin."""
+    try:
+        content = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"The prompt file {file} cannot be read ({error.strerror}).", "Give a text file."
+        ) from error
+    return str(file or "stdin"), content.removesuffix(b"\n").removesuffix(b"\r")
+
+
 def generate(
-    deployment: Path, prompt: str, sampling: Sampling, speed: Speed, *, chat: bool = False
+    deployment: Path,
+    prompt: str,
+    sampling: Sampling,
+    speed: Speed,
+    *,
+    chat: bool = False,
+    threads: int | None = None,
+    trust_library: bool = False,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt`, piece by piece; `speed` is filled in meanwhile.
 
-    With `chat` the prompt is a user's message, put into the model's chat template. Raises
-    `BadInput` for a folder that onnxruntime-genai cannot open, and for a prompt that is too long.
+    With `chat` the prompt is a user's message, put into the model's chat template. `threads`: None
+    for the physical cores; `trust_library`: run operators that the folder brings. Raises `BadInput`
+    for a folder that onnxruntime-genai cannot open, and for a prompt that is too long.
     """
-    open_deployment(deployment)
+    threads = threads_for(threads)
+    open_deployment(deployment, trust_library=trust_library)
     if not (deployment / GENAI_CONFIG).is_file():
         raise BadInput(
             f"{deployment} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
@@ -67,22 +135,21 @@ def generate(
     if not prompt:
         raise BadInput("The prompt is empty.", "Give a text to go on from.")
     context = genai_number(deployment, "context_length")
+    library = str(operators(deployment, trust=trust_library) or "")
     import onnxruntime_genai
 
+    from owl_deploy.engines.drivers.onnxruntime import open_genai
+
     try:
-        model = onnxruntime_genai.Model(str(deployment))
+        model = open_genai(str(deployment), threads, library)
         tokenizer = onnxruntime_genai.Tokenizer(model)
         if chat:
             prompt = _in_template(tokenizer, prompt)
         tokens = tokenizer.encode(prompt)
-        if len(tokens) + sampling.max_new_tokens > context:
-            raise BadInput(
-                f"The prompt's {len(tokens)} tokens and {sampling.max_new_tokens} new ones are "
-                f"more than the {context} that the model takes.",
-                "Shorten the prompt, or give a smaller --max-new-tokens (-n).",
-            )
-        generator = _generator(onnxruntime_genai, model, len(tokens), sampling)
+        length = _length(len(tokens), sampling.max_new_tokens, context)
+        generator = _generator(onnxruntime_genai, model, length, sampling)
         yield from _stream(generator, tokenizer, tokens, speed)
+        speed.context_full = speed.prompt_tokens + speed.new_tokens >= context
     except RuntimeError as error:  # whatever is wrong, onnxruntime-genai has this one type for it
         reason = str(error).splitlines()[0]
         raise EngineFailed(f"onnxruntime-genai failed with {deployment}: {reason}") from error
@@ -96,9 +163,32 @@ def _in_template(tokenizer: Any, message: str) -> str:  # noqa: ANN401 - no stub
     return text
 
 
-def _generator(genai: Any, model: Any, prompt_tokens: int, sampling: Sampling) -> Any:  # noqa: ANN401
+def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
+    """The tokens of the prompt and the new ones together; raises `BadInput` for too many."""
+    room = context - prompt_tokens
+    if room < 1:
+        raise BadInput(
+            f"The prompt's {prompt_tokens} tokens leave no room for a new one: the model takes "
+            f"{context}.",
+            "Shorten the prompt.",
+        )
+    if new_tokens is None:
+        return prompt_tokens + min(DEFAULT_NEW_TOKENS, room)
+    if new_tokens == UNLIMITED:
+        return context
+    if new_tokens > room:
+        raise BadInput(
+            f"The prompt's {prompt_tokens} tokens and {new_tokens} new ones are more than the "
+            f"{context} that the model takes.",
+            f"Shorten the prompt, or give --max-new-tokens (-n) {room} or less; {UNLIMITED} takes "
+            "all that there is room for.",
+        )
+    return prompt_tokens + new_tokens
+
+
+def _generator(genai: Any, model: Any, length: int, sampling: Sampling) -> Any:  # noqa: ANN401
     options: dict[str, Any] = {
-        "max_length": prompt_tokens + sampling.max_new_tokens,
+        "max_length": length,
         "do_sample": sampling.do_sample,
         "repetition_penalty": sampling.repetition_penalty,
     }

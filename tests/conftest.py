@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from owl_deploy import cli
+from owl_deploy.engines import EngineProcess
 from tests import tiny
 
 # On models this small threads only wait for each other, and more so on a busy machine.
@@ -27,6 +28,21 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny.text())
     return path
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """What every engine is asked to load from now on, and with what."""
+    asked = []
+    request = EngineProcess.request
+
+    def note(self, op, **arguments):
+        if op == "load":
+            asked.append(arguments)
+        return request(self, op, **arguments)
+
+    monkeypatch.setattr(EngineProcess, "request", note)
+    return asked
 
 
 @pytest.fixture

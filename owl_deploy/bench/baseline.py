@@ -16,7 +16,7 @@ from owl_deploy.bench import counters, gate
 from owl_deploy.bench.gate import Margins, Side, Verdict
 from owl_deploy.bench.measure import BenchPlan, Progress, run_bench
 from owl_deploy.bench.result import Result, paired
-from owl_deploy.engines import EngineProcess, installed_version
+from owl_deploy.engines import Deployment, EngineProcess, installed_version, threads_for
 from owl_deploy.errors import BadInput, EngineFailed
 
 SCHEMA = 1
@@ -112,7 +112,7 @@ def still_side(plan: BenchPlan) -> Side:
 
     (subject, deployment), (reference, other) = entries_of(plan)[:2]
     here = look(0.1)
-    threads = plan.threads or EngineProcess("fake", deployment.path).threads
+    threads = threads_for(plan.threads)
     setting = {
         "schema": SCHEMA,
         "engine": subject.engine,
@@ -123,18 +123,24 @@ def still_side(plan: BenchPlan) -> Side:
         "instruction set": list(here.isa),
         "scenarios": [scenario.model_dump(mode="json") for scenario in plan.described()],
     }
-    probe = _probe(subject.engine, deployment.path, deployment.vocab, threads)
+    probe = _probe(plan, subject.engine, deployment, threads)
     return Side(setting, here.cpu, probe, counters.count(deployment), 0, {})
 
 
-def _probe(engine: str, folder: Path, vocab: int, threads: int) -> dict[str, Any]:
+def _probe(plan: BenchPlan, engine: str, deployment: Deployment, threads: int) -> dict[str, Any]:
     """What the deployment answers to a fixed prompt: tokens, and some of the logits behind them."""
     generator = np.random.default_rng(0)
-    prompt = [int(token) for token in generator.integers(0, vocab, PROBE_TOKENS)]
-    columns = np.sort(generator.permutation(vocab)[:PROBE_COLUMNS])
+    prompt = [int(token) for token in generator.integers(0, deployment.vocab, PROBE_TOKENS)]
+    columns = np.sort(generator.permutation(deployment.vocab)[:PROBE_COLUMNS])
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "logits.npy"
-        with EngineProcess(engine, folder, threads=threads, context=64) as process:
+        with EngineProcess(
+            engine,
+            deployment.path,
+            threads=threads,
+            context=64,
+            trust_library=plan.trust_library,
+        ) as process:
             answer = process.request(
                 "greedy", tokens=prompt, count=PROBE_STEPS, logits_file=str(file)
             )

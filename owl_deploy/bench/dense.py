@@ -48,10 +48,10 @@ def dense_baselines(
 
 
 def baselines_for(
-    checkpoint: Path, deployments: Iterable[Path], export: Export
+    checkpoint: Path, deployments: Iterable[Path], export: Export, *, trust_library: bool = False
 ) -> tuple[Path, ...]:
     """The dense baselines that suit these deployments."""
-    opened = [open_deployment(path) for path in deployments]
+    opened = [open_deployment(path, trust_library=trust_library) for path in deployments]
     return dense_baselines(checkpoint, [(one.target, one.precision) for one in opened], export)
 
 

@@ -23,12 +23,12 @@ from owl_deploy.bench.scenario import KINDS, Scenario, by_session
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
-    default_threads,
     engine_for,
     get_engine,
     installed_version,
     open_deployment,
     python_of,
+    threads_for,
 )
 from owl_deploy.engines.registry import Engine
 from owl_deploy.errors import BadInput, EngineFailed, unknown_name
@@ -66,6 +66,7 @@ class BenchPlan(BaseModel):
     streams: tuple[int, ...] = (2,)
     new_tokens: int = 64
     threads: int | None = None
+    trust_library: bool = False
     pairs: int = 8
     looks: int = 1
     steps: int = 32
@@ -88,7 +89,6 @@ class BenchPlan(BaseModel):
             ("--new-tokens", (self.new_tokens,), 2),
             ("--pairs", (self.pairs,), 1),
             ("--looks", (self.looks,), 1),
-            ("--threads", (self.threads or 1,), 1),
         ):
             for value in values:
                 if value < least:
@@ -143,7 +143,7 @@ def run_bench(
     entries = entries_of(plan)
     for engine in dict.fromkeys(subject.engine for subject, _ in entries):
         python_of(engine)
-    threads = plan.threads or default_threads()
+    threads = threads_for(plan.threads)
     here = machine.look()
     bandwidth = 0.0
     journal = Journal([plan.model_dump(), threads, here.cpu, _identities(entries)])
@@ -235,7 +235,11 @@ def entries_of(plan: BenchPlan) -> list[tuple[Subject, Deployment]]:
         ("candidate", plan.candidates),
         ("baseline", plan.baselines),
     )
-    opened = [(role, open_deployment(path)) for role, paths in roles for path in _unique(paths)]
+    opened = [
+        (role, open_deployment(path, trust_library=plan.trust_library))
+        for role, paths in roles
+        for path in _unique(paths)
+    ]
     chosen = [
         (role, deployment, engine)
         for role, deployment in opened
@@ -347,6 +351,7 @@ class _Runner:
                 subject.engine,
                 Path(subject.path),
                 threads=self.threads,
+                trust_library=self.plan.trust_library,
                 context=context,
                 timeout_s=self.plan.time_limit_s,
                 batch=batch,

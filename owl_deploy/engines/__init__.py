@@ -12,7 +12,7 @@ from owl_deploy.engines.environment import (
     python_of,
     remove,
 )
-from owl_deploy.engines.process import EngineProcess, default_threads
+from owl_deploy.engines.process import EngineProcess, default_threads, threads_for
 from owl_deploy.engines.registry import ENGINES, Engine, engine_for, get_engine
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "open_deployment",
     "python_of",
     "remove",
+    "threads_for",
 ]

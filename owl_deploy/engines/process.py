@@ -18,13 +18,26 @@ import psutil
 from owl_deploy.engines.environment import python_of
 from owl_deploy.engines.loading import operators
 from owl_deploy.engines.registry import Engine, get_engine
-from owl_deploy.errors import EngineFailed
+from owl_deploy.errors import BadInput, EngineFailed
 
 WORKER = Path(__file__).with_name("worker.py")
 DEFAULT_CONTEXT = 512
 DEFAULT_TIMEOUT_S = 600.0
 _STACK = re.compile(r"^ *(?:0# |#0 |Traceback |backtrace)", re.MULTILINE)
 _LAST_WORDS = 300  # characters of an engine's stderr that an error shows
+
+
+def threads_for(asked: int | None) -> int:
+    """How many threads an engine gets: as many as `asked` for, else the physical cores.
+
+    Every verb takes this number: ONNX Runtime's own default is one thread on some virtual machines
+    of two cores. Raises `BadInput` for less than one.
+    """
+    if asked is None:
+        return default_threads()
+    if asked < 1:
+        raise BadInput(f"--threads {asked} is too small.", "It must be 1 or more.")
+    return asked
 
 
 def default_threads() -> int:
@@ -62,7 +75,7 @@ class EngineProcess:
     ) -> None:
         self.engine: Engine = get_engine(engine)
         self.deployment = deployment
-        self.threads = threads or default_threads()
+        self.threads = threads_for(threads)
         self.context = context
         self.timeout_s = timeout_s
         self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}

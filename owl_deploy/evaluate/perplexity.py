@@ -81,17 +81,27 @@ def perplexity(
     hardware: Hardware = ANY_HARDWARE,
     blockwise: bool | None = None,
     engine: str | None = None,
+    threads: int | None = None,
+    trust_library: bool = False,
     adapter: Path | None = None,
 ) -> Perplexity:
     """The perplexity of a checkpoint, or of a deployment, on `text` (a SOURCE).
 
     A deployment is evaluated as it runs, in its engine; `hardware` and `blockwise` are for
-    checkpoints, `engine` for deployments. The manifest of a folder that owl wrote then records the
-    value, so that a benchmark can show it beside the speed.
+    checkpoints, `engine` and `threads` for deployments. The manifest of a folder that owl wrote
+    then records the value, so that a benchmark can show it beside the speed.
     """
     if read_manifest(folder).get("kind") == "deployment":
         refuse_adapter(adapter)
-        return deployment_perplexity(folder, text, window=window, limit=limit, engine=engine)
+        return deployment_perplexity(
+            folder,
+            text,
+            window=window,
+            limit=limit,
+            engine=engine,
+            threads=threads,
+            trust_library=trust_library,
+        )
     return checkpoint_perplexity(
         folder,
         text,
@@ -148,20 +158,27 @@ def deployment_perplexity(
     window: int = 2048,
     limit: int | None = None,
     engine: str | None = None,
+    threads: int | None = None,
+    trust_library: bool = False,
 ) -> Perplexity:
     """The perplexity of a deployment on `text`, as its engine computes it; kept in its manifest.
 
     A deployment for DeepSparse is evaluated in ONNX Runtime, which runs the same graph, unless
     `engine` asks for DeepSparse. Raises `BadInput` for an engine that does not open it.
     """
-    engine = engine_of(open_deployment(folder), engine)
+    engine = engine_of(open_deployment(folder, trust_library=trust_library), engine)
     windows = windows_of(folder, text, window, limit)
     nll = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "window.npy"
         with (
             EngineProcess(
-                engine, folder, context=context_for(engine, window), all_logits=True
+                engine,
+                folder,
+                threads=threads,
+                trust_library=trust_library,
+                context=context_for(engine, window),
+                all_logits=True,
             ) as process,
             bar("Perplexity", len(windows)) as advance,
         ):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from owl_deploy.engines import threads_for
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.perplexity import Perplexity, perplexity
@@ -30,6 +31,8 @@ class Asked:
     hardware: Hardware = ANY_HARDWARE
     blockwise: bool | None = None
     engine: str | None = None
+    threads: int | None = None
+    trust_library: bool = False
     adapter: Path | None = None
 
 
@@ -59,6 +62,7 @@ def evaluate(folders: Sequence[Path], asked: Asked) -> list[Evaluation]:
     """
     if asked.text is None and not asked.tasks:
         raise BadInput("Nothing says what to evaluate by.", "Give --perplexity TEXT or --tasks.")
+    threads = threads_for(asked.threads)
     tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path) if asked.tasks else None
     found = []
     for folder in folders:
@@ -74,6 +78,8 @@ def evaluate(folders: Sequence[Path], asked: Asked) -> list[Evaluation]:
                 hardware=asked.hardware,
                 blockwise=asked.blockwise,
                 engine=asked.engine,
+                threads=threads,
+                trust_library=asked.trust_library,
                 adapter=asked.adapter,
             )
         results: dict[str, TaskResult] = {}
@@ -85,6 +91,8 @@ def evaluate(folders: Sequence[Path], asked: Asked) -> list[Evaluation]:
                 window=asked.window,
                 hardware=asked.hardware,
                 engine=asked.engine,
+                threads=threads,
+                trust_library=asked.trust_library,
                 adapter=asked.adapter,
             )
         found.append(Evaluation(str(folder), loss, results))

@@ -150,14 +150,16 @@ def evaluate_tasks(
     window: int = 2048,
     hardware: Hardware = ANY_HARDWARE,
     engine: str | None = None,
+    threads: int | None = None,
+    trust_library: bool = False,
     adapter: Path | None = None,
 ) -> dict[str, TaskResult]:
     """Run `tasks` on a checkpoint, or on a deployment as it runs; results by task name.
 
     `limit`: only so many documents of each. `window`: what the model sees at most; longer contexts
-    are cut on the left. `hardware` and `adapter` are for checkpoints, `engine` for deployments. The
-    manifest of a folder that owl wrote records the results without an adapter. Raises `BadInput`
-    for what cannot be run.
+    are cut on the left. `hardware` and `adapter` are for checkpoints, `engine` and `threads` for
+    deployments. The manifest of a folder that owl wrote records the results without an adapter.
+    Raises `BadInput` for what cannot be run.
     """
     if limit is not None and limit < 1:
         raise BadInput("--limit must be at least 1.")
@@ -165,7 +167,11 @@ def evaluate_tasks(
         raise BadInput("--window is too small.", "A window needs two tokens at least.")
     from lm_eval.evaluator import evaluate
 
-    with _opened(folder, window, hardware, engine, adapter) as (model, by, seen):
+    with _opened(folder, window, hardware, engine, threads, trust_library, adapter) as (
+        model,
+        by,
+        seen,
+    ):
         try:
             found = evaluate(
                 lm=model,
@@ -201,19 +207,32 @@ def evaluate_tasks(
 
 @contextlib.contextmanager
 def _opened(
-    folder: Path, window: int, hardware: Hardware, engine: str | None, adapter: Path | None
+    folder: Path,
+    window: int,
+    hardware: Hardware,
+    engine: str | None,
+    threads: int | None,
+    trust_library: bool,
+    adapter: Path | None,
 ) -> Iterator[tuple[Any, str, int]]:
     """The folder as a model of the harness; what computes it; how many tokens it sees."""
     if read_manifest(folder).get("kind") == "deployment":
         refuse_adapter(adapter)
         from owl_deploy.evaluate.harness import DeploymentLM
 
-        name = engine_of(open_deployment(folder), engine)
+        name = engine_of(open_deployment(folder, trust_library=trust_library), engine)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         seen = min(window, config.get("max_position_embeddings") or window)
         tokenizer = load_tokenizer(folder)
         context = context_for(name, seen)
-        with EngineProcess(name, folder, context=context, all_logits=True) as process:
+        with EngineProcess(
+            name,
+            folder,
+            threads=threads,
+            trust_library=trust_library,
+            context=context,
+            all_logits=True,
+        ) as process:
             yield DeploymentLM(process, tokenizer, seen), name, seen
         return
     from lm_eval.models.huggingface import HFLM

@@ -48,6 +48,7 @@ class Session:
     def __init__(self, deployment: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = engines.default_threads()
         library = operators(deployment)
         if library is not None:
             options.register_custom_ops_library(str(library))

@@ -246,3 +246,9 @@ def test_without_the_harness(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.caching.cache", None)
     with pytest.raises(BadInput, match=r"owl-deploy\[eval\]"):
         zero_shot.load_tasks(["paper"])
+
+
+def test_tasks_run_on_the_threads_asked_for(owl, deployment, loads):
+    asked = ("eval", deployment("onnxruntime"), "--tasks", "owl_endings", "--tasks-path", TASKS)
+    assert owl(*asked, "--limit", 1, "--window", WINDOW, "--threads", 3)[0] == 0
+    assert [load["threads"] for load in loads] == [3]

@@ -45,7 +45,9 @@ class Driver:
 
         genai = (Path(folder) / GENAI_CONFIG).is_file() and not all_logits
         if genai:
-            model = open_genai(folder, threads, library)
+            # The token chosen last is counted, though never run: one more than the model takes.
+            length = max(context + 1, model_config(Path(folder))["context_length"])
+            model = open_genai(folder, threads, library, eos_token_id=[], context_length=length)
             self.streams = [Genai(model, context, batch) for _ in range(streams)]
         else:
             session = open_session(Path(folder), threads, library)
@@ -59,11 +61,11 @@ class Driver:
         }
 
 
-def open_genai(folder: str, threads: int, library: str = "", *, endless: bool = True) -> Any:  # noqa: ANN401 - a type without stubs
-    """A model of onnxruntime-genai; an `endless` one never ends a text by itself.
+def open_genai(folder: str, threads: int, library: str = "", **over: Any) -> Any:  # noqa: ANN401 - without stubs
+    """A model of onnxruntime-genai; `over` goes over what its config says of the model.
 
     `library`: the operators to load, whatever library the folder names; whoever calls has checked
-    that it names none where this is empty.
+    that it names none where this is empty. `owl generate` opens its model here too.
     """
     import onnxruntime_genai
 
@@ -71,9 +73,7 @@ def open_genai(folder: str, threads: int, library: str = "", *, endless: bool = 
     options: dict[str, Any] = {"intra_op_num_threads": threads}
     if library:
         options["custom_ops_library"] = library
-    overlay: dict[str, Any] = {"decoder": {"session_options": options}}
-    if endless:
-        overlay["eos_token_id"] = []
+    overlay = {**over, "decoder": {"session_options": options}}
     config.overlay(json.dumps({"model": overlay}))
     # It takes a library from the model's folder or the working directory, from nowhere else.
     with working_in(Path(library).parent if library else Path.cwd()):
@@ -118,7 +118,7 @@ class Genai:
         import onnxruntime_genai
 
         parameters = onnxruntime_genai.GeneratorParams(self.model)
-        # One more than `context`: the token chosen in the last step is counted, though never run.
+        # One more than `context`: see `load`.
         parameters.set_search_options(
             max_length=self.context + 1, do_sample=False, batch_size=self.batch
         )
@@ -225,8 +225,14 @@ class Session:
 
 def decoder_config(folder: Path) -> dict[str, Any]:
     """The decoder's part of the folder's genai config; empty when there is none."""
+    decoder: dict[str, Any] = model_config(folder).get("decoder", {})
+    return decoder
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """What the folder's genai config says of the model; empty when there is none."""
     path = folder / GENAI_CONFIG
     if not path.is_file():
         return {}
-    decoder: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
-    return decoder
+    model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
+    return model

@@ -1,0 +1,146 @@
+"""`owl generate`: where a prompt comes from, how long an answer is, on how many threads."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from owl_deploy import engines
+from owl_deploy.export.parity import Session
+from owl_deploy.export.targets import export
+from owl_deploy.generate import Sampling, Speed, generate
+from tests import tiny
+
+PROMPT = "The river ran"
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    export(tiny.write_llama(folder / "model"), folder / "out", target="onnxruntime")
+    config = folder / "out" / "genai_config.json"
+    values = json.loads(config.read_text())
+    values["model"] |= {"eos_token_id": [], "pad_token_id": 0}  # no early end
+    config.write_text(json.dumps(values))
+    return folder / "out"
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def put(content):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return put
+
+
+def test_a_prompt_from_a_file_or_stdin_says_the_same(owl, deployment, tmp_path, stdin):
+    file = tmp_path / "prompt.txt"
+    given = owl("generate", deployment, PROMPT, "-n", 8)[1]
+    assert given
+    for content in (PROMPT, PROMPT + "\n", PROMPT + "\r\n", "\ufeff" + PROMPT):
+        file.write_bytes(content.encode())
+        assert owl("generate", deployment, "--prompt-file", file, "-n", 8)[:2] == (0, given)
+        for asked in (("-",), ("--prompt-file", "-")):
+            stdin(content.encode())
+            assert owl("generate", deployment, *asked, "-n", 8)[:2] == (0, given)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"", "The prompt is empty"),
+        (b"\n", "The prompt is empty"),
+        (b"caf\xe9", "prompt.txt is not UTF-8 text"),
+        ("The river".encode("utf-16-le"), "prompt.txt has a NUL character"),
+    ],
+)
+def test_a_prompt_file_that_is_none_is_said_in_a_sentence(
+    owl, deployment, tmp_path, content, complaint
+):
+    file = tmp_path / "prompt.txt"
+    if content is not None:
+        file.write_bytes(content)
+    code, out, err = owl("generate", deployment, "--prompt-file", file)
+    assert (code, out, complaint in err) == (2, "", True), err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ((), "There is no prompt. Give it after the deployment"),
+        (("x", "--prompt-file", "y"), "There are two prompts"),
+        (("caf\udce9",), "is not UTF-8 text"),  # how Python hands on bytes that are none
+        ((PROMPT, "-n", 0), "-n 0 is impossible"),
+        ((PROMPT, "-n", 0), "Give 1 or more, or -1 to go on until the context is full"),
+        ((PROMPT, "-n", -2), "-2 is impossible"),
+        ((PROMPT, "-n", 510), "give --max-new-tokens (-n) 506 or less; -1 takes all"),
+        ((PROMPT * 150,), "leave no room for a new one: the model takes 512"),
+        ((PROMPT, "--threads", 0), "--threads 0 is too small"),
+    ],
+)
+def test_what_cannot_be_generated_is_said_in_a_sentence(owl, deployment, options, complaint):
+    code, out, err = owl("generate", deployment, *options)
+    assert (code, out, complaint.replace("-n 0", "--max-new-tokens 0") in err) == (2, "", True), err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "new_tokens", "full"),
+    [
+        (PROMPT, ("-n", 7), 7, False),
+        (PROMPT, (), 128, False),
+        (PROMPT, ("-n", -1), None, True),
+        (PROMPT * 80, (), None, True),  # the default is no demand: it gives way to the context
+    ],
+)
+def test_an_answer_ends_where_it_was_asked_to_or_with_the_context(
+    owl, deployment, prompt, options, new_tokens, full
+):
+    code, out, _ = owl("generate", deployment, prompt, *options, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["context_full"] == full
+    assert found["new_tokens"] == (new_tokens or 512 - found["prompt_tokens"])
+    assert ("the context is full" in owl("generate", deployment, prompt, *options)[2]) == full
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def generating(deployment, count):
+    """A generation that has begun, and what it has added to this process's threads."""
+    before = threads()
+    running = generate(deployment, PROMPT, Sampling(), Speed(), threads=count)
+    next(running)
+    return running, threads() - before
+
+
+def test_generate_runs_on_the_threads_asked_for(deployment, monkeypatch):
+    held = [generating(deployment, 1)]  # what ONNX Runtime starts once a process
+    held += [generating(deployment, count) for count in (1, 4)]
+    assert held[2][1] - held[1][1] == 3
+    monkeypatch.setattr(engines.process, "default_threads", lambda: 6)
+    held.append(generating(deployment, None))
+    assert held[3][1] - held[1][1] == 5
+
+
+def test_parity_is_checked_on_as_many_threads_as_a_benchmark_has(deployment, monkeypatch):
+    held: list[Any] = []
+    added = []
+    for count in (1, 1, 4):
+        monkeypatch.setattr(engines, "default_threads", lambda count=count: count)
+        before = threads()
+        held.append(Session(deployment))
+        added.append(threads() - before)
+    assert added[2] - added[1] == 3
+
+
+def test_eval_runs_on_the_threads_asked_for(owl, deployment, text_file, loads):
+    asked = ("eval", deployment, "--perplexity", text_file, "--window", 64, "--windows", 1)
+    assert owl(*asked, "--threads", 3)[0] == 0
+    assert owl(*asked)[0] == 0
+    assert [load["threads"] for load in loads] == [3, engines.default_threads()]
+    assert owl(*asked, "--threads", 0)[0] == 2
