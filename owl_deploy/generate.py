@@ -1,5 +1,6 @@
 """`owl generate`: stream text from a deployment through onnxruntime-genai."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 
 from owl_deploy.engines.deployment import GENAI_CONFIG, genai_number, open_deployment
 from owl_deploy.errors import BadInput, EngineFailed
+
+_LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, fits in (
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1),
-            ("--temperature", self.temperature, self.temperature > 0),
-            ("--top-k", self.top_k, self.top_k >= 1),
+            ("--max-new-tokens", self.max_new_tokens, 1 <= self.max_new_tokens <= _LARGEST),
+            ("--temperature", self.temperature, 0 < self.temperature < math.inf),
+            ("--top-k", self.top_k, 1 <= self.top_k <= _LARGEST),
             ("--top-p", self.top_p, 0 < self.top_p <= 1),
-            ("--repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0),
+            (
+                "--repetition-penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty < math.inf,
+            ),
         ):
             if not fits:
                 raise BadInput(f"{name} {value} is impossible.")
@@ -65,6 +72,8 @@ def generate(
         )
     if not prompt:
         raise BadInput("The prompt is empty.", "Give a text to go on from.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise BadInput("The prompt is not UTF-8 text.", "Give it in that encoding.")
     context = genai_number(deployment, "context_length")
     import onnxruntime_genai
 
