@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy import __version__
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, first_line
 
 MANIFEST = "owl.json"
+_AGAIN = "Make the artefact again."
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -145,15 +146,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(
-            f"{path} is not valid JSON ({error}).", "Make the artefact again."
-        ) from error
-    if not isinstance(manifest, dict):
-        raise BadInput(f"{path} does not hold a JSON object.", "Make the artefact again.")
+    from owl_deploy.manifest import check
+
+    manifest = read_object(path, _AGAIN)
+    check(manifest, str(path), _AGAIN)
     return manifest
+
+
+def read_object(path: Path, way_out: str) -> dict[str, Any]:
+    """The JSON object in a file; raises `BadInput`, with `way_out`, where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # too long a number, nested too deep
+        raise BadInput(f"{path} is not valid JSON ({first_line(error)}).", way_out) from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} does not hold a JSON object.", way_out)
+    return value
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from owl_deploy.checkpoint import Checkpoint
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, first_line
 from owl_deploy.families import Family, family_of
 from owl_deploy.progress import quiet_transformers
 
@@ -39,7 +39,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.family: Family = family_of(checkpoint.config)
-        self.names = checkpoint.blocks(self.family.blocks)
+        self.names = checkpoint.blocks(self.family)
         self.model: Any = _empty_model(checkpoint, dtype)
         self.blocks: list[nn.Module] = list(self._module_list())
 
@@ -88,7 +88,7 @@ class Skeleton:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise BadInput(
-                f"The weights of {name} do not fit config.json: {_first_line(error)}",
+                f"The weights of {name} do not fit config.json: {first_line(error)}",
                 "The checkpoint is incomplete or of another model: get it again.",
             ) from error
         module.to(self.device)
@@ -245,7 +245,7 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:  # noqa: ANN
     """
     import transformers
 
-    checkpoint.blocks(family_of(checkpoint.config).blocks)
+    checkpoint.blocks(family_of(checkpoint.config))
     for name in checkpoint.files:
         checkpoint.read(name)  # finite values in every file, or one sentence
     with quiet_transformers():
@@ -367,7 +367,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     except Exception as error:  # a config can be wrong in any way; transformers raises many types
         raise BadInput(
             f"{checkpoint.folder / 'config.json'} describes no model that transformers can build "
-            f"({_first_line(error)})."
+            f"({first_line(error)})."
         ) from error
     return model.eval()  # type: ignore[no-any-return]
 
@@ -385,8 +385,3 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
         for name, buffer in part.named_buffers(recurse=False):
             if not buffer.is_meta:
                 setattr(part, name, buffer.to(device))
-
-
-def _first_line(error: Exception) -> str:
-    line = " ".join(str(error).split())
-    return line if len(line) <= 200 else f"{line[:200]} ..."

@@ -5,9 +5,27 @@ from pathlib import Path
 
 import platformdirs
 
+from owl_deploy.errors import EnvironmentFailed
 
-def cache_dir() -> Path:
-    """The cache folder, made if need be: `OWL_CACHE`, else the user's own of the system."""
-    folder = Path(os.environ.get("OWL_CACHE") or platformdirs.user_cache_dir("owl_deploy"))
-    folder.mkdir(parents=True, exist_ok=True)
+
+def cache_path() -> Path:
+    """Where the cache folder is, or would be: `OWL_CACHE`, else the user's own of the system."""
+    return Path(os.environ.get("OWL_CACHE") or platformdirs.user_cache_dir("owl_deploy"))
+
+
+def cache_dir(*parts: str) -> Path:
+    """The cache folder, or the folder `parts` in it, made if need be.
+
+    Raises `EnvironmentFailed` where it cannot be written.
+    """
+    folder = cache_path().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "no permission")
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"The cache folder {folder} cannot be written ({error.strerror}).",
+            "Set OWL_CACHE to a folder that can.",
+        ) from error
     return folder

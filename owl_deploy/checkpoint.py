@@ -6,13 +6,15 @@ What is written loads in current transformers and in SparseML 1.8 (transformers 
 
 import json
 import math
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import sha256
+from owl_deploy.artefact import read_object, sha256
 from owl_deploy.errors import BadInput
+from owl_deploy.families import Family
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_object(folder / "config.json")
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                f"{folder / 'config.json'} is missing.", "Give a Hugging Face model folder."
+            )
+        self.config = read_object(folder / "config.json", "Get the file again.")
         self.files = _tensor_files(folder)
 
     def read(self, name: str) -> "torch.Tensor":
@@ -98,22 +104,48 @@ class Checkpoint:
                 total += sum(math.prod(shape) for shape in shapes)
         return total
 
-    def blocks(self, stem: str) -> list[str]:
-        """The names of the decoder blocks, `stem` and a number each; config.json counts them.
+    def blocks(self, family: Family) -> list[str]:
+        """The names of the decoder blocks, as config.json counts them.
 
-        Raises `BadInput` when that is no count, or when the weights hold more of them.
+        Raises `BadInput` where the weights are not those that config.json describes, by its count
+        of blocks or its vocabulary: a model built by it would take long, or other weights.
         """
         count = self.config.get("num_hidden_layers")
-        if not isinstance(count, int) or count < 1:
-            raise BadInput(f"config.json in {self.folder} counts {count} blocks.")
-        surplus = f"{stem}.{count}"
-        if self.names(surplus):
+        if type(count) is not int or count < 1:
+            raise BadInput(f"config.json in {self.folder} counts {reprlib.repr(count)} blocks.")
+        held = {int(n) for n in map(_leading, self.names(family.blocks)) if n.isdecimal()}
+        first = next((index for index in range(count) if index not in held), count)
+        name = f"{family.blocks}.{first}"
+        wrong = f"no {name}" if first < count else f"{name} as well" if first in held else ""
+        if wrong:
             raise BadInput(
                 f"config.json in {self.folder} counts {count} blocks, and the weights hold "
-                f"{surplus} as well.",
+                f"{wrong}.",
                 "Give the config.json that belongs to them.",
             )
-        return [f"{stem}.{index}" for index in range(count)]
+        self._check_vocabulary(family)
+        return [f"{family.blocks}.{index}" for index in range(count)]
+
+    def _check_vocabulary(self, family: Family) -> None:
+        """As transformers does: an embedding has as many rows as config.json says, no padding."""
+        if "vocab_size" not in self.config:
+            return
+        told = self.config["vocab_size"]
+        heads = (family.renamed.get(name, name) for name in (family.embeddings[0], "lm_head"))
+        for name in (f"{module}.weight" for module in heads):
+            rows = self.shape(name)[0] if name in self.files else told
+            if type(told) is not int or rows != told:
+                raise BadInput(
+                    f"config.json in {self.folder} says a vocab_size of {reprlib.repr(told)}, and "
+                    f"{name} has {rows} rows.",
+                    "Give the config.json that belongs to the weights.",
+                )
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of the tensor `name`, without reading it."""
+        with _open_safetensors(self.files[name]) as file:
+            shape: list[int] = file.get_slice(name).get_shape()
+        return shape
 
     def names(self, prefix: str = "") -> list[str]:
         """The names of the tensors under the module `prefix`, without `prefix.`."""
@@ -159,16 +191,9 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BadInput(f"{path} is missing.", "Give a Hugging Face model folder.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} does not hold a JSON object.")
-    return value
+def _leading(name: str) -> str:
+    """The first part of a dotted name."""
+    return name.partition(".")[0]
 
 
 def _open_safetensors(path: Path) -> Any:  # noqa: ANN401 - safetensors has no stubs
@@ -183,7 +208,7 @@ def _open_safetensors(path: Path) -> Any:  # noqa: ANN401 - safetensors has no s
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name to file, from the index when there is one; every file's header is checked."""
     if (folder / INDEX).is_file():
-        weight_map = _read_object(folder / INDEX).get("weight_map")
+        weight_map = read_object(folder / INDEX, "Get the file again.").get("weight_map")
         if not isinstance(weight_map, dict):
             raise BadInput(f"{folder / INDEX} has no weight_map.", "Get the file again.")
         files = {folder / str(name) for name in weight_map.values()}
@@ -296,7 +321,7 @@ def compatible_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rewrite(path: Path, change: Any) -> None:  # noqa: ANN401 - a function from JSON to JSON
     if path.is_file():
-        content = change(_read_object(path))
+        content = change(read_object(path, "Get the file again."))
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

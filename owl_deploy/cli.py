@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from owl_deploy import __version__
 from owl_deploy.artefact import read_manifest
-from owl_deploy.errors import OwlError
+from owl_deploy.ending import exit_code
 
 
 class _Group(TyperGroup):
@@ -758,9 +758,5 @@ def remove_engine(name: Annotated[str, typer.Argument(help="deepsparse.")]) -> N
 
 
 def main() -> None:
-    """Run `owl`; an `OwlError` becomes a sentence on stderr and its exit code."""
-    try:
-        app()
-    except OwlError as error:
-        typer.echo(f"owl: {error}", err=True)
-        sys.exit(error.exit_code)
+    """Run `owl`; whatever it ends with becomes an exit code, and a sentence on stderr."""
+    sys.exit(exit_code(app))

@@ -1,7 +1,14 @@
 """The errors a user can meet: each is one sentence, a way out, and an exit code."""
 
 import difflib
+import errno
+import reprlib
+import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class OwlError(Exception):
@@ -51,3 +58,43 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> BadInput:
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(choices)}."
     return BadInput(f"Unknown {what} {name!r}.", hint)
+
+
+_SAID = {  # where pydantic's own words name types of Python
+    "model_type": "it should be a mapping",
+    "dict_type": "it should be a mapping",
+}
+
+
+def invalid(what: str, error: "ValidationError", hint: str = "") -> BadInput:
+    """The error for data in `what` that a pydantic model refused: the first of its complaints."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return BadInput(f"Unknown key {place!r} in {what}.", "Unknown keys are never ignored.")
+    said = _SAID.get(first["type"]) or first["msg"][0].lower() + first["msg"][1:]
+    where = f"{place} in {what}" if place else what
+    return BadInput(f"{where} is {reprlib.repr(first['input'])}: {said}.", hint)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of any library says, as one line of bearable length."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= 200 else f"{line[:200]} ..."
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room; safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left."""
+    torch = sys.modules.get("torch")  # not loaded, it raised nothing
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+    )

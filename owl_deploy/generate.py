@@ -1,5 +1,6 @@
 """`owl generate`: stream text from a deployment through onnxruntime-genai."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from owl_deploy.errors import BadInput, EngineFailed
 STDIN = "-"
 DEFAULT_NEW_TOKENS = 128
 UNLIMITED = -1  # new tokens: on until the context is full, as in llama.cpp
+_LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,15 @@ class Sampling:
                 f"Give 1 or more, or {UNLIMITED} to go on until the context is full.",
             )
         for name, value, fits in (
-            ("--temperature", self.temperature, self.temperature > 0),
-            ("--top-k", self.top_k, self.top_k >= 1),
+            ("--max-new-tokens", new, new is None or new <= _LARGEST),
+            ("--temperature", self.temperature, 0 < self.temperature < math.inf),
+            ("--top-k", self.top_k, 1 <= self.top_k <= _LARGEST),
             ("--top-p", self.top_p, 0 < self.top_p <= 1),
-            ("--repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0),
+            (
+                "--repetition-penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty < math.inf,
+            ),
         ):
             if not fits:
                 raise BadInput(f"{name} {value} is impossible.")
@@ -134,6 +141,8 @@ def generate(
         )
     if not prompt:
         raise BadInput("The prompt is empty.", "Give a text to go on from.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise BadInput("The prompt is not UTF-8 text.", "Give it in that encoding.")
     context = genai_number(deployment, "context_length")
     library = str(operators(deployment, trust=trust_library) or "")
     import onnxruntime_genai

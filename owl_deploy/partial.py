@@ -4,7 +4,6 @@ The hidden folder `.NAME.owl-partial` holds `run.json`, what was asked, and what
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from owl_deploy.artefact import make_folder, write_json
-from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
 
 
 class Partial:
@@ -111,11 +110,11 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
         else:
             partial.discard()
         way_out = "then run again with --resume" if kept else "then run again"
-        if _is_full_disk(error):
+        if is_full_disk(error):
             raise EnvironmentFailed(
                 f"The disk of {partial.output.parent} is full.", f"Make room, {way_out}."
             ) from error
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise EnvironmentFailed(
                 "There is not enough memory.",
                 f"Free some, or {to_save_memory}, {way_out}.",
@@ -123,22 +122,6 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
         if kept and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt("the same command with --resume goes on from here") from error
         raise
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room; safetensors tells it in words only."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOSPC
-    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )
 
 
 def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from owl_deploy.artefact import sha256
-from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
 
 METHODS = ("magnitude", "wanda", "wanda-variant", "sparsegpt")
 # The allocations, with the spread that their papers take (OWL's lambda, DLP's alpha; ATP searches).
@@ -127,7 +127,7 @@ def settings(**values: Any) -> PruneSettings:  # noqa: ANN401 - checked by the m
     try:
         return PruneSettings(**values)
     except ValidationError as error:
-        raise _one_sentence("the settings", error) from error
+        raise invalid("the settings", error) from error
 
 
 def shipped() -> dict[str, Path]:
@@ -304,14 +304,17 @@ def load(source: Path) -> dict[str, Any]:
     Raises `BadInput` for what SparseML would drop in silence: unknown keys and arguments, a recipe
     without a stage, top-level keys that are no stage.
     """
+    return _from_modifiers(source, _modifiers(source, read_yaml(source)))
+
+
+def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any YAML value
+    """The content of a YAML file; raises `BadInput` for one that cannot be read."""
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"The recipe {source} cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"The recipe {source} is not valid YAML ({reason}).") from error
-    return _from_modifiers(source, _modifiers(source, content))
+        raise BadInput(f"{path} cannot be read ({error}).") from error
+    except Exception as error:  # dates, numbers, depth: PyYAML raises many types beside its own
+        raise BadInput(f"{path} is not valid YAML ({first_line(error)}).") from error
 
 
 def _modifiers(source: Path, content: Any) -> list[tuple[str, _Modifier]]:  # noqa: ANN401
@@ -340,12 +343,12 @@ def _modifiers(source: Path, content: Any) -> list[tuple[str, _Modifier]]:  # no
 
 def _modifier(source: Path, name: str, values: Any) -> tuple[str, _Modifier]:  # noqa: ANN401
     if name not in _MODIFIERS:
-        raise unknown_name(f"modifier in {source}:", name, _MODIFIERS)
+        raise unknown_name(f"modifier in {source}:", str(name), _MODIFIERS)
     method, kind = _MODIFIERS[name]
     try:
         return method, kind.model_validate(values)
     except ValidationError as error:
-        raise _one_sentence(f"{name} in {source}", error) from error
+        raise invalid(f"{name} in {source}", error) from error
 
 
 def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dict[str, Any]:
@@ -445,12 +448,3 @@ def _layer_of(target: str) -> str | None:
     plain = target.removesuffix(_WEIGHTS).replace("\\", "").removeprefix("re:").removesuffix("$")
     plain = plain.removesuffix(".weight").removesuffix("(..*)?")
     return plain if plain in HEADS or re.fullmatch(r"(\w+\.)+\d+(\.\w+)*", plain) else None
-
-
-def _one_sentence(what: str, error: ValidationError) -> BadInput:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return BadInput(f"Unknown key {place!r} in {what}.", "Unknown keys are never ignored.")
-    said = first["msg"][0].lower() + first["msg"][1:]
-    return BadInput(f"{place} in {what} is {first['input']!r}: {said}.")

@@ -35,7 +35,7 @@ def dense_baselines(
     """
     if not (checkpoint / "config.json").is_file():
         raise BadInput(f"{checkpoint} is no checkpoint: it has no config.json.")
-    folder = folder or cache_dir() / "dense" / _identity(checkpoint)
+    folder = folder or cache_dir("dense", _identity(checkpoint))
     folder.mkdir(parents=True, exist_ok=True)
     own = sorted(road for road in set(targets) if road[0] in _SPARSE)
     found = []

@@ -20,7 +20,7 @@ class Journal:
     """A file of JSON lines, one a sample, for one plan on one machine; deleted when done."""
 
     def __init__(self, identity: Any, folder: Path | None = None) -> None:  # noqa: ANN401 - JSON
-        folder = folder or cache_dir() / "bench"
+        folder = folder or cache_dir("bench")
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(identity, sort_keys=True, default=str)
         self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.jsonl"

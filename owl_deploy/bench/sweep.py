@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from owl_deploy.artefact import is_artefact, make_folder, read_manifest
@@ -22,7 +21,8 @@ from owl_deploy.bench.measure import BenchPlan
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Result, metrics_of, read_result, write_result
 from owl_deploy.bench.run import run
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, invalid
+from owl_deploy.recipe import read_yaml
 
 REPORT = "report.html"
 
@@ -71,20 +71,14 @@ class Steps:
 
 def read_plan(path: Path | None, given: dict[str, Any]) -> SweepPlan:
     """The plan of a YAML file, if any, with the options `given` over it; raises `BadInput`."""
+    values = read_yaml(path) if path else {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} does not hold a mapping of settings.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
-        if not isinstance(values, dict):
-            raise BadInput(f"{path} does not hold a mapping of settings.")
         return SweepPlan.model_validate({**values, **given})
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}).") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not valid YAML.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         known = ", ".join(SweepPlan.model_fields)
-        raise BadInput(f"The sweep's {where!r}: {first['msg']}.", f"Known: {known}.") from error
+        raise invalid("the sweep's plan", error, f"Known: {known}.") from error
 
 
 def sweep(checkpoint: Path, output: Path, plan: SweepPlan, steps: Steps) -> Result:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy import artefact
-from owl_deploy.cache import cache_dir
+from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.engines.registry import ENGINES, Engine, get_engine
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.runtime import kernels, library_path
@@ -30,7 +30,7 @@ _ABOUT = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
 
 def environment_folder(engine: Engine) -> Path:
     """Where the environment of `engine` is, or would be."""
-    return cache_dir() / "engines" / engine.name
+    return cache_path() / "engines" / engine.name
 
 
 def is_installed(name: str) -> bool:
@@ -73,7 +73,7 @@ def install(name: str, progress: Progress = lambda _: None) -> Path:
     if engine.lock is None:
         raise BadInput(f"The engine {name!r} needs no environment: this Python runs it.")
     folder = environment_folder(engine)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    cache_dir("engines")
     with _only_one(folder):
         if is_installed(name):
             progress(f"{name} {installed_version(name)} is installed already")

@@ -63,7 +63,7 @@ class Source:
         self.config = self.checkpoint.config
         self.family: Family = family_of(self.config)
         self.manifest = read_manifest(folder)
-        self.checkpoint.blocks(self.family.blocks)
+        self.checkpoint.blocks(self.family)
         _check_causal(self.config, folder)
         self._check_memory()
         self.tokenizer = self._load_tokenizer()

@@ -34,7 +34,7 @@ class Source:
             )
         self.folder = self.checkpoint.folder
         self.manifest = read_manifest(self.folder)
-        self.blocks = self.checkpoint.blocks(self.family.blocks)
+        self.blocks = self.checkpoint.blocks(self.family)
         self.matrices: dict[str, list[str]] = {}
         self.zeros = self.weights = 0
         self._check_mask()

@@ -15,9 +15,10 @@ LAYERS = (
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
     ("engines", "demo_input", "hardware", "adapter"),
     ("blocks",),
-    ("runtime", "recipe", "checkpoint", "families", "text"),
-    ("partial",),
-    ("artefact", "cache", "picture", "progress"),
+    ("runtime", "recipe", "checkpoint", "text"),
+    ("partial", "families"),
+    ("artefact", "cache", "ending", "picture", "progress"),
+    ("manifest",),
     ("errors", "__init__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

@@ -94,16 +94,35 @@ def test_prune_refuses_impossible_options(owl, llama, text_file, tmp_path, optio
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["export", "finetune", "eval"])
-def test_weights_of_more_layers_than_the_config_has(owl, llama, text_file, tmp_path, command):
-    folder = damaged(llama, tmp_path, lose_a_layer)
+def invent_layers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1_000_000}))
+
+
+def invent_words(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+
+
+@pytest.mark.parametrize("command", ["prune", "export", "finetune", "eval"])
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lose_a_layer, "model.layers.1 as well"),
+        (invent_layers, "counts 1000000 blocks, and the weights hold no model.layers.2"),
+        (invent_words, "says a vocab_size of 400, and model.embed_tokens.weight has 320 rows"),
+    ],
+)
+def test_a_config_of_another_model(owl, llama, text_file, tmp_path, command, damage, complaint):
+    folder = damaged(llama, tmp_path, damage)
     options = {
+        "prune": ["-o", tmp_path / "out", "-m", "magnitude", "-a", "uniform"],
         "export": ["-o", tmp_path / "out"],
         "finetune": ["-o", tmp_path / "out", "--text", text_file],
         "eval": ["--perplexity", text_file, "--window", 64],
     }
     code, _, err = owl(command, folder, *options[command])
-    assert (code, "model.layers.1 as well" in err) == (2, True), err
+    assert (code, complaint in err) == (2, True), err
 
 
 def test_ctrl_c_says_what_is_left(owl, llama, text_file, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_the_folder_of_a_live_run_is_not_cleared(tmp_path):
     assert alive.is_dir()
 
 
-@pytest.mark.parametrize("content", ["{", "[1]"])
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"a": ' + "1" * 10_000 + "}"])
 def test_a_damaged_manifest_gets_a_sentence(tmp_path, content):
     (tmp_path / artefact.MANIFEST).write_text(content)
     with pytest.raises(BadInput, match=r"owl\.json"):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from owl_deploy import checkpoint
 from owl_deploy.errors import BadInput
-from owl_deploy.families import family_of
+from owl_deploy.families import FAMILIES, family_of
 
 
 @pytest.fixture
@@ -70,17 +70,40 @@ def test_quantized_weights(copy):
         checkpoint.open_checkpoint(copy).read(name)
 
 
-@pytest.mark.parametrize("count", [0, 1, None, 2])
+@pytest.mark.parametrize("count", [0, 1, None, 2, "2"])
 def test_the_config_counts_the_blocks(copy, count):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
     opened = checkpoint.open_checkpoint(copy)
     if count == 2:
-        assert opened.blocks("model.layers") == ["model.layers.0", "model.layers.1"]
+        assert opened.blocks(FAMILIES["llama"]) == ["model.layers.0", "model.layers.1"]
         return
-    complaint = r"counts 1 .* model\.layers\.1 as well" if count == 1 else f"counts {count} blocks"
+    complaint = (
+        r"counts 1 .* model\.layers\.1 as well" if count == 1 else f"counts {count!r} blocks"
+    )
     with pytest.raises(BadInput, match=complaint):
-        opened.blocks("model.layers")
+        opened.blocks(FAMILIES["llama"])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_hidden_layers": 1_000_000}, r"counts 1000000 blocks.* hold no model\.layers\.2"),
+        ({"vocab_size": 321}, r"a vocab_size of 321, and model\.embed_tokens.* has 320 rows"),
+        ({"vocab_size": "320"}, r"a vocab_size of '320'"),
+    ],
+)
+def test_the_config_is_that_of_the_weights(copy, change, complaint):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BadInput, match=complaint):
+        checkpoint.open_checkpoint(copy).blocks(FAMILIES["llama"])
+
+
+def test_a_config_nested_too_deep(copy):
+    (copy / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(BadInput, match=r"config\.json is not valid JSON"):
+        checkpoint.open_checkpoint(copy)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -147,6 +147,20 @@ oneshot_stage:
             "{sparsity: 0.5, sparsity_profile: owl}}}",
             "needs owl_m",
         ),
+        ("[" * 100_000 + "]" * 100_000, "not valid YAML"),
+        (
+            "oneshot_stage: {a_modifiers: {WandaPruningModifier: {sparsity: " + "1" * 10**6 + "}}}",
+            "not valid YAML",
+        ),
+        (
+            "oneshot_stage: {a_modifiers: {WandaPruningModifier: {sparsity: 2026-13-45}}}",
+            "not valid YAML .month must be in",
+        ),
+        (
+            "oneshot_stage: {a_modifiers: {WandaPruningModifier: 2026-11-26}}",
+            r"^WandaPruningModifier in .*: it should be a mapping\.",
+        ),
+        ("oneshot_stage: {a_modifiers: {2026-11-26: {}}}", "Unknown modifier"),
     ],
 )
 def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):

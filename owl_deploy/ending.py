@@ -1,0 +1,121 @@
+"""How `owl` ends: an exit code, and at most one sentence on stderr.
+
+0 done, 1 a failed check, 2 bad input, 3 not decided, 4 an engine or the environment failed; 130
+after Ctrl-C. 141, without a word, when the reader of stdout has gone: what a shell reports of a
+program that SIGPIPE ended. 70 (sysexits.h: EX_SOFTWARE) for what owl did not foresee, a defect.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
+
+import typer
+
+from owl_deploy.errors import (
+    EnvironmentFailed,
+    OwlError,
+    first_line,
+    is_full_disk,
+    is_out_of_memory,
+)
+
+DEFECT, READER_GONE = 70, 141
+# What a system says for itself; other errors of it are a program's.
+_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+
+
+class _Stdout:
+    """stdout, which remembers why it does not take what is printed."""
+
+    def __init__(self, stream: Any) -> None:  # noqa: ANN401 - a text stream, or a test's
+        self._stream = stream
+        self.lost: OSError | None = None
+        if hasattr(stream, "reconfigure"):  # names of files need not be text: escaped, as on stderr
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._remembering():
+            return int(self._stream.write(text))
+
+    def flush(self) -> None:
+        with self._remembering():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = error
+            raise
+
+    def close(self) -> None:
+        """Write what is left, for Python would do it last, and complain in its own way."""
+        with contextlib.suppress(OSError):
+            self.flush()
+        if self.lost is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def exit_code(app: Callable[[], object]) -> int:
+    """Run the command line `app`; say what it ends with, and return the exit code."""
+    if sys.stdout is None:  # the next file that is opened would be where libraries print to
+        return _say(EnvironmentFailed("stdout is closed.", "Send it to /dev/null or a file."))
+    stdout = _Stdout(sys.stdout)
+    with contextlib.redirect_stdout(cast(TextIO, stdout)):
+        try:
+            code = _run(app, stdout)
+        finally:
+            stdout.close()
+    return code if stdout.lost is None else _without_stdout(stdout.lost)
+
+
+def _run(app: Callable[[], object], stdout: _Stdout) -> int:
+    try:
+        app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except OwlError as error:
+        return _say(error)
+    except Exception as error:
+        return 0 if error is stdout.lost else _failed(error)
+    return 0
+
+
+def _say(error: OwlError) -> int:
+    typer.echo(f"owl: {error}", err=True)
+    return error.exit_code
+
+
+def _without_stdout(lost: OSError) -> int:
+    if lost.errno == errno.EPIPE:
+        return READER_GONE
+    return _say(
+        EnvironmentFailed(
+            f"stdout cannot be written ({lost.strerror}).",
+            "What was to be printed is lost; finished outputs are untouched.",
+        )
+    )
+
+
+def _failed(error: Exception) -> int:
+    """Say what stopped a command that did not say it itself."""
+    if os.environ.get("OWL_DEBUG"):
+        traceback.print_exception(error)
+    if is_out_of_memory(error):
+        return _say(EnvironmentFailed("There is not enough memory.", "Free some, and run again."))
+    if is_full_disk(error) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
+        return _say(EnvironmentFailed(f"The system refused: {first_line(error)}."))
+    typer.echo(
+        f"owl: {type(error).__name__}: {first_line(error)}. This is a defect of owl: please report "
+        "it, with what OWL_DEBUG=1 prints.",
+        err=True,
+    )
+    return DEFECT

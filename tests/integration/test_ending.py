@@ -1,0 +1,113 @@
+"""How `owl` ends when nobody foresaw it, and when stdout takes nothing more."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from owl_deploy import cli
+from owl_deploy.cache import cache_dir
+from owl_deploy.errors import EnvironmentFailed
+
+COMMAND = (sys.executable, "-m", "owl_deploy")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("recipes", "ls"), ("--help",), ("engines", "ls")])
+def test_a_reader_that_has_gone_ends_it_without_a_word(arguments, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("recipes", "ls"), ("--help",), ("engines", "ls")])
+def test_a_full_stdout(arguments, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 4
+    assert done.stderr.startswith("owl: stdout cannot be written (No space left on device).")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_stdout():
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "recipes", "ls"],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr[:27]) == (4, "owl: stdout is closed. Send")
+
+
+def broken(error):
+    def list_recipes():
+        raise error
+
+    return list_recipes
+
+
+def test_a_defect_is_one_line_and_no_failed_check(owl, monkeypatch):
+    monkeypatch.setattr("owl_deploy.recipe.shipped", broken(ZeroDivisionError("by\nzero")))
+    code, out, err = owl("recipes", "ls")
+    assert (code, out) == (70, "")
+    assert err == (
+        "owl: ZeroDivisionError: by zero. This is a defect of owl: please report it, with what "
+        "OWL_DEBUG=1 prints.\n"
+    )
+
+
+def test_its_traceback_is_there_when_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr("owl_deploy.recipe.shipped", broken(KeyError("name")))
+    monkeypatch.setenv("OWL_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["owl", "recipes", "ls"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 70
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(28, "No space left on device", "/tmp/weights"),
+        PermissionError(13, "Permission denied", "/root/model/config.json"),
+    ],
+)
+def test_what_the_system_refuses_is_no_defect(owl, monkeypatch, error):
+    monkeypatch.setattr("owl_deploy.recipe.shipped", broken(error))
+    code, _, err = owl("recipes", "ls")
+    assert (code, err.count("\n"), "defect" in err) == (4, 1, False), err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--top-k", 2**31),
+        ("--max-new-tokens", 2**31),
+        ("--temperature", "inf"),
+        ("--temperature", "nan"),
+        ("--repetition-penalty", "inf"),
+    ],
+)
+def test_numbers_that_the_engine_does_not_take(owl, tmp_path, options):
+    code, _, err = owl("generate", tmp_path, "Hello", *options)
+    assert (code, f"{options[0]} {options[1]} is impossible" in err) == (2, True), err
+
+
+def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(EnvironmentFailed, match=r"cannot be written .*Set OWL_CACHE"):
+        cache_dir("bench")
