@@ -49,6 +49,10 @@ TrustLibrary = Annotated[
     bool,
     typer.Option("--trust-library", help="Run operators that a deployment brings, not owl's own."),
 ]
+MaxLoss = Annotated[
+    str | None,
+    typer.Option(help="Quality that may go in the choice of what to deploy, such as 2%. [none]"),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 
 
@@ -513,6 +517,7 @@ def bench(
     margin: Annotated[
         float, typer.Option(help="Share of time that may be lost, when saved.")
     ] = 0.05,
+    max_loss: MaxLoss = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 where it would be 3.")] = False,
     summary: Annotated[
         Path | None, typer.Option(help="A file to append the verdicts to, as markdown.")
@@ -524,10 +529,12 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure deployments against dense baselines, with intervals; or gate a change."""
+    from owl_deploy.bench.decision import read_loss
     from owl_deploy.bench.measure import BenchPlan
     from owl_deploy.bench.run import CHECK_LOOKS, run_gate
     from owl_deploy.bench.table import show_outcome
 
+    loss = read_loss(max_loss) if max_loss else None
     baselines = tuple(baseline or ())
     if dense:
         from owl_deploy.bench.dense import baselines_for
@@ -558,7 +565,7 @@ def bench(
         force=force,
         summary=summary,
     )
-    _emit(outcome.to_json(), as_json, lambda: show_outcome(outcome))
+    _emit(outcome.to_json(), as_json, lambda: show_outcome(outcome, max_loss=loss))
     sys.exit(outcome.exit_code(strict))
 
 
@@ -649,10 +656,12 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path(
         "report.html"
     ),
+    max_loss: MaxLoss = None,
     as_json: Json = False,
 ) -> None:
     """Write benchmark results as one page with pictures and tables."""
     from owl_deploy.bench import read_result
+    from owl_deploy.bench.decision import read_loss
     from owl_deploy.bench.report import write_report
     from owl_deploy.finetune.picture import learning_curve_svg
     from owl_deploy.finetune.show import caption
@@ -663,7 +672,9 @@ def report(
         for path, done in trained.items()
         if done
     ]
-    write_report([read_result(path) for path in results if not trained[path]], output, curves)
+    loss = read_loss(max_loss) if max_loss else None
+    measured = [read_result(path) for path in results if not trained[path]]
+    write_report(measured, output, curves, loss)
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
 
 

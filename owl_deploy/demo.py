@@ -18,6 +18,7 @@ from rich.table import Table
 from owl_deploy import engines, recipe
 from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
+from owl_deploy.bench.decision import sentence
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison
 from owl_deploy.bench.run import run as bench
@@ -276,47 +277,7 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
         "engine, with 90 % intervals; no: none "
         f"that matters; ?: the machine is too noisy to tell. {MODEL_IS}\n"
     )
-    console.print(meaning(table), soft_wrap=True)
-
-
-def meaning(table: list[dict[str, Any]]) -> str:
-    """What the table means for a user: what keeps the quality, and what sparsity buys at what loss.
-
-    Quality counts as kept within 10 % of the best perplexity, as lost beyond 5 times it.
-    """
-    best = min(row["perplexity"] for row in table)
-    keeps = _fastest([row for row in table if row["perplexity"] <= 1.1 * best])
-    sparse = [row for row in table if not row["dense"]]
-    usable = [row for row in sparse if row["perplexity"] <= 5 * best]
-    text = (
-        f"What this means: the fastest that keeps the model's quality is {_name(keeps)}, "
-        f"{keeps['decode_tokens_per_s']:.0f} tokens/s at perplexity {keeps['perplexity']:.1f}."
-    )
-    faster = [row for row in usable if row["decode_tokens_per_s"] > keeps["decode_tokens_per_s"]]
-    if keeps["dense"] and not faster:
-        text += " No sparse deployment pays here: none that is usable is faster."
-    elif faster:
-        pick = _fastest(faster)
-        ratio = pick["decode_tokens_per_s"] / keeps["decode_tokens_per_s"]
-        text += (
-            f" {_name(pick)} is {ratio:.2f}x as fast, at perplexity {pick['perplexity']:.1f}: "
-            "worth it only if that is good enough, or is won back by fine-tuning."
-        )
-    ruined = sorted({row["model"] for row in sparse if row not in usable})
-    if ruined:
-        text += (
-            f" {' and '.join(ruined)}: whatever the speed, one-shot pruning this far has ruined "
-            "a model this small."
-        )
-    return text
-
-
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['model']} {row['precision']} in {row['engine']}"
-
-
-def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return max(rows, key=lambda row: float(row["decode_tokens_per_s"]))
+    console.print(sentence(result), soft_wrap=True)
 
 
 def main(

@@ -144,6 +144,7 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
     front = [points[index] for index in best]
     axes.step(*zip(*front, strict=True), where="post", color=_FAINT, linewidth=1)
     seen: set[str] = set()
+    largest = max(subject.size_bytes for subject in subjects)
     for subject, (speed, loss) in zip(subjects, points, strict=True):
         color = _COLORS[subject.engine]
         axes.plot(
@@ -151,6 +152,7 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
             loss,
             _MARKERS[subject.engine],
             color=color,
+            markersize=4 + 8 * (subject.size_bytes / max(largest, 1)) ** 0.5,  # area: the bytes
             markerfacecolor=color if subject.role == "candidate" else "none",
             label="" if subject.engine in seen else subject.engine,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from owl_deploy import __version__
-from owl_deploy.bench import plots
+from owl_deploy.bench import decision, plots
 from owl_deploy.bench.result import Result, Subject, metrics_of
 from owl_deploy.bench.scenario import Metric
 from owl_deploy.bench.table import headline
@@ -27,6 +27,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 56rem; background: var(--page);
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 h3 { font-size: 1rem; margin-bottom: 0.3rem; }
 .headline li { margin: 0.3rem 0; }
+.decision { font-size: 1.15rem; }
 .note { border-left: 3px solid var(--accent); padding-left: .7rem; }
 figure { margin: 1rem 0; padding: 0.6rem; background: var(--card); border-radius: 0.4rem; }
 figure svg { display: block; width: 100%; height: auto; max-width: 44rem; margin: auto; }
@@ -40,13 +41,17 @@ th.text, td.text { text-align: left; white-space: normal; overflow-wrap: normal;
 
 
 def write_report(
-    results: Sequence[Result], path: Path, curves: Sequence[tuple[str, str]] = ()
+    results: Sequence[Result],
+    path: Path,
+    curves: Sequence[tuple[str, str]] = (),
+    max_loss: float | None = None,
 ) -> None:
     """Write the page for `results` to the file `path`; raises `BadInput` if that cannot be.
 
-    `curves`: learning curves of fine-tunings, each a caption and an SVG.
+    `curves`: learning curves of fine-tunings, each a caption and an SVG. `max_loss`: the share of
+    quality that may go in the choice of what to deploy (decision.py).
     """
-    page = render(results, curves)
+    page = render(results, curves, max_loss)
     if not path.absolute().parent.is_dir():
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
     temporary = path.with_name(f".{path.name}.owl-tmp")
@@ -60,9 +65,13 @@ def write_report(
             temporary.unlink(missing_ok=True)
 
 
-def render(results: Sequence[Result], curves: Sequence[tuple[str, str]] = ()) -> str:
-    """The page, as HTML; `curves` as in `write_report`."""
-    parts = [part for result in results for part in _result(result, len(results) > 1)]
+def render(
+    results: Sequence[Result],
+    curves: Sequence[tuple[str, str]] = (),
+    max_loss: float | None = None,
+) -> str:
+    """The page, as HTML; `curves` and `max_loss` as in `write_report`."""
+    parts = [part for result in results for part in _result(result, len(results) > 1, max_loss)]
     if curves:
         parts.append("<h2>Fine-tuning</h2>")
         for caption, svg in curves:
@@ -73,19 +82,20 @@ def render(results: Sequence[Result], curves: Sequence[tuple[str, str]] = ()) ->
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>owl report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>What pruning bought on this machine</h1>\n{body}\n</main>\n"
+        f"<h1>What to deploy on this machine</h1>\n{body}\n</main>\n"
         f"<footer><p>owl-deploy {__version__}</p></footer>\n</body>\n</html>\n"
     )
 
 
-def _result(result: Result, several: bool) -> Iterator[str]:
+def _result(result: Result, several: bool, max_loss: float | None) -> Iterator[str]:
     if several:
         yield f"<h2>Measured {_text(result.created)}</h2>"
-    first, others = headline(result)
-    yield _list(first or ["No dense baseline was measured: there is nothing to compare."])
-    if others:
-        yield "<details><summary>The others against the best dense</summary>"
-        yield _list(others) + "</details>"
+    yield f'<p class="decision">{_text(decision.sentence(result, max_loss))}</p>'
+    yield from _picture(result)
+    compared = headline(result)
+    yield "<details><summary>Every candidate against the best dense</summary>"
+    yield _list(compared or ["No dense baseline was measured: there is nothing to compare."])
+    yield "</details>"
     for warning in (*result.failures, *result.notes):
         yield f'<p class="note">{_text(warning)}</p>'
     for metric in metrics_of(result.scenarios):
@@ -164,17 +174,23 @@ def _speed_table(result: Result, metric: Metric) -> str:
     )
 
 
+def _picture(result: Result) -> Iterator[str]:
+    """What a user decides by."""
+    metric = metrics_of(result.scenarios)[0]
+    if plots.with_quality(result, metric.key):
+        caption = (
+            f"Perplexity against tokens/s ({metric.key}). Filled: pruned; hollow: dense; the "
+            "larger the mark, the larger the files. The line joins what nothing beats in both."
+        )
+        yield _figure(plots.trade_off(result, metric.key), caption)
+
+
 def _quality(result: Result) -> Iterator[str]:
     metric = metrics_of(result.scenarios)[0]
     subjects = plots.with_quality(result, metric.key)
     if not subjects:
         return
     yield "<h2>Quality beside speed</h2>"
-    caption = (
-        f"Perplexity against tokens/s ({metric.key}). Filled: pruned; hollow: dense. The line "
-        "joins what nothing beats in both."
-    )
-    yield _figure(plots.trade_off(result, metric.key), caption)
     points = [
         (result.statistics[metric.key][s.name]["tokens_per_s"], float(s.perplexity or 0))
         for s in subjects

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from owl_deploy.bench import decision
 from owl_deploy.bench.gate import Verdict, overall
 from owl_deploy.bench.result import Against, Comparison, Result, Subject, metrics_of
 from owl_deploy.bench.run import Outcome
@@ -20,9 +21,11 @@ _AGAINST = {
 }
 
 
-def show(result: Result, console: Console | None = None) -> None:
-    """Print a result: a table for each scenario, the speed-ups, memory, and what to know."""
+def show(result: Result, console: Console | None = None, max_loss: float | None = None) -> None:
+    """Print a result: what to deploy, a table for each scenario, the speed-ups, memory, notes."""
     console = console or Console(width=WIDTH, highlight=False)
+    if decision.options(result):
+        console.print(decision.sentence(result, max_loss), markup=False)
     for metric in metrics_of(result.scenarios):
         console.print(_speed(result, metric))
         if result.comparisons:
@@ -40,10 +43,12 @@ def show(result: Result, console: Console | None = None) -> None:
     )
 
 
-def show_outcome(outcome: Outcome, console: Console | None = None) -> None:
+def show_outcome(
+    outcome: Outcome, console: Console | None = None, max_loss: float | None = None
+) -> None:
     """Print what a run came to."""
     if outcome.result is not None:
-        show(outcome.result, console)
+        show(outcome.result, console, max_loss)
     if outcome.verdicts is not None:
         show_verdicts(outcome.verdicts, console)
 
@@ -76,15 +81,13 @@ def show_trade_off(
     console.print(f"The whole of it: {report}", soft_wrap=True, markup=False)
 
 
-def headline(result: Result) -> tuple[list[str], list[str]]:
+def headline(result: Result) -> list[str]:
     """One sentence for each candidate and scenario, against the best dense baseline of all.
 
-    Those with the largest gain of their scenario, with what it costs in perplexity; and the others.
+    With what it costs in perplexity, where that is known.
     """
     found = [c for c in result.comparisons if "best of all" in c.against]
-    best = {c.scenario: c for c in sorted(found, key=lambda c: c.ratio)}
-    first = [_sentence(result, c) + _price(result, c) for c in best.values()]
-    return first, [_sentence(result, c) for c in found if best[c.scenario] is not c]
+    return [_sentence(result, c) + _price(result, c) for c in found]
 
 
 def _sentence(result: Result, c: Comparison) -> str:

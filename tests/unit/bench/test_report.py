@@ -64,7 +64,13 @@ def test_every_picture_has_its_words_and_every_number_a_table(page: str) -> None
     assert "28.10" in page
     assert "Some CPU &lt;9000&gt;" in page
     assert "int4), the best dense" in page
-    assert "Its perplexity is" in page.split("<details>")[0]
+    assert "Its perplexity is" in page
+
+
+def test_the_decision_comes_first(page: str) -> None:
+    start = page.split("<details>")[0]
+    assert "Deploy dense-int8 (onnxruntime, int8)" in start  # and not the fastest, which is ruined
+    assert start.count("<figure>") == 1
 
 
 def test_ink_follows_the_page(page: str) -> None:
