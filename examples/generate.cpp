@@ -2,17 +2,21 @@
 // With the libraries of `pip install onnxruntime-genai` (SITE is the environment's site-packages):
 //   g++ -std=c++17 examples/generate.cpp -o generate SITE/onnxruntime_genai/libonnxruntime-genai.so -Wl,-rpath,SITE/onnxruntime_genai
 //   ln -s SITE/onnxruntime/capi/libonnxruntime.so.1.* libonnxruntime.so   # genai opens it by this name
-//   LD_LIBRARY_PATH=. ./generate DEPLOYMENT "The capital of France is"
+//   LD_LIBRARY_PATH=. ./generate DEPLOYMENT "The capital of France is" [THREADS]
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
+#include <thread>
 
 // The wheel has no header; with the release archive's, `#include "ort_genai_c.h"` replaces these lines.
 extern "C" {
-struct OgaResult; struct OgaModel; struct OgaTokenizer; struct OgaTokenizerStream;
+struct OgaResult; struct OgaConfig; struct OgaModel; struct OgaTokenizer; struct OgaTokenizerStream;
 struct OgaSequences; struct OgaGeneratorParams; struct OgaGenerator;
 const char* OgaResultGetError(const OgaResult*);
-OgaResult* OgaCreateModel(const char* folder, OgaModel**);
+OgaResult* OgaCreateConfig(const char* folder, OgaConfig**);
+OgaResult* OgaConfigOverlay(OgaConfig*, const char* json);
+OgaResult* OgaCreateModelFromConfig(const OgaConfig*, OgaModel**);
 OgaResult* OgaCreateTokenizer(const OgaModel*, OgaTokenizer**);
 OgaResult* OgaCreateTokenizerStream(const OgaTokenizer*, OgaTokenizerStream**);
 OgaResult* OgaTokenizerStreamDecode(OgaTokenizerStream*, std::int32_t token, const char** text);
@@ -27,7 +31,7 @@ OgaResult* OgaGenerator_GenerateNextToken(OgaGenerator*);
 OgaResult* OgaGenerator_GetNextTokens(const OgaGenerator*, const std::int32_t** tokens, std::size_t* count);
 void OgaDestroyGenerator(OgaGenerator*); void OgaDestroyGeneratorParams(OgaGeneratorParams*);
 void OgaDestroySequences(OgaSequences*); void OgaDestroyTokenizerStream(OgaTokenizerStream*);
-void OgaDestroyTokenizer(OgaTokenizer*); void OgaDestroyModel(OgaModel*); void OgaShutdown();
+void OgaDestroyTokenizer(OgaTokenizer*); void OgaDestroyConfig(OgaConfig*); void OgaDestroyModel(OgaModel*); void OgaShutdown();
 }
 
 static void check(OgaResult* result) {
@@ -37,10 +41,17 @@ static void check(OgaResult* result) {
 }
 
 int main(int argc, char** argv) {
-  if (argc != 3) return std::fprintf(stderr, "usage: %s DEPLOYMENT PROMPT\n", argv[0]), 2;
-  OgaModel* model; OgaTokenizer* tokenizer; OgaTokenizerStream* stream;
+  if (argc < 3 || argc > 4) return std::fprintf(stderr, "usage: %s DEPLOYMENT PROMPT [THREADS]\n", argv[0]), 2;
+  // Without a number ONNX Runtime takes one thread on some virtual machines of two cores. The physical cores
+  // are best: half of hardware_concurrency() where each runs two threads.
+  std::string threads = argc == 4 ? argv[3] : std::to_string(std::thread::hardware_concurrency());
+  std::string overlay =
+      R"({"model": {"decoder": {"session_options": {"intra_op_num_threads": )" + threads + "}}}}";
+  OgaConfig* config; OgaModel* model; OgaTokenizer* tokenizer; OgaTokenizerStream* stream;
   OgaSequences* prompt; OgaGeneratorParams* parameters; OgaGenerator* generator;
-  check(OgaCreateModel(argv[1], &model));
+  check(OgaCreateConfig(argv[1], &config));
+  check(OgaConfigOverlay(config, overlay.c_str()));
+  check(OgaCreateModelFromConfig(config, &model));
   check(OgaCreateTokenizer(model, &tokenizer));
   check(OgaCreateTokenizerStream(tokenizer, &stream));
   check(OgaCreateSequences(&prompt));
@@ -60,5 +71,6 @@ int main(int argc, char** argv) {
   }
   std::printf("\n");
   OgaDestroyGenerator(generator); OgaDestroyGeneratorParams(parameters); OgaDestroySequences(prompt);
-  OgaDestroyTokenizerStream(stream); OgaDestroyTokenizer(tokenizer); OgaDestroyModel(model); OgaShutdown();
+  OgaDestroyTokenizerStream(stream); OgaDestroyTokenizer(tokenizer); OgaDestroyModel(model); OgaDestroyConfig(config);
+  OgaShutdown();
 }

@@ -488,10 +488,11 @@ def bench(
         typer.Option(help="decode, prefill, generate, throughput; repeatable. [decode, prefill]"),
     ] = None,
     context: Annotated[
-        list[int] | None, typer.Option(help="Tokens that decoding attends to; repeatable. [512]")
+        list[int] | None,
+        typer.Option(help="Tokens that decoding attends to; repeatable. [512, or what fits]"),
     ] = None,
     prompt: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a prompt; repeatable. [128]")
+        list[int] | None, typer.Option(help="Tokens of a prompt; repeatable. [128, or what fits]")
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(help="Rows decoded together; repeatable. [1]")
@@ -499,7 +500,9 @@ def bench(
     streams: Annotated[
         list[int] | None, typer.Option(help="Streams at once, for throughput; repeatable. [2]")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, for generate.")] = 64,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer, for generate. [64]")
+    ] = None,
     threads: Threads = None,
     trust_library: TrustLibrary = False,
     pairs: Annotated[int, typer.Option(help="Rounds; each is a fresh process a deployment.")] = 8,
@@ -530,7 +533,7 @@ def bench(
 ) -> None:
     """Measure deployments against dense baselines, with intervals; or gate a change."""
     from owl_deploy.bench.decision import read_loss
-    from owl_deploy.bench.measure import BenchPlan
+    from owl_deploy.bench.plan import BenchPlan
     from owl_deploy.bench.run import CHECK_LOOKS, run_gate
     from owl_deploy.bench.table import show_outcome
 
@@ -540,21 +543,20 @@ def bench(
         from owl_deploy.bench.dense import baselines_for
 
         baselines += baselines_for(dense, deployments, _export, trust_library=trust_library)
+    sizes: dict[str, Any] = {"context": context, "prompt": prompt, "new_tokens": new_tokens}
     plan = BenchPlan(
         candidates=tuple(deployments),
         baselines=baselines,
         engines=tuple(engine or ()),
         scenarios=tuple(scenario or ("decode", "prefill")),
-        context=tuple(context or (512,)),
-        prompt=tuple(prompt or (128,)),
         batch=tuple(batch or (1,)),
         streams=tuple(streams or (2,)),
-        new_tokens=new_tokens,
         threads=threads,
         trust_library=trust_library,
         pairs=pairs,
         looks=looks or (CHECK_LOOKS if check else 1),
         time_limit_s=time_limit,
+        **{name: value for name, value in sizes.items() if value not in (None, [])},
     )
     outcome = run_gate(
         plan,

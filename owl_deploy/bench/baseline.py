@@ -14,7 +14,8 @@ import numpy as np
 from owl_deploy import __version__, artefact
 from owl_deploy.bench import counters, gate
 from owl_deploy.bench.gate import Margins, Side, Verdict
-from owl_deploy.bench.measure import BenchPlan, Progress, run_bench
+from owl_deploy.bench.measure import Progress, run_bench
+from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import Result, paired
 from owl_deploy.engines import Deployment, EngineProcess, installed_version, threads_for
 from owl_deploy.errors import BadInput, EngineFailed
@@ -108,9 +109,10 @@ def _check_times(
 def still_side(plan: BenchPlan) -> Side:
     """All of a run that needs no timing: its setting, logits and counters."""
     from owl_deploy.bench.machine import look
-    from owl_deploy.bench.measure import entries_of
+    from owl_deploy.bench.measure import fitted
 
-    (subject, deployment), (reference, other) = entries_of(plan)[:2]
+    plan, entries, _ = fitted(plan)
+    (subject, deployment), (reference, other) = entries[:2]
     here = look(0.1)
     threads = threads_for(plan.threads)
     setting = {

@@ -6,20 +6,19 @@ machine that warms up or slows down does so to all alike. One engine runs at a t
 
 import contextlib
 import datetime
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from owl_deploy import __version__
 from owl_deploy.bench import machine, result, stats
 from owl_deploy.bench.journal import Journal
+from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import Block, Result, Role, Sample, Subject
-from owl_deploy.bench.scenario import KINDS, Scenario, by_session
+from owl_deploy.bench.scenario import Scenario, by_session
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
@@ -31,7 +30,7 @@ from owl_deploy.engines import (
     threads_for,
 )
 from owl_deploy.engines.registry import Engine
-from owl_deploy.errors import BadInput, EngineFailed, unknown_name
+from owl_deploy.errors import BadInput, EngineFailed
 
 Progress = Callable[[str], None]
 # Opens an engine; tests put another here.
@@ -42,83 +41,6 @@ _SHIPPED_TEXT = (
     "carried none, and yet it moved against the wind; he drew it in the margin, and left the line "
     "for its name empty. "
 )
-
-
-class BenchPlan(BaseModel):
-    """What to measure.
-
-    `engines` empty: each deployment in the engine it was made for; else in each of these that opens
-    it. `context`, `prompt`, `batch`, `streams`: tokens attended to in decoding, tokens of a prompt,
-    rows, and streams, one or several each. `new_tokens` an answer's length; `pairs` the rounds,
-    taken up to `looks` times while a comparison is inconclusive; `steps` the tokens decoded,
-    `repeats` the prompts run, in each process.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    candidates: tuple[Path, ...] = Field(min_length=1)
-    baselines: tuple[Path, ...] = ()
-    engines: tuple[str, ...] = ()
-    scenarios: tuple[str, ...] = ("decode", "prefill")
-    context: tuple[int, ...] = (512,)
-    prompt: tuple[int, ...] = (128,)
-    batch: tuple[int, ...] = (1,)
-    streams: tuple[int, ...] = (2,)
-    new_tokens: int = 64
-    threads: int | None = None
-    trust_library: bool = False
-    pairs: int = 8
-    looks: int = 1
-    steps: int = 32
-    repeats: int = 5
-    time_limit_s: float = 600.0
-    seed: int = 0
-
-    @field_validator("context", "prompt", "batch", "streams", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:  # noqa: ANN401 - before validation
-        return (value,) if isinstance(value, int) else value
-
-    def described(self) -> tuple[Scenario, ...]:
-        """The scenarios; raises `BadInput` for an unknown one, or a number that cannot be."""
-        for name, values, least in (
-            ("--context", self.context, 1),
-            ("--prompt", self.prompt, 1),
-            ("--batch", self.batch, 1),
-            ("--streams", self.streams, 1),
-            ("--new-tokens", (self.new_tokens,), 2),
-            ("--pairs", (self.pairs,), 1),
-            ("--looks", (self.looks,), 1),
-        ):
-            for value in values:
-                if value < least:
-                    raise BadInput(f"{name} {value} is too small.", f"It must be {least} or more.")
-        found = [each for name in self.scenarios for each in self._scenarios(name)]
-        for scenario in found:
-            if scenario.prompt_tokens(self.steps, self.repeats) < 1:
-                raise BadInput(f"--context {scenario.tokens} is too small.", "Take 64 or more.")
-        return tuple(dict.fromkeys(found))
-
-    def _scenarios(self, kind: str) -> list[Scenario]:
-        if kind == "decode":
-            pairs = itertools.product(self.batch, self.context)
-            return [Scenario(kind=kind, tokens=n, context=n, batch=rows) for rows, n in pairs]
-        if kind == "prefill":
-            return [Scenario(kind=kind, tokens=n, context=self._room(n)) for n in self.prompt]
-        if kind == "generate":
-            new = self.new_tokens
-            return [
-                Scenario(kind=kind, tokens=n, context=self._room(n + new), new=new)
-                for n in self.prompt
-            ]
-        if kind == "throughput":
-            pairs = itertools.product(self.streams, self.context)
-            return [Scenario(kind=kind, tokens=n, context=n, streams=m) for m, n in pairs]
-        raise unknown_name("scenario", kind, KINDS)
-
-    def _room(self, tokens: int) -> int:
-        """The context to make caches for: the first asked that holds `tokens`, or just them."""
-        return next((context for context in self.context if context >= tokens), tokens)
 
 
 def is_decided(found: Result) -> bool:
@@ -139,8 +61,8 @@ def run_bench(
     samples that were taken. Raises `BadInput`, and `EnvironmentFailed` for an engine that is not
     installed, before anything is timed.
     """
+    plan, entries, limits = fitted(plan)
     scenarios = plan.described()
-    entries = entries_of(plan)
     for engine in dict.fromkeys(subject.engine for subject, _ in entries):
         python_of(engine)
     threads = threads_for(plan.threads)
@@ -155,10 +77,21 @@ def run_bench(
         runner.rounds(subjects, look * plan.pairs, progress)
         bandwidth = max(bandwidth, machine.read_bandwidth(threads))  # others may have been busy
         found = conclude(plan, scenarios, here, threads, bandwidth, tuple(subjects.values()))
+        found = found.model_copy(update={"notes": (*limits, *found.notes)})
         if decided(found):
             break
     journal.delete()
     return found
+
+
+def fitted(
+    plan: BenchPlan,
+) -> tuple[BenchPlan, list[tuple[Subject, Deployment]], tuple[str, ...]]:
+    """The plan for what its models take, `entries_of` it, and sentences for what gave way."""
+    plan.described()  # what is impossible for any model is said first
+    entries = entries_of(plan)
+    smaller, limits = plan.fitted(deployment for _, deployment in entries)
+    return smaller, entries, limits
 
 
 def _identities(entries: list[tuple[Subject, Deployment]]) -> list[list[Any]]:

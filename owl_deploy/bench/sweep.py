@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from owl_deploy.artefact import is_artefact, make_folder, read_manifest
 from owl_deploy.bench import plots
 from owl_deploy.bench.dense import Export, dense_baselines
-from owl_deploy.bench.measure import BenchPlan
+from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Result, metrics_of, read_result, write_result
 from owl_deploy.bench.run import run
@@ -144,8 +144,7 @@ def _bench(
         candidates=candidates,
         baselines=dense,
         scenarios=plan.scenarios,
-        context=plan.context,
-        prompt=plan.prompt,
+        **plan.model_dump(include={"context", "prompt"}, exclude_unset=True),
         threads=plan.threads,
         pairs=plan.pairs,
     )

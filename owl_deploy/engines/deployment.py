@@ -40,6 +40,14 @@ class Deployment:
         return float(recorded["value"]) if recorded else None
 
     @property
+    def max_context(self) -> int | None:
+        """The tokens that the model takes at most; None where nothing says."""
+        told = self.manifest.get("max_context")
+        if told is None and (self.path / GENAI_CONFIG).is_file():
+            told = genai_number(self.path, "context_length")
+        return int(told) if told else None
+
+    @property
     def blocks(self) -> list[dict[str, Any]]:
         """Name, sparsity and outlier ratio (None: not measured) of each block, if pruned here."""
         source = Path(str(self.manifest.get("source", {}).get("path", "")))

@@ -18,6 +18,7 @@ from owl_deploy.artefact import MANIFEST, sha256
 from owl_deploy.bench import BenchPlan, baseline, gate, read_result, run_bench
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess
+from owl_deploy.errors import BadInput
 from owl_deploy.export.targets import export
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 150).tolist()
@@ -214,3 +215,22 @@ def test_a_sweep_of_a_real_model_is_whole_and_never_repeats(
     assert json.loads(again.stdout)["trade_off"] == rows
     assert again.stderr.splitlines() == ["Dense baselines"]  # nothing pruned, exported or timed
     assert {path: path.stat().st_mtime_ns for path in output.glob("*/*/*")} == before
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "deepsparse"])
+def test_a_model_is_benched_up_to_its_last_token(deployments: dict[str, Path], target: str) -> None:
+    """Which is chosen by onnxruntime-genai only where there is room for one more."""
+    plan = BenchPlan(
+        candidates=(deployments[target],),
+        engines=("onnxruntime",),
+        scenarios=("decode", "prefill", "generate", "throughput"),
+        context=512,
+        prompt=(8, 496),
+        new_tokens=16,
+        pairs=1,
+    )
+    result = run_bench(plan)
+    assert result.failures == []
+    assert "decode@512" in result.statistics
+    with pytest.raises(BadInput, match="more than the 512 tokens"):
+        run_bench(plan.model_copy(update={"context": (513,)}))

@@ -3,7 +3,8 @@
 import numpy as np
 
 from owl_deploy.bench.machine import Machine
-from owl_deploy.bench.measure import BenchPlan, conclude
+from owl_deploy.bench.measure import conclude
+from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import Result, Subject
 
 ROWS = (

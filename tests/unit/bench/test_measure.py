@@ -299,3 +299,64 @@ def test_a_damaged_result_is_refused(tmp_path: Path, text: str) -> None:
 def test_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
         read_result(tmp_path)
+
+
+def limited(folder: Path, tokens: int) -> Path:
+    """A fake deployment of a model that takes so many tokens."""
+    fake(folder, decode_ms=10, prefill_ms=50)
+    (folder / "owl.json").write_text(json.dumps({"target": "fake", "max_context": tokens}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": (128, 257)}, "--context 257 is more than the 256 tokens that .*small takes"),
+        ({"context": 512, "scenarios": ("throughput",)}, "Give --context 256 or less"),
+        ({"prompt": 300}, "--prompt 300 is more than the 256 tokens"),
+        ({"prompt": 200, "new_tokens": 57, "scenarios": ("generate",)}, "--prompt 200 and 57 new"),
+        ({"prompt": 300, "scenarios": ("generate",)}, "Give --prompt 254 or less"),
+        ({"new_tokens": 256, "scenarios": ("generate",)}, "--new-tokens 256 leaves no room"),
+    ],
+)
+def test_what_a_model_does_not_take_is_refused_before_an_engine_starts(
+    pair: tuple[Path, Path], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    opened: list[str] = []
+    small = limited(tmp_path / "small", 256)
+    plan = BenchPlan(candidates=pair[:1], baselines=(small,), pairs=1, **settings)
+    with pytest.raises(BadInput, match=message) as caught:
+        run_bench(plan, opener=recording(opened))
+    assert caught.value.exit_code == 2
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "settings", "keys", "notes"),
+    [
+        (512, {}, ["decode@512", "prefill@128"], []),
+        (256, {}, ["decode@256", "prefill@128"], ["--context is 256 instead of 512"]),
+        (256, {"prompt": 8}, ["decode@256", "prefill@8"], ["--context is 256 instead of 512"]),
+        (256, {"context": 200}, ["decode@200", "prefill@128"], []),
+        (256, {"scenarios": ("prefill",)}, ["prefill@128"], []),
+        (256, {"scenarios": ("throughput",)}, ["throughput@256x2"], ["--context is 256"]),
+        (256, {"scenarios": ("generate",)}, ["generate@128+64"], []),
+        (100, {"scenarios": ("generate",)}, ["generate@50+50"], ["--prompt is 50 instead of 128"]),
+        (
+            256,
+            {"scenarios": ("generate",), "prompt": 250},
+            ["generate@250+6"],
+            ["--new-tokens is 6 instead of 64"],
+        ),
+    ],
+)
+def test_what_nobody_asked_for_gives_way_to_the_model(
+    tmp_path: Path, tokens: int, settings: dict[str, Any], keys: list[str], notes: list[str]
+) -> None:
+    small = limited(tmp_path / "small", tokens)
+    result = run_bench(BenchPlan(candidates=(small,), pairs=1, **settings))
+    assert [scenario.key for scenario in result.scenarios] == keys
+    assert all(scenario.context <= tokens for scenario in result.scenarios)
+    for note in notes:
+        assert any(note in said and f"takes {tokens} tokens" in said for said in result.notes)
+    assert bool(notes) == any("instead of" in said for said in result.notes)

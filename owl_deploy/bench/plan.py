@@ -1,0 +1,167 @@
+"""What a benchmark measures: the user's numbers, fitted to the models, as scenarios."""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from owl_deploy.bench.scenario import KINDS, Scenario
+from owl_deploy.engines import Deployment
+from owl_deploy.errors import BadInput, unknown_name
+
+
+class BenchPlan(BaseModel):
+    """What to measure.
+
+    `engines` empty: each deployment in the engine it was made for; else in each of these that opens
+    it. `context`, `prompt`, `batch`, `streams`: tokens attended to in decoding, tokens of a prompt,
+    rows, and streams, one or several each. `new_tokens` an answer's length; `pairs` the rounds,
+    taken up to `looks` times while a comparison is inconclusive; `steps` the tokens decoded,
+    `repeats` the prompts run, in each process. Of `context`, `prompt` and `new_tokens` what nobody
+    gave is a wish, which `fitted` makes smaller for a model that takes less.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    candidates: tuple[Path, ...] = Field(min_length=1)
+    baselines: tuple[Path, ...] = ()
+    engines: tuple[str, ...] = ()
+    scenarios: tuple[str, ...] = ("decode", "prefill")
+    context: tuple[int, ...] = (512,)
+    prompt: tuple[int, ...] = (128,)
+    batch: tuple[int, ...] = (1,)
+    streams: tuple[int, ...] = (2,)
+    new_tokens: int = 64
+    threads: int | None = None
+    trust_library: bool = False
+    pairs: int = 8
+    looks: int = 1
+    steps: int = 32
+    repeats: int = 5
+    time_limit_s: float = 600.0
+    seed: int = 0
+
+    @field_validator("context", "prompt", "batch", "streams", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:  # noqa: ANN401 - before validation
+        return (value,) if isinstance(value, int) else value
+
+    def described(self) -> tuple[Scenario, ...]:
+        """The scenarios; raises `BadInput` for an unknown one, or a number that cannot be."""
+        for name, values, least in (
+            ("--context", self.context, 1),
+            ("--prompt", self.prompt, 1),
+            ("--batch", self.batch, 1),
+            ("--streams", self.streams, 1),
+            ("--new-tokens", (self.new_tokens,), 2),
+            ("--pairs", (self.pairs,), 1),
+            ("--looks", (self.looks,), 1),
+        ):
+            for value in values:
+                if value < least:
+                    raise BadInput(f"{name} {value} is too small.", f"It must be {least} or more.")
+        found = [each for name in self.scenarios for each in self._scenarios(name)]
+        for scenario in found:
+            if scenario.prompt_tokens(self.steps, self.repeats) < 1:
+                raise BadInput(f"--context {scenario.tokens} is too small.", "Take 64 or more.")
+        return tuple(dict.fromkeys(found))
+
+    def fitted(self, deployments: Iterable[Deployment]) -> tuple[Self, tuple[str, ...]]:
+        """The plan for what all of `deployments` take, and sentences for what had to give way.
+
+        Raises `BadInput` for what was asked and is more than the smallest of them takes.
+        """
+        known = [(one.max_context, one.path) for one in deployments if one.max_context is not None]
+        if not known:
+            return self, ()
+        limit, path = min(known)
+        takes = f"the {limit} tokens that {path} takes"
+        new = self._new_tokens(limit, takes)
+        fitting: dict[str, int | tuple[int, ...]] = {
+            "context": self._contexts(limit, takes),
+            "prompt": self._prompts(limit - new, new, takes),
+            **({"new_tokens": new} if new else {}),
+        }
+        changed = {name: value for name, value in fitting.items() if value != getattr(self, name)}
+        notes = [
+            f"{_option(name)} is {_numbers(value)} instead of {_numbers(getattr(self, name))}: "
+            f"{path} takes {limit} tokens."
+            for name, value in changed.items()
+            if name not in self.model_fields_set and (name != "context" or self._decodes)
+        ]
+        return self.model_copy(update=changed), tuple(notes)
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether a scenario attends to `context` tokens; else that is only the caches' size."""
+        return not {"decode", "throughput"}.isdisjoint(self.scenarios)
+
+    def _contexts(self, limit: int, takes: str) -> tuple[int, ...]:
+        if self._decodes and max(self.context) > limit and "context" in self.model_fields_set:
+            raise BadInput(
+                f"--context {max(self.context)} is more than {takes}.",
+                f"Give --context {limit} or less.",
+            )
+        return tuple(dict.fromkeys(min(tokens, limit) for tokens in self.context))
+
+    def _new_tokens(self, limit: int, takes: str) -> int:
+        """The tokens of an answer; 0 where none is generated."""
+        if "generate" not in self.scenarios:
+            return 0
+        if "new_tokens" not in self.model_fields_set:
+            given = "prompt" in self.model_fields_set
+            room = limit - max(self.prompt) if given else limit // 2
+            return max(2, min(self.new_tokens, room))
+        if self.new_tokens >= limit:
+            raise BadInput(
+                f"--new-tokens {self.new_tokens} leaves no room for a prompt in {takes}.",
+                f"Give --new-tokens {limit - 1} or less.",
+            )
+        return self.new_tokens
+
+    def _prompts(self, room: int, new: int, takes: str) -> tuple[int, ...]:
+        reads = not {"prefill", "generate"}.isdisjoint(self.scenarios)
+        if reads and max(self.prompt) > room and "prompt" in self.model_fields_set:
+            longest = f"--prompt {max(self.prompt)}"
+            raise BadInput(
+                f"{longest} and {new} new tokens are more than {takes}."
+                if new
+                else f"{longest} is more than {takes}.",
+                f"Give --prompt {room} or less{', or fewer --new-tokens' if new > 2 else ''}.",
+            )
+        return (
+            tuple(dict.fromkeys(min(tokens, room) for tokens in self.prompt))
+            if reads
+            else self.prompt
+        )
+
+    def _scenarios(self, kind: str) -> list[Scenario]:
+        if kind == "decode":
+            pairs = itertools.product(self.batch, self.context)
+            return [Scenario(kind=kind, tokens=n, context=n, batch=rows) for rows, n in pairs]
+        if kind == "prefill":
+            return [Scenario(kind=kind, tokens=n, context=self._room(n)) for n in self.prompt]
+        if kind == "generate":
+            new = self.new_tokens
+            return [
+                Scenario(kind=kind, tokens=n, context=self._room(n + new), new=new)
+                for n in self.prompt
+            ]
+        if kind == "throughput":
+            pairs = itertools.product(self.streams, self.context)
+            return [Scenario(kind=kind, tokens=n, context=n, streams=m) for m, n in pairs]
+        raise unknown_name("scenario", kind, KINDS)
+
+    def _room(self, tokens: int) -> int:
+        """The context to make caches for: the first asked that holds `tokens`, or just them."""
+        return next((context for context in self.context if context >= tokens), tokens)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _numbers(value: int | tuple[int, ...]) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
