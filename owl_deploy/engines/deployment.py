@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import MANIFEST, read_manifest, sha256
+from owl_deploy.artefact import MANIFEST, read_manifest, sha256, what_it_is
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
 
@@ -77,7 +77,8 @@ def open_deployment(path: Path) -> Deployment:
         return Deployment(path, "fake", 16, manifest)
     if not (path / MODEL).is_file():
         raise BadInput(
-            f"{path} is not a deployment: it has no {MODEL}.", "Make it with owl export."
+            f"{path} is not a deployment: it has no {MODEL}.",
+            what_it_is(path) or "Make it with owl export.",
         )
     _check_files(path, manifest)
     inputs, vocab = _describe_graph(path / MODEL)
