@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from owl_deploy import __version__
 from owl_deploy.errors import BadInput, first_line
@@ -26,10 +28,7 @@ def check_output(destination: Path, force: bool = False) -> None:
     With `force` a folder may exist if it is empty or an artefact of ours (it has a manifest): a
     mistyped `-o ~ --force` must not cost a home folder.
     """
-    if not destination.parent.is_dir():
-        raise BadInput(f"The folder {destination.parent} does not exist.", "Create it first.")
-    if not os.access(destination.parent, os.W_OK):
-        raise BadInput(f"The folder {destination.parent} cannot be written.")
+    _check_parent(destination)
     if not os.path.lexists(destination):
         return
     if not force:
@@ -39,6 +38,71 @@ def check_output(destination: Path, force: bool = False) -> None:
             f"{destination} was not written by owl, so --force does not replace it.",
             "Choose another name, or delete it yourself.",
         )
+
+
+def _check_parent(destination: Path) -> None:
+    if not destination.parent.is_dir():
+        raise BadInput(f"The folder {destination.parent} does not exist.", "Create it first.")
+    if not os.access(destination.parent, os.W_OK):
+        raise BadInput(f"The folder {destination.parent} cannot be written.")
+
+
+def _check_apart(destination: Path, source: Path) -> None:
+    """An artefact within its own input would be read as part of it, or replace it."""
+    output, model = destination.resolve(), source.resolve()
+    if model in output.parents:
+        raise BadInput(
+            f"{destination} lies inside the model {source}.", "Choose an output folder beside it."
+        )
+    if output in model.parents:
+        raise BadInput(
+            f"The model {source} lies inside {destination}, which would be replaced.",
+            "Choose another output folder.",
+        )
+
+
+@contextlib.contextmanager
+def only_writer(
+    destination: Path, force: bool = False, source: str | Path | None = None
+) -> Iterator[None]:
+    """Let no other run write `destination` meanwhile; refuse one that may not be written at all.
+
+    See `check_output`; nor may it lie in the input folder `source`, or around it. The lock is the
+    system's, on a hidden file: a run that is killed leaves the file, which hinders nobody.
+    """
+    _check_parent(destination)
+    if source is not None and Path(source).is_dir():
+        _check_apart(destination, Path(source))
+    lock = destination.absolute().with_name(f".{destination.name}.owl-lock")
+    with _locked(lock, destination):
+        try:
+            check_output(destination, force)  # as it is now, with nobody else at it
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path, destination: Path) -> IO[bytes]:
+    """The file `lock`, open and locked; closing it gives the lock back."""
+    while True:
+        try:
+            file = lock.open("ab")
+        except OSError as error:
+            raise _not_writable(lock.parent, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise BadInput(
+                f"Another run is writing {destination}.",
+                "Wait until it is done, or choose another output folder.",
+            ) from error
+        except OSError:  # a disk that knows no locks, of a network perhaps: without, then
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()  # who held it removed it meanwhile, and another may have made it anew
 
 
 def check_room(folder: Path, needed: float, what: str) -> None:
@@ -57,10 +121,14 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise BadInput(
-            f"The folder {folder.parent} cannot be written ({error.strerror}).",
-            "Choose another output folder.",
-        ) from error
+        raise _not_writable(folder.parent, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> BadInput:
+    return BadInput(
+        f"The folder {folder} cannot be written ({error.strerror}).",
+        "Choose another output folder.",
+    )
 
 
 def is_artefact(folder: Path) -> bool:
@@ -69,21 +137,24 @@ def is_artefact(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def staged_folder(destination: Path, force: bool = False) -> Iterator[Path]:
+def staged_folder(
+    destination: Path, force: bool = False, source: Path | None = None
+) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `destination` when the block ends well.
 
     An exception removes it; a kill leaves a hidden `.NAME.owl-tmp-PID` that the next run clears.
+    For `source`, and for two runs at once, see `only_writer`.
     """
-    check_output(destination, force)
-    destination = destination.absolute()
-    _remove_stale(destination)
-    staging = destination.with_name(f".{destination.name}.owl-tmp-{os.getpid()}")
-    make_folder(staging)
-    try:
-        yield staging
-        publish(staging, destination)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with only_writer(destination, force, source):
+        destination = destination.absolute()
+        _remove_stale(destination)
+        staging = destination.with_name(f".{destination.name}.owl-tmp-{os.getpid()}")
+        make_folder(staging)
+        try:
+            yield staging
+            publish(staging, destination)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish(staging: Path, destination: Path) -> None:
@@ -117,10 +188,12 @@ def _exchange(a: Path, b: Path) -> None:
 
 
 def _remove_stale(destination: Path) -> None:
-    """Clear what runs that were killed left beside `destination`; a live run's folder stays."""
-    for folder in destination.parent.glob(f".{destination.name}.owl-tmp-*"):
-        owner = folder.name.rsplit("owl-tmp-", 1)[1].split("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+    """Clear what runs that were killed left beside `destination`, of which we are the only writer.
+
+    What writes JSON (`write_json`) leaves files of that name, and needs no lock.
+    """
+    for folder in destination.parent.glob(f".{glob.escape(destination.name)}.owl-tmp-*"):
+        if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -162,6 +235,20 @@ def read_object(path: Path, way_out: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(f"{path} does not hold a JSON object.", way_out)
     return value
+
+
+def what_it_is(folder: Path) -> str:
+    """A sentence for who gave `folder` to the wrong verb: what it is, and which verbs take it."""
+    kind = read_manifest(folder).get("kind")
+    if kind == "deployment" or (folder / "model.onnx").is_file():
+        return "It is a deployment: owl generate, owl eval and owl bench take it."
+    if kind == "benchmark" or (folder / "result.json").is_file():
+        return "It is a benchmark's result: owl report takes it."
+    if kind == "adapter" or (folder / "adapter_config.json").is_file():
+        return "It is an adapter: owl eval CHECKPOINT --adapter takes it."
+    if kind == "checkpoint" or (folder / "config.json").is_file():
+        return "It is a checkpoint: owl prune, owl export, owl eval and owl finetune take it."
+    return ""
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import read_object, sha256
+from owl_deploy.artefact import read_object, sha256, what_it_is
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family
 
@@ -46,9 +46,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "config.json").is_file():
-            raise BadInput(
-                f"{folder / 'config.json'} is missing.", "Give a Hugging Face model folder."
-            )
+            hint = what_it_is(folder) or "Give a Hugging Face model folder."
+            raise BadInput(f"{folder / 'config.json'} is missing.", hint)
         self.config = read_object(folder / "config.json", "Get the file again.")
         self.files = _tensor_files(folder)
 
@@ -229,7 +228,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 def _no_safetensors_hint(folder: Path) -> str:
     if any(folder.glob("*.onnx")):
-        return "It is a deployment: give the checkpoint that it was exported from."
+        return f"{what_it_is(folder)} Give the checkpoint that it was exported from."
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         return "Pickled weights are not read, since they can run code: convert them to safetensors."
     return "Give a Hugging Face model folder."

@@ -4,12 +4,11 @@ The hidden folder `.NAME.owl-partial` holds `run.json`, what was asked, and what
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from owl_deploy.artefact import make_folder, write_json
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
@@ -18,8 +17,8 @@ from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_
 class Partial:
     """The partial result of one run; made by the run that starts it, opened by one that resumes.
 
-    Raises `BadInput` when another run uses it, when there is one and `resume` is not asked for (and
-    `force` neither), or when the one that is there was started with other arguments.
+    That run is the `only_writer` of `output`. Raises `BadInput` when there is one and `resume` is
+    not asked for (and `force` neither), or when it was started with other arguments.
     """
 
     def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
@@ -35,32 +34,18 @@ class Partial:
         if resume and not there:
             raise BadInput(f"There is no interrupted run for {output} to resume.")
         make_folder(self.folder)
-        self._lock = self._take_lock()
         if there and resume:
-            try:
-                _refuse_other_arguments(self.read("run.json"), asked)
-            except BadInput:
-                self.close()
-                raise
+            _refuse_other_arguments(self.read("run.json"), asked)
         else:
             self._clear()
             write_json(self.folder / "run.json", asked)
         self.resumed = resume
 
-    def _take_lock(self) -> IO[bytes]:
-        lock = (self.folder / "lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise BadInput(f"Another run is writing {self.output}.") from error
-        return lock
-
     def _clear(self) -> None:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            else:
                 path.unlink()
 
     def read(self, name: str) -> Any:  # noqa: ANN401 - any JSON value
@@ -80,11 +65,6 @@ class Partial:
     def discard(self) -> None:
         """Delete it all."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
-
-    def close(self) -> None:
-        """Leave it for a run that resumes."""
-        self._lock.close()
 
 
 def partial_folder(output: Path) -> Path:
@@ -105,9 +85,7 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
         raise
     except BaseException as error:  # whatever stopped it, what is finished stays
         kept = partial.has_work
-        if kept:
-            partial.close()
-        else:
+        if not kept:
             partial.discard()
         way_out = "then run again with --resume" if kept else "then run again"
         if is_full_disk(error):

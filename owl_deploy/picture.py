@@ -1,11 +1,25 @@
 """The pictures that a verb leaves in its output folder, as SVG."""
 
+import contextlib
 import io
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+@contextlib.contextmanager
+def drawing(style: Any) -> Iterator[None]:  # noqa: ANN401 - rcParams have a type for each
+    """Matplotlib in `style`. A name is no formula ($x$); remarks on fonts are dropped."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of its caches, as it is imported too
+    import matplotlib as mpl
+
+    with mpl.rc_context({**style, "text.parse_math": False}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def svg(draw: Callable[["Axes"], None]) -> str:
@@ -13,10 +27,9 @@ def svg(draw: Callable[["Axes"], None]) -> str:
 
     Its legend goes where there is room.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    with drawing({"svg.fonttype": "none", "svg.hashsalt": "owl", "font.size": 10}):
+        from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "owl", "font.size": 10}):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes = figure.subplots()
         draw(axes)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.bench.result import Comparison, Result, Subject
+from owl_deploy.picture import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +35,9 @@ _STYLE: Any = {
 
 def _draw(draw: Any, height: float, *arguments: Any) -> str:  # noqa: ANN401 - any drawing
     """The SVG that `draw(axes, *arguments)` gives, without a fixed size."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    with drawing(_STYLE):
+        from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, height), layout="constrained")
         draw(figure.subplots(), *arguments)
         out = io.StringIO()

@@ -56,7 +56,7 @@ def write_report(
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
     temporary = path.with_name(f".{path.name}.owl-tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # paths need be no text
         temporary.replace(path)
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}).") from error

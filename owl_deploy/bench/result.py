@@ -13,6 +13,7 @@ from owl_deploy.bench.scenario import Metric, Scenario
 from owl_deploy.errors import BadInput
 
 FILE = "result.json"
+_WAY_OUT = "Give what owl bench -o wrote."
 Role = Literal["candidate", "baseline"]
 Against = Literal["same engine", "best of the precision", "best of all"]
 
@@ -121,14 +122,20 @@ class Result(_Model):
 def read_result(path: Path) -> Result:
     """Read a result.json, or the one in a folder; raises `BadInput` for anything else."""
     file = path / FILE if path.is_dir() else path
+    what_else = artefact.what_it_is(path)
+    if what_else and not file.is_file():
+        raise BadInput(f"{path} is no benchmark's result.", what_else)
     try:
-        return Result.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        content = artefact.read_object(file, _WAY_OUT)
+        # An escape such as \ud800 is half a letter, which no page and no picture can hold.
+        whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+        return Result.model_validate_json(whole)
     except OSError as error:
+        raise BadInput(f"{file} cannot be read ({error.strerror}).", _WAY_OUT) from error
+    except ValidationError as error:
         raise BadInput(
-            f"{file} cannot be read ({error.strerror}).", "Give what owl bench -o wrote."
+            f"{file} is not a benchmark's result, or a damaged one.", _WAY_OUT
         ) from error
-    except (ValueError, ValidationError) as error:
-        raise BadInput(f"{file} is not a benchmark's result, or a damaged one.") from error
 
 
 def write_result(result: Result, folder: Path, force: bool = False) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import read_manifest
+from owl_deploy.artefact import read_manifest, what_it_is
 from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, check, genai_config, load_graph
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
@@ -84,7 +84,8 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
         return Deployment(path, "fake", 16, manifest)
     if not (path / MODEL).is_file():
         raise BadInput(
-            f"{path} is not a deployment: it has no {MODEL}.", "Make it with owl export."
+            f"{path} is not a deployment: it has no {MODEL}.",
+            what_it_is(path) or "Make it with owl export.",
         )
     check(path, trust=trust_library)
     inputs, vocab = _describe_graph(path / MODEL)

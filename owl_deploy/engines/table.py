@@ -1,12 +1,10 @@
-"""The table of `owl engines ls`, for a terminal of 80 columns."""
+"""The table of `owl engines ls`, as wide as the terminal (or COLUMNS), else 80 columns."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-WIDTH = 80
 
 
 def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> None:
@@ -18,7 +16,7 @@ def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> N
         how = f": owl engines install {engine['name']}" if engine["environment"] else ""
         installed = engine["version"] or f"no{how}"
         table.add_row(engine["name"], installed, ", ".join(engine["opens"]), engine["licence"])
-    console = console or Console(width=WIDTH, highlight=False)
+    console = console or Console(highlight=False)
     console.print(table)
     owl = next(engine for engine in engines if engine["name"] == "owl")
     if owl["library"] is None:

@@ -85,7 +85,9 @@ def _owl(request: Request) -> dict[str, Any]:
     """The builder's graph with this package's operators in it."""
     assert request.values is not None
     library_path()  # to hear now that it is missing, and not after minutes
-    with tempfile.TemporaryDirectory(dir=request.folder.parent, prefix=".owl-tmp-") as scratch:
+    with tempfile.TemporaryDirectory(
+        dir=request.folder.parent, prefix=f"{request.folder.name}-"
+    ) as scratch:
         dense = Path(scratch)
         try:
             facts = genai.build(request.source, dense, "fp32", request.progress)
@@ -156,7 +158,7 @@ def export(
         values = row.values[0]
     _check_head(head, row)
     started = time.monotonic()
-    with _disk_errors(destination), artefact.staged_folder(destination, force) as staging:
+    with _disk_errors(destination), artefact.staged_folder(destination, force, folder) as staging:
         progress("Loading the checkpoint")
         source = Source(folder)
         _check_disk(source, staging, precision)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from owl_deploy import adapter
-from owl_deploy.artefact import MANIFEST, check_output, check_room, publish, versions, write_json
+from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish, versions, write_json
 from owl_deploy.checkpoint import shards, write_compatible
 from owl_deploy.errors import unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
@@ -54,21 +54,21 @@ def finetune(
     wrong by then, and `EnvironmentFailed` for a full disk or memory.
     """
     settings = resolved(values, teacher is not None)
-    check_output(output, force)
-    run = Run(Source(model), settings, text, teacher)
-    run.check_disk(output.absolute().parent, copies=1 if resume else 2)
-    partial = _Unfinished(output, run.asked(), resume=resume, force=force)
-    with kept_for_resuming(partial, "use a smaller --batch-size or --block-group"):
-        staging = partial.folder / "output"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        outcome = run.execute(partial, staging)
-        manifest = run.manifest(outcome, resumed=partial.resumed)
-        svg = learning_curve_svg(outcome["curve"])
-        (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
-        write_json(staging / MANIFEST, manifest)
-        publish(staging, output.absolute())
-    partial.discard()
+    with only_writer(output, force, model):
+        run = Run(Source(model), settings, text, teacher)
+        run.check_disk(output.absolute().parent, copies=1 if resume else 2)
+        partial = _Unfinished(output, run.asked(), resume=resume, force=force)
+        with kept_for_resuming(partial, "use a smaller --batch-size or --block-group"):
+            staging = partial.folder / "output"
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            outcome = run.execute(partial, staging)
+            manifest = run.manifest(outcome, resumed=partial.resumed)
+            svg = learning_curve_svg(outcome["curve"])
+            (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
+            write_json(staging / MANIFEST, manifest)
+            publish(staging, output.absolute())
+        partial.discard()
     return manifest
 
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from owl_deploy import recipe
-from owl_deploy.artefact import MANIFEST, check_output, read_manifest, versions, write_json
+from owl_deploy.artefact import MANIFEST, only_writer, read_manifest, versions, write_json
 from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
 from owl_deploy.errors import BadInput
@@ -97,21 +97,21 @@ def prune(
     Returns the manifest. Raises `BadInput` before any work for whatever can be known to be wrong by
     then, and `EnvironmentFailed` for a full disk or memory.
     """
-    check_output(output, force)
     started = time.perf_counter()
-    run = Run(
-        open_checkpoint(model), settings, calibration, hardware, tune_allocation=tune_allocation
-    )
-    store = Store(output, run.asked(), resume=resume, force=force)
-    with kept_for_resuming(store, "use a smaller --batch-size"):
-        reports, head = run.execute(store)
-        _assemble(run, store)
-        manifest = _manifest(run, reports, str(model), time.perf_counter() - started)
-        manifest |= {"recipe": origin, "resumed": store.resumed}
-        manifest["head"] = asdict(head) if head else None
-        (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
-        write_json(store.folder / MANIFEST, manifest)
-        store.finish()
+    with only_writer(output, force, model):
+        run = Run(
+            open_checkpoint(model), settings, calibration, hardware, tune_allocation=tune_allocation
+        )
+        store = Store(output, run.asked(), resume=resume, force=force)
+        with kept_for_resuming(store, "use a smaller --batch-size"):
+            reports, head = run.execute(store)
+            _assemble(run, store)
+            manifest = _manifest(run, reports, str(model), time.perf_counter() - started)
+            manifest |= {"recipe": origin, "resumed": store.resumed}
+            manifest["head"] = asdict(head) if head else None
+            (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
+            write_json(store.folder / MANIFEST, manifest)
+            store.finish()
     return manifest
 
 

@@ -57,12 +57,11 @@ class Store(Partial):
 
     def finish(self) -> None:
         """Make the folder, in which the checkpoint now lies, the output; drop what is the run's."""
-        for path in (*self.folder.glob("*.block"), self.folder / "lock"):
+        for path in self.folder.glob("*.block"):
             path.unlink()
         for name in ("run.json", "plan.json"):
             (self.folder / name).unlink()
         publish(self.folder, self.output)
-        self._lock.close()
 
     def path(self, name: str) -> Path:
         """The file of the block `name`: a shard of a checkpoint, with the tensors' whole names."""

@@ -125,6 +125,15 @@ def test_a_config_of_another_model(owl, llama, text_file, tmp_path, command, dam
     assert (code, complaint in err) == (2, True), err
 
 
+@pytest.mark.parametrize("command", ["prune", "export", "finetune"])
+def test_an_output_inside_the_model(owl, llama, text_file, tmp_path, command):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    options = {"prune": ["-c", text_file], "export": [], "finetune": ["--text", text_file]}
+    code, _, err = owl(command, folder, "-o", folder / "inside", *options[command])
+    assert (code, "lies inside the model" in err) == (2, True), err
+    assert not list(folder.glob("*inside*"))
+
+
 def test_ctrl_c_says_what_is_left(owl, llama, text_file, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

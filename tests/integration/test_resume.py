@@ -147,12 +147,40 @@ def test_nothing_to_resume(model, text_file, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_run_for_the_same_output_is_refused(model, text_file, tmp_path):
-    asked = {"n": 1}
-    first = store.Store(tmp_path / "out", asked, resume=False, force=False)
-    with pytest.raises(BadInput, match="Another run"):
-        store.Store(tmp_path / "out", asked, resume=True, force=False)
-    first.discard()
+WAITING = """
+import sys
+import torch
+torch.set_num_threads(1)
+from owl_deploy import cli
+from owl_deploy.prune import run
+
+def wait(*_):
+    print("writing", flush=True)
+    sys.stdin.read()
+
+run._assemble = wait
+cli.main()
+"""
+
+
+def test_another_run_for_the_same_output_is_refused_at_once(model, text_file, tmp_path):
+    out = tmp_path / "out"
+    command = ["prune", model, "-o", out, "-c", text_file, "--samples", 2, "--sequence-length", 48]
+    arguments = [sys.executable, "-c", WAITING, *map(str, command)]
+    with subprocess.Popen(arguments, stdin=-1, stdout=-1, stderr=-3, text=True) as first:
+        assert first.stdout.readline() == "writing\n"
+        for second in (command, [*command, "--resume"], ["export", model, "-o", out]):
+            done = subprocess.run(
+                [sys.executable, "-m", "owl_deploy", *map(str, second)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert (done.returncode, "Another run is writing" in done.stderr) == (2, True)
+        first.kill()
+    calibration = Calibration(str(text_file), samples=2, sequence_length=48)
+    prune(model, out, recipe.merged(None, {}), calibration, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

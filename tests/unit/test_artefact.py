@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -86,11 +85,63 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_clears
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_folder_of_a_live_run_is_not_cleared(tmp_path):
-    alive = tmp_path / f".out.owl-tmp-{os.getppid()}"
-    alive.mkdir()
-    write_folder(tmp_path / "out")
-    assert alive.is_dir()
+WRITER = """
+import sys, pathlib
+from owl_deploy.artefact import staged_folder
+with staged_folder(pathlib.Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("x")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_at_one_output(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WRITER, str(out)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as first:
+        assert first.stdout.readline() == "writing\n"
+        half = list(tmp_path.glob(".out.owl-tmp-*/half"))
+        with pytest.raises(BadInput, match="Another run is writing"):
+            write_folder(out)
+        assert [path.read_text() for path in half] == ["x"]
+        write_folder(tmp_path / "other")
+        first.kill()
+    write_folder(out)  # what the killed one left hinders nobody, and is cleared
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_lock_that_its_holder_removes_meanwhile(tmp_path, monkeypatch):
+    """Who opened the file before it was removed does not hold what the next one makes anew."""
+    flock, calls = artefact.fcntl.flock, []
+
+    def removing(file, how):
+        flock(file, how)
+        calls.append(file)
+        if len(calls) == 1:
+            (tmp_path / ".out.owl-lock").unlink()
+
+    monkeypatch.setattr(artefact.fcntl, "flock", removing)
+    with artefact.only_writer(tmp_path / "out"), pytest.raises(BadInput, match="Another run"):
+        write_folder(tmp_path / "out")
+    assert calls[0].closed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_within_its_input_or_around_it(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    with (
+        pytest.raises(BadInput, match="lies inside the model"),
+        artefact.only_writer(model / "pruned", source=str(model)),
+    ):
+        pass
+    with (
+        pytest.raises(BadInput, match="which would be replaced"),
+        artefact.only_writer(tmp_path, force=True, source=model),
+    ):
+        pass
+    with artefact.only_writer(tmp_path / "model-pruned", source=model):
+        pass
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"a": ' + "1" * 10_000 + "}"])

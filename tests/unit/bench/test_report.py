@@ -1,13 +1,15 @@
 import html.parser
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from owl_deploy.bench import plots, table, write_result
+from owl_deploy.bench import plots, read_result, table, write_result
 from owl_deploy.bench.report import render, write_report
 from owl_deploy.cli import app
 from owl_deploy.errors import BadInput
@@ -170,3 +172,69 @@ def test_a_browser_shows_it_without_overflow(
     title = re.search(r"<title>(.*?)</title>", seen.stdout)
     assert title is not None
     assert title[1] == "wide 0 flat 0 of 8"
+
+
+def test_names_that_are_no_text_for_a_picture(tmp_path: Path) -> None:
+    """A formula that is none, half a letter, and a letter that the font lacks."""
+    folder = tmp_path / "bench"
+    write_result(result(), folder)
+    text = (folder / "result.json").read_text()
+    for name, odd in (
+        ("owl-70-owl-int8", "$x_{$"),
+        ("owl-50-deepsparse", "a\\ud800"),
+        ("dense-int4", "\\u732b"),
+    ):
+        text = text.replace(name, odd)
+    (folder / "result.json").write_text(text)
+    run = [
+        sys.executable,
+        "-m",
+        "owl_deploy",
+        "report",
+        str(folder),
+        "-o",
+        str(tmp_path / "r.html"),
+    ]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "r.html").read_text()
+    assert "$x_{$" in page
+    assert "a?" in page
+    assert "\u732b" in page
+
+
+def test_matplotlib_says_nothing_of_its_caches(tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    write_result(result(), folder)
+    run = [
+        sys.executable,
+        "-m",
+        "owl_deploy",
+        "report",
+        str(folder),
+        "-o",
+        str(tmp_path / "r.html"),
+    ]
+    nowhere = {"HOME": "/proc/nowhere", "MPLCONFIGDIR": "/proc/nowhere"}
+    done = subprocess.run(
+        run, capture_output=True, text=True, check=False, env={**os.environ, **nowhere}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", "{}", "It is a checkpoint: owl prune"),
+        ("adapter_config.json", "{}", "It is an adapter: owl eval"),
+        ("model.onnx", "", "It is a deployment: owl generate"),
+        ("owl.json", '{"kind": "checkpoint"}', "It is a checkpoint"),
+        ("notes.txt", "", "Give what owl bench -o wrote"),
+    ],
+)
+def test_another_folder_is_named_for_what_it_is(
+    tmp_path: Path, file: str, content: str, words: str
+) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(BadInput, match=words):
+        read_result(tmp_path)

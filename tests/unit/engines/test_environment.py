@@ -116,11 +116,31 @@ def test_what_runs_in_the_old_python_parses_there() -> None:
         )
 
 
-def test_the_list_fits_a_terminal_and_says_the_licence(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [50, 80, 160])
+def test_the_list_fits_a_terminal_and_says_the_licence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     show(environment.list_engines())
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 80
-    assert "never production" in " ".join(printed.split())
+    assert columns - 25 <= max(map(len, printed.splitlines())) <= columns
+    words = " ".join(printed.split())
+    assert "never" in words
+    assert "production" in words
+
+
+def test_the_list_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    environment.list_engines()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_installing_where_nothing_can_be_written(
+    engine: registry.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "lock.txt" / "cache"))
+    with pytest.raises(EnvironmentFailed, match="Set OWL_CACHE"):
+        environment.install("own")
 
 
 def test_a_missing_library_is_said(
