@@ -9,6 +9,7 @@ from typing import Any
 from owl_deploy.artefact import MANIFEST, read_manifest, sha256
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.runtime import kernels
 
 _MODEL_FILES = (".onnx", ".data", ".so", ".dylib", ".dll")  # of them, not of settings and tokenizer
 MODEL, GENAI_CONFIG, FAKE = "model.onnx", "genai_config.json", "fake.json"
@@ -90,6 +91,8 @@ def open_deployment(path: Path) -> Deployment:
     target = target or _guess_target(path, inputs)
     if target not in TARGETS:
         raise unknown_name(f"target (in {path / 'owl.json'})", str(target), TARGETS)
+    if target == "owl":
+        kernels()  # to hear of a wrong OWL_ISA before an engine starts
     return Deployment(path, target, vocab or genai_number(path, "vocab_size"), manifest)
 
 

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 using namespace owl_ops;  // NOLINT: this file defines what those helpers are for
@@ -228,6 +229,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   static const CachedAttentionFp32 attention_fp32;
   static const CachedAttentionFp16 attention_fp16;
   try {
+    owl::best_kernels();  // to refuse a wrong OWL_ISA now, with a sentence
     static Ort::CustomOpDomain domain = [] {
       Ort::CustomOpDomain d("ai.owl");
       d.Add(&matmul);
@@ -241,6 +243,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     Ort::UnownedSessionOptions(options).Add(domain);
   } catch (const Ort::Exception& e) {
     return api->CreateStatus(e.GetOrtErrorCode(), e.what());
+  } catch (const std::invalid_argument& e) {
+    return api->CreateStatus(ORT_INVALID_ARGUMENT, e.what());
   }
   return nullptr;
 }
