@@ -8,6 +8,7 @@ from owl_deploy.artefact import read_manifest, what_it_is
 from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, check, genai_config, load_graph
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.runtime import kernels
 
 FAKE = "fake.json"
 
@@ -98,6 +99,8 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
     target = target or _guess_target(path, inputs)
     if target not in TARGETS:
         raise unknown_name(f"target (in {path / 'owl.json'})", str(target), TARGETS)
+    if target == "owl":
+        kernels()  # to hear of a wrong OWL_ISA before an engine starts
     return Deployment(path, target, vocab or genai_number(path, "vocab_size"), manifest)
 
 

@@ -124,7 +124,8 @@ class _Program:
 
     def _attention(self, node: onnx.NodeProto) -> tuple[list[int], list[float]]:
         heads = _attribute(node, "num_heads", 0)
-        read = [self._read(name) for name in (*node.input, *[""] * 9)[:9]]
+        *first, mask = (*node.input, *[""] * 10)[:10]
+        read = [self._read(name) for name in (*first, *([mask] if mask else []))]
         made = [self._make(node.output[0], heads * self.head_size)]
         for name in _caches(node):
             self.outputs.append(name)
@@ -137,7 +138,7 @@ class _Program:
             _attribute(node, "rotary_interleaved", 0),
         ]
         numbers = [_attribute(node, "scale", 0.0), _attribute(node, "softcap", 0.0)]
-        return [1, *read, *made, *settings], numbers
+        return [2 if mask else 1, *read, *made, *settings], numbers
 
     def _read(self, name: str) -> int:
         if not name:

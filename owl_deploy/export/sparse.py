@@ -298,9 +298,13 @@ def replace_attention(rewriter: Rewriter) -> int:
         "rotary_interleaved",
     )
     for node in nodes:
+        inputs = list(node.input[:9])
+        mask = _mask_of(rewriter, node)
+        if mask:
+            inputs += [""] * (9 - len(inputs)) + [mask]
         new = helper.make_node(
             "CachedAttention",
-            list(node.input[:9]),
+            inputs,
             list(node.output),
             name=node.name,
             domain=DOMAIN,
@@ -436,6 +440,32 @@ def _attention_supported(rewriter: Rewriter, node: onnx.NodeProto) -> bool:
         and heads % kv_heads == 0
         and (tables or not rotary)
     )
+
+
+def _mask_of(rewriter: Rewriter, attention: onnx.NodeProto) -> str:
+    """The attention mask that both of an attention's lengths are made of; "" if none is.
+
+    From the lengths alone padding on the left of a prompt looks like padding on its right.
+    """
+    sources = {
+        _source_of(rewriter, attention.input[5], ("Cast", "Sub", "ReduceSum")),
+        _source_of(rewriter, attention.input[6], ("Cast", "Gather", "Squeeze", "Shape")),
+    }
+    source = sources.pop()
+    masks = (value.name for value in rewriter.model.graph.input if _is_mask(value))
+    return source if not sources and source in masks else ""
+
+
+def _is_mask(value: onnx.ValueInfoProto) -> bool:
+    kind = value.type.tensor_type
+    return kind.elem_type == TensorProto.INT64 and len(kind.shape.dim) == 2
+
+
+def _source_of(rewriter: Rewriter, name: str, kinds: tuple[str, ...]) -> str:
+    """What `name` is made of through nodes of these kinds alone."""
+    while (node := rewriter.producer.get(name)) is not None and node.op_type in kinds:
+        name = node.input[0]
+    return name
 
 
 def _config_head_size(rewriter: Rewriter) -> int:

@@ -14,7 +14,7 @@ from owl_deploy import artefact, checkpoint
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.export import describe, genai, parity, sparse, traced
 from owl_deploy.export.source import Progress, Source
-from owl_deploy.runtime import library_path
+from owl_deploy.runtime import kernels, library_path
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
 # it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.
@@ -85,6 +85,7 @@ def _owl(request: Request) -> dict[str, Any]:
     """The builder's graph with this package's operators in it."""
     assert request.values is not None
     library_path()  # to hear now that it is missing, and not after minutes
+    kernels()  # or that OWL_ISA is wrong
     with tempfile.TemporaryDirectory(
         dir=request.folder.parent, prefix=f"{request.folder.name}-"
     ) as scratch:

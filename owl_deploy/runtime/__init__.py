@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.errors import BadInput, EnvironmentFailed
 
 _CHECKOUT = (Path(__file__).parents[2] / "CMakeLists.txt").is_file()
 _NAMES = {
@@ -42,12 +42,19 @@ def library_path() -> Path:
 def kernels() -> str | None:
     """The instruction set whose kernels run here, such as "avx512": `$OWL_ISA`, or the best.
 
-    None where the library is missing or is none.
+    None where the library is missing or is none. Raises `BadInput` where `$OWL_ISA` names kernels
+    that do not run here.
     """
     with contextlib.suppress(EnvironmentFailed, OSError, AttributeError):
-        best = ctypes.CDLL(str(library_path())).owl_best_isa
-        best.restype = ctypes.c_char_p
-        return str(best().decode())
+        library = ctypes.CDLL(str(library_path()))
+        for function in (library.owl_best_isa, library.owl_last_error):
+            function.restype = ctypes.c_char_p
+        best = library.owl_best_isa()
+        if best is None:
+            raise BadInput(
+                f"{library.owl_last_error().decode()}.", "Set it to one of them, or not at all."
+            )
+        return str(best.decode())
     return None
 
 

@@ -1,6 +1,7 @@
 // A small C interface to the kernels, for tests and kernel benchmarks: no ONNX Runtime needed, threads of its own.
 #include <atomic>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -31,14 +32,25 @@ int fail(const std::string& message) {
   return 1;
 }
 
+// Null, and last_error, where there are none.
 const owl::Kernels* kernels_for(const char* isa) {
-  return isa == nullptr || *isa == '\0' ? &owl::best_kernels() : owl::find_kernels(isa);
+  try {
+    return isa == nullptr || *isa == '\0' ? &owl::best_kernels() : &owl::kernels_named(isa, "the instruction set");
+  } catch (const std::invalid_argument& e) {
+    fail(e.what());
+    return nullptr;
+  }
 }
 
 }  // namespace
 
 OWL_EXPORT const char* owl_last_error() { return last_error.c_str(); }
-OWL_EXPORT const char* owl_best_isa() { return owl::best_kernels().name; }
+
+// Null, and owl_last_error(), where OWL_ISA asks for what cannot be had.
+OWL_EXPORT const char* owl_best_isa() {
+  const owl::Kernels* kernels = kernels_for(nullptr);
+  return kernels == nullptr ? nullptr : kernels->name;
+}
 
 // The i-th instruction set built in, best first, or null after the last.
 OWL_EXPORT const char* owl_isa_name(std::size_t i) { return owl::kernel_names()[i]; }
@@ -55,7 +67,7 @@ OWL_EXPORT int owl_matmul(const char* isa, const void* packed, std::size_t size,
                           float* y, std::size_t threads, int epilogue, const float* bias, const float* skip,
                           const float* gamma, float epsilon, float* sum) {
   const owl::Kernels* kernels = kernels_for(isa);
-  if (kernels == nullptr) return fail("this processor cannot run the instruction set asked for");
+  if (kernels == nullptr) return 1;
   owl::Linear op;
   const std::string wrong = owl::parse_packed(packed, size, &op.weight);
   if (!wrong.empty()) return fail(wrong);
@@ -88,7 +100,7 @@ OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t leng
                              void* keys, void* values, const float* cosines, const float* sines, float scale,
                              float softcap, std::size_t window, std::size_t threads, float* out) {
   const owl::Kernels* kernels = kernels_for(isa);
-  if (kernels == nullptr) return fail("this processor cannot run the instruction set asked for");
+  if (kernels == nullptr) return 1;
   if (past + length > capacity || heads % kv_heads != 0 || head_size % 16 != 0 || head_size > owl::kMaxHeadSize)
     return fail("unsupported shape");
   owl::Attention op;

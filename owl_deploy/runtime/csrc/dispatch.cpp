@@ -1,6 +1,9 @@
 // Which kernels this processor can run. Compiled without any instruction-set flag.
+#include <strings.h>
+
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -63,20 +66,27 @@ const char* const* kernel_names() { return kNames; }
 
 const Kernels* find_kernels(const char* name) {
   for (const Candidate& c : kCandidates)
-    if (std::strcmp(c.kernels->name, name) == 0) return c.supported() ? c.kernels : nullptr;
+    if (strcasecmp(c.kernels->name, name) == 0) return c.supported() ? c.kernels : nullptr;
   return nullptr;
 }
 
+const Kernels& kernels_named(const char* name, const char* asker) {
+  if (const Kernels* found = find_kernels(name)) return *found;
+  std::string known;
+  for (const Candidate& c : kCandidates)
+    if (c.supported()) known += std::string(known.empty() ? "" : ", ") + c.kernels->name;
+  throw std::invalid_argument(std::string(asker) + " is '" + name + "', but the kernels that run here are: " + known);
+}
+
 const Kernels& best_kernels() {
-  static const Kernels* const best = [] {
+  static const Kernels& best = []() -> const Kernels& {
     const char* wanted = std::getenv("OWL_ISA");
-    if (wanted != nullptr)
-      if (const Kernels* named = find_kernels(wanted)) return named;
+    if (wanted != nullptr && *wanted != '\0') return kernels_named(wanted, "OWL_ISA");
     for (const Candidate& c : kCandidates)
-      if (c.supported()) return c.kernels;
-    return &kPortableKernels;
+      if (c.supported()) return *c.kernels;
+    return kPortableKernels;
   }();
-  return *best;
+  return best;
 }
 
 }  // namespace owl

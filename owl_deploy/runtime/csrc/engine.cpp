@@ -438,6 +438,10 @@ class Plan::Steps {
     input.length == 1 ? add_decode(step) : add_prefill(step);
   }
 
+  void clear(float* out, std::size_t floats) {
+    add_phase(1, [out, floats](std::size_t) { std::fill_n(out, floats, 0.0F); });
+  }
+
   void run(const Pool& pool) {
     if (phases_.empty()) return;
     rows_ = caller_rows.get<std::uint8_t>(row_bytes_);
@@ -544,6 +548,7 @@ void Plan::add(const Linear& op, const float* x, std::size_t rows, float* y, flo
 void Plan::add(const Attention& op, const AttentionInput& input, float* out) {
   if (input.length > 0) steps_->add(op, input, out);
 }
+void Plan::clear(float* out, std::size_t floats) { steps_->clear(out, floats); }
 void Plan::run(const Pool& pool) { steps_->run(pool); }
 
 std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue) {

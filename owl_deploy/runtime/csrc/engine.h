@@ -80,6 +80,7 @@ class Plan {
   // x [rows, weight.cols] -> y [rows, outputs]; sum [rows, weight.cols] gets x + skip unless null.
   void add(const Linear& op, const float* x, std::size_t rows, float* y, float* sum);
   void add(const Attention& op, const AttentionInput& input, float* out);
+  void clear(float* out, std::size_t floats);
   void run(const Pool& pool);
 
  private:

@@ -114,10 +114,13 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kPortableKernels;
 
-// The fastest table that this processor runs, or the one that OWL_ISA names.
+// The fastest table that this processor runs, or the one that OWL_ISA names; a name that cannot be had is an error, as a
+// benchmark would measure other kernels than it says.
 const Kernels& best_kernels();
-// nullptr when there is no such table or this processor cannot run it.
+// In capitals or not; nullptr when there is no such table or this processor cannot run it.
 const Kernels* find_kernels(const char* name);
+// The same, or std::invalid_argument, which says that `asker` is this name, and which names there are.
+const Kernels& kernels_named(const char* name, const char* asker);
 // Names of all tables built in, best first; ends with nullptr.
 const char* const* kernel_names();
 

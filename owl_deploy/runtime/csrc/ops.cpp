@@ -2,7 +2,8 @@
 //
 //   SparseMatMul(X, W, [bias], [skip], [gamma]) -> Y, [sum]   attributes epilogue, columns, epsilon
 //   PackedGather(ids, W) -> X                                 rows of a dense packed weight
-//   CachedAttention(q, [k], [v], past_key, past_value, seqlens_k, total_length, [cos], [sin]) -> Y, key, value
+//   CachedAttention(q, [k], [v], past_key, past_value, seqlens_k, total_length, [cos], [sin], [attention_mask])
+//     -> Y, key, value                                        padding, where there is a mask, takes no room in the cache
 //   ProgramFp16, ProgramFp32(any ...) -> [Y] x 4, caches ...  several of these in one go: see program.cpp
 //
 // Only the C API of the header's version is used, so the library runs with every later ONNX Runtime.
@@ -10,6 +11,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 using namespace owl_ops;  // NOLINT: this file defines what those helpers are for
@@ -18,7 +20,6 @@ namespace {
 
 // A float input of exactly `size` elements, or null when it is left out.
 const float* optional_floats(const Ort::KernelContext& context, std::size_t index, std::size_t size, const char* what) {
-  if (index >= context.GetInputCount()) return nullptr;
   const Ort::ConstValue value = context.GetInput(index);
   if (!value) return nullptr;
   if (value.GetTensorTypeAndShapeInfo().GetElementCount() != size) reject(std::string(what) + " has the wrong size");
@@ -36,6 +37,7 @@ class SparseMatMulKernel {
     const std::size_t most = owl::linear_outputs(op_.weight, op_.epilogue);
     op_.outputs = extent(attribute_or<std::int64_t>(info, "columns", static_cast<std::int64_t>(most)));
     check_linear(op_);
+    writes_sum_ = has_output(info, 1);
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
@@ -45,7 +47,7 @@ class SparseMatMulKernel {
  private:
   void compute(OrtKernelContext* raw) {
     Ort::KernelContext context(raw);
-    const Ort::ConstValue x = context.GetInput(0);
+    const Ort::ConstValue x = needed_input(context, 0);
     std::vector<std::int64_t> shape = x.GetTensorTypeAndShapeInfo().GetShape();
     const std::size_t cols = op_.weight.cols;
     require(!shape.empty() && extent(shape.back()) == cols, "the input's last dimension differs from the weight's columns");
@@ -58,18 +60,19 @@ class SparseMatMulKernel {
     op.gamma = optional_floats(context, 4, cols, "gamma");
     require(op.skip == nullptr || op.gamma != nullptr, "skip needs gamma");
     float* sum = nullptr;
-    if (context.GetOutputCount() > 1) {
+    if (writes_sum_) {
       require(op.gamma != nullptr, "the second output needs gamma");
-      sum = context.GetOutput(1, shape).GetTensorMutableData<float>();
+      sum = needed_output(context, 1, shape).GetTensorMutableData<float>();
     }
     shape.back() = static_cast<std::int64_t>(op.outputs);
-    float* y = context.GetOutput(0, shape).GetTensorMutableData<float>();
+    float* y = needed_output(context, 0, shape).GetTensorMutableData<float>();
     owl::Plan plan(owl::best_kernels());
     plan.add(op, x.GetTensorData<float>(), rows, y, sum);
     plan.run(session_pool(raw));
   }
 
   owl::Linear op_;
+  bool writes_sum_ = false;
 };
 
 struct SparseMatMul : Operator<SparseMatMul, SparseMatMulKernel> {
@@ -103,12 +106,12 @@ class PackedGatherKernel {
  private:
   void compute(OrtKernelContext* raw) {
     Ort::KernelContext context(raw);
-    const Ort::ConstValue ids = context.GetInput(0);
+    const Ort::ConstValue ids = needed_input(context, 0);
     std::vector<std::int64_t> shape = ids.GetTensorTypeAndShapeInfo().GetShape();
     const std::size_t count = ids.GetTensorTypeAndShapeInfo().GetElementCount();
     const auto* id = ids.GetTensorData<std::int64_t>();
     shape.push_back(static_cast<std::int64_t>(weight_.cols));
-    float* out = context.GetOutput(0, shape).GetTensorMutableData<float>();
+    float* out = needed_output(context, 0, shape).GetTensorMutableData<float>();
     for (std::size_t i = 0; i < count; ++i) {
       require(id[i] >= 0 && extent(id[i]) < weight_.rows, "a token id lies outside the vocabulary");
       float* row = out + i * weight_.cols;
@@ -155,26 +158,27 @@ class CachedAttentionKernel {
  private:
   void compute(OrtKernelContext* raw) {
     Ort::KernelContext context(raw);
-    const auto shape = context.GetInput(0).GetTensorTypeAndShapeInfo().GetShape();
+    const Ort::ConstValue q = needed_input(context, 0);
+    const auto shape = q.GetTensorTypeAndShapeInfo().GetShape();
     require(shape.size() == 3, "queries are [batch, length, width]");
     AttentionTensors t;
-    t.q = context.GetInput(0).GetTensorData<float>();
+    t.q = q.GetTensorData<float>();
     t.batch = extent(shape[0]);
     t.length = extent(shape[1]);
     t.q_width = extent(shape[2]);
-    t.past_key = context.GetInput(3);
-    t.past_value = context.GetInput(4);
-    t.seqlens = context.GetInput(5);
-    t.total = context.GetInput(6);
-    if (context.GetInputCount() > 8) {
-      t.cosines = context.GetInput(7);
-      t.sines = context.GetInput(8);
-    }
+    t.past_key = needed_input(context, 3);
+    t.past_value = needed_input(context, 4);
+    t.seqlens = needed_input(context, 5);
+    t.total = needed_input(context, 6);
+    t.cosines = context.GetInput(7);
+    t.sines = context.GetInput(8);
+    t.mask = context.GetInput(9);
     const Ort::ConstValue k = context.GetInput(1), v = context.GetInput(2);
+    require(static_cast<bool>(k) == static_cast<bool>(v), "keys come with values");
     if (k) {
       const auto expected = k.GetTensorTypeAndShapeInfo().GetShape();
       require(expected.size() == 3 && expected[0] == shape[0] && expected[1] == shape[1], "the keys have the wrong shape");
-      require(v && v.GetTensorTypeAndShapeInfo().GetShape() == expected, "the values have the wrong shape");
+      require(v.GetTensorTypeAndShapeInfo().GetShape() == expected, "the values have the wrong shape");
       t.kv_width = extent(expected[2]);
       t.k = k.GetTensorData<float>();
       t.v = v.GetTensorData<float>();
@@ -184,10 +188,10 @@ class CachedAttentionKernel {
         plan, t,
         [&](std::size_t width) {
           const std::vector<std::int64_t> out{shape[0], shape[1], static_cast<std::int64_t>(width)};
-          return context.GetOutput(0, out).GetTensorMutableData<float>();
+          return needed_output(context, 0, out).GetTensorMutableData<float>();
         },
         [&](std::size_t which, const std::vector<std::int64_t>& dimensions) {
-          return context.GetOutput(1 + which, dimensions).GetTensorMutableRawData();
+          return needed_output(context, 1 + which, dimensions).GetTensorMutableRawData();
         });
     plan.run(session_pool(raw));
   }
@@ -199,9 +203,10 @@ class CachedAttentionKernel {
 template <ONNXTensorElementDataType CacheElement>
 struct CachedAttention : Operator<CachedAttention<CacheElement>, CachedAttentionKernel> {
   const char* GetName() const { return "CachedAttention"; }
-  std::size_t GetInputTypeCount() const { return 9; }
+  std::size_t GetInputTypeCount() const { return 10; }
   ONNXTensorElementDataType GetInputType(std::size_t i) const {
     if (i == 3 || i == 4) return CacheElement;
+    if (i == 9) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
     return i == 5 || i == 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(std::size_t i) const {
@@ -228,6 +233,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   static const CachedAttentionFp32 attention_fp32;
   static const CachedAttentionFp16 attention_fp16;
   try {
+    owl::best_kernels();  // to refuse a wrong OWL_ISA now, with a sentence
     static Ort::CustomOpDomain domain = [] {
       Ort::CustomOpDomain d("ai.owl");
       d.Add(&matmul);
@@ -241,6 +247,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     Ort::UnownedSessionOptions(options).Add(domain);
   } catch (const Ort::Exception& e) {
     return api->CreateStatus(e.GetOrtErrorCode(), e.what());
+  } catch (const std::invalid_argument& e) {
+    return api->CreateStatus(ORT_INVALID_ARGUMENT, e.what());
   }
   return nullptr;
 }

@@ -24,6 +24,27 @@ inline std::size_t extent(std::int64_t n) {
   return static_cast<std::size_t>(n);
 }
 
+// Whether a model connects input or output `index` of the node: an optional one may be left out, by an empty name.
+inline bool has_input(const Ort::ConstKernelInfo& info, std::size_t index) {
+  return index < info.GetInputCount() && !info.GetInputName(index).empty();
+}
+inline bool has_output(const Ort::ConstKernelInfo& info, std::size_t index) {
+  return index < info.GetOutputCount() && !info.GetOutputName(index).empty();
+}
+
+// One run's tensors. What is left out is no tensor, and would be read and written through null.
+inline Ort::ConstValue needed_input(const Ort::KernelContext& context, std::size_t index) {
+  const Ort::ConstValue value = context.GetInput(index);
+  require(value, "an input that the operator needs is left out");
+  return value;
+}
+inline Ort::UnownedValue needed_output(const Ort::KernelContext& context, std::size_t index,
+                                       const std::vector<std::int64_t>& shape) {
+  const Ort::UnownedValue value = context.GetOutput(index, shape);
+  require(value, "an output that the operator writes is left out");
+  return value;
+}
+
 // The session's own threads.
 inline void run_session_threads(void* context, std::size_t count, void (*task)(void*, std::size_t), void* argument) {
   Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(task, count, 0, argument);
@@ -96,6 +117,7 @@ struct AttentionTensors {
   std::size_t q_width = 0, kv_width = 0;
   std::size_t batch = 0, length = 0;
   Ort::ConstValue past_key, past_value, seqlens, total, cosines, sines;
+  Ort::ConstValue mask;                                    // [batch, total_length], or null
 };
 
 // Attributes of CachedAttention; checks tensors and adds the work on them to a plan.
@@ -112,8 +134,10 @@ class AttentionNode {
   struct Cache {
     std::size_t past_capacity, total, table;
     const std::int32_t* seqlens;
+    const std::int64_t* mask;
   };
   Cache read(const AttentionTensors& tensors, owl::Attention& attention) const;
+  static const std::int64_t* read_mask(const AttentionTensors& tensors, std::size_t total);
   void add_sequences(owl::Plan& plan, const AttentionTensors& tensors, const owl::Attention& attention,
                      const Cache& cache, void* keys, void* values, float* out) const;
 };

@@ -7,8 +7,15 @@
 
 namespace owl_ops {
 
+namespace {
+
+constexpr std::size_t kMaxAllHeads = std::size_t{1} << 20;  // so that no width overflows
+
+}  // namespace
+
 void AttentionNode::check_heads() const {
   require(op.heads > 0 && op.kv_heads > 0 && op.heads % op.kv_heads == 0, "num_heads must be a multiple of kv_num_heads");
+  require(op.heads <= kMaxAllHeads, "num_heads is out of range");
   require(op.heads / op.kv_heads <= owl::kMaxHeads, "too many query heads for each key head");
 }
 
@@ -29,11 +36,12 @@ AttentionNode::Cache AttentionNode::read(const AttentionTensors& tensors, owl::A
       info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? owl::CacheType::kFp16 : owl::CacheType::kFp32;
   if (attention.scale == 0.0F) attention.scale = 1.0F / std::sqrt(static_cast<float>(attention.head_size));
 
-  Cache cache{extent(shape[2]), 0, static_cast<std::size_t>(-1), nullptr};
+  Cache cache{extent(shape[2]), 0, static_cast<std::size_t>(-1), nullptr, nullptr};
   require(tensors.seqlens.GetTensorTypeAndShapeInfo().GetElementCount() == tensors.batch, "seqlens_k has the wrong size");
   cache.seqlens = tensors.seqlens.GetTensorData<std::int32_t>();
   require(tensors.total.GetTensorTypeAndShapeInfo().GetElementCount() == 1, "total_length must be one number");
   cache.total = extent(tensors.total.GetTensorData<std::int32_t>()[0]);
+  cache.mask = read_mask(tensors, cache.total);
   attention.capacity = std::max(cache.past_capacity, cache.total);
   if (attention.rotary) {
     require(tensors.cosines && tensors.sines, "rotary embedding needs its tables");
@@ -49,7 +57,31 @@ AttentionNode::Cache AttentionNode::read(const AttentionTensors& tensors, owl::A
   return cache;
 }
 
+const std::int64_t* AttentionNode::read_mask(const AttentionTensors& tensors, std::size_t total) {
+  if (!tensors.mask) return nullptr;
+  const auto shape = tensors.mask.GetTensorTypeAndShapeInfo().GetShape();
+  require(shape.size() == 2 && extent(shape[0]) == tensors.batch && extent(shape[1]) == total,
+          "attention_mask must be [batch, total_length]");
+  require(total >= tensors.length, "attention_mask is shorter than the new tokens");
+  return tensors.mask.GetTensorData<std::int64_t>();
+}
+
 namespace {
+
+// Calls each(is_token, first, count) for every run of tokens or of padding among `length` places; null: all are tokens.
+template <class Each>
+void for_each_run(const std::int64_t* mask, std::size_t length, Each each) {
+  for (std::size_t first = 0, end = 0; first < length; first = end) {
+    const bool is_token = mask == nullptr || mask[first] != 0;
+    for (end = first + 1; end < length && (mask == nullptr || (mask[end] != 0) == is_token);) ++end;
+    each(is_token, first, end - first);
+  }
+}
+
+std::size_t count_tokens(const std::int64_t* mask, std::size_t length) {
+  if (mask == nullptr) return length;
+  return length - static_cast<std::size_t>(std::count(mask, mask + length, 0));
+}
 
 // Nothing to do when the runtime gives one buffer for past and present, as onnxruntime-genai does.
 void copy_past(const Ort::ConstValue& cache, std::size_t b, std::size_t past, std::size_t past_capacity,
@@ -74,19 +106,29 @@ void AttentionNode::add_sequences(owl::Plan& plan, const AttentionTensors& tenso
   const std::size_t bytes = attention.head_size * (attention.cache == owl::CacheType::kFp16 ? 2 : 4);
   const std::size_t sequence_bytes = attention.kv_heads * attention.capacity * bytes;
   for (std::size_t b = 0; b < tensors.batch; ++b) {
-    // seqlens_k is each sequence's length less one; a first prompt may be padded on its right.
-    const std::size_t known = extent(cache.seqlens[b]) + 1;
-    const std::size_t past = cache.total == length || known < length ? 0 : known - length;
-    require(past + length <= attention.capacity && past <= cache.past_capacity, "seqlens_k runs past the cache");
-    require(past + length <= cache.table, "the rotary tables hold too few positions");
+    // seqlens_k is each sequence's length less one. Without a mask, a first prompt may be padded on its right only.
+    const std::size_t known = extent(std::int64_t{cache.seqlens[b]} + 1);
+    const std::int64_t* mask = cache.mask == nullptr ? nullptr : cache.mask + (b + 1) * cache.total - length;
+    const std::size_t tokens = count_tokens(mask, length);
+    require(mask == nullptr || known >= tokens, "attention_mask has more tokens than seqlens_k");
+    const bool starts = mask == nullptr && (cache.total == length || known < length);
+    const std::size_t past = starts ? 0 : known - tokens;
+    require(past + tokens <= attention.capacity && past <= cache.past_capacity, "seqlens_k runs past the cache");
+    require(past + tokens <= cache.table, "the rotary tables hold too few positions");
     auto* own_keys = static_cast<std::uint8_t*>(keys) + b * sequence_bytes;
     auto* own_values = static_cast<std::uint8_t*>(values) + b * sequence_bytes;
     copy_past(tensors.past_key, b, past, cache.past_capacity, attention, bytes, own_keys);
     copy_past(tensors.past_value, b, past, cache.past_capacity, attention, bytes, own_values);
-    const owl::AttentionInput input{tensors.q + b * length * stride, k + b * length * kv_stride,
-                                    v + b * length * kv_stride,     stride, kv_stride, length, past,
-                                    own_keys,                       own_values};
-    plan.add(attention, input, out + b * length * width);
+    // Padding is no position: tokens on either side of it are neighbours in the cache.
+    std::size_t position = past;
+    for_each_run(mask, length, [&](bool is_token, std::size_t first, std::size_t count) {
+      const std::size_t row = b * length + first;
+      if (!is_token) return plan.clear(out + row * width, count * width);
+      const owl::AttentionInput input{tensors.q + row * stride, k + row * kv_stride, v + row * kv_stride, stride, kv_stride,
+                                      count,                    position,            own_keys,            own_values};
+      plan.add(attention, input, out + row * width);
+      position += count;
+    });
   }
 }
 

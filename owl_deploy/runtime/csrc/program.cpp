@@ -8,6 +8,7 @@
 //   0, x, weight, bias, skip, gamma, y, sum, epilogue, columns                  numbers: epsilon
 //   1, q, k, v, past_key, past_value, seqlens_k, total_length, cos, sin, y, present_key, present_value,
 //      num_heads, kv_num_heads, local_window_size, do_rotary, rotary_interleaved  numbers: scale, softcap
+//   2: as 1, with attention_mask behind sin
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -38,7 +39,7 @@ struct MatMulStep {
 
 struct AttentionStep {
   AttentionNode node;
-  Value q, k, v, past_key, past_value, seqlens, total, cosines, sines, y, present_key, present_value;
+  Value q, k, v, past_key, past_value, seqlens, total, cosines, sines, mask, y, present_key, present_value;
 };
 
 struct Step {
@@ -61,10 +62,10 @@ class Reader {
   Step step() {
     Step s;
     const std::int64_t kind = integer();
-    require(kind == 0 || kind == 1, "unknown kind of step");
-    s.is_attention = kind == 1;
+    require(kind >= 0 && kind <= 2, "unknown kind of step");
+    s.is_attention = kind != 0;
     if (s.is_attention)
-      attention(s.attention);
+      attention(s.attention, kind == 2);
     else
       matmul(s.matmul);
     return s;
@@ -112,9 +113,10 @@ class Reader {
     require(s.gamma.present || (!s.skip.present && !s.sum.present), "skip and sum need gamma");
   }
 
-  void attention(AttentionStep& s) {
+  void attention(AttentionStep& s, bool has_mask) {
     for (Value* v : {&s.q, &s.k, &s.v, &s.past_key, &s.past_value, &s.seqlens, &s.total, &s.cosines, &s.sines})
       *v = value(v != &s.k && v != &s.v && v != &s.cosines && v != &s.sines);
+    if (has_mask) s.mask = value(true);
     s.y = value(true);
     s.present_key = value(true);
     s.present_value = value(true);
@@ -129,8 +131,8 @@ class Reader {
     op.softcap = number();
     s.node.check_heads();
     require(s.k.present == s.v.present, "keys come with values");
-    for (const Value* v : {&s.past_key, &s.past_value, &s.seqlens, &s.total})
-      require(v->place == Value::kInput, "caches and lengths must be inputs");
+    for (const Value* v : {&s.past_key, &s.past_value, &s.seqlens, &s.total, &s.mask})
+      require(v->place == Value::kInput, "caches, lengths and the mask must be inputs");
     for (const Value* v : {&s.cosines, &s.sines}) require(v->place == Value::kInput, "rotary tables must be inputs");
     for (const Value* v : {&s.present_key, &s.present_value})
       require(v->place == Value::kOutput && v->index >= kFloatOutputs, "new caches must be outputs");
@@ -167,7 +169,9 @@ thread_local Slots slots;
 class ProgramKernel {
  public:
   ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache)
-      : cache_(cache), inputs_(info.GetInputCount()), outputs_(info.GetOutputCount()) {
+      : cache_(cache) {
+    for (std::size_t i = 0; i < info.GetInputCount(); ++i) has_input_.push_back(has_input(info, i));
+    for (std::size_t i = 0; i < info.GetOutputCount(); ++i) has_output_.push_back(has_output(info, i));
     for (const std::int64_t width : info.GetAttributes<std::int64_t>("slots")) {
       require(width > 0 && width <= kMaxWidth, "a slot's width is out of range");
       slot_widths_.push_back((static_cast<std::size_t>(width) + 15) / 16 * 16);
@@ -186,15 +190,26 @@ class ProgramKernel {
 
  private:
   static constexpr std::int64_t kMaxWidth = std::int64_t{1} << 28;
+  static constexpr std::size_t kMaxRows = std::size_t{1} << 28;
+  static constexpr std::size_t kMaxSlotFloats = std::size_t{1} << 40;
 
-  // Every index exists, every slot and output is written before it is read, and no wider than it is.
+  // Every input and output exists and is connected, every slot and output is written before it is read, by one step, and
+  // no wider than it is.
   void check_flow() const {
-    std::vector<bool> slot_written(slot_widths_.size()), output_written(kFloatOutputs);
+    std::vector<bool> slot_written(slot_widths_.size()), output_written(has_output_.size());
+    auto writes_output = [&](const Value& v) {
+      require(v.index < has_output_.size() && has_output_[v.index], "an output that a step writes is left out");
+      require(!output_written[v.index], "an output is written twice");
+      output_written[v.index] = true;
+    };
     auto reads = [&](const Value& v) {
       if (!v.present) return;
-      if (v.place == Value::kInput) require(v.index < inputs_, "no such input");
+      if (v.place == Value::kInput)
+        require(v.index < has_input_.size() && has_input_[v.index], "an input that a step reads is left out");
       if (v.place == Value::kSlot) require(v.index < slot_written.size() && slot_written[v.index], "a slot is read before it is written");
-      if (v.place == Value::kOutput) require(v.index < kFloatOutputs && output_written[v.index], "an output is read before it is written");
+      if (v.place == Value::kOutput)
+        require(v.index < std::min(kFloatOutputs, output_written.size()) && output_written[v.index],
+                "an output is read before it is written");
     };
     auto writes = [&](const Value& v, std::size_t width) {
       if (!v.present) return;
@@ -203,16 +218,17 @@ class ProgramKernel {
         require(v.index < slot_widths_.size() && width <= slot_widths_[v.index], "a slot is too narrow");
         slot_written[v.index] = true;
       } else {
-        require(v.index < std::min(kFloatOutputs, outputs_) && !output_written[v.index], "an output is missing or written twice");
-        output_written[v.index] = true;
+        require(v.index < kFloatOutputs, "activations go to the first outputs");
+        writes_output(v);
       }
     };
     for (const Step& s : steps_) {
       if (s.is_attention) {
         const AttentionStep& a = s.attention;
-        for (const Value* v : {&a.q, &a.k, &a.v, &a.past_key, &a.past_value, &a.seqlens, &a.total, &a.cosines, &a.sines}) reads(*v);
+        for (const Value* v : {&a.q, &a.k, &a.v, &a.past_key, &a.past_value, &a.seqlens, &a.total, &a.cosines, &a.sines, &a.mask})
+          reads(*v);
         writes(a.y, 0);  // its width follows from the cache: checked at each run
-        for (const Value* v : {&a.present_key, &a.present_value}) require(v->index < outputs_, "no such cache output");
+        for (const Value* v : {&a.present_key, &a.present_value}) writes_output(*v);
       } else {
         const MatMulStep& m = s.matmul;
         for (const Value* v : {&m.x, &m.bias, &m.skip, &m.gamma}) reads(*v);
@@ -250,10 +266,11 @@ class ProgramKernel {
     void compute() {
       const Step& first = kernel_.steps_.front();
       const Value& x = first.is_attention ? first.attention.q : first.matmul.x;
-      const auto shape = context_.GetInput(x.index).GetTensorTypeAndShapeInfo().GetShape();
+      const auto shape = needed_input(context_, x.index).GetTensorTypeAndShapeInfo().GetShape();
       require(shape.size() == 3, "activations are [batch, length, width]");
       batch_ = extent(shape[0]);
       length_ = extent(shape[1]);
+      require(batch_ <= kMaxRows && length_ <= kMaxRows && rows() <= kMaxRows, "there are too many rows");
       place_slots();
       owl::Plan plan(owl::best_kernels());
       for (const Step& s : kernel_.steps_) s.is_attention ? add(plan, s.attention) : add(plan, s.matmul);
@@ -270,7 +287,10 @@ class ProgramKernel {
 
     void place_slots() {
       std::size_t total = 0;
-      for (const std::size_t width : kernel_.slot_widths_) total += width * rows();
+      for (const std::size_t width : kernel_.slot_widths_) {
+        total += width * rows();
+        require(total <= kMaxSlotFloats, "the steps need too much memory");
+      }
       float* at = slots.get(total);
       for (std::size_t i = 0; i < slot_now_.size(); ++i) {
         slot_now_[i] = {at, 0};
@@ -283,7 +303,7 @@ class ProgramKernel {
       if (!v.present) return nullptr;
       Row row;
       if (v.place == Value::kInput) {
-        const Ort::ConstValue tensor = context_.GetInput(v.index);
+        const Ort::ConstValue tensor = needed_input(context_, v.index);
         const auto info = tensor.GetTensorTypeAndShapeInfo();
         const auto shape = info.GetShape();
         require(info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && shape.size() == 3 &&
@@ -307,7 +327,7 @@ class ProgramKernel {
       }
       const std::vector<std::int64_t> shape{static_cast<std::int64_t>(batch_), static_cast<std::int64_t>(length_),
                                             static_cast<std::int64_t>(width)};
-      output_now_[v.index] = {context_.GetOutput(v.index, shape).GetTensorMutableData<float>(), width};
+      output_now_[v.index] = {needed_output(context_, v.index, shape).GetTensorMutableData<float>(), width};
       return output_now_[v.index].data;
     }
 
@@ -315,7 +335,7 @@ class ProgramKernel {
     const float* vector(const Value& v, std::size_t size) {
       if (!v.present) return nullptr;
       require(v.place == Value::kInput, "bias and gamma must be inputs");
-      const Ort::ConstValue tensor = context_.GetInput(v.index);
+      const Ort::ConstValue tensor = needed_input(context_, v.index);
       const auto info = tensor.GetTensorTypeAndShapeInfo();
       require(info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && info.GetElementCount() == size,
               "bias or gamma has the wrong size");
@@ -324,8 +344,8 @@ class ProgramKernel {
 
     Ort::ConstValue tensor(const Value& v, ONNXTensorElementDataType type) {
       if (!v.present) return Ort::ConstValue{nullptr};
-      const Ort::ConstValue found = context_.GetInput(v.index);
-      require(found && found.GetTensorTypeAndShapeInfo().GetElementType() == type, "an input has the wrong type");
+      const Ort::ConstValue found = needed_input(context_, v.index);
+      require(found.GetTensorTypeAndShapeInfo().GetElementType() == type, "an input has the wrong type");
       return found;
     }
 
@@ -352,11 +372,12 @@ class ProgramKernel {
       t.total = tensor(s.total, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
       t.cosines = tensor(s.cosines, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
       t.sines = tensor(s.sines, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+      t.mask = tensor(s.mask, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
       s.node.add_to(
           plan, t, [&](std::size_t width) { return result(s.y, width); },
           [&](std::size_t which, const std::vector<std::int64_t>& shape) {
             const Value& v = which == 0 ? s.present_key : s.present_value;
-            return context_.GetOutput(v.index, shape).GetTensorMutableRawData();
+            return needed_output(context_, v.index, shape).GetTensorMutableRawData();
           });
     }
 
@@ -369,7 +390,7 @@ class ProgramKernel {
   };
 
   ONNXTensorElementDataType cache_;
-  std::size_t inputs_, outputs_;
+  std::vector<bool> has_input_, has_output_;  // whether the model connects them
   std::vector<std::size_t> slot_widths_;
   std::vector<Step> steps_;
   owl::HugeMemory memory_;

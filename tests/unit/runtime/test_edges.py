@@ -141,6 +141,17 @@ print(kernels())
 """
 
 
+def with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, since a process chooses its kernels once."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OWL_ISA": isa, "OWL_RUNTIME_LIBRARY": str(library_path())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize("values", ["bf16", "int8"])
 def test_owl_isa_chooses_the_kernels_of_a_session(
     kernels: Kernels, isa: str, values: pack.Values, tmp_path
@@ -151,14 +162,44 @@ def test_owl_isa_chooses_the_kernels_of_a_session(
     (tmp_path / "m.onnx").write_bytes(model_of(block, 96).SerializeToString())
     x = activations(5, 96)
     np.save(tmp_path / "x.npy", x)
-    done = subprocess.run(
-        [sys.executable, "-c", CHOSEN, *(str(tmp_path / n) for n in ("m.onnx", "x.npy", "y.npy"))],
-        env={**os.environ, "OWL_ISA": isa, "OWL_RUNTIME_LIBRARY": str(library_path())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    files = (str(tmp_path / name) for name in ("m.onnx", "x.npy", "y.npy"))
+    done = with_isa(isa.upper() if values == "int8" else isa, "-c", CHOSEN, *files)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == isa
     expected = [kernels.matmul(isa, block, part, 50)[0] for part in (x, x[:1])]
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), np.concatenate(expected))
+
+
+REGISTERED = """
+import onnxruntime
+from owl_deploy.runtime import register
+register(onnxruntime.SessionOptions())
+"""
+CALLED = """
+import numpy as np
+from owl_deploy.runtime import library_path, pack
+from tests.unit.runtime.conftest import load
+block = pack.pack(np.ones((16, 4), np.float32), "fp32")
+print(load(library_path()).matmul("", block, np.ones((1, 4), np.float32), 16))
+"""
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", "neon" if sys.platform != "darwin" else "avx2"])
+@pytest.mark.parametrize("code", [REGISTERED, CALLED], ids=["session", "c"])
+def test_an_owl_isa_that_cannot_run_is_refused(kernels: Kernels, wanted: str, code: str) -> None:
+    """A benchmark would otherwise time other kernels than it says."""
+    if wanted in kernels.isas():
+        pytest.skip(f"{wanted} runs here")
+    done = with_isa(wanted, "-c", code)
+    sentence = f"OWL_ISA is '{wanted}', but the kernels that run here are: "
+    assert done.returncode != 0
+    assert sentence + ", ".join(kernels.isas()) in done.stderr
+
+
+def test_owl_says_that_owl_isa_is_wrong(kernels: Kernels) -> None:
+    done = with_isa("nonsense", "-m", "owl_deploy", "engines", "ls")
+    assert done.returncode == 2
+    assert "OWL_ISA is 'nonsense'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert with_isa(kernels.isas()[-1].upper(), "-m", "owl_deploy", "engines", "ls").returncode == 0
+    assert with_isa("", "-m", "owl_deploy", "engines", "ls").returncode == 0  # as if it were unset

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from owl_deploy.runtime import pack, register
 
 from .conftest import Kernels
+from .test_attention import rotary_tables
 from .test_pack import sparse_weight
 
 
@@ -159,8 +160,8 @@ def gather_of(block: NDArray[np.uint8]) -> onnxruntime.InferenceSession:
 HEADS, KV, SIZE, POSITIONS = 4, 2, 16, 32
 
 
-def attention() -> onnxruntime.InferenceSession:
-    """Packed queries, keys and values against a cache of fp32, with rotary tables."""
+def attention(mask: str = "") -> onnxruntime.InferenceSession:
+    """Packed queries, keys and values against a cache of fp32, with rotary tables; a `mask`."""
     floats = {
         "q": ["b", "n", "w"],
         "past_k": ["b", "h", "p", "d"],
@@ -169,6 +170,8 @@ def attention() -> onnxruntime.InferenceSession:
     whole = {"lengths": ["b"], "total": []}
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, d) for n, d in floats.items()]
     inputs += [helper.make_tensor_value_info(n, TensorProto.INT32, d) for n, d in whole.items()]
+    if mask:
+        inputs.append(helper.make_tensor_value_info(mask, TensorProto.INT64, ["b", "t"]))
     outputs = [
         helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "n", "o"]),
         helper.make_tensor_value_info("k", TensorProto.FLOAT, ["b", "h", "q", "d"]),
@@ -176,7 +179,7 @@ def attention() -> onnxruntime.InferenceSession:
     ]
     node = helper.make_node(
         "CachedAttention",
-        ["q", "", "", "past_k", "past_v", "lengths", "total", "cos", "sin"],
+        ["q", "", "", "past_k", "past_v", "lengths", "total", "cos", "sin", mask],
         ["y", "k", "v"],
         domain="ai.owl",
         num_heads=HEADS,
@@ -184,8 +187,8 @@ def attention() -> onnxruntime.InferenceSession:
         do_rotary=1,
     )
     tables = [
-        numpy_helper.from_array(np.ones((POSITIONS, SIZE // 2), dtype=np.float32), name)
-        for name in ("cos", "sin")
+        numpy_helper.from_array(table, name)
+        for name, table in zip(("cos", "sin"), rotary_tables(POSITIONS, SIZE), strict=True)
     ]
     graph = helper.make_graph([node], "test", inputs, outputs, tables)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
@@ -229,3 +232,64 @@ def test_hostile_attention_inputs_are_refused(name: str, value: NDArray[np.gener
     assert session.run(None, feeds())[1].shape == (1, KV, 11, SIZE)
     with pytest.raises(Exception, match=r"ai\.owl: "):
         session.run(None, feeds(**{name: value}))
+
+
+# ---- Padding -------------------------------------------------------------------------------------
+
+
+def in_parts(
+    session: onnxruntime.InferenceSession, q: NDArray[np.float32], mask: NDArray, parts: list[int]
+) -> NDArray[np.float32]:
+    """q [batch, length, width] run `parts` positions at a time behind an empty cache."""
+    caches = [np.zeros((len(q), KV, 0, SIZE), np.float32)] * 2
+    results = []
+    for end, part in zip(np.cumsum(parts), parts, strict=True):
+        seen = mask[:, :end]
+        inputs = {
+            "q": q[:, end - part : end],
+            "past_k": caches[0],
+            "past_v": caches[1],
+            "lengths": seen.sum(axis=1, dtype=np.int32) - 1,
+            "total": np.array(end, dtype=np.int32),
+            "mask": seen,
+        }
+        y, *caches = session.run(None, inputs)
+        results.append(y)
+    return np.concatenate(results, axis=1)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("parts", [[9], [4, 5], [3, 3, 3], [1] * 9])
+def test_padding_anywhere_changes_no_token(parts: list[int]) -> None:
+    masks = ["000011111", "111100000", "110001101", "000000001", "011111110", "111111111"]
+    mask = np.array([[int(digit) for digit in row] for row in masks])
+    width = (HEADS + 2 * KV) * SIZE
+    q = np.random.default_rng(0).standard_normal((*mask.shape, width)).astype(np.float32)
+    session = attention("mask")
+    together = in_parts(session, q, mask, parts)
+    for row, tokens in enumerate(mask.astype(bool)):
+        count = int(tokens.sum())
+        alone = in_parts(session, q[row : row + 1, tokens], np.ones((1, count), int), [count])
+        np.testing.assert_allclose(together[row, tokens], alone[0], atol=1e-5)
+        assert not together[row, ~tokens].any()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (np.ones((1, 10), np.int64), "total_length"),
+        (np.ones((2, 11), np.int64), "total_length"),
+        (np.ones((11,), np.int64), r"total_length|rank"),
+    ],
+)
+def test_a_mask_of_another_shape_is_refused(mask: NDArray[np.int64], words: str) -> None:
+    with pytest.raises(Exception, match=words):
+        attention("mask").run(None, feeds(mask=mask))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_mask_with_more_tokens_than_the_lengths_is_refused() -> None:
+    changes = {"lengths": np.array([-1], dtype=np.int32), "mask": np.ones((1, 11), np.int64)}
+    with pytest.raises(Exception, match="more tokens than seqlens_k"):
+        attention("mask").run(None, feeds(**changes))
