@@ -43,7 +43,7 @@ slow: $(INSTALLED)
 # Python itself is not built so: hence the preloading, and no word about what it leaks. ASan's fake
 # stack, which finds uses after return, does not align to the 64 bytes that AVX-512 registers want.
 # A mutant may ask for more memory than there is: it gets an exception, as it would without ASan.
-# OWL_MUTANTS=10000 runs so many mutated models instead of 250.
+# OWL_MUTANTS=10000 runs so many mutated models instead of 400.
 sanitize: $(INSTALLED)
 	$(BIN)/python -m owl_deploy.runtime.build --sanitize -o build/sanitized/libowl_runtime.so
 	OWL_RUNTIME_LIBRARY=$(CURDIR)/build/sanitized/libowl_runtime.so \

@@ -260,7 +260,7 @@ def main(first: int, count: int, progress: Path) -> None:
 @pytest.mark.timeout(7200)
 def test_no_mutant_crashes(tmp_path):
     first = int(os.environ.get("OWL_FIRST_MUTANT", "0"))
-    count = int(os.environ.get("OWL_MUTANTS", "250"))
+    count = int(os.environ.get("OWL_MUTANTS", "400"))
     progress = tmp_path / "seed"
     progress.write_text("none")
     done = subprocess.run(
