@@ -37,7 +37,8 @@ def benched(folder: Path, engine: str, threads: int, tokens: list[int]) -> float
     with EngineProcess(engine, folder, threads=threads, context=CONTEXT) as process:
         prompt = tokens[: CONTEXT - STEPS - WARMUP]
         answer = process.request("decode", prompt=prompt, steps=STEPS, warmup=WARMUP)
-    return 1e3 / mean(answer["latencies_ms"])
+    latencies: list[float] = answer["latencies_ms"]
+    return 1e3 / mean(latencies)
 
 
 def generated(folder: Path, threads: int, prompt: Path) -> float:
