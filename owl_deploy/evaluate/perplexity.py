@@ -14,7 +14,7 @@ from owl_deploy.adapter import with_adapter
 from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
 from owl_deploy.blocks import Skeleton, whole_model, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.engines import get_engine
+from owl_deploy.engines import engine_for, get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
@@ -177,7 +177,7 @@ def deployment_perplexity(
                 folder,
                 threads=threads,
                 trust_library=trust_library,
-                context=context_for(engine, window),
+                context=get_engine(engine).context_for(window),
                 all_logits=True,
             ) as process,
             bar("Perplexity", len(windows)) as advance,
@@ -194,7 +194,8 @@ def deployment_perplexity(
 def engine_of(deployment: Deployment, asked: str | None) -> str:
     """The engine to evaluate a deployment in: the one `asked` for, or the fastest that opens it."""
     if asked is None:
-        return "onnxruntime" if deployment.target == "deepsparse" else deployment.target
+        own = engine_for(deployment.target)
+        return own.evaluated_in or own.name
     if deployment.target not in get_engine(asked).targets:
         raise BadInput(
             f"The engine {asked!r} does not open {deployment.path}, which was exported for "
@@ -202,15 +203,6 @@ def engine_of(deployment: Deployment, asked: str | None) -> str:
             f"Leave --engine away, or export again with --target {asked}.",
         )
     return asked
-
-
-def context_for(engine: str, tokens: int) -> int:
-    """The context to open `engine` with, so that it computes `tokens` tokens rightly.
-
-    DeepSparse 1.8 gives other logits for the last ones that its cache holds, and NaN for all where
-    the cache holds no more than two of its chunks of 64: it gets room to spare.
-    """
-    return max(tokens + 64, 192) if engine == "deepsparse" else tokens
 
 
 def record(folder: Path, key: str, value: dict[str, Any]) -> None:

@@ -15,10 +15,9 @@ from typing import Any
 from owl_deploy.artefact import read_manifest
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.engines import EngineProcess, open_deployment
+from owl_deploy.engines import EngineProcess, get_engine, open_deployment
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import (
-    context_for,
     engine_of,
     load_model,
     record,
@@ -224,7 +223,7 @@ def _opened(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         seen = min(window, config.get("max_position_embeddings") or window)
         tokenizer = load_tokenizer(folder)
-        context = context_for(name, seen)
+        context = get_engine(name).context_for(seen)
         with EngineProcess(
             name,
             folder,
