@@ -85,7 +85,8 @@ def _owl(request: Request) -> dict[str, Any]:
     """The builder's graph with this package's operators in it."""
     assert request.values is not None
     library_path()  # to hear now that it is missing, and not after minutes
-    with tempfile.TemporaryDirectory(dir=request.folder.parent, prefix=".owl-tmp-") as scratch:
+    # In the staged folder, so that what a kill leaves is cleared with it.
+    with tempfile.TemporaryDirectory(dir=request.folder, prefix="fp32-") as scratch:
         dense = Path(scratch)
         try:
             facts = genai.build(request.source, dense, "fp32", request.progress)
