@@ -169,8 +169,7 @@ class Demo:
                         self.checkpoint(variant),
                         folder,
                         target=target,
-                        precision="fp32" if target == "owl" else precision,
-                        values=precision if target == "owl" else None,
+                        precision=precision,
                         progress=progress,
                     )
             self.measure_quality(variant, folder, precision)

@@ -25,7 +25,7 @@ class Deployment:
     @property
     def precision(self) -> str:
         """How the weights are held: fp32, bf16, int8 or int4."""
-        packed = self.manifest.get("values")  # of the target `owl`: how the non-zeros are held
+        packed = self.manifest.get("values")  # of earlier exports to owl: "precision" was fp32
         return packed if isinstance(packed, str) else str(self.manifest.get("precision", "fp32"))
 
     @property

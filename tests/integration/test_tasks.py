@@ -48,7 +48,7 @@ def deployment(tmp_path_factory, checkpoint):
 
     def made(target):
         if not (folder / target).exists():
-            options = {"values": "fp32"} if target == "owl" else {}
+            options = {"precision": "fp32"} if target == "owl" else {}
             export(checkpoint, folder / target, target=target, **options)
         return folder / target
 
