@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_deploy import engines, recipe
-from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
+from owl_deploy.artefact import is_artefact, keep_measurement, measurement, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import sentence
 from owl_deploy.bench.report import write_report
@@ -154,7 +154,7 @@ class Demo:
         prune(self.input / MODEL, folder, variant.settings, text, force=True)
 
     def deploy(self, variant: Variant) -> list[Path]:
-        """Export the variant as planned; each deployment's manifest holds its perplexity."""
+        """Export the variant as planned; each deployment's perplexity lies beside it."""
         folders = []
         for target, precision in variant.roads:
             if target == "owl" and not self.has_owl_engine:
@@ -176,12 +176,11 @@ class Demo:
         return folders
 
     def measure_quality(self, variant: Variant, folder: Path, precision: str) -> None:
-        """Put the perplexity on the evaluation text into a deployment's manifest.
+        """Keep the perplexity on the evaluation text beside a deployment.
 
         In float32 it is the checkpoint's, which export has found to compute the same.
         """
-        manifest = read_manifest(folder)
-        if "perplexity" in manifest:
+        if measurement(folder, "perplexity"):
             return
         text = str(self.input / EVALUATION)
         if precision != "fp32":
@@ -194,7 +193,7 @@ class Demo:
             found = checkpoint_perplexity(self.checkpoint(variant), text, limit=self.plan.windows)
             write_json(known, asdict(found))
         value = json.loads(known.read_text())
-        write_json(folder / MANIFEST, manifest | {"perplexity": value | {"engine": "torch"}})
+        keep_measurement(folder, "perplexity", value | {"engine": "torch"})
 
     def bench(self, deployments: list[Path]) -> Result:
         """All deployments in turn, each sample in a fresh process."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from owl_deploy.artefact import is_artefact, make_folder, read_manifest
+from owl_deploy.artefact import is_artefact, make_folder, measurement
 from owl_deploy.bench import plots
 from owl_deploy.bench.dense import Export, dense_baselines
 from owl_deploy.bench.plan import BenchPlan
@@ -104,7 +104,7 @@ def sweep(checkpoint: Path, output: Path, plan: SweepPlan, steps: Steps) -> Resu
     steps.say("Dense baselines")
     dense = dense_baselines(checkpoint, targets, steps.export, output / "deployments")
     for deployment in (*candidates, *dense):
-        if "perplexity" not in read_manifest(deployment):
+        if measurement(deployment, "perplexity") is None:
             steps.say(f"Perplexity of {deployment.name}")
             steps.perplexity(deployment)
     result = _bench(tuple(candidates), dense, output, plan, steps)

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from owl_deploy.adapter import with_adapter
-from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
+from owl_deploy.artefact import is_artefact, keep_measurement, read_manifest
 from owl_deploy.blocks import Skeleton, whole_model, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import engine_for, get_engine
@@ -206,14 +206,14 @@ def engine_of(deployment: Deployment, asked: str | None) -> str:
 
 
 def record(folder: Path, key: str, value: dict[str, Any]) -> None:
-    """Keep a result in the manifest of `folder`, if that is an artefact of ours.
+    """Keep a result beside what was measured, if `folder` is an artefact of ours.
 
     A folder that cannot be written costs a remark, not the result.
     """
     if not is_artefact(folder):
         return
     try:
-        write_json(folder / MANIFEST, read_manifest(folder) | {key: value})
+        keep_measurement(folder, key, value)
     except OSError as error:
         error_console().print(f"{folder} does not keep the result ({error}).", highlight=False)
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import read_manifest
+from owl_deploy.artefact import measurement, read_manifest
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import EngineProcess, get_engine, open_deployment
@@ -199,7 +199,7 @@ def evaluate_tasks(
         if name in tasks.loaded["tasks"]
     }
     if adapter is None:
-        earlier = read_manifest(folder).get("tasks", {})
+        earlier = measurement(folder, "tasks") or {}
         record(folder, "tasks", earlier | {name: asdict(one) for name, one in results.items()})
     return results
 

@@ -7,6 +7,7 @@ import onnxruntime_genai
 import pytest
 
 from owl_deploy import recipe
+from owl_deploy.artefact import measurement
 from owl_deploy.engines import open_deployment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
@@ -61,7 +62,7 @@ def test_the_deployment_computes_what_the_checkpoint_does(
     dense = checkpoint_perplexity(pruned, text, window=128, limit=8)
     found = deployment_perplexity(tmp_path / "out", text, window=128, limit=8)
     assert found.value == pytest.approx(dense.value, rel=quality)
-    recorded = json.loads((tmp_path / "out" / "owl.json").read_text())["perplexity"]
+    recorded = measurement(tmp_path / "out", "perplexity")
     assert recorded["value"] == found.value
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from owl_deploy.artefact import MANIFEST
+from owl_deploy.artefact import MANIFEST, keep_measurement
 from owl_deploy.bench.dense import dense_baselines
 from owl_deploy.bench.sweep import REPORT, Steps, SweepPlan, read_plan, sweep, trade_off
 from owl_deploy.bench.table import show_trade_off
@@ -52,8 +52,7 @@ class Made:
         manifest = json.loads((deployment / MANIFEST).read_text())
         value = 13.0 if "dense" in deployment.name else 20.0
         value += {"int8": 0.1, "int4": 4}.get(manifest["precision"], 0)
-        text = json.dumps({**manifest, "perplexity": {"text": "t", "value": value}})
-        (deployment / MANIFEST).write_text(text)
+        keep_measurement(deployment, "perplexity", {"text": "t", "value": value})
 
 
 @pytest.fixture
