@@ -84,10 +84,13 @@ def sentence(result: Result, max_loss: float | None = None) -> str:
             "Nothing here says what to deploy: no perplexity is known. `owl eval DEPLOYMENT "
             "--perplexity TEXT` records it."
         )
-    allowed = "no quality" if max_loss is None else f"at most {_percent(max_loss)} of its quality"
+    allowed = "next to nothing"
+    if max_loss is not None:
+        allowed = f"at most {_percent(max_loss)} of log-perplexity"
+    best = min(option.perplexity for option in every)
     text = (
         f"Deploy {pick.title}: {pick.tokens_per_s:.0f} tokens/s, the fastest here that loses "
-        f"{allowed} (perplexity {pick.perplexity:.1f})."
+        f"{allowed} (perplexity {pick.perplexity:.1f}, the best has {best:.1f})."
     )
     return f"{text} {_sparse(every, pick, NOTHING if max_loss is None else max_loss)}".strip()
 

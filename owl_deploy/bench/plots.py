@@ -162,7 +162,7 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
         )
         seen.add(subject.engine)
     if max(loss for _, loss in points) > 4 * min(loss for _, loss in points):
-        axes.set_yscale("log")
+        _plain_log_scale(axes)
     axes.margins(x=0.18, y=0.1)
     axes.grid()
     axes.set_xlabel("tokens/s (more is better)")
@@ -172,6 +172,16 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     first = [*best, *(index for index in range(len(points)) if index not in best)]
     _label(axes, [(subjects[index].name, points[index]) for index in first])
+
+
+def _plain_log_scale(axes: "Axes") -> None:
+    """A logarithmic y axis with numbers as they are: powers of ten would be formulas."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label(axes: "Axes", names: Sequence[tuple[str, tuple[float, float]]]) -> None:

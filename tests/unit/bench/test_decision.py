@@ -47,7 +47,7 @@ def test_sentences() -> None:
     # int8's 13.8 for 13.7 is a loss of 0.28 %: nothing that one would notice.
     assert decision.sentence(result()).startswith("Deploy dense-int8 (onnxruntime, int8): 54 ")
     said = decision.sentence(result(), 0.02)
-    assert "the fastest here that loses at most 2 % of its quality" in said
+    assert "the fastest here that loses at most 2 % of log-perplexity" in said
     assert "owl-50-deepsparse (deepsparse, fp32) is 1.0" in said
     assert "it would be the choice at 2 % or less" in said
     assert "Sparsity pays: it is 3.5" in decision.sentence(result(), 0.5)

@@ -70,6 +70,17 @@ def test_every_picture_has_its_words_and_every_number_a_table(page: str) -> None
     assert "Its perplexity is" in page
 
 
+def test_wide_ranges_of_perplexity_have_plain_numbers() -> None:
+    made = result()
+    subjects = tuple(
+        s.model_copy(update={"perplexity": 900.0}) if s.role == "candidate" else s
+        for s in made.subjects
+    )
+    picture = plots.trade_off(made.model_copy(update={"subjects": subjects}), "decode@512")
+    assert "$" not in picture
+    assert {"20", "50", "100"} <= set(re.findall(r">([\d.]+)</text>", picture))
+
+
 def test_the_decision_comes_first(page: str) -> None:
     start = page.split("<details>")[0]
     assert "Deploy dense-int8 (onnxruntime, int8)" in start  # and not the fastest, which is ruined
