@@ -138,8 +138,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 
 
 def export(
-    folder: Path,
-    destination: Path,
+    folder: str | Path,
+    destination: str | Path,
     *,
     target: str,
     precision: str = "fp32",
@@ -150,10 +150,13 @@ def export(
 ) -> dict[str, Any]:
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
-    `head`, for targets with values, is `screened` (usual for int8) or `whole`. `progress` is told
-    each step. The deployment appears whole, after its parity with PyTorch was checked, or not at
-    all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
+    `target`: a row of `TARGETS`, which says what it has of `precision` (of the dense weights) and
+    of `values` (of the non-zeros that it packs; None for the first). `head`, for targets with
+    values, is `screened` (usual for int8) or `whole`. `force` replaces a destination that is there;
+    `progress` is told each step. The deployment appears whole, after its parity with PyTorch was
+    checked, or not at all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
     """
+    folder, destination = Path(folder), Path(destination)
     row = _row(target, precision, values)
     if row.values and values is None:
         values = row.values[0]
