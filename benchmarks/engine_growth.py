@@ -118,7 +118,7 @@ def deployed(work: Path, size: str, sparsity: str) -> Path:
         return out
     dense = sparsity == DENSE
     model = checkpoint(work / f"{size}-{sparsity}-model", size, 0.0 if dense else float(sparsity))
-    target = ["onnxruntime"] if dense else ["owl", "--values", "int8"]
+    target = ["onnxruntime"] if dense else ["owl", "--precision", "int8"]
     command = [sys.executable, "-m", "owl_deploy", "export", str(model), "-o", str(out)]
     subprocess.run([*command, "--target", *target], check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(model)

@@ -18,6 +18,7 @@ from owl_deploy import __version__
 from owl_deploy.errors import BadInput, first_line
 
 MANIFEST = "owl.json"
+MEASURED = "measured"  # the folder within an artefact that holds what was measured of it
 _AGAIN = "Make the artefact again."
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -224,6 +225,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_object(path, _AGAIN)
     check(manifest, str(path), _AGAIN)
     return manifest
+
+
+def keep_measurement(folder: Path, name: str, value: dict[str, Any]) -> None:
+    """Keep what was measured of an artefact beside it: one file a measurement.
+
+    So a finished manifest is never written again, and two that measure at once lose nothing.
+    """
+    file = _measurement(folder, name)
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, value)
+
+
+def measurement(folder: Path, name: str) -> dict[str, Any] | None:
+    """What was measured of an artefact, by name ("perplexity", "tasks"); None if it was not.
+
+    Earlier versions kept it in the manifest. Raises `BadInput` for a file that cannot be read.
+    """
+    file = _measurement(folder, name)
+    if not file.is_file():
+        return read_manifest(folder).get(name)
+    from owl_deploy.manifest import check
+
+    value = read_object(file, "Measure again.")
+    check({name: value}, str(file), "Measure again.")
+    return value
+
+
+def _measurement(folder: Path, name: str) -> Path:
+    return folder / MEASURED / f"{name}.json"
 
 
 def read_object(path: Path, way_out: str) -> dict[str, Any]:

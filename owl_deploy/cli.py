@@ -198,16 +198,19 @@ def export(
         str, typer.Option("--target", "-t", help="onnxruntime, owl or deepsparse.")
     ] = "onnxruntime",
     precision: Annotated[
-        str, typer.Option("--precision", "-p", help="fp32; for onnxruntime int8 or int4 too.")
-    ] = "fp32",
-    values: Annotated[
-        str | None, typer.Option(help="For owl: the non-zeros as bf16, int8 or fp32. [bf16]")
+        str | None,
+        typer.Option(
+            "--precision",
+            "-p",
+            help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8 or "
+            "fp32 for owl; fp32 for deepsparse. [the first]",
+        ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
             help="For owl: screened, an int8 head of which tokens far from the likeliest get 4 "
-            "bits, or whole, like the other values. [screened for int8, else whole]"
+            "bits, or whole, like the other weights. [screened for int8, else whole]"
         ),
     ] = None,
     force: Force = False,
@@ -222,7 +225,6 @@ def export(
             output,
             target=target,
             precision=precision,
-            values=values,
             head=head,
             force=force,
             progress=progress,
@@ -562,19 +564,11 @@ def bench(
 
 
 def _export(checkpoint: Path, output: Path, target: str, precision: str) -> None:
-    """Export for another verb; the target `owl` has value types where others have precisions."""
+    """Export for another verb."""
     from owl_deploy.export.show import steps
 
-    packed = target == "owl"
     with steps() as progress:
-        api.export(
-            checkpoint,
-            output,
-            target=target,
-            precision="fp32" if packed else precision,
-            values=precision if packed else None,
-            progress=progress,
-        )
+        api.export(checkpoint, output, target=target, precision=precision, progress=progress)
 
 
 @app.command()
@@ -590,7 +584,13 @@ def sweep(
     allocation: Annotated[list[str] | None, typer.Option("--allocation", "-a")] = None,
     sparsity: Annotated[list[float] | None, typer.Option("--sparsity", "-s")] = None,
     target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="deepsparse, onnxruntime:int8, ...")
+        list[str] | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="NAME[:PRECISION]",
+            help="As for export: owl, onnxruntime:int8, ...; repeatable. [onnxruntime]",
+        ),
     ] = None,
     pairs: Annotated[int | None, typer.Option(help="Rounds of the benchmark. [8]")] = None,
     threads: Annotated[int | None, typer.Option(help="Of an engine. [the physical cores]")] = None,
@@ -603,6 +603,7 @@ def sweep(
     """Prune, export, evaluate and bench every combination; run it again to go on or to widen it."""
     from owl_deploy.bench import sweep as sweeps
     from owl_deploy.bench.table import show_trade_off
+    from owl_deploy.export.targets import precision_of
 
     def prune_to(folder: Path, settings: dict[str, Any]) -> None:
         text = api.Calibration(calibration, samples, sequence_length)
@@ -624,6 +625,7 @@ def sweep(
     chosen = sweeps.read_plan(plan, {key: value for key, value in given.items() if value})
     steps = sweeps.Steps(
         validate=lambda settings: api.prune_settings(None, settings),
+        precision=precision_of,
         prune=prune_to,
         export=_export,
         perplexity=evaluate_it,

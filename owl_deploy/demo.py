@@ -17,7 +17,7 @@ from rich.table import Table
 
 from owl_deploy import engines, recipe
 from owl_deploy.api import Calibration, bench, export, prune
-from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
+from owl_deploy.artefact import is_artefact, keep_measurement, measurement, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import sentence
 from owl_deploy.bench.report import write_report
@@ -152,7 +152,7 @@ class Demo:
         prune(self.input / MODEL, folder, variant.settings, text, force=True)
 
     def deploy(self, variant: Variant) -> list[Path]:
-        """Export the variant as planned; each deployment's manifest holds its perplexity."""
+        """Export the variant as planned; each deployment's perplexity lies beside it."""
         folders = []
         for target, precision in variant.roads:
             if target == "owl" and not self.has_owl_engine:
@@ -167,20 +167,18 @@ class Demo:
                         self.checkpoint(variant),
                         folder,
                         target=target,
-                        precision="fp32" if target == "owl" else precision,
-                        values=precision if target == "owl" else None,
+                        precision=precision,
                         progress=progress,
                     )
             self.measure_quality(variant, folder, precision)
         return folders
 
     def measure_quality(self, variant: Variant, folder: Path, precision: str) -> None:
-        """Put the perplexity on the evaluation text into a deployment's manifest.
+        """Keep the perplexity on the evaluation text beside a deployment.
 
         In float32 it is the checkpoint's, which export has found to compute the same.
         """
-        manifest = read_manifest(folder)
-        if "perplexity" in manifest:
+        if measurement(folder, "perplexity"):
             return
         text = str(self.input / EVALUATION)
         if precision != "fp32":
@@ -193,7 +191,7 @@ class Demo:
             found = checkpoint_perplexity(self.checkpoint(variant), text, limit=self.plan.windows)
             write_json(known, asdict(found))
         value = json.loads(known.read_text())
-        write_json(folder / MANIFEST, manifest | {"perplexity": value | {"engine": "torch"}})
+        keep_measurement(folder, "perplexity", value | {"engine": "torch"})
 
     def bench(self, deployments: list[Path]) -> Result:
         """All deployments in turn, each sample in a fresh process."""

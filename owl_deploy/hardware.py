@@ -1,4 +1,4 @@
-"""Where a pruning computes: device, dtype and batch; and how to tell that there is no more room."""
+"""Where a model is computed: device, dtype and batch size."""
 
 from dataclasses import dataclass
 

@@ -10,18 +10,25 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
 
-METHODS = ("magnitude", "wanda", "wanda-variant", "sparsegpt")
-# The allocations, with the spread that their papers take (OWL's lambda, DLP's alpha; ATP searches).
-SPREADS = {"owl": 0.08, "dlp": 0.15, "linear": 0.15, "uniform": 0.0, "list": 0.0}
-ALLOCATIONS = tuple(SPREADS)
+# Each method's modifier in SparseML; None: it has none that does the same.
+METHODS: Mapping[str, str | None] = MappingProxyType(
+    {
+        "magnitude": "MagnitudePruningModifier",
+        "wanda": "WandaPruningModifier",
+        "wanda-variant": "WandaPruningModifier",
+        "sparsegpt": "SparseGPTModifier",
+    }
+)
 UNSTRUCTURED = "unstructured"
 HEADS = ("lm_head", "embed_out")  # what models call their output head
 _DENSE_MASK = "0:0"  # SparseML's word for unstructured
@@ -72,9 +79,10 @@ class PruneSettings(BaseModel):
                     "Give one of the two.",
                 )
             # The paper's mixed N:8 spans 2 weights (lambda = 2): half of that, over 8.
-            values.setdefault("spread", min(0.5, 1 / size) if allocation == "owl" else None)
-        if values.get("spread") is None and allocation in SPREADS:
-            values["spread"] = SPREADS[allocation]
+            mixed = allocation in ALLOCATIONS and ALLOCATIONS[allocation].counts_outliers
+            values.setdefault("spread", min(0.5, 1 / size) if mixed else None)
+        if values.get("spread") is None and allocation in ALLOCATIONS:
+            values["spread"] = ALLOCATIONS[allocation].spread
         return values
 
     @model_validator(mode="after")
@@ -246,14 +254,19 @@ def _dump_layerwise(
         "sequential_update": True,
         "targets": list(layers),
     }
-    if settings.method != "sparsegpt":
-        return {"WandaPruningModifier": arguments}
-    arguments |= {
-        "block_size": settings.block_size,
-        "dampening_frac": settings.dampening,
-        "preserve_sparsity_mask": settings.preserve_mask,
-    }
-    return {"SparseGPTModifier": arguments}
+    modifier = METHODS[settings.method]
+    if modifier is None:
+        raise BadInput(
+            f"SparseML has nothing that prunes as {settings.method} does.",
+            "A recipe that reproduces it cannot be written.",
+        )
+    if modifier == "SparseGPTModifier":
+        arguments |= {
+            "block_size": settings.block_size,
+            "dampening_frac": settings.dampening,
+            "preserve_sparsity_mask": settings.preserve_mask,
+        }
+    return {modifier: arguments}
 
 
 _WEIGHTS = r"\.(?!.*norm)(.*\.)?weight$"  # a target names tensors here: norms have weights too
@@ -285,7 +298,7 @@ def _describe(settings: PruneSettings) -> list[str]:
         f"Resolved by owl prune: {settings.method}, {settings.allocation}, {settings.structure}, "
         f"{settings.sparsity:.4g} of the weights removed."
     ]
-    if settings.allocation == "owl":
+    if ALLOCATIONS[settings.allocation].counts_outliers:
         lines.append(f"Outlier multiple (M) {settings.outlier_multiple:g}.")
     if settings.spread:
         lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from owl_deploy.artefact import is_artefact
 from owl_deploy.cache import cache_dir
-from owl_deploy.engines import open_deployment
+from owl_deploy.engines import engine_for, open_deployment
 from owl_deploy.errors import BadInput
 
 # (checkpoint, destination, target, precision): export's function, given by the caller, because the
@@ -19,8 +19,6 @@ ROADS = (
     ("onnxruntime", "int8"),
     ("onnxruntime", "int4"),
 )
-# The engines that skip zeros: what runs in one is compared with dense in the same.
-_SPARSE = ("deepsparse", "owl")
 
 
 def dense_baselines(
@@ -37,7 +35,8 @@ def dense_baselines(
         raise BadInput(f"{checkpoint} is no checkpoint: it has no config.json.")
     folder = folder or cache_dir("dense", _identity(checkpoint))
     folder.mkdir(parents=True, exist_ok=True)
-    own = sorted(road for road in set(targets) if road[0] in _SPARSE)
+    # What runs in an engine that skips zeros is compared with dense in the same.
+    own = sorted(road for road in set(targets) if engine_for(road[0]).skips_zeros)
     found = []
     for target, precision in (*own, *ROADS):
         destination = folder / f"dense-{target}-{precision}"

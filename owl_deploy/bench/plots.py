@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.bench.result import Comparison, Result, Subject
+from owl_deploy.engines.registry import ENGINES, Ink
 from owl_deploy.picture import drawing
 
 if TYPE_CHECKING:
@@ -13,9 +14,7 @@ if TYPE_CHECKING:
 
 # Drawn in these, and then replaced by the page's variables, so that a dark page has light ink.
 _INK, _FAINT = "#101113", "#a1a2a3"
-# Okabe and Ito's colours, told apart by all eyes; markers tell the same again.
-_COLORS = {"deepsparse": "#0072b2", "onnxruntime": "#d55e00", "owl": "#009e73", "fake": "#cc79a7"}
-_MARKERS = {"deepsparse": "o", "onnxruntime": "s", "owl": "D", "fake": "^"}
+_UNKNOWN = Ink(_INK, _INK, "x")  # an engine that this version of owl does not have
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "owl",  # the same picture gives the same bytes
@@ -33,6 +32,10 @@ _STYLE: Any = {
 }
 
 
+def _ink(engine: str) -> Ink:
+    return ENGINES[engine].ink if engine in ENGINES else _UNKNOWN
+
+
 def _draw(draw: Any, height: float, *arguments: Any) -> str:  # noqa: ANN401 - any drawing
     """The SVG that `draw(axes, *arguments)` gives, without a fixed size."""
     with drawing(_STYLE):
@@ -47,7 +50,8 @@ def _draw(draw: Any, height: float, *arguments: Any) -> str:  # noqa: ANN401 - a
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for color, name in ((_INK, "ink"), (_FAINT, "faint"), *((c, e) for e, c in _COLORS.items())):
+    engines = ((engine.ink.light, engine.name) for engine in ENGINES.values())
+    for color, name in ((_INK, "ink"), (_FAINT, "faint"), *engines):
         text = text.replace(color, f"var(--{name})")
     return text
 
@@ -61,13 +65,13 @@ def speedups(result: Result, key: str) -> str:
 def _speedups(axes: "Axes", result: Result, rows: Sequence[Comparison]) -> None:
     engines = {subject.name: subject.engine for subject in result.subjects}
     for place, row in enumerate(reversed(rows)):
-        engine = engines[row.candidate]
+        ink = _ink(engines[row.candidate])
         axes.errorbar(
             row.ratio,
             place,
             xerr=[[max(0.0, row.ratio - row.low)], [max(0.0, row.high - row.ratio)]],
-            fmt=_MARKERS[engine],
-            color=_COLORS[engine],
+            fmt=ink.marker,
+            color=ink.light,
             capsize=3,
         )
     axes.set_yticks(range(len(rows)), [f"{r.candidate} / {r.baseline}" for r in reversed(rows)])
@@ -85,7 +89,7 @@ def by_sparsity(result: Result, key: str) -> str:
 def _by_sparsity(axes: "Axes", result: Result, key: str) -> None:
     subjects = {subject.name: subject for subject in result.subjects}
     rows = [c for c in result.comparisons if c.scenario == key and "same engine" in c.against]
-    for engine in _COLORS:
+    for engine in dict.fromkeys(subjects[c.candidate].engine for c in rows):
         points = sorted(
             (100 * (subjects[c.candidate].zeros or 0.0), c.ratio, c.low, c.high)
             for c in rows
@@ -99,8 +103,8 @@ def _by_sparsity(axes: "Axes", result: Result, key: str) -> None:
                 x,
                 y,
                 yerr=[below, above],
-                fmt=_MARKERS[engine] + "-",
-                color=_COLORS[engine],
+                fmt=_ink(engine).marker + "-",
+                color=_ink(engine).light,
                 capsize=3,
                 label=engine,
             )
@@ -146,14 +150,14 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
     seen: set[str] = set()
     largest = max(subject.size_bytes for subject in subjects)
     for subject, (speed, loss) in zip(subjects, points, strict=True):
-        color = _COLORS[subject.engine]
+        ink = _ink(subject.engine)
         axes.plot(
             speed,
             loss,
-            _MARKERS[subject.engine],
-            color=color,
+            ink.marker,
+            color=ink.light,
             markersize=4 + 8 * (subject.size_bytes / max(largest, 1)) ** 0.5,  # area: the bytes
-            markerfacecolor=color if subject.role == "candidate" else "none",
+            markerfacecolor=ink.light if subject.role == "candidate" else "none",
             label="" if subject.engine in seen else subject.engine,
         )
         seen.add(subject.engine)
@@ -208,7 +212,7 @@ def blocks(subject: Subject) -> str:
 def _blocks(axes: "Axes", subject: Subject) -> None:
     places = range(len(subject.blocks))
     sparsities = [100 * block.sparsity for block in subject.blocks]
-    axes.bar(places, sparsities, color=_COLORS["deepsparse"], alpha=0.75)
+    axes.bar(places, sparsities, color=_ink("deepsparse").light, alpha=0.75)
     axes.set_ylim(max(0.0, min(sparsities) - 10), min(100.0, max(sparsities) + 5))
     axes.set_xlabel("block")
     axes.set_ylabel("sparsity, % (bars)")
@@ -217,7 +221,7 @@ def _blocks(axes: "Axes", subject: Subject) -> None:
     if known:
         other = axes.twinx()
         other.spines["right"].set_visible(True)
-        other.plot(*zip(*known, strict=True), "o-", color=_COLORS["onnxruntime"], markersize=3)
+        other.plot(*zip(*known, strict=True), "o-", color=_ink("onnxruntime").light, markersize=3)
         other.set_ylabel("outlier ratio, % (line)")
 
 
@@ -233,7 +237,7 @@ def _costs(axes: "Axes", rows: Sequence[Subject]) -> None:
     sizes = [subject.size_bytes / 1e6 for subject in rows]
     bars = ((0.2, peaks, "deepsparse", "peak memory"), (-0.2, sizes, "owl", "file"))
     for shift, values, color, label in bars:
-        axes.barh([p + shift for p in places], values, 0.38, color=_COLORS[color], label=label)
+        axes.barh([p + shift for p in places], values, 0.38, color=_ink(color).light, label=label)
     axes.set_yticks(places, [subject.name for subject in rows])
     axes.set_xlabel("MB")
     axes.grid(axis="x")

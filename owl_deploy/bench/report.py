@@ -10,15 +10,14 @@ from owl_deploy.bench import decision, plots
 from owl_deploy.bench.result import Result, Subject, metrics_of
 from owl_deploy.bench.scenario import Metric
 from owl_deploy.bench.table import headline
+from owl_deploy.engines.registry import ENGINES
 from owl_deploy.errors import BadInput
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #17191c; --faint: #8a8f96; --page: #ffffff;
-  --card: #f4f5f7; --accent: #0b5cad; --deepsparse: #0072b2; --onnxruntime: #b84e00;
-  --owl: #007d5a; --fake: #a8528a; }
+  --card: #f4f5f7; --accent: #0b5cad; LIGHT_INKS }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --faint: #878d96; --page: #14161a;
-  --card: #1e2126; --accent: #7db7f5; --deepsparse: #56b4e9; --onnxruntime: #ff9a52;
-  --owl: #3ccfa0; --fake: #e5a3cb; } }
+  --card: #1e2126; --accent: #7db7f5; DARK_INKS } }
 @media print { :root { --ink: #000; --faint: #777; --page: #fff; --card: #fff; }
   figure, table { break-inside: avoid; } }
 * { box-sizing: border-box; }
@@ -38,6 +37,9 @@ th, td { padding: 0.25rem 0.5rem; text-align: right; border-bottom: 1px solid va
   white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 th.text, td.text { text-align: left; white-space: normal; overflow-wrap: normal; }
 """
+for _place, _shade in (("LIGHT_INKS", "light"), ("DARK_INKS", "dark")):
+    _inks = (f"--{engine.name}: {getattr(engine.ink, _shade)};" for engine in ENGINES.values())
+    _STYLE = _STYLE.replace(_place, " ".join(_inks))
 
 
 def write_report(

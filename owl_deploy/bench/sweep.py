@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from owl_deploy.artefact import is_artefact, make_folder, read_manifest
+from owl_deploy.artefact import is_artefact, make_folder, measurement
 from owl_deploy.bench import plots
 from owl_deploy.bench.dense import Export, dense_baselines
 from owl_deploy.bench.plan import BenchPlan
@@ -28,7 +28,7 @@ REPORT = "report.html"
 
 
 class SweepPlan(BaseModel):
-    """What to sweep; each target may be followed by a precision: "onnxruntime:int8"."""
+    """What to sweep; a target may name a precision, "onnxruntime:int8", or has its default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,10 +59,13 @@ class SweepPlan(BaseModel):
 class Steps:
     """The other verbs, given by the caller (see dense.py): what a sweep is made of.
 
-    `validate` raises `BadInput` for settings that `prune` would refuse, before anything is done.
+    `validate` raises `BadInput` for settings that `prune` would refuse, before anything is done;
+    so does `precision` for a target and a precision that `export` would refuse. It returns the
+    precision, which for None is the target's default.
     """
 
     validate: Callable[[dict[str, Any]], object]
+    precision: Callable[[str, str | None], str]
     prune: Callable[[Path, dict[str, Any]], None]
     export: Export
     perplexity: Callable[[Path], None]
@@ -88,6 +91,7 @@ def sweep(checkpoint: Path, output: Path, plan: SweepPlan, steps: Steps) -> Resu
     """
     for settings in plan.prunings().values():
         steps.validate(settings)
+    targets = _targets(plan, steps)
     if not output.parent.is_dir():
         raise BadInput(f"The folder {output.parent} does not exist.", "Create it first.")
     for folder in (output, output / "checkpoints", output / "deployments"):
@@ -95,13 +99,12 @@ def sweep(checkpoint: Path, output: Path, plan: SweepPlan, steps: Steps) -> Resu
     candidates = [
         deployment
         for name, settings in plan.prunings().items()
-        for deployment in _deployments(name, settings, output, plan, steps)
+        for deployment in _deployments(name, settings, output, targets, steps)
     ]
     steps.say("Dense baselines")
-    targets = [_target(road) for road in plan.targets]
     dense = dense_baselines(checkpoint, targets, steps.export, output / "deployments")
     for deployment in (*candidates, *dense):
-        if "perplexity" not in read_manifest(deployment):
+        if measurement(deployment, "perplexity") is None:
             steps.say(f"Perplexity of {deployment.name}")
             steps.perplexity(deployment)
     result = _bench(tuple(candidates), dense, output, plan, steps)
@@ -110,15 +113,18 @@ def sweep(checkpoint: Path, output: Path, plan: SweepPlan, steps: Steps) -> Resu
 
 
 def _deployments(
-    name: str, settings: dict[str, Any], output: Path, plan: SweepPlan, steps: Steps
+    name: str,
+    settings: dict[str, Any],
+    output: Path,
+    targets: list[tuple[str, str]],
+    steps: Steps,
 ) -> list[Path]:
     checkpoint = output / "checkpoints" / name
     if not is_artefact(checkpoint):
         steps.say(f"Pruning {name}")
         steps.prune(checkpoint, settings)
     found = []
-    for road in plan.targets:
-        target, precision = _target(road)
+    for target, precision in targets:
         destination = output / "deployments" / f"{name}-{target}-{precision}"
         if not is_artefact(destination):
             steps.say(f"Exporting {destination.name}")
@@ -127,9 +133,11 @@ def _deployments(
     return found
 
 
-def _target(road: str) -> tuple[str, str]:
-    target, _, precision = road.partition(":")
-    return target, precision or "fp32"
+def _targets(plan: SweepPlan, steps: Steps) -> list[tuple[str, str]]:
+    """Each target of the plan with its precision, once."""
+    asked = (one.partition(":") for one in plan.targets)
+    found = ((name, steps.precision(name, said or None)) for name, _, said in asked)
+    return list(dict.fromkeys(found))
 
 
 def _bench(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import read_manifest, what_it_is
+from owl_deploy.artefact import measurement, read_manifest, what_it_is
 from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, check, genai_config, load_graph
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
@@ -25,7 +25,7 @@ class Deployment:
     @property
     def precision(self) -> str:
         """How the weights are held: fp32, bf16, int8 or int4."""
-        packed = self.manifest.get("values")  # of the target `owl`: how the non-zeros are held
+        packed = self.manifest.get("values")  # of earlier exports to owl: "precision" was fp32
         return packed if isinstance(packed, str) else str(self.manifest.get("precision", "fp32"))
 
     @property
@@ -37,7 +37,7 @@ class Deployment:
     @property
     def perplexity(self) -> float | None:
         """The perplexity that `owl eval` recorded, if it did."""
-        recorded = self.manifest.get("perplexity")
+        recorded = measurement(self.path, "perplexity")
         return float(recorded["value"]) if recorded else None
 
     @property

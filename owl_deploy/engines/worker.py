@@ -303,7 +303,7 @@ def answer(worker: Worker, line: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """dict[str, Any] until stdin ends."""
+    """Answer requests until stdin ends."""
     driver, parent = sys.argv[1:]
     die_with_parent(int(parent))
     answers = private_stdout()

@@ -11,10 +11,10 @@ import psutil
 import torch
 
 from owl_deploy.adapter import with_adapter
-from owl_deploy.artefact import MANIFEST, is_artefact, read_manifest, write_json
+from owl_deploy.artefact import is_artefact, keep_measurement, read_manifest
 from owl_deploy.blocks import Skeleton, whole_model, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.engines import get_engine
+from owl_deploy.engines import engine_for, get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
@@ -177,7 +177,7 @@ def deployment_perplexity(
                 folder,
                 threads=threads,
                 trust_library=trust_library,
-                context=context_for(engine, window),
+                context=get_engine(engine).context_for(window),
                 all_logits=True,
             ) as process,
             bar("Perplexity", len(windows)) as advance,
@@ -194,7 +194,8 @@ def deployment_perplexity(
 def engine_of(deployment: Deployment, asked: str | None) -> str:
     """The engine to evaluate a deployment in: the one `asked` for, or the fastest that opens it."""
     if asked is None:
-        return "onnxruntime" if deployment.target == "deepsparse" else deployment.target
+        own = engine_for(deployment.target)
+        return own.evaluated_in or own.name
     if deployment.target not in get_engine(asked).targets:
         raise BadInput(
             f"The engine {asked!r} does not open {deployment.path}, which was exported for "
@@ -204,24 +205,15 @@ def engine_of(deployment: Deployment, asked: str | None) -> str:
     return asked
 
 
-def context_for(engine: str, tokens: int) -> int:
-    """The context to open `engine` with, so that it computes `tokens` tokens rightly.
-
-    DeepSparse 1.8 gives other logits for the last ones that its cache holds, and NaN for all where
-    the cache holds no more than two of its chunks of 64: it gets room to spare.
-    """
-    return max(tokens + 64, 192) if engine == "deepsparse" else tokens
-
-
 def record(folder: Path, key: str, value: dict[str, Any]) -> None:
-    """Keep a result in the manifest of `folder`, if that is an artefact of ours.
+    """Keep a result beside what was measured, if `folder` is an artefact of ours.
 
     A folder that cannot be written costs a remark, not the result.
     """
     if not is_artefact(folder):
         return
     try:
-        write_json(folder / MANIFEST, read_manifest(folder) | {key: value})
+        keep_measurement(folder, key, value)
     except OSError as error:
         error_console().print(f"{folder} does not keep the result ({error}).", highlight=False)
 

@@ -62,7 +62,7 @@ class Evaluation:
 def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
     """Evaluate each of `folders`, checkpoints and deployments; tasks are loaded once for all.
 
-    The manifest of a folder that owl wrote records what came out, without an adapter.
+    What came out is kept in a folder that owl wrote, as a measurement of it, without an adapter.
 
     Raises `BadInput` when nothing is asked for, and for all that cannot be read or run.
     """

@@ -12,13 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import read_manifest
+from owl_deploy.artefact import measurement, read_manifest
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.engines import EngineProcess, open_deployment
+from owl_deploy.engines import EngineProcess, get_engine, open_deployment
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import (
-    context_for,
     engine_of,
     load_model,
     record,
@@ -200,7 +199,7 @@ def evaluate_tasks(
         if name in tasks.loaded["tasks"]
     }
     if adapter is None:
-        earlier = read_manifest(folder).get("tasks", {})
+        earlier = measurement(folder, "tasks") or {}
         record(folder, "tasks", earlier | {name: asdict(one) for name, one in results.items()})
     return results
 
@@ -224,7 +223,7 @@ def _opened(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         seen = min(window, config.get("max_position_embeddings") or window)
         tokenizer = load_tokenizer(folder)
-        context = context_for(name, seen)
+        context = get_engine(name).context_for(seen)
         with EngineProcess(
             name,
             folder,

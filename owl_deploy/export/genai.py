@@ -42,7 +42,7 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
             "Copy the tokenizer's files there, or export with --target deepsparse.",
         )
     progress("Building the graph with onnxruntime-genai")
-    with tempfile.TemporaryDirectory(prefix="owl-builder-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="builder-") as scratch:
         log = Path(scratch) / "log"
         with log.open("wb") as stream:
             process = _start(source, folder, precision, Path(scratch), stream)

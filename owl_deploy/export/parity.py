@@ -112,15 +112,13 @@ def check(
     *,
     tolerance: float | None,
     engine: str | None,
-    least_context: int = 0,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Compare a deployment with PyTorch's `reference`; returns the figures for the manifest.
 
     `tolerance`: the largest difference allowed, over the largest logit; None only reports. Not a
-    number is never allowed. `engine`, if any, is asked too where it is installed, with a cache of
-    `least_context` tokens or as many as it takes. Raises `ParityFailed`, or
-    `EngineFailed` when ONNX Runtime agrees and the engine does not.
+    number is never allowed. `engine`, if any, is asked too where it is installed. Raises
+    `ParityFailed`, or `EngineFailed` when ONNX Runtime agrees and the engine does not.
     """
     progress("Comparing with PyTorch in ONNX Runtime")
     try:
@@ -131,7 +129,7 @@ def check(
         _judge(figure, tolerance, ParityFailed, f"in ONNX Runtime ({name})")
     if engine is not None and engines.is_installed(engine):
         progress(f"Generating {len(reference.greedy)} tokens in {engine}")
-        asked = _in_engine(deployment, reference, engine, least_context)
+        asked = _in_engine(deployment, reference, engine)
         figures[f"{engine} generating"] = asked
         _judge(asked, tolerance, EngineFailed, f"in {engine}, though ONNX Runtime agrees")
     return {
@@ -184,13 +182,12 @@ def _difference(logits: np.ndarray, wanted: np.ndarray, scale: float) -> dict[st
     return {"largest_difference": largest, "relative_difference": largest / max(scale, 1e-30)}
 
 
-def _in_engine(
-    deployment: Path, reference: Reference, engine: str, least_context: int
-) -> dict[str, float]:
+def _in_engine(deployment: Path, reference: Reference, engine: str) -> dict[str, float]:
     """Figures of the engine's free generation."""
     with tempfile.TemporaryDirectory(prefix="owl-parity-") as scratch:
         logits_file = Path(scratch) / "logits.npy"
-        context = max(least_context, len(reference.prompt) + len(reference.greedy))
+        needed = len(reference.prompt) + len(reference.greedy)
+        context = engines.get_engine(engine).context_for(needed)
         with engines.EngineProcess(engine, deployment, context=context) as process:
             answer = process.request(
                 "greedy",

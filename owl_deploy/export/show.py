@@ -42,7 +42,7 @@ def show(manifest: dict[str, Any], output: str) -> None:
     table = Table(title=None, box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    table.add_row("target", f"{manifest['target']}, {manifest['values'] or manifest['precision']}")
+    table.add_row("target", f"{manifest['target']}, {manifest['precision']}")
     table.add_row("size", f"{manifest['bytes'] / 1e6:.1f} MB")
     table.add_row(
         "non-zeros",

@@ -24,16 +24,15 @@ from owl_deploy.errors import BadInput
 from owl_deploy.export import program
 from owl_deploy.runtime import library_path, pack
 
-Values = Literal["bf16", "int8", "fp32"]
 Cache = Literal["fp16", "fp32"]
 # How the head is stored: as int8 in planes, so that a token's likely successors get all 8 bits and
-# the others 4, or whole, in the type of the other values.
+# the others 4, or whole, as the other weights are.
 Head = Literal["screened", "whole"]
 
 DOMAIN = "ai.owl"
 DATA_FILE = "model.onnx.data"
 # Above these shares of non-zeros a weight is stored whole: the mask would cost more than it saves.
-MAX_DENSITY: dict[Values, float] = {"fp32": 0.9, "bf16": 0.85, "int8": 0.8}
+MAX_DENSITY: dict[pack.Values, float] = {"fp32": 0.9, "bf16": 0.85, "int8": 0.8}
 # So that the runtime maps every tensor straight from the file.
 _FILE_ALIGNMENT = 4096
 _MICROSOFT = "com.microsoft"
@@ -48,7 +47,7 @@ class Rewriter:
 
     model: onnx.ModelProto
     folder: Path
-    values: Values
+    precision: pack.Values
     cache: Cache
     head: Head = "whole"
     packed: dict[str, pack.Block] = field(default_factory=dict)
@@ -104,14 +103,14 @@ class Rewriter:
     ) -> str:
         """Pack `weight` [outputs, inputs] once under `name`; sparse if that pays and may be.
 
-        With `planes` as int8, whatever the other values are.
+        With `planes` as int8, whatever the precision of the others.
         """
         if name not in self.packed:
             density = int(np.count_nonzero(weight)) / weight.size
-            sparse = may_be_sparse and density <= MAX_DENSITY[self.values]
-            values = "int8" if planes else self.values
+            sparse = may_be_sparse and density <= MAX_DENSITY[self.precision]
+            precision = "int8" if planes else self.precision
             self.packed[name] = pack.pack(
-                np.ascontiguousarray(weight), values, sparse, planes=planes
+                np.ascontiguousarray(weight), precision, sparse, planes=planes
             )
         return name
 
@@ -127,7 +126,7 @@ class Rewriter:
 def sparsify_deployment(
     source: Path,
     destination: Path,
-    values: Values = "bf16",
+    precision: pack.Values = "bf16",
     cache: Cache | None = None,
     *,
     head: Head | None = None,
@@ -135,9 +134,9 @@ def sparsify_deployment(
 ) -> dict[str, object]:
     """Rewrite the builder's fp32 deployment `source` into the folder `destination`.
 
-    `cache` is the precision of the KV cache: fp16 unless `values` is fp32; `head` is screened where
-    they are int8, else whole. Without `join` every operator stays a node of its own: slower, but
-    the runtime's profile then shows each. Returns statistics.
+    `precision` is that of the weights, `cache` that of the KV cache: fp16 unless `precision` is
+    fp32; `head` is screened for int8, else whole. Without `join` every operator stays a node of
+    its own: slower, but the runtime's profile then shows each. Returns statistics.
     """
     model_file = source / "model.onnx"
     config_file = source / "genai_config.json"
@@ -149,9 +148,9 @@ def sparsify_deployment(
             )
     library = library_path()
     model = onnx.load(model_file, load_external_data=False)
-    cache = cache or ("fp32" if values == "fp32" else "fp16")
-    head = head or ("screened" if values == "int8" else "whole")
-    rewriter = Rewriter(model, source, values, cache, head)
+    cache = cache or ("fp32" if precision == "fp32" else "fp16")
+    head = head or ("screened" if precision == "int8" else "whole")
+    rewriter = Rewriter(model, source, precision, cache, head)
     for apply in PASSES if join else (*REPLACEMENTS, drop_unused):
         rewriter.counts[apply.__name__] = apply(rewriter)
         rewriter.index()
@@ -561,7 +560,6 @@ def _statistics(rewriter: Rewriter) -> dict[str, object]:
     """What was replaced, how many weights and bytes there are now."""
     infos = [pack.inspect(block) for block in rewriter.packed.values()]
     return {
-        "values": rewriter.values,
         "cache": rewriter.cache,
         "screened_head": any(info.planes for info in infos),
         "replaced": dict(rewriter.counts),

@@ -14,28 +14,38 @@ from owl_deploy import artefact, checkpoint
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.export import describe, genai, parity, sparse, traced
 from owl_deploy.export.source import Progress, Source
-from owl_deploy.runtime import kernels, library_path
+from owl_deploy.runtime import kernels, library_path, pack
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
 # it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.
 EXTERNAL_BYTES = 64 * 2**20
-_BYTES_A_WEIGHT = {"fp32": 4, "int8": 1, "int4": 0.5}
 
 
 @dataclass(frozen=True)
 class Request:
     """What a target's function is asked for: write `source` into `folder`.
 
-    `precision` is one of the target's; `values` one of its value types, None if it has none;
-    `head` how its head is stored, None as usual.
+    `precision` is one of the target's; `head` how its head is stored, None as usual.
     """
 
     source: Source
     folder: Path
     precision: str
-    values: str | None
     head: sparse.Head | None
     progress: Progress
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a target's deployments hold their weights in.
+
+    Attributes: `peak_bytes`, what a weight takes on the disk when the export takes most, copies
+    that are removed again included; `tolerance`, the largest difference from PyTorch over the
+    largest logit, None where it is only reported.
+    """
+
+    peak_bytes: float
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,20 +53,16 @@ class Target:
     """One road from a checkpoint to a deployment.
 
     Attributes: `build`, which writes the graph and returns what the manifest says of it;
-    `precisions`; `engine`, whose parity is checked where it is installed, and which the
-    deployment is for; `tolerances`, the largest difference from PyTorch over the largest logit by
-    precision (by value type for a target that has those), reported only when it is not there;
-    `purpose`, one line for people; `values`, the value types of a target that packs weights;
-    `least_context`, the smallest cache in tokens that the engine takes.
+    `precisions`, by name, the default first; `engine`, whose parity is checked where it is
+    installed, and which the deployment is for; `purpose`, one line for people; `heads`, the ways
+    to store the head if there is a choice.
     """
 
     build: Callable[[Request], dict[str, Any]]
-    precisions: tuple[str, ...]
+    precisions: Mapping[str, Precision]
     engine: str
-    tolerances: Mapping[str, float]
     purpose: str
-    values: tuple[str, ...] = ()
-    least_context: int = 0
+    heads: tuple[str, ...] = ()
 
 
 def _traced(request: Request) -> dict[str, Any]:
@@ -83,12 +89,10 @@ def _genai(request: Request) -> dict[str, Any]:
 
 def _owl(request: Request) -> dict[str, Any]:
     """The builder's graph with this package's operators in it."""
-    assert request.values is not None
     library_path()  # to hear now that it is missing, and not after minutes
     kernels()  # or that OWL_ISA is wrong
-    with tempfile.TemporaryDirectory(
-        dir=request.folder.parent, prefix=f"{request.folder.name}-"
-    ) as scratch:
+    # In the staged folder, so that what a kill leaves is cleared with it.
+    with tempfile.TemporaryDirectory(dir=request.folder, prefix="fp32-") as scratch:
         dense = Path(scratch)
         try:
             facts = genai.build(request.source, dense, "fp32", request.progress)
@@ -99,8 +103,8 @@ def _owl(request: Request) -> dict[str, Any]:
                 "Use --target deepsparse or onnxruntime.",
             ) from error
         request.progress("Packing the weights")
-        values = cast(sparse.Values, request.values)
-        statistics = sparse.sparsify_deployment(dense, request.folder, values, head=request.head)
+        precision = cast(pack.Values, request.precision)
+        statistics = sparse.sparsify_deployment(dense, request.folder, precision, head=request.head)
     return {**facts, "packing": statistics}
 
 
@@ -108,29 +112,34 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "deepsparse": Target(
             build=_traced,
-            precisions=("fp32",),
+            precisions={"fp32": Precision(4, 1e-3)},
             engine="deepsparse",
-            tolerances={"fp32": 1e-3},
-            # A chunk of 64 tokens in a cache of 128 or less comes out as NaN (tried on 1.8).
-            least_context=192,
             purpose="DeepSparse 1.8 with its KV cache (evaluation only); any ONNX Runtime",
         ),
         "onnxruntime": Target(
             build=_genai,
-            precisions=("fp32", "int8", "int4"),
+            # With the scale and the zero point that each block of quantized weights has.
+            precisions={
+                "fp32": Precision(4, 1e-3),
+                "int8": Precision(1.2),
+                "int4": Precision(0.7),
+            },
             engine="onnxruntime",
-            tolerances={"fp32": 1e-3},
             purpose="stock onnxruntime-genai, production",
         ),
         "owl": Target(
             build=_owl,
-            precisions=("fp32",),
-            engine="owl",
-            # int8 is reported only, as it is for the dense exports.
+            # On the disk: the builder's fp32 copy, then the packed weights beside it.
             # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
             # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
-            tolerances={"fp32": 1e-3, "bf16": 5e-2},
-            values=("bf16", "int8", "fp32"),
+            # int8 is reported only, as it is for the dense exports.
+            precisions={
+                "bf16": Precision(4 + 2, 5e-2),
+                "int8": Precision(4 + 1.1),
+                "fp32": Precision(4 + 4, 1e-3),
+            },
+            engine="owl",
+            heads=get_args(sparse.Head),
             purpose="stock onnxruntime-genai with this package's sparse operators, production",
         ),
     }
@@ -142,53 +151,48 @@ def export(
     destination: str | Path,
     *,
     target: str,
-    precision: str = "fp32",
-    values: str | None = None,
+    precision: str | None = None,
     head: str | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
-    `target`: a row of `TARGETS`, which says what it has of `precision` (of the dense weights) and
-    of `values` (of the non-zeros that it packs; None for the first). `head`, for targets with
-    values, is `screened` (usual for int8) or `whole`. `force` replaces a destination that is there;
-    `progress` is told each step. The deployment appears whole, after its parity with PyTorch was
-    checked, or not at all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
+    `target`: a row of `TARGETS`. Without `precision` it has the target's default. `head`, for
+    targets with a choice of it, is `screened` (usual for int8) or `whole`. `force` replaces a
+    destination that is there; `progress` is told each step. The deployment appears whole, after its
+    parity with PyTorch was checked, or not at all. Raises `BadInput`, `ParityFailed`,
+    `EngineFailed`, `EnvironmentFailed`.
     """
     folder, destination = Path(folder), Path(destination)
-    row = _row(target, precision, values)
-    if row.values and values is None:
-        values = row.values[0]
+    precision = precision_of(target, precision)
+    row = TARGETS[target]
     _check_head(head, row)
     started = time.monotonic()
     with _disk_errors(destination), artefact.staged_folder(destination, force, folder) as staging:
         progress("Loading the checkpoint")
         source = Source(folder)
-        _check_disk(source, staging, precision)
+        artefact.check_room(staging, _peak_bytes(source, row.precisions[precision]), "The export")
         chosen = cast(sparse.Head | None, head)
-        request = Request(source, staging, precision, values, chosen, progress)
-        facts = row.build(request)
+        facts = row.build(Request(source, staging, precision, chosen, progress))
         progress("Computing PyTorch's logits")
         manifest = {
             "kind": "deployment",
             "target": target,
             "precision": precision,
-            "values": values,
             "engine": row.engine if facts.get("opens_in_genai", True) else None,
             **facts,
             "source": _source_summary(source),
         }
         reference = source.reference
-        # A screened head rounds as int8 values do.
-        tolerance = None if head == "screened" else row.tolerances.get(values or precision)
+        # A screened head rounds as int8 does.
+        tolerance = None if head == "screened" else row.precisions[precision].tolerance
         del source  # its weights are as large as what the engine loads next
         manifest["parity"] = parity.check(
             staging,
             reference,
             tolerance=tolerance,
             engine=manifest["engine"],
-            least_context=row.least_context,
             progress=progress,
         )
         progress("Counting and digesting")
@@ -197,40 +201,37 @@ def export(
     return manifest
 
 
-def _row(target: str, precision: str, values: str | None) -> Target:
+def precision_of(target: str, precision: str | None = None) -> str:
+    """The `precision` asked for, or the default of `target`; `BadInput` where there is none."""
     if target not in TARGETS:
         raise unknown_name("target", target, TARGETS)
-    row = TARGETS[target]
-    if precision not in row.precisions:
+    own = TARGETS[target].precisions
+    if precision is None:
+        return next(iter(own))
+    if precision not in own:
+        others = [name for name, row in TARGETS.items() if precision in row.precisions]
+        elsewhere = f"; --target {' or '.join(others)} has {precision}" if others else ""
         raise BadInput(
             f"The target {target!r} has no precision {precision!r}.",
-            f"Use --values {precision}."
-            if precision in row.values
-            else f"It has: {', '.join(row.precisions)}.",
+            f"It has: {', '.join(own)}{elsewhere}.",
         )
-    if values is not None and values not in row.values:
-        offered = f"It has: {', '.join(row.values)}." if row.values else "--values is for owl."
-        if values in row.precisions:
-            offered = f"Use --precision {values}, or --target owl."
-        raise BadInput(f"The target {target!r} has no value type {values!r}.", offered)
-    return row
+    return precision
 
 
 def _check_head(head: str | None, row: Target) -> None:
     if head is None:
         return
-    if head not in get_args(sparse.Head):
-        raise unknown_name("head", head, get_args(sparse.Head))
-    if not row.values:
+    if not row.heads:
         raise BadInput("Only --target owl has a choice of heads.", "Use it, or leave --head out.")
+    if head not in row.heads:
+        raise unknown_name("head", head, row.heads)
 
 
-def _check_disk(source: Source, folder: Path, precision: str) -> None:
-    """Refuse what cannot fit before minutes are spent on it."""
+def _peak_bytes(source: Source, precision: Precision) -> float:
+    """The most that the export has on the disk at once."""
     config = source.model.config
-    head = 4 * config.vocab_size * config.hidden_size  # a tied one may be there twice
-    needed = _BYTES_A_WEIGHT[precision] * source.parameters() + head
-    artefact.check_room(folder, needed, "The export")
+    head: int = 4 * config.vocab_size * config.hidden_size  # a tied one may be there twice
+    return precision.peak_bytes * source.parameters() + head
 
 
 @contextlib.contextmanager

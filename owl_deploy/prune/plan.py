@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from owl_deploy.allocation import ALLOCATIONS, Allocation, whole_kept
 from owl_deploy.errors import BadInput
-from owl_deploy.prune import budget
 from owl_deploy.recipe import HEADS, PruneSettings
-
-# The allocations that look at the scores of the dense model.
-MEASURED = ("owl", "dlp")
 
 
 @dataclass(frozen=True)
@@ -72,22 +69,22 @@ def block_sparsities(
     settings: PruneSettings, shape: Shape, statistics: Statistics | None
 ) -> list[float]:
     """One sparsity for every block, by the rule of the allocation (not for "list")."""
-    sizes, target, spread = shape.sizes, settings.sparsity, settings.spread
-    if settings.allocation == "uniform":
-        found = budget.uniform(target, sizes)
-    elif settings.allocation == "linear":
-        found = budget.linear(target, sizes, spread)
-    else:
-        assert statistics is not None
-        if settings.allocation == "owl":
-            ratios = [block.outlier_ratios[settings.outlier_multiple] for block in statistics]
-            found = budget.owl(target, sizes, ratios, spread)
-        else:
-            found = budget.dlp(target, sizes, [b.median_score for b in statistics], spread)
+    sizes = shape.sizes
+    allocation = ALLOCATIONS[settings.allocation]
+    assert allocation.rule is not None
+    values = [_value(allocation, block, settings) for block in statistics or ()]
+    found = allocation.rule(settings.sparsity, sizes, values, settings.spread)
     if settings.group is None:
         return found
     size = settings.group[1]
-    return [1 - kept / size for kept in budget.whole_kept(found, sizes, size)]
+    return [1 - kept / size for kept in whole_kept(found, sizes, size)]
+
+
+def _value(allocation: Allocation, block: BlockStatistics, settings: PruneSettings) -> float:
+    """The statistic of a block that the allocation's rule asks for."""
+    if allocation.counts_outliers:
+        return block.outlier_ratios[settings.outlier_multiple]
+    return block.median_score
 
 
 def linear_sparsities(

@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from owl_deploy import recipe
+from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.artefact import MANIFEST, only_writer, read_manifest, versions, write_json
 from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
@@ -31,7 +32,7 @@ from owl_deploy.hardware import (
 )
 from owl_deploy.partial import kept_for_resuming
 from owl_deploy.progress import Advance, bar
-from owl_deploy.prune import budget, plan, score, sparsegpt, tune
+from owl_deploy.prune import plan, score, sparsegpt, tune
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.methods import methods
 from owl_deploy.prune.picture import sparsity_svg
@@ -144,6 +145,7 @@ class Run:
         self.skeleton = Skeleton(checkpoint, dtype, self.device)
         options = sparsegpt.Options(settings.block_size, settings.preserve_mask)
         self.method = methods(options)[settings.method]
+        self.allocation = ALLOCATIONS[settings.allocation]
         self.names = self.skeleton.names
         sizes = [
             {name: linear.weight.numel() for name, linear in self.skeleton.linears(i).items()}
@@ -189,7 +191,7 @@ class Run:
             _check_columns(self.skeleton.head_name, self.skeleton.head.in_features, size)
 
     def _windows(self) -> torch.Tensor | None:
-        measures = self.tune or self.settings.allocation in plan.MEASURED
+        measures = self.tune or self.allocation.statistic is not None
         if self.method.needs == "nothing" and not measures:
             return None
         calibration = self.calibration
@@ -284,7 +286,7 @@ class Run:
             made = Plan(
                 settings=tune.best(self.settings, trials), statistics=statistics, trials=trials
             )
-        elif self.settings.allocation in plan.MEASURED:
+        elif self.allocation.statistic is not None:
             statistics = self.measure([self.settings.outlier_multiple], store.folder)
             made = Plan(settings=self.settings, statistics=statistics)
         store.write("plan.json", made.model_dump(mode="json"))
@@ -315,7 +317,7 @@ class Run:
                     linears = self.skeleton.linears(index)
                     own = {key: inputs.norm(key) for key in self.shape.linears[index]}
                     scores = [score.wanda(linears[key].weight.float(), own[key]) for key in own]
-                    median = self.settings.allocation == "dlp"
+                    median = self.allocation.statistic == "median score"
                     found.append(_block_statistics(scores, multiples, median=median))
                 if norms is not None:
                     norms.append(own)
@@ -469,8 +471,8 @@ def _block_statistics(
 ) -> plan.BlockStatistics:
     if not scores:  # every Linear of the block is skipped
         return plan.BlockStatistics(dict.fromkeys(multiples, 0.0), 0.0)
-    ratios = budget.outlier_ratios(scores, multiples)
-    middle = budget.median_score(scores) if median else 0.0
+    ratios = score.outlier_ratios(scores, multiples)
+    middle = score.median_score(scores) if median else 0.0
     return plan.BlockStatistics(dict(zip(multiples, ratios, strict=True)), middle)
 
 

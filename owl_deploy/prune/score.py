@@ -1,5 +1,7 @@
 """How much each weight matters: pure functions of a weight [out, in] and its inputs' norms [in]."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -30,3 +32,22 @@ def wanda_share(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
     running = ordered.cumsum(dim=1, dtype=torch.float64)
     share = running / running[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
     return torch.empty_like(share).scatter_(1, order, share)
+
+
+def outlier_ratios(scores: Sequence[torch.Tensor], multiples: Sequence[float]) -> list[float]:
+    """The layerwise outlier distribution of one block, in percent (OWL, arXiv 2310.05175, eq. 2).
+
+    `scores`: Wanda's score of each Linear of the block. The ratio is the share, over all of them
+    together, of scores above a multiple of their mean; one for each of `multiples`.
+    """
+    size = sum(tensor.numel() for tensor in scores)
+    mean = sum(float(tensor.sum(dtype=torch.float64)) for tensor in scores) / size
+    return [
+        100.0 * sum(int((tensor > multiple * mean).sum()) for tensor in scores) / size
+        for multiple in multiples
+    ]
+
+
+def median_score(scores: Sequence[torch.Tensor]) -> float:
+    """The lower median of Wanda's scores over all Linears of a block (DLP, arXiv 2505.23807)."""
+    return float(torch.cat([tensor.flatten() for tensor in scores]).median())

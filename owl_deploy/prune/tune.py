@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.errors import BadInput
 from owl_deploy.progress import Advance, bar
@@ -40,15 +41,17 @@ def candidates(settings: PruneSettings) -> list[PruneSettings]:
 
     Raises `BadInput` for an allocation that has nothing to tune.
     """
-    if settings.allocation not in ("owl", "dlp", "linear"):
+    allocation = ALLOCATIONS[settings.allocation]
+    if not allocation.tunable:
+        tunable = ", ".join(name for name, row in ALLOCATIONS.items() if row.tunable)
         raise BadInput(
             f"The allocation {settings.allocation!r} has nothing to tune.",
-            "Use --tune with owl, dlp or linear.",
+            f"Use --tune with one of: {tunable}.",
         )
     spreads: tuple[float, ...] = _SPREADS
     if settings.group is not None:
         spreads = tuple(min(0.5, weights / settings.group[1]) for weights in _GROUP_WEIGHTS)
-    multiples = MULTIPLES if settings.allocation == "owl" else (settings.outlier_multiple,)
+    multiples = MULTIPLES if allocation.counts_outliers else (settings.outlier_multiple,)
     asked = (settings.outlier_multiple, settings.spread)
     pairs = dict.fromkeys([asked, *((m, s) for m in multiples for s in spreads)])
     return [_with(settings, multiple, spread) for multiple, spread in pairs]

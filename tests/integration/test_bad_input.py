@@ -195,3 +195,11 @@ def test_eval_says_what_it_read(owl, llama, text_file):
 def test_eval_of_nothing(owl, tmp_path, text_file):
     code, _, err = owl("eval", tmp_path / "no", "--perplexity", text_file)
     assert (code, "There is no model folder" in err) == (2, True)
+
+
+def test_a_sweep_refuses_a_precision_before_it_prunes(owl, llama, text_file, tmp_path):
+    line = ["sweep", llama, "-o", tmp_path / "out", "-t", "onnxruntime", "-t", "owl:int4"]
+    code, _, err = owl(*line, "-c", text_file, "-p", text_file)
+    wanted = "no precision 'int4'. It has: bf16, int8, fp32; --target onnxruntime has int4."
+    assert (code, wanted in err) == (2, True), err
+    assert list(tmp_path.iterdir()) == []

@@ -16,10 +16,24 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import artefact, engines
+from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.source import Source
+from owl_deploy.runtime import library_path
 from tests import tiny
 
 DEEPSPARSE = engines.is_installed("deepsparse")
+
+
+def operators_missing() -> str:
+    """Why nothing can be exported to `owl` here; empty if it can."""
+    try:
+        library_path()
+    except EnvironmentFailed as error:
+        return str(error)
+    return ""
+
+
+needs_operators = pytest.mark.skipif(bool(operators_missing()), reason=operators_missing())
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -183,20 +197,30 @@ def test_an_existing_folder(owl, llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("target", ["deepsparse", "onnxruntime"])
-def test_a_kill_leaves_nothing_that_looks_finished(llama, tmp_path, target):
+@pytest.mark.parametrize(
+    ("target", "reached"),
+    [
+        ("deepsparse", "model.onnx*"),
+        ("onnxruntime", "model.onnx*"),
+        pytest.param("owl", "*/model.onnx*", marks=needs_operators),  # the fp32 copy
+    ],
+)
+def test_a_kill_leaves_nothing_that_looks_finished(llama, tmp_path, target, reached):
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    elsewhere.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "owl_deploy", "export", llama, "-o", tmp_path / "out", "-t", target],
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(elsewhere)},
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.owl-tmp-*/*")) and process.poll() is None:
+    while not list(tmp_path.glob(f".out.owl-tmp-*/{reached}")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert not any(artefact.is_artefact(path) for path in tmp_path.iterdir())
     while _mention(tmp_path):  # the builder's process ends with its parent
@@ -205,6 +229,8 @@ def test_a_kill_leaves_nothing_that_looks_finished(llama, tmp_path, target):
     again = [sys.executable, "-m", "owl_deploy", "export", llama, "-o", tmp_path / "out"]
     subprocess.run([*again, "-t", target], check=True, capture_output=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert list(elsewhere.glob("[!.]*")) == []  # a hidden one is ONNX Runtime's own
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
 
 
 def _mention(folder: Path) -> list[int]:

@@ -61,28 +61,28 @@ def thinned(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("name", "precision"),
     [
         pytest.param(
             name,
-            values,
-            marks=[] if name in QUICK and values == "fp32" else pytest.mark.slow,
+            precision,
+            marks=[] if name in QUICK and precision == "fp32" else pytest.mark.slow,
         )
         for name in CASES
-        for values in ("fp32", "bf16", "int8")
+        for precision in ("fp32", "bf16", "int8")
     ],
 )
-def test_every_family_computes_what_pytorch_does(name: str, values: str, tmp_path: Path) -> None:
+def test_every_family_computes_what_pytorch_does(name: str, precision: str, tmp_path: Path) -> None:
     family, changes, attentions = CASES[name]
     model = thinned(tiny.write_model(family, tmp_path / "model", **changes))
-    manifest = export(model, tmp_path / "out", target="owl", values=values)
+    manifest = export(model, tmp_path / "out", target="owl", precision=precision)
     parity = manifest["parity"]
     assert parity["greedy_tokens"] == 32
-    if values == "fp32":
+    if precision == "fp32":
         assert parity["relative_difference"] < 1e-5
         assert parity["equal_greedy_tokens"] == parity["equal_generated_tokens"] == 1
     else:
-        assert parity["relative_difference"] < {"bf16": 2e-2, "int8": 0.1}[values]
+        assert parity["relative_difference"] < {"bf16": 2e-2, "int8": 0.1}[precision]
     replaced = manifest["packing"]["replaced"]
     assert replaced["fuse_gated"] == 2
     assert replaced["replace_matmuls"] == 7  # qkv, o and down of two blocks, and the head

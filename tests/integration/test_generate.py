@@ -2,12 +2,15 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from owl_deploy import engines
+from owl_deploy.artefact import MANIFEST, sha256, write_json
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export
 from owl_deploy.generate import Sampling, Speed, generate
@@ -24,6 +27,9 @@ def deployment(tmp_path_factory):
     values = json.loads(config.read_text())
     values["model"] |= {"eos_token_id": [], "pad_token_id": 0}  # no early end
     config.write_text(json.dumps(values))
+    manifest = json.loads((folder / "out" / MANIFEST).read_text())
+    manifest["files"][config.name]["sha256"] = sha256(config)
+    write_json(folder / "out" / MANIFEST, manifest)
     return folder / "out"
 
 
@@ -45,6 +51,15 @@ def test_a_prompt_from_a_file_or_stdin_says_the_same(owl, deployment, tmp_path, 
         for asked in (("-",), ("--prompt-file", "-")):
             stdin(content.encode())
             assert owl("generate", deployment, *asked, "-n", 8)[:2] == (0, given)
+
+
+def test_a_prompt_that_is_not_utf8_is_said_in_a_sentence(deployment):
+    # As the command line brings it: bytes that are no text are surrogates in Python.
+    command = [sys.executable, "-m", "owl_deploy", "generate", deployment, b"caf\xe9"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("owl: The prompt in the arguments is not UTF-8 text")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ __attribute__((visibility("default"))) void* RegisterCustomOps(void* o, const vo
 @pytest.fixture(scope="module")
 def exported(llama, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "deployment"
-    export(llama, folder, target="owl", values="int8")
+    export(llama, folder, target="owl", precision="int8")
     return folder
 
 

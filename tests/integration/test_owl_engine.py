@@ -7,10 +7,14 @@ import onnxruntime_genai
 import pytest
 
 from owl_deploy import recipe
+from owl_deploy.artefact import measurement
+from owl_deploy.engines import open_deployment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.export import targets
 from owl_deploy.export.parity import Session
-from owl_deploy.export.sparse import PROMPT_CHUNK
+from owl_deploy.export.source import Source
+from owl_deploy.export.sparse import PROMPT_CHUNK, sparsify_deployment
 from owl_deploy.export.targets import export
 from owl_deploy.generate import Sampling, Speed, generate
 from owl_deploy.prune.run import Calibration, prune
@@ -35,14 +39,18 @@ def pruned(tmp_path_factory, text_file):
 
 
 @pytest.mark.parametrize(
-    ("values", "logits", "quality"), [("fp32", 1e-3, 1e-4), ("bf16", 2e-2, 2e-3), ("int8", 1, 1e-2)]
+    ("precision", "logits", "quality"),
+    [("fp32", 1e-3, 1e-4), ("bf16", 2e-2, 2e-3), ("int8", 1, 1e-2)],
 )
 def test_the_deployment_computes_what_the_checkpoint_does(
-    pruned, text_file, tmp_path, values, logits, quality
+    pruned, text_file, tmp_path, precision, logits, quality
 ):
-    manifest = export(pruned, tmp_path / "out", target="owl", values=values)
+    manifest = export(pruned, tmp_path / "out", target="owl", precision=precision)
+    assert manifest["precision"] == precision
+    assert "values" not in manifest.keys() | manifest["packing"].keys()
+    assert open_deployment(tmp_path / "out").precision == precision
     assert manifest["parity"]["relative_difference"] <= logits
-    if values == "fp32":
+    if precision == "fp32":
         assert manifest["parity"]["equal_greedy_tokens"] == 1
         assert manifest["parity"]["equal_generated_tokens"] == 1
     blocks = json.loads((pruned / "owl.json").read_text())
@@ -54,16 +62,35 @@ def test_the_deployment_computes_what_the_checkpoint_does(
     dense = checkpoint_perplexity(pruned, text, window=128, limit=8)
     found = deployment_perplexity(tmp_path / "out", text, window=128, limit=8)
     assert found.value == pytest.approx(dense.value, rel=quality)
-    recorded = json.loads((tmp_path / "out" / "owl.json").read_text())["perplexity"]
+    recorded = measurement(tmp_path / "out", "perplexity")
     assert recorded["value"] == found.value
 
 
-@pytest.mark.parametrize("values", ["int8", "bf16"])
-def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path, values):
+def test_the_disk_holds_no_more_than_was_asked_for(owl, pruned, tmp_path, monkeypatch):
+    seen = {}
+
+    def watched(source, destination, *arguments, **options):
+        assert source.is_relative_to(destination)  # what clears the one clears the other
+        statistics = sparsify_deployment(source, destination, *arguments, **options)
+        files = list(destination.rglob("model.onnx*"))
+        assert len(files) == 4
+        seen["bytes"] = sum(file.stat().st_size for file in files)
+        return statistics
+
+    monkeypatch.setattr(targets.sparse, "sparsify_deployment", watched)
+    code, out, err = owl("export", pruned, "-o", tmp_path / "out", "--target", "owl")
+    assert (code, "owl, bf16" in out) == (0, True), err
+    asked = targets._peak_bytes(Source(pruned), targets.TARGETS["owl"].precisions["bf16"])
+    assert 0.75 * asked < seen["bytes"] < asked
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path, precision):
     tokens = [3 + n * 7 % 300 for n in range(40)]
     whole = {}
     for head in ("screened", "whole"):
-        manifest = export(pruned, tmp_path / head, target="owl", values=values, head=head)
+        manifest = export(pruned, tmp_path / head, target="owl", precision=precision, head=head)
         assert manifest["packing"]["screened_head"] == (head == "screened")
         session = Session(tmp_path / head)
         single = np.concatenate([session.step([token]) for token in tokens])
@@ -78,7 +105,7 @@ def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path, valu
 
 
 def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):
-    export(pruned, tmp_path / "out", target="owl", values="int8")
+    export(pruned, tmp_path / "out", target="owl", precision="int8")
     speed = Speed()
     sampling = Sampling(max_new_tokens=12)
     pieces = list(generate(tmp_path / "out", "The river ran", sampling, speed))
@@ -96,7 +123,7 @@ def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):
 
 
 def test_a_prompt_in_parts_says_the_same(pruned, tmp_path):
-    export(pruned, tmp_path / "out", target="owl", values="fp32")
+    export(pruned, tmp_path / "out", target="owl", precision="fp32")
     tokens = np.random.default_rng(0).integers(3, 320, 300).astype(np.int32)
 
     def greedy(chunk):

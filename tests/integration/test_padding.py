@@ -29,7 +29,7 @@ LENGTHS = (10, 6, 1, 10)
 def deployment(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("padding")
     model = tiny.write_model(request.param, folder / "dense")
-    export(model, folder / "owl", target="owl", values="fp32")
+    export(model, folder / "owl", target="owl", precision="fp32")
     return folder / "owl"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from owl_deploy import engines
-from owl_deploy.artefact import read_manifest
+from owl_deploy.artefact import measurement
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
@@ -48,7 +48,7 @@ def deployment(tmp_path_factory, checkpoint):
 
     def made(target):
         if not (folder / target).exists():
-            options = {"values": "fp32"} if target == "owl" else {}
+            options = {"precision": "fp32"} if target == "owl" else {}
             export(checkpoint, folder / target, target=target, **options)
         return folder / target
 
@@ -114,7 +114,7 @@ def test_a_deployment_answers_as_the_checkpoint(checkpoint, deployment, tasks, t
             assert found[name].metrics[metric].value == pytest.approx(value.value, rel=1e-4)
     assert found["owl_sentences"].metrics["acc"] == wanted["owl_sentences"].metrics["acc"]
 
-    recorded = read_manifest(folder)["tasks"]["owl_sentences"]
+    recorded = measurement(folder, "tasks")["owl_sentences"]
     assert recorded["by"] == (engine or ("onnxruntime" if target == "deepsparse" else target))
     assert recorded["metrics"]["acc"]["value"] == found["owl_sentences"].metrics["acc"].value
     assert (recorded["window"], recorded["documents"]) == (WINDOW, 10)
@@ -137,7 +137,7 @@ def test_perplexity_of_a_deployment_is_the_checkpoints(checkpoint, deployment, t
     wanted = checkpoint_perplexity(checkpoint, str(text_file), **options)
     found = deployment_perplexity(folder, str(text_file), **options, engine=engine)
     assert found.value == pytest.approx(wanted.value, rel=1e-3)
-    assert read_manifest(folder)["perplexity"]["engine"] == engine
+    assert measurement(folder, "perplexity")["engine"] == engine
 
 
 def test_requests_are_built_once_for_the_harnesss_own_tasks(checkpoint, caches, tasks, monkeypatch):

@@ -40,7 +40,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("deployment")
     model = tiny.write_llama(folder / "model", eos_token_id=319)  # no early end
-    export(model, folder / "made", target="owl", values="int8")
+    export(model, folder / "made", target="owl", precision="int8")
     shutil.rmtree(model)
     return Path(shutil.move(folder / "made", folder / "moved"))
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from owl_deploy import artefact
+from owl_deploy.artefact import MANIFEST, keep_measurement, measurement, write_json
 from owl_deploy.errors import BadInput
 
 
@@ -158,3 +159,21 @@ def test_json_is_replaced_whole(tmp_path):
         artefact.write_json(path, {"n": float("nan")})
     assert json.loads(path.read_text()) == {"n": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_is_measured_lies_beside_a_manifest_that_stays(tmp_path):
+    write_json(tmp_path / MANIFEST, {"kind": "deployment", "perplexity": {"value": 13.0}})
+    before = (tmp_path / MANIFEST).read_bytes()
+    assert measurement(tmp_path, "perplexity") == {"value": 13.0}  # as earlier versions kept it
+    keep_measurement(tmp_path, "perplexity", {"value": 14.0})
+    assert measurement(tmp_path, "perplexity") == {"value": 14.0}
+    assert measurement(tmp_path, "tasks") is None
+    assert (tmp_path / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"value": "low"}', '{"value": NaN}'])
+def test_a_damaged_measurement_is_refused(tmp_path, text):
+    keep_measurement(tmp_path, "perplexity", {"value": 1.0})
+    (tmp_path / "measured" / "perplexity.json").write_text(text)
+    with pytest.raises(BadInput, match="Measure again"):
+        measurement(tmp_path, "perplexity")

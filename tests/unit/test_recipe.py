@@ -191,3 +191,9 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
 def test_impossible_settings_get_a_sentence(values, complaint):
     with pytest.raises(BadInput, match=complaint):
         recipe.settings(**values)
+
+
+def test_a_method_that_sparseml_lacks_is_not_written_as_another(monkeypatch):
+    monkeypatch.setattr(recipe, "METHODS", {**recipe.METHODS, "own": None})
+    with pytest.raises(BadInput, match="nothing that prunes as own does"):
+        recipe.dump_resolved(recipe.settings(method="own"), {"model.layers.0": 0.5})

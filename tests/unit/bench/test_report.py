@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from owl_deploy.bench import plots, read_result, table, write_result
 from owl_deploy.bench.report import render, write_report
 from owl_deploy.cli import app
+from owl_deploy.engines import ENGINES
 from owl_deploy.errors import BadInput
 from tests.unit.bench.made import result
 
@@ -97,7 +98,7 @@ def test_text_and_points_stand_out_in_light_and_dark(page: str) -> None:
         assert contrast(colors["ink"], colors["page"]) > 7
         assert contrast(colors["ink"], colors["card"]) > 7
         assert contrast(colors["accent"], colors["page"]) > 4.5
-        for engine in plots._COLORS:
+        for engine in ENGINES:
             assert contrast(colors[engine], colors["card"]) >= 3
 
 
@@ -117,6 +118,15 @@ def test_failures_are_in_the_page_and_in_the_table(capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "was ended by SIGABRT" in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_an_engine_of_another_version_is_shown_too() -> None:
+    made = result()
+    subjects = tuple(
+        s.model_copy(update={"engine": "newer"}) if s.engine == "owl" else s for s in made.subjects
+    )
+    page = render([made.model_copy(update={"subjects": subjects})])
+    assert '<td>owl-70-owl-int8</td><td class="text">newer</td>' in page
 
 
 def test_the_verb(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from owl_deploy.artefact import MANIFEST
+from owl_deploy.artefact import MANIFEST, keep_measurement
 from owl_deploy.bench.dense import dense_baselines
 from owl_deploy.bench.sweep import REPORT, Steps, SweepPlan, read_plan, sweep, trade_off
 from owl_deploy.bench.table import show_trade_off
@@ -23,11 +23,17 @@ class Made:
     def steps(self) -> Steps:
         return Steps(
             validate=lambda settings: None,
+            precision=self.precision,
             prune=self.prune,
             export=self.export,
             perplexity=self.perplexity,
             say=lambda text: None,
         )
+
+    def precision(self, target: str, precision: str | None) -> str:
+        if precision == "int2":
+            raise BadInput(f"The target {target!r} has no precision 'int2'.")
+        return precision or {"owl": "bf16"}.get(target, "fp32")
 
     def prune(self, output: Path, settings: dict[str, Any]) -> None:
         self.did.append(f"prune {output.name}")
@@ -46,8 +52,7 @@ class Made:
         manifest = json.loads((deployment / MANIFEST).read_text())
         value = 13.0 if "dense" in deployment.name else 20.0
         value += {"int8": 0.1, "int4": 4}.get(manifest["precision"], 0)
-        text = json.dumps({**manifest, "perplexity": {"text": "t", "value": value}})
-        (deployment / MANIFEST).write_text(text)
+        keep_measurement(deployment, "perplexity", {"text": "t", "value": value})
 
 
 @pytest.fixture
@@ -81,6 +86,25 @@ def test_a_sweep_does_everything_once(checkpoint: Path, tmp_path: Path) -> None:
         "export wanda-owl-90-onnxruntime-fp32",
         "perplexity wanda-owl-90-onnxruntime-fp32",
     ]
+
+
+def test_a_target_without_a_precision_has_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    made = Made()
+    asked = {"targets": ("owl", "owl:bf16", "owl:int8"), "sparsities": (0.5,)}
+    sweep(checkpoint, tmp_path / "out", PLAN.model_copy(update=asked), made.steps())
+    exported = {did for did in made.did if did.startswith("export") and "owl-50" in did}
+    assert exported == {"export wanda-owl-50-owl-bf16", "export wanda-owl-50-owl-int8"}
+    assert {"export dense-owl-bf16", "export dense-owl-int8"} <= set(made.did)
+
+
+def test_a_precision_that_cannot_be_is_refused_before_any_work(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    made, wrong = Made(), PLAN.model_copy(update={"targets": ("onnxruntime", "owl:int2")})
+    with pytest.raises(BadInput, match="'owl' has no precision 'int2'"):
+        sweep(checkpoint, tmp_path / "out", wrong, made.steps())
+    assert made.did == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(checkpoint: Path, tmp_path: Path) -> None:

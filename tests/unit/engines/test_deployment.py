@@ -28,6 +28,8 @@ DECODER = ["input_ids", "past_key_values.0.key"]
     [
         (None, DECODER, "onnxruntime"),
         (None, [*DECODER, "causal_mask"], "deepsparse"),
+        ({"target": "owl", "precision": "int8", "sparsity": 0.5}, DECODER, "owl"),
+        # As exports wrote it while `values` was a word of its own.
         ({"target": "owl", "precision": "fp32", "values": "int8", "sparsity": 0.5}, DECODER, "owl"),
     ],
 )

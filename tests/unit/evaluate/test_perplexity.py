@@ -8,7 +8,7 @@ import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 
-from owl_deploy.artefact import read_manifest, write_json
+from owl_deploy.artefact import measurement, read_manifest, write_json
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import fits, from_nll, perplexity, windows_of
@@ -78,15 +78,16 @@ def test_a_result_is_kept_where_owl_wrote_the_folder(llama, text_file, tmp_path,
     ours = Path(shutil.copytree(llama, tmp_path / "model"))
     write_json(ours / "owl.json", {"kind": "checkpoint"})
     found = perplexity(ours, str(text_file), window=300, limit=1)
-    recorded = read_manifest(ours)["perplexity"]
+    recorded = measurement(ours, "perplexity")
     assert (recorded["value"], recorded["dtype"]) == (found.value, "float32")
     perplexity(llama, str(text_file), window=300, limit=1)
-    assert read_manifest(llama) == {}
+    assert measurement(llama, "perplexity") is None
+    assert read_manifest(ours) == {"kind": "checkpoint"}  # a finished manifest stays as it is
 
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("owl_deploy.evaluate.perplexity.write_json", refuse)
+    monkeypatch.setattr("owl_deploy.evaluate.perplexity.keep_measurement", refuse)
     assert perplexity(ours, str(text_file), window=300, limit=1) == found
 
 

@@ -172,16 +172,16 @@ def test_dense_weights_are_stored_whole(density: float, is_sparse: bool) -> None
 
 
 @pytest.mark.parametrize("head", ["screened", "whole"])
-@pytest.mark.parametrize("values", ["int8", "bf16", "fp32"])
-def test_a_screened_head_is_int8(values: sparse.Values, head: sparse.Head) -> None:
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
+def test_a_screened_head_is_int8(precision: pack.Values, head: sparse.Head) -> None:
     nodes = [("MatMul", "x w", "a"), ("MatMul", "a v", "y")]
     graph = rewriter(nodes, {"w": weight(8, 20), "v": weight(20, 40)})
-    graph.values, graph.head = values, head
+    graph.precision, graph.head = precision, head
     sparse.replace_matmuls(graph)
     body, last = (pack.inspect(graph.packed[f"{name}.packed"]) for name in "wv")
     assert (body.sparse, body.planes) == (True, False)
     assert (last.sparse, last.planes) == (False, head == "screened")
-    assert (body.values, last.values) == (values, "int8" if head == "screened" else values)
+    assert (body.values, last.values) == (precision, "int8" if head == "screened" else precision)
 
 
 # ---- fuse_norms --------------------------------------------------------------------------------

@@ -16,12 +16,21 @@ from owl_deploy.export.targets import export
     ("options", "complaint"),
     [
         ({"target": "deepsparce"}, "Did you mean 'deepsparse'?"),
-        ({"target": "deepsparse", "precision": "int8"}, "has no precision 'int8'. It has: fp32."),
-        ({"target": "onnxruntime", "precision": "int2"}, "It has: fp32, int8, int4."),
-        ({"target": "onnxruntime", "values": "bf16"}, "no value type 'bf16'. --values is for owl."),
-        ({"target": "onnxruntime", "values": "int8"}, "Use --precision int8, or --target owl."),
-        ({"target": "owl", "precision": "int8"}, "no precision 'int8'. Use --values int8."),
-        ({"target": "owl", "values": "int8", "head": "hole"}, "Did you mean 'whole'?"),
+        (
+            {"target": "deepsparse", "precision": "int8"},
+            "The target 'deepsparse' has no precision 'int8'. "
+            "It has: fp32; --target onnxruntime or owl has int8.",
+        ),
+        ({"target": "onnxruntime", "precision": "int2"}, "'int2'. It has: fp32, int8, int4."),
+        (
+            {"target": "onnxruntime", "precision": "bf16"},
+            "'bf16'. It has: fp32, int8, int4; --target owl has bf16.",
+        ),
+        (
+            {"target": "owl", "precision": "int4"},
+            "'int4'. It has: bf16, int8, fp32; --target onnxruntime has int4.",
+        ),
+        ({"target": "owl", "precision": "int8", "head": "hole"}, "Did you mean 'whole'?"),
         ({"target": "deepsparse", "head": "whole"}, "Only --target owl has a choice of heads."),
     ],
 )
@@ -29,6 +38,52 @@ def test_refused_before_any_work(llama, tmp_path, options, complaint):
     with pytest.raises(BadInput) as refused:
         export(llama, tmp_path / "out", **options)
     assert complaint in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_has_a_precision_of_its_own():
+    found = {target: targets.precision_of(target) for target in targets.TARGETS}
+    assert found == {"deepsparse": "fp32", "onnxruntime": "fp32", "owl": "bf16"}
+    assert targets.precision_of("owl", "int8") == "int8"
+
+
+def test_the_help_names_every_precision(owl):
+    told = " ".join(owl("export", "--help")[1].split())
+    for target, row in targets.TARGETS.items():
+        *first, last = row.precisions
+        choices = f"{', '.join(first)} or {last}" if first else last
+        assert f"{choices} for {target}" in told
+
+
+class Built(Exception):
+    """The room was found enough, and the work began."""
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "bytes_a_weight"),
+    [
+        ("onnxruntime", "fp32", 4),
+        ("onnxruntime", "int4", 0.7),
+        # The fp32 copy and what is packed from it are there at the same time.
+        ("owl", "bf16", 6),
+        ("owl", "int8", 5.1),
+        ("owl", "fp32", 8),
+    ],
+)
+def test_the_room_that_is_asked_for(
+    llama, tmp_path, monkeypatch, target, precision, bytes_a_weight
+):
+    def begin(*_):
+        raise Built
+
+    monkeypatch.setattr(genai, "build", begin)
+    monkeypatch.setattr(targets, "library_path", lambda: None)
+    source = targets.Source(llama)
+    needed = bytes_a_weight * source.parameters() + 4 * 320 * 64
+    for free, outcome in ((needed - 1, BadInput), (needed + 1, Built)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(outcome):
+            export(llama, tmp_path / "out", target=target, precision=precision)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import adapter, recipe
+from owl_deploy.artefact import measurement
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import perplexity
@@ -60,8 +61,9 @@ def test_what_was_measured_before_is_not_said_of_the_result(models, text_file, t
     _, sparse = models("llama")
     evaluated = shutil.copytree(sparse, tmp_path / "evaluated")
     perplexity(evaluated, str(text_file), window=64, limit=1)
-    assert "perplexity" in json.loads((evaluated / "owl.json").read_text())
+    assert measurement(evaluated, "perplexity")
     manifest = finetune(evaluated, tmp_path / "out", str(text_file), QUICK | {"method": "masked"})
+    assert measurement(tmp_path / "out", "perplexity") is None
     assert not {"perplexity", "tasks"} & manifest.keys()
     assert manifest["blocks"] == json.loads((sparse / "owl.json").read_text())["blocks"]
 

@@ -1,37 +1,48 @@
-"""How much of each block goes: from a target and statistics to one sparsity a block.
+"""How sparsity is divided over the blocks: the table of allocations, and the rule of each.
 
-All functions are pure and in float64. Sparsity is the share of weights removed, in [0, 1]; the mean
-over the blocks, weighted by their numbers of weights, is the target whatever the bounds do to it.
-`spread` is half the range of the sparsities, in every rule.
+All functions are pure and in float64. A rule maps (target sparsity, weights of each block, the
+statistic of each block, spread) to one sparsity a block. Sparsity is the share of weights removed,
+in [0, 1]; the mean over the blocks, weighted by their numbers of weights, is the target whatever
+the bounds do to it. `spread` is half the range of the sparsities, in every rule.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
-import torch
+Rule = Callable[[float, Sequence[int], Sequence[float], float], list[float]]
 
 
-def outlier_ratios(scores: Sequence[torch.Tensor], multiples: Sequence[float]) -> list[float]:
-    """The layerwise outlier distribution of one block, in percent (OWL, arXiv 2310.05175, eq. 2).
+@dataclass(frozen=True)
+class Allocation:
+    """One way to divide sparsity over the blocks.
 
-    `scores`: Wanda's score of each Linear of the block. The ratio is the share, over all of them
-    together, of scores above a multiple of their mean; one for each of `multiples`.
+    `statistic`: what the rule asks of each block of the dense model, by Wanda's scores of its
+    weights (None: nothing). `spread`: the default, which its paper takes; 0 where nothing is
+    spread. `rule`: None where the sparsities are given one by one.
     """
-    size = sum(tensor.numel() for tensor in scores)
-    mean = sum(float(tensor.sum(dtype=torch.float64)) for tensor in scores) / size
-    return [
-        100.0 * sum(int((tensor > multiple * mean).sum()) for tensor in scores) / size
-        for multiple in multiples
-    ]
+
+    rule: Rule | None
+    spread: float = 0.0
+    statistic: Literal["outlier ratio", "median score"] | None = None
+
+    @property
+    def tunable(self) -> bool:
+        """Whether there is anything to search for."""
+        return self.spread > 0
+
+    @property
+    def counts_outliers(self) -> bool:
+        """Whether the outlier multiple (M) means anything to it."""
+        return self.statistic == "outlier ratio"
 
 
-def median_score(scores: Sequence[torch.Tensor]) -> float:
-    """The lower median of Wanda's scores over all Linears of a block (DLP, arXiv 2505.23807)."""
-    return float(torch.cat([tensor.flatten() for tensor in scores]).median())
-
-
-def uniform(sparsity: float, sizes: Sequence[int]) -> list[float]:
-    """The same sparsity for every block; `sizes`: weights a block."""
+def uniform(
+    sparsity: float, sizes: Sequence[int], _values: Sequence[float], _spread: float
+) -> list[float]:
+    """The same sparsity for every block."""
     return [sparsity] * len(sizes)
 
 
@@ -56,7 +67,9 @@ def dlp(
     return hold_mean(_scaled(medians, spread), sizes, sparsity)
 
 
-def linear(sparsity: float, sizes: Sequence[int], spread: float) -> list[float]:
+def linear(
+    sparsity: float, sizes: Sequence[int], _values: Sequence[float], spread: float
+) -> list[float]:
     """Sparsity that grows with depth by equal steps (ATP, arXiv 2502.14770); beta (L-1) = 2 spread.
 
     Errors of early blocks grow through all that follow.
@@ -109,3 +122,15 @@ def _scaled(values: Sequence[float], spread: float) -> list[float]:
     if highest == lowest:
         return [0.0] * len(values)
     return [(value - lowest) / (highest - lowest) * 2 * spread for value in values]
+
+
+# ATP searches its spread; the others' are OWL's lambda and DLP's alpha.
+ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType(
+    {
+        "owl": Allocation(owl, 0.08, "outlier ratio"),
+        "dlp": Allocation(dlp, 0.15, "median score"),
+        "linear": Allocation(linear, 0.15),
+        "uniform": Allocation(uniform),
+        "list": Allocation(None),
+    }
+)

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from owl_deploy.prune import budget
+from owl_deploy import allocation
 from tests.reference import owl as reference
 
 
@@ -12,13 +12,13 @@ def weighted_mean(values, sizes):
 
 
 def test_the_hand_worked_case():
-    found = budget.owl(0.7, [10, 10, 10], [1, 2, 4], 0.08)
+    found = allocation.owl(0.7, [10, 10, 10], [1, 2, 4], 0.08)
     assert found == pytest.approx([0.77111, 0.71778, 0.61111], abs=5e-6)
 
 
 def test_equals_the_papers_map_where_no_bound_is_hit():
     ratios = [0.4, 1.7, 0.9, 3.3, 2.0]
-    found = budget.owl(0.6, [7] * 5, ratios, 0.1)
+    found = allocation.owl(0.6, [7] * 5, ratios, 0.1)
     assert found == pytest.approx(reference.owl_sparsities(ratios, 0.6, 0.1), abs=1e-12)
 
 
@@ -29,7 +29,7 @@ def test_any_target_is_held_within_the_bounds(target, spread):
     for count in (1, 2, 5, 30):
         ratios = torch.rand(count, generator=generator).tolist()
         sizes = torch.randint(1, 1000, (count,), generator=generator).tolist()
-        found = budget.owl(target, sizes, ratios, spread)
+        found = allocation.owl(target, sizes, ratios, spread)
         assert all(0 <= value <= 1 for value in found)
         assert weighted_mean(found, sizes) == pytest.approx(target, abs=1e-9)
         by_ratio = [value for _, value in sorted(zip(ratios, found, strict=True))]
@@ -37,11 +37,11 @@ def test_any_target_is_held_within_the_bounds(target, spread):
 
 
 def test_equal_ratios_give_uniform():
-    assert budget.owl(0.7, [1, 2, 3], [1.5, 1.5, 1.5], 0.08) == [0.7] * 3
+    assert allocation.owl(0.7, [1, 2, 3], [1.5, 1.5, 1.5], 0.08) == [0.7] * 3
 
 
 def test_a_bound_moves_the_others_and_keeps_their_differences():
-    found = budget.hold_mean([0.0, 0.4, 0.8], [1, 1, 1], 0.8)
+    found = allocation.hold_mean([0.0, 0.4, 0.8], [1, 1, 1], 0.8)
     assert found == pytest.approx([0.5, 0.9, 1.0])
 
 
@@ -52,18 +52,14 @@ def test_dlp_gives_less_to_blocks_with_high_medians():
     low, high = min(importance), max(importance)
     scaled = [(value - low) / (high - low) * 2 * spread for value in importance]
     expected = [1 - (value - sum(scaled) / 3 + 0.3) for value in scaled]
-    assert budget.dlp(0.7, [5, 5, 5], medians, spread) == pytest.approx(expected, abs=1e-12)
+    assert allocation.dlp(0.7, [5, 5, 5], medians, spread) == pytest.approx(expected, abs=1e-12)
 
 
 def test_linear_grows_by_equal_steps():
     # s_i = S - beta (L - 1) / 2 + beta (i - 1), beta = 2 * spread / (L - 1)
     beta = 2 * 0.15 / 3
     expected = [0.7 - beta * 3 / 2 + beta * index for index in range(4)]
-    assert budget.linear(0.7, [9] * 4, 0.15) == pytest.approx(expected, abs=1e-12)
-
-
-def test_median_is_over_the_whole_block():
-    assert budget.median_score([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0]])]) == 3
+    assert allocation.linear(0.7, [9] * 4, [], 0.15) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("target", [0.25, 0.5, 0.55, 0.625])
@@ -71,14 +67,17 @@ def test_median_is_over_the_whole_block():
 def test_whole_numbers_hold_the_mean_as_closely_as_they_can(target, spread):
     generator = torch.Generator().manual_seed(3)
     ratios = torch.rand(12, generator=generator).tolist()
-    wanted = budget.owl(target, [64] * 12, ratios, spread)
-    kept = budget.whole_kept(wanted, [64] * 12, 8)
+    wanted = allocation.owl(target, [64] * 12, ratios, spread)
+    kept = allocation.whole_kept(wanted, [64] * 12, 8)
     assert all(0 <= value <= 8 for value in kept)
     assert abs(sum(kept) / 12 - 8 * (1 - target)) <= 0.5 / 12 + 1e-9
     for value, sparsity in zip(kept, wanted, strict=True):
         assert abs(value - 8 * (1 - sparsity)) < 1
 
 
-def test_outlier_ratio_counts_over_the_whole_block():
-    scores = [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 9.0]])]  # mean 3, so 2 * 3 < 9
-    assert budget.outlier_ratios(scores, [2, 3]) == [25.0, 0.0]  # 9 is not above 3 * 3
+@pytest.mark.parametrize("name", [n for n, row in allocation.ALLOCATIONS.items() if row.rule])
+def test_every_rule_holds_the_target(name):
+    rule = allocation.ALLOCATIONS[name].rule
+    found = rule(0.6, [3, 1, 2], [0.5, 1.0, 0.2], allocation.ALLOCATIONS[name].spread)
+    assert weighted_mean(found, [3, 1, 2]) == pytest.approx(0.6)
+    assert (min(found) < max(found)) == allocation.ALLOCATIONS[name].tunable

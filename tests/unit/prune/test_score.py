@@ -1,0 +1,12 @@
+import torch
+
+from owl_deploy.prune.score import median_score, outlier_ratios
+
+
+def test_median_is_over_the_whole_block():
+    assert median_score([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0]])]) == 3
+
+
+def test_outlier_ratio_counts_over_the_whole_block():
+    scores = [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 9.0]])]  # mean 3, so 2 * 3 < 9
+    assert outlier_ratios(scores, [2, 3]) == [25.0, 0.0]  # 9 is not above 3 * 3
