@@ -1,6 +1,7 @@
 """Prune a causal language model, export it to ONNX, and measure what that bought on a CPU.
 
-Importing this package loads no torch: the verbs live in sub-packages that do.
+From Python: `owl_deploy.api`. Importing this package loads no torch: the verbs live in sub-packages
+that do.
 """
 
 from importlib.metadata import version

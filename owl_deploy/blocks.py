@@ -253,6 +253,7 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:  # noqa: ANN
             checkpoint.folder,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -358,11 +359,13 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
         with accelerate.init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
     except Exception as error:  # a config can be wrong in any way; transformers raises many types
         raise BadInput(

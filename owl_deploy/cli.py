@@ -1,4 +1,4 @@
-"""The command line: it forwards to the package, prints what comes back, and sets the exit code.
+"""The command line: it forwards to `api`, prints what comes back, and sets the exit code.
 
 Results go to stdout, progress and errors to stderr. Nothing heavy is imported until a verb runs.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from owl_deploy import __version__
+from owl_deploy import __version__, api
 from owl_deploy.artefact import read_manifest
 from owl_deploy.ending import exit_code
 
@@ -155,7 +155,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune a model in one shot and write a sparse checkpoint."""
-    from owl_deploy import recipe as recipes
+    from owl_deploy.recipe import origin
 
     given = {
         "method": method,
@@ -171,25 +171,21 @@ def prune(
         "preserve_mask": preserve_mask,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
-    settings = recipes.merged(recipe, overrides)
+    settings = api.prune_settings(recipe, overrides)
 
-    from owl_deploy.hardware import Hardware
-    from owl_deploy.prune.run import Calibration
-    from owl_deploy.prune.run import prune as run
     from owl_deploy.prune.show import show
 
-    text = Calibration(calibration, samples, sequence_length, seed) if calibration else None
-    hardware = Hardware(device, dtype, batch_size)
-    manifest = run(
+    text = api.Calibration(calibration, samples, sequence_length, seed) if calibration else None
+    manifest = api.prune(
         model,
         output,
         settings,
         text,
-        hardware,
+        api.Hardware(device, dtype, batch_size),
         tune_allocation=tune,
         force=force,
         resume=resume,
-        origin=recipes.origin(recipe, overrides) if recipe else None,
+        origin=origin(recipe, overrides) if recipe else None,
     )
     _emit(manifest, as_json, lambda: show(manifest, str(output)))
 
@@ -222,10 +218,9 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX with a KV cache, and check it against PyTorch."""
     from owl_deploy.export.show import show, steps
-    from owl_deploy.export.targets import export as run
 
     with steps() as progress:
-        manifest = run(
+        manifest = api.export(
             checkpoint,
             output,
             target=target,
@@ -270,16 +265,15 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Stream text from a deployment, and say how fast it came."""
-    from owl_deploy.generate import Sampling, Speed, read_prompt
-    from owl_deploy.generate import generate as run
+    from owl_deploy.generate import read_prompt
 
-    sampling = Sampling(
+    sampling = api.Sampling(
         max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
     )
-    speed = Speed()
+    speed = api.Speed()
     pieces = []
     text = read_prompt(prompt, prompt_file)
-    for piece in run(
+    for piece in api.generate(
         deployment,
         text,
         sampling,
@@ -311,9 +305,8 @@ def verify(
 ) -> None:
     """Say what opening a deployment would load, and whether that is what was exported."""
     from owl_deploy.verify import show
-    from owl_deploy.verify import verify as run
 
-    found = run(deployment)
+    found = api.verify(deployment)
     _emit(found.to_json(), as_json, lambda: show(found, str(deployment)))
     sys.exit(0 if found.whole else 1)
 
@@ -363,26 +356,23 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity and tasks, of checkpoints and of deployments as they run."""
-    from owl_deploy.evaluate.run import Asked
-    from owl_deploy.evaluate.run import evaluate as run
     from owl_deploy.evaluate.show import show
-    from owl_deploy.hardware import Hardware
 
-    asked = Asked(
+    asked = api.Asked(
         text=perplexity,
         tasks=tuple(name for part in tasks or () for name in part.split(",") if name),
         tasks_path=tasks_path,
         window=window,
         windows=windows,
         limit=limit,
-        hardware=Hardware(device, dtype, batch_size),
+        hardware=api.Hardware(device, dtype, batch_size),
         blockwise=blockwise,
         engine=engine,
         threads=threads,
         trust_library=trust_library,
         adapter=adapter,
     )
-    found = run(models, asked)
+    found = api.evaluate(models, asked)
     records = [one.to_json() for one in found]
     whole = records[0] if len(records) == 1 else {"models": records}
     _emit(whole, as_json, lambda: show(found))
@@ -443,7 +433,6 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a sparse checkpoint, or an adapter for it, so that it wins quality back."""
-    from owl_deploy.finetune.run import finetune as run
     from owl_deploy.finetune.show import show
 
     values = {
@@ -466,7 +455,9 @@ def finetune(
         "target_modules": tuple(target_module) if target_module else None,
         "dtype": dtype,
     }
-    manifest = run(checkpoint, output, text, values, teacher=teacher, force=force, resume=resume)
+    manifest = api.finetune(
+        checkpoint, output, text, values, teacher=teacher, force=force, resume=resume
+    )
     _emit(manifest, as_json, lambda: show(manifest, str(output)))
 
 
@@ -535,8 +526,7 @@ def bench(
 ) -> None:
     """Measure deployments against dense baselines, with intervals; or gate a change."""
     from owl_deploy.bench.decision import read_loss
-    from owl_deploy.bench.plan import BenchPlan
-    from owl_deploy.bench.run import CHECK_LOOKS, run_gate
+    from owl_deploy.bench.run import CHECK_LOOKS
     from owl_deploy.bench.table import show_outcome
 
     loss = read_loss(max_loss) if max_loss else None
@@ -546,7 +536,7 @@ def bench(
 
         baselines += baselines_for(dense, deployments, _export, trust_library=trust_library)
     sizes: dict[str, Any] = {"context": context, "prompt": prompt, "new_tokens": new_tokens}
-    plan = BenchPlan(
+    plan = api.BenchPlan(
         candidates=tuple(deployments),
         baselines=baselines,
         engines=tuple(engine or ()),
@@ -560,7 +550,7 @@ def bench(
         time_limit_s=time_limit,
         **{name: value for name, value in sizes.items() if value not in (None, [])},
     )
-    outcome = run_gate(
+    outcome = api.run_gate(
         plan,
         save=save_baseline,
         check=check,
@@ -576,10 +566,9 @@ def bench(
 def _export(checkpoint: Path, output: Path, target: str, precision: str) -> None:
     """Export for another verb."""
     from owl_deploy.export.show import steps
-    from owl_deploy.export.targets import export as run
 
     with steps() as progress:
-        run(checkpoint, output, target=target, precision=precision, progress=progress)
+        api.export(checkpoint, output, target=target, precision=precision, progress=progress)
 
 
 @app.command()
@@ -612,17 +601,13 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Prune, export, evaluate and bench every combination; run it again to go on or to widen it."""
-    from owl_deploy import recipe as recipes
     from owl_deploy.bench import sweep as sweeps
     from owl_deploy.bench.table import show_trade_off
     from owl_deploy.export.targets import precision_of
 
     def prune_to(folder: Path, settings: dict[str, Any]) -> None:
-        from owl_deploy.prune.run import Calibration
-        from owl_deploy.prune.run import prune as run
-
-        text = Calibration(calibration, samples, sequence_length)
-        run(model, folder, recipes.merged(None, settings), text)
+        text = api.Calibration(calibration, samples, sequence_length)
+        api.prune(model, folder, api.prune_settings(None, settings), text)
 
     def evaluate_it(folder: Path) -> None:
         from owl_deploy.evaluate.perplexity import deployment_perplexity
@@ -639,7 +624,7 @@ def sweep(
     }
     chosen = sweeps.read_plan(plan, {key: value for key, value in given.items() if value})
     steps = sweeps.Steps(
-        validate=lambda settings: recipes.merged(None, settings),
+        validate=lambda settings: api.prune_settings(None, settings),
         precision=precision_of,
         prune=prune_to,
         export=_export,
@@ -664,7 +649,6 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write benchmark results as one page with pictures and tables."""
-    from owl_deploy.bench import read_result
     from owl_deploy.bench.decision import read_loss
     from owl_deploy.bench.report import write_report
     from owl_deploy.finetune.picture import learning_curve_svg
@@ -677,7 +661,7 @@ def report(
         if done
     ]
     loss = read_loss(max_loss) if max_loss else None
-    measured = [read_result(path) for path in results if not trained[path]]
+    measured = [api.read_result(path) for path in results if not trained[path]]
     write_report(measured, output, curves, loss)
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
 
@@ -719,9 +703,7 @@ def validate_recipe(
     as_json: Json = False,
 ) -> None:
     """Read a recipe as `owl prune` does, and say what it means."""
-    from owl_deploy import recipe as recipes
-
-    settings = recipes.merged(Path(name), {}).model_dump(mode="json", exclude_defaults=False)
+    settings = api.prune_settings(Path(name), {}).model_dump(mode="json", exclude_defaults=False)
     _emit(
         settings,
         as_json,

@@ -57,6 +57,9 @@ class Sampling:
                 raise BadInput(f"{name} {value} is impossible.")
 
 
+GREEDY = Sampling()  # the likeliest token, always
+
+
 @dataclass
 class Speed:
     """What a generation took: seconds to the first token, and after it; tokens made.
@@ -117,21 +120,24 @@ def _read(file: Path | None) -> tuple[str, bytes]:
 
 
 def generate(
-    deployment: Path,
+    deployment: str | Path,
     prompt: str,
-    sampling: Sampling,
-    speed: Speed,
+    sampling: Sampling = GREEDY,
+    speed: Speed | None = None,
     *,
     chat: bool = False,
     threads: int | None = None,
     trust_library: bool = False,
 ) -> Iterator[str]:
-    """Yield the text that follows `prompt`, piece by piece; `speed` is filled in meanwhile.
+    """Yield what `deployment` puts after `prompt`, by `sampling`; `speed` is filled in meanwhile.
 
+    Nothing happens, and nothing is refused, before the first piece is asked for.
     With `chat` the prompt is a user's message, put into the model's chat template. `threads`: None
     for the physical cores; `trust_library`: run operators that the folder brings. Raises `BadInput`
-    for a folder that onnxruntime-genai cannot open, and for a prompt that is too long.
+    for a folder that onnxruntime-genai cannot open, and for a prompt that is too long;
+    `EngineFailed` for what onnxruntime-genai stumbles over.
     """
+    deployment, speed = Path(deployment), Speed() if speed is None else speed
     threads = threads_for(threads)
     open_deployment(deployment, trust_library=trust_library)
     if not (deployment / GENAI_CONFIG).is_file():

@@ -107,7 +107,10 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokeniz
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # False, since None asks whoever sits there whether the folder's own code may run.
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # missing, truncated, or of an unknown class: many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(

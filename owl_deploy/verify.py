@@ -39,12 +39,13 @@ class Verified:
         return {"whole": self.whole, **asdict(self)}
 
 
-def verify(folder: Path) -> Verified:
+def verify(folder: str | Path) -> Verified:
     """Compare a deployment with its manifest without running anything of it.
 
     Raises `BadInput` for a folder that is no deployment, and for settings or a graph that name
     something to load which is elsewhere, or which owl never writes.
     """
+    folder = Path(folder)
     if not is_deployment(folder):
         raise BadInput(f"{folder} is not a deployment.", "Give a folder that owl export wrote.")
     rows = contents(folder)

@@ -43,12 +43,15 @@ class Outcome:
         return value
 
 
-def run(plan: BenchPlan, output: Path | None = None, force: bool = False) -> Result:
-    """Measure what `plan` asks for, and write it to the folder `output`.
+def bench(plan: BenchPlan, output: str | Path | None = None, force: bool = False) -> Result:
+    """Measure what `plan` asks for, and write it to the folder `output` (`force` replaces one).
 
+    Latencies in the result are in ms; a comparison's ratio is the baseline's over the candidate's,
+    above 1 where the candidate is faster. An engine that fails is named in `Result.failures`.
     Shows its progress on stderr. Raises as `run_bench` does, and `BadInput` for an output folder
     that cannot be written, before anything is measured.
     """
+    output = None if output is None else Path(output)
     if output is not None:
         artefact.check_output(output, force)
     with _shown() as progress:
@@ -61,14 +64,14 @@ def run(plan: BenchPlan, output: Path | None = None, force: bool = False) -> Res
 def run_gate(
     plan: BenchPlan,
     *,
-    save: Path | None,
-    check: Path | None,
+    save: Path | None = None,
+    check: Path | None = None,
     margin: float = gate.Margins.time,
     output: Path | None = None,
     force: bool = False,
     summary: Path | None = None,
 ) -> Outcome:
-    """As `run`, and save a baseline file or check against one.
+    """As `bench`, and save a baseline file or check against one.
 
     `margin` is the share of time that may be lost, kept in the saved file; `summary` a file that
     the verdicts, or the reason why there are none, are appended to as markdown. Raises `BadInput`
@@ -107,7 +110,7 @@ def _run_gate(
     if not 0 < margin < 1:
         raise BadInput(f"--margin {margin} is not between 0 and 1.", "0.05 is five per cent.")
     if not save and not check:
-        return Outcome(run(plan, output, force))
+        return Outcome(bench(plan, output, force))
     if output is not None:
         artefact.check_output(output, force)
     verdicts: tuple[Verdict, ...] | None = None

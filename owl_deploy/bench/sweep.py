@@ -20,7 +20,7 @@ from owl_deploy.bench.dense import Export, dense_baselines
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Result, metrics_of, read_result, write_result
-from owl_deploy.bench.run import run
+from owl_deploy.bench.run import bench as measure
 from owl_deploy.errors import BadInput, invalid
 from owl_deploy.recipe import read_yaml
 
@@ -161,7 +161,7 @@ def _bench(
     if is_artefact(folder):
         return read_result(folder)
     steps.say(f"Benchmarking {len(candidates) + len(dense)} deployments")
-    result = run(bench)
+    result = measure(bench)
     if not result.failures:  # one that failed is not done: the next run tries it again
         write_result(result, folder)
     return result

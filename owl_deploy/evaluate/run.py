@@ -19,7 +19,11 @@ class Asked:
     """What to evaluate by: a text (SOURCE), names of tasks, or both; and on how much of them.
 
     `window`: tokens a window of the text, and what the model sees at most of a task's; `windows`
-    and `limit`: at most so many windows, and documents of a task.
+    and `limit`: at most so many windows, and documents of a task. `tasks_path`: a folder with task
+    files of one's own. `hardware`, `blockwise` (one block in memory at a time; None: if memory is
+    short) and `adapter` (LoRA's, in PEFT's format) are for checkpoints; `engine` (None: the one it
+    is made for), `threads` (None: the physical cores) and `trust_library` (run operators that the
+    folder brings) for deployments.
     """
 
     text: str | None = None
@@ -38,7 +42,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one folder gave."""
+    """What one folder gave; `tasks` by name. Neither is there where it was not asked for."""
 
     model: str
     perplexity: Perplexity | None
@@ -55,8 +59,10 @@ class Evaluation:
         }
 
 
-def evaluate(folders: Sequence[Path], asked: Asked) -> list[Evaluation]:
+def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
     """Evaluate each of `folders`, checkpoints and deployments; tasks are loaded once for all.
+
+    What came out is kept in a folder that owl wrote, as a measurement of it, without an adapter.
 
     Raises `BadInput` when nothing is asked for, and for all that cannot be read or run.
     """
@@ -65,7 +71,7 @@ def evaluate(folders: Sequence[Path], asked: Asked) -> list[Evaluation]:
     threads = threads_for(asked.threads)
     tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path) if asked.tasks else None
     found = []
-    for folder in folders:
+    for folder in map(Path, folders):
         if len(folders) > 1:
             error_console().print(f"{folder}:", highlight=False)
         loss = None

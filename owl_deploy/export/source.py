@@ -146,7 +146,12 @@ def _load_model(folder: Path) -> Any:  # noqa: ANN401 - transformers is partly t
     try:
         with quiet_transformers():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except OwlError:
         raise

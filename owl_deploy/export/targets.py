@@ -147,8 +147,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 
 
 def export(
-    folder: Path,
-    destination: Path,
+    folder: str | Path,
+    destination: str | Path,
     *,
     target: str,
     precision: str | None = None,
@@ -158,11 +158,13 @@ def export(
 ) -> dict[str, Any]:
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
-    Without `precision` it has the target's default. `head`, for targets with a choice of it, is
-    `screened` (usual for int8) or `whole`. `progress` is told each step. The deployment appears
-    whole, after its parity with PyTorch was checked, or not at all. Raises `BadInput`,
-    `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
+    `target`: a row of `TARGETS`. Without `precision` it has the target's default. `head`, for
+    targets with a choice of it, is `screened` (usual for int8) or `whole`. `force` replaces a
+    destination that is there; `progress` is told each step. The deployment appears whole, after its
+    parity with PyTorch was checked, or not at all. Raises `BadInput`, `ParityFailed`,
+    `EngineFailed`, `EnvironmentFailed`.
     """
+    folder, destination = Path(folder), Path(destination)
     precision = precision_of(target, precision)
     row = TARGETS[target]
     _check_head(head, row)

@@ -38,9 +38,9 @@ _CARRIED = ("sparsity.svg",)  # what else of the source still tells the truth
 
 def finetune(
     model: str | Path,
-    output: Path,
+    output: str | Path,
     text: str,
-    values: dict[str, Any],
+    settings: FinetuneSettings | dict[str, Any],
     *,
     teacher: str | None = None,
     force: bool = False,
@@ -48,14 +48,16 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune the checkpoint `model` on `text` (a SOURCE) into the folder `output`.
 
-    `values`: those of `FinetuneSettings` that are given. The result is an adapter in PEFT's format,
-    or, masked, a checkpoint whose zeros are exactly those of `model`: that is checked before it
-    appears. Returns the manifest. Raises `BadInput` before any work for what can be known to be
+    `settings`, or only those that are given, as a dict: what is None there gets its method's own
+    default. `teacher`: a dense checkpoint to learn from as well. The result is an adapter in PEFT's
+    format, or, masked, a checkpoint whose zeros are exactly those of `model`: that is checked
+    before it appears. `force` replaces an output that is there; `resume` continues a run that was
+    stopped. Returns the manifest. Raises `BadInput` before any work for what can be known to be
     wrong by then, and `EnvironmentFailed` for a full disk or memory.
     """
-    settings = resolved(values, teacher is not None)
+    complete, output = resolved(settings, teacher is not None), Path(output)
     with only_writer(output, force, model):
-        run = Run(Source(model), settings, text, teacher)
+        run = Run(Source(model), complete, text, teacher)
         run.check_disk(output.absolute().parent, copies=1 if resume else 2)
         partial = _Unfinished(output, run.asked(), resume=resume, force=force)
         with kept_for_resuming(partial, "use a smaller --batch-size or --block-group"):

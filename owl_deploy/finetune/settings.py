@@ -86,12 +86,12 @@ class FinetuneSettings(BaseModel):
                 raise BadInput(f"{_option(name)} is a share: from 0 to 1.")
 
 
-def resolved(values: dict[str, Any], teacher: bool) -> FinetuneSettings:
+def resolved(values: FinetuneSettings | dict[str, Any], teacher: bool) -> FinetuneSettings:
     """The settings that `values` (those given) mean, with each method's own defaults filled in.
 
     Raises `BadInput` for values that are impossible, or belong to what was not asked for.
     """
-    asked = FinetuneSettings(**values)
+    asked = FinetuneSettings.model_validate(values)
     filled: dict[str, Any] = {"learning_rate": _LEARNING_RATES[asked.method]}
     if asked.method == "lora":
         filled |= _LORA

@@ -43,7 +43,11 @@ from owl_deploy.text import calibration_windows, load_text, load_tokenizer, toke
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that the model is run on: `samples` windows of `sequence_length` tokens."""
+    """The text that the model is run on: `samples` windows of `sequence_length` tokens.
+
+    `source`: a text file, "wikitext", "c4", "ptb", or "hf:NAME:CONFIG:SPLIT:COLUMN". `seed`: of the
+    draw of windows. Raises `BadInput` for fewer than one window, or than two tokens.
+    """
 
     source: str
     samples: int = 128
@@ -79,9 +83,9 @@ class Plan(BaseModel):
 
 def prune(
     model: str | Path,
-    output: Path,
+    output: str | Path,
     settings: PruneSettings,
-    calibration: Calibration | None,
+    calibration: Calibration | None = None,
     hardware: Hardware = ANY_HARDWARE,
     *,
     tune_allocation: bool = False,
@@ -91,14 +95,15 @@ def prune(
 ) -> dict[str, Any]:
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
-    `calibration` may be None when neither method nor allocation looks at inputs. With
-    `tune_allocation` the allocation's parameters are searched for (see `tune`). Every finished
-    block is durable: a run that was stopped continues with `resume`, to bit-identical weights.
-    `origin` (see `recipe.origin`) is recorded in the manifest: what the settings were made from.
-    Returns the manifest. Raises `BadInput` before any work for whatever can be known to be wrong by
-    then, and `EnvironmentFailed` for a full disk or memory.
+    `calibration` may be None when neither method nor allocation looks at inputs; `hardware` says
+    where to compute. With `tune_allocation` the allocation's parameters are searched for (see
+    `tune`). `force` replaces an output that is there. Every finished block is durable: a run that
+    was stopped continues with `resume`, to bit-identical weights. `origin` (see `recipe.origin`) is
+    recorded in the manifest: what the settings were made from. Returns the manifest, which says of
+    each block what share of its weights was asked to go and went. Raises `BadInput` before any work
+    for whatever can be known to be wrong by then, `EnvironmentFailed` for a full disk or memory.
     """
-    started = time.perf_counter()
+    started, output = time.perf_counter(), Path(output)
     with only_writer(output, force, model):
         run = Run(
             open_checkpoint(model), settings, calibration, hardware, tune_allocation=tune_allocation

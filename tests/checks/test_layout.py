@@ -12,6 +12,7 @@ PACKAGE = Path("owl_deploy")
 LAYERS = (
     ("__main__", "demo"),
     ("cli",),
+    ("api",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
     ("engines", "demo_input", "hardware", "adapter"),
     ("blocks",),
