@@ -88,8 +88,8 @@ def perplexity(
     """The perplexity of a checkpoint, or of a deployment, on `text` (a SOURCE).
 
     A deployment is evaluated as it runs, in its engine; `hardware` and `blockwise` are for
-    checkpoints, `engine` and `threads` for deployments. The manifest of a folder that owl wrote
-    then records the value, so that a benchmark can show it beside the speed.
+    checkpoints, `engine` and `threads` for deployments. The value is then kept in a folder that owl
+    wrote, beside its manifest, so that a benchmark can show it beside the speed.
     """
     if read_manifest(folder).get("kind") == "deployment":
         refuse_adapter(adapter)
@@ -161,7 +161,7 @@ def deployment_perplexity(
     threads: int | None = None,
     trust_library: bool = False,
 ) -> Perplexity:
-    """The perplexity of a deployment on `text`, as its engine computes it; kept in its manifest.
+    """The perplexity of a deployment on `text`, as its engine computes it; kept beside it.
 
     A deployment for DeepSparse is evaluated in ONNX Runtime, which runs the same graph, unless
     `engine` asks for DeepSparse. Raises `BadInput` for an engine that does not open it.

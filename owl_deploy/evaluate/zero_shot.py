@@ -157,7 +157,7 @@ def evaluate_tasks(
 
     `limit`: only so many documents of each. `window`: what the model sees at most; longer contexts
     are cut on the left. `hardware` and `adapter` are for checkpoints, `engine` and `threads` for
-    deployments. The manifest of a folder that owl wrote records the results without an adapter.
+    deployments. Beside a folder that owl wrote lie its results without an adapter.
     Raises `BadInput` for what cannot be run.
     """
     if limit is not None and limit < 1:
