@@ -150,20 +150,26 @@ def check(folder: Path, *, trust: bool = False) -> Path | None:
     Raises `BadInput`. A folder without a manifest has nothing to compare with.
     """
     library = operators(folder, trust=trust)
-    rows = contents(folder)
     if read_manifest(folder).get("files"):
-        for row in filter(lambda row: row.refused, rows):
+        for row in filter(lambda row: row.refused, contents(folder)):
             raise BadInput(
                 f"{folder / row.name} {_COMPLAINTS[row.state]}.",
                 f"{_EXPORT_AGAIN} `owl verify {folder}` says what else is not as it was.",
             )
-    own = next((folder / row.name for row in rows if row.part == "operators"), None)
-    if own and own != library and own.is_file() and library and digest(own) != digest(library):
+    else:
+        external_files(folder / MODEL)  # refuses places elsewhere; digests would tell nothing
+    if library is not None:
+        _remark_on_another_build(folder, library)
+    return library
+
+
+def _remark_on_another_build(folder: Path, library: Path) -> None:
+    own = folder / (_named_library(folder, genai_config(folder)) or "")
+    if own.is_file() and digest(own) != digest(library):
         _say_once(
             f"{folder} brings another build of owl's operators; this installation's are loaded "
             "(--trust-library loads its own)."
         )
-    return library
 
 
 def is_deployment(folder: Path) -> bool:
