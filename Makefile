@@ -71,7 +71,7 @@ gpu: $(INSTALLED)
 # torch stays a range: its CPU build has a local version that no index but its own serves.
 lock: $(INSTALLED)
 	$(BIN)/pip-compile --quiet --upgrade --no-header --no-annotate --strip-extras \
-		--extra demo --extra eval --extra dev --no-emit-find-links --no-emit-index-url \
+		--extra demo --extra eval --extra docs --extra dev --no-emit-find-links --no-emit-index-url \
 		--unsafe-package torch --unsafe-package pip --unsafe-package setuptools \
 		--output-file requirements/dev.lock pyproject.toml
 	sed -i '/^#/d;/^$$/d' requirements/dev.lock
