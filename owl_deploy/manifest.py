@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from owl_deploy import __version__
 from owl_deploy.artefact import MANIFEST, MEASURED, read_object, write_json
 from owl_deploy.errors import BadInput, invalid
+from owl_deploy.lease import lease
 
 VERSION: Final = 1
 _AGAIN = "Make the artefact again."
@@ -312,14 +313,17 @@ class _Measured(_Part):
     tasks: dict[str, Any] | None = None
 
 
-def keep_measurement(folder: Path, name: str, value: dict[str, Any]) -> None:
+def keep_measurement(folder: Path, name: str, value: dict[str, Any], *, add: bool = False) -> None:
     """Keep what was measured of an artefact beside its manifest: one file a measurement.
 
-    So a finished manifest is never written again, and two that measure at once lose nothing.
+    So a finished manifest is never written again. With `add` what was there stays, but for the keys
+    that `value` has; two that measure at once lose nothing.
     """
     file = _measurement(folder, name)
     file.parent.mkdir(exist_ok=True)
-    write_json(file, value)
+    with lease(file.with_name(f".{name}.owl-lock"), wait=True):
+        earlier = measurement(folder, name) if add else None
+        write_json(file, (earlier or {}) | value)
 
 
 def measurement(folder: Path, name: str) -> dict[str, Any] | None:

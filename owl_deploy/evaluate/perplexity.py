@@ -206,15 +206,15 @@ def engine_of(deployment: Deployment, asked: str | None) -> str:
     return asked
 
 
-def record(folder: Path, key: str, value: dict[str, Any]) -> None:
-    """Keep a result beside what was measured, if `folder` is an artefact of ours.
+def record(folder: Path, key: str, value: dict[str, Any], *, add: bool = False) -> None:
+    """Keep a result beside what was measured (`add`: to it), if `folder` is an artefact of ours.
 
     A folder that cannot be written costs a remark, not the result.
     """
     if not is_artefact(folder):
         return
     try:
-        keep_measurement(folder, key, value)
+        keep_measurement(folder, key, value, add=add)
     except OSError as error:
         error_console().print(f"{folder} does not keep the result ({error}).", highlight=False)
 

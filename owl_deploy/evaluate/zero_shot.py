@@ -24,7 +24,7 @@ from owl_deploy.evaluate.perplexity import (
 )
 from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
-from owl_deploy.manifest import DeploymentManifest, measurement, read_manifest
+from owl_deploy.manifest import DeploymentManifest, read_manifest
 from owl_deploy.progress import bar
 from owl_deploy.text import load_tokenizer
 
@@ -199,8 +199,7 @@ def evaluate_tasks(
         if name in tasks.loaded["tasks"]
     }
     if adapter is None:
-        earlier = measurement(folder, "tasks") or {}
-        record(folder, "tasks", earlier | {name: asdict(one) for name, one in results.items()})
+        record(folder, "tasks", {name: asdict(one) for name, one in results.items()}, add=True)
     return results
 
 

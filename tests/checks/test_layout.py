@@ -20,6 +20,7 @@ LAYERS = (
     ("partial", "families", "allocation"),
     ("manifest",),
     ("artefact", "cache", "ending", "picture", "progress"),
+    ("lease",),
     ("errors", "__init__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
