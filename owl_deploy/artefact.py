@@ -110,9 +110,9 @@ def check_room(folder: Path, needed: float, what: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder`, if it is not there; raises `BadInput` where the system does not let us."""
+    """Make `folder`, and what it lies in; raises `BadInput` where the system does not let us."""
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(folder.parent, error) from error
 

@@ -319,7 +319,7 @@ def keep_measurement(folder: Path, name: str, value: dict[str, Any], *, add: boo
     So a finished manifest is never written again. With `add` what was there stays, but for the keys
     that `value` has; two that measure at once lose nothing.
     """
-    file = _measurement(folder, name)
+    file = measurement_file(folder, name)
     file.parent.mkdir(exist_ok=True)
     with lease(file.with_name(f".{name}.owl-lock"), wait=True):
         earlier = measurement(folder, name) if add else None
@@ -331,7 +331,7 @@ def measurement(folder: Path, name: str) -> dict[str, Any] | None:
 
     Raises `BadInput` for what cannot be read.
     """
-    file = _measurement(folder, name)
+    file = measurement_file(folder, name)
     if file.is_file():
         value: dict[str, Any] | None = read_object(file, _MEASURE)
     else:
@@ -344,7 +344,8 @@ def measurement(folder: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def _measurement(folder: Path, name: str) -> Path:
+def measurement_file(folder: Path, name: str) -> Path:
+    """Where a measurement of the artefact in `folder` is kept."""
     return folder / MEASURED / f"{name}.json"
 
 

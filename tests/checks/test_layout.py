@@ -12,6 +12,8 @@ PACKAGE = Path("owl_deploy")
 LAYERS = (
     ("__main__", "demo", "schemas"),
     ("cli",),
+    ("sweep",),
+    ("pipeline",),
     ("api",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
     ("engines", "demo_input", "hardware", "adapter"),
@@ -19,7 +21,7 @@ LAYERS = (
     ("runtime", "recipe", "checkpoint", "text"),
     ("partial", "families", "allocation"),
     ("manifest",),
-    ("artefact", "cache", "ending", "picture", "progress"),
+    ("artefact", "cache", "ending", "options", "picture", "progress"),
     ("lease",),
     ("errors", "__init__"),
 )
