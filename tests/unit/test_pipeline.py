@@ -1,15 +1,17 @@
 import json
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
 
-from owl_deploy import pipeline, sweep
+from owl_deploy import sweep
 from owl_deploy.artefact import staged_folder, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.errors import BadInput
@@ -23,6 +25,7 @@ from owl_deploy.pipeline import (
     Task,
     dense_exports,
     digest,
+    do,
     execute,
     needs,
     state,
@@ -151,6 +154,16 @@ def test_a_plan_goes_through_json_and_pickle():
     assert needs(ALL) == [[], [0], [1], [1, 2]]
 
 
+def test_tasks_run_in_processes_that_know_nothing_of_each_other(word, tmp_path):
+    """As they would on a cluster: each is sent to a fresh interpreter once what it needs is done."""
+    plan = chain(word, tmp_path)
+    context = multiprocessing.get_context("spawn")
+    for task in plan:
+        with ProcessPoolExecutor(1, mp_context=context) as machine:
+            machine.submit(do, task).result()
+    assert survey(plan) == ["done", "done"]
+
+
 def test_a_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     task = ALL[0].model_copy(update={"output": tmp_path})
     manifest = CheckpointManifest(
@@ -232,5 +245,5 @@ def test_the_executor_tells_what_is_made_again(word, tmp_path):
     word.write_text("hen")
     again = "again: it is another's result"
     assert done(plan) == [f"first, {again}", f"second, {again}"]
-    assert pipeline.do(plan[0]) is None
+    do(plan[0])
     assert survey(plan) == ["done", "done"]  # made again, but the same
