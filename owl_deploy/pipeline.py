@@ -122,7 +122,7 @@ class Prune(Task):
         asked = self.settings.model_dump(mode="json") | self.model_dump(
             include={"samples", "sequence_length"}
         )
-        return all(told.get(name, value) == value for name, value in asked.items())
+        return _same(told, asked)
 
 
 class Export(Task):
@@ -271,9 +271,16 @@ def state(task: Task) -> State:
     if task.receipt.is_file():
         receipt = read_object(task.receipt, "Delete it.")
         if receipt.pop("result", None) == digest(task.proof):
-            return "done" if receipt == task.asked() else "outdated"
+            return "done" if _same(receipt, task.asked()) else "outdated"
     # Made by an earlier version, by hand, or by a run that was killed before it left a receipt.
     return "done" if task.agrees() else "outdated"
+
+
+def _same(kept: Any, asked: Any) -> bool:  # noqa: ANN401 - JSON
+    """Whether what was kept and what is asked agree in all that both versions of owl know."""
+    if isinstance(kept, dict) and isinstance(asked, dict):
+        return all(_same(kept[name], asked[name]) for name in kept.keys() & asked.keys())
+    return bool(kept == asked)
 
 
 def do(task: Task) -> None:

@@ -110,6 +110,15 @@ def test_other_settings_make_again_what_depends_on_them(word, tmp_path):
     assert survey(renamed) == ["done", "done"]
 
 
+def test_a_setting_that_an_earlier_version_had_not_makes_nothing_anew(word, tmp_path):
+    plan = chain(word, tmp_path)
+    done(plan)
+    receipt = json.loads(plan[0].receipt.read_text())
+    del receipt["asked"]["upper"]
+    write_json(plan[0].receipt, receipt)
+    assert survey(plan) == ["done", "done"]
+
+
 def test_the_same_settings_elsewhere_are_the_same(word, tmp_path):
     done(chain(word, tmp_path))
     (tmp_path / "moved").mkdir()
@@ -155,7 +164,7 @@ def test_a_plan_goes_through_json_and_pickle():
 
 
 def test_tasks_run_in_processes_that_know_nothing_of_each_other(word, tmp_path):
-    """As they would on a cluster: each is sent to a fresh interpreter once what it needs is done."""
+    """As on a cluster: each is sent to a fresh interpreter once what it needs is done."""
     plan = chain(word, tmp_path)
     context = multiprocessing.get_context("spawn")
     for task in plan:
