@@ -138,6 +138,7 @@ def _bench(candidates: list[Path], dense: list[Path], output: Path, plan: SweepP
         threads=plan.threads,
         pairs=plan.pairs,
     )
+    bench.described()  # to hear now what is wrong with it
     identity = json.dumps(bench.model_dump(mode="json"), sort_keys=True)
     name = f"bench-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     title = f"Benchmarking {len(candidates) + len(dense)} deployments"

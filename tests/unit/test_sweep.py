@@ -61,6 +61,8 @@ def test_a_target_without_a_precision_has_its_own(checkpoint: Path) -> None:
         ({"targets": ("onnxruntime", "owl:int2")}, "'owl' has no precision 'int2'"),
         ({"methods": ("wandb",)}, "Did you mean 'wanda'"),
         ({"sparsities": (1.5,)}, "impossible"),
+        ({"pairs": 0}, "--pairs 0 is too small"),
+        ({"scenarios": ("decod",)}, "Did you mean 'decode'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(
