@@ -56,13 +56,15 @@ def test_a_speedup_is_an_improvement() -> None:
 @pytest.mark.parametrize(("was", "now"), [(7, 24), (24, 7), (0, 8)])
 def test_too_few_rounds_are_inconclusive(was: int, now: int) -> None:
     verdict = gate.judge_time("m", ratios(1, was), ratios(2, now, 0.5), 0.05)
-    assert verdict.word == "INCONCLUSIVE"
+    assert verdict == gate.Verdict("m", "INCONCLUSIVE", f"{min(was, now)} rounds, and 8 are needed")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_time_that_is_no_number_is_never_ok(bad: float) -> None:
     assert gate.judge_time("m", [0.0] * 8, [0.0] * 7 + [bad], 0.05).word == "INCOMPARABLE"
-    assert gate.judge_time("m", [bad] * 8, [0.0] * 8, 0.05).word == "INCOMPARABLE"
+    assert gate.judge_time("m", [bad] * 8, [0.0] * 8, 0.05) == gate.Verdict(
+        "m", "INCOMPARABLE", "a time is not a number"
+    )
 
 
 def test_a_noisy_machine_is_said_to_be_one() -> None:
@@ -175,6 +177,8 @@ def test_verdicts_name_their_metric_and_say_why() -> None:
         gate.Verdict("nodes: Cast", "REGRESSED", "0 before, 1 now"),
         gate.Verdict("nonzeros: w", "REGRESSED", "5,000 before, 10,000 now"),
     ]
+    fewer = replace(SIDE, counters={**SIDE.counters, "nodes": {}})
+    assert gate.check_counters(SIDE, fewer, Margins())[1].why == "4 before, 0 now"
     other = {**SIDE.counters, "nonzeros": {"w": 5000, "u": 1}}
     assert gate.check_counters(SIDE, replace(SIDE, counters=other), Margins())[1:] == [
         gate.Verdict("nonzeros", "INCOMPARABLE", "other tensors: ['u', 'v']")
