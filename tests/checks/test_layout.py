@@ -17,7 +17,7 @@ LAYERS = (
     ("engines", "demo_input", "hardware", "adapter"),
     ("blocks",),
     ("runtime", "recipe", "checkpoint", "text"),
-    ("partial", "families", "allocation"),
+    ("partial", "families", "allocation", "methods"),
     ("artefact", "cache", "ending", "picture", "progress"),
     ("manifest",),
     ("errors", "__init__"),

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import yaml
 
 from owl_deploy import recipe
 from owl_deploy.errors import BadInput
+from owl_deploy.methods import METHODS, Options, SparseGPTOptions
 
 RECIPES = list(recipe.shipped().values())
 
@@ -25,20 +27,20 @@ def test_there_are_shipped_recipes():
     assert RECIPES
 
 
-@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_resolved_recipe_reads_back(tmp_path, method):
     layers = {"model.layers.0": 0.125, "model.layers.1": 0.1 + 0.2, "model.layers.10": 0.7}
-    given = recipe.settings(method=method, block_size=64, dampening=0.02)
+    options = {"block_size": 64, "dampening": 0.02, "preserve_mask": True}
+    given = recipe.settings(method=method, options=options if method == "sparsegpt" else {})
     text = recipe.dump_resolved(given, layers)
     found = recipe.settings(**recipe.load(write(tmp_path, text)))
     assert (found.allocation, found.layers) == ("list", layers)
     assert found.method == method.removesuffix("-variant")
-    if method == "sparsegpt":
-        assert (found.block_size, found.dampening) == (64, 0.02)
+    assert found.options == given.options
     assert set(yaml.safe_load(text)) == {"oneshot_stage"}
 
 
-@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_resolved_recipe_with_mixed_groups_reads_back(tmp_path, method):
     layers = {"model.layers.0": 0.625, "model.layers.1": 0.5, "model.layers.2": 0.375}
     text = recipe.dump_resolved(recipe.settings(method=method, structure="4:8"), layers)
@@ -183,8 +185,10 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
         ({"structure": "0:4"}, "neither 'unstructured' nor N:M"),
         ({"structure": "2-4"}, "neither 'unstructured' nor N:M"),
         ({"structure": "2:4", "sparsity": 0.7}, "contradicts the structure"),
-        ({"block_size": 0}, "block_size"),
-        ({"dampening": -1}, "dampening"),
+        ({"method": "sparsegpt", "options": {"block_size": 0}}, "^block_size in the options of"),
+        ({"method": "sparsegpt", "options": {"dampening": -1}}, "^dampening in the options of"),
+        ({"method": "sparsegpt", "options": {"blocks": 1}}, "no option 'blocks'. It has: block_"),
+        ({"options": {"dampening": 0.1}}, "wanda has no option 'dampening'. It has: none."),
         ({"allocation": "list"}, "come together"),
     ],
 )
@@ -194,6 +198,35 @@ def test_impossible_settings_get_a_sentence(values, complaint):
 
 
 def test_a_method_that_sparseml_lacks_is_not_written_as_another(monkeypatch):
-    monkeypatch.setattr(recipe, "METHODS", {**recipe.METHODS, "own": None})
+    row = dataclasses.replace(METHODS["wanda"], modifier=None)
+    monkeypatch.setitem(METHODS, "own", row)
     with pytest.raises(BadInput, match="nothing that prunes as own does"):
         recipe.dump_resolved(recipe.settings(method="own"), {"model.layers.0": 0.5})
+
+
+def test_every_modifier_names_options_that_its_method_has():
+    for row in METHODS.values():
+        if row.modifier is not None:
+            assert row.modifier.arguments.keys() == row.options.model_fields.keys()
+
+
+def test_options_of_a_recipe_go_with_its_method():
+    gpt = {"options": {"block_size": 64}}
+    kept = recipe.merged("owl-sparsegpt-50", gpt).options
+    assert kept == SparseGPTOptions(block_size=64)
+    assert recipe.merged("owl-sparsegpt-50", {"method": "wanda"}).options == Options()
+    settings = recipe.merged("owl-wanda-50", {"method": "sparsegpt", **gpt})
+    assert (settings.options, settings.sparsity) == (kept, 0.5)
+
+
+def test_settings_are_read_back_from_json_with_their_options():
+    given = recipe.settings(method="sparsegpt", options={"dampening": 0.25})
+    assert recipe.PruneSettings.model_validate_json(given.model_dump_json()) == given
+
+
+def test_a_checkpoint_is_its_recipe(tmp_path):
+    path = write(tmp_path, "text")
+    assert recipe.find(tmp_path) == path
+    path.unlink()
+    with pytest.raises(BadInput, match=r"holds no recipe\.yaml"):
+        recipe.find(tmp_path)

@@ -101,7 +101,7 @@ def test_a_run_stopped_after_the_head_resumes(llama, tmp_path, calibration, monk
     settings = recipe.settings(head_sparsity=0.5)
     prune(llama, tmp_path / "whole", settings, calibration)
     with monkeypatch.context() as patched:
-        patched.setattr("owl_deploy.prune.run._assemble", interrupted)
+        patched.setattr("owl_deploy.prune.write.assemble", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prune(llama, tmp_path / "out", settings, calibration)
     with pytest.raises(BadInput, match="head_sparsity"):
@@ -130,7 +130,7 @@ def bars_filled(monkeypatch):
 
         yield advance
 
-    monkeypatch.setattr("owl_deploy.prune.run.bar", counting)
+    monkeypatch.setattr("owl_deploy.prune.walk.bar", counting)
     return bars
 
 

@@ -12,6 +12,7 @@ from owl_deploy import recipe
 from owl_deploy.cli import app
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import Hardware
+from owl_deploy.methods import METHODS
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
@@ -48,7 +49,7 @@ def test_owl_wanda_equals_the_naive_procedure(llama, tmp_path, calibration):
     assert (found["model.layers.1.mlp.down_proj.weight"] == 0).float().mean() > 0.4
 
 
-@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("allocation", ["owl", "uniform"])
 def test_the_target_is_held(llama, tmp_path, calibration, method, allocation):
     settings = recipe.settings(method=method, allocation=allocation, sparsity=0.7)
@@ -139,7 +140,7 @@ def test_an_interrupted_run_leaves_only_what_resumes(llama, tmp_path, calibratio
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("owl_deploy.prune.run._assemble", interrupted)
+    monkeypatch.setattr("owl_deploy.prune.write.assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(llama, tmp_path / "out", recipe.settings(), calibration)
     assert [path.name for path in tmp_path.iterdir()] == [".out.owl-partial"]
