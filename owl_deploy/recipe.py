@@ -442,6 +442,8 @@ def _group_of(source: Path, structure: str) -> tuple[int, int] | None:
     """(kept, size) of a `mask_structure`, which says removed:size."""
     if structure in (_DENSE_MASK, UNSTRUCTURED):
         return None
+    if match := re.fullmatch(r"0:(\d+)", structure):  # of a mixed N:M, a part that stays dense
+        return int(match[1]), int(match[1])
     removed, size = parse_structure(structure) or (0, 0)
     return size - removed, size
 

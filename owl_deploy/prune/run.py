@@ -74,7 +74,8 @@ def _write_recipe(request: Request, plan: Plan, store: Store) -> None:
     if request.method.modifier is None:
         error_console().print(
             f"SparseML has nothing that prunes as {plan.settings.method} does: the checkpoint "
-            "gets no recipe.yaml."
+            "gets no recipe.yaml.",
+            soft_wrap=True,
         )
         return
     skeleton = request.skeleton

@@ -16,6 +16,12 @@ def test_the_hand_worked_case():
     assert found == pytest.approx([0.77111, 0.71778, 0.61111], abs=5e-6)
 
 
+def test_the_hand_worked_case_for_linears():
+    # Scaled to a range of 0.16: 0, 0.16 / 3, 0.16. Their mean over 60 weights is 4.8 / 60 = 0.08.
+    found = allocation.owl(0.7, [10, 30, 20], [1, 2, 4], 0.08)
+    assert found == pytest.approx([0.78, 0.78 - 0.16 / 3, 0.62])
+
+
 def test_equals_the_papers_map_where_no_bound_is_hit():
     ratios = [0.4, 1.7, 0.9, 3.3, 2.0]
     found = allocation.owl(0.6, [7] * 5, ratios, 0.1)
