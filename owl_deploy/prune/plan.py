@@ -27,8 +27,8 @@ class Plan(BaseModel):
     trials: list[tune.Trial] = []
 
     def outlier_ratio(self, index: int) -> float | None:
-        """That of block `index`, in percent, if it was measured."""
-        if self.statistics is None:
+        """That of block `index`, in percent, if it was measured; the head has none."""
+        if self.statistics is None or index >= len(self.statistics):
             return None
         return self.statistics[index].outlier_ratios.get(self.settings.outlier_multiple)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from owl_deploy.allocation import ALLOCATIONS
-from owl_deploy.artefact import versions
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import Hardware, find_batch, find_device, find_dtype
+from owl_deploy.manifest import versions
 from owl_deploy.methods import METHODS, Method
 from owl_deploy.prune import tune
 from owl_deploy.prune.sparsities import Shape, select

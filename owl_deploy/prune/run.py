@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import MANIFEST, only_writer, write_json
+from owl_deploy.artefact import only_writer
 from owl_deploy.hardware import ANY_HARDWARE, Hardware
+from owl_deploy.manifest import CheckpointManifest
 from owl_deploy.partial import kept_for_resuming
 from owl_deploy.progress import error_console
 from owl_deploy.prune import write
@@ -34,7 +35,7 @@ def prune(
     force: bool = False,
     resume: bool = False,
     origin: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> CheckpointManifest:
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
     `calibration` may be None when neither method nor allocation looks at inputs; `hardware` says
@@ -52,19 +53,20 @@ def prune(
         with kept_for_resuming(store, "use a smaller --batch-size"):
             plan, first = resolve(request, store)
             _write_recipe(request, plan, store)
-            reports, head = [], None
-            for index, part in enumerate(Walk(request, plan, store, first).parts()):
-                if part.name == request.head:
-                    head = write.report_head(part)
-                else:
-                    ratio = plan.outlier_ratio(index)
-                    reports.append(write.report(part, request.shape.linears[index], ratio))
+            linears = [*request.shape.linears, {"": request.skeleton.head.weight.numel()}]
+            reports = [
+                write.report(part, own, plan.outlier_ratio(index))
+                for index, (part, own) in enumerate(
+                    zip(Walk(request, plan, store, first).parts(), linears, strict=False)
+                )
+            ]
             write.assemble(request, store)
-            seconds = time.perf_counter() - started
-            manifest = write.describe(request, plan, reports, str(model), seconds)
-            manifest |= {"recipe": origin, "resumed": store.resumed, "head": head}
+            facts = write.describe(request, plan, reports, str(model))
+            facts |= {"recipe": origin, "resumed": store.resumed}
+            facts["wall_seconds"] = time.perf_counter() - started
+            manifest = CheckpointManifest.model_validate(facts)
             (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
-            write_json(store.folder / MANIFEST, manifest)
+            manifest.write(store.folder)
             store.finish()
     return manifest
 

@@ -53,12 +53,12 @@ def calibration(text_file):
 
 def the_whole_way(dense, settings, calibration, tmp_path):
     """Prune, export, bench and report; return the manifest of the checkpoint."""
-    manifest = prune(dense, tmp_path / "sparse", settings, calibration)
+    manifest = prune(dense, tmp_path / "sparse", settings, calibration).to_json()
     assert manifest["sparsity"]["asked"] == pytest.approx(settings.sparsity, abs=1e-6)
     assert manifest["sparsity"]["achieved"] >= settings.sparsity - 1e-3  # some are 0 before
     assert perplexity(tmp_path / "sparse", calibration.source, window=32, limit=2).value > 1
     for name, folder in (("candidate", tmp_path / "sparse"), ("baseline", dense)):
-        deployed = export(folder, tmp_path / name, target="deepsparse")
+        deployed = export(folder, tmp_path / name, target="deepsparse").to_json()
         assert deployed["parity"]["relative_difference"] < 1e-4
     plan = BenchPlan(
         candidates=(tmp_path / "candidate",),
@@ -118,7 +118,7 @@ def test_an_allocation(llama, tmp_path, calibration, monkeypatch, per):
     if per == "Linear":
         manifest = the_whole_way(llama, settings, calibration, tmp_path)
     else:
-        manifest = prune(llama, tmp_path / "sparse", settings, calibration)
+        manifest = prune(llama, tmp_path / "sparse", settings, calibration).to_json()
     asked = [one["sparsity"] for block in manifest["blocks"] for one in block["linears"].values()]
     assert len(set(asked)) == (2 if per == "block" else 14)
     assert max(asked) - min(asked) == pytest.approx(0.2)
@@ -129,7 +129,7 @@ def test_an_allocation_is_tuned(llama, tmp_path, calibration, monkeypatch):
     row = Allocation(by_rank, 0.1, Statistic(f"{__name__}:largest"), "Linear")
     monkeypatch.setitem(ALLOCATIONS, "by-rank", row)
     settings = recipe.settings(allocation="by-rank", sparsity=0.6)
-    manifest = prune(llama, tmp_path / "out", settings, calibration, tune_allocation=True)
+    manifest = prune(llama, tmp_path / "out", settings, calibration, tune_allocation=True).to_json()
     assert {trial["spread"] for trial in manifest["tuning"]} > {0.1}
 
 
