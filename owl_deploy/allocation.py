@@ -114,10 +114,11 @@ def hold_mean(wanted: Sequence[float], sizes: Sequence[int], target: float) -> l
 
 
 def whole_kept(sparsities: Sequence[float], sizes: Sequence[int], group: int) -> list[int]:
-    """The N of N:`group` for each block, whole numbers whose weighted mean is the nearest possible.
+    """The N of N:`group` for each part, whole numbers that nearly hold the weighted mean.
 
     Every N is one of the two whole numbers around (1 - sparsity) * `group`: those that lie highest
-    above the lower one are rounded up, as long as that brings the mean nearer.
+    above the lower one are rounded up, as long as that brings the mean nearer; of parts of one
+    size no other choice comes nearer.
     """
     wanted = [(1 - sparsity) * group for sparsity in sparsities]
     kept = [math.floor(value + 1e-9) for value in wanted]

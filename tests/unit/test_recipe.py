@@ -42,21 +42,29 @@ def test_a_resolved_recipe_reads_back(tmp_path, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resolved_recipe_with_mixed_groups_reads_back(tmp_path, method):
-    layers = {"model.layers.0": 0.625, "model.layers.1": 0.5, "model.layers.2": 0.375}
-    text = recipe.dump_resolved(recipe.settings(method=method, structure="4:8"), layers)
+    layers = {"model.layers.0": 0.875, "model.layers.1": 0.5, "model.layers.2": 0.75}
+    text = recipe.dump_resolved(recipe.settings(method=method, structure="2:8"), layers)
     removed = {  # by block; SparseML says how many go
         re.search(r"[012]", name).group(): group["mask_structure"]
         for group in modifiers(text)
         for name in group["targets"]
     }
-    assert removed == {"0": "5:8", "1": "4:8", "2": "3:8"}
+    assert removed == {"0": "7:8", "1": "4:8", "2": "6:8"}
     found = recipe.settings(**recipe.load(write(tmp_path, text)))
-    assert (found.layers, found.group) == (layers, (4, 8))
+    assert (found.layers, found.group) == (layers, (2, 8))  # of 1, 4 and 2 that are kept
 
 
 def modifiers(text: str) -> list[dict]:
     stage = yaml.safe_load(text)["oneshot_stage"]
     return [arguments for group in stage.values() for arguments in group.values()]
+
+
+def test_a_part_of_a_mixed_structure_may_stay_dense(tmp_path):
+    layers = {"model.layers.0.q": 0.0, "model.layers.0.k": 0.5}
+    text = recipe.dump_resolved(recipe.settings(structure="6:8"), layers)
+    assert {group["mask_structure"] for group in modifiers(text)} == {"0:8", "4:8"}
+    found = recipe.settings(**recipe.load(write(tmp_path, text)))
+    assert (found.layers, found.group) == (layers, (6, 8))
 
 
 def test_a_magnitude_target_is_the_weights_of_linears():
@@ -109,8 +117,8 @@ oneshot_stage:
     WandaPruningModifier:
       sparsity: 0.7
       sparsity_profile: owl
-      owl_m: 5
-      owl_lmbda: 0.08
+      owl_m: 7
+      owl_lmbda: 0.11
       mask_structure: "0:0"
       sequential_update: true
       targets: ['re:model.layers.\d+$']
@@ -118,7 +126,7 @@ oneshot_stage:
     )
     found = recipe.settings(**recipe.load(path))
     assert (found.method, found.allocation, found.sparsity) == ("wanda", "owl", 0.7)
-    assert (found.outlier_multiple, found.spread) == (5, 0.08)
+    assert (found.outlier_multiple, found.spread) == (7, 0.11)  # not the defaults
 
 
 @pytest.mark.parametrize(
