@@ -21,7 +21,7 @@ from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.sparsities import resolved_layers
 from owl_deploy.prune.store import Store
 from owl_deploy.prune.walk import Walk
-from owl_deploy.recipe import PruneSettings, dump_resolved
+from owl_deploy.recipe import RESOLVED, PruneSettings, dump_resolved
 
 
 def prune(
@@ -53,13 +53,8 @@ def prune(
         with kept_for_resuming(store, "use a smaller --batch-size"):
             plan, first = resolve(request, store)
             _write_recipe(request, plan, store)
-            linears = [*request.shape.linears, {"": request.skeleton.head.weight.numel()}]
-            reports = [
-                write.report(part, own, plan.outlier_ratio(index))
-                for index, (part, own) in enumerate(
-                    zip(Walk(request, plan, store, first).parts(), linears, strict=False)
-                )
-            ]
+            parts = Walk(request, plan, store, first).parts()
+            reports = [write.report(p, plan.outlier_ratio(i)) for i, p in enumerate(parts)]
             write.assemble(request, store)
             facts = write.describe(request, plan, reports, str(model))
             facts |= {"recipe": origin, "resumed": store.resumed}
@@ -76,7 +71,7 @@ def _write_recipe(request: Request, plan: Plan, store: Store) -> None:
     if request.method.modifier is None:
         error_console().print(
             f"SparseML has nothing that prunes as {plan.settings.method} does: the checkpoint "
-            "gets no recipe.yaml.",
+            f"gets no {RESOLVED}.",
             soft_wrap=True,
         )
         return
@@ -86,4 +81,4 @@ def _write_recipe(request: Request, plan: Plan, store: Store) -> None:
     if request.head and plan.settings.head_sparsity is not None:
         layers[request.head] = plan.settings.head_sparsity
     text = dump_resolved(plan.settings, layers)
-    (store.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    (store.folder / RESOLVED).write_text(text, encoding="utf-8")

@@ -24,12 +24,18 @@ from owl_deploy.recipe import kept
 class Part:
     """A finished block, or the head: its tensors, by their names in it, in the checkpoint's dtype.
 
-    `sparsities`: what was asked of its pruned Linears, by name.
+    `linears`: those that may be pruned, name to number of weights; the head is one itself, called
+    "". `sparsities`: what was asked of them.
     """
 
     name: str
+    linears: Mapping[str, int]
     sparsities: Mapping[str, float]
-    weights: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
+
+    def weight(self, linear: str) -> torch.Tensor:
+        """The weight of one of its Linears."""
+        return self.tensors[f"{linear}.weight" if linear else "weight"]
 
 
 class Walk:
@@ -65,7 +71,8 @@ class Walk:
                     self.store.save(name, weights)
                 else:
                     self._replay(index, weights)
-                yield Part(name, self.plan.sparsities[index], weights)
+                linears = self.request.shape.linears[index]
+                yield Part(name, linears, self.plan.sparsities[index], weights)
             if head:
                 yield self._finish_head(head)
 
@@ -127,7 +134,7 @@ class Walk:
             self.store.save(name, weights)
         if self.hidden is None:
             self.advance(2 * self.request.samples)
-        return Part(name, {"": sparsity}, weights)
+        return Part(name, {"": weights["weight"].numel()}, {"": sparsity}, weights)
 
     def _replay(self, index: int, weights: dict[str, torch.Tensor]) -> None:
         """Bring the hidden states past a block that an earlier run has finished."""

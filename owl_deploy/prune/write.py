@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,27 +16,24 @@ from owl_deploy.prune.store import Store
 from owl_deploy.prune.walk import Part
 
 
-def report(part: Part, linears: Mapping[str, int], ratio: float | None) -> Block:
-    """What was asked of a block and what came out; `ratio`: of its outliers, in percent.
-
-    `linears`: those to prune, name to number of weights; the head is one, without a name.
-    """
-    weights = {name: part.weights[f"{name}.weight".lstrip(".")] for name in linears}
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    asked = {name: part.sparsities.get(name, 0.0) for name in linears}
-    total = sum(linears.values())
+def report(part: Part, outlier_ratio: float | None) -> Block:
+    """What was asked of a block, or of the head, and what came out; the ratio is in percent."""
+    sizes = part.linears
+    zeros = {name: int((part.weight(name) == 0).sum()) for name in sizes}
+    asked = {name: part.sparsities.get(name, 0.0) for name in sizes}
+    total = sum(sizes.values())
     whole = next(iter(asked.values()), 0.0)
     if len(set(asked.values())) > 1:
-        whole = sum(asked[name] * size for name, size in linears.items()) / total
+        whole = sum(asked[name] * size for name, size in sizes.items()) / total
     return Block(
         name=part.name,
-        outlier_ratio=ratio,
+        outlier_ratio=outlier_ratio,
         sparsity=whole,
         achieved=sum(zeros.values()) / max(total, 1),  # a block may be skipped as a whole
         weights=total,
         linears={
             name: Linear(sparsity=asked[name], achieved=zeros[name] / size, weights=size)
-            for name, size in linears.items()
+            for name, size in sizes.items()
             if name
         },
     )
