@@ -164,20 +164,20 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str | Path) -> Path:
     """A recipe's file: `name` is a path, a checkpoint with one, or the name of a shipped recipe."""
+    known = shipped()
     if Path(name).is_file():
         return Path(name)
-    if Path(name).is_dir():
-        if not (Path(name) / RESOLVED).is_file():
-            raise BadInput(
-                f"{name} holds no {RESOLVED}.",
-                "What owl prune wrote has one, if SparseML has a modifier that prunes as its "
-                "method does.",
-            )
-        return Path(name) / RESOLVED
-    known = shipped()
-    if str(name) not in known:
+    if str(name) in known:
+        return known[str(name)]
+    if not Path(name).is_dir():
         raise unknown_name("recipe", str(name), known)
-    return known[str(name)]
+    if not (Path(name) / RESOLVED).is_file():
+        raise BadInput(
+            f"{name} holds no {RESOLVED}.",
+            "What owl prune wrote has one, if SparseML has a modifier that prunes as its method "
+            "does.",
+        )
+    return Path(name) / RESOLVED
 
 
 def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:

@@ -13,34 +13,27 @@ from owl_deploy.prune import mask, score
 from owl_deploy.prune.calibrate import Inputs
 
 Group = tuple[int, int] | None
-Lowest = Callable[[torch.Tensor, float], torch.Tensor]
+Prune = Callable[[torch.Tensor, Inputs, float, Group, Options], torch.Tensor]
 
 
-def magnitude(
-    weight: torch.Tensor, inputs: Inputs, sparsity: float, group: Group, options: Options
-) -> torch.Tensor:
-    """Remove the smallest weights of the whole matrix."""
-    return _pruned(weight, score.magnitude(weight), sparsity, group, mask.lowest_in_matrix)
+def _by_score(
+    scores: Callable[[torch.Tensor, Inputs], torch.Tensor],
+    lowest: Callable[[torch.Tensor, float], torch.Tensor],
+) -> Prune:
+    """Remove the lowest `scores`: by `lowest`, or within groups of N:M."""
+
+    def prune(
+        weight: torch.Tensor, inputs: Inputs, sparsity: float, group: Group, options: Options
+    ) -> torch.Tensor:
+        values = scores(weight, inputs)
+        removed = mask.lowest_in_groups(values, *group) if group else lowest(values, sparsity)
+        return weight.masked_fill(removed, 0)
+
+    return prune
 
 
-def wanda(
-    weight: torch.Tensor, inputs: Inputs, sparsity: float, group: Group, options: Options
-) -> torch.Tensor:
-    """Remove the lowest of Wanda's scores of each row."""
-    scores = score.wanda(weight, inputs.norm())
-    return _pruned(weight, scores, sparsity, group, mask.lowest_in_rows)
-
-
-def wanda_variant(
-    weight: torch.Tensor, inputs: Inputs, sparsity: float, group: Group, options: Options
-) -> torch.Tensor:
-    """Remove the weights with the lowest shares of their rows' scores."""
-    scores = score.wanda_share(weight, inputs.norm())
-    return _pruned(weight, scores, sparsity, group, mask.lowest_in_matrix)
-
-
-def _pruned(
-    weight: torch.Tensor, scores: torch.Tensor, sparsity: float, group: Group, lowest: Lowest
-) -> torch.Tensor:
-    removed = mask.lowest_in_groups(scores, *group) if group else lowest(scores, sparsity)
-    return weight.masked_fill(removed, 0)
+magnitude = _by_score(lambda weight, _: score.magnitude(weight), mask.lowest_in_matrix)
+wanda = _by_score(lambda weight, x: score.wanda(weight, x.norm()), mask.lowest_in_rows)
+wanda_variant = _by_score(
+    lambda weight, x: score.wanda_share(weight, x.norm()), mask.lowest_in_matrix
+)

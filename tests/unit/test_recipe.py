@@ -232,9 +232,12 @@ def test_settings_are_read_back_from_json_with_their_options():
     assert recipe.PruneSettings.model_validate_json(given.model_dump_json()) == given
 
 
-def test_a_checkpoint_is_its_recipe(tmp_path):
+def test_a_checkpoint_is_its_recipe(tmp_path, monkeypatch):
     path = write(tmp_path, "text")
     assert recipe.find(tmp_path) == path
     path.unlink()
     with pytest.raises(BadInput, match=r"holds no recipe\.yaml"):
         recipe.find(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("owl-wanda-50").mkdir()
+    assert recipe.find("owl-wanda-50") == recipe.shipped()["owl-wanda-50"]
