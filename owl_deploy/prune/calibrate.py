@@ -62,6 +62,7 @@ class InputStatistics:
 
         `make` must leave the matrix as it is.
         """
+        assert self._hessian, "the method's row does not say that it needs it"
         key = (self._leader[name], make, arguments)
         if key not in self._made:
             self._made[key] = make(self._sums[self._leader[name]], *arguments)
