@@ -22,7 +22,6 @@ from owl_deploy.evaluate.perplexity import (
     record,
     refuse_adapter,
 )
-from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
 from owl_deploy.manifest import DeploymentManifest, measurement, read_manifest
 from owl_deploy.progress import bar
@@ -237,7 +236,6 @@ def _opened(
     from lm_eval.models.huggingface import HFLM
 
     checkpoint = open_checkpoint(folder)
-    family_of(checkpoint.config)
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     seen = min(window, checkpoint.config.get("max_position_embeddings") or window)

@@ -47,7 +47,7 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         with log.open("wb") as stream:
             process = _start(source, folder, precision, Path(scratch), stream)
         try:
-            if 3 * 4 * source.parameters() < psutil.virtual_memory().available:
+            if 3 * 4 * source.checkpoint.weights() < psutil.virtual_memory().available:
                 _ = source.reference  # the builder holds the weights twice meanwhile
             _wait(process, log, source, progress)
         finally:

@@ -230,7 +230,7 @@ def _peak_bytes(source: Source, precision: Precision) -> float:
     """The most that the export has on the disk at once."""
     config = source.model.config
     head: int = 4 * config.vocab_size * config.hidden_size  # a tied one may be there twice
-    return precision.peak_bytes * source.parameters() + head
+    return precision.peak_bytes * source.checkpoint.weights() + head
 
 
 @contextlib.contextmanager
