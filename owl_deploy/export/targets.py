@@ -1,7 +1,6 @@
 """`owl export`: a checkpoint becomes a deployment for one of the targets in the table below."""
 
 import contextlib
-import errno
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +10,9 @@ from types import MappingProxyType
 from typing import Any, cast, get_args
 
 from owl_deploy import artefact, checkpoint
-from owl_deploy.errors import BadInput, unknown_name
-from owl_deploy.export import describe, genai, parity, sparse, traced
+from owl_deploy.errors import BadInput, is_full_disk, unknown_name
+from owl_deploy.export import describe, genai, onnx_file, parity, sparse, traced
+from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.runtime import kernels, library_path, pack
 
@@ -31,7 +31,7 @@ class Request:
     source: Source
     folder: Path
     precision: str
-    head: sparse.Head | None
+    head: Head | None
     progress: Progress
 
 
@@ -139,7 +139,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "fp32": Precision(4 + 4, 1e-3),
             },
             engine="owl",
-            heads=get_args(sparse.Head),
+            heads=get_args(Head),
             purpose="stock onnxruntime-genai with this package's sparse operators, production",
         ),
     }
@@ -173,7 +173,7 @@ def export(
         progress("Loading the checkpoint")
         source = Source(folder)
         artefact.check_room(staging, _peak_bytes(source, row.precisions[precision]), "The export")
-        chosen = cast(sparse.Head | None, head)
+        chosen = cast(Head | None, head)
         facts = row.build(Request(source, staging, precision, chosen, progress))
         progress("Computing PyTorch's logits")
         manifest = {
@@ -239,7 +239,7 @@ def _disk_errors(destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full_disk(error):
             raise
         raise BadInput(
             f"The disk became full while {destination} was written; nothing was left there.",
@@ -263,7 +263,7 @@ def _is_short(value: Any) -> bool:  # noqa: ANN401 - any JSON value
 
 
 def _contents(folder: Path, started: float) -> dict[str, Any]:
-    graph = describe.graph(folder / "model.onnx")
+    graph = describe.graph(folder / onnx_file.MODEL)
     files = describe.files(folder)
     return {
         **graph,
