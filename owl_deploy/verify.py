@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_deploy.artefact import MANIFEST, read_manifest
-from owl_deploy.engines.loading import Row, contents, digest, fingerprint, is_deployment
+from owl_deploy.engines.loading import Folder, Row, digest, fingerprint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
 
@@ -45,10 +45,10 @@ def verify(folder: str | Path) -> Verified:
     Raises `BadInput` for a folder that is no deployment, and for settings or a graph that name
     something to load which is elsewhere, or which owl never writes.
     """
-    folder = Path(folder)
-    if not is_deployment(folder):
+    folder, opened = Path(folder), Folder(Path(folder))
+    if not opened.has_graph:
         raise BadInput(f"{folder} is not a deployment.", "Give a folder that owl export wrote.")
-    rows = contents(folder)
+    rows = opened.rows()
     library = next((folder / row.name for row in rows if row.part == "operators"), None)
     listed = bool(read_manifest(folder).get("files"))
     return Verified(rows, listed, _whose(library), fingerprint(rows))

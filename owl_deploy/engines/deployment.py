@@ -1,11 +1,11 @@
 """What a deployment folder is, before an engine opens it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from owl_deploy.artefact import measurement, read_manifest, what_it_is
-from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, check, genai_config, load_graph
+from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, Folder
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.runtime import kernels
@@ -15,12 +15,17 @@ FAKE = "fake.json"
 
 @dataclass(frozen=True)
 class Deployment:
-    """A folder that an engine can open; `manifest` is its owl.json, empty if it has none."""
+    """A folder that an engine can open; `manifest` is its owl.json, empty if it has none.
+
+    `library`: the operators to open it with; None where it needs none.
+    """
 
     path: Path
     target: str
     vocab: int
     manifest: dict[str, Any]
+    library: Path | None = None
+    folder: Folder = field(kw_only=True, repr=False, compare=False)
 
     @property
     def precision(self) -> str:
@@ -44,8 +49,8 @@ class Deployment:
     def max_context(self) -> int | None:
         """The tokens that the model takes at most; None where nothing says."""
         told = self.manifest.get("max_context")
-        if told is None and (self.path / GENAI_CONFIG).is_file():
-            told = genai_number(self.path, "context_length")
+        if told is None and self.folder.settings:
+            told = self.folder.number("context_length")
         return int(told) if told else None
 
     @property
@@ -79,51 +84,40 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
         raise BadInput(f"The deployment {path} does not exist.", "Make it with owl export.")
     if not path.is_dir():
         raise BadInput(f"{path} is a file.", "Give the deployment's folder.")
-    manifest = read_manifest(path)
+    manifest, folder = read_manifest(path), Folder(path)
     target = manifest.get("target")
     if (path / FAKE).is_file() and target in (None, "fake"):
-        return Deployment(path, "fake", 16, manifest)
-    if not (path / MODEL).is_file():
+        return Deployment(path, "fake", 16, manifest, folder=folder)
+    if not folder.has_graph:
         raise BadInput(
             f"{path} is not a deployment: it has no {MODEL}.",
             what_it_is(path) or "Make it with owl export.",
         )
-    check(path, trust=trust_library)
-    inputs, vocab = _describe_graph(path / MODEL)
+    library = folder.check(trust=trust_library)
+    inputs = {value.name for value in folder.graph.input}
     if "input_ids" not in inputs or not any(name.startswith("past_key_values.") for name in inputs):
         raise BadInput(
             f"{path / MODEL} is not a decoder with a KV cache: it has the inputs "
             f"{', '.join(sorted(inputs)[:4]) or '(none)'}.",
             "Export the checkpoint with owl export.",
         )
-    target = target or _guess_target(path, inputs)
+    target = target or _guess_target(folder, inputs)
     if target not in TARGETS:
         raise unknown_name(f"target (in {path / 'owl.json'})", str(target), TARGETS)
     if target == "owl":
         kernels()  # to hear of a wrong OWL_ISA before an engine starts
-    return Deployment(path, target, vocab or genai_number(path, "vocab_size"), manifest)
+    vocab = _width_of_logits(folder) or folder.number("vocab_size")
+    return Deployment(path, target, vocab, manifest, library, folder=folder)
 
 
-def _guess_target(path: Path, inputs: set[str]) -> str:
+def _guess_target(folder: Folder, inputs: set[str]) -> str:
     """The target of a folder that has no manifest."""
-    if (path / GENAI_CONFIG).is_file() or "causal_mask" not in inputs:
+    if (folder.path / GENAI_CONFIG).is_file() or "causal_mask" not in inputs:
         return "onnxruntime"
     return "deepsparse"
 
 
-def _describe_graph(path: Path) -> tuple[set[str], int]:
-    """The names of a graph's inputs, and the width of `logits` (0 if that is not written)."""
-    graph = load_graph(path)
-    outputs = {item.name: item.type.tensor_type.shape.dim for item in graph.output}
-    logits = outputs.get("logits")
-    return {item.name for item in graph.input}, logits[-1].dim_value if logits else 0
-
-
-def genai_number(path: Path, name: str) -> int:
-    """A number about the model in the genai_config.json of the deployment `path`."""
-    try:
-        return int(genai_config(path)["model"][name])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{path / GENAI_CONFIG} does not say the model's {name}.", "Export again."
-        ) from error
+def _width_of_logits(folder: Folder) -> int:
+    """0 if the graph does not say it."""
+    shapes = (x.type.tensor_type.shape.dim for x in folder.graph.output if x.name == "logits")
+    return next((shape[-1].dim_value for shape in shapes if shape), 0)

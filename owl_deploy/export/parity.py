@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime
 
 from owl_deploy import engines
-from owl_deploy.engines.loading import genai_config, operators
+from owl_deploy.engines.loading import MODEL, Folder
 from owl_deploy.errors import EngineFailed, OwlError
 from owl_deploy.export.source import Progress, Reference
 
@@ -49,16 +49,17 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = engines.default_threads()
-        library = operators(deployment)
+        folder = Folder(deployment)
+        library = folder.operators()
         if library is not None:
             options.register_custom_ops_library(str(library))
-        path = str(deployment / "model.onnx")
+        path = str(deployment / MODEL)
         self._session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
-        decoder = genai_config(deployment).get("model", {}).get("decoder", {})
+        decoder = folder.settings.get("model", {}).get("decoder", {})
         self._head_size = int(decoder.get("head_size", 0))  # the builder's graph has only a name
         self.start()
 
