@@ -46,7 +46,7 @@ def verify(folder: str | Path) -> Verified:
     something to load which is elsewhere, or which owl never writes.
     """
     folder, opened = Path(folder), Folder(Path(folder))
-    if not opened.has_graph:
+    if not opened.has_model:
         raise BadInput(f"{folder} is not a deployment.", "Give a folder that owl export wrote.")
     rows = opened.rows()
     library = next((folder / row.name for row in rows if row.part == "operators"), None)

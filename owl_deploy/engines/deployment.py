@@ -4,13 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import measurement, read_manifest, what_it_is
-from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, Folder
-from owl_deploy.engines.registry import TARGETS
+from owl_deploy.artefact import measurement, read_manifest, read_object, what_it_is
+from owl_deploy.engines.loading import Folder
+from owl_deploy.engines.registry import MODEL, engine_for, known_targets
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.runtime import kernels
-
-FAKE = "fake.json"
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,11 @@ class Deployment:
     @property
     def size_bytes(self) -> int:
         """The bytes of the model: the graph, its weights and its operators, not the tokenizer."""
-        parts = [self.path / MODEL, *self.path.glob("*.data"), *self.path.glob("*.so")]
+        parts = [
+            self.path / self.folder.model_file,
+            *self.path.glob("*.data"),
+            *self.path.glob("*.so"),
+        ]
         return sum(part.stat().st_size for part in set(parts) if part.is_file())
 
 
@@ -85,39 +87,44 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
     if not path.is_dir():
         raise BadInput(f"{path} is a file.", "Give the deployment's folder.")
     manifest, folder = read_manifest(path), Folder(path)
-    target = manifest.get("target")
-    if (path / FAKE).is_file() and target in (None, "fake"):
-        return Deployment(path, "fake", 16, manifest, folder=folder)
-    if not folder.has_graph:
+    if not folder.has_model:
         raise BadInput(
-            f"{path} is not a deployment: it has no {MODEL}.",
+            f"{path} is not a deployment: it has no {folder.model_file}.",
             what_it_is(path) or "Make it with owl export.",
         )
     library = folder.check(trust=trust_library)
-    inputs = {value.name for value in folder.graph.input}
-    if "input_ids" not in inputs or not any(name.startswith("past_key_values.") for name in inputs):
-        raise BadInput(
-            f"{path / MODEL} is not a decoder with a KV cache: it has the inputs "
-            f"{', '.join(sorted(inputs)[:4]) or '(none)'}.",
-            "Export the checkpoint with owl export.",
-        )
-    target = target or _guess_target(folder, inputs)
-    if target not in TARGETS:
-        raise unknown_name(f"target (in {path / 'owl.json'})", str(target), TARGETS)
-    if target == "owl":
+    if folder.engine is not None:
+        target, vocab = folder.engine.targets[0], _configured_vocabulary(folder)
+    else:
+        target, vocab = _described(folder, manifest.get("target"))
+    if engine_for(target).operators:
         kernels()  # to hear of a wrong OWL_ISA before an engine starts
-    vocab = _width_of_logits(folder) or folder.number("vocab_size")
     return Deployment(path, target, vocab, manifest, library, folder=folder)
 
 
-def _guess_target(folder: Folder, inputs: set[str]) -> str:
-    """The target of a folder that has no manifest."""
-    if (folder.path / GENAI_CONFIG).is_file() or "causal_mask" not in inputs:
-        return "onnxruntime"
-    return "deepsparse"
+def _configured_vocabulary(folder: Folder) -> int:
+    """The size that config.json tells, or else the engine's row."""
+    config = folder.path / "config.json"
+    told = read_object(config, "Export again.").get("vocab_size") if config.is_file() else None
+    return int(told or (folder.engine.vocabulary if folder.engine else 0))
 
 
-def _width_of_logits(folder: Folder) -> int:
-    """0 if the graph does not say it."""
-    shapes = (x.type.tensor_type.shape.dim for x in folder.graph.output if x.name == "logits")
-    return next((shape[-1].dim_value for shape in shapes if shape), 0)
+def _described(folder: Folder, target: str | None) -> tuple[str, int]:
+    """A graph's target and the size of its vocabulary; raises `BadInput` for what is no decoder."""
+    graph = folder.graph
+    inputs = {value.name for value in graph.input}
+    if "input_ids" not in inputs or not any(name.startswith("past_key_values.") for name in inputs):
+        raise BadInput(
+            f"{folder.path / MODEL} is not a decoder with a KV cache: it has the inputs "
+            f"{', '.join(sorted(inputs)[:4]) or '(none)'}.",
+            "Export the checkpoint with owl export.",
+        )
+    if target is None:  # a folder that has no manifest
+        is_traced = "causal_mask" in inputs and not folder.settings
+        target = "deepsparse" if is_traced else "onnxruntime"
+    if target not in known_targets():
+        place = folder.path / "owl.json"
+        raise unknown_name(f"target (in {place})", target, known_targets())
+    shapes = (x.type.tensor_type.shape.dim for x in graph.output if x.name == "logits")
+    width = next((shape[-1].dim_value for shape in shapes if shape), 0)
+    return target, width or folder.number("vocab_size")

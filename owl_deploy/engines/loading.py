@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.artefact import MANIFEST, read_manifest, sha256
+from owl_deploy.engines.registry import MODEL, engine_of_file
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.progress import error_console
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
@@ -21,7 +22,7 @@ from owl_deploy.runtime import LIBRARY_NAMES, library_path
 if TYPE_CHECKING:
     import onnx
 
-MODEL, GENAI_CONFIG = "model.onnx", "genai_config.json"
+GENAI_CONFIG = "genai_config.json"
 _LIBRARIES = (".so", ".dylib", ".dll")
 _LOADED = (".onnx", ".data", *_LIBRARIES)  # not a tokenizer, which people do adapt
 # Session options that choose how the graph runs, and never a file to read or to write.
@@ -68,11 +69,13 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.engine = engine_of_file(path)  # None: any that opens ONNX graphs
+        self.model_file = self.engine.model_file if self.engine else MODEL
 
     @property
-    def has_graph(self) -> bool:
-        """Whether there is a graph to open."""
-        return (self.path / MODEL).is_file()
+    def has_model(self) -> bool:
+        """Whether there is something to open."""
+        return (self.path / self.model_file).is_file()
 
     @cached_property
     def graph(self) -> "onnx.GraphProto":
@@ -169,7 +172,8 @@ class Folder:
     def weights(self) -> set[str]:
         """The names of the files in which the graph's weights lie."""
         found = set()
-        for tensor in _tensors(self.graph) if self.has_graph else ():
+        is_graph = (self.path / MODEL).is_file()
+        for tensor in _tensors(self.graph) if is_graph else ():
             place = {entry.key: entry.value for entry in tensor.external_data}.get("location")
             if place is None:
                 continue
@@ -186,7 +190,7 @@ class Folder:
     def rows(self) -> list[Row]:
         """Every file with its state, by the manifest; runs nothing of it."""
         listed = self._listed()
-        loaded = {MODEL, *self.weights, *([self.library] if self.library else [])}
+        loaded = {self.model_file, *self.weights, *([self.library] if self.library else [])}
         loaded |= {GENAI_CONFIG} if self.settings else set()
         there = {path.name for path in self.path.iterdir() if path.is_file()} - {MANIFEST}
         names = sorted(there | listed.keys() | loaded)
@@ -203,7 +207,7 @@ class Folder:
             state = AS_EXPORTED
         else:
             state = CHANGED if name in loaded or path.suffix in _LOADED else EDITED
-        parts = {MODEL: "graph", GENAI_CONFIG: "settings", self.library: "operators"}
+        parts = {self.model_file: "graph", GENAI_CONFIG: "settings", self.library: "operators"}
         return Row(name, parts.get(name, "weights" if name in loaded else "other"), found, state)
 
     def _listed(self) -> dict[str, str]:

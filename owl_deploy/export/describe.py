@@ -32,10 +32,11 @@ def graph(path: Path) -> dict[str, Any]:
     """Operators, weights and quantization of the model at `path`, read from the file as it is.
 
     `weights`: for each weight of two axes or more, its shape, values and non-zeros; a quantized one
-    counts its codes that stand for zero. `total`, `nonzeros` and `sparsity`
-    are over the weights of the linear layers, the head among them, not the embedding.
+    counts its codes that stand for zero. `total`, `nonzeros` and `sparsity` (None where nothing was
+    counted) are over the weights of the linear layers, the head among them, not the embedding. A
+    deployment that is no ONNX graph has none of all this.
     """
-    nodes = list(ir.load(path).graph)
+    nodes = list(ir.load(path).graph) if path.is_file() else []
     weights: dict[str, dict[str, Any]] = {}
     for node in nodes:
         for value, row in _weights_of(node):
@@ -48,7 +49,7 @@ def graph(path: Path) -> dict[str, Any]:
         "weights": weights,
         "total": values,
         "nonzeros": nonzeros,
-        "sparsity": 1 - nonzeros / values if values else 0.0,
+        "sparsity": 1 - nonzeros / values if values else None,
         "quantization": next(filter(None, map(_quantization, nodes)), None),
     }
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast, get_args
 
 from owl_deploy import artefact, checkpoint
@@ -52,7 +51,7 @@ class Precision:
 class Target:
     """One road from a checkpoint to a deployment.
 
-    Attributes: `build`, which writes the graph and returns what the manifest says of it;
+    Attributes: `build`, which writes the model and returns what the manifest says of it;
     `precisions`, by name, the default first; `engine`, whose parity is checked where it is
     installed, and which the deployment is for; `purpose`, one line for people; `heads`, the ways
     to store the head if there is a choice.
@@ -108,42 +107,41 @@ def _owl(request: Request) -> dict[str, Any]:
     return {**facts, "packing": statistics}
 
 
-TARGETS: Mapping[str, Target] = MappingProxyType(
-    {
-        "deepsparse": Target(
-            build=_traced,
-            precisions={"fp32": Precision(4, 1e-3)},
-            engine="deepsparse",
-            purpose="DeepSparse 1.8 with its KV cache (evaluation only); any ONNX Runtime",
-        ),
-        "onnxruntime": Target(
-            build=_genai,
-            # With the scale and the zero point that each block of quantized weights has.
-            precisions={
-                "fp32": Precision(4, 1e-3),
-                "int8": Precision(1.2),
-                "int4": Precision(0.7),
-            },
-            engine="onnxruntime",
-            purpose="stock onnxruntime-genai, production",
-        ),
-        "owl": Target(
-            build=_owl,
-            # On the disk: the builder's fp32 copy, then the packed weights beside it.
-            # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
-            # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
-            # int8 is reported only, as it is for the dense exports.
-            precisions={
-                "bf16": Precision(4 + 2, 5e-2),
-                "int8": Precision(4 + 1.1),
-                "fp32": Precision(4 + 4, 1e-3),
-            },
-            engine="owl",
-            heads=get_args(Head),
-            purpose="stock onnxruntime-genai with this package's sparse operators, production",
-        ),
-    }
-)
+# The table: whoever adds a row, here or from outside, has another target in all verbs.
+TARGETS: dict[str, Target] = {
+    "deepsparse": Target(
+        build=_traced,
+        precisions={"fp32": Precision(4, 1e-3)},
+        engine="deepsparse",
+        purpose="DeepSparse 1.8 with its KV cache (evaluation only); any ONNX Runtime",
+    ),
+    "onnxruntime": Target(
+        build=_genai,
+        # With the scale and the zero point that each block of quantized weights has.
+        precisions={
+            "fp32": Precision(4, 1e-3),
+            "int8": Precision(1.2),
+            "int4": Precision(0.7),
+        },
+        engine="onnxruntime",
+        purpose="stock onnxruntime-genai, production",
+    ),
+    "owl": Target(
+        build=_owl,
+        # On the disk: the builder's fp32 copy, then the packed weights beside it.
+        # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
+        # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
+        # int8 is reported only, as it is for the dense exports.
+        precisions={
+            "bf16": Precision(4 + 2, 5e-2),
+            "int8": Precision(4 + 1.1),
+            "fp32": Precision(4 + 4, 1e-3),
+        },
+        engine="owl",
+        heads=get_args(Head),
+        purpose="stock onnxruntime-genai with this package's sparse operators, production",
+    ),
+}
 
 
 def export(
@@ -222,7 +220,10 @@ def _check_head(head: str | None, row: Target) -> None:
     if head is None:
         return
     if not row.heads:
-        raise BadInput("Only --target owl has a choice of heads.", "Use it, or leave --head out.")
+        some = " or ".join(name for name, target in TARGETS.items() if target.heads)
+        raise BadInput(
+            f"Only --target {some} has a choice of heads.", "Use it, or leave --head out."
+        )
     if head not in row.heads:
         raise unknown_name("head", head, row.heads)
 
@@ -263,10 +264,9 @@ def _is_short(value: Any) -> bool:  # noqa: ANN401 - any JSON value
 
 
 def _contents(folder: Path, started: float) -> dict[str, Any]:
-    graph = describe.graph(folder / onnx_file.MODEL)
     files = describe.files(folder)
     return {
-        **graph,
+        **describe.graph(folder / onnx_file.MODEL),
         "files": files,
         "bytes": sum(row["bytes"] for row in files.values()),
         "versions": artefact.versions(),
