@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from owl_deploy.artefact import MANIFEST, read_manifest
+from owl_deploy.artefact import MANIFEST
 from owl_deploy.engines.loading import Folder, Row, digest, fingerprint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
@@ -50,8 +50,7 @@ def verify(folder: str | Path) -> Verified:
         raise BadInput(f"{folder} is not a deployment.", "Give a folder that owl export wrote.")
     rows = opened.rows()
     library = next((folder / row.name for row in rows if row.part == "operators"), None)
-    listed = bool(read_manifest(folder).get("files"))
-    return Verified(rows, listed, _whose(library), fingerprint(rows))
+    return Verified(rows, bool(opened.listed), _whose(library), fingerprint(rows))
 
 
 def _whose(library: Path | None) -> str | None:

@@ -2,18 +2,25 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from owl_deploy.artefact import measurement, read_manifest, read_object, what_it_is
+from owl_deploy.artefact import read_object
 from owl_deploy.engines.loading import Folder
 from owl_deploy.engines.registry import MODEL, engine_for, known_targets
 from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.manifest import (
+    Block,
+    CheckpointManifest,
+    DeploymentManifest,
+    measurement,
+    read_manifest,
+    what_it_is,
+)
 from owl_deploy.runtime import kernels
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A folder that an engine can open; `manifest` is its owl.json, empty if it has none.
+    """A folder that an engine can open; `manifest` is its owl.json, or says nothing.
 
     `library`: the operators to open it with; None where it needs none.
     """
@@ -21,21 +28,19 @@ class Deployment:
     path: Path
     target: str
     vocab: int
-    manifest: dict[str, Any]
+    manifest: DeploymentManifest
     library: Path | None = None
     folder: Folder = field(kw_only=True, repr=False, compare=False)
 
     @property
     def precision(self) -> str:
         """How the weights are held: fp32, bf16, int8 or int4."""
-        packed = self.manifest.get("values")  # of earlier exports to owl: "precision" was fp32
-        return packed if isinstance(packed, str) else str(self.manifest.get("precision", "fp32"))
+        return self.manifest.precision
 
     @property
     def zeros(self) -> float | None:
         """The share of zeros in the weights of the matrix products, if the manifest says."""
-        share = self.manifest.get("sparsity")
-        return float(share) if isinstance(share, int | float) else None
+        return self.manifest.sparsity
 
     @property
     def perplexity(self) -> float | None:
@@ -46,24 +51,16 @@ class Deployment:
     @property
     def max_context(self) -> int | None:
         """The tokens that the model takes at most; None where nothing says."""
-        told = self.manifest.get("max_context")
+        told = self.manifest.max_context
         if told is None and self.folder.settings:
             told = self.folder.number("context_length")
-        return int(told) if told else None
+        return told or None
 
     @property
-    def blocks(self) -> list[dict[str, Any]]:
-        """Name, sparsity and outlier ratio (None: not measured) of each block, if pruned here."""
-        source = Path(str(self.manifest.get("source", {}).get("path", "")))
-        rows = read_manifest(source).get("blocks", []) if source.is_dir() else []
-        return [
-            {
-                "name": row["name"],
-                "sparsity": row["achieved"],
-                "outlier_ratio": row.get("outlier_ratio"),
-            }
-            for row in rows
-        ]
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the checkpoint that was exported, if that was pruned here."""
+        source = read_manifest(Path(self.manifest.source.path), CheckpointManifest)
+        return source.blocks if source else ()
 
     @property
     def size_bytes(self) -> int:
@@ -86,7 +83,8 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
         raise BadInput(f"The deployment {path} does not exist.", "Make it with owl export.")
     if not path.is_dir():
         raise BadInput(f"{path} is a file.", "Give the deployment's folder.")
-    manifest, folder = read_manifest(path), Folder(path)
+    folder = Folder(path)
+    manifest = folder.manifest or DeploymentManifest()
     if not folder.has_model:
         raise BadInput(
             f"{path} is not a deployment: it has no {folder.model_file}.",
@@ -96,7 +94,7 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
     if folder.engine is not None:
         target, vocab = folder.engine.targets[0], _configured_vocabulary(folder)
     else:
-        target, vocab = _described(folder, manifest.get("target"))
+        target, vocab = _described(folder, manifest.target)
     if engine_for(target).operators:
         kernels()  # to hear of a wrong OWL_ISA before an engine starts
     return Deployment(path, target, vocab, manifest, library, folder=folder)

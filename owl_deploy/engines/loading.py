@@ -13,9 +13,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import MANIFEST, read_manifest, sha256
+from owl_deploy.artefact import MANIFEST, sha256
 from owl_deploy.engines.registry import MODEL, engine_of_file
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.manifest import DeploymentManifest, read_manifest
 from owl_deploy.progress import error_console
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
 
@@ -189,40 +190,41 @@ class Folder:
 
     def rows(self) -> list[Row]:
         """Every file with its state, by the manifest; runs nothing of it."""
-        listed = self._listed()
         loaded = {self.model_file, *self.weights, *([self.library] if self.library else [])}
         loaded |= {GENAI_CONFIG} if self.settings else set()
         there = {path.name for path in self.path.iterdir() if path.is_file()} - {MANIFEST}
-        names = sorted(there | listed.keys() | loaded)
-        return [self._row(name, listed, loaded) for name in names]
+        names = sorted(there | self.listed.keys() | loaded)
+        return [self._row(name, loaded) for name in names]
 
-    def _row(self, name: str, listed: dict[str, str], loaded: set[str]) -> Row:
+    def _row(self, name: str, loaded: set[str]) -> Row:
         path = self.path / name
         found = digest(path) if path.is_file() else ""
         if not found:
             state = MISSING
-        elif name not in listed:
+        elif name not in self.listed:
             state = UNLISTED if name in loaded else UNUSED
-        elif found == listed[name]:
+        elif found == self.listed[name]:
             state = AS_EXPORTED
         else:
             state = CHANGED if name in loaded or path.suffix in _LOADED else EDITED
         parts = {self.model_file: "graph", GENAI_CONFIG: "settings", self.library: "operators"}
         return Row(name, parts.get(name, "weights" if name in loaded else "other"), found, state)
 
-    def _listed(self) -> dict[str, str]:
+    @cached_property
+    def manifest(self) -> DeploymentManifest | None:
+        """The owl.json; None where there is none of a deployment."""
+        return read_manifest(self.path, DeploymentManifest)
+
+    @cached_property
+    def listed(self) -> dict[str, str]:
         """The digests of the manifest, by name."""
-        files = read_manifest(self.path).get("files", {})
-        try:
-            listed = {name: str(row["sha256"]) for name, row in files.items()}
-        except (AttributeError, KeyError, TypeError) as error:
-            raise BadInput(f"{self.path / MANIFEST} lists no digests.", _EXPORT_AGAIN) from error
-        for name in listed:
+        files = self.manifest.files if self.manifest else {}
+        for name in files:
             if not is_bare(name):
                 raise BadInput(
                     f"{self.path / MANIFEST} names {name!r}, a file elsewhere.", _EXPORT_AGAIN
                 )
-        return listed
+        return {name: row.sha256 for name, row in files.items()}
 
     def check(self, *, trust: bool = False) -> Path | None:
         """Refuse a folder whose loaded files are not those of its manifest; its `operators`.
@@ -230,7 +232,7 @@ class Folder:
         A folder without a manifest has nothing to compare with.
         """
         library = self.operators(trust=trust)
-        if read_manifest(self.path).get("files"):
+        if self.listed:
             for row in filter(lambda row: row.refused, self.rows()):
                 raise BadInput(
                     f"{self.path / row.name} {_COMPLAINTS[row.state]}.",
