@@ -102,6 +102,8 @@ def _owl(request: Request) -> dict[str, Any]:
                 f"{request.source.config['model_type']!r}, and the target 'owl' starts from it.",
                 "Use --target deepsparse or onnxruntime.",
             ) from error
+        _ = request.source.reference  # the last use of
+        del request.source.model  # what is as large as all that is packed now
         request.progress("Packing the weights")
         precision = cast(pack.Values, request.precision)
         statistics = sparse.sparsify_deployment(dense, request.folder, precision, head=request.head)
@@ -172,14 +174,14 @@ def export(
         progress("Loading the checkpoint")
         source = Source(folder)
         artefact.check_room(staging, _peak_bytes(source, row.precisions[precision]), "The export")
-        chosen = cast(Head | None, head)
+        summary, chosen = _source_summary(source), cast(Head | None, head)
         facts = row.build(Request(source, staging, precision, chosen, progress))
         progress("Computing PyTorch's logits")
         facts |= {
             "target": target,
             "precision": precision,
             "engine": row.engine if facts.get("opens_in_genai", True) else None,
-            "source": _source_summary(source),
+            "source": summary,
         }
         reference = source.reference
         # A screened head rounds as int8 does.

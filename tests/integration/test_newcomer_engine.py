@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,7 @@ import pytest
 from owl_deploy import engines
 from owl_deploy.api import TARGETS
 from owl_deploy.bench import report  # noqa: F401 - a row that comes after it counts, too
-from owl_deploy.engines import ENGINES, Engine
-from owl_deploy.engines.registry import Ink
+from owl_deploy.engines import ENGINES, Engine, Ink
 from owl_deploy.export.targets import Precision, Request, Target
 from tests import tiny
 
@@ -132,13 +132,8 @@ def test_an_engine_and_a_target_from_outside(owl, llama, text_file, tmp_path):
 
 @pytest.mark.usefixtures("newcomer")
 def test_what_is_no_graph_needs_its_engine(owl, llama, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        ENGINES,
-        "newcomer",
-        ENGINES["newcomer"].__class__(
-            **{**vars(ENGINES["newcomer"]), "package": "no-such-package"}
-        ),
-    )
+    row = replace(ENGINES["newcomer"], package="no-such-package")
+    monkeypatch.setitem(ENGINES, "newcomer", row)
     code, _, err = owl("export", llama, "-o", tmp_path / "out", "-t", "for-newcomer")
     assert (code, "The engine 'newcomer' is not installed." in err) == (4, True)
     assert not (tmp_path / "out").exists()
