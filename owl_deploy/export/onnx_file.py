@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+from owl_deploy.engines.registry import MODEL
+
+_DATA = f"{MODEL}.data"
 _PAGE = 4096  # external tensors start on a page, so that a runtime can map them
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them
 
@@ -30,7 +32,7 @@ def save(model: ir.Model, folder: Path, *, external: bool = True) -> None:
     ir.save(
         model,
         folder / MODEL,
-        external_data=DATA if external else None,
+        external_data=_DATA if external else None,
         size_threshold_bytes=_INLINE_BYTES - 1,
         alignment=_PAGE,
         align_threshold=0,

@@ -11,6 +11,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from owl_deploy.engines.loading import GENAI_CONFIG
+from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
 from owl_deploy.export.rewriter import DOMAIN, Cache, Head, Rewriter
@@ -37,7 +39,7 @@ def sparsify_deployment(
     fp32; `head` is screened for int8, else whole. Without `join` every operator stays a node of
     its own: slower, but the runtime's profile then shows each. Returns statistics.
     """
-    model_file, config_file = source / onnx_file.MODEL, source / "genai_config.json"
+    model_file, config_file = source / MODEL, source / GENAI_CONFIG
     for file in (model_file, config_file):
         if not file.is_file():
             raise BadInput(
@@ -72,7 +74,7 @@ def sparsify_deployment(
 def _copy_rest(source: Path, destination: Path) -> None:
     """Tokenizer, chat template and whatever else lies beside the graph."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(onnx_file.MODEL):
+        if file.is_file() and not file.name.startswith(MODEL):
             shutil.copyfile(file, destination / file.name)
 
 
@@ -80,7 +82,7 @@ def _configure(config: dict[str, Any], destination: Path, library: str) -> None:
     options = config["model"]["decoder"].setdefault("session_options", {})
     options["custom_ops_library"] = library
     config.setdefault("search", {})["chunk_size"] = PROMPT_CHUNK
-    (destination / "genai_config.json").write_text(json.dumps(config, indent=4) + "\n")
+    (destination / GENAI_CONFIG).write_text(json.dumps(config, indent=4) + "\n")
 
 
 def _statistics(rewriter: Rewriter) -> dict[str, object]:

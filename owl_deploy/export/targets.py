@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from owl_deploy import artefact, checkpoint
+from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, is_full_disk, unknown_name
-from owl_deploy.export import describe, genai, onnx_file, parity, sparse, traced
+from owl_deploy.export import describe, genai, parity, sparse, traced
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import DeploymentManifest, versions
@@ -268,7 +269,7 @@ def _is_short(value: Any) -> bool:  # noqa: ANN401 - any JSON value
 def _contents(folder: Path, started: float) -> dict[str, Any]:
     files = describe.files(folder)
     return {
-        **describe.graph(folder / onnx_file.MODEL),
+        **describe.graph(folder / MODEL),
         "files": files,
         "bytes": sum(row["bytes"] for row in files.values()),
         "versions": versions(),
