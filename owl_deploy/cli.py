@@ -755,8 +755,8 @@ def engine_path(name: Annotated[str, typer.Argument(help="owl, or another engine
     from owl_deploy import engines
     from owl_deploy.runtime import library_path
 
-    engines.get_engine(name)
-    typer.echo(library_path() if name == "owl" else engines.python_of(name))
+    carried = engines.get_engine(name).operators
+    typer.echo(library_path() if carried else engines.python_of(name))
 
 
 @engines_app.command(name="remove")
