@@ -8,7 +8,6 @@ limits, user); each further one of (name, arguments). Each gets one line of answ
 import ast
 import os
 import resource
-import sys
 from typing import Any
 
 _PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
@@ -44,7 +43,8 @@ def main() -> None:
         os.setresuid(user, user, user)
     names: dict[str, Any] = {"__name__": "program"}
 
-    called, arguments = "", []
+    called: str = ""
+    arguments: tuple[Any, ...] = ()
     while True:
         try:
             if called:
