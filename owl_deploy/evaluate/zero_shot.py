@@ -70,7 +70,7 @@ class Tasks:
 def require_harness() -> None:
     """Prepare the harness; raises `BadInput` where it is not installed."""
     # Read when these are imported: a metric from the Hub would be code from the Hub.
-    os.environ.update(HF_EVALUATE_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
+    os.environ.update(HF_EVALUATE_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     try:
         import lm_eval.caching.cache
     except ImportError as error:
