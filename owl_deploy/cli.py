@@ -341,6 +341,10 @@ def evaluate(
     tasks_path: Annotated[
         Path | None, typer.Option(help="A folder with task files (YAML) of your own.")
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Run what the model writes for humaneval, in a sandbox."),
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="At most so many documents a task.")] = None,
     window: Annotated[int, typer.Option(help="Tokens a window; for tasks, at most.")] = 2048,
     windows: Annotated[
@@ -374,6 +378,7 @@ def evaluate(
         text=perplexity,
         tasks=tuple(name for part in tasks or () for name in part.split(",") if name),
         tasks_path=tasks_path,
+        allow_code=allow_code,
         window=window,
         windows=windows,
         limit=limit,
