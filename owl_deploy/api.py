@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from owl_deploy.generate import Sampling, Speed, generate
     from owl_deploy.hardware import Hardware
     from owl_deploy.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
-    from owl_deploy.prune.run import Calibration, prune
+    from owl_deploy.prune.request import Calibration
+    from owl_deploy.prune.run import prune
     from owl_deploy.recipe import PruneSettings
     from owl_deploy.recipe import merged as prune_settings
     from owl_deploy.verify import Verified, verify
@@ -91,7 +92,7 @@ WHERE = {
     "Asked": "owl_deploy.evaluate.run:Asked",
     "BadInput": "owl_deploy.errors:BadInput",
     "BenchPlan": "owl_deploy.bench.plan:BenchPlan",
-    "Calibration": "owl_deploy.prune.run:Calibration",
+    "Calibration": "owl_deploy.prune.request:Calibration",
     "CheckpointManifest": "owl_deploy.manifest:CheckpointManifest",
     "Comparison": "owl_deploy.bench.result:Comparison",
     "DeploymentManifest": "owl_deploy.manifest:DeploymentManifest",

@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. Nothing heavy is imported u
 import json
 import sys
 from collections.abc import Callable, Iterable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 
 from owl_deploy import __version__, api, options
 from owl_deploy.ending import exit_code
+from owl_deploy.methods import METHODS
 
 
 class _Group(TyperGroup):
@@ -67,11 +69,29 @@ def _say(text: str) -> None:
 
 def _given(values: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """Those of a command's `values` that are settings of the names `known`, and were given."""
-    found = {name: values[name] for name in known if values.get(name) not in (None, [])}
+    found = {name: values[name] for name in known if values.get(name) not in (None, [], {})}
     return {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
 
 
+def _with_method_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` an option for each that a method has, in place of its `**own`."""
+    own = [one for one in signature(command).parameters.values() if one.kind != one.VAR_KEYWORD]
+    found: dict[str, Parameter] = {}
+    for method, row in METHODS.items():
+        for name, field in row.options.model_fields.items():
+            default = "" if field.annotation is bool else f" [{field.default}]"
+            told = f"Of {method}: {field.description}.{default}"
+            if name in found:  # of another method, too
+                told = f"{found[name].default.help} {told}"
+            option = typer.Option(None, f"--{name.replace('_', '-')}", help=told)
+            kind: Any = field.annotation
+            found[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+    command.__signature__ = Signature([*own, *found.values()])  # type: ignore[attr-defined]
+    return command
+
+
 @app.command()
+@_with_method_options
 def prune(
     model: options.Model,
     output: options.Output,
@@ -84,9 +104,6 @@ def prune(
     spread: options.Spread = None,
     skip: options.Skip = None,
     head_sparsity: options.HeadSparsity = None,
-    block_size: options.BlockSize = None,
-    dampening: options.Dampening = None,
-    preserve_mask: options.PreserveMask = None,
     calibration: options.CalibrationText = None,
     samples: options.Samples = 128,
     sequence_length: options.CalibrationLength = 2048,
@@ -98,9 +115,10 @@ def prune(
     resume: options.Resume = False,
     force: options.Force = False,
     as_json: options.Json = False,
+    **own: Any,  # noqa: ANN401 - the methods' own, each of its type
 ) -> None:
     """Prune a model in one shot and write a sparse checkpoint."""
-    overrides = _given(locals(), api.PruneSettings.model_fields)
+    overrides = _given({**locals(), "options": _given(own, own)}, api.PruneSettings.model_fields)
     settings = api.prune_settings(recipe, overrides)
 
     from owl_deploy.prune.show import show
@@ -207,6 +225,7 @@ def evaluate(
     perplexity: options.PerplexityText = None,
     tasks: options.Tasks = None,
     tasks_path: options.TasksPath = None,
+    allow_code: options.AllowCode = False,
     limit: options.Limit = None,
     window: options.Window = 2048,
     windows: options.Windows = None,
@@ -227,6 +246,7 @@ def evaluate(
         text=perplexity,
         tasks=tuple(name for part in tasks or () for name in part.split(",") if name),
         tasks_path=tasks_path,
+        allow_code=allow_code,
         window=window,
         windows=windows,
         limit=limit,
@@ -488,8 +508,8 @@ def engine_path(name: Annotated[str, typer.Argument(help="owl, or another engine
     from owl_deploy import engines
     from owl_deploy.runtime import library_path
 
-    engines.get_engine(name)
-    typer.echo(library_path() if name == "owl" else engines.python_of(name))
+    carried = engines.get_engine(name).operators
+    typer.echo(library_path() if carried else engines.python_of(name))
 
 
 @engines_app.command(name="remove")

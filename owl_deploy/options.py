@@ -9,6 +9,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.methods import METHODS
+
 SEEDS = 2**31 - 1  # the largest that every library takes
 _CORES = "Of an engine. [the physical cores]"
 _SOURCE = "a file, wikitext, c4, ptb, or hf:N:C:S:COL."
@@ -41,13 +44,10 @@ Recipe = Annotated[
     Path | None,
     Option(help="A file in SparseML's grammar, or a shipped name; options override it."),
 ]
-Method = Annotated[
-    str | None,
-    Option("--method", "-m", help="magnitude, wanda, wanda-variant or sparsegpt. [wanda]"),
-]
+Method = Annotated[str | None, Option("--method", "-m", help=f"{', '.join(METHODS)}. [wanda]")]
+_RULES = ", ".join(name for name, row in ALLOCATIONS.items() if row.rule)
 Allocation = Annotated[
-    str | None,
-    Option("--allocation", "-a", help="Sparsity over the blocks: owl, dlp, linear, uniform. [owl]"),
+    str | None, Option("--allocation", "-a", help=f"How sparsity is divided: {_RULES}. [owl]")
 ]
 Sparsity = Annotated[
     float | None, Option("--sparsity", "-s", help="Share of weights to remove. [0.7]")
@@ -58,20 +58,14 @@ Structure = Annotated[
 OutlierMultiple = Annotated[
     float | None, Option(help="OWL's M: an outlier is above M times the mean. [5]")
 ]
-Spread = Annotated[
-    float | None, Option(help="Half the range of sparsities. [owl 0.08, dlp and linear 0.15]")
-]
+_SPREADS = ", ".join(f"{name} {row.spread:g}" for name, row in ALLOCATIONS.items() if row.tunable)
+Spread = Annotated[float | None, Option(help=f"Half the range of sparsities. [{_SPREADS}]")]
 Skip = Annotated[
     list[str] | None, Option(help="A layer to leave dense, such as down_proj; repeat.")
 ]
 HeadSparsity = Annotated[
     float | None,
     Option(help="Prune the output head too, and the embedding if they are one matrix."),
-]
-BlockSize = Annotated[int | None, Option(help="SparseGPT: columns a block. [128]")]
-Dampening = Annotated[float | None, Option(help="SparseGPT: share of the mean diagonal. [0.01]")]
-PreserveMask = Annotated[
-    bool | None, Option("--preserve-mask", help="SparseGPT: zeros stay zeros.")
 ]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Of the draw of windows.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
@@ -128,6 +122,9 @@ Tasks = Annotated[
     Option(help="Of lm-evaluation-harness, by commas; `paper` is the paper's seven."),
 ]
 TasksPath = Annotated[Path | None, Option(help="A folder with task files (YAML) of your own.")]
+AllowCode = Annotated[
+    bool, Option("--allow-code", help="Run what the model writes for humaneval, in a sandbox.")
+]
 Limit = Annotated[int | None, Option(help="At most so many documents a task.")]
 Window = Annotated[int, Option(help="Tokens a window; for tasks, at most.")]
 Windows = Annotated[int | None, Option(help="At most so many windows; the whole text without it.")]

@@ -18,10 +18,10 @@ LAYERS = (
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
     ("engines", "demo_input", "hardware", "adapter"),
     ("blocks",),
-    ("runtime", "recipe", "checkpoint", "text"),
-    ("partial", "families", "allocation"),
+    ("runtime", "recipe", "checkpoint", "options", "text"),
+    ("partial", "families", "allocation", "methods"),
     ("manifest",),
-    ("artefact", "cache", "ending", "options", "picture", "progress"),
+    ("artefact", "cache", "ending", "picture", "progress"),
     ("lease",),
     ("errors", "__init__"),
 )

@@ -41,7 +41,7 @@ def killed_at(reached: Path, source: Path, output: Path) -> None:
     """Run the plan in a process, and kill that as soon as `reached` is there."""
     code = (
         "import sys, pathlib\n"
-        "from tests.integration.test_pipeline import PLAN, execute, tasks\n"
+        "from tests.integration.test_killed_plan import PLAN, execute, tasks\n"
         "execute(tasks(PLAN, *map(pathlib.Path, sys.argv[1:])), print)"
     )
     command = [sys.executable, "-c", code, str(source), str(output)]
