@@ -656,7 +656,7 @@ def report(
 
     trained = {path: read_manifest(path).get("finetune") for path in results}
     curves = [
-        (caption(str(path), done), learning_curve_svg(done["curve"]))
+        (caption(str(path), done), learning_curve_svg(done["curve"], on_page=True))
         for path, done in trained.items()
         if done
     ]

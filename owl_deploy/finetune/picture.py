@@ -2,32 +2,33 @@
 
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.picture import svg
+from owl_deploy.picture import ACCENT, FAINT, PAGE, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def learning_curve_svg(curve: list[dict[str, Any]]) -> str:
-    """Training and held-out loss over the steps; rows as `train.train` gives them."""
-    return svg(lambda axes: _draw(axes, curve))
+def learning_curve_svg(curve: list[dict[str, Any]], on_page: bool = False) -> str:
+    """Training and held-out loss over the steps; rows as `train.train` gives them.
 
+    `on_page`: to be set into HTML (see `picture.svg`), not for a file of its own.
+    """
 
-def _draw(axes: "Axes", curve: list[dict[str, Any]]) -> None:
-    trained = [row for row in curve if "loss" in row]
-    held_out = [row for row in curve if "eval_loss" in row]
-    axes.plot(
-        [row["step"] for row in trained],
-        [row["loss"] for row in trained],
-        color="#9db4c8",
-        label="training loss of each step",
-    )
-    axes.plot(
-        [row["step"] for row in held_out],
-        [row["eval_loss"] for row in held_out],
-        color="#0b5394",
-        marker="o",
-        label="cross-entropy of held-out text",
-    )
-    axes.set_xlabel("step")
-    axes.set_ylabel("nats a token")
+    def draw(axes: "Axes") -> None:
+        for key, color, mark, label in (
+            ("loss", FAINT, "", "training loss of each step"),
+            ("eval_loss", ACCENT, "o", "cross-entropy of held-out text"),
+        ):
+            points = [(row["step"], row[key]) for row in curve if key in row]
+            axes.plot(
+                [step for step, _ in points],
+                [loss for _, loss in points],
+                color=color,
+                marker=mark,
+                label=label,
+            )
+        axes.set_xlabel("step")
+        axes.set_ylabel("nats a token")
+        axes.legend(loc="best")
+
+    return svg(draw, page=PAGE if on_page else None)

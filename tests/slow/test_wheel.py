@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LIBRARY = "owl_deploy/runtime/libowl_runtime.so"
 # What `owl engines` imports; the rest (torch and its kin) would take minutes and show nothing more.
-LIGHT = ("typer", "rich", "pydantic", "pyyaml", "platformdirs", "psutil", "numpy", "packaging")
+LIGHT = ("typer", "rich", "pydantic", "pyyaml", "platformdirs", "psutil", "numpy", "packaging", "jinja2")
 
 
 def run(*command: str | Path, **options) -> str:
@@ -118,6 +118,7 @@ def test_the_wheel_carries_the_library(
         names = set(archive.namelist())
     assert LIBRARY in names
     assert "owl_deploy/recipes/owl-wanda-70.yaml" in names
+    assert {f"owl_deploy/bench/report.{kind}" for kind in ("html.j2", "css")} < names
     assert not any("csrc" in name for name in names)
 
     owl = installed(wheel, tmp_path / "environment")
