@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNNABLE := .venv/.runnable
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-full test runtime check format slow sanitize vnni arm gpu compat lock clean
+.PHONY: demo demo-full test runtime check format slow sanitize vnni arm gpu compat lock docs coverage clean
 
 demo: $(RUNNABLE) runtime
 	$(BIN)/python -m owl_deploy.demo --output demo
@@ -68,6 +68,15 @@ compat: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+# The pages as a site in build/site. Nothing is fetched.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+# The share of lines that unit and integration tests run, the processes that they start included.
+coverage: $(INSTALLED) runtime
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(TESTS)
 
 # torch stays a range: its CPU build has a local version that no index but its own serves.
 lock: $(INSTALLED)
