@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from owl_deploy import api
 from owl_deploy.bench import machine
+from owl_deploy.bench.sweep import read_plan
 from owl_deploy.cli import app
 from owl_deploy.runtime import library_path
 from tests import tiny
@@ -44,15 +45,14 @@ NOT_RUN = {
     r"pre-commit install": HERE,
     r"python benchmarks/": LONG,
     r"owl engines install ": LONG,
+    r"owl sweep ": LONG,
     r"owl .* wikitext$": HUB,
     r"owl .* --tasks ": HUB,
     r"(site=|g\+\+ |ln -sf|LD_LIBRARY_PATH=)": ELSEWHERE,
 }
 # Options that make a verb small, after those that the page gives: the last one counts.
-WINDOWS = "--samples 4 --sequence-length 64"
 SMALLER = {
-    "prune": WINDOWS,
-    "sweep": f"{WINDOWS} --window 64 --windows 1 --pairs 1",
+    "prune": "--samples 4 --sequence-length 64",
     "eval": "--window 64 --windows 1",
     "finetune": "--sequence-length 64 --max-steps 1",
     "generate": "-n 4",
@@ -185,8 +185,6 @@ def work(readme: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
                 Path(name).symlink_to(f"fake-{name}")
                 text = '{"decode_ms": 10, "prefill_ms": 50, "noise": 0.01}'
                 Path(name, "fake.json").write_text(text)
-        if page.stem == "sweep":
-            Path("plan.yaml").write_text(blocks(page, "yaml")[0])
         run_all(page, readme[1])
         for block in blocks(page, "python"):
             exec(compile(block, str(page), "exec"), {})
@@ -254,6 +252,9 @@ def test_a_yaml_is_what_it_is_said_to_be(tmp_path: Path) -> None:
     (recipe,) = blocks(Path("docs/reference/formats.md"), "yaml")
     (tmp_path / "recipe.yaml").write_text(recipe)
     assert api.prune_settings(tmp_path / "recipe.yaml", {}).allocation == "owl"
+    (plan,) = blocks(Path("docs/how-to/sweep.md"), "yaml")
+    (tmp_path / "plan.yaml").write_text(plan)
+    assert read_plan(tmp_path / "plan.yaml", {}).pairs == 4
 
 
 @pytest.mark.parametrize("page", [README, *(Path(f"{n}.md") for n in ("CONTRIBUTING", "SECURITY"))])
