@@ -27,4 +27,4 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     command = get_command(app)
     context = command.make_context("owl", [], resilient_parsing=True)
     made = get_docs_for_click(obj=command, ctx=context, name="owl")
-    return markdown.replace("[[cli]]", made.partition("\n")[2])
+    return markdown.replace("[[cli]]", made[made.index("\n## ") :])  # after what `owl --help` lists
