@@ -54,8 +54,8 @@ class EnvironmentFailed(OwlError):
 
 # What is imported, and the extra that installs it (pyproject.toml).
 MISSING = {
-    **dict.fromkeys(("accelerate", "datasets", "huggingface_hub", "onnx_ir"), "model"),
-    **dict.fromkeys(("onnxruntime", "safetensors", "torch", "transformers"), "model"),
+    **dict.fromkeys(("accelerate", "datasets", "huggingface_hub", "onnxruntime"), "model"),
+    **dict.fromkeys(("safetensors", "torch", "transformers"), "model"),
     **dict.fromkeys(("gguf", "mwparserfromhell"), "demo"),
     "peft": "finetune",
     "lm_eval": "eval",

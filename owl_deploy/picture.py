@@ -5,7 +5,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -87,12 +87,13 @@ def sparsity_by_block(
     sparsities: Sequence[float],
     outlier_ratios: Sequence[float | None],
     beside: tuple[str, float] | None = None,
+    linears: Sequence[Collection[float]] = (),
     **how: Any,  # noqa: ANN401 - `svg` has their types
 ) -> str:
     """The paper's picture: each block's sparsity, a share, over the outliers (%) that decided it.
 
-    `beside`: the allocation's name and the model's sparsity, which then is a line of its own. `how`
-    goes to `svg`.
+    `beside`: the allocation's name and the model's sparsity, which then is a line of its own.
+    `linears`: those of each block's Linears, dots where they differ. `how` goes to `svg`.
     """
 
     def draw(axes: "Axes") -> None:
@@ -108,6 +109,10 @@ def sparsity_by_block(
             axes.patch.set_visible(False)
         percent = [100 * one for one in sparsities]
         (line,) = axes.step(numbers, percent, where="mid", color=ACCENT, linewidth=2)
+        for number, each in enumerate(linears):
+            if len(set(each)) > 1:
+                dots = [100 * one for one in each]
+                axes.plot([number] * len(dots), dots, "o", color=ACCENT, markersize=3)
         if beside:
             line.set_label(beside[0])
             whole = 100 * beside[1]

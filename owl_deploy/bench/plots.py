@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _UNKNOWN = Ink(INK, INK, "x")  # an engine that this version of owl does not have
-_PAGE = {**PAGE, **{engine.ink.light: engine.name for engine in ENGINES.values()}}
+
+
+def _page() -> dict[str, str]:
+    """The page's variable for each colour: the engines' that there are now, too."""
+    return {**PAGE, **{engine.ink.light: engine.name for engine in ENGINES.values()}}
 
 
 def _ink(engine: str) -> Ink:
@@ -20,7 +24,7 @@ def _ink(engine: str) -> Ink:
 
 def _draw(draw: Callable[..., None], height: float, *arguments: Any) -> str:  # noqa: ANN401
     """The SVG, for the report, that `draw(axes, *arguments)` gives."""
-    return svg(lambda axes: draw(axes, *arguments), (6.4, height), page=_PAGE)
+    return svg(lambda axes: draw(axes, *arguments), (6.4, height), page=_page())
 
 
 def speedups(result: Result, key: str) -> str:
@@ -177,7 +181,7 @@ def blocks(subject: Subject) -> str:
         [block.sparsity for block in subject.blocks],
         [block.outlier_ratio for block in subject.blocks],
         size=(6.4, 3.0),
-        page=_PAGE,
+        page=_page(),
     )
 
 

@@ -33,3 +33,10 @@ def test_the_checkpoints_picture_has_the_whole_beside():
     assert "outlier ratio" in made
     without = picture.sparsity_by_block([0.6, 0.8], [None, None])
     assert "outlier ratio" not in without
+
+
+def test_linears_are_dots_only_where_they_differ():
+    same = picture.sparsity_by_block([0.6, 0.8], [None, None])
+    assert picture.sparsity_by_block([0.6, 0.8], [None, None], linears=[(0.6, 0.6), ()]) == same
+    apart = picture.sparsity_by_block([0.6, 0.8], [None, None], linears=[(0.65, 0.75), ()])
+    assert apart.count('id="line2d') == same.count('id="line2d') + 1
