@@ -27,6 +27,12 @@ def _draw(draw: Callable[..., None], height: float, *arguments: Any) -> str:  # 
     return svg(lambda axes: draw(axes, *arguments), (6.4, height), page=_page())
 
 
+def _errors(rows: Sequence[Comparison]) -> list[list[float]]:
+    """How far the intervals reach below and above the ratios."""
+    below = [max(0.0, row.ratio - row.low) for row in rows]
+    return [below, [max(0.0, row.high - row.ratio) for row in rows]]
+
+
 def speedups(result: Result, key: str) -> str:
     """Each comparison of a metric as a point with its interval; 1 is a line."""
     rows = [comparison for comparison in result.comparisons if comparison.scenario == key]
@@ -40,7 +46,7 @@ def _speedups(axes: "Axes", result: Result, rows: Sequence[Comparison]) -> None:
         axes.errorbar(
             row.ratio,
             place,
-            xerr=[[max(0.0, row.ratio - row.low)], [max(0.0, row.high - row.ratio)]],
+            xerr=_errors([row]),
             fmt=ink.marker,
             color=ink.light,
             capsize=3,
@@ -60,25 +66,18 @@ def by_sparsity(result: Result, key: str) -> str:
 def _by_sparsity(axes: "Axes", result: Result, key: str) -> None:
     subjects = {subject.name: subject for subject in result.subjects}
     rows = [c for c in result.comparisons if c.scenario == key and "same engine" in c.against]
-    for engine in dict.fromkeys(subjects[c.candidate].engine for c in rows):
-        points = sorted(
-            (100 * (subjects[c.candidate].zeros or 0.0), c.ratio, c.low, c.high)
-            for c in rows
-            if subjects[c.candidate].engine == engine
+    rows.sort(key=lambda row: subjects[row.candidate].zeros or 0.0)
+    for engine in dict.fromkeys(subjects[row.candidate].engine for row in rows):
+        own = [row for row in rows if subjects[row.candidate].engine == engine]
+        axes.errorbar(
+            [100 * (subjects[row.candidate].zeros or 0.0) for row in own],
+            [row.ratio for row in own],
+            yerr=_errors(own),
+            fmt=_ink(engine).marker + "-",
+            color=_ink(engine).light,
+            capsize=3,
+            label=engine,
         )
-        if points:
-            x, y, low, high = (list(column) for column in zip(*points, strict=True))
-            below = [max(0.0, a - b) for a, b in zip(y, low, strict=True)]
-            above = [max(0.0, b - a) for a, b in zip(y, high, strict=True)]
-            axes.errorbar(
-                x,
-                y,
-                yerr=[below, above],
-                fmt=_ink(engine).marker + "-",
-                color=_ink(engine).light,
-                capsize=3,
-                label=engine,
-            )
     axes.axhline(1, color=INK, linewidth=1)
     axes.grid(axis="y")
     axes.set_xlabel("zeros in the weights, %")
