@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from owl_deploy.finetune.settings import FinetuneSettings
     from owl_deploy.generate import Sampling, Speed, generate
     from owl_deploy.hardware import Hardware
-    from owl_deploy.prune.run import Calibration, prune
+    from owl_deploy.prune.request import Calibration
+    from owl_deploy.prune.run import prune
     from owl_deploy.recipe import PruneSettings
     from owl_deploy.recipe import merged as prune_settings
     from owl_deploy.verify import Verified, verify
@@ -88,7 +89,7 @@ WHERE = {
     "Asked": "owl_deploy.evaluate.run:Asked",
     "BadInput": "owl_deploy.errors:BadInput",
     "BenchPlan": "owl_deploy.bench.plan:BenchPlan",
-    "Calibration": "owl_deploy.prune.run:Calibration",
+    "Calibration": "owl_deploy.prune.request:Calibration",
     "Comparison": "owl_deploy.bench.result:Comparison",
     "EngineFailed": "owl_deploy.errors:EngineFailed",
     "EnvironmentFailed": "owl_deploy.errors:EnvironmentFailed",

@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. Nothing heavy is imported u
 import json
 import sys
 from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from owl_deploy import __version__, api
+from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.ending import exit_code
+from owl_deploy.methods import METHODS
 
 
 class _Group(TyperGroup):
@@ -37,6 +40,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_RULES = ", ".join(name for name, row in ALLOCATIONS.items() if row.rule)
+_SPREADS = ", ".join(f"{name} {row.spread:g}" for name, row in ALLOCATIONS.items() if row.tunable)
 SEEDS = 2**31 - 1  # the largest that every library takes
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output folder.")]
@@ -78,7 +83,25 @@ def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], object]) -> 
         show()
 
 
+def _with_method_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` an option for each that a method has, in place of its `**options`."""
+    own = [one for one in signature(command).parameters.values() if one.kind != one.VAR_KEYWORD]
+    found: dict[str, Parameter] = {}
+    for method, row in METHODS.items():
+        for name, field in row.options.model_fields.items():
+            default = "" if field.annotation is bool else f" [{field.default}]"
+            told = f"Of {method}: {field.description}.{default}"
+            if name in found:  # of another method, too
+                told = f"{found[name].default.help} {told}"
+            option = typer.Option(None, f"--{name.replace('_', '-')}", help=told)
+            kind: Any = field.annotation
+            found[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+    command.__signature__ = Signature([*own, *found.values()])  # type: ignore[attr-defined]
+    return command
+
+
 @app.command()
+@_with_method_options
 def prune(
     model: Annotated[
         str, typer.Argument(help="A model folder, or a name on the Hugging Face Hub.")
@@ -90,14 +113,14 @@ def prune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            "--method", "-m", help="magnitude, wanda, wanda-variant or sparsegpt. [wanda]"
-        ),
+        typer.Option("--method", "-m", help=f"{', '.join(METHODS)}. [wanda]"),
     ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
-            "--allocation", "-a", help="Sparsity over the blocks: owl, dlp, linear, uniform. [owl]"
+            "--allocation",
+            "-a",
+            help=f"How sparsity is divided: {_RULES}. [owl]",
         ),
     ] = None,
     sparsity: Annotated[
@@ -112,7 +135,7 @@ def prune(
     ] = None,
     spread: Annotated[
         float | None,
-        typer.Option(help="Half the range of sparsities. [owl 0.08, dlp and linear 0.15]"),
+        typer.Option(help=f"Half the range of sparsities. [{_SPREADS}]"),
     ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="A layer to leave dense, such as down_proj; repeat.")
@@ -120,15 +143,6 @@ def prune(
     head_sparsity: Annotated[
         float | None,
         typer.Option(help="Prune the output head too, and the embedding if they are one matrix."),
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="SparseGPT: columns a block. [128]")
-    ] = None,
-    dampening: Annotated[
-        float | None, typer.Option(help="SparseGPT: share of the mean diagonal. [0.01]")
-    ] = None,
-    preserve_mask: Annotated[
-        bool | None, typer.Option("--preserve-mask", help="SparseGPT: zeros stay zeros.")
     ] = None,
     calibration: Annotated[
         str | None,
@@ -152,6 +166,7 @@ def prune(
     resume: Resume = False,
     force: Force = False,
     as_json: Json = False,
+    **options: Any,  # noqa: ANN401 - the methods' own, each of its type
 ) -> None:
     """Prune a model in one shot and write a sparse checkpoint."""
     from owl_deploy.recipe import origin
@@ -165,9 +180,7 @@ def prune(
         "spread": spread,
         "skip": tuple(skip) if skip else None,
         "head_sparsity": head_sparsity,
-        "block_size": block_size,
-        "dampening": dampening,
-        "preserve_mask": preserve_mask,
+        "options": {key: value for key, value in options.items() if value is not None} or None,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     settings = api.prune_settings(recipe, overrides)
@@ -328,6 +341,10 @@ def evaluate(
     tasks_path: Annotated[
         Path | None, typer.Option(help="A folder with task files (YAML) of your own.")
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Run what the model writes for humaneval, in a sandbox."),
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="At most so many documents a task.")] = None,
     window: Annotated[int, typer.Option(help="Tokens a window; for tasks, at most.")] = 2048,
     windows: Annotated[
@@ -361,6 +378,7 @@ def evaluate(
         text=perplexity,
         tasks=tuple(name for part in tasks or () for name in part.split(",") if name),
         tasks_path=tasks_path,
+        allow_code=allow_code,
         window=window,
         windows=windows,
         limit=limit,
@@ -742,8 +760,8 @@ def engine_path(name: Annotated[str, typer.Argument(help="owl, or another engine
     from owl_deploy import engines
     from owl_deploy.runtime import library_path
 
-    engines.get_engine(name)
-    typer.echo(library_path() if name == "owl" else engines.python_of(name))
+    carried = engines.get_engine(name).operators
+    typer.echo(library_path() if carried else engines.python_of(name))
 
 
 @engines_app.command(name="remove")

@@ -49,9 +49,18 @@ class Manifest(_Part):
         write_json(folder / MANIFEST, self.to_json())
 
 
+class Linear(_Part):
+    """The shares of a Linear's weights that were asked to go, and went."""
+
+    achieved: FiniteFloat
+    sparsity: FiniteFloat
+    weights: int
+
+
 class Block(_Part):
     """A block of a pruned model, or its head: the shares of its weights that were asked to go and
-    went. `outlier_ratio`: in percent, None where the allocation did not ask for it.
+    went. `outlier_ratio`: in percent, None where the allocation did not ask for it. `linears`: the
+    same of each of its Linears that was pruned, by name.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Block(_Part):
     sparsity: FiniteFloat
     outlier_ratio: FiniteFloat | None = None
     weights: int = 0
+    linears: dict[str, Linear] = {}
 
 
 class Shares(_Part):
@@ -83,6 +93,7 @@ class Pruning(_Part):
     allocation: str = ""
     sparsity: FiniteFloat = 0.0
     skip: tuple[str, ...] = ()
+    options: dict[str, Any] = {}
 
 
 class TrainedOn(_Part):

@@ -130,8 +130,8 @@ def list_engines() -> list[dict[str, Any]]:
             "version": installed_version(engine.name),
             "opens": list(engine.targets),
             "licence": engine.licence,
-            "library": _library() if engine.name == "owl" else None,
-            "kernels": kernels() if engine.name == "owl" else None,
+            "library": _library() if engine.operators else None,
+            "kernels": kernels() if engine.operators else None,
             "environment": str(environment_folder(engine)) if engine.lock else None,
         }
         for engine in ENGINES.values()

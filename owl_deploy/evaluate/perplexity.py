@@ -12,13 +12,12 @@ import torch
 
 from owl_deploy.adapter import with_adapter
 from owl_deploy.artefact import is_artefact
-from owl_deploy.blocks import Skeleton, whole_model, window_nll
+from owl_deploy.blocks import Skeleton, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import engine_for, get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
-from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_batch, find_device, find_dtype
 from owl_deploy.manifest import DeploymentManifest, keep_measurement, read_manifest
 from owl_deploy.progress import bar, error_console
@@ -132,7 +131,6 @@ def checkpoint_perplexity(
     supported, or a text without one full window.
     """
     checkpoint = open_checkpoint(folder)
-    family_of(checkpoint.config)
     windows = windows_of(checkpoint.folder, text, window, limit)
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
@@ -242,7 +240,7 @@ def load_model(
     Raises `BadInput` for weights that are incomplete or not finite, and for an adapter that is
     not for them.
     """
-    model = whole_model(checkpoint, dtype)
+    model = checkpoint.load(dtype)
     if adapter is not None:
         model = with_adapter(model, checkpoint, adapter).get_base_model()
     return model.to(device).eval()

@@ -10,4 +10,5 @@ def sparsity_svg(manifest: CheckpointManifest) -> str:
         [block.sparsity for block in manifest.blocks],
         [block.outlier_ratio for block in manifest.blocks],
         (manifest.settings.allocation, manifest.sparsity.asked),
+        [[one.sparsity for one in block.linears.values()] for block in manifest.blocks],
     )

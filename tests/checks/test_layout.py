@@ -17,7 +17,7 @@ LAYERS = (
     ("engines", "demo_input", "hardware", "adapter"),
     ("blocks",),
     ("runtime", "recipe", "checkpoint", "text"),
-    ("partial", "families", "allocation"),
+    ("partial", "families", "allocation", "methods"),
     ("manifest",),
     ("artefact", "cache", "ending", "picture", "progress"),
     ("errors", "__init__"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
@@ -81,15 +82,15 @@ def decoder(blocks: int, cache: int, values: pack.Values = "fp32") -> onnx.Model
 
 
 def joined(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    blocks = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-
-    def shape(name: str) -> tuple[int, int]:
-        header = pack.read_header(blocks[name])
-        return header.rows, header.cols
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy, join_programs(copy.graph, shape, SIZE)
+    headers = {
+        tensor.name: pack.read_header(numpy_helper.to_array(tensor))
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.UINT8
+    }
+    shapes = {name: (header.rows, header.cols) for name, header in headers.items()}
+    copy = ir.from_proto(model)
+    count = join_programs(copy.graph, shapes, SIZE)
+    return ir.to_proto(copy), count
 
 
 def run(
