@@ -440,7 +440,8 @@ def finetune(
     alpha: Annotated[int | None, typer.Option(help="LoRA's. [16]")] = None,
     dropout: Annotated[float | None, typer.Option(help="LoRA's. [0.05]")] = None,
     target_module: Annotated[
-        list[str] | None, typer.Option(help="A layer for LoRA; repeat. [q_proj, v_proj]")
+        list[str] | None,
+        typer.Option(help="A layer for LoRA; repeat. [what makes queries and values]"),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="To compute in: auto, float32 or bfloat16; it trains float32.")

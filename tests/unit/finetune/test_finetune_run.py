@@ -97,7 +97,7 @@ def test_block_groups_train_every_block(models, text_file, tmp_path):
         name = f"model.layers.{block}.mlp.up_proj.weight"
         assert not torch.equal(before[name], after[name])
     assert manifest["finetune"]["steps"] == 4
-    steps = [row["step"] for row in manifest.to_json()["finetune"]["curve"]]
+    steps = [row["step"] for row in manifest["finetune"]["curve"]]
     assert steps == sorted(steps)
 
 
