@@ -79,8 +79,10 @@ class _Program:
         floats = [value for node in self.run for value in _floats(node) if self._leaves(value)]
         if len(kinds) > 1 or None in kinds or len(floats) > _FLOAT_OUTPUTS or not self._ranks_fit():
             return None
-        self.outputs = [*floats, *[None] * (_FLOAT_OUTPUTS - len(floats))]
-        self.places = {value: _code(i, _OUTPUT) for i, value in enumerate(floats)}
+        # Those that are not there come first: at the end of a node they would not be written.
+        absent = _FLOAT_OUTPUTS - len(floats)
+        self.outputs = [*[None] * absent, *floats]
+        self.places = {value: _code(absent + i, _OUTPUT) for i, value in enumerate(floats)}
         steps: list[int] = []
         numbers: list[float] = []
         for at, node in enumerate(self.run):
