@@ -23,8 +23,9 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi2");
 }
 bool has_avxvnni() {
 #ifdef OWL_EVEX
@@ -38,13 +39,16 @@ bool has_avx512f() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512vnni() {
-  return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+  return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
-const Candidate kCandidates[] = {{&kAvx512Kernels, has_avx512},         {&kAvx512VnniKernels, has_avx512vnni},
-                                 {&kAvxVnniKernels, has_avxvnni},       {&kAvx512fKernels, has_avx512f},
-                                 {&kAvx2Kernels, has_avx2},             {&kPortableKernels, always}};
-const char* const kNames[] = {"avx512", "avx512vnni", "avxvnni", "avx512f", "avx2", "portable", nullptr};
+const Candidate kCandidates[] = {
+    {&kAvx512Kernels, has_avx512},   {&kAvx512VnniKernels, has_avx512vnni},
+    {&kAvxVnniKernels, has_avxvnni}, {&kAvx512fKernels, has_avx512f},
+    {&kAvx2Kernels, has_avx2},       {&kPortableKernels, always}};
+const char* const kNames[] = {"avx512", "avx512vnni", "avxvnni", "avx512f",
+                              "avx2",   "portable",   nullptr};
 #elif defined(__aarch64__)
 bool has_dot_products() {
 #if defined(__linux__)
@@ -75,7 +79,8 @@ const Kernels& kernels_named(const char* name, const char* asker) {
   std::string known;
   for (const Candidate& c : kCandidates)
     if (c.supported()) known += std::string(known.empty() ? "" : ", ") + c.kernels->name;
-  throw std::invalid_argument(std::string(asker) + " is '" + name + "', but the kernels that run here are: " + known);
+  throw std::invalid_argument(std::string(asker) + " is '" + name +
+                              "', but the kernels that run here are: " + known);
 }
 
 const Kernels& best_kernels() {

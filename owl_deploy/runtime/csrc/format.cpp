@@ -9,7 +9,8 @@ constexpr char kMagic[8] = {'O', 'W', 'L', 'P', 'A', 'C', 'K', '\0'};
 constexpr std::uint32_t kVersion = 2;
 constexpr std::uint32_t kFlagSparse = 1, kFlagPlanes = 2;
 constexpr std::uint32_t kMaxScaleExponent = 254 - 15;  // the largest scale is finite
-constexpr std::uint64_t kMaxExtent = 1ull << 28;  // rows or columns; keeps every product below in 64 bits
+constexpr std::uint64_t kMaxExtent =
+    1ull << 28;  // rows or columns; keeps every product below in 64 bits
 
 struct Header {
   char magic[8];
@@ -60,11 +61,15 @@ std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matri
   const auto* bytes = static_cast<const std::uint8_t*>(data);
   Header h;
   if (data == nullptr || size < sizeof(Header)) return "the block is shorter than its header";
-  if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0) return "the block is not aligned to 16 bytes";
+  if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0)
+    return "the block is not aligned to 16 bytes";
   std::memcpy(&h, data, sizeof(Header));
-  if (std::memcmp(h.magic, kMagic, sizeof(kMagic)) != 0) return "the block does not start with OWLPACK";
-  if (h.version != kVersion) return "format version " + std::to_string(h.version) + " is not supported (2 is): export again";
-  if (h.value_type < 1 || h.value_type > 3) return "unknown value type " + std::to_string(h.value_type);
+  if (std::memcmp(h.magic, kMagic, sizeof(kMagic)) != 0)
+    return "the block does not start with OWLPACK";
+  if (h.version != kVersion)
+    return "format version " + std::to_string(h.version) + " is not supported (2 is): export again";
+  if (h.value_type < 1 || h.value_type > 3)
+    return "unknown value type " + std::to_string(h.value_type);
   if (h.flags > kFlagPlanes) return "unknown flags";
   if (h.flags == kFlagPlanes && h.value_type != static_cast<std::uint32_t>(ValueType::kInt8))
     return "only int8 comes in planes";
@@ -72,13 +77,16 @@ std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matri
   if (h.group_rows != kGroupRows) return "only groups of 16 rows are supported";
   if (h.rows == 0 || h.cols == 0 || h.rows > kMaxExtent || h.cols > kMaxExtent)
     return "rows and columns must lie between 1 and 2^28";
-  if (h.total_bytes != size) return "the block's length differs from what its header says (truncated?)";
+  if (h.total_bytes != size)
+    return "the block's length differs from what its header says (truncated?)";
 
   PackedMatrix m;
   m.type = static_cast<ValueType>(h.value_type);
   m.data = bytes;
   m.size = size;
-  m.storage = h.flags == kFlagSparse ? Storage::kSparse : h.flags == kFlagPlanes ? Storage::kPlanes : Storage::kDense;
+  m.storage = h.flags == kFlagSparse   ? Storage::kSparse
+              : h.flags == kFlagPlanes ? Storage::kPlanes
+                                       : Storage::kDense;
   m.scale_exponent = h.scale_exponent;
   m.rows = h.rows;
   m.cols = h.cols;
@@ -96,14 +104,18 @@ std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matri
   if (!fits(h.value_offset, value_space, size)) return "the values lie outside the block";
   m.values = bytes + h.value_offset;
   if (m.type == ValueType::kInt8) {
-    if (!fits(h.scale_offset, m.groups * m.scale_blocks() * kGroupRows, size)) return "the scales lie outside the block";
+    if (!fits(h.scale_offset, m.groups * m.scale_blocks() * kGroupRows, size))
+      return "the scales lie outside the block";
     m.scales = bytes + h.scale_offset;
   }
-  if ((m.type != ValueType::kInt8 && h.scale_offset != 0) || (!m.sparse() && (h.mask_offset | h.index_offset) != 0))
+  if ((m.type != ValueType::kInt8 && h.scale_offset != 0) ||
+      (!m.sparse() && (h.mask_offset | h.index_offset) != 0))
     return "a region that this weight does not have is given a place";
   if (m.sparse()) {
-    if (!fits(h.mask_offset, cells * m.mask_bytes_per_cell(), size)) return "the masks lie outside the block";
-    if (!fits(h.index_offset, (m.groups + 1) * sizeof(std::uint32_t), size)) return "the index lies outside the block";
+    if (!fits(h.mask_offset, cells * m.mask_bytes_per_cell(), size))
+      return "the masks lie outside the block";
+    if (!fits(h.index_offset, (m.groups + 1) * sizeof(std::uint32_t), size))
+      return "the index lies outside the block";
     m.masks = bytes + h.mask_offset;
     m.index = reinterpret_cast<const std::uint32_t*>(bytes + h.index_offset);
     const std::string wrong = check_groups(m, size - h.value_offset - kCellBytes);

@@ -17,7 +17,9 @@ struct Avx2 : Avx2Common {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static I dot8(I acc, Cell w, Cell x) { return {dot8_half(acc.lo, w.lo, x.lo), dot8_half(acc.hi, w.hi, x.hi)}; }
+  static I dot8(I acc, Cell w, Cell x) {
+    return {dot8_half(acc.lo, w.lo, x.lo), dot8_half(acc.hi, w.hi, x.hi)};
+  }
 };
 
 }  // namespace

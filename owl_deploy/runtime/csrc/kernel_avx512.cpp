@@ -1,4 +1,5 @@
-// AVX-512 with VBMI2 (byte and word expansion), VNNI (int8 dot products) and BF16: Zen 4, Sapphire Rapids and later.
+// AVX-512 with VBMI2 (byte and word expansion), VNNI (int8 dot products) and BF16: Zen 4, Sapphire
+// Rapids and later.
 #include <immintrin.h>
 
 #include "kernel_body.h"

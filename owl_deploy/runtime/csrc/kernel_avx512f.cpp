@@ -12,7 +12,9 @@ struct Avx512f : Avx512Common {
   using Half = float;  // bf16 weights meet fp32 activations
   static constexpr bool kBiased = false;
 
-  static Cell join(const Halves& v) { return _mm512_inserti64x4(_mm512_castsi256_si512(v.lo), v.hi, 1); }
+  static Cell join(const Halves& v) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(v.lo), v.hi, 1);
+  }
   static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
     const Halves cell = expand_bytes(p, mask);
     return join(cell);
@@ -25,7 +27,8 @@ struct Avx512f : Avx512Common {
   static Cell bias8(Cell w) { return w; }
   // |w| * (x with w's sign): neither product nor pair sum leaves 16 bits, since |x| <= 127.
   static I dot8(I acc, Cell w, Cell x) {
-    const __m512i turned = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+    const __m512i turned =
+        _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
     const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }

@@ -52,7 +52,9 @@ struct Portable {
   // Adds those bits less 8 themselves.
   template <bool Upper>
   static Cell add_nibbles(Cell cell, const Cell& from) {
-    for (int i = 0; i < 64; ++i) cell.v[i] = static_cast<std::uint8_t>(cell.v[i] + ((Upper ? from.v[i] >> 4 : from.v[i] & 15) - 8));
+    for (int i = 0; i < 64; ++i)
+      cell.v[i] =
+          static_cast<std::uint8_t>(cell.v[i] + ((Upper ? from.v[i] >> 4 : from.v[i] & 15) - 8));
     return cell;
   }
   static I dot8(I acc, const Cell& w, const Cell& x) {
@@ -180,7 +182,8 @@ struct Portable {
     if (rest > 0x7f800000U) return static_cast<std::uint16_t>(sign | 0x7e00);
     if (rest >= 0x477ff000U) return static_cast<std::uint16_t>(sign | 0x7c00);
     if (rest < 0x38800000U)
-      return static_cast<std::uint16_t>(sign | static_cast<std::uint16_t>(__builtin_rintf(__builtin_fabsf(x) * 16777216.0F)));
+      return static_cast<std::uint16_t>(
+          sign | static_cast<std::uint16_t>(__builtin_rintf(__builtin_fabsf(x) * 16777216.0F)));
     const std::uint32_t rounded = rest + 0xfff + (rest >> 13 & 1);  // to nearest, ties to even
     return static_cast<std::uint16_t>(sign | (rounded - 0x38000000U) >> 13);
   }
