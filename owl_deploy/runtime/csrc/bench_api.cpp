@@ -6,9 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "engine.h"
-
-#define OWL_EXPORT extern "C" __attribute__((visibility("default")))
+#include "c_api.h"
 
 namespace {
 
@@ -45,11 +43,12 @@ void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work 
 OWL_EXPORT int owl_time_matvec(const char* isa, const void* const* packed, const std::size_t* sizes,
                                std::size_t count, std::size_t threads, std::size_t repeat,
                                double* seconds) {
-  const owl::Kernels* kernels = owl::find_kernels(isa);
+  const owl::Kernels* kernels = owl_c::kernels_for(isa);
   if (kernels == nullptr) return 1;
   std::vector<owl::PackedMatrix> weights(count);
   for (std::size_t i = 0; i < count; ++i)
-    if (!owl::parse_packed(packed[i], sizes[i], &weights[i]).empty()) return 1;
+    if (const auto wrong = owl::parse_packed(packed[i], sizes[i], &weights[i]); !wrong.empty())
+      return owl_c::fail(wrong);
   const owl::ActivationLayout layout = kernels->layout(weights[0]);
   std::vector<float> x(weights[0].cols, 0.5F);
   std::vector<std::uint8_t> storage(layout.stride + 64);

@@ -7,9 +7,11 @@
 #include <thread>
 #include <vector>
 
+#include "c_api.h"
 #include "engine.h"
 
-#define OWL_EXPORT extern "C" __attribute__((visibility("default")))
+using owl_c::fail;
+using owl_c::kernels_for;
 
 namespace {
 
@@ -29,13 +31,14 @@ void run_threads(void* context, std::size_t count, void (*task)(void*, std::size
   for (std::thread& thread : others) thread.join();
 }
 
-int fail(const std::string& message) {
+}  // namespace
+
+int owl_c::fail(const std::string& message) {
   last_error = message;
   return 1;
 }
 
-// Null, and last_error, where there are none.
-const owl::Kernels* kernels_for(const char* isa) {
+const owl::Kernels* owl_c::kernels_for(const char* isa) {
   try {
     return isa == nullptr || *isa == '\0' ? &owl::best_kernels()
                                           : &owl::kernels_named(isa, "the instruction set");
@@ -44,8 +47,6 @@ const owl::Kernels* kernels_for(const char* isa) {
     return nullptr;
   }
 }
-
-}  // namespace
 
 OWL_EXPORT const char* owl_last_error() { return last_error.c_str(); }
 
@@ -56,7 +57,7 @@ OWL_EXPORT const char* owl_best_isa() {
 }
 
 // The i-th instruction set built in, best first, or null after the last.
-OWL_EXPORT const char* owl_isa_name(std::size_t i) { return owl::kernel_names()[i]; }
+OWL_EXPORT const char* owl_isa_name(std::size_t i) { return owl::kernel_name(i); }
 OWL_EXPORT int owl_isa_supported(const char* isa) { return owl::find_kernels(isa) != nullptr; }
 
 OWL_EXPORT int owl_check_packed(const void* packed, std::size_t size) {

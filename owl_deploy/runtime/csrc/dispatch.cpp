@@ -2,6 +2,7 @@
 #include <strings.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -47,8 +48,6 @@ const Candidate kCandidates[] = {
     {&kAvx512Kernels, has_avx512},   {&kAvx512VnniKernels, has_avx512vnni},
     {&kAvxVnniKernels, has_avxvnni}, {&kAvx512fKernels, has_avx512f},
     {&kAvx2Kernels, has_avx2},       {&kPortableKernels, always}};
-const char* const kNames[] = {"avx512", "avx512vnni", "avxvnni", "avx512f",
-                              "avx2",   "portable",   nullptr};
 #elif defined(__aarch64__)
 bool has_dot_products() {
 #if defined(__linux__)
@@ -58,15 +57,15 @@ bool has_dot_products() {
 #endif
 }
 const Candidate kCandidates[] = {{&kNeonKernels, has_dot_products}, {&kPortableKernels, always}};
-const char* const kNames[] = {"neon", "portable", nullptr};
 #else
 const Candidate kCandidates[] = {{&kPortableKernels, always}};
-const char* const kNames[] = {"portable", nullptr};
 #endif
 
 }  // namespace
 
-const char* const* kernel_names() { return kNames; }
+const char* kernel_name(std::size_t i) {
+  return i < std::size(kCandidates) ? kCandidates[i].kernels->name : nullptr;
+}
 
 const Kernels* find_kernels(const char* name) {
   for (const Candidate& c : kCandidates)

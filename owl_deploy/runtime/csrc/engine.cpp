@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -207,16 +208,16 @@ class Run {
 // ---- Linear layers -----------------------------------------------------------------------------
 
 constexpr std::size_t kTaskBytes =
-    16 * 1024;  // weights that a thread takes at least, of a matrix-vector product
+    16384;  // weights that a thread takes at least, of a matrix-vector product
 constexpr std::size_t kSumGroups = 64;  // row groups whose sums are kept until they are finished
 constexpr std::size_t kRowChunk = 128;  // activation rows of one task of a matrix-matrix product
 constexpr std::size_t kPrepareRows = 4;
 constexpr std::size_t kScreenSample = 64;  // with a smaller sample every near output counts
 
 std::size_t group_bytes(const PackedMatrix& w) {
-  if (!w.sparse()) return w.whole_group_bytes();
+  if (!w.sparse()) return w.group_bytes;
   const std::size_t values = static_cast<std::size_t>(w.index[w.groups]) * kCellBytes;
-  return values / w.groups + w.cells * w.mask_bytes_per_cell();
+  return values / w.groups + w.cells * w.mask_bytes;
 }
 
 struct LinearStep {
@@ -439,6 +440,43 @@ struct AttentionStep {
   }
 };
 
+// ---- Rows of a table ---------------------------------------------------------------------------
+
+// The i-th value of a dense cell.
+float value_at(Bits<32>, const std::uint8_t* cell, std::size_t i) {
+  float value;
+  std::memcpy(&value, cell + 4 * i, 4);
+  return value;
+}
+float value_at(Bits<16>, const std::uint8_t* cell, std::size_t i) {
+  std::uint16_t half;
+  std::memcpy(&half, cell + 2 * i, 2);
+  return std::bit_cast<float>(std::uint32_t{half} << 16);
+}
+float value_at(Bits<8>, const std::uint8_t* cell, std::size_t i) {
+  return static_cast<std::int8_t>(cell[i]);
+}
+
+template <class Form>
+void gather(const PackedMatrix& w, std::size_t row, float* out) {
+  constexpr ValueTraits kTraits = Form::kTraits;
+  constexpr std::size_t columns = kTraits.columns_per_cell();
+  constexpr std::size_t cell_bytes = kTraits.stored_bytes(kTraits.values_per_cell());
+  const std::size_t group = row / kGroupRows, lane = row % kGroupRows;
+  for (std::size_t c = 0; c < w.cols; ++c) {
+    if constexpr (Form::kStorage == Storage::kPlanes)
+      out[c] = static_cast<float>(w.joined(row, c));
+    else
+      out[c] =
+          value_at(Bits<kTraits.stored_bits>{}, w.group_values(group) + c / columns * cell_bytes,
+                   lane * columns + c % columns);
+    if constexpr (kTraits.scale_columns != 0) {
+      const std::size_t place = c / kTraits.scale_columns * kGroupRows + lane;
+      out[c] *= std::bit_cast<float>(w.scale_bits(w.group_scales(group)[place]));
+    }
+  }
+}
+
 }  // namespace
 
 // ---- The plan ----------------------------------------------------------------------------------
@@ -590,28 +628,7 @@ std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue) {
 }
 
 void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
-  const std::size_t pack = columns_per_cell(w.type), lane = row % kGroupRows;
-  const std::uint8_t* cells = w.group_values(row / kGroupRows) + lane * 4;  // not of planes
-  const std::uint8_t* scales =
-      w.scales == nullptr ? nullptr : w.group_scales(row / kGroupRows) + lane;
-  const bool planes = w.storage == Storage::kPlanes;
-  for (std::size_t c = 0; c < w.cells; ++c, cells += kCellBytes)
-    for (std::size_t j = 0; j < pack && c * pack + j < w.cols; ++j) {
-      float value = 0.0F;
-      if (w.type == ValueType::kFp32) {
-        std::memcpy(&value, cells, 4);
-      } else if (w.type == ValueType::kBf16) {
-        std::uint32_t bits = 0;
-        std::memcpy(reinterpret_cast<std::uint8_t*>(&bits) + 2, cells + 2 * j, 2);
-        std::memcpy(&value, &bits, 4);
-      } else {
-        const std::uint32_t bits = w.scale_bits(scales[c / kBlockCells * kGroupRows]);
-        std::memcpy(&value, &bits, 4);
-        value *= static_cast<float>(planes ? w.joined(row, 4 * c + j)
-                                           : static_cast<std::int8_t>(cells[j]));
-      }
-      out[c * pack + j] = value;
-    }
+  with_form(w, [&](auto form) { gather<decltype(form)>(w, row, out); });
 }
 
 }  // namespace owl

@@ -1,7 +1,7 @@
 // AVX2 with AVX-VNNI, without AVX-512: client processors of Intel from Alder Lake on.
 #include <immintrin.h>
 
-#include "kernel_body.h"
+#include "kernel_table.h"
 #include "x86_avx2_common.h"
 
 namespace owl {
@@ -12,6 +12,7 @@ struct AvxVnni : Avx2Common {
       3;  // 3 x 2 integer and as many float sums, 2 weights, in 16 registers
   static constexpr bool kBiased = true;  // as with AVX-512: unsigned by signed
 
+  using Avx2Common::dot;
   static __m256i bias_half(__m256i w) {
     return _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
   }
@@ -24,7 +25,7 @@ struct AvxVnni : Avx2Common {
     return _mm256_dpbusd_epi32(acc, w, x);
 #endif
   }
-  static I dot8(I acc, Cell w, Cell x) {
+  static I dot(Bits<8>, I acc, Cell w, Cell x) {
     return {dot8_half(acc.lo, w.lo, x.lo), dot8_half(acc.hi, w.hi, x.hi)};
   }
 };

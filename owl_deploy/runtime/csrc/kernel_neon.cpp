@@ -3,7 +3,7 @@
 #include <arm_neon.h>
 
 #include "expand_tables.h"
-#include "kernel_body.h"
+#include "kernel_table.h"
 
 namespace owl {
 namespace {
@@ -66,18 +66,18 @@ struct Neon {
     p += 4 * static_cast<std::size_t>(kCounts.entry[mask]);
     return found;
   }
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
+  static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     Cell cell;
     for (int i = 0; i < 4; ++i)
       cell.v[i] = expand_bytes(p, static_cast<std::uint32_t>(mask >> 16 * i) & 0xffff);
     return cell;
   }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
+  static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell;
     for (int i = 0; i < 4; ++i) cell.v[i] = expand_words(p, mask >> 8 * i & 0xff);
     return cell;
   }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
+  static Cell expand(Bits<32>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell;
     for (int i = 0; i < 4; ++i) cell.v[i] = expand_quads(p, mask >> 4 * i & 0xf);
     return cell;
@@ -107,12 +107,12 @@ struct Neon {
     }
     return cell;
   }
-  static I dot8(I acc, const Cell& w, const Cell& x) {
+  static I dot(Bits<8>, I acc, const Cell& w, const Cell& x) {
     for (int i = 0; i < 4; ++i)
       acc.v[i] = vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), vreinterpretq_s8_u8(x.v[i]));
     return acc;
   }
-  static F dot16(F acc, const Cell& w, const std::uint8_t* x) {
+  static F dot(Bits<16>, F acc, const Cell& w, const std::uint8_t* x) {
     float pair[2];
     std::memcpy(pair, x, 8);
     for (int i = 0; i < 4; ++i) {
@@ -123,7 +123,7 @@ struct Neon {
     }
     return acc;
   }
-  static F dot32(F acc, const Cell& w, const std::uint8_t* x) {
+  static F dot(Bits<32>, F acc, const Cell& w, const std::uint8_t* x) {
     float value;
     std::memcpy(&value, x, 4);
     for (int i = 0; i < 4; ++i)

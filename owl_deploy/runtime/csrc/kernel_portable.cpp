@@ -1,5 +1,5 @@
 // Plain C++: any processor, and the reading of what the other files do.
-#include "kernel_body.h"
+#include "kernel_table.h"
 
 namespace owl {
 namespace {
@@ -26,18 +26,17 @@ struct Portable {
     return cell;
   }
   static void store_cell(void* p, const Cell& cell) { std::memcpy(p, cell.v, 64); }
-  template <std::size_t Bytes>
-  static Cell expand(const std::uint8_t* p, std::uint64_t mask) {
+  template <std::size_t N>
+  static Cell expand(Bits<N>, const std::uint8_t* p, std::uint64_t mask) {
+    constexpr std::size_t Bytes = N / 8;
+    static_assert(N % 8 == 0);
     Cell cell{};
     for (; mask != 0; mask &= mask - 1, p += Bytes)
       std::memcpy(cell.v + Bytes * static_cast<std::size_t>(__builtin_ctzll(mask)), p, Bytes);
     return cell;
   }
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) { return expand<1>(p, mask); }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) { return expand<2>(p, mask); }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) { return expand<4>(p, mask); }
 
-  static const Cell& bias8(const Cell& w) { return w; }
+  static Cell bias8(const Cell& w) { return w; }
   static Cell broadcast(const std::uint8_t* x) {
     Cell cell;
     for (int i = 0; i < 64; i += 4) std::memcpy(cell.v + i, x, 4);
@@ -57,13 +56,13 @@ struct Portable {
           static_cast<std::uint8_t>(cell.v[i] + ((Upper ? from.v[i] >> 4 : from.v[i] & 15) - 8));
     return cell;
   }
-  static I dot8(I acc, const Cell& w, const Cell& x) {
+  static I dot(Bits<8>, I acc, const Cell& w, const Cell& x) {
     for (int i = 0; i < 16; ++i)
       for (int j = 4 * i; j < 4 * i + 4; ++j)
         acc.v[i] += static_cast<std::int8_t>(w.v[j]) * static_cast<std::int8_t>(x.v[j]);
     return acc;
   }
-  static F dot16(F acc, const Cell& w, const std::uint8_t* x) {
+  static F dot(Bits<16>, F acc, const Cell& w, const std::uint8_t* x) {
     float pair[2];
     std::memcpy(pair, x, 8);
     std::uint32_t lanes[16];
@@ -76,7 +75,7 @@ struct Portable {
     }
     return acc;
   }
-  static F dot32(F acc, const Cell& w, const std::uint8_t* x) {
+  static F dot(Bits<32>, F acc, const Cell& w, const std::uint8_t* x) {
     float value, lanes[16];
     std::memcpy(&value, x, 4);
     std::memcpy(lanes, w.v, 64);

@@ -134,7 +134,7 @@ const Kernels* find_kernels(const char* name);
 // The same, or std::invalid_argument, which says that `asker` is this name, and which names there
 // are.
 const Kernels& kernels_named(const char* name, const char* asker);
-// Names of all tables built in, best first; ends with nullptr.
-const char* const* kernel_names();
+// The name of the i-th table built in, best first; nullptr after the last.
+const char* kernel_name(std::size_t i);
 
 }  // namespace owl

@@ -36,6 +36,7 @@ bool maps_a_file(std::uintptr_t begin, std::uintptr_t end) {
   char line[512], rights[5];
   unsigned long from, to, offset, major, minor, inode;
   while (!found && std::fgets(line, sizeof line, maps) != nullptr)
+    // NOLINTNEXTLINE(bugprone-unchecked-string-to-number-conversion): the kernel writes numbers
     found = std::sscanf(line, "%lx-%lx %4s %lx %lx:%lx %lu", &from, &to, rights, &offset, &major,
                         &minor, &inode) == 7 &&
             from <= begin && end <= to && inode != 0 && rights[3] == 'p';

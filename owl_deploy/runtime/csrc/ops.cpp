@@ -74,7 +74,7 @@ class SparseMatMulKernel {
       sum = needed_output(context, 1, shape).GetTensorMutableData<float>();
     }
     shape.back() = static_cast<std::int64_t>(op.outputs);
-    float* y = needed_output(context, 0, shape).GetTensorMutableData<float>();
+    auto* y = needed_output(context, 0, shape).GetTensorMutableData<float>();
     owl::Plan plan(owl::best_kernels());
     plan.add(op, x.GetTensorData<float>(), rows, y, sum);
     plan.run(session_pool(raw));
@@ -107,7 +107,7 @@ struct SparseMatMul : Operator<SparseMatMul, SparseMatMulKernel> {
 class PackedGatherKernel {
  public:
   explicit PackedGatherKernel(const Ort::ConstKernelInfo& info)
-      : weight_(constant_weight(info, 1)), scale_(attribute_or<float>(info, "scale", 1.0F)) {
+      : weight_(constant_weight(info, 1)) {
     require(!weight_.sparse(), "PackedGather needs a weight without a mask");
   }
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
@@ -122,18 +122,14 @@ class PackedGatherKernel {
     const std::size_t count = ids.GetTensorTypeAndShapeInfo().GetElementCount();
     const auto* id = ids.GetTensorData<std::int64_t>();
     shape.push_back(static_cast<std::int64_t>(weight_.cols));
-    float* out = needed_output(context, 0, shape).GetTensorMutableData<float>();
+    auto* out = needed_output(context, 0, shape).GetTensorMutableData<float>();
     for (std::size_t i = 0; i < count; ++i) {
       require(id[i] >= 0 && extent(id[i]) < weight_.rows, "a token id lies outside the vocabulary");
-      float* row = out + i * weight_.cols;
-      owl::gather_row(weight_, extent(id[i]), row);
-      if (scale_ != 1.0F)
-        for (std::size_t c = 0; c < weight_.cols; ++c) row[c] *= scale_;
+      owl::gather_row(weight_, extent(id[i]), out + i * weight_.cols);
     }
   }
 
   owl::PackedMatrix weight_;
-  float scale_;
 };
 
 struct PackedGather : Operator<PackedGather, PackedGatherKernel> {

@@ -18,6 +18,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <variant>
 #include <vector>
 
 #include "memory.h"
@@ -47,11 +48,10 @@ struct AttentionStep {
       present_value;
 };
 
-struct Step {
-  bool is_attention = false;
-  MatMulStep matmul;
-  AttentionStep attention;
-};
+using Step = std::variant<MatMulStep, AttentionStep>;
+
+const Value& input_of(const MatMulStep& step) { return step.x; }
+const Value& input_of(const AttentionStep& step) { return step.q; }
 
 // Reads the attributes' records; any wrong length or number is an error.
 class Reader {
@@ -65,15 +65,12 @@ class Reader {
   void finish() const { require(number_at_ == numbers_.size(), "numbers are left over"); }
 
   Step step() {
-    Step s;
-    const std::int64_t kind = integer();
-    require(kind >= 0 && kind <= 2, "unknown kind of step");
-    s.is_attention = kind != 0;
-    if (s.is_attention)
-      attention(s.attention, kind == 2);
-    else
-      matmul(s.matmul);
-    return s;
+    switch (integer()) {
+      case 0: return matmul();
+      case 1: return attention(false);
+      case 2: return attention(true);
+      default: reject("unknown kind of step");
+    }
   }
 
  private:
@@ -99,7 +96,8 @@ class Reader {
     return v;
   }
 
-  void matmul(MatMulStep& s) {
+  MatMulStep matmul() {
+    MatMulStep s;
     s.x = value(true);
     const Value weight = value(true);
     require(weight.place == Value::kInput && weight.index < info_.GetInputCount(),
@@ -117,9 +115,11 @@ class Reader {
     s.op.epsilon = number();
     check_linear(s.op);
     require(s.gamma.present || (!s.skip.present && !s.sum.present), "skip and sum need gamma");
+    return s;
   }
 
-  void attention(AttentionStep& s, bool has_mask) {
+  AttentionStep attention(bool has_mask) {
+    AttentionStep s;
     for (Value* v :
          {&s.q, &s.k, &s.v, &s.past_key, &s.past_value, &s.seqlens, &s.total, &s.cosines, &s.sines})
       *v = value(v != &s.k && v != &s.v && v != &s.cosines && v != &s.sines);
@@ -145,6 +145,7 @@ class Reader {
     for (const Value* v : {&s.present_key, &s.present_value})
       require(v->place == Value::kOutput && v->index >= kFloatOutputs,
               "new caches must be outputs");
+    return s;
   }
 
   const Ort::ConstKernelInfo& info_;
@@ -176,12 +177,78 @@ class Slots {
 };
 thread_local Slots slots;
 
-class ProgramKernel {
+// Every input and output exists and is connected, every slot and output is written before it is
+// read, by one step, and no wider than it is.
+class Flow {
  public:
-  ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache) : cache_(cache) {
+  Flow(const Ort::ConstKernelInfo& info, const std::vector<std::size_t>& slot_widths)
+      : slot_widths_(slot_widths),
+        slot_written_(slot_widths.size()),
+        output_written_(info.GetOutputCount()) {
     for (std::size_t i = 0; i < info.GetInputCount(); ++i) has_input_.push_back(has_input(info, i));
     for (std::size_t i = 0; i < info.GetOutputCount(); ++i)
       has_output_.push_back(has_output(info, i));
+  }
+
+  void check(const MatMulStep& s) {
+    for (const Value* v : {&s.x, &s.bias, &s.skip, &s.gamma}) reads(*v);
+    writes(s.y, s.op.outputs);
+    writes(s.sum, s.op.weight.cols);
+  }
+
+  void check(const AttentionStep& s) {
+    for (const Value* v : {&s.q, &s.k, &s.v, &s.past_key, &s.past_value, &s.seqlens, &s.total,
+                           &s.cosines, &s.sines, &s.mask})
+      reads(*v);
+    writes(s.y, 0);  // its width follows from the cache: checked at each run
+    for (const Value* v : {&s.present_key, &s.present_value}) writes_output(*v);
+  }
+
+ private:
+  void reads(const Value& v) const {
+    if (!v.present) return;
+    switch (v.place) {
+      case Value::kInput:
+        return require(v.index < has_input_.size() && has_input_[v.index],
+                       "an input that a step reads is left out");
+      case Value::kSlot:
+        return require(v.index < slot_written_.size() && slot_written_[v.index],
+                       "a slot is read before it is written");
+      case Value::kOutput:
+        return require(
+            v.index < std::min(kFloatOutputs, output_written_.size()) && output_written_[v.index],
+            "an output is read before it is written");
+    }
+  }
+
+  void writes(const Value& v, std::size_t width) {
+    if (!v.present) return;
+    require(v.place != Value::kInput, "a step writes to an input");
+    if (v.place == Value::kSlot) {
+      require(v.index < slot_widths_.size() && width <= slot_widths_[v.index],
+              "a slot is too narrow");
+      slot_written_[v.index] = true;
+    } else {
+      require(v.index < kFloatOutputs, "activations go to the first outputs");
+      writes_output(v);
+    }
+  }
+
+  void writes_output(const Value& v) {
+    require(v.index < has_output_.size() && has_output_[v.index],
+            "an output that a step writes is left out");
+    require(!output_written_[v.index], "an output is written twice");
+    output_written_[v.index] = true;
+  }
+
+  std::vector<bool> has_input_, has_output_;  // whether the model connects them
+  const std::vector<std::size_t>& slot_widths_;
+  std::vector<bool> slot_written_, output_written_;
+};
+
+class ProgramKernel {
+ public:
+  ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache) : cache_(cache) {
     for (const std::int64_t width : info.GetAttributes<std::int64_t>("slots")) {
       require(width > 0 && width <= kMaxWidth, "a slot's width is out of range");
       slot_widths_.push_back((static_cast<std::size_t>(width) + 15) / 16 * 16);
@@ -190,7 +257,8 @@ class ProgramKernel {
     while (!reader.done()) steps_.push_back(reader.step());
     reader.finish();
     require(!steps_.empty(), "there are no steps");
-    check_flow();
+    Flow flow(info, slot_widths_);
+    for (const Step& s : steps_) std::visit([&](const auto& step) { flow.check(step); }, s);
     if (owl::huge_pages_available()) copy_weights();
   }
 
@@ -203,68 +271,18 @@ class ProgramKernel {
   static constexpr std::size_t kMaxRows = std::size_t{1} << 28;
   static constexpr std::size_t kMaxSlotFloats = std::size_t{1} << 40;
 
-  // Every input and output exists and is connected, every slot and output is written before it is
-  // read, by one step, and no wider than it is.
-  void check_flow() const {
-    std::vector<bool> slot_written(slot_widths_.size()), output_written(has_output_.size());
-    auto writes_output = [&](const Value& v) {
-      require(v.index < has_output_.size() && has_output_[v.index],
-              "an output that a step writes is left out");
-      require(!output_written[v.index], "an output is written twice");
-      output_written[v.index] = true;
-    };
-    auto reads = [&](const Value& v) {
-      if (!v.present) return;
-      if (v.place == Value::kInput)
-        require(v.index < has_input_.size() && has_input_[v.index],
-                "an input that a step reads is left out");
-      if (v.place == Value::kSlot)
-        require(v.index < slot_written.size() && slot_written[v.index],
-                "a slot is read before it is written");
-      if (v.place == Value::kOutput)
-        require(v.index < std::min(kFloatOutputs, output_written.size()) && output_written[v.index],
-                "an output is read before it is written");
-    };
-    auto writes = [&](const Value& v, std::size_t width) {
-      if (!v.present) return;
-      require(v.place != Value::kInput, "a step writes to an input");
-      if (v.place == Value::kSlot) {
-        require(v.index < slot_widths_.size() && width <= slot_widths_[v.index],
-                "a slot is too narrow");
-        slot_written[v.index] = true;
-      } else {
-        require(v.index < kFloatOutputs, "activations go to the first outputs");
-        writes_output(v);
-      }
-    };
-    for (const Step& s : steps_) {
-      if (s.is_attention) {
-        const AttentionStep& a = s.attention;
-        for (const Value* v : {&a.q, &a.k, &a.v, &a.past_key, &a.past_value, &a.seqlens, &a.total,
-                               &a.cosines, &a.sines, &a.mask})
-          reads(*v);
-        writes(a.y, 0);  // its width follows from the cache: checked at each run
-        for (const Value* v : {&a.present_key, &a.present_value}) writes_output(*v);
-      } else {
-        const MatMulStep& m = s.matmul;
-        for (const Value* v : {&m.x, &m.bias, &m.skip, &m.gamma}) reads(*v);
-        writes(m.y, m.op.outputs);
-        writes(m.sum, m.op.weight.cols);
-      }
-    }
-  }
-
   // Into huge pages, next to each other in the order in which a token meets them.
   void copy_weights() {
     auto room = [](const owl::PackedMatrix& weight) { return (weight.size + 63) / 64 * 64; };
     std::size_t total = 0;
-    for (const Step& s : steps_)
-      if (!s.is_attention) total += room(s.matmul.op.weight);
+    for (Step& s : steps_)
+      if (auto* matmul = std::get_if<MatMulStep>(&s)) total += room(matmul->op.weight);
     memory_ = owl::HugeMemory(total);
     std::uint8_t* at = memory_.data();
     for (Step& s : steps_) {
-      if (s.is_attention) continue;
-      owl::PackedMatrix& weight = s.matmul.op.weight;
+      auto* matmul = std::get_if<MatMulStep>(&s);
+      if (matmul == nullptr) continue;
+      owl::PackedMatrix& weight = matmul->op.weight;
       const std::uint8_t* from = weight.data;
       std::memcpy(at, from, weight.size);
       weight.move_to(at);
@@ -280,8 +298,8 @@ class ProgramKernel {
         : kernel_(kernel), raw_(raw), context_(raw), slot_now_(kernel.slot_widths_.size()) {}
 
     void compute() {
-      const Step& first = kernel_.steps_.front();
-      const Value& x = first.is_attention ? first.attention.q : first.matmul.x;
+      const Value& x = std::visit([](const auto& step) -> const Value& { return input_of(step); },
+                                  kernel_.steps_.front());
       const auto shape = needed_input(context_, x.index).GetTensorTypeAndShapeInfo().GetShape();
       require(shape.size() == 3, "activations are [batch, length, width]");
       batch_ = extent(shape[0]);
@@ -291,7 +309,7 @@ class ProgramKernel {
       place_slots();
       owl::Plan plan(owl::best_kernels());
       for (const Step& s : kernel_.steps_)
-        s.is_attention ? add(plan, s.attention) : add(plan, s.matmul);
+        std::visit([&](const auto& step) { add(plan, step); }, s);
       plan.run(session_pool(raw_));
     }
 
@@ -413,7 +431,6 @@ class ProgramKernel {
   };
 
   ONNXTensorElementDataType cache_;
-  std::vector<bool> has_input_, has_output_;  // whether the model connects them
   std::vector<std::size_t> slot_widths_;
   std::vector<Step> steps_;
   owl::HugeMemory memory_;

@@ -57,9 +57,15 @@ struct Avx2Common {
   static Cell add_nibbles(Cell cell, Cell v) {
     return {add_nibbles_half<Upper>(cell.lo, v.lo), add_nibbles_half<Upper>(cell.hi, v.hi)};
   }
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) { return expand_bytes(p, mask); }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) { return expand_words(p, mask); }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) { return expand_quads(p, mask); }
+  static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
+    return expand_bytes(p, mask);
+  }
+  static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
+    return expand_words(p, mask);
+  }
+  static Cell expand(Bits<32>, const std::uint8_t* p, std::uint32_t mask) {
+    return expand_quads(p, mask);
+  }
 
   static __m256 dot16_half(__m256 acc, __m256i w, __m256 even, __m256 odd) {
     const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
@@ -67,13 +73,13 @@ struct Avx2Common {
         _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
     return _mm256_fmadd_ps(high, odd, _mm256_fmadd_ps(low, even, acc));
   }
-  static F dot16(F acc, Cell w, const std::uint8_t* x) {
+  static F dot(Bits<16>, F acc, Cell w, const std::uint8_t* x) {
     float pair[2];
     std::memcpy(pair, x, 8);
     const __m256 even = _mm256_set1_ps(pair[0]), odd = _mm256_set1_ps(pair[1]);
     return {dot16_half(acc.lo, w.lo, even, odd), dot16_half(acc.hi, w.hi, even, odd)};
   }
-  static F dot32(F acc, Cell w, const std::uint8_t* x) {
+  static F dot(Bits<32>, F acc, Cell w, const std::uint8_t* x) {
     float value;
     std::memcpy(&value, x, 4);
     const __m256 b = _mm256_set1_ps(value);

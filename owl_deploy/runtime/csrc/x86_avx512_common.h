@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel_common.h"
+
 namespace owl {
 namespace {
 
@@ -39,12 +41,12 @@ struct Avx512Common {
     const __m512i low = _mm512_and_si512(v, _mm512_set1_epi8(0x0f));
     return _mm512_add_epi8(cell, _mm512_sub_epi8(low, _mm512_set1_epi8(8)));
   }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
+  static Cell expand(Bits<32>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell = load_cell(p);  // assembly: see x86_avx512_vnni.h
     __asm__("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(cell) : "Yk"(static_cast<__mmask16>(mask)));
     return cell;
   }
-  static F dot32(F acc, Cell w, const std::uint8_t* x) {
+  static F dot(Bits<32>, F acc, Cell w, const std::uint8_t* x) {
     float value;
     std::memcpy(&value, x, 4);
     return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_set1_ps(value), acc);

@@ -9,6 +9,7 @@
 #include <cstddef>
 
 #include "expand_tables.h"
+#include "kernel_common.h"
 
 namespace owl {
 namespace {
@@ -21,13 +22,6 @@ inline __m256i load_pair(const void* a, const void* b) {
   return _mm256_inserti128_si256(
       _mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(a))),
       _mm_loadu_si128(static_cast<const __m128i*>(b)), 1);
-}
-
-inline std::size_t count(std::uint64_t mask) {
-  return static_cast<std::size_t>(__builtin_popcountll(mask));
-}
-inline std::size_t count(std::uint32_t mask) {
-  return static_cast<std::size_t>(__builtin_popcount(mask));
 }
 
 // Where a table of 16 bytes an entry has the one for the bits of `mask` from `bit` on.
@@ -51,17 +45,17 @@ inline __m256i expand_bytes_at(const std::uint8_t* a, const std::uint8_t* b, std
 }
 
 inline Halves expand_bytes(const std::uint8_t* p, std::uint64_t mask) {
-  const std::uint8_t* second = p + count(static_cast<std::uint32_t>(mask & 0xffff));
-  const std::uint8_t* third = p + count(static_cast<std::uint32_t>(mask));
+  const std::uint8_t* second = p + set_bits(static_cast<std::uint32_t>(mask & 0xffff));
+  const std::uint8_t* third = p + set_bits(static_cast<std::uint32_t>(mask));
   return {expand_bytes_at<0>(p, second, mask),
-          expand_bytes_at<32>(third, p + count(mask << 16), mask)};
+          expand_bytes_at<32>(third, p + set_bits(mask << 16), mask)};
 }
 
 // Wider values, `lanes` of them in 16 bytes, by the table of their shuffles.
 template <int lanes, class Table>
 inline Halves expand_lanes(const Table& table, const std::uint8_t* p, std::uint32_t mask) {
   auto after = [&](int quarters) {
-    return p + 16 / lanes * count(mask & ((1U << quarters * lanes) - 1));
+    return p + 16 / lanes * set_bits(mask & ((1U << quarters * lanes) - 1));
   };
   const __m256i lo = load_pair(entry_of<0>(table, mask), entry_of<lanes>(table, mask));
   const __m256i hi = load_pair(entry_of<2 * lanes>(table, mask), entry_of<3 * lanes>(table, mask));
