@@ -19,11 +19,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import is_artefact, read_manifest, versions, write_json
+from owl_deploy.artefact import is_artefact, write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.engines import default_threads
 from owl_deploy.evaluate.perplexity import perplexity
+from owl_deploy.manifest import Manifest, read_manifest, versions
 from owl_deploy.partial import partial_folder
 
 NOT_DONE = 75
@@ -98,11 +99,12 @@ def row(case: str, kind: str, sparse: Path, work: Path) -> dict[str, Any]:
     """What is known of the finished fine-tuning of the pruned checkpoint `sparse`."""
     folder = tuned_folder(sparse, kind)
     dense, pruned = (evaluate(one, work) for one in (demo_input() / MODEL, sparse))
-    if read_manifest(folder)["kind"] == "adapter":
+    manifest = (read_manifest(folder, Manifest) or Manifest(kind="none")).to_json()
+    if manifest["kind"] == "adapter":
         after = evaluate(sparse, work, folder)
     else:
         after = evaluate(folder, work)
-    done = read_manifest(folder)["finetune"]
+    done = manifest["finetune"]
     keys = ("settings", "steps", "seconds", "tokens", "dtype", "held_out_loss", "training_loss")
     return {
         "case": case,

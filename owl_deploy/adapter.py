@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import read_manifest, sha256
+from owl_deploy.artefact import sha256
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput
+from owl_deploy.manifest import AdapterManifest, read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +38,10 @@ def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # no
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise BadInput(f"{folder} has no {name}.", "Give a folder that holds a PEFT adapter.")
-    trained_on = read_manifest(folder).get("finetune", {}).get("checkpoint", {})
-    if trained_on and trained_on["weights_sha256"] != weights_digest(checkpoint):
-        raise _for_another(folder, checkpoint, f"it was trained on {trained_on['path']}")
+    manifest = read_manifest(folder, AdapterManifest)
+    trained_on = manifest.finetune.checkpoint if manifest and manifest.finetune else None
+    if trained_on and trained_on.weights_sha256 != weights_digest(checkpoint):
+        raise _for_another(folder, checkpoint, f"it was trained on {trained_on.path}")
     try:
         with _older_names():
             adapted = peft.PeftModel.from_pretrained(model, str(folder))

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the manifest (`owl.json`) in each of them."""
+"""Folders that appear whole or not at all, and files of JSON."""
 
 import contextlib
 import ctypes
@@ -7,19 +7,15 @@ import glob
 import hashlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from owl_deploy import __version__
 from owl_deploy.errors import BadInput, first_line
 
-MANIFEST = "owl.json"
+MANIFEST = "owl.json"  # what each artefact holds, see manifest.py
 MEASURED = "measured"  # the folder within an artefact that holds what was measured of it
-_AGAIN = "Make the artefact again."
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -212,50 +208,6 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
         temporary.unlink(missing_ok=True)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artefact; empty for a folder that owl did not write.
-
-    Raises `BadInput` when there is one that cannot be read.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    from owl_deploy.manifest import check
-
-    manifest = read_object(path, _AGAIN)
-    check(manifest, str(path), _AGAIN)
-    return manifest
-
-
-def keep_measurement(folder: Path, name: str, value: dict[str, Any]) -> None:
-    """Keep what was measured of an artefact beside it: one file a measurement.
-
-    So a finished manifest is never written again, and two that measure at once lose nothing.
-    """
-    file = _measurement(folder, name)
-    file.parent.mkdir(exist_ok=True)
-    write_json(file, value)
-
-
-def measurement(folder: Path, name: str) -> dict[str, Any] | None:
-    """What was measured of an artefact, by name ("perplexity", "tasks"); None if it was not.
-
-    Earlier versions kept it in the manifest. Raises `BadInput` for a file that cannot be read.
-    """
-    file = _measurement(folder, name)
-    if not file.is_file():
-        return read_manifest(folder).get(name)
-    from owl_deploy.manifest import check
-
-    value = read_object(file, "Measure again.")
-    check({name: value}, str(file), "Measure again.")
-    return value
-
-
-def _measurement(folder: Path, name: str) -> Path:
-    return folder / MEASURED / f"{name}.json"
-
-
 def read_object(path: Path, way_out: str) -> dict[str, Any]:
     """The JSON object in a file; raises `BadInput`, with `way_out`, where there is none."""
     try:
@@ -267,30 +219,7 @@ def read_object(path: Path, way_out: str) -> dict[str, Any]:
     return value
 
 
-def what_it_is(folder: Path) -> str:
-    """A sentence for who gave `folder` to the wrong verb: what it is, and which verbs take it."""
-    kind = read_manifest(folder).get("kind")
-    if kind == "deployment" or (folder / "model.onnx").is_file():
-        return "It is a deployment: owl generate, owl eval and owl bench take it."
-    if kind == "benchmark" or (folder / "result.json").is_file():
-        return "It is a benchmark's result: owl report takes it."
-    if kind == "adapter" or (folder / "adapter_config.json").is_file():
-        return "It is an adapter: owl eval CHECKPOINT --adapter takes it."
-    if kind == "checkpoint" or (folder / "config.json").is_file():
-        return "It is a checkpoint: owl prune, owl export, owl eval and owl finetune take it."
-    return ""
-
-
 def sha256(path: Path) -> str:
     """The digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide what an artefact holds, for its manifest."""
-    found = {"owl-deploy": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import read_object, sha256, what_it_is
+from owl_deploy.artefact import read_object, sha256
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family
+from owl_deploy.manifest import what_it_is
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,6 @@ import typer
 from typer.core import TyperGroup
 
 from owl_deploy import __version__, api
-from owl_deploy.artefact import read_manifest
 from owl_deploy.ending import exit_code
 
 
@@ -187,7 +186,7 @@ def prune(
         resume=resume,
         origin=origin(recipe, overrides) if recipe else None,
     )
-    _emit(manifest, as_json, lambda: show(manifest, str(output)))
+    _emit(manifest.to_json(), as_json, lambda: show(manifest, str(output)))
 
 
 @app.command()
@@ -229,7 +228,7 @@ def export(
             force=force,
             progress=progress,
         )
-    _emit(manifest, as_json, lambda: show(manifest, str(output)))
+    _emit(manifest.to_json(), as_json, lambda: show(manifest, str(output)))
 
 
 @app.command()
@@ -458,7 +457,7 @@ def finetune(
     manifest = api.finetune(
         checkpoint, output, text, values, teacher=teacher, force=force, resume=resume
     )
-    _emit(manifest, as_json, lambda: show(manifest, str(output)))
+    _emit(manifest.to_json(), as_json, lambda: show(manifest, str(output)))
 
 
 @app.command()
@@ -653,10 +652,12 @@ def report(
     from owl_deploy.bench.report import write_report
     from owl_deploy.finetune.picture import learning_curve_svg
     from owl_deploy.finetune.show import caption
+    from owl_deploy.manifest import Manifest, read_manifest
 
-    trained = {path: read_manifest(path).get("finetune") for path in results}
+    found = {path: read_manifest(path, Manifest) for path in results}
+    trained = {path: getattr(manifest, "finetune", None) for path, manifest in found.items()}
     curves = [
-        (caption(str(path), done), learning_curve_svg(done["curve"]))
+        (caption(str(path), done), learning_curve_svg(done.curve))
         for path, done in trained.items()
         if done
     ]

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from owl_deploy import engines, recipe
 from owl_deploy.api import Calibration, bench, export, prune
-from owl_deploy.artefact import is_artefact, keep_measurement, measurement, write_json
+from owl_deploy.artefact import is_artefact, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import sentence
 from owl_deploy.bench.report import write_report
@@ -26,6 +26,7 @@ from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.errors import EnvironmentFailed, OwlError
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.export.show import steps
+from owl_deploy.manifest import keep_measurement, measurement
 from owl_deploy.progress import error_console
 from owl_deploy.runtime import library_path
 

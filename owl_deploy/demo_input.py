@@ -16,9 +16,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.artefact import staged_folder, write_json
+from owl_deploy.artefact import staged_folder
 from owl_deploy.cache import cache_dir
 from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.manifest import DemoInputManifest
 from owl_deploy.progress import error_console
 
 MODEL, CALIBRATION, EVALUATION = "smollm2-135m", "calibration.txt", "evaluation.txt"
@@ -60,7 +61,7 @@ def demo_input() -> Path:
             _convert_model(gguf, staging / MODEL)
             say("Cleaning the articles ...")
             _write_texts(wikipedia, staging)
-            write_json(staging / "owl.json", {"kind": "demo input", "version": _VERSION})
+            DemoInputManifest(version=_VERSION).write(staging)
     return folder
 
 

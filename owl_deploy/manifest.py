@@ -1,98 +1,369 @@
-"""What `owl.json` says, checked once where it is read: the fields that anything of owl reads.
+"""What `owl.json` says of the artefact that it lies in: one frozen model for each kind.
 
-A manifest may hold more than that, and less: those of other versions are read as well.
+`schema_version` is the number of the format. A manifest of an earlier one is read by `_upgraded`,
+one of a later one is refused. Fields that a model does not name are kept as they are, since other
+tools add theirs; what nobody set is left out of the file.
 """
 
-from typing import Any
+import contextlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
-from owl_deploy.errors import invalid
+from owl_deploy import __version__
+from owl_deploy.artefact import MANIFEST, MEASURED, read_object, write_json
+from owl_deploy.errors import BadInput, invalid
+
+VERSION: Final = 1
+_AGAIN = "Make the artefact again."
+_MEASURE = "Measure again."
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
 
-class _Block(_Part):
+class Manifest(_Part):
+    """What every artefact says. `versions`: of the packages that decided what it holds.
+
+    `measured`: what earlier versions kept here of measurements, which lie beside it now.
+    """
+
+    USE: ClassVar[str] = ""  # for who gave it to the wrong verb
+
+    kind: str
+    schema_version: Literal[1] = VERSION
+    versions: dict[str, str] = {}
+    measured: dict[str, Any] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known, as JSON values."""
+        head = {"kind": self.kind, "schema_version": self.schema_version}
+        return head | self.model_dump(mode="json", exclude_unset=True)
+
+    def write(self, folder: Path) -> None:
+        """Write it into the artefact's folder."""
+        write_json(folder / MANIFEST, self.to_json())
+
+
+class Block(_Part):
+    """A block of a pruned model, or its head: the shares of its weights that were asked to go and
+    went. `outlier_ratio`: in percent, None where the allocation did not ask for it.
+    """
+
     name: str
     achieved: FiniteFloat
-    sparsity: FiniteFloat | None = None
+    sparsity: FiniteFloat
     outlier_ratio: FiniteFloat | None = None
+    weights: int = 0
 
 
-class _Pruning(_Part):
-    skip: list[str] = []
+class Shares(_Part):
+    """The share of all weights in the blocks that was asked to go, and that went."""
+
+    asked: FiniteFloat = 0.0
+    achieved: FiniteFloat = 0.0
+
+
+class Trial(_Part):
+    """One candidate of a search for the allocation's parameters; `loss` in nats a token."""
+
+    outlier_multiple: FiniteFloat
+    spread: FiniteFloat
+    loss: FiniteFloat
+
+
+class Pruning(_Part):
+    """The settings that decided what was pruned; those of `recipe.PruneSettings`."""
+
+    method: str = ""
+    allocation: str = ""
+    sparsity: FiniteFloat = 0.0
+    skip: tuple[str, ...] = ()
+
+
+class TrainedOn(_Part):
+    """The checkpoint that was fine-tuned, and one digest of its weight files."""
+
+    path: str
+    weights_sha256: str
+
+
+class HeldOutLoss(_Part):
+    """The cross-entropy of held-out text, in nats a token."""
+
+    before: FiniteFloat
+    after: FiniteFloat
+
+
+class Training(_Part):
+    """How it was fine-tuned; those of `finetune.settings.FinetuneSettings`."""
+
+    method: str
+
+
+class Step(_Part):
+    """A row of the learning curve, in nats a token; a step has the one loss, or the other."""
+
+    step: int
+    loss: FiniteFloat | None = None
+    eval_loss: FiniteFloat | None = None
+
+
+class Finetuning(_Part):
+    """What a fine-tuning did. `tokens`: that it read; `teacher`: the dense model, if any."""
+
+    checkpoint: TrainedOn
+    settings: Training
+    teacher: str | None
+    steps: int
+    seconds: FiniteFloat
+    tokens: int
+    held_out_loss: HeldOutLoss
+    curve: tuple[Step, ...]
+
+
+class CheckpointManifest(Manifest):
+    """A checkpoint that was pruned, fine-tuned, or both.
+
+    `source`: the model that was pruned, with its own manifest if it had one. `weights`: how many
+    there are in the blocks. `recipe`: the file that the settings came from, with its digest.
+    """
+
+    USE = "It is a checkpoint: owl prune, owl export, owl eval and owl finetune take it."
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    command: tuple[str, ...] = ()
+    source: str = ""
+    source_manifest: dict[str, Any] | None = None
+    settings: Pruning = Pruning()
+    tuning: tuple[Trial, ...] | None = None
+    calibration: dict[str, Any] | None = None
+    device: str = ""
+    dtype: str = ""
+    weights: int = 0
+    sparsity: Shares = Shares()
+    blocks: tuple[Block, ...] = ()
+    head: Block | None = None
+    wall_seconds: FiniteFloat = 0.0
+    peak_memory_bytes: int = 0
+    peak_device_memory_bytes: int | None = None
+    recipe: dict[str, Any] | None = None
+    resumed: bool = False
+    finetune: Finetuning | None = None
+
+
+class AdapterManifest(Manifest):
+    """A LoRA adapter, in PEFT's format."""
+
+    USE = "It is an adapter: owl eval CHECKPOINT --adapter takes it."
+
+    kind: Literal["adapter"] = "adapter"
+    finetune: Finetuning | None = None
+
+
+class File(_Part):
+    """A file of a deployment, as it was exported."""
+
+    sha256: str
+    bytes: int | None = None
+
+
+class Weight(_Part):
+    """A weight of two axes or more: how many values it has, and how many that are not zero."""
+
+    kind: str
+    shape: tuple[int, ...]
+    values: int
+    nonzeros: int
+
+
+class Source(_Part):
+    """The checkpoint that was exported, and the short fields of its manifest."""
+
+    path: str = ""
+    model_type: str = ""
+    parameters: int = 0
+    manifest: dict[str, Any] | None = None
+
+
+class Parity(_Part):
+    """How far a deployment is from PyTorch: by run (an engine and its way of computing), the
+    largest difference over the largest logit, and the share of tokens that are the same.
+    """
+
+    greedy_tokens: int = 0
+    runs: dict[str, dict[str, int | FiniteFloat]] = {}
+
+
+class DeploymentManifest(Manifest):
+    """A deployment: what it was exported from, what is in it, and how near to PyTorch it is.
+
+    `total`, `nonzeros` and `sparsity` are over the weights of the linear layers, the head among
+    them. `weights` and `files`: by name. `max_context`: in tokens.
+    """
+
+    USE = "It is a deployment: owl generate, owl eval and owl bench take it."
+
+    kind: Literal["deployment"] = "deployment"
+    target: str | None = None
+    precision: str = "fp32"
+    engine: str | None = None
+    graph: str = ""
+    max_context: int | None = None
+    note: str = ""
+    source: Source = Source()
+    parity: Parity = Parity()
+    nodes: dict[str, int] = {}
+    weights: dict[str, Weight] = {}
+    total: int = 0
+    nonzeros: int = 0
+    sparsity: FiniteFloat | None = None
+    quantization: dict[str, int] | None = None
+    files: dict[str, File] = {}
+    bytes: int = 0
+    seconds: FiniteFloat = 0.0
+
+
+class BenchmarkManifest(Manifest):
+    """A benchmark's folder, whose result.json has a model of its own (`bench.result.Result`)."""
+
+    USE = "It is a benchmark's result: owl report takes it."
+
+    kind: Literal["benchmark"] = "benchmark"
+    created: str = ""
+
+
+class DemoInputManifest(Manifest):
+    """The demo's model and texts; `version` is that of their conversion."""
+
+    kind: Literal["demo input"] = "demo input"
+    version: int = 0
+
+
+_KINDS: dict[str, type[Manifest]] = {
+    "checkpoint": CheckpointManifest,
+    "adapter": AdapterManifest,
+    "deployment": DeploymentManifest,
+    "benchmark": BenchmarkManifest,
+    "demo input": DemoInputManifest,
+}
+_Kind = TypeVar("_Kind", bound=Manifest)
+
+
+def read_manifest(folder: Path, kind: type[_Kind]) -> _Kind | None:
+    """The manifest in `folder`; None where there is none, or one of another `kind`.
+
+    Raises `BadInput` when there is one that cannot be read, or that a later version wrote.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    content = _upgraded(read_object(path, _AGAIN), str(path))
+    try:
+        model = _KINDS.get(str(content["kind"]), Manifest)
+        manifest = model.model_validate(content)
+    except ValidationError as error:
+        raise invalid(str(path), error, _AGAIN) from error
+    return manifest if isinstance(manifest, kind) else None
+
+
+def refuse_newer(content: dict[str, Any], newest: int, what: str) -> None:
+    """Raise `BadInput` where `content`, read from `what`, has a format later than `newest`."""
+    found = content.get("schema_version")
+    if isinstance(found, int) and found > newest:
+        raise BadInput(
+            f"{what} has format {found}, and this version of owl ({__version__}) reads formats up "
+            f"to {newest}.",
+            "Update owl-deploy, or make the artefact again with this version.",
+        )
+
+
+def _upgraded(content: dict[str, Any], what: str) -> dict[str, Any]:
+    """`content` in the current format, from that or any earlier one."""
+    refuse_newer(content, VERSION, what)
+    if "schema_version" in content:
+        return content
+    # 0.1.0.dev numbered no format.
+    content = dict(content)
+    # A deployment that other tools made over may have lost its kind; no checkpoint has a target.
+    ours = {"target", "files"} & content.keys()
+    content.setdefault("kind", "deployment" if ours else "checkpoint")
+    packed = content.pop("values", None)  # for owl, beside a "precision" that was fp32 always
+    if packed is not None:
+        content["precision"] = packed
+    kept = {name: content.pop(name) for name in ("perplexity", "tasks") if name in content}
+    if kept:
+        content["measured"] = kept
+    if content["kind"] == "benchmark":
+        content.pop("schema", None)
+    return content
 
 
 class _Perplexity(_Part):
     value: FiniteFloat
 
 
-class _Checkpoint(_Part):
-    path: str
-    weights_sha256: str
-
-
-class _Loss(_Part):
-    before: FiniteFloat
-    after: FiniteFloat
-
-
-class _Method(_Part):
-    method: str
-
-
-class _Step(_Part):
-    step: int
-    loss: FiniteFloat = 0.0
-    eval_loss: FiniteFloat = 0.0
-
-
-class _Finetuning(_Part):
-    checkpoint: _Checkpoint
-    settings: _Method
-    teacher: str | None
-    steps: int
-    seconds: FiniteFloat
-    tokens: int
-    held_out_loss: _Loss
-    curve: list[_Step]
-
-
-class _Artefact(_Part):
-    """What every artefact may say: checkpoint, adapter, deployment, benchmark, demo input."""
-
-    kind: str | None = None
+class _Measured(_Part):
     perplexity: _Perplexity | None = None
-    tasks: dict[str, Any] = {}
-    settings: _Pruning = _Pruning()
-    blocks: list[_Block] = []
-    finetune: _Finetuning | None = None
+    tasks: dict[str, Any] | None = None
 
 
-class _Source(_Part):
-    path: str = ""
+def keep_measurement(folder: Path, name: str, value: dict[str, Any]) -> None:
+    """Keep what was measured of an artefact beside its manifest: one file a measurement.
+
+    So a finished manifest is never written again, and two that measure at once lose nothing.
+    """
+    file = _measurement(folder, name)
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, value)
 
 
-class _File(_Part):
-    sha256: str
+def measurement(folder: Path, name: str) -> dict[str, Any] | None:
+    """What was measured of an artefact, by name ("perplexity", "tasks"); None if it was not.
 
-
-class _Deployment(_Artefact):
-    target: str | None = None
-    precision: str = "fp32"
-    values: str | None = None
-    sparsity: FiniteFloat | None = None
-    source: _Source = _Source()
-    files: dict[str, _File] = {}
-
-
-def check(manifest: dict[str, Any], what: str, way_out: str) -> None:
-    """Raise `BadInput`, with `way_out`, when a field of `manifest`, read from `what`, is wrong."""
-    # A deployment that other tools made over may have lost its kind; no checkpoint has a target.
-    ours = manifest.get("kind") == "deployment" or {"target", "files"} & manifest.keys()
+    Raises `BadInput` for what cannot be read.
+    """
+    file = _measurement(folder, name)
+    if file.is_file():
+        value: dict[str, Any] | None = read_object(file, _MEASURE)
+    else:
+        manifest = read_manifest(folder, Manifest)
+        file, value = folder / MANIFEST, (manifest.measured if manifest else {}).get(name)
     try:
-        (_Deployment if ours else _Artefact).model_validate(manifest)
+        _Measured.model_validate({name: value})
     except ValidationError as error:
-        raise invalid(what, error, way_out) from error
+        raise invalid(str(file), error, _MEASURE) from error
+    return value
+
+
+def _measurement(folder: Path, name: str) -> Path:
+    return folder / MEASURED / f"{name}.json"
+
+
+def what_it_is(folder: Path) -> str:
+    """A sentence for who gave `folder` to the wrong verb: what it is, and which verbs take it."""
+    manifest = read_manifest(folder, Manifest)
+    if manifest is not None and type(manifest) is not CheckpointManifest:
+        return manifest.USE
+    for file, kind in (
+        ("model.onnx", DeploymentManifest),
+        ("result.json", BenchmarkManifest),
+        ("adapter_config.json", AdapterManifest),
+        ("config.json", CheckpointManifest),
+    ):
+        if (folder / file).is_file():
+            return kind.USE
+    return manifest.USE if manifest else ""
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what an artefact holds, for its manifest."""
+    found = {"owl-deploy": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from owl_deploy.artefact import MANIFEST, read_manifest
+from owl_deploy.artefact import MANIFEST
 from owl_deploy.engines.loading import Row, contents, digest, fingerprint, is_deployment
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.manifest import DeploymentManifest, read_manifest
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
 
 OURS, REPLACED = "this installation's", "another build of owl's"
@@ -50,7 +51,8 @@ def verify(folder: str | Path) -> Verified:
         raise BadInput(f"{folder} is not a deployment.", "Give a folder that owl export wrote.")
     rows = contents(folder)
     library = next((folder / row.name for row in rows if row.part == "operators"), None)
-    listed = bool(read_manifest(folder).get("files"))
+    manifest = read_manifest(folder, DeploymentManifest)
+    listed = manifest is not None and bool(manifest.files)
     return Verified(rows, listed, _whose(library), fingerprint(rows))
 
 

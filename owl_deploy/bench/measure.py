@@ -196,7 +196,10 @@ def _subject(name: str, role: Role, deployment: Deployment, engine: Engine) -> S
         zeros=deployment.zeros,
         perplexity=deployment.perplexity,
         size_bytes=deployment.size_bytes,
-        blocks=tuple(Block.model_validate(block) for block in deployment.blocks),
+        blocks=tuple(
+            Block(name=one.name, sparsity=one.achieved, outlier_ratio=one.outlier_ratio)
+            for one in deployment.blocks
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -11,8 +11,10 @@ from owl_deploy.bench import stats
 from owl_deploy.bench.machine import Machine
 from owl_deploy.bench.scenario import Metric, Scenario
 from owl_deploy.errors import BadInput
+from owl_deploy.manifest import BenchmarkManifest, refuse_newer, what_it_is
 
 FILE = "result.json"
+SCHEMA: Final = 1  # the number of its format
 _WAY_OUT = "Give what owl bench -o wrote."
 Role = Literal["candidate", "baseline"]
 Against = Literal["same engine", "best of the precision", "best of all"]
@@ -100,7 +102,7 @@ class Result(_Model):
     the roofline of decoding.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = SCHEMA
     created: str
     owl_version: str
     machine: Machine
@@ -122,11 +124,12 @@ class Result(_Model):
 def read_result(path: Path) -> Result:
     """Read a result.json, or the one in a folder; raises `BadInput` for anything else."""
     file = path / FILE if path.is_dir() else path
-    what_else = artefact.what_it_is(path)
+    what_else = what_it_is(path)
     if what_else and not file.is_file():
         raise BadInput(f"{path} is no benchmark's result.", what_else)
     try:
         content = artefact.read_object(file, _WAY_OUT)
+        refuse_newer(content, SCHEMA, str(file))
         # An escape such as \ud800 is half a letter, which no page and no picture can hold.
         whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
         return Result.model_validate_json(whole)
@@ -143,8 +146,7 @@ def write_result(result: Result, folder: Path, force: bool = False) -> None:
     with artefact.staged_folder(folder, force) as staging:
         value = result.model_dump(mode="json")
         artefact.write_json(staging / FILE, value)
-        about = {"kind": "benchmark", "schema": result.schema_version, "created": result.created}
-        artefact.write_json(staging / artefact.MANIFEST, about)
+        BenchmarkManifest(created=result.created).write(staging)
 
 
 def metrics_of(scenarios: tuple[Scenario, ...]) -> list[Metric]:

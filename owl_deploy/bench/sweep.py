@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from owl_deploy.artefact import is_artefact, make_folder, measurement
+from owl_deploy.artefact import is_artefact, make_folder
 from owl_deploy.bench import plots
 from owl_deploy.bench.dense import Export, dense_baselines
 from owl_deploy.bench.plan import BenchPlan
@@ -22,6 +22,7 @@ from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Result, metrics_of, read_result, write_result
 from owl_deploy.bench.run import bench as measure
 from owl_deploy.errors import BadInput, invalid
+from owl_deploy.manifest import measurement
 from owl_deploy.recipe import read_yaml
 
 REPORT = "report.html"

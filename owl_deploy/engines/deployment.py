@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from owl_deploy.artefact import measurement, read_manifest, what_it_is
 from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, check, genai_config, load_graph
 from owl_deploy.engines.registry import TARGETS
 from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.manifest import (
+    Block,
+    CheckpointManifest,
+    DeploymentManifest,
+    measurement,
+    read_manifest,
+    what_it_is,
+)
 from owl_deploy.runtime import kernels
 
 FAKE = "fake.json"
@@ -15,24 +21,22 @@ FAKE = "fake.json"
 
 @dataclass(frozen=True)
 class Deployment:
-    """A folder that an engine can open; `manifest` is its owl.json, empty if it has none."""
+    """A folder that an engine can open; `manifest` is its owl.json, or says nothing."""
 
     path: Path
     target: str
     vocab: int
-    manifest: dict[str, Any]
+    manifest: DeploymentManifest
 
     @property
     def precision(self) -> str:
         """How the weights are held: fp32, bf16, int8 or int4."""
-        packed = self.manifest.get("values")  # of earlier exports to owl: "precision" was fp32
-        return packed if isinstance(packed, str) else str(self.manifest.get("precision", "fp32"))
+        return self.manifest.precision
 
     @property
     def zeros(self) -> float | None:
         """The share of zeros in the weights of the matrix products, if the manifest says."""
-        share = self.manifest.get("sparsity")
-        return float(share) if isinstance(share, int | float) else None
+        return self.manifest.sparsity
 
     @property
     def perplexity(self) -> float | None:
@@ -43,24 +47,16 @@ class Deployment:
     @property
     def max_context(self) -> int | None:
         """The tokens that the model takes at most; None where nothing says."""
-        told = self.manifest.get("max_context")
+        told = self.manifest.max_context
         if told is None and (self.path / GENAI_CONFIG).is_file():
             told = genai_number(self.path, "context_length")
-        return int(told) if told else None
+        return told or None
 
     @property
-    def blocks(self) -> list[dict[str, Any]]:
-        """Name, sparsity and outlier ratio (None: not measured) of each block, if pruned here."""
-        source = Path(str(self.manifest.get("source", {}).get("path", "")))
-        rows = read_manifest(source).get("blocks", []) if source.is_dir() else []
-        return [
-            {
-                "name": row["name"],
-                "sparsity": row["achieved"],
-                "outlier_ratio": row.get("outlier_ratio"),
-            }
-            for row in rows
-        ]
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the checkpoint that was exported, if that was pruned here."""
+        source = read_manifest(Path(self.manifest.source.path), CheckpointManifest)
+        return source.blocks if source else ()
 
     @property
     def size_bytes(self) -> int:
@@ -79,8 +75,8 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
         raise BadInput(f"The deployment {path} does not exist.", "Make it with owl export.")
     if not path.is_dir():
         raise BadInput(f"{path} is a file.", "Give the deployment's folder.")
-    manifest = read_manifest(path)
-    target = manifest.get("target")
+    manifest = read_manifest(path, DeploymentManifest) or DeploymentManifest()
+    target = manifest.target
     if (path / FAKE).is_file() and target in (None, "fake"):
         return Deployment(path, "fake", 16, manifest)
     if not (path / MODEL).is_file():

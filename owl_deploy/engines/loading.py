@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import MANIFEST, read_manifest, sha256
+from owl_deploy.artefact import MANIFEST, sha256
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.manifest import DeploymentManifest, read_manifest
 from owl_deploy.progress import error_console
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
 
@@ -150,7 +151,7 @@ def check(folder: Path, *, trust: bool = False) -> Path | None:
     Raises `BadInput`. A folder without a manifest has nothing to compare with.
     """
     library = operators(folder, trust=trust)
-    if read_manifest(folder).get("files"):
+    if _listed(folder):
         for row in filter(lambda row: row.refused, contents(folder)):
             raise BadInput(
                 f"{folder / row.name} {_COMPLAINTS[row.state]}.",
@@ -213,11 +214,8 @@ def _row(
 
 def _listed(folder: Path) -> dict[str, str]:
     """The digests of the manifest, by name."""
-    files = read_manifest(folder).get("files", {})
-    try:
-        listed = {name: str(row["sha256"]) for name, row in files.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder / MANIFEST} lists no digests.", _EXPORT_AGAIN) from error
+    manifest = read_manifest(folder, DeploymentManifest)
+    listed = {name: row.sha256 for name, row in manifest.files.items()} if manifest else {}
     for name in listed:
         if not is_bare(name):
             raise BadInput(f"{folder / MANIFEST} names {name!r}, a file elsewhere.", _EXPORT_AGAIN)

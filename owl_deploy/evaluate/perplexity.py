@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from owl_deploy.adapter import with_adapter
-from owl_deploy.artefact import is_artefact, keep_measurement, read_manifest
+from owl_deploy.artefact import is_artefact
 from owl_deploy.blocks import Skeleton, whole_model, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import engine_for, get_engine
@@ -20,6 +20,7 @@ from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_batch, find_device, find_dtype
+from owl_deploy.manifest import DeploymentManifest, keep_measurement, read_manifest
 from owl_deploy.progress import bar, error_console
 from owl_deploy.text import evaluation_windows, load_evaluation_text, load_tokenizer, tokenize
 
@@ -91,7 +92,7 @@ def perplexity(
     checkpoints, `engine` and `threads` for deployments. The value is then kept in a folder that owl
     wrote, beside its manifest, so that a benchmark can show it beside the speed.
     """
-    if read_manifest(folder).get("kind") == "deployment":
+    if read_manifest(folder, DeploymentManifest):
         refuse_adapter(adapter)
         return deployment_perplexity(
             folder,

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import measurement, read_manifest
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import EngineProcess, get_engine, open_deployment
@@ -25,6 +24,7 @@ from owl_deploy.evaluate.perplexity import (
 )
 from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
+from owl_deploy.manifest import DeploymentManifest, measurement, read_manifest
 from owl_deploy.progress import bar
 from owl_deploy.text import load_tokenizer
 
@@ -215,7 +215,7 @@ def _opened(
     adapter: Path | None,
 ) -> Iterator[tuple[Any, str, int]]:
     """The folder as a model of the harness; what computes it; how many tokens it sees."""
-    if read_manifest(folder).get("kind") == "deployment":
+    if read_manifest(folder, DeploymentManifest):
         refuse_adapter(adapter)
         from owl_deploy.evaluate.harness import DeploymentLM
 

@@ -3,12 +3,12 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from owl_deploy.export.source import Progress
+from owl_deploy.manifest import DeploymentManifest
 from owl_deploy.progress import error_console
 
 
@@ -36,31 +36,31 @@ def steps() -> Iterator[Progress]:
     yield tell
 
 
-def show(manifest: dict[str, Any], output: str) -> None:
+def show(manifest: DeploymentManifest, output: str) -> None:
     """Print a deployment's manifest as a table within 80 columns, and where the deployment is."""
-    parity = manifest["parity"]
+    parity = manifest.parity
     table = Table(title=None, box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    table.add_row("target", f"{manifest['target']}, {manifest['precision']}")
-    table.add_row("size", f"{manifest['bytes'] / 1e6:.1f} MB")
+    table.add_row("target", f"{manifest.target}, {manifest.precision}")
+    table.add_row("size", f"{manifest.bytes / 1e6:.1f} MB")
     table.add_row(
         "non-zeros",
-        f"{manifest['nonzeros'] / 1e6:.2f} M of {manifest['total'] / 1e6:.2f} M linear weights, "
-        f"{100 * manifest['sparsity']:.1f} % zero",
+        f"{manifest.nonzeros / 1e6:.2f} M of {manifest.total / 1e6:.2f} M linear weights, "
+        f"{100 * (manifest.sparsity or 0):.1f} % zero",
     )
-    table.add_row("context", f"up to {manifest['max_context']} tokens")
-    for name, run in parity["runs"].items():
+    table.add_row("context", f"up to {manifest.max_context} tokens")
+    for name, run in parity.runs.items():
         shares = {key: share for key, share in run.items() if key.startswith("equal")}
         share = next(iter(shares.values()))
         table.add_row(
             f"parity, {name}",
             f"{run['relative_difference']:.1e} of the largest logit, "
-            f"{share * parity['greedy_tokens']:.0f}/{parity['greedy_tokens']} tokens",
+            f"{share * parity.greedy_tokens:.0f}/{parity.greedy_tokens} tokens",
         )
     console = Console()
     console.print(table, highlight=False)
-    if manifest.get("note"):
-        console.print(f"Note: {manifest['note']}.", highlight=False)
-    took = f"{output}: parity checked against PyTorch, {manifest['seconds']:.0f} s."
+    if manifest.note:
+        console.print(f"Note: {manifest.note}.", highlight=False)
+    took = f"{output}: parity checked against PyTorch, {manifest.seconds:.0f} s."
     console.print(took, soft_wrap=True, highlight=False)

@@ -11,10 +11,10 @@ import psutil
 import torch
 import transformers
 
-from owl_deploy.artefact import read_manifest
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, OwlError
 from owl_deploy.families import Family, family_of
+from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.progress import quiet_transformers
 from owl_deploy.text import load_tokenizer, tokenize
 
@@ -52,7 +52,7 @@ class Source:
     """A checkpoint of a supported family with its model in memory, fp32 (4 bytes a parameter).
 
     Attributes: `folder`; `family`; `config`, the parsed config.json; `model`; `tokenizer`, None
-    when the folder has none; `manifest`, that of the checkpoint, empty if owl did not write it.
+    when the folder has none; `manifest`, that of the checkpoint, None if owl did not write it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class Source:
         self.checkpoint = Checkpoint(folder)
         self.config = self.checkpoint.config
         self.family: Family = family_of(self.config)
-        self.manifest = read_manifest(folder)
+        self.manifest = read_manifest(folder, CheckpointManifest)
         self.checkpoint.blocks(self.family)
         _check_causal(self.config, folder)
         self._check_memory()

@@ -14,6 +14,7 @@ from owl_deploy import artefact, checkpoint
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.export import describe, genai, parity, sparse, traced
 from owl_deploy.export.source import Progress, Source
+from owl_deploy.manifest import DeploymentManifest, versions
 from owl_deploy.runtime import kernels, library_path, pack
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
@@ -155,7 +156,7 @@ def export(
     head: str | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
-) -> dict[str, Any]:
+) -> DeploymentManifest:
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
     `target`: a row of `TARGETS`. Without `precision` it has the target's default. `head`, for
@@ -176,28 +177,26 @@ def export(
         chosen = cast(sparse.Head | None, head)
         facts = row.build(Request(source, staging, precision, chosen, progress))
         progress("Computing PyTorch's logits")
-        manifest = {
-            "kind": "deployment",
+        facts |= {
             "target": target,
             "precision": precision,
             "engine": row.engine if facts.get("opens_in_genai", True) else None,
-            **facts,
             "source": _source_summary(source),
         }
         reference = source.reference
         # A screened head rounds as int8 does.
         tolerance = None if head == "screened" else row.precisions[precision].tolerance
         del source  # its weights are as large as what the engine loads next
-        manifest["parity"] = parity.check(
+        facts["parity"] = parity.check(
             staging,
             reference,
             tolerance=tolerance,
-            engine=manifest["engine"],
+            engine=facts["engine"],
             progress=progress,
         )
         progress("Counting and digesting")
-        manifest |= _contents(staging, started)
-        artefact.write_json(staging / artefact.MANIFEST, manifest)
+        manifest = DeploymentManifest.model_validate(facts | _contents(staging, started))
+        manifest.write(staging)
     return manifest
 
 
@@ -249,7 +248,8 @@ def _disk_errors(destination: Path) -> Iterator[None]:
 
 def _source_summary(source: Source) -> dict[str, Any]:
     """Where the deployment comes from: the folder, and what its manifest says of the pruning."""
-    told = {key: value for key, value in source.manifest.items() if _is_short(value)}
+    whole = source.manifest.to_json() if source.manifest else {}
+    told = {key: value for key, value in whole.items() if _is_short(value)}
     return {
         "path": str(source.folder),
         "model_type": source.config["model_type"],
@@ -269,6 +269,6 @@ def _contents(folder: Path, started: float) -> dict[str, Any]:
         **graph,
         "files": files,
         "bytes": sum(row["bytes"] for row in files.values()),
-        "versions": artefact.versions(),
+        "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -1,30 +1,30 @@
 """The learning curve of a fine-tuning as an SVG."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from owl_deploy.manifest import Step
 from owl_deploy.picture import svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def learning_curve_svg(curve: list[dict[str, Any]]) -> str:
-    """Training and held-out loss over the steps; rows as `train.train` gives them."""
+def learning_curve_svg(curve: Sequence[Step]) -> str:
+    """Training and held-out loss over the steps."""
     return svg(lambda axes: _draw(axes, curve))
 
 
-def _draw(axes: "Axes", curve: list[dict[str, Any]]) -> None:
-    trained = [row for row in curve if "loss" in row]
-    held_out = [row for row in curve if "eval_loss" in row]
+def _draw(axes: "Axes", curve: Sequence[Step]) -> None:
+    trained = [(row.step, row.loss) for row in curve if row.loss is not None]
+    held_out = [(row.step, row.eval_loss) for row in curve if row.eval_loss is not None]
     axes.plot(
-        [row["step"] for row in trained],
-        [row["loss"] for row in trained],
+        *zip(*trained, strict=True),
         color="#9db4c8",
         label="training loss of each step",
     )
     axes.plot(
-        [row["step"] for row in held_out],
-        [row["eval_loss"] for row in held_out],
+        *zip(*held_out, strict=True),
         color="#0b5394",
         marker="o",
         label="cross-entropy of held-out text",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from owl_deploy import adapter
-from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish, versions, write_json
+from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish
 from owl_deploy.checkpoint import shards, write_compatible
 from owl_deploy.errors import unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
@@ -27,12 +27,12 @@ from owl_deploy.finetune.survivors import finished, freeze, nonzero, sparsify
 from owl_deploy.finetune.train import Schedule, last_checkpoint, train
 from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.hardware import multiplies_bfloat16
+from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, kept_for_resuming
 
 _FUSED = ("query_key_value", "qkv_proj")  # where query and value are no Linears of their own
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
-_OUTDATED = ("perplexity", "tasks")  # what was measured of the weights before
 _CARRIED = ("sparsity.svg",)  # what else of the source still tells the truth
 
 
@@ -45,7 +45,7 @@ def finetune(
     teacher: str | None = None,
     force: bool = False,
     resume: bool = False,
-) -> dict[str, Any]:
+) -> CheckpointManifest | AdapterManifest:
     """Fine-tune the checkpoint `model` on `text` (a SOURCE) into the folder `output`.
 
     `settings`, or only those that are given, as a dict: what is None there gets its method's own
@@ -65,10 +65,11 @@ def finetune(
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             outcome = run.execute(partial, staging)
-            manifest = run.manifest(outcome, resumed=partial.resumed)
-            svg = learning_curve_svg(outcome["curve"])
+            done = run.describe(outcome, resumed=partial.resumed)
+            manifest = run.manifest(done)
+            svg = learning_curve_svg(done.curve)
             (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
-            write_json(staging / MANIFEST, manifest)
+            manifest.write(staging)
             publish(staging, output.absolute())
         partial.discard()
     return manifest
@@ -276,12 +277,12 @@ class Run:
             content = recipe.read_text(encoding="utf-8")
             (staging / _RECIPE).write_text(heading + content, encoding="utf-8")
 
-    def manifest(self, outcome: dict[str, Any], *, resumed: bool) -> dict[str, Any]:
-        """The source's manifest, which stays true of the zeros, and what was done to the rest."""
+    def describe(self, outcome: dict[str, Any], *, resumed: bool) -> Finetuning:
+        """What was done, for the manifest."""
         curve = outcome["curve"]
         held_out = [row["eval_loss"] for row in curve if "eval_loss" in row]
         losses = [row["loss"] for row in curve if "loss" in row]
-        description = {
+        description: dict[str, Any] = {
             "checkpoint": {
                 "path": str(self.source.folder),
                 "weights_sha256": adapter.weights_digest(self.source.checkpoint),
@@ -301,10 +302,15 @@ class Run:
             "versions": _versions(),
             **outcome,
         }
+        return Finetuning.model_validate(description)
+
+    def manifest(self, done: Finetuning) -> CheckpointManifest | AdapterManifest:
+        """The source's manifest, which stays true of the zeros, and what was done to the rest."""
         if not self.sparse_result:
-            return {"kind": "adapter", "versions": _versions(), "finetune": description}
-        carried = {k: v for k, v in self.source.manifest.items() if k not in _OUTDATED}
-        return {"kind": "checkpoint"} | carried | {"finetune": description}
+            return AdapterManifest(versions=_versions(), finetune=done)
+        carried = self.source.manifest.to_json()
+        carried.pop("measured", None)  # of the weights before
+        return CheckpointManifest.model_validate(carried | {"finetune": done})
 
 
 def merged(source: Source, deltas: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:

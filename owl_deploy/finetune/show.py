@@ -1,26 +1,28 @@
 """What `owl finetune` ends with."""
 
 import math
-from typing import Any
 
 from rich.console import Console
 
+from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning
 
-def caption(name: str, done: dict[str, Any]) -> str:
+
+def caption(name: str, done: Finetuning) -> str:
     """One line on a fine-tuning, from the part of the manifest that is about it."""
-    before, after = done["held_out_loss"]["before"], done["held_out_loss"]["after"]
-    teacher = " with a teacher" if done["teacher"] else ""
+    before, after = done.held_out_loss.before, done.held_out_loss.after
+    teacher = " with a teacher" if done.teacher else ""
     return (
-        f"{name}: {done['settings']['method']}{teacher}, {done['steps']} steps in "
-        f"{done['seconds'] / 60:.1f} minutes, {done['tokens']} tokens; held-out loss "
+        f"{name}: {done.settings.method}{teacher}, {done.steps} steps in "
+        f"{done.seconds / 60:.1f} minutes, {done.tokens} tokens; held-out loss "
         f"{before:.4f} -> {after:.4f} nats a token "
         f"(perplexity {math.exp(before):.4g} -> {math.exp(after):.4g})."
     )
 
 
-def show(manifest: dict[str, Any], output: str) -> None:
+def show(manifest: CheckpointManifest | AdapterManifest, output: str) -> None:
     """Print what a fine-tuning changed, from its artefact's manifest."""
     console = Console()
-    console.print(caption(output, manifest["finetune"]), soft_wrap=True)
-    what = "An adapter" if manifest["kind"] == "adapter" else "A checkpoint with the same zeros"
+    if manifest.finetune:
+        console.print(caption(output, manifest.finetune), soft_wrap=True)
+    what = "An adapter" if manifest.kind == "adapter" else "A checkpoint with the same zeros"
     console.print(f"{what}; the picture is in learning_curve.svg.", soft_wrap=True)

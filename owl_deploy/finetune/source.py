@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import transformers
 
-from owl_deploy.artefact import read_manifest
 from owl_deploy.blocks import whole_model
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.families import family_of
+from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.text import load_text, load_tokenizer, tokenize
 
 _SPARSE_FROM = 0.1  # share of zeros; a dense model's weights, rounded to 4 bits, have fewer
@@ -21,7 +21,8 @@ class Source:
     """A checkpoint of a supported family, and where its blocks are.
 
     `blocks`: their names; `matrices`: by block, the names within it of its weight matrices;
-    `manifest`: owl's, or empty; `zeros` of `weights`: what pruning left in the blocks.
+    `manifest`: owl's, or one that says nothing; `zeros` of `weights`: what pruning left in the
+    blocks.
     Raises `BadInput` for a checkpoint whose zeros are not those that its manifest tells of.
     """
 
@@ -33,15 +34,15 @@ class Source:
                 f"{self.checkpoint.folder} is quantized.", "Fine-tune it before it is quantized."
             )
         self.folder = self.checkpoint.folder
-        self.manifest = read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder, CheckpointManifest) or CheckpointManifest()
         self.blocks = self.checkpoint.blocks(self.family)
         self.matrices: dict[str, list[str]] = {}
         self.zeros = self.weights = 0
         self._check_mask()
 
     def _check_mask(self) -> None:
-        told = {row["name"]: row for row in self.manifest.get("blocks", [])}
-        skip = tuple(self.manifest.get("settings", {}).get("skip", ()))
+        told = {block.name: block.achieved for block in self.manifest.blocks}
+        skip = self.manifest.settings.skip
         for block in self.blocks:
             zeros = weights = 0
             self.matrices[block] = []
@@ -54,10 +55,10 @@ class Source:
                 if not any(f".{linear}".endswith(f".{ending}.") for ending in skip):
                     zeros += int((tensor == 0).sum())
                     weights += tensor.numel()
-            if block in told and zeros != round(told[block]["achieved"] * weights):
+            if block in told and zeros != round(told[block] * weights):
                 raise BadInput(
                     f"{block} in {self.folder} has {zeros} zeros, and its manifest says "
-                    f"{told[block]['achieved']:.2%} of {weights}: the weights were changed since.",
+                    f"{told[block]:.2%} of {weights}: the weights were changed since.",
                     "Prune again, or remove owl.json if the zeros that are there are to be kept.",
                 )
             self.zeros += zeros
@@ -65,7 +66,7 @@ class Source:
 
     def refuse_dense(self, what: str) -> None:
         """Raise `BadInput` when there is no mask that `what` could keep."""
-        if not self.manifest.get("blocks") and self.zeros < _SPARSE_FROM * self.weights:
+        if not self.manifest.blocks and self.zeros < _SPARSE_FROM * self.weights:
             raise BadInput(
                 f"{self.folder} is dense ({self.zeros / self.weights:.1%} zeros), and {what} "
                 "keeps a sparse model's zeros.",

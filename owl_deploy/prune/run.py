@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from owl_deploy import recipe
 from owl_deploy.allocation import ALLOCATIONS
-from owl_deploy.artefact import MANIFEST, only_writer, read_manifest, versions, write_json
+from owl_deploy.artefact import only_writer
 from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint, shards, write_compatible
 from owl_deploy.errors import BadInput
@@ -30,6 +30,7 @@ from owl_deploy.hardware import (
     find_device,
     find_dtype,
 )
+from owl_deploy.manifest import CheckpointManifest, Manifest, read_manifest, versions
 from owl_deploy.partial import kept_for_resuming
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import plan, score, sparsegpt, tune
@@ -92,7 +93,7 @@ def prune(
     force: bool = False,
     resume: bool = False,
     origin: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> CheckpointManifest:
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
     `calibration` may be None when neither method nor allocation looks at inputs; `hardware` says
@@ -112,11 +113,12 @@ def prune(
         with kept_for_resuming(store, "use a smaller --batch-size"):
             reports, head = run.execute(store)
             _assemble(run, store)
-            manifest = _manifest(run, reports, str(model), time.perf_counter() - started)
-            manifest |= {"recipe": origin, "resumed": store.resumed}
-            manifest["head"] = asdict(head) if head else None
+            facts = _facts(run, reports, str(model), time.perf_counter() - started)
+            facts |= {"recipe": origin, "resumed": store.resumed}
+            facts["head"] = asdict(head) if head else None
+            manifest = CheckpointManifest.model_validate(facts)
             (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
-            write_json(store.folder / MANIFEST, manifest)
+            manifest.write(store.folder)
             store.finish()
     return manifest
 
@@ -515,16 +517,16 @@ def _assemble(run: Run, store: Store) -> None:
     write_compatible(run.checkpoint, store.folder)
 
 
-def _manifest(run: Run, reports: list[BlockReport], source: str, seconds: float) -> dict[str, Any]:
+def _facts(run: Run, reports: list[BlockReport], source: str, seconds: float) -> dict[str, Any]:
     total = sum(block.weights for block in reports)
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     on_gpu = run.device.type == "cuda"
+    before = read_manifest(run.checkpoint.folder, Manifest)
     return {
-        "kind": "checkpoint",
         "versions": versions(),
         "command": sys.argv,
         "source": source,
-        "source_manifest": read_manifest(run.checkpoint.folder) or None,
+        "source_manifest": before.to_json() if before else None,
         "settings": run.settings.model_dump(mode="json"),
         "tuning": [asdict(trial) for trial in run.trials] or None,
         "calibration": run.describe_calibration(),

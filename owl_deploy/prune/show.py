@@ -1,58 +1,57 @@
 """The table that `owl prune` ends with."""
 
-from typing import Any
-
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from owl_deploy.manifest import CheckpointManifest
+
 _BAR_WIDTH = 20
 
 
-def show(manifest: dict[str, Any], output: str) -> None:
+def show(manifest: CheckpointManifest, output: str) -> None:
     """Print a checkpoint's manifest: its blocks as a table with bars, and where it is."""
-    blocks = manifest["blocks"]
-    whole = manifest["sparsity"]
+    whole = manifest.sparsity
     table = Table(box=None, pad_edge=False)
     table.add_column("block")
     for heading in ("outliers %", "asked", "achieved"):
         table.add_column(heading, justify="right")
-    table.add_column(f"sparsity (all: {whole['asked']:.2f})", width=_BAR_WIDTH)
-    for block in blocks:
-        ratio = block["outlier_ratio"]
+    table.add_column(f"sparsity (all: {whole.asked:.2f})", width=_BAR_WIDTH)
+    for block in manifest.blocks:
+        ratio = block.outlier_ratio
         table.add_row(
-            block["name"],
+            block.name,
             "" if ratio is None else f"{ratio:.3f}",
-            f"{block['sparsity']:.4f}",
-            f"{block['achieved']:.4f}",
-            Bar(1.0, 0.0, block["sparsity"], width=_BAR_WIDTH, color="blue"),
+            f"{block.sparsity:.4f}",
+            f"{block.achieved:.4f}",
+            Bar(1.0, 0.0, block.sparsity, width=_BAR_WIDTH, color="blue"),
         )
     table.add_section()
-    ends = [("all blocks", whole["asked"], whole["achieved"])]
-    if head := manifest["head"]:
-        ends.append((head["name"], head["sparsity"], head["achieved"]))
+    ends = [("all blocks", whole.asked, whole.achieved)]
+    if head := manifest.head:
+        ends.append((head.name, head.sparsity, head.achieved))
     for name, asked, achieved in ends:
         table.add_row(name, "", f"{asked:.4f}", f"{achieved:.4f}")
     console = Console()
     console.print(table)
     _show_tuning(console, manifest)
     console.print(
-        f"{output}: {manifest['weights'] / 1e6:.1f} M weights in the blocks, "
-        f"{manifest['wall_seconds']:.0f} s, "
-        f"peak memory {manifest['peak_memory_bytes'] / 2**30:.1f} GiB. "
+        f"{output}: {manifest.weights / 1e6:.1f} M weights in the blocks, "
+        f"{manifest.wall_seconds:.0f} s, "
+        f"peak memory {manifest.peak_memory_bytes / 2**30:.1f} GiB. "
         "The picture is in sparsity.svg.",
         soft_wrap=True,
     )
 
 
-def _show_tuning(console: Console, manifest: dict[str, Any]) -> None:
-    trials = manifest["tuning"]
+def _show_tuning(console: Console, manifest: CheckpointManifest) -> None:
+    trials = manifest.tuning
     if not trials:
         return
-    best = min(trials, key=lambda trial: trial["loss"])
+    best = min(trials, key=lambda trial: trial.loss)
     console.print(
-        f"Tuned over {len(trials)} candidates: outlier multiple {best['outlier_multiple']:g}, "
-        f"spread {best['spread']:g}; held-out loss {best['loss']:.4f}, "
-        f"as asked {trials[0]['loss']:.4f}.",
+        f"Tuned over {len(trials)} candidates: outlier multiple {best.outlier_multiple:g}, "
+        f"spread {best.spread:g}; held-out loss {best.loss:.4f}, "
+        f"as asked {trials[0].loss:.4f}.",
         soft_wrap=True,
     )

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path("owl_deploy")
 # From the top to the bottom; a part imports only what stands in a later row, or in itself.
 LAYERS = (
-    ("__main__", "demo"),
+    ("__main__", "demo", "schemas"),
     ("cli",),
     ("api",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
@@ -18,8 +18,8 @@ LAYERS = (
     ("blocks",),
     ("runtime", "recipe", "checkpoint", "text"),
     ("partial", "families", "allocation"),
-    ("artefact", "cache", "ending", "picture", "progress"),
     ("manifest",),
+    ("artefact", "cache", "ending", "picture", "progress"),
     ("errors", "__init__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

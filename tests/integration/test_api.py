@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from owl_deploy import api
-from owl_deploy.artefact import read_manifest
 from owl_deploy.bench import machine
+from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.runtime import library_path
 from tests import tiny
 
@@ -50,7 +50,9 @@ def test_the_readmes_example_goes_from_a_model_to_a_comparison(work, capsys):
         pytest.skip(str(error))
     names = {}
     exec(EXAMPLE, names)
-    assert read_manifest(work / "sparse")["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.01)
+    manifest = read_manifest(work / "sparse", CheckpointManifest)
+    assert manifest
+    assert manifest.sparsity.achieved == pytest.approx(0.5, abs=0.01)
     assert api.verify(work / "deployment").whole
     result = names["result"]
     assert isinstance(result, api.Result)
@@ -63,7 +65,7 @@ def test_the_readmes_example_goes_from_a_model_to_a_comparison(work, capsys):
 def test_folders_may_be_strings_and_defaults_do(work):
     settings = api.prune_settings(None, {"method": "magnitude", "allocation": "uniform"})
     manifest = api.prune("MODEL", "sparse", settings)
-    assert manifest == read_manifest(work / "sparse")
+    assert manifest == read_manifest(work / "sparse", CheckpointManifest)
     tuned = api.finetune(
         "sparse",
         "tuned",

@@ -44,7 +44,7 @@ def test_deepsparse(owl, tmp_path, tied):
     assert "parity" in out
     table = [line for line in out.splitlines() if str(tmp_path) not in line]
     assert max(map(len, table)) <= 80
-    manifest = artefact.read_manifest(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / artefact.MANIFEST).read_text())
     assert (manifest["kind"], manifest["target"], manifest["opset"]) == (
         "deployment",
         "deepsparse",
@@ -82,7 +82,7 @@ def test_onnxruntime(owl, llama, tmp_path, precision):
     code, text, err = owl("export", llama, "-o", out, "-p", precision, "--json")
     assert code == 0, err
     manifest = json.loads(text)
-    assert manifest == artefact.read_manifest(out)
+    assert manifest == json.loads((out / artefact.MANIFEST).read_text())
     assert manifest["precision"] == precision
     parity = manifest["parity"]
     assert "onnxruntime generating" in parity["runs"]

@@ -75,7 +75,7 @@ def thinned(folder: Path) -> Path:
 def test_every_family_computes_what_pytorch_does(name: str, precision: str, tmp_path: Path) -> None:
     family, changes, attentions = CASES[name]
     model = thinned(tiny.write_model(family, tmp_path / "model", **changes))
-    manifest = export(model, tmp_path / "out", target="owl", precision=precision)
+    manifest = export(model, tmp_path / "out", target="owl", precision=precision).to_json()
     parity = manifest["parity"]
     assert parity["greedy_tokens"] == 32
     if precision == "fp32":
@@ -105,6 +105,6 @@ def test_what_the_builder_does_not_know_is_refused(family: str, tmp_path: Path) 
 def test_the_dense_target_takes_them_too(name: str, tmp_path: Path) -> None:
     family, changes, _ = CASES[name]
     model = tiny.write_model(family, tmp_path / "model", **changes)
-    manifest = export(model, tmp_path / "out", target="onnxruntime")
+    manifest = export(model, tmp_path / "out", target="onnxruntime").to_json()
     assert manifest["parity"]["relative_difference"] < 1e-5
     assert manifest["parity"]["equal_generated_tokens"] == 1

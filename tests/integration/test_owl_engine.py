@@ -7,7 +7,6 @@ import onnxruntime_genai
 import pytest
 
 from owl_deploy import recipe
-from owl_deploy.artefact import measurement
 from owl_deploy.engines import open_deployment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
@@ -17,6 +16,7 @@ from owl_deploy.export.source import Source
 from owl_deploy.export.sparse import PROMPT_CHUNK, sparsify_deployment
 from owl_deploy.export.targets import export
 from owl_deploy.generate import Sampling, Speed, generate
+from owl_deploy.manifest import measurement
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.runtime import library_path
 from tests import tiny
@@ -45,7 +45,7 @@ def pruned(tmp_path_factory, text_file):
 def test_the_deployment_computes_what_the_checkpoint_does(
     pruned, text_file, tmp_path, precision, logits, quality
 ):
-    manifest = export(pruned, tmp_path / "out", target="owl", precision=precision)
+    manifest = export(pruned, tmp_path / "out", target="owl", precision=precision).to_json()
     assert manifest["precision"] == precision
     assert "values" not in manifest.keys() | manifest["packing"].keys()
     assert open_deployment(tmp_path / "out").precision == precision
@@ -90,7 +90,9 @@ def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path, prec
     tokens = [3 + n * 7 % 300 for n in range(40)]
     whole = {}
     for head in ("screened", "whole"):
-        manifest = export(pruned, tmp_path / head, target="owl", precision=precision, head=head)
+        manifest = export(
+            pruned, tmp_path / head, target="owl", precision=precision, head=head
+        ).to_json()
         assert manifest["packing"]["screened_head"] == (head == "screened")
         session = Session(tmp_path / head)
         single = np.concatenate([session.step([token]) for token in tokens])

@@ -81,7 +81,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     killed(model, out, text_file, method, "save:1")  # one block is finished
     killed(model, out, text_file, method, "save:2", "resume")  # three are
     killed(model, out, text_file, method, "finish:0", "resume")  # all, but nothing is published
-    manifest = prune(model, out, settings, calibration, tune_allocation=True, resume=True)
+    manifest = prune(model, out, settings, calibration, tune_allocation=True, resume=True).to_json()
     assert manifest["resumed"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     assert sorted(path.name for path in out.iterdir()) == sorted(

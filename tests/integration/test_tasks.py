@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from owl_deploy import engines
-from owl_deploy.artefact import measurement
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.export.targets import export
+from owl_deploy.manifest import measurement
 from owl_deploy.runtime import library_path
 from owl_deploy.text import load_tokenizer
 from tests import tiny

@@ -136,7 +136,7 @@ def test_their_one_shot_applies_our_resolved_recipe(
     )
     settings = recipe.settings(method=method, structure=structure, outlier_multiple=2)
     text = Calibration(str(text_file), samples=3, sequence_length=64)
-    manifest = prune(model, tmp_path / "ours", settings, text)
+    manifest = prune(model, tmp_path / "ours", settings, text).to_json()
     found = one_shot(library, model, tmp_path / "ours" / "recipe.yaml")
     for block in manifest["blocks"]:
         assert found[block["name"]] == pytest.approx(block["sparsity"], abs=1e-3)
@@ -196,7 +196,7 @@ def test_sparsemls_training_applies_our_magnitude_recipe(tmp_path):
     apart = {name: value + 1e-3 * torch.randn(value.shape) for name, value in tensors.items()}
     save_file(apart, model / WEIGHTS, metadata={"format": "pt"})  # no ties, of which it removes all
     settings = recipe.settings(method="magnitude", allocation="linear", head_sparsity=0.3)
-    manifest = prune(model, tmp_path / "ours", settings, None)
+    manifest = prune(model, tmp_path / "ours", settings, None).to_json()
     out = run(environment("sparseml"), TRAIN + COUNT, model, tmp_path / "ours" / "recipe.yaml")
     norms, _, found = out.splitlines()[-3:]
     assert json.loads(norms) == []

@@ -1,4 +1,10 @@
-from owl_deploy.bench.result import Sample, Subject, choose_baselines
+import json
+from pathlib import Path
+
+import pytest
+
+from owl_deploy.bench.result import SCHEMA, Sample, Subject, choose_baselines, read_result
+from owl_deploy.errors import BadInput
 
 
 def subject(name: str, engine: str, precision: str, ms: float, role: str = "baseline") -> Subject:
@@ -59,3 +65,15 @@ def test_an_engine_without_a_dense_baseline() -> None:
         "ort4": ("best of all",),
     }
     assert chosen(subject("s", "owl", "int8", 5), []) == {}
+
+
+def test_an_earlier_result_is_read() -> None:
+    result = read_result(Path("tests/earlier/result.json"))
+    assert [subject.name for subject in result.subjects] == ["onnx", "dense"]
+    assert result.comparisons[0].baseline == "dense"
+
+
+def test_a_later_result_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({"schema_version": SCHEMA + 1}))
+    with pytest.raises(BadInput, match=rf"has format {SCHEMA + 1}, .* up to {SCHEMA}\. Update"):
+        read_result(tmp_path)

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from owl_deploy.artefact import MANIFEST, keep_measurement
+from owl_deploy.artefact import MANIFEST
 from owl_deploy.bench.dense import dense_baselines
 from owl_deploy.bench.sweep import REPORT, Steps, SweepPlan, read_plan, sweep, trade_off
 from owl_deploy.bench.table import show_trade_off
 from owl_deploy.errors import BadInput
+from owl_deploy.manifest import keep_measurement
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

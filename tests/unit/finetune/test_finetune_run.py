@@ -10,7 +10,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import adapter, recipe
-from owl_deploy.artefact import measurement
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import perplexity
@@ -18,6 +17,7 @@ from owl_deploy.finetune import run as module
 from owl_deploy.finetune import train as training
 from owl_deploy.finetune.run import finetune
 from owl_deploy.finetune.source import Source
+from owl_deploy.manifest import measurement
 from tests import tiny
 from tests.reference import finetune as reference
 
@@ -39,7 +39,7 @@ def weights(folder):
 @pytest.mark.parametrize("how", [{"method": "masked"}, {"merge": "masked"}], ids=str)
 def test_every_zero_stays_and_no_other_comes(models, text_file, tmp_path, family, how):
     _, sparse = models(family)
-    manifest = finetune(sparse, tmp_path / "out", str(text_file), QUICK | how)
+    manifest = finetune(sparse, tmp_path / "out", str(text_file), QUICK | how).to_json()
     before, after = weights(sparse), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = 0
@@ -62,9 +62,10 @@ def test_what_was_measured_before_is_not_said_of_the_result(models, text_file, t
     evaluated = shutil.copytree(sparse, tmp_path / "evaluated")
     perplexity(evaluated, str(text_file), window=64, limit=1)
     assert measurement(evaluated, "perplexity")
-    manifest = finetune(evaluated, tmp_path / "out", str(text_file), QUICK | {"method": "masked"})
+    settings = QUICK | {"method": "masked"}
+    manifest = finetune(evaluated, tmp_path / "out", str(text_file), settings).to_json()
     assert measurement(tmp_path / "out", "perplexity") is None
-    assert not {"perplexity", "tasks"} & manifest.keys()
+    assert not {"perplexity", "tasks", "measured"} & manifest.keys()
     assert manifest["blocks"] == json.loads((sparse / "owl.json").read_text())["blocks"]
 
 
@@ -90,13 +91,13 @@ def test_the_manifest_says_what_was_pruned_and_what_was_trained(models, text_fil
 def test_block_groups_train_every_block(models, text_file, tmp_path):
     _, sparse = models("llama")
     values = QUICK | {"method": "masked", "block_group": 1}
-    manifest = finetune(sparse, tmp_path / "out", str(text_file), values)
+    manifest = finetune(sparse, tmp_path / "out", str(text_file), values).to_json()
     before, after = weights(sparse), weights(tmp_path / "out")
     for block in range(2):
         name = f"model.layers.{block}.mlp.up_proj.weight"
         assert not torch.equal(before[name], after[name])
     assert manifest["finetune"]["steps"] == 4
-    steps = [row["step"] for row in manifest["finetune"]["curve"]]
+    steps = [row["step"] for row in manifest.to_json()["finetune"]["curve"]]
     assert steps == sorted(steps)
 
 
@@ -106,7 +107,7 @@ def test_bfloat16_checkpoint_and_products(models, text_file, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(sparse, dtype=torch.bfloat16)
     model.save_pretrained(half)
     values = QUICK | {"method": "masked", "dtype": "bfloat16"}
-    manifest = finetune(half, tmp_path / "out", str(text_file), values)
+    manifest = finetune(half, tmp_path / "out", str(text_file), values).to_json()
     after = weights(tmp_path / "out")
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert (
@@ -180,7 +181,7 @@ def test_a_disk_too_small_is_seen_before_anything_is_trained(
 def losses(manifest):
     return [
         (row["step"], row.get("loss"), row.get("eval_loss"))
-        for row in manifest["finetune"]["curve"]
+        for row in manifest.to_json()["finetune"]["curve"]
     ]
 
 

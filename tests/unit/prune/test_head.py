@@ -36,7 +36,7 @@ def test_it_equals_the_naive_procedure(tmp_path, text_file, calibration, family,
     values = {"sparsity": 0.5, "outlier_multiple": 2}
     prune(source, tmp_path / "without", recipe.settings(**values), calibration)
     settings = recipe.settings(**values, head_sparsity=0.4)
-    manifest = prune(source, tmp_path / "with", settings, calibration)
+    manifest = prune(source, tmp_path / "with", settings, calibration).to_json()
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "without")
     tokens = tokenize(load_tokenizer(source), tiny.text())
@@ -61,7 +61,7 @@ def test_it_equals_the_naive_procedure(tmp_path, text_file, calibration, family,
 @pytest.mark.parametrize("method", recipe.METHODS)
 def test_every_method_and_its_recipe(llama, tmp_path, calibration, method, structure):
     settings = recipe.settings(method=method, structure=structure, head_sparsity=0.5)
-    manifest = prune(llama, tmp_path / "out", settings, calibration)
+    manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
     weight = load_file(tmp_path / "out" / WEIGHTS)["model.embed_tokens.weight"]
     assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
     if structure == "2:4":

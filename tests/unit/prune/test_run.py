@@ -32,7 +32,7 @@ def windows(folder, calibration):
 
 def test_owl_wanda_equals_the_naive_procedure(llama, tmp_path, calibration):
     settings = recipe.settings(sparsity=0.6, outlier_multiple=2, spread=0.1)
-    manifest = prune(llama, tmp_path / "out", settings, calibration)
+    manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
 
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     ids = windows(llama, calibration)
@@ -52,14 +52,14 @@ def test_owl_wanda_equals_the_naive_procedure(llama, tmp_path, calibration):
 @pytest.mark.parametrize("allocation", ["owl", "uniform"])
 def test_the_target_is_held(llama, tmp_path, calibration, method, allocation):
     settings = recipe.settings(method=method, allocation=allocation, sparsity=0.7)
-    manifest = prune(llama, tmp_path / "out", settings, calibration)
+    manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
     assert manifest["sparsity"]["asked"] == pytest.approx(0.7, abs=1e-6)
     assert manifest["sparsity"]["achieved"] == pytest.approx(0.7, abs=1e-3)
 
 
 def test_magnitude_uniform_needs_no_text(llama, tmp_path):
     settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.5)
-    manifest = prune(llama, tmp_path / "out", settings, None)
+    manifest = prune(llama, tmp_path / "out", settings, None).to_json()
     assert manifest["calibration"] is None
     weight = load_file(llama / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
@@ -128,7 +128,7 @@ def test_the_config_holds_what_both_transformers_read(llama, tmp_path, calibrati
 
 
 def test_the_recipe_lists_the_blocks_in_model_order(llama, tmp_path, calibration):
-    manifest = prune(llama, tmp_path / "out", recipe.settings(sparsity=0.5), calibration)
+    manifest = prune(llama, tmp_path / "out", recipe.settings(sparsity=0.5), calibration).to_json()
     content = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     modifier = content["oneshot_stage"]["pruning_modifiers"]["WandaPruningModifier"]
     assert modifier["targets"] == ["model.layers.0", "model.layers.1"]

@@ -48,7 +48,7 @@ def test_every_combination(models, text_file, tmp_path, method, allocation, stru
         values["sparsity"] = 0.6
     settings = recipe.settings(**values)
     text = Calibration(str(text_file), samples=3, sequence_length=32)
-    manifest = prune(models[family], tmp_path / "out", settings, text)
+    manifest = prune(models[family], tmp_path / "out", settings, text).to_json()
 
     pruned = load_file(tmp_path / "out" / "model.safetensors")
     dense = load_file(models[family] / "model.safetensors")

@@ -60,7 +60,7 @@ def test_tuning_never_ends_worse_than_what_was_asked(
 ):
     settings = recipe.settings(allocation=allocation, structure=structure)
     text = Calibration(str(text_file), samples=3, sequence_length=48)
-    manifest = prune(llama, tmp_path / "out", settings, text, tune_allocation=True)
+    manifest = prune(llama, tmp_path / "out", settings, text, tune_allocation=True).to_json()
     trials = manifest["tuning"]
     assert len(trials) == len(tune.candidates(settings))
     assert all(math.isfinite(trial["loss"]) for trial in trials)
