@@ -5,8 +5,11 @@ namespace owl {
 namespace {
 
 struct Portable {
+  // A vector of the language: loops over arrays become vectors, or not, as the compiler likes.
+  using Floats = float __attribute__((vector_size(64)));
+  using Words = std::uint32_t __attribute__((vector_size(64)));
   struct F {
-    float v[16];
+    Floats v;
   };
   struct I {
     std::int32_t v[16];
@@ -62,25 +65,21 @@ struct Portable {
         acc.v[i] += static_cast<std::int8_t>(w.v[j]) * static_cast<std::int8_t>(x.v[j]);
     return acc;
   }
-  static F dot(Bits<16>, F acc, const Cell& w, const std::uint8_t* x) {
+  static F dot(Bits<16>, const F& acc, const Cell& w, const std::uint8_t* x) {
     float pair[2];
     std::memcpy(pair, x, 8);
-    std::uint32_t lanes[16];
-    std::memcpy(lanes, w.v, 64);
-    for (int i = 0; i < 16; ++i) {
-      const std::uint32_t bits[2] = {lanes[i] << 16, lanes[i] & 0xffff0000U};
-      float halves[2];
-      std::memcpy(halves, bits, 8);
-      acc.v[i] += halves[0] * pair[0] + halves[1] * pair[1];
-    }
-    return acc;
+    Words lanes;
+    std::memcpy(&lanes, w.v, 64);
+    const Words low = lanes << 16, high = lanes & 0xffff0000U;
+    return {acc.v +
+            (reinterpret_cast<Floats>(low) * pair[0] + reinterpret_cast<Floats>(high) * pair[1])};
   }
-  static F dot(Bits<32>, F acc, const Cell& w, const std::uint8_t* x) {
-    float value, lanes[16];
+  static F dot(Bits<32>, const F& acc, const Cell& w, const std::uint8_t* x) {
+    float value;
     std::memcpy(&value, x, 4);
-    std::memcpy(lanes, w.v, 64);
-    for (int i = 0; i < 16; ++i) acc.v[i] += lanes[i] * value;
-    return acc;
+    Floats lanes;
+    std::memcpy(&lanes, w.v, 64);
+    return {acc.v + lanes * value};
   }
   static void store_half_row(Half* out, const F& v) { f_store(out, v); }
 
@@ -90,45 +89,31 @@ struct Portable {
     for (int i = 0; i < 16; ++i) r.v[i] = operation(i);
     return r;
   }
-  static F f_set1(float x) {
-    return each([&](int) { return x; });
-  }
+  static F f_set1(float x) { return {x - Floats{}}; }
   static F f_load(const float* p) {
-    return each([&](int i) { return p[i]; });
+    F r;
+    std::memcpy(&r.v, p, 64);
+    return r;
   }
-  static void f_store(float* p, const F& v) { std::memcpy(p, v.v, 64); }
-  static F f_add(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] + b.v[i]; });
-  }
-  static F f_sub(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] - b.v[i]; });
-  }
-  static F f_mul(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] * b.v[i]; });
-  }
-  static F f_div(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] / b.v[i]; });
-  }
-  static F f_max(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-  }
-  static F f_min(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
-  }
+  static void f_store(float* p, const F& a) { std::memcpy(p, &a.v, 64); }
+  static F f_add(const F& a, const F& b) { return {a.v + b.v}; }
+  static F f_sub(const F& a, const F& b) { return {a.v - b.v}; }
+  static F f_mul(const F& a, const F& b) { return {a.v * b.v}; }
+  static F f_div(const F& a, const F& b) { return {a.v / b.v}; }
+  static F f_max(const F& a, const F& b) { return {a.v > b.v ? a.v : b.v}; }
+  static F f_min(const F& a, const F& b) { return {a.v < b.v ? a.v : b.v}; }
   static F f_abs(const F& a) {
     return each([&](int i) { return __builtin_fabsf(a.v[i]); });
   }
-  static F f_fma(const F& a, const F& b, const F& c) {
-    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
-  }
+  static F f_fma(const F& a, const F& b, const F& c) { return {a.v * b.v + c.v}; }
   static float f_hsum(const F& v) {
     float sum = 0.0F;
-    for (float x : v.v) sum += x;
+    for (int i = 0; i < 16; ++i) sum += v.v[i];
     return sum;
   }
   static float f_hmax(const F& v) {
     float peak = v.v[0];
-    for (float x : v.v) peak = x > peak ? x : peak;
+    for (int i = 0; i < 16; ++i) peak = v.v[i] > peak ? v.v[i] : peak;
     return peak;
   }
   static I i_set1(std::int32_t x) {
@@ -147,15 +132,8 @@ struct Portable {
     for (int i = 0; i < 16; ++i) out[i] = static_cast<std::int8_t>(__builtin_rintf(v.v[i]));
   }
   static F scale_by_power(const F& p, const F& shifted) {
-    return each([&](int i) {
-      std::uint32_t a, b;
-      std::memcpy(&a, &p.v[i], 4);
-      std::memcpy(&b, &shifted.v[i], 4);
-      a += b << 23;
-      float r;
-      std::memcpy(&r, &a, 4);
-      return r;
-    });
+    const Words power = reinterpret_cast<Words>(shifted.v) << 23;
+    return {reinterpret_cast<Floats>(reinterpret_cast<Words>(p.v) + power)};
   }
   static float from_fp16(std::uint16_t h) {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000) << 16;
