@@ -27,7 +27,8 @@ import transformers
 
 from owl_deploy import recipe
 from owl_deploy.bench.machine import look
-from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune.request import Calibration
+from owl_deploy.prune.run import prune
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
 
 SPARSITY, MULTIPLE, SPREAD, DAMPENING, BLOCK = 0.7, 5.0, 0.08, 0.01, 128

@@ -1,32 +1,45 @@
-"""How sparsity is divided over the blocks: the table of allocations, and the rule of each.
+"""How sparsity is divided over blocks or Linears: the table of allocations, and the rule of each.
 
-All functions are pure and in float64. A rule maps (target sparsity, weights of each block, the
-statistic of each block, spread) to one sparsity a block. Sparsity is the share of weights removed,
-in [0, 1]; the mean over the blocks, weighted by their numbers of weights, is the target whatever
-the bounds do to it. `spread` is half the range of the sparsities, in every rule.
+All functions are pure and in float64. A rule maps (target sparsity, weights of each part, the
+statistic of each part, spread) to one sparsity a part: a block, or a Linear, as its row says.
+Sparsity is the share of weights removed, in [0, 1]; the mean over the parts, weighted by their
+numbers of weights, is the target whatever the bounds do to it. `spread` is half the range of the
+sparsities, in every rule.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 Rule = Callable[[float, Sequence[int], Sequence[float], float], list[float]]
 
 
 @dataclass(frozen=True)
-class Allocation:
-    """One way to divide sparsity over the blocks.
+class Statistic:
+    """What a rule asks of a block, or of a Linear, of the dense model.
 
-    `statistic`: what the rule asks of each block of the dense model, by Wanda's scores of its
-    weights (None: nothing). `spread`: the default, which its paper takes; 0 where nothing is
-    spread. `rule`: None where the sparsities are given one by one.
+    `measure`: "module:function", which maps (Wanda's scores of the Linears, outlier multiple) to a
+    number. `counts_outliers`: whether the multiple (M) means anything to it.
+    """
+
+    measure: str
+    counts_outliers: bool = False
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One way to divide sparsity over the blocks, or over the Linears.
+
+    `rule`: None where the sparsities are given one by one. `spread`: the default, which its paper
+    takes; 0 where nothing is spread. `statistic`: what the rule looks at (None: nothing). `per`:
+    what gets a sparsity of its own; the Linears of a block share the block's.
     """
 
     rule: Rule | None
     spread: float = 0.0
-    statistic: Literal["outlier ratio", "median score"] | None = None
+    statistic: Statistic | None = None
+    per: Literal["block", "Linear"] = "block"
 
     @property
     def tunable(self) -> bool:
@@ -36,7 +49,7 @@ class Allocation:
     @property
     def counts_outliers(self) -> bool:
         """Whether the outlier multiple (M) means anything to it."""
-        return self.statistic == "outlier ratio"
+        return self.statistic is not None and self.statistic.counts_outliers
 
 
 def uniform(
@@ -52,7 +65,8 @@ def owl(
     """Less sparsity for blocks with more outliers (OWL, arXiv 2310.05175, section 3.2).
 
     The densities are the outlier ratios scaled to a range of 2 * `spread`, then moved so that the
-    mean is kept. Equal ratios give the uniform sparsity.
+    mean is kept. Equal ratios give the uniform sparsity. With a ratio for each Linear, of its
+    scores above a multiple of their own mean, the same rule tells the Linears of a block apart.
     """
     return hold_mean([-density for density in _scaled(ratios, spread)], sizes, sparsity)
 
@@ -100,10 +114,11 @@ def hold_mean(wanted: Sequence[float], sizes: Sequence[int], target: float) -> l
 
 
 def whole_kept(sparsities: Sequence[float], sizes: Sequence[int], group: int) -> list[int]:
-    """The N of N:`group` for each block, whole numbers whose weighted mean is the nearest possible.
+    """The N of N:`group` for each part, whole numbers that nearly hold the weighted mean.
 
     Every N is one of the two whole numbers around (1 - sparsity) * `group`: those that lie highest
-    above the lower one are rounded up, as long as that brings the mean nearer.
+    above the lower one are rounded up, as long as that brings the mean nearer; of parts of one
+    size no other choice comes nearer.
     """
     wanted = [(1 - sparsity) * group for sparsity in sparsities]
     kept = [math.floor(value + 1e-9) for value in wanted]
@@ -124,13 +139,15 @@ def _scaled(values: Sequence[float], spread: float) -> list[float]:
     return [(value - lowest) / (highest - lowest) * 2 * spread for value in values]
 
 
+_OUTLIERS = Statistic("owl_deploy.prune.score:outlier_ratio", counts_outliers=True)
+_MEDIAN = Statistic("owl_deploy.prune.score:median_score")
+
 # ATP searches its spread; the others' are OWL's lambda and DLP's alpha.
-ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType(
-    {
-        "owl": Allocation(owl, 0.08, "outlier ratio"),
-        "dlp": Allocation(dlp, 0.15, "median score"),
-        "linear": Allocation(linear, 0.15),
-        "uniform": Allocation(uniform),
-        "list": Allocation(None),
-    }
-)
+ALLOCATIONS: dict[str, Allocation] = {
+    "owl": Allocation(owl, 0.08, _OUTLIERS),
+    "owl-per-linear": Allocation(owl, 0.08, _OUTLIERS, per="Linear"),
+    "dlp": Allocation(dlp, 0.15, _MEDIAN),
+    "linear": Allocation(linear, 0.15),
+    "uniform": Allocation(uniform),
+    "list": Allocation(None),
+}

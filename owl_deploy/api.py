@@ -41,18 +41,23 @@ if TYPE_CHECKING:
     from owl_deploy.finetune.settings import FinetuneSettings
     from owl_deploy.generate import Sampling, Speed, generate
     from owl_deploy.hardware import Hardware
-    from owl_deploy.prune.run import Calibration, prune
+    from owl_deploy.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
+    from owl_deploy.prune.request import Calibration
+    from owl_deploy.prune.run import prune
     from owl_deploy.recipe import PruneSettings
     from owl_deploy.recipe import merged as prune_settings
     from owl_deploy.verify import Verified, verify
 
 __all__ = [
     "TARGETS",
+    "AdapterManifest",
     "Asked",
     "BadInput",
     "BenchPlan",
     "Calibration",
+    "CheckpointManifest",
     "Comparison",
+    "DeploymentManifest",
     "EngineFailed",
     "EnvironmentFailed",
     "Evaluation",
@@ -83,11 +88,14 @@ __all__ = [
 
 # Where each name is; the same as above says to type checkers.
 WHERE = {
+    "AdapterManifest": "owl_deploy.manifest:AdapterManifest",
     "Asked": "owl_deploy.evaluate.run:Asked",
     "BadInput": "owl_deploy.errors:BadInput",
     "BenchPlan": "owl_deploy.bench.plan:BenchPlan",
-    "Calibration": "owl_deploy.prune.run:Calibration",
+    "Calibration": "owl_deploy.prune.request:Calibration",
+    "CheckpointManifest": "owl_deploy.manifest:CheckpointManifest",
     "Comparison": "owl_deploy.bench.result:Comparison",
+    "DeploymentManifest": "owl_deploy.manifest:DeploymentManifest",
     "EngineFailed": "owl_deploy.errors:EngineFailed",
     "EnvironmentFailed": "owl_deploy.errors:EnvironmentFailed",
     "Evaluation": "owl_deploy.evaluate.run:Evaluation",

@@ -2,17 +2,19 @@
 
 import contextlib
 import ctypes
-import fcntl
 import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from owl_deploy.errors import BadInput, first_line
+from owl_deploy.errors import BadInput, EnvironmentFailed, first_line
+from owl_deploy.lease import STALE_S, Held, holds, lease
 
 MANIFEST = "owl.json"  # what each artefact holds, see manifest.py
 MEASURED = "measured"  # the folder within an artefact that holds what was measured of it
@@ -64,42 +66,36 @@ def only_writer(
 ) -> Iterator[None]:
     """Let no other run write `destination` meanwhile; refuse one that may not be written at all.
 
-    See `check_output`; nor may it lie in the input folder `source`, or around it. The lock is the
-    system's, on a hidden file: a run that is killed leaves the file, which hinders nobody.
+    See `check_output`; nor may it lie in the input folder `source`, or around it. Whoever writes
+    holds the lease `.NAME.owl-lock` (lease.py); what runs that were killed left is cleared first.
     """
     _check_parent(destination)
     if source is not None and Path(source).is_dir():
         _check_apart(destination, Path(source))
-    lock = destination.absolute().with_name(f".{destination.name}.owl-lock")
-    with _locked(lock, destination):
-        try:
-            check_output(destination, force)  # as it is now, with nobody else at it
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    destination = destination.absolute()
+    with _leased(destination):
+        _remove_stale(destination, folders=True)
+        check_output(destination, force)  # as it is now, with nobody else at it
+        yield
 
 
-def _locked(lock: Path, destination: Path) -> IO[bytes]:
-    """The file `lock`, open and locked; closing it gives the lock back."""
-    while True:
+def _lock(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.owl-lock")
+
+
+@contextlib.contextmanager
+def _leased(destination: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
         try:
-            file = lock.open("ab")
-        except OSError as error:
-            raise _not_writable(lock.parent, error) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
+            stack.enter_context(lease(_lock(destination)))
+        except Held as error:
             raise BadInput(
                 f"Another run is writing {destination}.",
                 "Wait until it is done, or choose another output folder.",
             ) from error
-        except OSError:  # a disk that knows no locks, of a network perhaps: without, then
-            return file
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-                return file
-        file.close()  # who held it removed it meanwhile, and another may have made it anew
+        except OSError as error:
+            raise _not_writable(destination.parent, error) from error
+        yield
 
 
 def check_room(folder: Path, needed: float, what: str) -> None:
@@ -114,9 +110,9 @@ def check_room(folder: Path, needed: float, what: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder`, if it is not there; raises `BadInput` where the system does not let us."""
+    """Make `folder`, and what it lies in; raises `BadInput` where the system does not let us."""
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(folder.parent, error) from error
 
@@ -139,13 +135,12 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `destination` when the block ends well.
 
-    An exception removes it; a kill leaves a hidden `.NAME.owl-tmp-PID` that the next run clears.
+    An exception removes it; a kill leaves a hidden `.NAME.owl-tmp-...` that the next run clears.
     For `source`, and for two runs at once, see `only_writer`.
     """
     with only_writer(destination, force, source):
         destination = destination.absolute()
-        _remove_stale(destination)
-        staging = destination.with_name(f".{destination.name}.owl-tmp-{os.getpid()}")
+        staging = _temporary(destination)
         make_folder(staging)
         try:
             yield staging
@@ -155,7 +150,14 @@ def staged_folder(
 
 
 def publish(staging: Path, destination: Path) -> None:
-    """Make `staging` appear as `destination`, safely on disk, replacing what is there."""
+    """Make `staging` appear as `destination`, safely on disk, replacing what is there.
+
+    Only for its `only_writer`: raises `EnvironmentFailed` where another took over meanwhile.
+    """
+    if not holds(_lock(destination)):
+        raise EnvironmentFailed(
+            f"Another run took {destination} over, since this one stood still.", "Run again."
+        )
     for path in [*staging.rglob("*"), staging]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -178,25 +180,35 @@ def _exchange(a: Path, b: Path) -> None:
         )
         if result == 0:
             return
-    aside = b.with_name(f".{b.name}.owl-tmp-{os.getpid()}-old")
+    aside = _temporary(b)
     b.rename(aside)
     a.rename(b)
     aside.rename(a)
 
 
-def _remove_stale(destination: Path) -> None:
-    """Clear what runs that were killed left beside `destination`, of which we are the only writer.
+def _temporary(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else has, on whatever machine."""
+    return path.with_name(f".{path.name}.owl-tmp-{secrets.token_hex(4)}")
 
-    What writes JSON (`write_json`) leaves files of that name, and needs no lock.
+
+def _remove_stale(destination: Path, *, folders: bool) -> None:
+    """Clear what runs that were killed left beside `destination`; its only writer, `folders` too.
+
+    What writes JSON leaves files, and needs no lease: one that is a lease's time old is nobody's.
     """
-    for folder in destination.parent.glob(f".{glob.escape(destination.name)}.owl-tmp-*"):
-        if folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
+    for path in destination.parent.glob(f".{glob.escape(destination.name)}.owl-tmp-*"):
+        with contextlib.suppress(OSError):
+            if not path.is_dir():
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    path.unlink()
+            elif folders:
+                shutil.rmtree(path)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
     """Write `value` as JSON; `path` holds the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.owl-tmp-{os.getpid()}")
+    _remove_stale(path, folders=False)
+    temporary = _temporary(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=2, allow_nan=False)

@@ -19,8 +19,7 @@ from torch import nn
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, first_line
-from owl_deploy.families import Family, family_of
-from owl_deploy.progress import quiet_transformers
+from owl_deploy.families import Family
 
 _LOGIT_ROWS = 256  # rows of logits at once: 2048 x 150,000 words in float32 would be 1.2 GB
 
@@ -38,8 +37,8 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.family: Family = family_of(checkpoint.config)
-        self.names = checkpoint.blocks(self.family)
+        self.family: Family = checkpoint.family
+        self.names = checkpoint.blocks
         self.model: Any = _empty_model(checkpoint, dtype)
         self.blocks: list[nn.Module] = list(self._module_list())
 
@@ -51,15 +50,9 @@ class Skeleton:
         return head
 
     @property
-    def head_name(self) -> str:
-        """The head's dotted name in checkpoints and recipes, also where its weight is tied."""
-        name = next(name for name, module in self.model.named_modules() if module is self.head)
-        return self.family.renamed.get(name, name)
-
-    @property
     def head_weights(self) -> list[str]:
         """The tensors of the checkpoint that are the head's weight: the embedding's, if tied."""
-        modules = [self.head_name]
+        modules = [self.family.head]
         if self.model.config.tie_word_embeddings:
             modules.insert(0, self.family.embeddings[0])
         return [f"{name}.weight" for name in modules if f"{name}.weight" in self.checkpoint.files]
@@ -81,8 +74,7 @@ class Skeleton:
         Its tensors come from the checkpoint, or are `weights`, keyed as in its state_dict.
         """
         module = self.model.get_submodule(name)
-        stored = self.family.renamed.get(name, name)
-        tensors = self.checkpoint.read_module(stored) if weights is None else weights
+        tensors = self.checkpoint.read_module(self._stored(name)) if weights is None else weights
         state = {key: value.to(self.device, self.dtype) for key, value in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
@@ -159,7 +151,11 @@ class Skeleton:
             for name, _ in self.model.named_parameters()
             if not name.startswith(f"{self.family.blocks}.")
         }
-        return [n for n in sorted(found) if self.checkpoint.names(self.family.renamed.get(n, n))]
+        return [name for name in sorted(found) if self.checkpoint.names(self._stored(name))]
+
+    def _stored(self, name: str) -> str:
+        """What checkpoints call the module `name`: the head may have another name in the model."""
+        return self.family.head if self.model.get_submodule(name) is self.head else name
 
     def _loss(self, windows: torch.Tensor, state: "Activations") -> float:
         total = 0.0
@@ -236,34 +232,6 @@ class Activations:
                 with contextlib.suppress(Seen):
                     block(inputs, **self.arguments[index])
             advance(len(inputs))
-
-
-def whole_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
-    """All of the model in memory, on the CPU.
-
-    Raises `BadInput` where a value is not finite, or a tensor is missing or surplus.
-    """
-    import transformers
-
-    checkpoint.blocks(family_of(checkpoint.config))
-    for name in checkpoint.files:
-        checkpoint.read(name)  # finite values in every file, or one sentence
-    with quiet_transformers():
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise BadInput(
-            f"{checkpoint.folder} lacks {len(missing)} tensors, {missing[0]!r} the first.",
-            "The checkpoint is incomplete: get it again.",
-        )
-    return model
 
 
 def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.artefact import read_object, sha256
-from owl_deploy.errors import BadInput
-from owl_deploy.families import Family
+from owl_deploy.errors import BadInput, first_line, is_out_of_memory
+from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
+from owl_deploy.progress import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +39,13 @@ _TOKENIZER_FILES = (
 
 
 class Checkpoint:
-    """A Hugging Face model folder whose tensors are read one by one.
+    """A Hugging Face model folder whose tensors are read one by one, or all at once by `load`.
 
-    Attributes: `folder`; `config`, the parsed config.json; `files`, tensor name to file.
-    Raises `BadInput`, with the file's name, for anything missing, corrupt or unsafe (pickle).
+    Attributes: `folder`; `config`, the parsed config.json; `files`, tensor name to file; `family`,
+    its row; `blocks`, the names of the decoder blocks, as config.json counts them.
+    Raises `BadInput`, with the file's name, for anything missing, corrupt or unsafe (pickle), for a
+    family without a row and a quantized model, and where the weights are not those that config.json
+    describes, by its count of blocks or its vocabulary.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +54,12 @@ class Checkpoint:
             hint = what_it_is(folder) or "Give a Hugging Face model folder."
             raise BadInput(f"{folder / 'config.json'} is missing.", hint)
         self.config = read_object(folder / "config.json", "Get the file again.")
+        self.family = family_of(self.config)
+        if self.config.get("quantization_config"):
+            raise BadInput(f"{folder} is quantized.", "Give the model as it was before.")
         self.files = _tensor_files(folder)
+        self.blocks = self._blocks()
+        self._check_vocabulary()
 
     def read(self, name: str) -> "torch.Tensor":
         """The tensor `name`, on the CPU, refused if a value is not finite."""
@@ -104,18 +113,15 @@ class Checkpoint:
                 total += sum(math.prod(shape) for shape in shapes)
         return total
 
-    def blocks(self, family: Family) -> list[str]:
-        """The names of the decoder blocks, as config.json counts them.
-
-        Raises `BadInput` where the weights are not those that config.json describes, by its count
-        of blocks or its vocabulary: a model built by it would take long, or other weights.
-        """
+    def _blocks(self) -> list[str]:
+        """A model built by a count that is not the weights' would take long, or other weights."""
+        blocks = self.family.blocks
         count = self.config.get("num_hidden_layers")
         if type(count) is not int or count < 1:
             raise BadInput(f"config.json in {self.folder} counts {reprlib.repr(count)} blocks.")
-        held = {int(n) for n in map(_leading, self.names(family.blocks)) if n.isdecimal()}
+        held = {int(n) for n in map(_leading, self.names(blocks)) if n.isdecimal()}
         first = next((index for index in range(count) if index not in held), count)
-        name = f"{family.blocks}.{first}"
+        name = f"{blocks}.{first}"
         wrong = f"no {name}" if first < count else f"{name} as well" if first in held else ""
         if wrong:
             raise BadInput(
@@ -123,16 +129,14 @@ class Checkpoint:
                 f"{wrong}.",
                 "Give the config.json that belongs to them.",
             )
-        self._check_vocabulary(family)
-        return [f"{family.blocks}.{index}" for index in range(count)]
+        return [f"{blocks}.{index}" for index in range(count)]
 
-    def _check_vocabulary(self, family: Family) -> None:
+    def _check_vocabulary(self) -> None:
         """As transformers does: an embedding has as many rows as config.json says, no padding."""
         if "vocab_size" not in self.config:
             return
         told = self.config["vocab_size"]
-        heads = (family.renamed.get(name, name) for name in (family.embeddings[0], "lm_head"))
-        for name in (f"{module}.weight" for module in heads):
+        for name in (f"{part}.weight" for part in (self.family.embeddings[0], self.family.head)):
             rows = self.shape(name)[0] if name in self.files else told
             if type(told) is not int or rows != told:
                 raise BadInput(
@@ -155,6 +159,41 @@ class Checkpoint:
     def read_module(self, prefix: str) -> dict[str, "torch.Tensor"]:
         """All tensors under the module `prefix`, keyed as in its state_dict."""
         return {name: self.read(f"{prefix}.{name}") for name in self.names(prefix)}
+
+    def load(self, dtype: "torch.dtype") -> Any:  # noqa: ANN401 - transformers is untyped
+        """The whole model in memory, on the CPU, for inference: 4 bytes a weight in float32.
+
+        Raises `BadInput` where a value is not finite, or the tensors are not those of the model
+        that config.json describes.
+        """
+        import transformers
+
+        for name in self.files:
+            self.read(name)  # finite values in every file, or one sentence
+        try:
+            with quiet_transformers():
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.folder,
+                    dtype=dtype,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+        except Exception as error:  # transformers' errors for a bad folder are of many types
+            if is_out_of_memory(error):
+                raise
+            reason = first_line(error) or type(error).__name__
+            if "ignore_mismatched_sizes" in reason:  # the advice is for programmers
+                reason = "the weights' shapes are not those of config.json."
+            raise BadInput(f"transformers cannot load {self.folder}: {reason}") from error
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers would go on with random weights in their place
+            raise BadInput(
+                f"{self.folder} lacks {len(missing)} tensors, {missing[0]!r} the first.",
+                "The checkpoint is incomplete: get it again.",
+            )
+        return model.eval().requires_grad_(False)
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

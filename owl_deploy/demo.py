@@ -5,9 +5,9 @@ means: a first look in minutes, or with `--full` more settings in every engine a
 whose result is in the output folder already are not repeated.
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,17 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_deploy import engines, recipe
-from owl_deploy.api import Calibration, bench, export, prune
-from owl_deploy.artefact import is_artefact, write_json
+from owl_deploy.artefact import write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import sentence
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.errors import EnvironmentFailed, OwlError
-from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
-from owl_deploy.export.show import steps
-from owl_deploy.manifest import keep_measurement, measurement
+from owl_deploy.manifest import measurement_file
+from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, execute
 from owl_deploy.progress import error_console
 from owl_deploy.runtime import library_path
 
@@ -98,113 +96,98 @@ FULL = Plan(
 )
 
 
-class Demo:
-    """The steps; each leaves an artefact under `output`, and is skipped when that is there."""
+def tasks(plan: Plan, source: Path, output: Path, *, has_owl: bool = True) -> tuple[Task, ...]:
+    """What makes the demo in the folder `output` from the `demo_input` in `source`.
 
-    def __init__(self, output: Path, plan: Plan) -> None:
-        self.output = output
-        self.plan = plan
+    Without `has_owl` nothing is exported for the engine owl. The benchmark is the last.
+    """
+    pruned = [
+        _prune(variant, plan, source, output) for variant in plan.variants if variant.settings
+    ]
+    deployed: list[Task] = []
+    for variant in plan.variants:
+        model = output / "checkpoints" / variant.name if variant.settings else source / MODEL
+        for target, precision in variant.roads:
+            if has_owl or target != "owl":
+                name = f"{variant.name}-{target}-{precision}"
+                export = Export(
+                    title=f"Exporting: {variant.title} for {target}, {precision}",
+                    output=output / "deployments" / name,
+                    checkpoint=model,
+                    target=target,
+                    precision=precision,
+                )
+                deployed += [export, *_quality(variant, export, plan, source, output)]
+    folders = [task.output for task in deployed if isinstance(task, Export)]
+    dense = tuple(folder for folder in folders if folder.name.startswith("dense"))
+    sparse = tuple(folder for folder in folders if folder not in dense)
+    bench = Bench(
+        title=f"Benchmarking {len(folders)} deployments, {plan.pairs} rounds of fresh processes",
+        output=output / "bench",
+        plan=BenchPlan(candidates=sparse, baselines=dense, pairs=plan.pairs),
+    )
+    # Each checkpoint is evaluated once, before the first deployment that computes the same.
+    return (*pruned, *dict.fromkeys(deployed), bench)
+
+
+def _prune(variant: Variant, plan: Plan, source: Path, output: Path) -> Prune:
+    windows = f"{plan.samples} windows of {plan.length} tokens"
+    return Prune(
+        title=f"Pruning: {variant.title} with Wanda, {windows}",
+        output=output / "checkpoints" / variant.name,
+        model=source / MODEL,
+        settings=variant.settings or recipe.PruneSettings(),
+        calibration=str(source / CALIBRATION),
+        samples=plan.samples,
+        sequence_length=plan.length,
+    )
+
+
+def _quality(
+    variant: Variant, export: Export, plan: Plan, source: Path, output: Path
+) -> list[Evaluate]:
+    """The perplexity of a deployment on the evaluation text.
+
+    In float32 it is the checkpoint's, which export has found to compute the same.
+    """
+    title = f"Perplexity: {variant.title}"
+    text, windows = str(source / EVALUATION), plan.windows
+    kept = measurement_file(export.output, "perplexity")
+    if export.precision != "fp32":
+        title += f", {export.precision}, as it runs"
+        return [Evaluate(title=title, output=kept, model=export.output, text=text, windows=windows)]
+    known = output / "checkpoints" / f"{variant.name}.perplexity.json"
+    return [
+        Evaluate(title=title, output=known, model=export.checkpoint, text=text, windows=windows),
+        Evaluate(title=title, output=kept, model=export.output, text=text, known=known),
+    ]
+
+
+def prepare(say: Callable[[str], object]) -> tuple[Path, bool]:
+    """The demo's input, and whether the engine owl is here; installs the engine deepsparse."""
+    say("Demo input: SmolLM2-135M and a Wikipedia sample")
+    source = demo_input()
+    say("The engine deepsparse, in an environment of its own")
+    error_console().print(engines.get_engine("deepsparse").licence, style="dim")
+    engines.install("deepsparse", lambda line: error_console().print(line, style="dim"))
+    try:
+        library_path()
+    except EnvironmentFailed as error:  # it is built with the package; the rest still runs
+        error_console().print(f"Without the engine owl: {error}", style="yellow")
+        return source, False
+    return source, True
+
+
+class Clock:
+    """Tells on stderr what comes next, with the time since the start."""
+
+    def __init__(self) -> None:
         self.started = time.monotonic()
-        output.mkdir(parents=True, exist_ok=True)
-        self.input = Path()
-        self.has_owl_engine = False
 
-    def say(self, text: str) -> None:
-        """Tell what comes next, with the time since the start."""
+    def __call__(self, text: str) -> None:
+        """Print `text`."""
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         error_console().print(f"[{minutes:2d}:{seconds:02d}] {text}", style="bold", markup=False)
-
-    def run(self) -> Result:
-        """Every step, in order."""
-        self.say("Demo input: SmolLM2-135M and a Wikipedia sample")
-        self.input = demo_input()
-        self.say("The engine deepsparse, in an environment of its own")
-        error_console().print(engines.get_engine("deepsparse").licence, style="dim")
-        engines.install("deepsparse", lambda line: error_console().print(line, style="dim"))
-        self.look_for_owl_engine()
-        for variant in self.plan.variants:
-            self.prune(variant)
-        deployments = [d for variant in self.plan.variants for d in self.deploy(variant)]
-        return self.bench(deployments)
-
-    def look_for_owl_engine(self) -> None:
-        """The sparse engine's library is built with the package; without it the rest still runs."""
-        try:
-            library_path()
-            self.has_owl_engine = True
-        except EnvironmentFailed as error:
-            error_console().print(f"Without the engine owl: {error}", style="yellow")
-
-    def checkpoint(self, variant: Variant) -> Path:
-        """Where the checkpoint of a variant is."""
-        if variant.settings is None:
-            return self.input / MODEL
-        return self.output / "checkpoints" / variant.name
-
-    def prune(self, variant: Variant) -> None:
-        """Prune the demo model as the variant asks."""
-        folder = self.checkpoint(variant)
-        folder.parent.mkdir(exist_ok=True)
-        if variant.settings is None or is_artefact(folder):
-            return
-        samples, length = self.plan.samples, self.plan.length
-        self.say(f"Pruning: {variant.title} with Wanda, {samples} windows of {length} tokens")
-        text = Calibration(str(self.input / CALIBRATION), samples, length)
-        prune(self.input / MODEL, folder, variant.settings, text, force=True)
-
-    def deploy(self, variant: Variant) -> list[Path]:
-        """Export the variant as planned; each deployment's perplexity lies beside it."""
-        folders = []
-        for target, precision in variant.roads:
-            if target == "owl" and not self.has_owl_engine:
-                continue
-            folder = self.output / "deployments" / f"{variant.name}-{target}-{precision}"
-            folder.parent.mkdir(exist_ok=True)
-            folders.append(folder)
-            if not is_artefact(folder):
-                self.say(f"Exporting: {variant.title} for {target}, {precision}")
-                with steps() as progress:
-                    export(
-                        self.checkpoint(variant),
-                        folder,
-                        target=target,
-                        precision=precision,
-                        progress=progress,
-                    )
-            self.measure_quality(variant, folder, precision)
-        return folders
-
-    def measure_quality(self, variant: Variant, folder: Path, precision: str) -> None:
-        """Keep the perplexity on the evaluation text beside a deployment.
-
-        In float32 it is the checkpoint's, which export has found to compute the same.
-        """
-        if measurement(folder, "perplexity"):
-            return
-        text = str(self.input / EVALUATION)
-        if precision != "fp32":
-            self.say(f"Perplexity: {variant.title}, {precision}, as it runs")
-            deployment_perplexity(folder, text, limit=self.plan.windows)
-            return
-        known = self.output / "checkpoints" / f"{variant.name}.perplexity.json"
-        if not known.is_file():
-            self.say(f"Perplexity: {variant.title}")
-            found = checkpoint_perplexity(self.checkpoint(variant), text, limit=self.plan.windows)
-            write_json(known, asdict(found))
-        value = json.loads(known.read_text())
-        keep_measurement(folder, "perplexity", value | {"engine": "torch"})
-
-    def bench(self, deployments: list[Path]) -> Result:
-        """All deployments in turn, each sample in a fresh process."""
-        folder = self.output / "bench"
-        if is_artefact(folder):
-            return read_result(folder)
-        pairs = self.plan.pairs
-        self.say(f"Benchmarking {len(deployments)} deployments, {pairs} rounds of fresh processes")
-        dense = tuple(d for d in deployments if d.name.startswith("dense"))
-        sparse = tuple(d for d in deployments if d not in dense)
-        plan = BenchPlan(candidates=sparse, baselines=dense, pairs=pairs)
-        return bench(plan, folder, True)
 
 
 def rows(result: Result, plan: Plan) -> list[dict[str, Any]]:
@@ -286,7 +269,11 @@ def main(
     """Prune SmolLM2-135M with OWL, export it, bench it against dense."""
     plan = FULL if full else FIRST_LOOK
     try:
-        result = Demo(output, plan).run()
+        say = Clock()
+        source, has_owl = prepare(say)
+        made = tasks(plan, source, output, has_owl=has_owl)
+        execute(made, say)
+        result = read_result(made[-1].output)
         table = rows(result, plan)
         write_json(output / "table.json", table)
         write_report([result], output / "report.html")

@@ -84,9 +84,10 @@ def first_line(error: BaseException) -> str:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room; safetensors tells it in words only."""
+    """Whether a write failed for want of room; safetensors and numpy tell it in words only."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return no_room or (error.errno is None and " requested and " in str(error))
     return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
 
 

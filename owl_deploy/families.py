@@ -5,8 +5,7 @@ the way, from pruning to export parity. `model_type` is the name in a checkpoint
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any
 
 from owl_deploy.errors import BadInput, unknown_name
@@ -17,38 +16,45 @@ class Family:
     """Where the parts of a causal language model are, as dotted module names.
 
     `backbone` is the module that maps token ids to hidden states; `blocks` the list of decoder
-    blocks in it; `embeddings` the modules that run before the first block; `renamed` the modules
-    that checkpoints have under another name.
+    blocks in it; `embeddings` the modules that run before the first block; `head` what checkpoints
+    call the output head; `queries_and_values` the Linears of a block's attention that make them,
+    by the last part of their names: one, where they are fused.
     """
 
     backbone: str
     blocks: str
     embeddings: tuple[str, ...]
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    head: str = "lm_head"
+    queries_and_values: tuple[str, ...] = ("q_proj", "v_proj")
 
 
-_LLAMA_LAYOUT = Family("model", "model.layers", ("model.embed_tokens",))
-_OPT_LAYOUT = Family(
-    "model.decoder",
-    "model.decoder.layers",
-    ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-)
-_GPT_NEOX_LAYOUT = Family(
-    "gpt_neox", "gpt_neox.layers", ("gpt_neox.embed_in",), renamed={"lm_head": "embed_out"}
-)
+_LLAMA = Family("model", "model.layers", ("model.embed_tokens",))
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "llama": _LLAMA_LAYOUT,
-        "mistral": _LLAMA_LAYOUT,
-        "qwen2": _LLAMA_LAYOUT,
-        "qwen3": _LLAMA_LAYOUT,
-        "gemma3_text": _LLAMA_LAYOUT,
-        "phi3": _LLAMA_LAYOUT,
-        "opt": _OPT_LAYOUT,
-        "gpt_neox": _GPT_NEOX_LAYOUT,
-    }
-)
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "phi3": replace(_LLAMA, queries_and_values=("qkv_proj",)),
+    "opt": Family(
+        "model.decoder",
+        "model.decoder.layers",
+        ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    ),
+    "gpt_neox": Family(
+        "gpt_neox",
+        "gpt_neox.layers",
+        ("gpt_neox.embed_in",),
+        head="embed_out",
+        queries_and_values=("query_key_value",),
+    ),
+}
+
+
+def heads() -> set[str]:
+    """What the families' checkpoints call the output head."""
+    return {family.head for family in FAMILIES.values()}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.engines import threads_for
-from owl_deploy.engines.deployment import genai_number, open_deployment
-from owl_deploy.engines.loading import GENAI_CONFIG, operators
+from owl_deploy.engines.deployment import open_deployment
+from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.errors import BadInput, EngineFailed
 
 STDIN = "-"
@@ -139,7 +139,7 @@ def generate(
     """
     deployment, speed = Path(deployment), Speed() if speed is None else speed
     threads = threads_for(threads)
-    open_deployment(deployment, trust_library=trust_library)
+    opened = open_deployment(deployment, trust_library=trust_library)
     if not (deployment / GENAI_CONFIG).is_file():
         raise BadInput(
             f"{deployment} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
@@ -149,8 +149,8 @@ def generate(
         raise BadInput("The prompt is empty.", "Give a text to go on from.")
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise BadInput("The prompt is not UTF-8 text.", "Give it in that encoding.")
-    context = genai_number(deployment, "context_length")
-    library = str(operators(deployment, trust=trust_library) or "")
+    context = opened.folder.number("context_length")
+    library = str(opened.library or "")
     import onnxruntime_genai
 
     from owl_deploy.engines.drivers.onnxruntime import open_genai

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from owl_deploy import __version__
 from owl_deploy.artefact import MANIFEST, MEASURED, read_object, write_json
 from owl_deploy.errors import BadInput, invalid
+from owl_deploy.lease import lease
 
 VERSION: Final = 1
 _AGAIN = "Make the artefact again."
@@ -49,9 +50,18 @@ class Manifest(_Part):
         write_json(folder / MANIFEST, self.to_json())
 
 
+class Linear(_Part):
+    """The shares of a Linear's weights that were asked to go, and went."""
+
+    achieved: FiniteFloat
+    sparsity: FiniteFloat
+    weights: int
+
+
 class Block(_Part):
     """A block of a pruned model, or its head: the shares of its weights that were asked to go and
-    went. `outlier_ratio`: in percent, None where the allocation did not ask for it.
+    went. `outlier_ratio`: in percent, None where the allocation did not ask for it. `linears`: the
+    same of each of its Linears that was pruned, by name.
     """
 
     name: str
@@ -59,6 +69,7 @@ class Block(_Part):
     sparsity: FiniteFloat
     outlier_ratio: FiniteFloat | None = None
     weights: int = 0
+    linears: dict[str, Linear] = {}
 
 
 class Shares(_Part):
@@ -83,6 +94,7 @@ class Pruning(_Part):
     allocation: str = ""
     sparsity: FiniteFloat = 0.0
     skip: tuple[str, ...] = ()
+    options: dict[str, Any] = {}
 
 
 class TrainedOn(_Part):
@@ -312,14 +324,17 @@ class _Measured(_Part):
     tasks: dict[str, Any] | None = None
 
 
-def keep_measurement(folder: Path, name: str, value: dict[str, Any]) -> None:
+def keep_measurement(folder: Path, name: str, value: dict[str, Any], *, add: bool = False) -> None:
     """Keep what was measured of an artefact beside its manifest: one file a measurement.
 
-    So a finished manifest is never written again, and two that measure at once lose nothing.
+    So a finished manifest is never written again. With `add` what was there stays, but for the keys
+    that `value` has; two that measure at once lose nothing.
     """
-    file = _measurement(folder, name)
+    file = measurement_file(folder, name)
     file.parent.mkdir(exist_ok=True)
-    write_json(file, value)
+    with lease(file.with_name(f".{name}.owl-lock"), wait=True):
+        earlier = measurement(folder, name) if add else None
+        write_json(file, (earlier or {}) | value)
 
 
 def measurement(folder: Path, name: str) -> dict[str, Any] | None:
@@ -327,7 +342,7 @@ def measurement(folder: Path, name: str) -> dict[str, Any] | None:
 
     Raises `BadInput` for what cannot be read.
     """
-    file = _measurement(folder, name)
+    file = measurement_file(folder, name)
     if file.is_file():
         value: dict[str, Any] | None = read_object(file, _MEASURE)
     else:
@@ -340,7 +355,8 @@ def measurement(folder: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def _measurement(folder: Path, name: str) -> Path:
+def measurement_file(folder: Path, name: str) -> Path:
+    """Where a measurement of the artefact in `folder` is kept."""
     return folder / MEASURED / f"{name}.json"
 
 

@@ -25,7 +25,7 @@ class Partial:
         output = output.absolute()
         self.output = output
         self.folder = partial_folder(output)
-        there = (self.folder / "run.json").is_file()
+        there = is_interrupted(output)
         if there and not resume and not force:
             raise BadInput(
                 f"An earlier run for {output} was interrupted.",
@@ -70,6 +70,11 @@ class Partial:
 def partial_folder(output: Path) -> Path:
     """Where the partial result for `output` lies."""
     return output.absolute().with_name(f".{output.name}.owl-partial")
+
+
+def is_interrupted(output: Path) -> bool:
+    """Whether a run for `output` was stopped and left a partial result."""
+    return (partial_folder(output) / "run.json").is_file()
 
 
 @contextlib.contextmanager

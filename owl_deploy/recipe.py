@@ -14,23 +14,24 @@ from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
+from owl_deploy.families import heads
+from owl_deploy.methods import METHODS, Modifier, Options
 
-# Each method's modifier in SparseML; None: it has none that does the same.
-METHODS: Mapping[str, str | None] = MappingProxyType(
-    {
-        "magnitude": "MagnitudePruningModifier",
-        "wanda": "WandaPruningModifier",
-        "wanda-variant": "WandaPruningModifier",
-        "sparsegpt": "SparseGPTModifier",
-    }
-)
 UNSTRUCTURED = "unstructured"
-HEADS = ("lm_head", "embed_out")  # what models call their output head
+RESOLVED = "recipe.yaml"  # in a checkpoint
 _DENSE_MASK = "0:0"  # SparseML's word for unstructured
 
 
@@ -43,7 +44,8 @@ class PruneSettings(BaseModel):
     `spread`: half the range of the sparsities over the blocks (OWL's lambda, DLP's alpha). `skip`:
     Linears that stay dense, by the end of their names. `head_sparsity`: that of the output head,
     which stays dense without it. `layers`, for the allocation "list": block or Linear name to
-    sparsity. `block_size`, `dampening`, `preserve_mask`: SparseGPT's.
+    sparsity. `options`: the method's own, of the type that its row in `METHODS` names, or a mapping
+    of their names to values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,16 +59,18 @@ class PruneSettings(BaseModel):
     skip: tuple[str, ...] = ()
     head_sparsity: float | None = None
     layers: dict[str, float] | None = None
-    block_size: int = Field(default=128, ge=1)
-    dampening: float = Field(default=0.01, gt=0, allow_inf_nan=False)
-    preserve_mask: bool = False
+    options: SerializeAsAny[Options] = Options()
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """What follows from other values: the sparsity of N:M, and the allocation's own spread."""
-        values = dict(values)
-        allocation = values.get("allocation", "owl")
+        """What follows from other values: N:M's sparsity, the allocation's spread, the options."""
+        values = {"method": "wanda", "allocation": "owl"} | values
+        for what, table in (("method", METHODS), ("allocation", ALLOCATIONS)):
+            if values[what] not in table:
+                raise unknown_name(what, str(values[what]), table)
+        values["options"] = _options(values["method"], values.get("options", {}))
+        allocation = ALLOCATIONS[values["allocation"]]
         group = parse_structure(values.get("structure", UNSTRUCTURED))
         if group is not None:
             left, size = group
@@ -79,18 +83,13 @@ class PruneSettings(BaseModel):
                     "Give one of the two.",
                 )
             # The paper's mixed N:8 spans 2 weights (lambda = 2): half of that, over 8.
-            mixed = allocation in ALLOCATIONS and ALLOCATIONS[allocation].counts_outliers
-            values.setdefault("spread", min(0.5, 1 / size) if mixed else None)
-        if values.get("spread") is None and allocation in ALLOCATIONS:
-            values["spread"] = ALLOCATIONS[allocation].spread
+            values.setdefault("spread", min(0.5, 1 / size) if allocation.counts_outliers else None)
+        if values.get("spread") is None:
+            values["spread"] = allocation.spread
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.method not in METHODS:
-            raise unknown_name("method", self.method, METHODS)
-        if self.allocation not in ALLOCATIONS:
-            raise unknown_name("allocation", self.allocation, ALLOCATIONS)
         if (self.allocation == "list") != (self.layers is not None):
             raise BadInput(
                 "The allocation 'list' and a list of layers come together, from a recipe.",
@@ -107,7 +106,7 @@ class PruneSettings(BaseModel):
                     f"A sparsity of {value:g} keeps none of {self.group[1]} weights.",
                     "Give less, or another structure.",
                 )
-        if self.head_sparsity is not None and set(self.skip) & set(HEADS):
+        if self.head_sparsity is not None and heads() & set(self.skip):
             raise BadInput("--skip names the head, and --head-sparsity prunes it.", "Drop one.")
         return self
 
@@ -115,6 +114,22 @@ class PruneSettings(BaseModel):
     def group(self) -> tuple[int, int] | None:
         """(N, M) of the structure N:M; None when unstructured."""
         return parse_structure(self.structure)
+
+
+def _options(method: str, given: Options | Mapping[str, Any]) -> Options:
+    """The options of a method, or `BadInput` for one that it does not have, or a wrong value."""
+    kind = METHODS[method].options
+    values = given.model_dump() if isinstance(given, Options) else given
+    strange = [name for name in values if name not in kind.model_fields]
+    if strange:
+        raise BadInput(
+            f"The method {method} has no option {strange[0]!r}.",
+            f"It has: {', '.join(kind.model_fields) or 'none'}.",
+        )
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise invalid(f"the options of {method}", error) from error
 
 
 def parse_structure(structure: object) -> tuple[int, int] | None:
@@ -148,25 +163,39 @@ def shipped() -> dict[str, Path]:
 
 
 def find(name: str | Path) -> Path:
-    """A recipe's file: `name` is a path, or the name of a shipped recipe."""
+    """A recipe's file: `name` is a path, a checkpoint with one, or the name of a shipped recipe."""
+    known = shipped()
     if Path(name).is_file():
         return Path(name)
-    known = shipped()
-    if str(name) not in known:
+    if str(name) in known:
+        return known[str(name)]
+    if not Path(name).is_dir():
         raise unknown_name("recipe", str(name), known)
-    return known[str(name)]
+    if not (Path(name) / RESOLVED).is_file():
+        raise BadInput(
+            f"{name} holds no {RESOLVED}.",
+            "What owl prune wrote has one, if SparseML has a modifier that prunes as its method "
+            "does.",
+        )
+    return Path(name) / RESOLVED
 
 
 def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
-    """The settings of a recipe (a file, or a shipped one's name) with `overrides` put over them."""
+    """The settings of a recipe (see `find`) with `overrides` put over them.
+
+    A recipe's options of a method go with it, when another is asked for.
+    """
     values = load(find(recipe)) if recipe else {}
+    if overrides.get("method", values.get("method")) != values.get("method"):
+        values.pop("options", None)
+    options = {**values.get("options", {}), **overrides.get("options", {})}
     if "allocation" in overrides or "sparsity" in overrides:
         values.pop("layers", None)  # the recipe's list gives way to a rule
         if values.get("allocation") == "list":
             del values["allocation"]
     if "structure" in overrides:
         values.pop("sparsity", None)
-    return settings(**(values | overrides))
+    return settings(**(values | overrides | {"options": options}))
 
 
 def origin(recipe: Path, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -195,17 +224,7 @@ class _LayerwiseModifier(_Modifier):
     ignore: list[str] = []  # llm-compressor has it, SparseML 1.8 does not
 
 
-class _WandaPruningModifier(_LayerwiseModifier):
-    pass
-
-
-class _SparseGPTModifier(_LayerwiseModifier):
-    block_size: int = 128
-    dampening_frac: float = 0.01
-    preserve_sparsity_mask: bool = False
-
-
-class _MagnitudePruningModifier(_Modifier):
+class _TrainingModifier(_Modifier):
     init_sparsity: float
     final_sparsity: float
     start: float = 0.0
@@ -213,11 +232,26 @@ class _MagnitudePruningModifier(_Modifier):
     update_scheduler: str = "cubic"
 
 
-_MODIFIERS: dict[str, tuple[str, type[_Modifier]]] = {
-    "WandaPruningModifier": ("wanda", _WandaPruningModifier),
-    "SparseGPTModifier": ("sparsegpt", _SparseGPTModifier),
-    "MagnitudePruningModifier": ("magnitude", _MagnitudePruningModifier),
-}
+_FORMS: Mapping[str, type[_Modifier]] = MappingProxyType(
+    {"layerwise": _LayerwiseModifier, "training": _TrainingModifier}
+)
+
+
+def _grammar() -> dict[str, tuple[str, type[_Modifier]]]:
+    """SparseML's modifiers by name: the method that each means, and what it may hold."""
+    found: dict[str, tuple[str, type[_Modifier]]] = {}
+    for method, row in METHODS.items():
+        if row.modifier is not None and row.modifier.name not in found:
+            found[row.modifier.name] = method, _grammar_of(row.modifier, row.options)
+    return found
+
+
+def _grammar_of(modifier: Modifier, options: type[Options]) -> type[_Modifier]:
+    fields: dict[str, Any] = {}
+    for ours, theirs in modifier.arguments.items():
+        one = options.model_fields[ours]
+        fields[theirs] = (one.annotation, one)
+    return create_model(modifier.name, __base__=_FORMS[modifier.form], **fields)
 
 
 def dump_resolved(settings: PruneSettings, layers: Mapping[str, float]) -> str:
@@ -227,52 +261,45 @@ def dump_resolved(settings: PruneSettings, layers: Mapping[str, float]) -> str:
     list in that order. Each modifier stands once in a group, so targets with different N:M, and
     those of magnitude, which takes no list, have a group each.
     """
-    group = settings.group
-    stage: dict[str, Any] = {}
-    if settings.method == "magnitude":
-        for number, (target, sparsity) in enumerate(layers.items()):
-            own = None if group is None else (kept(sparsity, group[1]), group[1])
-            modifier = _dump_magnitude(target, sparsity, own)
-            stage[f"layer_{number}_modifiers"] = {"MagnitudePruningModifier": modifier}
-    elif group is None:
-        stage["pruning_modifiers"] = _dump_layerwise(settings, layers, None)
-    else:
-        for number in sorted({kept(value, group[1]) for value in layers.values()}):
-            same = {name: s for name, s in layers.items() if kept(s, group[1]) == number}
-            name = f"keep_{number}_of_{group[1]}_modifiers"
-            stage[name] = _dump_layerwise(settings, same, (number, group[1]))
-    heading = "".join(f"# {line}\n" for line in _describe(settings))
-    return heading + yaml.safe_dump({"oneshot_stage": stage}, sort_keys=False)
-
-
-def _dump_layerwise(
-    settings: PruneSettings, layers: Mapping[str, float], group: tuple[int, int] | None
-) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "sparsity": list(layers.values()),
-        "mask_structure": mask_structure(group),
-        "sequential_update": True,
-        "targets": list(layers),
-    }
-    modifier = METHODS[settings.method]
+    modifier = METHODS[settings.method].modifier
     if modifier is None:
         raise BadInput(
             f"SparseML has nothing that prunes as {settings.method} does.",
             "A recipe that reproduces it cannot be written.",
         )
-    if modifier == "SparseGPTModifier":
-        arguments |= {
-            "block_size": settings.block_size,
-            "dampening_frac": settings.dampening,
-            "preserve_sparsity_mask": settings.preserve_mask,
-        }
-    return {modifier: arguments}
+    group = settings.group
+    options = {theirs: getattr(settings.options, our) for our, theirs in modifier.arguments.items()}
+    stage: dict[str, Any] = {}
+    if modifier.form == "training":
+        for number, (target, sparsity) in enumerate(layers.items()):
+            own = None if group is None else (kept(sparsity, group[1]), group[1])
+            values = _dump_training(target, sparsity, own) | options
+            stage[f"layer_{number}_modifiers"] = {modifier.name: values}
+    elif group is None:
+        values = _dump_layerwise(layers, None) | options
+        stage["pruning_modifiers"] = {modifier.name: values}
+    else:
+        for number in sorted({kept(value, group[1]) for value in layers.values()}):
+            same = {name: s for name, s in layers.items() if kept(s, group[1]) == number}
+            values = _dump_layerwise(same, (number, group[1])) | options
+            stage[f"keep_{number}_of_{group[1]}_modifiers"] = {modifier.name: values}
+    heading = "".join(f"# {line}\n" for line in _describe(settings, modifier))
+    return heading + yaml.safe_dump({"oneshot_stage": stage}, sort_keys=False)
+
+
+def _dump_layerwise(layers: Mapping[str, float], group: tuple[int, int] | None) -> dict[str, Any]:
+    return {
+        "sparsity": list(layers.values()),
+        "mask_structure": mask_structure(group),
+        "sequential_update": True,
+        "targets": list(layers),
+    }
 
 
 _WEIGHTS = r"\.(?!.*norm)(.*\.)?weight$"  # a target names tensors here: norms have weights too
 
 
-def _dump_magnitude(target: str, sparsity: float, group: tuple[int, int] | None) -> dict[str, Any]:
+def _dump_training(target: str, sparsity: float, group: tuple[int, int] | None) -> dict[str, Any]:
     return {
         "init_sparsity": sparsity,
         "final_sparsity": sparsity,
@@ -293,7 +320,7 @@ def kept(sparsity: float, size: int) -> int:
     return round((1 - sparsity) * size)
 
 
-def _describe(settings: PruneSettings) -> list[str]:
+def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
     lines = [
         f"Resolved by owl prune: {settings.method}, {settings.allocation}, {settings.structure}, "
         f"{settings.sparsity:.4g} of the weights removed."
@@ -304,10 +331,8 @@ def _describe(settings: PruneSettings) -> list[str]:
         lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
     if settings.head_sparsity is not None:
         lines.append(f"Of the output head {settings.head_sparsity:.4g}.")
-    if settings.method == "magnitude":
-        lines.append("SparseML knows magnitude in training only, from its first step, and no N:M.")
-    if settings.method == "wanda-variant":
-        lines.append("SparseML knows plain Wanda only: these layers, another choice of weights.")
+    if modifier.remark:
+        lines.append(modifier.remark)
     return lines
 
 
@@ -355,9 +380,10 @@ def _modifiers(source: Path, content: Any) -> list[tuple[str, _Modifier]]:  # no
 
 
 def _modifier(source: Path, name: str, values: Any) -> tuple[str, _Modifier]:  # noqa: ANN401
-    if name not in _MODIFIERS:
-        raise unknown_name(f"modifier in {source}:", str(name), _MODIFIERS)
-    method, kind = _MODIFIERS[name]
+    known = _grammar()
+    if name not in known:
+        raise unknown_name(f"modifier in {source}:", str(name), known)
+    method, kind = known[name]
     try:
         return method, kind.model_validate(values)
     except ValidationError as error:
@@ -371,8 +397,8 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
     values: dict[str, Any] = {"method": methods.pop()}
     layers: dict[str, float] = {}
     groups = {_group_of(source, modifier.mask_structure) for _, modifier in found}
-    for _, modifier in found:
-        values |= _arguments(source, modifier)
+    for method, modifier in found:
+        values |= _arguments(source, method, modifier)
         targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets
         sparsity = _sparsity(modifier)
         if isinstance(sparsity, list):
@@ -392,21 +418,21 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
             values.setdefault("allocation", "uniform")
             if None in groups:
                 values["sparsity"] = sparsity
-    heads = [layers.pop(name) for name in HEADS if name in layers]
-    if heads and not layers:
+    of_head = [layers.pop(name) for name in sorted(heads() & layers.keys())]
+    if of_head and not layers:
         raise BadInput(
             f"The recipe {source} names the head alone.",
             "Name the blocks as well, or use --head-sparsity with another recipe.",
         )
-    if heads:
-        values["head_sparsity"] = heads[0]
+    if of_head:
+        values["head_sparsity"] = of_head[0]
     if layers:
         values |= {"allocation": "list", "layers": layers}
     return values | _structure(source, groups)
 
 
 def _sparsity(modifier: _Modifier) -> float | list[float]:
-    if isinstance(modifier, _MagnitudePruningModifier):
+    if isinstance(modifier, _TrainingModifier):
         return modifier.final_sparsity
     assert isinstance(modifier, _LayerwiseModifier)
     return modifier.sparsity
@@ -416,6 +442,8 @@ def _group_of(source: Path, structure: str) -> tuple[int, int] | None:
     """(kept, size) of a `mask_structure`, which says removed:size."""
     if structure in (_DENSE_MASK, UNSTRUCTURED):
         return None
+    if match := re.fullmatch(r"0:(\d+)", structure):  # of a mixed N:M, a part that stays dense
+        return int(match[1]), int(match[1])
     removed, size = parse_structure(structure) or (0, 0)
     return size - removed, size
 
@@ -431,15 +459,17 @@ def _structure(source: Path, groups: set[tuple[int, int] | None]) -> dict[str, A
     return {"structure": f"{mean}:{known[0][1]}"}
 
 
-def _arguments(source: Path, modifier: _Modifier) -> dict[str, Any]:
+def _arguments(source: Path, method: str, modifier: _Modifier) -> dict[str, Any]:
     """The settings that a modifier holds besides its sparsity."""
+    row = METHODS[method].modifier
+    assert row is not None
     found: dict[str, Any] = {}
+    if row.arguments:
+        found["options"] = {
+            ours: getattr(modifier, theirs) for ours, theirs in row.arguments.items()
+        }
     if isinstance(modifier, _LayerwiseModifier) and modifier.ignore:
         found["skip"] = tuple(name.removeprefix("re:.*") for name in modifier.ignore)
-    if isinstance(modifier, _SparseGPTModifier):
-        found["block_size"] = modifier.block_size
-        found["dampening"] = modifier.dampening_frac
-        found["preserve_mask"] = modifier.preserve_sparsity_mask
     if modifier.sparsity_profile == "owl":
         if (
             modifier.owl_m is None
@@ -460,4 +490,4 @@ def _layer_of(target: str) -> str | None:
     """
     plain = target.removesuffix(_WEIGHTS).replace("\\", "").removeprefix("re:").removesuffix("$")
     plain = plain.removesuffix(".weight").removesuffix("(..*)?")
-    return plain if plain in HEADS or re.fullmatch(r"(\w+\.)+\d+(\.\w+)*", plain) else None
+    return plain if plain in heads() or re.fullmatch(r"(\w+\.)+\d+(\.\w+)*", plain) else None

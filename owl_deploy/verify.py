@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_deploy.artefact import MANIFEST
-from owl_deploy.engines.loading import Row, contents, digest, fingerprint, is_deployment
+from owl_deploy.engines.loading import Folder, Row, digest, fingerprint
 from owl_deploy.errors import BadInput, EnvironmentFailed
-from owl_deploy.manifest import DeploymentManifest, read_manifest
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
 
 OURS, REPLACED = "this installation's", "another build of owl's"
@@ -46,14 +45,12 @@ def verify(folder: str | Path) -> Verified:
     Raises `BadInput` for a folder that is no deployment, and for settings or a graph that name
     something to load which is elsewhere, or which owl never writes.
     """
-    folder = Path(folder)
-    if not is_deployment(folder):
+    folder, opened = Path(folder), Folder(Path(folder))
+    if not opened.has_model:
         raise BadInput(f"{folder} is not a deployment.", "Give a folder that owl export wrote.")
-    rows = contents(folder)
+    rows = opened.rows()
     library = next((folder / row.name for row in rows if row.part == "operators"), None)
-    manifest = read_manifest(folder, DeploymentManifest)
-    listed = manifest is not None and bool(manifest.files)
-    return Verified(rows, listed, _whose(library), fingerprint(rows))
+    return Verified(rows, bool(opened.listed), _whose(library), fingerprint(rows))
 
 
 def _whose(library: Path | None) -> str | None:

@@ -1,8 +1,6 @@
 """What can be counted in a deployment, the same on every machine: bytes, nodes, non-zeros."""
 
-import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,28 +17,15 @@ def count(deployment: Deployment) -> dict[str, Any]:
     are counted as stored: their bytes that are not zero.
     """
     counters: dict[str, Any] = {"bytes": deployment.size_bytes, "nodes": {}, "nonzeros": {}}
-    path = deployment.path / "model.onnx"
-    if not path.is_file():  # the fake engine has no model
+    if deployment.folder.engine is not None:  # its model is no graph
         return counters
-    import onnx
+    import onnx_ir as ir
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    counters["nodes"] = dict(sorted(Counter(node.op_type for node in graph.node).items()))
-    for tensor in graph.initializer:
-        if math.prod(tensor.dims) >= _SMALLEST:
-            counters["nonzeros"][tensor.name] = _nonzeros(tensor, path.parent)
+    graph = ir.from_proto(deployment.folder.graph)
+    ir.external_data.set_base_dir(graph, deployment.path)
+    counters["nodes"] = dict(sorted(Counter(node.op_type for node in graph).items()))
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.size >= _SMALLEST:
+            counters["nonzeros"][name] = int(np.count_nonzero(tensor.numpy()))
     return counters
-
-
-def _nonzeros(tensor: Any, folder: Path) -> int:  # noqa: ANN401 - onnx is imported when used
-    """The values of a tensor that are not zero; its bytes where numpy has no such type."""
-    from onnx import TensorProto, external_data_helper, helper, numpy_helper
-
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return int(np.count_nonzero(numpy_helper.to_array(tensor)))
-    about = external_data_helper.ExternalDataInfo(tensor)
-    kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    wanted = about.length or math.prod(tensor.dims) * kind.itemsize
-    data = np.memmap(folder / about.location, np.uint8, "r", about.offset or 0, (wanted,))
-    packed = wanted != math.prod(tensor.dims) * kind.itemsize  # 4-bit types, two a byte
-    return int(np.count_nonzero(data if packed else data.view(kind)))

@@ -37,9 +37,15 @@ th, td { padding: 0.25rem 0.5rem; text-align: right; border-bottom: 1px solid va
   white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 th.text, td.text { text-align: left; white-space: normal; overflow-wrap: normal; }
 """
-for _place, _shade in (("LIGHT_INKS", "light"), ("DARK_INKS", "dark")):
-    _inks = (f"--{engine.name}: {getattr(engine.ink, _shade)};" for engine in ENGINES.values())
-    _STYLE = _STYLE.replace(_place, " ".join(_inks))
+
+
+def _style() -> str:
+    """The style sheet, with the ink of every engine that there is now."""
+    style = _STYLE
+    for place, shade in (("LIGHT_INKS", "light"), ("DARK_INKS", "dark")):
+        inks = (f"--{engine.name}: {getattr(engine.ink, shade)};" for engine in ENGINES.values())
+        style = style.replace(place, " ".join(inks))
+    return style
 
 
 def write_report(
@@ -83,7 +89,7 @@ def render(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>owl report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>owl report</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>What to deploy on this machine</h1>\n{body}\n</main>\n"
         f"<footer><p>owl-deploy {__version__}</p></footer>\n</body>\n</html>\n"
     )

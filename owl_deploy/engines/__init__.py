@@ -13,13 +13,14 @@ from owl_deploy.engines.environment import (
     remove,
 )
 from owl_deploy.engines.process import EngineProcess, default_threads, threads_for
-from owl_deploy.engines.registry import ENGINES, Engine, engine_for, get_engine
+from owl_deploy.engines.registry import ENGINES, Engine, Ink, engine_for, get_engine
 
 __all__ = [
     "ENGINES",
     "Deployment",
     "Engine",
     "EngineProcess",
+    "Ink",
     "default_threads",
     "engine_for",
     "get_engine",

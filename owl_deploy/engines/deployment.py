@@ -1,10 +1,11 @@
 """What a deployment folder is, before an engine opens it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from owl_deploy.engines.loading import GENAI_CONFIG, MODEL, check, genai_config, load_graph
-from owl_deploy.engines.registry import TARGETS
+from owl_deploy.artefact import read_object
+from owl_deploy.engines.loading import Folder
+from owl_deploy.engines.registry import MODEL, engine_for, known_targets
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.manifest import (
     Block,
@@ -16,17 +17,20 @@ from owl_deploy.manifest import (
 )
 from owl_deploy.runtime import kernels
 
-FAKE = "fake.json"
-
 
 @dataclass(frozen=True)
 class Deployment:
-    """A folder that an engine can open; `manifest` is its owl.json, or says nothing."""
+    """A folder that an engine can open; `manifest` is its owl.json, or says nothing.
+
+    `library`: the operators to open it with; None where it needs none.
+    """
 
     path: Path
     target: str
     vocab: int
     manifest: DeploymentManifest
+    library: Path | None = None
+    folder: Folder = field(kw_only=True, repr=False, compare=False)
 
     @property
     def precision(self) -> str:
@@ -48,8 +52,8 @@ class Deployment:
     def max_context(self) -> int | None:
         """The tokens that the model takes at most; None where nothing says."""
         told = self.manifest.max_context
-        if told is None and (self.path / GENAI_CONFIG).is_file():
-            told = genai_number(self.path, "context_length")
+        if told is None and self.folder.settings:
+            told = self.folder.number("context_length")
         return told or None
 
     @property
@@ -61,7 +65,11 @@ class Deployment:
     @property
     def size_bytes(self) -> int:
         """The bytes of the model: the graph, its weights and its operators, not the tokenizer."""
-        parts = [self.path / MODEL, *self.path.glob("*.data"), *self.path.glob("*.so")]
+        parts = [
+            self.path / self.folder.model_file,
+            *self.path.glob("*.data"),
+            *self.path.glob("*.so"),
+        ]
         return sum(part.stat().st_size for part in set(parts) if part.is_file())
 
 
@@ -75,51 +83,46 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
         raise BadInput(f"The deployment {path} does not exist.", "Make it with owl export.")
     if not path.is_dir():
         raise BadInput(f"{path} is a file.", "Give the deployment's folder.")
-    manifest = read_manifest(path, DeploymentManifest) or DeploymentManifest()
-    target = manifest.target
-    if (path / FAKE).is_file() and target in (None, "fake"):
-        return Deployment(path, "fake", 16, manifest)
-    if not (path / MODEL).is_file():
+    folder = Folder(path)
+    manifest = folder.manifest or DeploymentManifest()
+    if not folder.has_model:
         raise BadInput(
-            f"{path} is not a deployment: it has no {MODEL}.",
+            f"{path} is not a deployment: it has no {folder.model_file}.",
             what_it_is(path) or "Make it with owl export.",
         )
-    check(path, trust=trust_library)
-    inputs, vocab = _describe_graph(path / MODEL)
+    library = folder.check(trust=trust_library)
+    if folder.engine is not None:
+        target, vocab = folder.engine.targets[0], _configured_vocabulary(folder)
+    else:
+        target, vocab = _described(folder, manifest.target)
+    if engine_for(target).operators:
+        kernels()  # to hear of a wrong OWL_ISA before an engine starts
+    return Deployment(path, target, vocab, manifest, library, folder=folder)
+
+
+def _configured_vocabulary(folder: Folder) -> int:
+    """The size that config.json tells, or else the engine's row."""
+    config = folder.path / "config.json"
+    told = read_object(config, "Export again.").get("vocab_size") if config.is_file() else None
+    return int(told or (folder.engine.vocabulary if folder.engine else 0))
+
+
+def _described(folder: Folder, target: str | None) -> tuple[str, int]:
+    """A graph's target and the size of its vocabulary; raises `BadInput` for what is no decoder."""
+    graph = folder.graph
+    inputs = {value.name for value in graph.input}
     if "input_ids" not in inputs or not any(name.startswith("past_key_values.") for name in inputs):
         raise BadInput(
-            f"{path / MODEL} is not a decoder with a KV cache: it has the inputs "
+            f"{folder.path / MODEL} is not a decoder with a KV cache: it has the inputs "
             f"{', '.join(sorted(inputs)[:4]) or '(none)'}.",
             "Export the checkpoint with owl export.",
         )
-    target = target or _guess_target(path, inputs)
-    if target not in TARGETS:
-        raise unknown_name(f"target (in {path / 'owl.json'})", str(target), TARGETS)
-    if target == "owl":
-        kernels()  # to hear of a wrong OWL_ISA before an engine starts
-    return Deployment(path, target, vocab or genai_number(path, "vocab_size"), manifest)
-
-
-def _guess_target(path: Path, inputs: set[str]) -> str:
-    """The target of a folder that has no manifest."""
-    if (path / GENAI_CONFIG).is_file() or "causal_mask" not in inputs:
-        return "onnxruntime"
-    return "deepsparse"
-
-
-def _describe_graph(path: Path) -> tuple[set[str], int]:
-    """The names of a graph's inputs, and the width of `logits` (0 if that is not written)."""
-    graph = load_graph(path)
-    outputs = {item.name: item.type.tensor_type.shape.dim for item in graph.output}
-    logits = outputs.get("logits")
-    return {item.name for item in graph.input}, logits[-1].dim_value if logits else 0
-
-
-def genai_number(path: Path, name: str) -> int:
-    """A number about the model in the genai_config.json of the deployment `path`."""
-    try:
-        return int(genai_config(path)["model"][name])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{path / GENAI_CONFIG} does not say the model's {name}.", "Export again."
-        ) from error
+    if target is None:  # a folder that has no manifest
+        is_traced = "causal_mask" in inputs and not folder.settings
+        target = "deepsparse" if is_traced else "onnxruntime"
+    if target not in known_targets():
+        place = folder.path / "owl.json"
+        raise unknown_name(f"target (in {place})", target, known_targets())
+    shapes = (x.type.tensor_type.shape.dim for x in graph.output if x.name == "logits")
+    width = next((shape[-1].dim_value for shape in shapes if shape), 0)
+    return target, width or folder.number("vocab_size")

@@ -6,7 +6,6 @@ or that an older version of this package made, is made again.
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -21,6 +20,7 @@ from owl_deploy import artefact
 from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.engines.registry import ENGINES, Engine, get_engine
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.lease import lease
 from owl_deploy.runtime import kernels, library_path
 
 Progress = Callable[[str], None]
@@ -130,8 +130,8 @@ def list_engines() -> list[dict[str, Any]]:
             "version": installed_version(engine.name),
             "opens": list(engine.targets),
             "licence": engine.licence,
-            "library": _library() if engine.name == "owl" else None,
-            "kernels": kernels() if engine.name == "owl" else None,
+            "library": _library() if engine.operators else None,
+            "kernels": kernels() if engine.operators else None,
             "environment": str(environment_folder(engine)) if engine.lock else None,
         }
         for engine in ENGINES.values()
@@ -204,8 +204,7 @@ def _run(command: list[str], what: str, progress: Progress) -> list[str]:
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Let one process at a time make or remove `folder`; others wait."""
-    with folder.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lease(folder.with_suffix(".lock"), wait=True):
         yield
 
 

@@ -9,11 +9,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.artefact import MANIFEST, sha256
+from owl_deploy.engines.registry import MODEL, engine_of_file
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import DeploymentManifest, read_manifest
 from owl_deploy.progress import error_console
@@ -22,7 +23,7 @@ from owl_deploy.runtime import LIBRARY_NAMES, library_path
 if TYPE_CHECKING:
     import onnx
 
-MODEL, GENAI_CONFIG = "model.onnx", "genai_config.json"
+GENAI_CONFIG = "genai_config.json"
 _LIBRARIES = (".so", ".dylib", ".dll")
 _LOADED = (".onnx", ".data", *_LIBRARIES)  # not a tokenizer, which people do adapt
 # Session options that choose how the graph runs, and never a file to read or to write.
@@ -60,51 +61,197 @@ class Row:
         return self.state in (MISSING, CHANGED, UNLISTED)
 
 
-def operators(folder: Path, *, trust: bool = False) -> Path | None:
-    """The library of operators to open `folder` with: None where it names none.
+class Folder:
+    """A deployment's folder as a runtime would load it; each file of it is read once.
 
-    That is the installed one, for a folder that names ours; the folder's own only if `trust`.
-    Raises `BadInput` for settings that name anything else to load, and for another's library.
+    What reads it raises `BadInput` for a damaged file, and for a graph or settings that name
+    something to load which is elsewhere, or which owl never writes.
     """
-    name = _named_library(folder, genai_config(folder))
-    if name is None:
-        return None
-    own = folder / name
-    if trust:
-        if not own.is_file():
-            raise BadInput(f"{own} is missing.", _EXPORT_AGAIN)
-        return own
-    if name not in LIBRARY_NAMES:
-        raise BadInput(
-            f"{folder} would run {name}, a library that is not owl's.",
-            "If you trust whoever made it, give --trust-library.",
-        )
-    try:
-        return library_path()
-    except EnvironmentFailed as error:
-        raise EnvironmentFailed(
-            f"{folder} needs the operators of owl, which are not installed here.",
-            f"To run its own, if you trust whoever made it: --trust-library. Else: {error.hint}",
-        ) from error
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.engine = engine_of_file(path)  # None: any that opens ONNX graphs
+        self.model_file = self.engine.model_file if self.engine else MODEL
+
+    @property
+    def has_model(self) -> bool:
+        """Whether there is something to open."""
+        return (self.path / self.model_file).is_file()
+
+    @cached_property
+    def graph(self) -> "onnx.GraphProto":
+        """The graph without its external weights."""
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        path = self.path / MODEL
+        try:
+            return onnx.load(str(path), load_external_data=False).graph
+        except DecodeError as error:
+            raise BadInput(
+                f"{path} is not an ONNX file, or a damaged one.", _EXPORT_AGAIN
+            ) from error
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The folder's genai_config.json; empty where it has none."""
+        path = self.path / GENAI_CONFIG
+        if not path.is_file():
+            return {}
+        try:
+            text = path.read_text(encoding="utf-8")
+            config = json.loads(text, object_pairs_hook=_without_doubles)
+            if not isinstance(config, dict):
+                raise ValueError("it holds no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadInput(f"{path} cannot be read ({error}).", _EXPORT_AGAIN) from error
+        return config
+
+    def number(self, name: str) -> int:
+        """A number that the settings give about the model."""
+        try:
+            return int(self.settings["model"][name])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"{self.path / GENAI_CONFIG} does not say the model's {name}.", _EXPORT_AGAIN
+            ) from error
+
+    @cached_property
+    def library(self) -> str | None:
+        """The library that the settings name, after all else that they may load is refused."""
+        try:
+            model = self.settings.get("model", {})
+            decoder = model.get("decoder", {})
+            options = dict(decoder.get("session_options", {}))
+        except (AttributeError, TypeError, ValueError) as error:
+            place = self.path / GENAI_CONFIG
+            raise BadInput(f"{place} is not a decoder's.", _EXPORT_AGAIN) from error
+        library, graph = options.pop("custom_ops_library", None), decoder.get("filename", MODEL)
+        strange = {key for key, value in model.items() if isinstance(value, dict)} - {"decoder"}
+        strange |= (decoder.keys() & {"pipeline"}) | (options.keys() - _HARMLESS)
+        if options.get("provider_options") == []:
+            strange -= {"provider_options"}
+        complaint = ""
+        if strange:
+            complaint = f"sets {', '.join(sorted(strange))}, which owl never writes"
+        elif graph != MODEL:
+            complaint = f"names {graph!r} as the graph, which must be {MODEL}"
+        elif library and not (isinstance(library, str) and is_bare(library)):
+            complaint = f"names the library {library!r}, which is not a file of the folder"
+        if complaint:
+            raise BadInput(f"{self.path / GENAI_CONFIG} {complaint}.", _EXPORT_AGAIN)
+        return library or None
+
+    def operators(self, *, trust: bool = False) -> Path | None:
+        """The library of operators to open the folder with: None where it names none.
+
+        That is the installed one, for a folder that names ours; the folder's own only if `trust`.
+        Raises `BadInput` for another's library.
+        """
+        if self.library is None:
+            return None
+        own = self.path / self.library
+        if trust:
+            if not own.is_file():
+                raise BadInput(f"{own} is missing.", _EXPORT_AGAIN)
+            return own
+        if self.library not in LIBRARY_NAMES:
+            raise BadInput(
+                f"{self.path} would run {self.library}, a library that is not owl's.",
+                "If you trust whoever made it, give --trust-library.",
+            )
+        try:
+            return library_path()
+        except EnvironmentFailed as error:
+            raise EnvironmentFailed(
+                f"{self.path} needs the operators of owl, which are not installed here.",
+                "To run its own, if you trust whoever made it: --trust-library. "
+                f"Else: {error.hint}",
+            ) from error
+
+    @cached_property
+    def weights(self) -> set[str]:
+        """The names of the files in which the graph's weights lie."""
+        found = set()
+        is_graph = (self.path / MODEL).is_file()
+        for tensor in _tensors(self.graph) if is_graph else ():
+            place = {entry.key: entry.value for entry in tensor.external_data}.get("location")
+            if place is None:
+                continue
+            if not is_bare(place):
+                raise BadInput(
+                    f"{self.path / MODEL} names weights in {place!r}, elsewhere.", _EXPORT_AGAIN
+                )
+            if not (self.path / place).resolve().is_file():
+                raise BadInput(f"{self.path / place} is missing.", _EXPORT_AGAIN)
+            found.add(place)
+        _refuse_scattered_links(self.path / MODEL, found)
+        return found
+
+    def rows(self) -> list[Row]:
+        """Every file with its state, by the manifest; runs nothing of it."""
+        loaded = {self.model_file, *self.weights, *([self.library] if self.library else [])}
+        loaded |= {GENAI_CONFIG} if self.settings else set()
+        there = {path.name for path in self.path.iterdir() if path.is_file()} - {MANIFEST}
+        names = sorted(there | self.listed.keys() | loaded)
+        return [self._row(name, loaded) for name in names]
+
+    def _row(self, name: str, loaded: set[str]) -> Row:
+        path = self.path / name
+        found = digest(path) if path.is_file() else ""
+        if not found:
+            state = MISSING
+        elif name not in self.listed:
+            state = UNLISTED if name in loaded else UNUSED
+        elif found == self.listed[name]:
+            state = AS_EXPORTED
+        else:
+            state = CHANGED if name in loaded or path.suffix in _LOADED else EDITED
+        parts = {self.model_file: "graph", GENAI_CONFIG: "settings", self.library: "operators"}
+        return Row(name, parts.get(name, "weights" if name in loaded else "other"), found, state)
+
+    @cached_property
+    def manifest(self) -> DeploymentManifest | None:
+        """The owl.json; None where there is none of a deployment."""
+        return read_manifest(self.path, DeploymentManifest)
+
+    @cached_property
+    def listed(self) -> dict[str, str]:
+        """The digests of the manifest, by name."""
+        files = self.manifest.files if self.manifest else {}
+        for name in files:
+            if not is_bare(name):
+                raise BadInput(
+                    f"{self.path / MANIFEST} names {name!r}, a file elsewhere.", _EXPORT_AGAIN
+                )
+        return {name: row.sha256 for name, row in files.items()}
+
+    def check(self, *, trust: bool = False) -> Path | None:
+        """Refuse a folder whose loaded files are not those of its manifest; its `operators`.
+
+        A folder without a manifest has nothing to compare with.
+        """
+        library = self.operators(trust=trust)
+        if self.listed:
+            for row in filter(lambda row: row.refused, self.rows()):
+                raise BadInput(
+                    f"{self.path / row.name} {_COMPLAINTS[row.state]}.",
+                    f"{_EXPORT_AGAIN} `owl verify {self.path}` says what else is not as it was.",
+                )
+        else:
+            _ = self.weights  # refuses places elsewhere; digests would tell nothing
+        own = self.path / (self.library or "")
+        if library is not None and own.is_file() and digest(own) != digest(library):
+            _say_once(
+                f"{self.path} brings another build of owl's operators; this installation's are "
+                "loaded (--trust-library loads its own)."
+            )
+        return library
 
 
 @cache
 def _say_once(text: str) -> None:
     error_console().print(text, highlight=False, soft_wrap=True)
-
-
-def genai_config(folder: Path) -> dict[str, Any]:
-    """The folder's genai_config.json; empty where it has none. Raises `BadInput` if damaged."""
-    path = folder / GENAI_CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
-        if not isinstance(config, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path} cannot be read ({error}).", _EXPORT_AGAIN) from error
-    return config
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,129 +262,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _named_library(folder: Path, config: dict[str, Any]) -> str | None:
-    """The library that the settings name, after all else that they may load is refused."""
-    try:
-        model = config.get("model", {})
-        decoder = model.get("decoder", {})
-        options = dict(decoder.get("session_options", {}))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"{folder / GENAI_CONFIG} is not a decoder's.", _EXPORT_AGAIN) from error
-    library, graph = options.pop("custom_ops_library", None), decoder.get("filename", MODEL)
-    strange = {key for key, value in model.items() if isinstance(value, dict)} - {"decoder"}
-    strange |= (decoder.keys() & {"pipeline"}) | (options.keys() - _HARMLESS)
-    if options.get("provider_options") == []:
-        strange -= {"provider_options"}
-    complaint = ""
-    if strange:
-        complaint = f"sets {', '.join(sorted(strange))}, which owl never writes"
-    elif graph != MODEL:
-        complaint = f"names {graph!r} as the graph, which must be {MODEL}"
-    elif library and not (isinstance(library, str) and is_bare(library)):
-        complaint = f"names the library {library!r}, which is not a file of the folder"
-    if complaint:
-        raise BadInput(f"{folder / GENAI_CONFIG} {complaint}.", _EXPORT_AGAIN)
-    return library or None
-
-
 def is_bare(name: str) -> bool:
     """Whether `name` is that of a file within a folder, and leads nowhere else."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
-
-
-def check(folder: Path, *, trust: bool = False) -> Path | None:
-    """Refuse a folder whose loaded files are not those of its manifest; returns `operators`.
-
-    Raises `BadInput`. A folder without a manifest has nothing to compare with.
-    """
-    library = operators(folder, trust=trust)
-    if _listed(folder):
-        for row in filter(lambda row: row.refused, contents(folder)):
-            raise BadInput(
-                f"{folder / row.name} {_COMPLAINTS[row.state]}.",
-                f"{_EXPORT_AGAIN} `owl verify {folder}` says what else is not as it was.",
-            )
-    else:
-        external_files(folder / MODEL)  # refuses places elsewhere; digests would tell nothing
-    if library is not None:
-        _remark_on_another_build(folder, library)
-    return library
-
-
-def _remark_on_another_build(folder: Path, library: Path) -> None:
-    own = folder / (_named_library(folder, genai_config(folder)) or "")
-    if own.is_file() and digest(own) != digest(library):
-        _say_once(
-            f"{folder} brings another build of owl's operators; this installation's are loaded "
-            "(--trust-library loads its own)."
-        )
-
-
-def is_deployment(folder: Path) -> bool:
-    """Whether `folder` holds a graph to open."""
-    return (folder / MODEL).is_file()
-
-
-def contents(folder: Path) -> list[Row]:
-    """Every file of a deployment with its state, by its manifest; runs nothing of it.
-
-    Raises `BadInput` for a manifest or settings that name files elsewhere.
-    """
-    listed = _listed(folder)
-    config = genai_config(folder)
-    library = _named_library(folder, config)
-    loaded = {MODEL, *external_files(folder / MODEL), *([library] if library else [])}
-    loaded |= {GENAI_CONFIG} if config else set()
-    there = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
-    return [
-        _row(folder, name, library, listed, loaded)
-        for name in sorted(there | listed.keys() | loaded)
-    ]
-
-
-def _row(
-    folder: Path, name: str, library: str | None, listed: dict[str, str], loaded: set[str]
-) -> Row:
-    path = folder / name
-    found = digest(path) if path.is_file() else ""
-    if not found:
-        state = MISSING
-    elif name not in listed:
-        state = UNLISTED if name in loaded else UNUSED
-    elif found == listed[name]:
-        state = AS_EXPORTED
-    else:
-        state = CHANGED if name in loaded or path.suffix in _LOADED else EDITED
-    parts = {MODEL: "graph", GENAI_CONFIG: "settings", library: "operators"}
-    return Row(name, parts.get(name, "weights" if name in loaded else "other"), found, state)
-
-
-def _listed(folder: Path) -> dict[str, str]:
-    """The digests of the manifest, by name."""
-    manifest = read_manifest(folder, DeploymentManifest)
-    listed = {name: row.sha256 for name, row in manifest.files.items()} if manifest else {}
-    for name in listed:
-        if not is_bare(name):
-            raise BadInput(f"{folder / MANIFEST} names {name!r}, a file elsewhere.", _EXPORT_AGAIN)
-    return listed
-
-
-def external_files(path: Path) -> set[str]:
-    """The names of the files in which a graph's weights lie; raises `BadInput` for other places."""
-    if not path.is_file():
-        return set()
-    found = set()
-    for tensor in _tensors(load_graph(path)):
-        place = {entry.key: entry.value for entry in tensor.external_data}.get("location")
-        if place is None:
-            continue
-        if not is_bare(place):
-            raise BadInput(f"{path} names weights in {place!r}, elsewhere.", _EXPORT_AGAIN)
-        if not (path.parent / place).resolve().is_file():
-            raise BadInput(f"{path.parent / place} is missing.", _EXPORT_AGAIN)
-        found.add(place)
-    _refuse_scattered_links(path, found)
-    return found
 
 
 def _refuse_scattered_links(path: Path, names: set[str]) -> None:
@@ -261,17 +288,6 @@ def _tensors(graph: "onnx.GraphProto") -> Iterator["onnx.TensorProto"]:
             yield from (attribute.t, *attribute.tensors)
             for inner in (attribute.g, *attribute.graphs):
                 yield from _tensors(inner)
-
-
-def load_graph(path: Path) -> "onnx.GraphProto":
-    """The graph of an ONNX file without its external weights; raises `BadInput` if damaged."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        return onnx.load(str(path), load_external_data=False).graph
-    except DecodeError as error:
-        raise BadInput(f"{path} is not an ONNX file, or a damaged one.", _EXPORT_AGAIN) from error
 
 
 def digest(file: Path) -> str:

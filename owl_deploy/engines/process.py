@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 import psutil
 
 from owl_deploy.engines.environment import python_of
-from owl_deploy.engines.loading import operators
+from owl_deploy.engines.loading import Folder
 from owl_deploy.engines.registry import Engine, get_engine
 from owl_deploy.errors import BadInput, EngineFailed
 
@@ -86,7 +86,7 @@ class EngineProcess:
         self._pending = b""
 
     def __enter__(self) -> Self:
-        library = operators(self.deployment, trust=self.trust_library)
+        library = Folder(self.deployment).operators(trust=self.trust_library)
         try:
             self._start()
             self.loaded = self.request(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from owl_deploy.errors import unknown_name
 
+MODEL = "model.onnx"
 _HERE = Path(__file__).parent
 
 
@@ -21,11 +22,14 @@ class Ink:
 class Engine:
     """One inference engine: all that the rest of the package knows of it.
 
-    `package` is the distribution whose version counts; `lock` the lock file of the environment it
-    needs (None: the running Python has it); `targets` the deployments that it opens, the one made
-    for it first. `least_context` and `spare_context`: the smallest cache, in tokens, that it takes,
-    and how many more than it computes rightly. `skips_zeros`: whether pruned weights can make it
-    faster. `evaluated_in`: the engine that evaluates its deployments faster, if not itself.
+    `driver` is a file with a `Driver` (worker.py has its protocol); `package` the distribution
+    whose version counts; `lock` the lock file of the environment it needs (None: the running Python
+    has it); `targets` the deployments that it opens, the one made for it first. `model_file`: what
+    tells those from other folders; where it is no ONNX graph, their config.json gives the size of
+    the vocabulary, or else `vocabulary` is it. `operators`: whether they carry this package's.
+    `least_context` and `spare_context`: the smallest cache, in tokens, that it takes, and how many
+    more than it computes rightly. `skips_zeros`: whether pruned weights can make it faster.
+    `evaluated_in`: the engine that evaluates its deployments faster, if not itself.
     """
 
     name: str
@@ -34,6 +38,9 @@ class Engine:
     targets: tuple[str, ...]
     licence: str
     ink: Ink
+    model_file: str = MODEL
+    vocabulary: int = 0
+    operators: bool = False
     lock: Path | None = None
     pythons: tuple[str, ...] = ()
     least_context: int = 0
@@ -80,6 +87,7 @@ _ENGINES = (
         targets=("owl",),
         licence="Apache-2.0 (our operators) in onnxruntime-genai (MIT): any use.",
         ink=Ink("#007d5a", "#3ccfa0", "D"),
+        operators=True,
         skips_zeros=True,
     ),
     Engine(
@@ -89,10 +97,17 @@ _ENGINES = (
         targets=("fake",),
         licence="Apache-2.0. Runs nothing: its latencies are written in the deployment, for tests.",
         ink=Ink("#a8528a", "#e5a3cb", "^"),
+        model_file="fake.json",
+        vocabulary=16,
     ),
 )
+# The table: whoever adds a row, here or from outside, has another engine in all verbs.
 ENGINES = {engine.name: engine for engine in _ENGINES}
-TARGETS = tuple(dict.fromkeys(target for engine in _ENGINES for target in engine.targets))
+
+
+def known_targets() -> list[str]:
+    """Every target that some engine opens."""
+    return list(dict.fromkeys(target for row in ENGINES.values() for target in row.targets))
 
 
 def get_engine(name: str) -> Engine:
@@ -103,7 +118,20 @@ def get_engine(name: str) -> Engine:
 
 
 def engine_for(target: str) -> Engine:
-    """The engine that a deployment's `target` is made for (the one of the same name)."""
-    if target not in ENGINES:
-        raise unknown_name("deployment target", target, TARGETS)
-    return ENGINES[target]
+    """The engine that a deployment's `target` is made for."""
+    for engine in ENGINES.values():
+        if engine.targets[0] == target:
+            return engine
+    raise unknown_name("deployment target", target, known_targets())
+
+
+def engine_of_file(folder: Path) -> Engine | None:
+    """The engine whose deployments alone have a file that `folder` has; None for an ONNX graph."""
+    return next(
+        (
+            engine
+            for engine in ENGINES.values()
+            if engine.model_file != MODEL and (folder / engine.model_file).is_file()
+        ),
+        None,
+    )

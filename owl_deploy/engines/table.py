@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from owl_deploy.engines.registry import get_engine
+
 
 def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Print what `list_engines` gives."""
@@ -18,10 +20,10 @@ def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> N
         table.add_row(engine["name"], installed, ", ".join(engine["opens"]), engine["licence"])
     console = console or Console(highlight=False)
     console.print(table)
-    owl = next(engine for engine in engines if engine["name"] == "owl")
-    if owl["library"] is None:
-        console.print(
-            "Nothing can be exported to owl: `owl engines path owl` says what is missing."
-        )
-    elif owl["kernels"] is not None:
-        console.print(f"The kernels of owl on this processor: {owl['kernels']}.")
+    for engine in filter(lambda engine: get_engine(engine["name"]).operators, engines):
+        name = engine["name"]
+        if engine["library"] is None:
+            missing = f"`owl engines path {name}` says what is missing"
+            console.print(f"Nothing can be exported to {name}: {missing}.")
+        elif engine["kernels"] is not None:
+            console.print(f"The kernels of {name} on this processor: {engine['kernels']}.")

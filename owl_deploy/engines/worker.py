@@ -4,9 +4,7 @@ Started as `python -I worker.py DRIVER.py PARENT_PID` with the Python of the eng
 which may be as old as 3.8: no import of owl_deploy here. A driver has one class, `Driver`, with
 
     prepare()                       import the engine
-    load(folder, threads, context, library, all_logits, batch, streams) -> dict
-                                    open the model, with that library of operators if its graph
-                                    needs one; its version, isa, ...
+    load(asked: Asked) -> dict      open the model; its version, isa, ...
     streams -> [decoder, ...]       decoders that share the model, each with a cache of its own
 
 and, if its time is not real, `clock() -> seconds`. A decoder has
@@ -34,9 +32,28 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to open, and how.
+
+    `threads` to use; `context`, the tokens that a cache must hold; `library` of operators, if the
+    graph needs one; `all_logits`, whether `logits` will be asked for; `batch` rows in each of
+    `streams` decoders.
+    """
+
+    folder: str
+    threads: int
+    context: int
+    library: str = ""
+    all_logits: bool = False
+    batch: int = 1
+    streams: int = 1
 
 
 class Worker:
@@ -46,21 +63,13 @@ class Worker:
         self.driver = driver
         self.clock: Callable[[], float] = getattr(driver, "clock", time.perf_counter)
 
-    def load(
-        self,
-        folder: str,
-        threads: int,
-        context: int,
-        library: str = "",
-        all_logits: bool = False,
-        batch: int = 1,
-        streams: int = 1,
-    ) -> dict[str, Any]:
+    def load(self, **options: Any) -> dict[str, Any]:  # noqa: ANN401 - the fields of Asked
         """Open the model; `seconds` includes what the engine compiles, not its import."""
+        asked = Asked(**options)
         self.driver.prepare()
         start = self.clock()
-        about = self.driver.load(folder, threads, context, library, all_logits, batch, streams)
-        return {"seconds": self.clock() - start, "threads": threads, **about}
+        about = self.driver.load(asked)
+        return {"seconds": self.clock() - start, "threads": asked.threads, **about}
 
     @property
     def decoder(self) -> Any:  # noqa: ANN401 - see __init__

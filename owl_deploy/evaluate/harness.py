@@ -45,6 +45,23 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
                 return int(token)
         raise BadInput("The tokenizer has neither a BOS nor an EOS token to begin a text with.")
 
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells tokenizers apart by."""
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages in the chat template; without a prompt for an answer the last one goes on."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
     def tok_encode(
         self,
         string: str,
@@ -117,12 +134,7 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The greedy continuation of each context, up to a stop sequence or the end of text."""
-        texts = []
-        with bar("Generating", len(requests)) as advance:
-            for request in requests:
-                texts.append(self._generate(*request.args))
-                advance(1)
-        return texts
+        return [self._generate(*request.args) for request in requests]
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
         wanted: dict[str, Any] = normalize_gen_kwargs(options)

@@ -12,13 +12,12 @@ import torch
 
 from owl_deploy.adapter import with_adapter
 from owl_deploy.artefact import is_artefact
-from owl_deploy.blocks import Skeleton, whole_model, window_nll
+from owl_deploy.blocks import Skeleton, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import engine_for, get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
-from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_batch, find_device, find_dtype
 from owl_deploy.manifest import DeploymentManifest, keep_measurement, read_manifest
 from owl_deploy.progress import bar, error_console
@@ -132,7 +131,6 @@ def checkpoint_perplexity(
     supported, or a text without one full window.
     """
     checkpoint = open_checkpoint(folder)
-    family_of(checkpoint.config)
     windows = windows_of(checkpoint.folder, text, window, limit)
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
@@ -206,15 +204,15 @@ def engine_of(deployment: Deployment, asked: str | None) -> str:
     return asked
 
 
-def record(folder: Path, key: str, value: dict[str, Any]) -> None:
-    """Keep a result beside what was measured, if `folder` is an artefact of ours.
+def record(folder: Path, key: str, value: dict[str, Any], *, add: bool = False) -> None:
+    """Keep a result beside what was measured (`add`: to it), if `folder` is an artefact of ours.
 
     A folder that cannot be written costs a remark, not the result.
     """
     if not is_artefact(folder):
         return
     try:
-        keep_measurement(folder, key, value)
+        keep_measurement(folder, key, value, add=add)
     except OSError as error:
         error_console().print(f"{folder} does not keep the result ({error}).", highlight=False)
 
@@ -242,7 +240,7 @@ def load_model(
     Raises `BadInput` for weights that are incomplete or not finite, and for an adapter that is
     not for them.
     """
-    model = whole_model(checkpoint, dtype)
+    model = checkpoint.load(dtype)
     if adapter is not None:
         model = with_adapter(model, checkpoint, adapter).get_base_model()
     return model.to(device).eval()

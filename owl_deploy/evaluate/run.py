@@ -20,15 +20,17 @@ class Asked:
 
     `window`: tokens a window of the text, and what the model sees at most of a task's; `windows`
     and `limit`: at most so many windows, and documents of a task. `tasks_path`: a folder with task
-    files of one's own. `hardware`, `blockwise` (one block in memory at a time; None: if memory is
-    short) and `adapter` (LoRA's, in PEFT's format) are for checkpoints; `engine` (None: the one it
-    is made for), `threads` (None: the physical cores) and `trust_library` (run operators that the
-    folder brings) for deployments.
+    files of one's own; `allow_code`: run the programs that the model writes for HumanEval.
+    `hardware`, `blockwise` (one block in memory at a time; None: if memory is short) and `adapter`
+    (LoRA's, in PEFT's format) are for checkpoints; `engine` (None: the one it is made for),
+    `threads` (None: the physical cores) and `trust_library` (run operators that the folder brings)
+    for deployments.
     """
 
     text: str | None = None
     tasks: tuple[str, ...] = ()
     tasks_path: Path | None = None
+    allow_code: bool = False
     window: int = 2048
     windows: int | None = None
     limit: int | None = None
@@ -69,7 +71,9 @@ def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
     if asked.text is None and not asked.tasks:
         raise BadInput("Nothing says what to evaluate by.", "Give --perplexity TEXT or --tasks.")
     threads = threads_for(asked.threads)
-    tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path) if asked.tasks else None
+    tasks = None
+    if asked.tasks:
+        tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path, asked.allow_code)
     found = []
     for folder in map(Path, folders):
         if len(folders) > 1:

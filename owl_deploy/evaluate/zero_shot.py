@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import EngineProcess, get_engine, open_deployment
 from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.perplexity import (
     engine_of,
     load_model,
     record,
     refuse_adapter,
 )
-from owl_deploy.families import family_of
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
-from owl_deploy.manifest import DeploymentManifest, measurement, read_manifest
+from owl_deploy.manifest import DeploymentManifest, read_manifest
 from owl_deploy.progress import bar
 from owl_deploy.text import load_tokenizer
 
@@ -45,6 +45,7 @@ class TaskResult:
     """What one task gave: `documents` of it were run, with `few_shot` examples before each.
 
     `window`: the tokens that the model saw at most; `by`: the engine, or the dtype in PyTorch.
+    `answers`: of a task whose answers are programs, each with what came of it.
     """
 
     metrics: dict[str, Metric]
@@ -54,6 +55,7 @@ class TaskResult:
     harness: str
     window: int
     by: str
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,17 @@ def require_harness() -> None:
     lm_eval.caching.cache.PATH = str(folder)
 
 
-def load_tasks(names: Sequence[str], path: Path | None = None) -> Tasks:
+def load_tasks(names: Sequence[str], path: Path | None = None, allow_code: bool = False) -> Tasks:
     """The tasks called `names`, with their data; "paper" is the paper's seven.
 
-    `path`: a folder with task files (YAML) of one's own. Raises `BadInput` for a name that is
-    unknown, with near ones, and for data that cannot be had.
+    `path`: a folder with task files (YAML) of one's own. `allow_code`: HumanEval may run the
+    programs that the model writes. Raises `BadInput` for a name that is unknown, with near ones,
+    and for data that cannot be had; `EnvironmentFailed` where programs cannot be run safely.
     """
     require_harness()
     from lm_eval.tasks import TaskManager
+
+    from owl_deploy.evaluate.humaneval import NAME, humaneval
 
     if path is not None and not path.is_dir():
         raise BadInput(f"There is no folder {path}.", "Give one with task files (YAML).")
@@ -98,6 +103,12 @@ def load_tasks(names: Sequence[str], path: Path | None = None) -> Tasks:
     )
     if not wanted:
         raise BadInput("--tasks names no task.")
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    if NAME in wanted:
+        wanted.remove(NAME)
+        loaded["tasks"][NAME] = humaneval(allow_code)
+    if not wanted:
+        return Tasks(loaded, own=True)
     with bar("Reading the harness's tasks", 1) as advance:
         manager = TaskManager(include_path=path and str(path), include_defaults=False)
         own = all(name in manager.all_tasks for name in wanted)
@@ -107,7 +118,6 @@ def load_tasks(names: Sequence[str], path: Path | None = None) -> Tasks:
     for name in wanted:
         if name not in manager.all_tasks:
             raise _unknown(name, manager.all_tasks)
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with bar("Loading the tasks' data", len(wanted)) as advance:
         for name in wanted:
             for key, found in _load(manager, name).items():
@@ -164,44 +174,91 @@ def evaluate_tasks(
         raise BadInput("--limit must be at least 1.")
     if window < 2:
         raise BadInput("--window is too small.", "A window needs two tokens at least.")
-    from lm_eval.evaluator import evaluate
-
-    with _opened(folder, window, hardware, engine, threads, trust_library, adapter) as (
-        model,
-        by,
-        seen,
-    ):
+    with _opened(folder, window, hardware, engine, threads, trust_library, adapter) as opened:
+        key = [state_of(folder), adapter and state_of(adapter), opened.by, opened.window]
+        model = KeptAnswers(opened.model, opened.batch, key)
         try:
-            found = evaluate(
-                lm=model,
-                task_dict=tasks.loaded,
-                limit=limit,
-                cache_requests=not tasks.own,  # one's own files change under the same name
-                bootstrap_iters=_BOOTSTRAP,
-                log_samples=False,
-            )
+            results = {
+                name: result
+                for group in _groups(tasks, opened)
+                for name, result in _run(model, group, limit, opened).items()
+            }
         except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
             raise BadInput(
                 f"The harness could not run these tasks on {folder} ({_first_line(error)}).",
                 "Is --window large enough for their continuations?",
             ) from error
-    results = {
+    if adapter is None:
+        record(folder, "tasks", {name: asdict(one) for name, one in results.items()}, add=True)
+    model.forget()
+    return results
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tasks that are asked in one way: `chat` puts them into the model's chat template.
+
+    `cached`: the harness may keep the requests that it builds, by the task's name.
+    """
+
+    loaded: dict[str, Any]
+    chat: bool
+    cached: bool
+
+
+def _groups(tasks: Tasks, opened: "_Opened") -> list[_Group]:
+    """HumanEval is asked by chat where the model has a template for that; the others never."""
+    from owl_deploy.evaluate.humaneval import HumanEval
+
+    every = tasks.loaded["tasks"]
+    code = {name: task for name, task in every.items() if isinstance(task, HumanEval)}
+    chat = opened.model.tokenizer.chat_template is not None
+    for task in code.values():
+        task.for_model(chat, opened.window)
+    others = {name: task for name, task in every.items() if name not in code}
+    # One's own files change under the same name.
+    found = [_Group(tasks.loaded | {"tasks": others}, False, not tasks.own)] if others else []
+    return found + ([_Group({"tasks": code}, chat, False)] if code else [])
+
+
+def _run(model: Any, group: _Group, limit: int | None, opened: "_Opened") -> dict[str, TaskResult]:  # noqa: ANN401
+    from lm_eval.evaluator import evaluate
+
+    found = evaluate(
+        lm=model,
+        task_dict=group.loaded,
+        limit=limit,
+        cache_requests=group.cached,
+        apply_chat_template=group.chat,
+        bootstrap_iters=_BOOTSTRAP,
+        log_samples=False,
+    )
+    return {
         name: TaskResult(
             metrics=_metrics(name, row),
             documents=int(row["sample_len"]),
             few_shot=int(found["n-shot"].get(name) or 0),
             task_version=str(found["versions"].get(name)),
             harness=version("lm_eval"),
-            window=seen,
-            by=by,
+            window=opened.window,
+            by=opened.by,
+            answers=[asdict(one) for one in getattr(group.loaded["tasks"][name], "answers", [])],
         )
         for name, row in found["results"].items()
-        if name in tasks.loaded["tasks"]
+        if name in group.loaded["tasks"]
     }
-    if adapter is None:
-        earlier = measurement(folder, "tasks") or {}
-        record(folder, "tasks", earlier | {name: asdict(one) for name, one in results.items()})
-    return results
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A folder as a `model` of the harness, what computes it (`by`), how many tokens it sees
+    (`window`), and how many requests it takes at once (`batch`).
+    """
+
+    model: Any
+    by: str
+    window: int
+    batch: int
 
 
 @contextlib.contextmanager
@@ -213,8 +270,7 @@ def _opened(
     threads: int | None,
     trust_library: bool,
     adapter: Path | None,
-) -> Iterator[tuple[Any, str, int]]:
-    """The folder as a model of the harness; what computes it; how many tokens it sees."""
+) -> Iterator[_Opened]:
     if read_manifest(folder, DeploymentManifest):
         refuse_adapter(adapter)
         from owl_deploy.evaluate.harness import DeploymentLM
@@ -232,12 +288,11 @@ def _opened(
             context=context,
             all_logits=True,
         ) as process:
-            yield DeploymentLM(process, tokenizer, seen), name, seen
+            yield _Opened(DeploymentLM(process, tokenizer, seen), name, seen, 1)
         return
     from lm_eval.models.huggingface import HFLM
 
     checkpoint = open_checkpoint(folder)
-    family_of(checkpoint.config)
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     seen = min(window, checkpoint.config.get("max_position_embeddings") or window)
@@ -251,7 +306,7 @@ def _opened(
         batch_size=batch,
         softmax_dtype="float32",
     )
-    yield model, str(dtype).removeprefix("torch."), seen
+    yield _Opened(model, str(dtype).removeprefix("torch."), seen, batch)
 
 
 def _metrics(task: str, row: Mapping[str, Any]) -> dict[str, Metric]:

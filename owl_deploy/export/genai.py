@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from owl_deploy.engines.loading import GENAI_CONFIG
+from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.source import Progress, Source
 
@@ -47,7 +49,7 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         with log.open("wb") as stream:
             process = _start(source, folder, precision, Path(scratch), stream)
         try:
-            if 3 * 4 * source.parameters() < psutil.virtual_memory().available:
+            if 3 * 4 * source.checkpoint.weights() < psutil.virtual_memory().available:
                 _ = source.reference  # the builder holds the weights twice meanwhile
             _wait(process, log, source, progress)
         finally:
@@ -57,7 +59,7 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         words = log.read_text(encoding="utf-8", errors="replace")
     _check_result(process.returncode, words, folder)
     shutil.copyfile(source.folder / "config.json", folder / "config.json")
-    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
     return {
         "graph": "onnxruntime-genai model builder",
         "max_context": config["model"]["context_length"],
@@ -96,7 +98,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path, source: Source, progress:
 
 
 def _check_result(returncode: int, words: str, folder: Path) -> None:
-    if returncode == 0 and (folder / "model.onnx").is_file():
+    if returncode == 0 and (folder / MODEL).is_file():
         return
     if _UNSUPPORTED in words:
         raise FamilyNotBuilt(words.strip().splitlines()[-1])

@@ -23,7 +23,8 @@ import numpy as np
 import onnxruntime
 
 from owl_deploy import engines
-from owl_deploy.engines.loading import genai_config, operators
+from owl_deploy.engines.loading import Folder
+from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import EngineFailed, OwlError
 from owl_deploy.export.source import Progress, Reference
 
@@ -49,16 +50,17 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = engines.default_threads()
-        library = operators(deployment)
+        folder = Folder(deployment)
+        library = folder.operators()
         if library is not None:
             options.register_custom_ops_library(str(library))
-        path = str(deployment / "model.onnx")
+        path = str(deployment / MODEL)
         self._session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
-        decoder = genai_config(deployment).get("model", {}).get("decoder", {})
+        decoder = folder.settings.get("model", {}).get("decoder", {})
         self._head_size = int(decoder.get("head_size", 0))  # the builder's graph has only a name
         self.start()
 
@@ -117,21 +119,36 @@ def check(
     """Compare a deployment with PyTorch's `reference`; returns the figures for the manifest.
 
     `tolerance`: the largest difference allowed, over the largest logit; None only reports. Not a
-    number is never allowed. `engine`, if any, is asked too where it is installed. Raises
-    `ParityFailed`, or `EngineFailed` when ONNX Runtime agrees and the engine does not.
+    number is never allowed. `engine`, if any, is asked too where it is installed, as it must be
+    for what is no ONNX graph. Raises `ParityFailed`, `EnvironmentFailed`, or `EngineFailed` when
+    ONNX Runtime agrees and the engine does not.
     """
-    progress("Comparing with PyTorch in ONNX Runtime")
-    try:
-        figures = _in_onnxruntime(deployment, reference)
-    except Exception as error:  # ONNX Runtime's errors share no class of their own
-        raise EngineFailed(f"ONNX Runtime cannot run the exported graph: {error}") from error
-    for name, figure in figures.items():
-        _judge(figure, tolerance, ParityFailed, f"in ONNX Runtime ({name})")
-    if engine is not None and engines.is_installed(engine):
+    figures = {}
+    is_graph = (deployment / MODEL).is_file()
+    if is_graph:
+        progress("Comparing with PyTorch in ONNX Runtime")
+        try:
+            figures = _in_onnxruntime(deployment, reference)
+        except Exception as error:  # ONNX Runtime's errors share no class of their own
+            raise EngineFailed(f"ONNX Runtime cannot run the exported graph: {error}") from error
+        for name, figure in figures.items():
+            _judge(figure, tolerance, ParityFailed, f"in ONNX Runtime ({name})")
+    if engine is not None and (engines.is_installed(engine) or not is_graph):
         progress(f"Generating {len(reference.greedy)} tokens in {engine}")
         asked = _in_engine(deployment, reference, engine)
         figures[f"{engine} generating"] = asked
-        _judge(asked, tolerance, EngineFailed, f"in {engine}, though ONNX Runtime agrees")
+        where = f"in {engine}" + (", though ONNX Runtime agrees" if is_graph else "")
+        _judge(asked, tolerance, EngineFailed if is_graph else ParityFailed, where)
+    return _summary(figures, reference, tolerance, engine)
+
+
+def _summary(
+    figures: dict[str, dict[str, float]],
+    reference: Reference,
+    tolerance: float | None,
+    engine: str | None,
+) -> dict[str, Any]:
+    """The figures of each run, and the worst of them."""
     return {
         "prompt_tokens": len(reference.prompt),
         "greedy_tokens": len(reference.greedy),

@@ -1,156 +1,109 @@
-"""Small passes over a traced graph whose weights are still inputs, and the writing of it.
+"""Small passes over a traced graph whose weights are still inputs, with their values.
 
 `simplify` runs them in order. Each does one thing, and leaves a graph that computes the same.
 """
 
-import hashlib
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from onnx_ir.passes import common
+from onnx_ir.tensor_adapters import TorchTensor
 
-Weights = dict[str, torch.Tensor]  # by graph input; a transposed view where the graph wants one
 Inputs = Mapping[str, torch.Tensor]
 
-_PAGE = 4096  # external tensors start on a page, so that a runtime can map them
-_INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference needs them
 
-
-def simplify(model: onnx.ModelProto, weights: Weights, examples: Sequence[Inputs]) -> Weights:
-    """Make the traced graph small and plain, in place; returns the weights that it now takes.
+def simplify(model: ir.Model, examples: Sequence[Inputs]) -> None:
+    """Make the traced graph small and plain, in place.
 
     `examples`: inputs of two different sizes in every dynamic axis; what differs between them is
     dynamic, and what does not is a constant.
     """
-    inline_constants(model)
-    weights = transpose_weights(model, weights)
-    freeze_shapes(model, weights, examples)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    transpose_weights(model.graph)
+    freeze_shapes(model, examples)
     drop_empty_casts(model)
-    remove_dead_nodes(model)
-    return weights
+    common.RemoveUnusedNodesPass()(model)
 
 
-def inline_constants(model: onnx.ModelProto) -> None:
-    """Constant nodes become initializers, one for all that are equal."""
-    graph = model.graph
-    names: dict[bytes, str] = {}
-    renamed: dict[str, str] = {}
-    for node in [node for node in graph.node if node.op_type == "Constant"]:
-        tensor = next((a.t for a in node.attribute if a.name == "value"), None)
-        if tensor is None:
-            continue
-        array = numpy_helper.to_array(tensor)
-        key = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).digest()
-        if key not in names:
-            names[key] = f"constant_{len(names)}"
-            graph.initializer.append(numpy_helper.from_array(array, names[key]))
-        renamed[node.output[0]] = names[key]
-        graph.node.remove(node)
-    rename_inputs(model, renamed)
-
-
-def rename_inputs(model: onnx.ModelProto, renamed: Mapping[str, str]) -> None:
-    """Let every node that reads a key of `renamed` read its value instead."""
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            if name in renamed:
-                node.input[index] = renamed[name]
-
-
-def transpose_weights(model: onnx.ModelProto, weights: Weights) -> Weights:
+def transpose_weights(graph: ir.Graph) -> None:
     """A MatMul with a Transpose of a weight takes the weight the right way round.
 
     A weight that is read untransposed too (a tied embedding and head) is then there twice: engines
     want a head's weight as the constant of a MatMul, and an embedding's rows in one piece.
     """
-    graph = model.graph
-    kept = dict(weights)
-    renamed: dict[str, str] = {}
-    for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights]:
-        source = node.input[0]
-        permutation = next(list(a.ints) for a in node.attribute if a.name == "perm")
-        name = f"{source}.transposed"
-        kept[name] = weights[source].permute(permutation)
-        renamed[node.output[0]] = name
-        graph.node.remove(node)
-    rename_inputs(model, renamed)
-    read = {name for node in graph.node for name in node.input}
-    for value in [value for value in graph.input if value.name in weights]:
-        graph.input.remove(value)
-    kept = {name: tensor for name, tensor in kept.items() if name in read}
-    for name, tensor in kept.items():
-        elem_type = helper.np_dtype_to_tensor_dtype(_array(tensor).dtype)
-        graph.input.append(helper.make_tensor_value_info(name, elem_type, list(tensor.shape)))
-    return kept
+    turned: dict[str, ir.Value] = {}
+    for node in [node for node in graph if node.op_type == "Transpose"]:
+        source = node.inputs[0]
+        if source is None or not isinstance(source.const_value, TorchTensor):
+            continue
+        name = f"{source.name}.transposed"
+        if name not in turned:
+            tensor = source.const_value.raw.permute(*node.attributes.get_ints("perm", ()))
+            turned[name] = ir.val(name, const_value=TorchTensor(tensor, name))
+            graph.inputs.append(turned[name])
+        node.outputs[0].replace_all_uses_with(turned[name])
+        graph.remove(node, safe=True)
+    for value in list(graph.inputs):
+        if value.const_value is not None and not value.uses():
+            graph.inputs.remove(value)
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.detach().numpy()
-    return array
-
-
-def freeze_shapes(model: onnx.ModelProto, weights: Weights, examples: Sequence[Inputs]) -> None:
+def freeze_shapes(model: ir.Model, examples: Sequence[Inputs]) -> None:
     """What is computed from shapes alone, and is the same at every size, becomes a constant.
 
     The target of a Reshape that does differ is written with 0 (as the input's) and one -1.
     Both are found by running the graph at two sizes: no rule a pattern that an exporter may change.
     """
-    found = _shape_values(model)
-    probed = _probe(model, weights, examples, found)
-    constants: dict[str, np.ndarray] = {}
-    for name in found:
-        first, second = (probe[name] for probe in probed)
+    found = _shape_values(model.graph)
+    probed = _probe(model, examples, [str(value.name) for value in found])
+    for value in found:
+        first, second = (probe[str(value.name)] for probe in probed)
         if first.shape == second.shape and np.array_equal(first, second):
-            constants[name] = first
-    frozen = {name: f"{name}.frozen" for name in constants}
-    model.graph.initializer.extend(
-        numpy_helper.from_array(array, frozen[name]) for name, array in constants.items()
-    )
-    rename_inputs(model, frozen)
-    for node in model.graph.node:
-        if node.op_type == "Reshape" and node.input[1] in found:
-            _freeze_reshape(model, node, probed)
+            value.replace_all_uses_with(_constant(model.graph, f"{value.name}.frozen", first))
+        else:
+            for node in value.consumers():
+                if node.op_type == "Reshape":
+                    _freeze_reshape(model.graph, node, probed)
 
 
-def _shape_values(model: onnx.ModelProto) -> list[str]:
+def _shape_values(graph: ir.Graph) -> list[ir.Value]:
     """The tensors made from shapes and constants alone that some other node reads."""
-    constant = {tensor.name for tensor in model.graph.initializer}
-    made: set[str] = set()
-    for node in model.graph.node:
-        plain = all(name in constant or name in made for name in node.input if name)
-        if node.op_type == "Shape" or (plain and node.input):
-            made.update(node.output)
-    return sorted(
-        {
-            name
-            for node in model.graph.node
-            if not made.intersection(node.output)
-            for name in node.input
-            if name in made
-        }
-    )
+    made: set[ir.Value] = set()
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        plain = all(value in made or value.is_initializer() for value in inputs)
+        if node.op_type == "Shape" or (plain and inputs):
+            made.update(node.outputs)
+    return [
+        value
+        for value in sorted(made, key=lambda value: str(value.name))
+        if any(made.isdisjoint(node.outputs) for node in value.consumers())
+    ]
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer `name`, made once."""
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    return graph.initializers[name]
 
 
 def _probe(
-    model: onnx.ModelProto, weights: Weights, examples: Sequence[Inputs], names: Sequence[str]
+    model: ir.Model, examples: Sequence[Inputs], names: Sequence[str]
 ) -> list[dict[str, np.ndarray]]:
     """The values of `names`, and the shapes of all that Reshape nodes read, for each example."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    shapes: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type == "Reshape" and node.input[0] not in shapes:
-            shapes[node.input[0]] = f"{node.input[0]}.shape"
-            probe.graph.node.append(
-                helper.make_node("Shape", [node.input[0]], [shapes[node.input[0]]])
-            )
-    del probe.graph.output[:]
+    probe = ir.to_proto(model)
+    reshaped = {node.input[0] for node in probe.graph.node if node.op_type == "Reshape"}
+    shapes = {name: f"{name}.shape" for name in sorted(reshaped)}
+    probe.graph.node.extend(helper.make_node("Shape", [x], [y]) for x, y in shapes.items())
     wanted = [*names, *shapes.values()]
+    del probe.graph.output[:]
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -158,21 +111,23 @@ def _probe(
     session = onnxruntime.InferenceSession(
         probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    taken = {value.name for value in session.get_inputs()}
-    feeds = {name: np.ascontiguousarray(_array(tensor)) for name, tensor in weights.items()}
+    inputs = model.graph.inputs
+    weights = {value.name: value.const_value.numpy() for value in inputs if value.const_value}
+    weights = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+    taken = {value.name for value in inputs}
     results = []
-    for inputs in examples:
-        feeds.update({name: _array(tensor) for name, tensor in inputs.items()})
-        values = session.run(wanted, {name: feeds[name] for name in feeds if name in taken})
-        results.append(dict(zip(wanted, values, strict=True)))
+    for example in examples:
+        feeds = {name: tensor.numpy() for name, tensor in example.items() if name in taken}
+        results.append(dict(zip(wanted, session.run(wanted, weights | feeds), strict=True)))
     return results
 
 
 def _freeze_reshape(
-    model: onnx.ModelProto, node: onnx.NodeProto, probed: Sequence[Mapping[str, np.ndarray]]
+    graph: ir.Graph, node: ir.Node, probed: Sequence[Mapping[str, np.ndarray]]
 ) -> None:
-    targets = [probe[node.input[1]] for probe in probed]
-    sources = [probe[f"{node.input[0]}.shape"] for probe in probed]
+    source, target = (str(value.name) for value in node.inputs if value is not None)
+    targets = [probe[target] for probe in probed]
+    sources = [probe[f"{source}.shape"] for probe in probed]
     plan: list[int] = []
     for axis in range(len(targets[0])):
         sizes = [int(target[axis]) for target in targets]
@@ -184,84 +139,29 @@ def _freeze_reshape(
     if plan.count(-1) > 1:
         return  # not expressible; the shape stays computed
     name = "reshape_" + "_".join(map(str, plan)).replace("-", "m")
-    if name not in {tensor.name for tensor in model.graph.initializer}:
-        value = numpy_helper.from_array(np.array(plan, dtype=np.int64), name)
-        model.graph.initializer.append(value)
-    node.input[1] = name
+    node.replace_input_with(1, _constant(graph, name, np.array(plan, dtype=np.int64)))
 
 
-def drop_empty_casts(model: onnx.ModelProto) -> None:
+def drop_empty_casts(model: ir.Model) -> None:
     """Casts of a tensor to the type that it has, which transformers' fp32 upcasts become."""
-    inferred = onnx.shape_inference.infer_shapes(model)
-    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
-    types |= {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
-    outputs = {value.name for value in model.graph.output}
-    renamed: dict[str, str] = {}
-    for node in [node for node in model.graph.node if node.op_type == "Cast"]:
-        source = renamed.get(node.input[0], node.input[0])
-        to = next(a.i for a in node.attribute if a.name == "to")
-        if types.get(source) == to and node.output[0] not in outputs:
-            renamed[node.output[0]] = source
-            model.graph.node.remove(node)
-    rename_inputs(model, renamed)
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    for node in [node for node in model.graph if node.op_type == "Cast"]:
+        source, output = node.inputs[0], node.outputs[0]
+        if source is None or output.is_graph_output():
+            continue
+        if source.dtype == node.attributes.get_int("to"):
+            output.replace_all_uses_with(source)
+            model.graph.remove(node, safe=True)
 
 
-def remove_dead_nodes(model: onnx.ModelProto) -> None:
-    """Nodes and constants whose result nobody reads."""
-    needed = {value.name for value in model.graph.output}
-    for node in reversed(list(model.graph.node)):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-        else:
-            model.graph.node.remove(node)
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in needed]:
-        model.graph.initializer.remove(tensor)
-    del model.graph.value_info[:]
+def take_weights(model: ir.Model) -> int:
+    """The inputs that are weights become initializers, named as in the checkpoint; their bytes.
 
-
-def save(model: onnx.ModelProto, weights: Weights, path: Path, external_bytes: int) -> None:
-    """Write the graph with `weights` as its initializers.
-
-    They lie in `model.onnx.data` beside it if they take more than `external_bytes` (a graph file
-    ends at 2 GB), one after the other, never in memory all at once.
+    `.transposed` only tells two uses of one weight apart.
     """
-    taken = {value.name: value for value in model.graph.input if value.name in weights}
-    for value in taken.values():
-        model.graph.input.remove(value)
-    names = {name: _plain_name(name) for name in taken}
-    rename_inputs(model, names)
-    external = sum(weights[name].nbytes for name in taken) > external_bytes
-    if not external:
-        model.graph.initializer.extend(
-            numpy_helper.from_array(np.ascontiguousarray(_array(weights[name])), names[name])
-            for name in taken
-        )
-    else:
-        with path.with_name(f"{path.name}.data").open("wb") as data:
-            for name in taken:
-                array = np.ascontiguousarray(_array(weights[name]))
-                model.graph.initializer.append(_external(array, names[name], data))
-    path.write_bytes(model.SerializeToString())
-
-
-def _plain_name(name: str) -> str:
-    """A weight's name in the checkpoint; `.transposed` only tells two uses of one weight apart."""
-    return name.removeprefix("decoder.")
-
-
-def _external(array: np.ndarray, name: str, data: io.BufferedWriter) -> TensorProto:
-    if array.nbytes < _INLINE_BYTES:
-        return numpy_helper.from_array(array, name)
-    offset = -(-data.tell() // _PAGE) * _PAGE
-    data.seek(offset)
-    data.write(array.data)  # not tofile(), whose error does not say that the disk is full
-    tensor = TensorProto(
-        name=name,
-        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-        dims=array.shape,
-        data_location=TensorProto.EXTERNAL,
-    )
-    place = {"location": Path(data.name).name, "offset": offset, "length": array.nbytes}
-    for key, value in place.items():
-        tensor.external_data.add(key=key, value=str(value))
-    return tensor
+    weights = [value for value in model.graph.inputs if value.const_value is not None]
+    for value in weights:
+        value.name = str(value.name).removeprefix("decoder.")
+        model.graph.register_initializer(value)
+    common.RemoveInitializersFromInputsPass()(model)
+    return sum(value.const_value.nbytes for value in weights if value.const_value)

@@ -6,14 +6,13 @@ foreign between them become one: in most models all of them, from the first bloc
 csrc/program.cpp describes the attributes that this module writes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import onnx
-from onnx import TensorProto, helper
+import onnx_ir as ir
 
-DOMAIN = "ai.owl"
+from owl_deploy.export.rewriter import DOMAIN
+
 _STEPS = ("SparseMatMul", "CachedAttention")
 _EPILOGUES = {"": 0, "none": 0, "silu_mul": 1, "gelu_mul": 2}
 _ABSENT = -1
@@ -23,75 +22,67 @@ _RANK = 3  # activations are [batch, length, width]
 
 
 def join_programs(
-    graph: onnx.GraphProto, weight_shape: Callable[[str], tuple[int, int]], head_size: int
+    graph: ir.Graph, weight_shapes: Mapping[str, tuple[int, int]], head_size: int
 ) -> int:
     """Replace runs of nodes in `graph`; returns how many programs there are now.
 
-    `weight_shape` gives (rows, columns) of a packed weight.
+    `weight_shapes`: (rows, columns) of each packed weight.
     """
     count = 0
-    nodes: list[onnx.NodeProto] = []
-    for run in _runs(graph):
-        program = None
-        if len(run) > 1:
-            program = _Program(graph, run, weight_shape, head_size, f"/program/{count}").node()
-        nodes.extend(run if program is None else [program])
-        count += program is not None
-    del graph.node[:]
-    graph.node.extend(nodes)
+    for run in list(_runs(graph)):
+        if len(run) > 1 and (node := _Program(run, weight_shapes, head_size).node()):
+            node.name = f"/program/{count}"
+            made = [value for value in node.outputs if value.name]
+            old = {value.name: value for step in run for value in step.outputs}
+            ir.convenience.replace_nodes_and_values(
+                graph, run[-1], run, [node], [old[value.name] for value in made], made
+            )
+            count += 1
+    graph.sort()  # what needs a program's results may have stood among its nodes
     return count
 
 
-def _runs(graph: onnx.GraphProto) -> Iterator[list[onnx.NodeProto]]:
-    """The graph's nodes in an order that is as good, cut into runs that may become one node."""
-    run: list[onnx.NodeProto] = []
-    waiting: list[onnx.NodeProto] = []  # foreign nodes that need the run's results
-    made: set[str] = set()  # by the run
-    late: set[str] = set()  # by those that wait
-    for node in graph.node:
-        needs = {name for name in node.input if name}
+def _runs(graph: ir.Graph) -> Iterator[list[ir.Node]]:
+    """Steps in graph order that may become one: no foreign node lies between any two of a run."""
+    run: list[ir.Node] = []
+    made: set[ir.Value] = set()  # by the run
+    late: set[ir.Value] = set()  # by foreign nodes that need its results
+    for node in graph:
+        needs = set(filter(None, node.inputs))
         if node.op_type in _STEPS and node.domain == DOMAIN:
             if needs & late:
                 yield run
-                yield from ([foreign] for foreign in waiting)
-                run, waiting, made, late = [], [], set(), set()
+                run, made, late = [], set(), set()
             run.append(node)
-            made.update(node.output)
+            made.update(node.outputs)
         elif needs & (made | late):
-            waiting.append(node)
-            late.update(node.output)
-        else:
-            yield [node]
-    if run:
-        yield run
-    yield from ([foreign] for foreign in waiting)
+            late.update(node.outputs)
+    yield run
 
 
 @dataclass
 class _Program:
     """One run of nodes on its way into one node."""
 
-    graph: onnx.GraphProto
-    run: list[onnx.NodeProto]
-    weight_shape: Callable[[str], tuple[int, int]]
+    run: list[ir.Node]
+    weight_shapes: Mapping[str, tuple[int, int]]
     head_size: int
-    name: str
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=lambda: [""] * _FLOAT_OUTPUTS)
+    inputs: list[ir.Value] = field(default_factory=list)
+    outputs: list[ir.Value | None] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)  # widths
-    places: dict[str, int] = field(default_factory=dict)  # coded, of values that steps made
+    places: dict[ir.Value, int] = field(default_factory=dict)  # coded, of values that steps made
 
-    def node(self) -> onnx.NodeProto | None:
+    def node(self) -> ir.Node | None:
         """The node, or None where the operator cannot take these nodes together."""
-        caches = [name for node in self.run for name in _caches(node)]
-        types = {value.name: value.type.tensor_type.elem_type for value in self.graph.output}
-        kinds = {types.get(name) for name in caches}
-        outside = self._read_outside()
-        floats = [name for node in self.run for name in _floats(node) if name in outside]
+        caches = [value for node in self.run for value in _caches(node)]
+        kinds = {value.dtype if value.is_graph_output() else None for value in caches}
+        floats = [value for node in self.run for value in _floats(node) if self._leaves(value)]
         if len(kinds) > 1 or None in kinds or len(floats) > _FLOAT_OUTPUTS or not self._ranks_fit():
             return None
-        self.outputs[: len(floats)] = floats
-        self.places = {name: _code(i, _OUTPUT) for i, name in enumerate(floats)}
+        # Those that are not there come first: at the end of a node they would not be written.
+        absent = _FLOAT_OUTPUTS - len(floats)
+        self.outputs = [*[None] * absent, *floats]
+        self.places = {value: _code(absent + i, _OUTPUT) for i, value in enumerate(floats)}
         steps: list[int] = []
         numbers: list[float] = []
         for at, node in enumerate(self.run):
@@ -100,60 +91,58 @@ class _Program:
             steps += record
             numbers += floats_of_step
             self._release(at)
-        fp32 = kinds == {TensorProto.FLOAT}
-        return helper.make_node(
-            "ProgramFp32" if fp32 else "ProgramFp16",
+        return ir.node(
+            "ProgramFp32" if kinds == {ir.DataType.FLOAT} else "ProgramFp16",
             self.inputs,
-            self.outputs,
-            name=self.name,
+            {"steps": steps, "numbers": numbers, "slots": self.slots or [1]},
             domain=DOMAIN,
-            steps=steps,
-            numbers=numbers,
-            slots=self.slots or [1],
+            outputs=[ir.val(value.name if value else "") for value in self.outputs],
         )
 
-    def _matmul(self, node: onnx.NodeProto) -> tuple[list[int], list[float]]:
-        x, weight, bias, skip, gamma = (*node.input, *[""] * 5)[:5]
-        y, total = (*node.output, "")[:2]
-        rows, columns = self.weight_shape(weight)
-        epilogue = _EPILOGUES[_attribute(node, "epilogue", b"").decode()]
-        outputs = _attribute(node, "columns", rows // 2 if epilogue else rows)
-        read = [self._read(name) for name in (x, weight, bias, skip, gamma)]
+    def _matmul(self, node: ir.Node) -> tuple[list[int], list[float]]:
+        x, weight, bias, skip, gamma = (*node.inputs, *[None] * 5)[:5]
+        y, total = (*node.outputs, None)[:2]
+        assert weight is not None
+        rows, columns = self.weight_shapes[str(weight.name)]
+        epilogue = _EPILOGUES[node.attributes.get_string("epilogue", "")]
+        outputs = node.attributes.get_int("columns", rows // 2 if epilogue else rows)
+        read = [self._read(value) for value in (x, weight, bias, skip, gamma)]
         made = [self._make(y, outputs), self._make(total, columns)]
-        return [0, *read, *made, epilogue, outputs], [_attribute(node, "epsilon", 0.0)]
+        return [0, *read, *made, epilogue, outputs], [node.attributes.get_float("epsilon", 0.0)]
 
-    def _attention(self, node: onnx.NodeProto) -> tuple[list[int], list[float]]:
-        heads = _attribute(node, "num_heads", 0)
-        *first, mask = (*node.input, *[""] * 10)[:10]
-        read = [self._read(name) for name in (*first, *([mask] if mask else []))]
-        made = [self._make(node.output[0], heads * self.head_size)]
-        for name in _caches(node):
-            self.outputs.append(name)
+    def _attention(self, node: ir.Node) -> tuple[list[int], list[float]]:
+        number = node.attributes.get_int
+        heads = number("num_heads", 0)
+        *first, mask = (*node.inputs, *[None] * 10)[:10]
+        read = [self._read(value) for value in (*first, *([mask] if mask else []))]
+        made = [self._make(node.outputs[0], heads * self.head_size)]
+        for value in _caches(node):
+            self.outputs.append(value)
             made.append(_code(len(self.outputs) - 1, _OUTPUT))
         settings = [
             heads,
-            _attribute(node, "kv_num_heads", 0),
-            _attribute(node, "local_window_size", -1),
-            _attribute(node, "do_rotary", 0),
-            _attribute(node, "rotary_interleaved", 0),
+            number("kv_num_heads", 0),
+            number("local_window_size", -1),
+            number("do_rotary", 0),
+            number("rotary_interleaved", 0),
         ]
-        numbers = [_attribute(node, "scale", 0.0), _attribute(node, "softcap", 0.0)]
+        numbers = [node.attributes.get_float(name, 0.0) for name in ("scale", "softcap")]
         return [2 if mask else 1, *read, *made, *settings], numbers
 
-    def _read(self, name: str) -> int:
-        if not name:
+    def _read(self, value: ir.Value | None) -> int:
+        if value is None:
             return _ABSENT
-        if name in self.places:
-            return self.places[name]
-        if name not in self.inputs:
-            self.inputs.append(name)
-        return _code(self.inputs.index(name), _INPUT)
+        if value in self.places:
+            return self.places[value]
+        if value not in self.inputs:
+            self.inputs.append(value)
+        return _code(self.inputs.index(value), _INPUT)
 
-    def _make(self, name: str, width: int) -> int:
-        """Where a step writes `name`: its output, or the free slot that fits best."""
-        if not name:
+    def _make(self, value: ir.Value | None, width: int) -> int:
+        """Where a step writes `value`: its output, or the free slot that fits best."""
+        if value is None or not value.name:
             return _ABSENT
-        if name not in self.places:
+        if value not in self.places:
             taken = {code for code in self.places.values() if code % 4 == _SLOT}
             free = [i for i in range(len(self.slots)) if _code(i, _SLOT) not in taken]
             if not free:
@@ -161,55 +150,40 @@ class _Program:
                 free = [len(self.slots) - 1]
             slot = min(free, key=lambda i: (self.slots[i] < width, abs(self.slots[i] - width)))
             self.slots[slot] = max(self.slots[slot], width)
-            self.places[name] = _code(slot, _SLOT)
-        return self.places[name]
+            self.places[value] = _code(slot, _SLOT)
+        return self.places[value]
 
     def _release(self, at: int) -> None:
         """Free the slots of values that no step after number `at` reads."""
-        needed = {name for node in self.run[at + 1 :] for name in node.input}
-        for name, code in list(self.places.items()):
-            if code % 4 == _SLOT and name not in needed:
-                del self.places[name]
+        needed = {value for node in self.run[at + 1 :] for value in node.inputs}
+        for value, code in list(self.places.items()):
+            if code % 4 == _SLOT and value not in needed:
+                del self.places[value]
 
-    def _read_outside(self) -> set[str]:
-        inside = {id(node) for node in self.run}
-        names = {value.name for value in self.graph.output}
-        for node in self.graph.node:
-            if id(node) not in inside:
-                names.update(node.input)
-        return names
+    def _leaves(self, value: ir.Value) -> bool:
+        """Whether a node outside, or who runs the graph, reads `value`."""
+        return value.is_graph_output() or not set(self.run).issuperset(value.consumers())
 
     def _ranks_fit(self) -> bool:
         """Whether all activations from outside have the rank that the operator takes."""
-        known = {
-            value.name: len(value.type.tensor_type.shape.dim)
-            for value in (*self.graph.value_info, *self.graph.input)
-        }
-        made = {name for node in self.run for name in node.output}
-        read = (name for node in self.run for name in _activations(node) if name not in made)
-        return all(known.get(name, _RANK) == _RANK for name in read)
+        read = {value for node in self.run for value in _activations(node) if value}
+        read -= {value for node in self.run for value in node.outputs}
+        return all(value.shape is None or len(value.shape) == _RANK for value in read)
 
 
-def _floats(node: onnx.NodeProto) -> list[str]:
-    return [name for name in node.output if name and name not in _caches(node)]
+def _floats(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.outputs if value.name and value not in _caches(node)]
 
 
-def _caches(node: onnx.NodeProto) -> list[str]:
-    return list(node.output[1:3]) if node.op_type == "CachedAttention" else []
+def _caches(node: ir.Node) -> Sequence[ir.Value]:
+    return node.outputs[1:3] if node.op_type == "CachedAttention" else ()
 
 
-def _activations(node: onnx.NodeProto) -> list[str]:
+def _activations(node: ir.Node) -> Sequence[ir.Value | None]:
     if node.op_type == "CachedAttention":
-        return [name for name in node.input[:3] if name]
-    return [name for name in (node.input[0], *node.input[3:4]) if name]
+        return node.inputs[:3]
+    return (node.inputs[0], *node.inputs[3:4])
 
 
 def _code(index: int, place: int) -> int:
     return 4 * index + place
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:  # noqa: ANN401 - as in ONNX
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return helper.get_attribute_value(attribute)
-    return default

@@ -44,11 +44,12 @@ def show(manifest: DeploymentManifest, output: str) -> None:
     table.add_column()
     table.add_row("target", f"{manifest.target}, {manifest.precision}")
     table.add_row("size", f"{manifest.bytes / 1e6:.1f} MB")
-    table.add_row(
-        "non-zeros",
-        f"{manifest.nonzeros / 1e6:.2f} M of {manifest.total / 1e6:.2f} M linear weights, "
-        f"{100 * (manifest.sparsity or 0):.1f} % zero",
-    )
+    if manifest.sparsity is not None:
+        table.add_row(
+            "non-zeros",
+            f"{manifest.nonzeros / 1e6:.2f} M of {manifest.total / 1e6:.2f} M linear weights, "
+            f"{100 * manifest.sparsity:.1f} % zero",
+        )
     table.add_row("context", f"up to {manifest.max_context} tokens")
     for name, run in parity.runs.items():
         shares = {key: share for key, share in run.items() if key.startswith("equal")}

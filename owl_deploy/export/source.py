@@ -12,10 +12,9 @@ import torch
 import transformers
 
 from owl_deploy.checkpoint import Checkpoint
-from owl_deploy.errors import BadInput, OwlError
-from owl_deploy.families import Family, family_of
+from owl_deploy.errors import BadInput
+from owl_deploy.families import Family
 from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.progress import quiet_transformers
 from owl_deploy.text import load_tokenizer, tokenize
 
 Progress = Callable[[str], None]
@@ -61,16 +60,15 @@ class Source:
         self.folder = folder.absolute()
         self.checkpoint = Checkpoint(folder)
         self.config = self.checkpoint.config
-        self.family: Family = family_of(self.config)
+        self.family: Family = self.checkpoint.family
         self.manifest = read_manifest(folder, CheckpointManifest)
-        self.checkpoint.blocks(self.family)
         _check_causal(self.config, folder)
         self._check_memory()
         self.tokenizer = self._load_tokenizer()
-        self.model = _load_model(folder)
+        self.model = self.checkpoint.load(torch.float32)
 
     def _check_memory(self) -> None:
-        needed = 4 * self.parameters()
+        needed = 4 * self.checkpoint.weights()
         available = psutil.virtual_memory().available
         if needed > available:
             raise BadInput(
@@ -78,17 +76,6 @@ class Source:
                 f"{available / 2**30:.1f} GiB of memory are free.",
                 "Free memory, or export on a larger machine.",
             )
-
-    def parameters(self) -> int:
-        """The number of weights in the checkpoint's files."""
-        from safetensors import safe_open
-
-        total = 0
-        for path in set(self.checkpoint.files.values()):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                    total += int(np.prod(file.get_slice(name).get_shape(), dtype=np.int64))
-        return total
 
     def _load_tokenizer(self) -> Any:  # noqa: ANN401 - transformers' tokenizers share no type
         if not any(self.folder.glob("tokenizer*")):
@@ -136,41 +123,3 @@ def _check_causal(config: dict[str, Any], folder: Path) -> None:
     if not any(str(name).endswith("ForCausalLM") for name in architectures):
         names = ", ".join(map(str, architectures)) or "no architecture"
         raise BadInput(f"{folder} is no causal language model: its config.json names {names}.")
-    if config.get("quantization_config"):
-        raise BadInput(
-            f"The weights in {folder} are quantized already.", "Export the original checkpoint."
-        )
-
-
-def _load_model(folder: Path) -> Any:  # noqa: ANN401 - transformers is partly typed
-    try:
-        with quiet_transformers():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except OwlError:
-        raise
-    except MemoryError as error:
-        raise BadInput(f"There is not enough memory to load {folder}.") from error
-    except Exception as error:  # transformers' errors for a bad folder are of many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "ignore_mismatched_sizes" in reason:  # the advice is for programmers
-            reason = "the weights' shapes are not those of config.json."
-        raise BadInput(f"transformers cannot load {folder}: {reason}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would go on with random weights in their place
-        raise BadInput(
-            f"{folder} lacks {len(missing)} tensors, {missing[0]!r} the first.",
-            "The checkpoint is incomplete: get it again.",
-        )
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise BadInput(
-                f"The tensor {name!r} in {folder} holds NaN or infinity.", "Get the model again."
-            )
-    return model.eval()

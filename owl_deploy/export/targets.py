@@ -1,18 +1,18 @@
 """`owl export`: a checkpoint becomes a deployment for one of the targets in the table below."""
 
 import contextlib
-import errno
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast, get_args
 
 from owl_deploy import artefact, checkpoint
-from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.engines.registry import MODEL
+from owl_deploy.errors import BadInput, is_full_disk, unknown_name
 from owl_deploy.export import describe, genai, parity, sparse, traced
+from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import DeploymentManifest, versions
 from owl_deploy.runtime import kernels, library_path, pack
@@ -32,7 +32,7 @@ class Request:
     source: Source
     folder: Path
     precision: str
-    head: sparse.Head | None
+    head: Head | None
     progress: Progress
 
 
@@ -53,7 +53,7 @@ class Precision:
 class Target:
     """One road from a checkpoint to a deployment.
 
-    Attributes: `build`, which writes the graph and returns what the manifest says of it;
+    Attributes: `build`, which writes the model and returns what the manifest says of it;
     `precisions`, by name, the default first; `engine`, whose parity is checked where it is
     installed, and which the deployment is for; `purpose`, one line for people; `heads`, the ways
     to store the head if there is a choice.
@@ -103,48 +103,49 @@ def _owl(request: Request) -> dict[str, Any]:
                 f"{request.source.config['model_type']!r}, and the target 'owl' starts from it.",
                 "Use --target deepsparse or onnxruntime.",
             ) from error
+        _ = request.source.reference  # the last use of
+        del request.source.model  # what is as large as all that is packed now
         request.progress("Packing the weights")
         precision = cast(pack.Values, request.precision)
         statistics = sparse.sparsify_deployment(dense, request.folder, precision, head=request.head)
     return {**facts, "packing": statistics}
 
 
-TARGETS: Mapping[str, Target] = MappingProxyType(
-    {
-        "deepsparse": Target(
-            build=_traced,
-            precisions={"fp32": Precision(4, 1e-3)},
-            engine="deepsparse",
-            purpose="DeepSparse 1.8 with its KV cache (evaluation only); any ONNX Runtime",
-        ),
-        "onnxruntime": Target(
-            build=_genai,
-            # With the scale and the zero point that each block of quantized weights has.
-            precisions={
-                "fp32": Precision(4, 1e-3),
-                "int8": Precision(1.2),
-                "int4": Precision(0.7),
-            },
-            engine="onnxruntime",
-            purpose="stock onnxruntime-genai, production",
-        ),
-        "owl": Target(
-            build=_owl,
-            # On the disk: the builder's fp32 copy, then the packed weights beside it.
-            # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
-            # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
-            # int8 is reported only, as it is for the dense exports.
-            precisions={
-                "bf16": Precision(4 + 2, 5e-2),
-                "int8": Precision(4 + 1.1),
-                "fp32": Precision(4 + 4, 1e-3),
-            },
-            engine="owl",
-            heads=get_args(sparse.Head),
-            purpose="stock onnxruntime-genai with this package's sparse operators, production",
-        ),
-    }
-)
+# The table: whoever adds a row, here or from outside, has another target in all verbs.
+TARGETS: dict[str, Target] = {
+    "deepsparse": Target(
+        build=_traced,
+        precisions={"fp32": Precision(4, 1e-3)},
+        engine="deepsparse",
+        purpose="DeepSparse 1.8 with its KV cache (evaluation only); any ONNX Runtime",
+    ),
+    "onnxruntime": Target(
+        build=_genai,
+        # With the scale and the zero point that each block of quantized weights has.
+        precisions={
+            "fp32": Precision(4, 1e-3),
+            "int8": Precision(1.2),
+            "int4": Precision(0.7),
+        },
+        engine="onnxruntime",
+        purpose="stock onnxruntime-genai, production",
+    ),
+    "owl": Target(
+        build=_owl,
+        # On the disk: the builder's fp32 copy, then the packed weights beside it.
+        # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
+        # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
+        # int8 is reported only, as it is for the dense exports.
+        precisions={
+            "bf16": Precision(4 + 2, 5e-2),
+            "int8": Precision(4 + 1.1),
+            "fp32": Precision(4 + 4, 1e-3),
+        },
+        engine="owl",
+        heads=get_args(Head),
+        purpose="stock onnxruntime-genai with this package's sparse operators, production",
+    ),
+}
 
 
 def export(
@@ -174,14 +175,14 @@ def export(
         progress("Loading the checkpoint")
         source = Source(folder)
         artefact.check_room(staging, _peak_bytes(source, row.precisions[precision]), "The export")
-        chosen = cast(sparse.Head | None, head)
+        summary, chosen = _source_summary(source), cast(Head | None, head)
         facts = row.build(Request(source, staging, precision, chosen, progress))
         progress("Computing PyTorch's logits")
         facts |= {
             "target": target,
             "precision": precision,
             "engine": row.engine if facts.get("opens_in_genai", True) else None,
-            "source": _source_summary(source),
+            "source": summary,
         }
         reference = source.reference
         # A screened head rounds as int8 does.
@@ -221,7 +222,10 @@ def _check_head(head: str | None, row: Target) -> None:
     if head is None:
         return
     if not row.heads:
-        raise BadInput("Only --target owl has a choice of heads.", "Use it, or leave --head out.")
+        some = " or ".join(name for name, target in TARGETS.items() if target.heads)
+        raise BadInput(
+            f"Only --target {some} has a choice of heads.", "Use it, or leave --head out."
+        )
     if head not in row.heads:
         raise unknown_name("head", head, row.heads)
 
@@ -230,7 +234,7 @@ def _peak_bytes(source: Source, precision: Precision) -> float:
     """The most that the export has on the disk at once."""
     config = source.model.config
     head: int = 4 * config.vocab_size * config.hidden_size  # a tied one may be there twice
-    return precision.peak_bytes * source.parameters() + head
+    return precision.peak_bytes * source.checkpoint.weights() + head
 
 
 @contextlib.contextmanager
@@ -238,7 +242,7 @@ def _disk_errors(destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full_disk(error):
             raise
         raise BadInput(
             f"The disk became full while {destination} was written; nothing was left there.",
@@ -263,10 +267,9 @@ def _is_short(value: Any) -> bool:  # noqa: ANN401 - any JSON value
 
 
 def _contents(folder: Path, started: float) -> dict[str, Any]:
-    graph = describe.graph(folder / "model.onnx")
     files = describe.files(folder)
     return {
-        **graph,
+        **describe.graph(folder / MODEL),
         "files": files,
         "bytes": sum(row["bytes"] for row in files.values()),
         "versions": versions(),

@@ -23,12 +23,14 @@ from typing import Any
 from unittest import mock
 
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 from transformers import AttentionInterface
 
 from owl_deploy.errors import BadInput
-from owl_deploy.export import passes
+from owl_deploy.export import onnx_file, passes
 from owl_deploy.export.source import Source, cache_keyword
 
 OPSET = 14  # DeepSparse's core is ONNX Runtime 1.15; its readers know IR 9 at most, torch writes 7
@@ -268,8 +270,8 @@ def _axes(heads: Heads) -> dict[str, dict[int, str]]:
     return axes
 
 
-def trace(decoder: Decoder, heads: Heads) -> tuple[onnx.ModelProto, passes.Weights]:
-    """The graph with its weights as inputs, and those weights by the inputs' names.
+def trace(decoder: Decoder, heads: Heads) -> ir.Model:
+    """The graph with its weights as inputs that have a value.
 
     Weights stay out of the exporter: it would copy them several times, and fail above 2 GB.
     """
@@ -296,10 +298,12 @@ def trace(decoder: Decoder, heads: Heads) -> tuple[onnx.ModelProto, passes.Weigh
             export_params=False,
             do_constant_folding=False,
         )
-    model = onnx.load_model_from_string(file.getvalue())
+    model = ir.from_proto(onnx.load_model_from_string(file.getvalue()))
     state = decoder.state_dict()
-    weights = {value.name: state[value.name] for value in model.graph.input if value.name in state}
-    return model, weights
+    for value in model.graph.inputs:
+        if value.name in state:
+            value.const_value = TorchTensor(state[value.name], value.name)
+    return model
 
 
 @contextlib.contextmanager
@@ -315,17 +319,16 @@ def _small_inference() -> Iterator[None]:
 
 
 def build(source: Source, folder: Path, external_bytes: int) -> dict[str, Any]:
-    """Write `model.onnx` into `folder`; weights go to `model.onnx.data` above `external_bytes`.
+    """Write `model.onnx` into `folder`; weights go beside it above `external_bytes` of them.
 
     Returns what the manifest says of it. Raises `BadInput` for a model that does not trace.
     """
     heads = Heads.of(source.model.config)
     try:
         with traceable(source.model) as decoder:
-            model, weights = trace(decoder, heads)
-            sizes = [example(heads, 2, 3, 4), example(heads, 3, 5, 6)]
-            weights = passes.simplify(model, weights, sizes)
-            passes.save(model, weights, folder / "model.onnx", external_bytes)
+            model = trace(decoder, heads)
+            passes.simplify(model, [example(heads, 2, 3, 4), example(heads, 3, 5, 6)])
+            onnx_file.save(model, folder, external=passes.take_weights(model) > external_bytes)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(

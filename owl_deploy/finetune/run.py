@@ -30,7 +30,6 @@ from owl_deploy.hardware import multiplies_bfloat16
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, kept_for_resuming
 
-_FUSED = ("query_key_value", "qkv_proj")  # where query and value are no Linears of their own
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
 _CARRIED = ("sparsity.svg",)  # what else of the source still tells the truth
@@ -329,7 +328,7 @@ def merged(source: Source, deltas: dict[str, torch.Tensor]) -> tuple[dict[str, t
 
 
 def _targets(source: Source, asked: tuple[str, ...] | None) -> list[str]:
-    """The Linears that LoRA adapts: the paper's, q_proj and v_proj, or the one that has both."""
+    """The Linears that LoRA adapts: those asked for, or, as in the paper, queries and values."""
     known = {
         name.removesuffix(".weight").rpartition(".")[2]
         for names in source.matrices.values()
@@ -338,8 +337,7 @@ def _targets(source: Source, asked: tuple[str, ...] | None) -> list[str]:
     for name in asked or ():
         if name not in known:
             raise unknown_name("layer", name, sorted(known))
-    usual = [name for name in ("q_proj", "v_proj", *_FUSED) if name in known]
-    return list(asked or usual)
+    return list(asked or source.checkpoint.family.queries_and_values)
 
 
 def _computing_dtype(asked: str) -> torch.dtype:

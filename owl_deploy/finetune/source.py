@@ -4,12 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from owl_deploy.blocks import whole_model
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
-from owl_deploy.families import family_of
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.text import load_text, load_tokenizer, tokenize
 
@@ -28,14 +25,9 @@ class Source:
 
     def __init__(self, model: str | Path) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(model)
-        self.family = family_of(self.checkpoint.config)
-        if self.checkpoint.config.get("quantization_config"):
-            raise BadInput(
-                f"{self.checkpoint.folder} is quantized.", "Fine-tune it before it is quantized."
-            )
         self.folder = self.checkpoint.folder
         self.manifest = read_manifest(self.folder, CheckpointManifest) or CheckpointManifest()
-        self.blocks = self.checkpoint.blocks(self.family)
+        self.blocks = self.checkpoint.blocks
         self.matrices: dict[str, list[str]] = {}
         self.zeros = self.weights = 0
         self._check_mask()
@@ -75,7 +67,7 @@ class Source:
 
     def load(self, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
         """The model, frozen, in `dtype`."""
-        return load_model(self.checkpoint, dtype)
+        return self.checkpoint.load(dtype)
 
     def windows(self, text: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows to train on and held-out ones from the text's end, ids [windows, length].
@@ -114,18 +106,9 @@ class Source:
                     )
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
-    """The whole model, frozen, in `dtype`; without transformers' own bars and remarks."""
-    logging = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return whole_model(checkpoint, dtype).requires_grad_(False)
-
-
 def load_teacher(student: Source, model: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
     """The teacher, frozen, in `dtype`; `BadInput` when its vocabulary is not the student's."""
     teacher = open_checkpoint(model)
-    family_of(teacher.config)
     sizes = [one.config.get("vocab_size") for one in (student.checkpoint, teacher)]
     words = [load_tokenizer(one.folder).get_vocab() for one in (student.checkpoint, teacher)]
     if sizes[0] != sizes[1] or words[0] != words[1]:
@@ -134,4 +117,4 @@ def load_teacher(student: Source, model: str, dtype: torch.dtype) -> Any:  # noq
             f"({sizes[1]} entries and {sizes[0]}).",
             "A teacher must read the same tokens: give the dense model this one was pruned from.",
         )
-    return load_model(teacher, dtype)
+    return teacher.load(dtype)

@@ -1,20 +1,24 @@
 """See what enters a block's Linears while calibration text runs through it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from torch import nn
 
 from owl_deploy.blocks import Seen
-from owl_deploy.prune import sparsegpt
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 
 class InputStatistics:
     """What enters each Linear, gathered by hooks in forward passes.
 
-    Linears that are given the same tensor (q, k and v; gate and up) share one statistic, and one
-    factorisation of it. `samples` scales the norms, `hessian` says whether X^T X is gathered (its
+    Linears that are given the same tensor (q, k and v; gate and up) share one statistic, and what
+    is made of it. `samples` scales the norms, `hessian` says whether X^T X is gathered (its
     diagonal then gives the norms) or the squared norms alone.
     """
 
@@ -22,7 +26,7 @@ class InputStatistics:
         self._samples, self._linears, self._hessian = samples, linears, hessian
         self._sums: dict[str, torch.Tensor] = {}
         self._leader: dict[str, str] = {}
-        self._factors: dict[str, sparsegpt.Factor] = {}
+        self._made: dict[Hashable, Any] = {}
         self._current: list[tuple[torch.Tensor, str]] = []
         self._calls, self._calls_a_pass = 0, 0  # of the pass at hand; of every pass, once known
         self._inputs_only = False
@@ -51,12 +55,19 @@ class InputStatistics:
         total = self._sums[self._leader[name]]
         return ((total.diagonal() if self._hessian else total) / self._samples).sqrt().float()
 
-    def factor(self, name: str, dampening: float) -> sparsegpt.Factor:
-        """SparseGPT's factor for the Linear `name`."""
-        leader = self._leader[name]
-        if leader not in self._factors:
-            self._factors[leader] = sparsegpt.factorise(self._sums[leader], dampening)
-        return self._factors[leader]
+    def of_hessian(
+        self, name: str, make: Callable[[torch.Tensor, *Arguments], T], *arguments: *Arguments
+    ) -> T:
+        """What `make` gives for the Linear's X^T X [in, in], float32, and `arguments`; made once.
+
+        `make` must leave the matrix as it is.
+        """
+        assert self._hessian, "the method's row does not say that it needs it"
+        key = (self._leader[name], make, arguments)
+        if key not in self._made:
+            self._made[key] = make(self._sums[self._leader[name]], *arguments)
+        found: T = self._made[key]
+        return found
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -90,3 +101,26 @@ class InputStatistics:
         else:
             squares = rows.square().sum(dim=0).double()
             self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method may ask about the inputs of the Linear that it prunes, as far as it `needs` it.
+
+    `statistics`: None where it needs nothing.
+    """
+
+    statistics: InputStatistics | None
+    name: str
+
+    def norm(self) -> torch.Tensor:
+        """The L2 norm of each input feature, [in]."""
+        assert self.statistics is not None
+        return self.statistics.norm(self.name)
+
+    def of_hessian(
+        self, make: Callable[[torch.Tensor, *Arguments], T], *arguments: *Arguments
+    ) -> T:
+        """What `make` gives for X^T X [in, in] and `arguments`, once for Linears that share it."""
+        assert self.statistics is not None
+        return self.statistics.of_hessian(self.name, make, *arguments)

@@ -27,6 +27,10 @@ def _draw(axes: "Axes", manifest: CheckpointManifest) -> None:
     allocation = manifest.settings.allocation
     sparsities = [100 * block.sparsity for block in blocks]
     axes.step(numbers, sparsities, where="mid", color="#0b5394", label=allocation, linewidth=2)
+    for number, block in enumerate(blocks):
+        each = {100 * linear.sparsity for linear in block.linears.values()}
+        if len(each) > 1:
+            axes.plot([number] * len(each), list(each), "o", color="#0b5394", markersize=3)
     whole = 100 * manifest.sparsity.asked
     axes.axhline(whole, color="#7f6000", linestyle="--", label=f"uniform, {whole:.1f} %")
     axes.set_xlabel("block")

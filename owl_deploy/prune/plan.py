@@ -1,139 +1,65 @@
-"""From settings and a model to one sparsity for every Linear that is pruned."""
+"""What is known before the first block is pruned: how much of each Linear goes, and why."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pydantic import BaseModel, ConfigDict
 
-from owl_deploy.allocation import ALLOCATIONS, Allocation, whole_kept
-from owl_deploy.errors import BadInput
-from owl_deploy.recipe import HEADS, PruneSettings
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The pruned Linears of a model: for each block, name and number of weights, in model order."""
-
-    names: Sequence[str]
-    linears: Sequence[Mapping[str, int]]
-
-    @property
-    def sizes(self) -> list[int]:
-        """The pruned weights of each block."""
-        return [sum(linears.values()) for linears in self.linears]
+from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.prune import tune
+from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.prune.measure import measure
+from owl_deploy.prune.request import Request
+from owl_deploy.prune.sparsities import BlockStatistics, linear_sparsities
+from owl_deploy.prune.store import Store
+from owl_deploy.recipe import PruneSettings
 
 
-@dataclass(frozen=True)
-class BlockStatistics:
-    """What the dense pass finds of a block.
+class Plan(BaseModel):
+    """The settings, tuned if that was asked for, and what follows from them.
 
-    Outlier ratios (percent) by multiple; the median score, which DLP alone looks at (0 otherwise).
+    `sparsities`: for each block, its pruned Linears' by name. `statistics`: of each block, where
+    the allocation or tuning looked at any; `trials`: what tuning compared.
     """
 
-    outlier_ratios: dict[float, float]
-    median_score: float
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: PruneSettings
+    sparsities: list[dict[str, float]]
+    statistics: list[BlockStatistics] | None = None
+    trials: list[tune.Trial] = []
+
+    def outlier_ratio(self, index: int) -> float | None:
+        """That of block `index`, in percent, if it was measured; the head has none."""
+        if self.statistics is None or index >= len(self.statistics):
+            return None
+        return self.statistics[index].outlier_ratios.get(self.settings.outlier_multiple)
 
 
-Statistics = Sequence[BlockStatistics]
+def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | None]:
+    """The plan, made now or by the run that this one resumes; `store` then holds it.
 
-
-def select(
-    names: Sequence[str], linears: Sequence[Mapping[str, int]], skip: Sequence[str]
-) -> Shape:
-    """The Linears to prune: all of `linears` (by block) but those whose name ends in one of `skip`.
-
-    Raises `BadInput` for a name in `skip` that no Linear has, or when nothing is left.
+    Made now, with what a dense pass saw enter the first block, which need not be gathered again.
     """
-    full = [f"{block}.{name}" for block, own in zip(names, linears, strict=True) for name in own]
-    for ending in skip:
-        if not any(_ends(name, ending) for name in full) and ending not in HEADS:
-            known = sorted({name.rpartition(".")[2] for name in full})
-            raise BadInput(f"No layer is called {ending!r}.", f"There are: {', '.join(known)}.")
-    kept = [
-        {
-            name: size
-            for name, size in own.items()
-            if not any(_ends(f"{block}.{name}", ending) for ending in skip)
-        }
-        for block, own in zip(names, linears, strict=True)
-    ]
-    if not any(kept):
-        raise BadInput("With these --skip nothing is left to prune.")
-    return Shape(names, kept)
-
-
-def _ends(name: str, ending: str) -> bool:
-    """Whether `ending` is the whole name, its last parts, or the block it lies in."""
-    return f".{name}.".endswith(f".{ending}.") or name.startswith(f"{ending}.")
-
-
-def block_sparsities(
-    settings: PruneSettings, shape: Shape, statistics: Statistics | None
-) -> list[float]:
-    """One sparsity for every block, by the rule of the allocation (not for "list")."""
-    sizes = shape.sizes
-    allocation = ALLOCATIONS[settings.allocation]
-    assert allocation.rule is not None
-    values = [_value(allocation, block, settings) for block in statistics or ()]
-    found = allocation.rule(settings.sparsity, sizes, values, settings.spread)
-    if settings.group is None:
-        return found
-    size = settings.group[1]
-    return [1 - kept / size for kept in whole_kept(found, sizes, size)]
-
-
-def _value(allocation: Allocation, block: BlockStatistics, settings: PruneSettings) -> float:
-    """The statistic of a block that the allocation's rule asks for."""
-    if allocation.counts_outliers:
-        return block.outlier_ratios[settings.outlier_multiple]
-    return block.median_score
-
-
-def linear_sparsities(
-    settings: PruneSettings, shape: Shape, blocks: Sequence[float] | None
-) -> list[dict[str, float]]:
-    """For each block, its pruned Linears' sparsities by name: `blocks`, or the explicit list."""
-    if settings.layers is None:
-        assert blocks is not None
-        return [dict.fromkeys(own, s) for own, s in zip(shape.linears, blocks, strict=True)]
-    return _explicit(settings.layers, shape)
-
-
-def _explicit(layers: Mapping[str, float], shape: Shape) -> list[dict[str, float]]:
-    used: set[str] = set()
-    found: list[dict[str, float]] = []
-    for block, own in zip(shape.names, shape.linears, strict=True):
-        found.append({})
-        for name in own:
-            for target in (f"{block}.{name}", block):
-                if target in layers:
-                    used.add(target)
-                    found[-1][name] = layers[target]
-                    break
-    strange = [target for target in layers if target not in used]
-    if strange:
-        raise BadInput(
-            f"The recipe's layers are not the model's: it has no {strange[0]}.",
-            f"The model has {len(shape.names)} blocks, {shape.names[0]} to {shape.names[-1]}.",
+    found = store.read("plan.json")
+    if found is not None:
+        return Plan.model_validate(found), None
+    settings, measured, trials = request.settings, None, []
+    if request.tune:
+        candidates = tune.candidates(settings)
+        multiples = list(dict.fromkeys(one.outlier_multiple for one in candidates))
+        measured = measure(request, multiples, store.folder, keep_norms=True)
+        assert request.held_out is not None
+        judge = tune.Judge(
+            request.skeleton, request.shape, measured.norms, request.held_out, store.folder
         )
-    empty = [name for name, own in zip(shape.names, found, strict=True) if not own]
-    if empty and all(target in shape.names for target in layers):
-        raise BadInput(
-            f"The recipe's layers are not the model's: {empty[0]} has no sparsity.",
-            "Resolve the recipe for this model: prune it without the list.",
-        )
-    return found
-
-
-def resolved_layers(
-    shape: Shape, sparsities: Sequence[Mapping[str, float]], all_linears: Sequence[int]
-) -> dict[str, float]:
-    """The targets of a resolved recipe: blocks, or Linears where a block is pruned in part.
-
-    `all_linears`: how many Linears each block has.
-    """
-    layers: dict[str, float] = {}
-    for block, own, count in zip(shape.names, sparsities, all_linears, strict=True):
-        if len(own) == count and len(set(own.values())) == 1:
-            layers[block] = next(iter(own.values()))
-        else:
-            layers |= {f"{block}.{name}": value for name, value in own.items()}
-    return layers
+        trials = judge.trials(candidates, measured.statistics)
+        settings = tune.best(settings, trials)
+    elif ALLOCATIONS[settings.allocation].statistic is not None:
+        measured = measure(request, [settings.outlier_multiple], store.folder)
+    statistics = measured.statistics if measured else None
+    plan = Plan(
+        settings=settings,
+        sparsities=linear_sparsities(settings, request.shape, statistics),
+        statistics=statistics,
+        trials=trials,
+    )
+    store.write("plan.json", plan.model_dump(mode="json"))
+    return plan, measured.first if measured else None

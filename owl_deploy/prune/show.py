@@ -4,7 +4,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from owl_deploy.manifest import CheckpointManifest
+from owl_deploy.manifest import Block, CheckpointManifest
 
 _BAR_WIDTH = 20
 
@@ -16,14 +16,18 @@ def show(manifest: CheckpointManifest, output: str) -> None:
     table.add_column("block")
     for heading in ("outliers %", "asked", "achieved"):
         table.add_column(heading, justify="right")
+    ranges = [_range(block) for block in manifest.blocks]
+    if any(ranges):
+        table.add_column("its Linears", justify="right")
     table.add_column(f"sparsity (all: {whole.asked:.2f})", width=_BAR_WIDTH)
-    for block in manifest.blocks:
+    for block, of_linears in zip(manifest.blocks, ranges, strict=True):
         ratio = block.outlier_ratio
         table.add_row(
             block.name,
             "" if ratio is None else f"{ratio:.3f}",
             f"{block.sparsity:.4f}",
             f"{block.achieved:.4f}",
+            *([of_linears] if any(ranges) else []),
             Bar(1.0, 0.0, block.sparsity, width=_BAR_WIDTH, color="blue"),
         )
     table.add_section()
@@ -42,6 +46,12 @@ def show(manifest: CheckpointManifest, output: str) -> None:
         "The picture is in sparsity.svg.",
         soft_wrap=True,
     )
+
+
+def _range(block: Block) -> str:
+    """The least and the most that was asked of a block's Linears, unless all are asked the same."""
+    asked = [linear.sparsity for linear in block.linears.values()]
+    return f"{min(asked):.2f} to {max(asked):.2f}" if len(set(asked)) > 1 else ""
 
 
 def _show_tuning(console: Console, manifest: CheckpointManifest) -> None:

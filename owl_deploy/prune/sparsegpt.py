@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from owl_deploy.errors import BadInput
+from owl_deploy.methods import SparseGPTOptions
 from owl_deploy.prune import mask
+from owl_deploy.prune.by_score import Group
+from owl_deploy.prune.calibrate import Inputs
 
 
 @dataclass(frozen=True)
@@ -44,23 +47,16 @@ def factorise(hessian: torch.Tensor, dampening: float) -> Factor:
     return Factor(inverse.flip(0, 1).contiguous(), dead)
 
 
-@dataclass(frozen=True)
-class Options:
-    """`block_size`: columns whose updates are delayed together, and whose weights are compared.
-
-    `preserve_mask`: weights that are zero already stay so, and count.
-    """
-
-    block_size: int = 128
-    preserve_mask: bool = False
-
-
 def prune(
-    weight: torch.Tensor,
-    factor: Factor,
-    sparsity: float,
-    group: tuple[int, int] | None,
-    options: Options,
+    weight: torch.Tensor, inputs: Inputs, sparsity: float, group: Group, options: SparseGPTOptions
+) -> torch.Tensor:
+    """The method, as the table of methods calls it (see `by_score`)."""
+    factor = inputs.of_hessian(factorise, options.dampening)
+    return updated(weight, factor, sparsity, group, options)
+
+
+def updated(
+    weight: torch.Tensor, factor: Factor, sparsity: float, group: Group, options: SparseGPTOptions
 ) -> torch.Tensor:
     """The pruned and updated weight [out, in], float32, from a dense one (algorithm 1).
 
@@ -91,7 +87,7 @@ def _prune_block(
     block: torch.Tensor,
     upper: torch.Tensor,
     sparsity: float,
-    group: tuple[int, int] | None,
+    group: Group,
     keep_zero: torch.Tensor | None,
 ) -> torch.Tensor:
     """Prune `block` [out, b] in place; the errors [out, b] that the later columns make up for.

@@ -16,7 +16,8 @@ from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.errors import BadInput
 from owl_deploy.progress import Advance, bar
-from owl_deploy.prune import mask, plan, score
+from owl_deploy.prune import mask, score
+from owl_deploy.prune.sparsities import Shape, Statistics, linear_sparsities
 from owl_deploy.recipe import PruneSettings, kept
 
 HELD_OUT_WINDOWS = 4
@@ -77,7 +78,7 @@ class Judge:
     def __init__(
         self,
         skeleton: Skeleton,
-        shape: plan.Shape,
+        shape: Shape,
         norms: Sequence[LayerNorms],
         windows: torch.Tensor,
         scratch: Path,
@@ -86,16 +87,16 @@ class Judge:
         self.windows, self.scratch = windows, scratch
 
     @torch.no_grad()
-    def trials(self, settings: Sequence[PruneSettings], statistics: plan.Statistics) -> list[Trial]:
+    def trials(self, settings: Sequence[PruneSettings], statistics: Statistics) -> list[Trial]:
         """One trial for each of `settings`."""
-        found = [plan.block_sparsities(one, self.shape, statistics) for one in settings]
+        found = [linear_sparsities(one, self.shape, statistics) for one in settings]
         start = self.skeleton.embed(self.windows, len(self.windows), self.scratch)
         states = [start.copy() for _ in settings]
         total = len(self.shape.names) * len(settings) * len(self.windows)
         with bar("Trying allocations", total) as advance:
             for index in range(len(self.shape.names)):
-                sparsities = [blocks[index] for blocks in found]
-                self._run_block(index, sparsities, settings[0].group, states, advance)
+                asked = [blocks[index] for blocks in found]
+                self._run_block(index, asked, settings[0].group, states, advance)
         losses = self.skeleton.losses(self.windows, states)
         return [
             Trial(one.outlier_multiple, one.spread, loss)
@@ -105,12 +106,12 @@ class Judge:
     def _run_block(
         self,
         index: int,
-        sparsities: Sequence[float],
+        asked: Sequence[Mapping[str, float]],
         group: tuple[int, int] | None,
         states: Sequence[Activations],
         advance: Advance,
     ) -> None:
-        """Run block `index` once for each state, pruned to that state's sparsity."""
+        """Run block `index` once for each state, its Linears pruned to what that state asks."""
         with self.skeleton.loaded(self.shape.names[index]) as block:
             linears = self.skeleton.linears(index)
             dense = {name: linears[name].weight.clone() for name in self.shape.linears[index]}
@@ -118,9 +119,9 @@ class Judge:
                 name: score.wanda(weight.float(), self.norms[index][name])
                 for name, weight in dense.items()
             }
-            for state, sparsity in zip(states, sparsities, strict=True):
+            for state, wanted in zip(states, asked, strict=True):
                 for name, weight in dense.items():
-                    removed = _removed(scores[name], sparsity, group)
+                    removed = _removed(scores[name], wanted[name], group)
                     linears[name].weight.copy_(weight.masked_fill(removed, 0))
                 state.through(block, index, advance, keep=True)
 

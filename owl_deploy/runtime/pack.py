@@ -146,18 +146,18 @@ def pack(
     rows, cols = weight.shape
     encoded, scales, exponent = traits.encode(np.asarray(weight, dtype=np.float32), planes)
     cells = _to_cells(encoded, traits.pack)  # [groups, cells, 16 * pack]
-    regions: list[tuple[str, bytes]] = []
+    regions: list[tuple[str, NDArray[np.generic]]] = []
     nonzeros = int(np.count_nonzero(encoded))
     if sparse:
         mask = cells != 0
         packed, index = _compress(cells, mask)
-        regions.append(("mask", np.packbits(mask, axis=-1, bitorder="little").tobytes()))
-        regions.append(("index", index.astype("<u4").tobytes()))
+        regions.append(("mask", np.packbits(mask, axis=-1, bitorder="little")))
+        regions.append(("index", index.astype("<u4")))
     else:
-        packed = _to_planes(cells.view(np.int8), cols) if planes else cells.tobytes()
+        packed = _to_planes(cells.view(np.int8), cols) if planes else cells
     if scales is not None:
-        regions.append(("scale", scales.tobytes()))
-    regions.append(("value", packed + bytes(ALIGNMENT)))
+        regions.append(("scale", scales))
+    regions.append(("value", packed))
     flags = _SPARSE if sparse else _PLANES if planes else _DENSE
     kind = (traits.code, flags)
     return _assemble(kind, (rows, cols, cells.shape[1], nonzeros), exponent, regions)
@@ -244,9 +244,15 @@ def _encode_fp32(weight: NDArray[np.float32], planes: bool) -> _Encoded:
 def _encode_bf16(weight: NDArray[np.float32], planes: bool) -> _Encoded:
     """Round to nearest, ties to even; NaN stays NaN, denormals become zero."""
     bits = weight.view(np.uint32)
-    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    rounded = np.where(np.isnan(weight), np.uint16(0x7FC0), rounded)
-    return np.where((rounded & 0x7F80) == 0, np.uint16(0), rounded), None, 0
+    sums = bits >> 16
+    sums &= 1
+    sums += 0x7FFF
+    sums += bits  # only a NaN's can overflow
+    sums >>= 16
+    rounded = sums.astype(np.uint16)
+    rounded[np.isnan(weight)] = 0x7FC0
+    rounded[(rounded & 0x7F80) == 0] = 0
+    return rounded, None, 0
 
 
 def _encode_int8(weight: NDArray[np.float32], planes: bool) -> _Encoded:
@@ -274,19 +280,19 @@ def _decode_scales(codes: NDArray[np.uint8], exponent: int) -> NDArray[np.float3
     return ((codes.astype(np.uint32) << 19) + np.uint32(exponent << 23)).view(np.float32)
 
 
-def _to_planes(cells: NDArray[np.int8], cols: int) -> bytes:
+def _to_planes(cells: NDArray[np.int8], cols: int) -> NDArray[np.generic]:
     """int8 cells [groups, cells, 64] -> the high plane and the low plane."""
     high = (cells + np.int8(8)) >> 4
     rows = _cells_to_matrix(cells - 16 * high, TRAITS["int8"].pack)
     low = np.zeros((len(rows), -(-cols // LOW_COLUMNS) * LOW_COLUMNS), dtype=np.int8)
     low[:, :cols] = rows[:, :cols]
-    return _join_nibbles(high) + _join_nibbles(low)
+    return np.concatenate((_join_nibbles(high), _join_nibbles(low)))
 
 
-def _join_nibbles(values: NDArray[np.int8]) -> bytes:
+def _join_nibbles(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Values in [-8, 7]: of each 128, the first 64 as lower halves and the others as upper ones."""
     halves = (values + np.int8(8)).view(np.uint8).reshape(-1, 2, 64)
-    return (halves[:, 0] | halves[:, 1] << 4).tobytes()
+    return halves[:, 0] | halves[:, 1] << np.uint8(4)
 
 
 def _split_nibbles(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
@@ -357,7 +363,7 @@ def _cells_to_matrix(cells: NDArray[Any], packed_columns: int) -> NDArray[Any]:
 
 def _compress(
     cells: NDArray[np.generic], mask: NDArray[np.bool_]
-) -> tuple[bytes, NDArray[np.uint32]]:
+) -> tuple[NDArray[np.generic], NDArray[np.uint32]]:
     """Each group's non-zeros, padded to 64 bytes, and the index of their starts."""
     parts: list[bytes] = []
     index = np.zeros(len(cells) + 1, dtype=np.uint32)
@@ -366,26 +372,29 @@ def _compress(
         stored += bytes(-len(stored) % ALIGNMENT)
         parts.append(stored)
         index[group + 1] = index[group] + len(stored) // ALIGNMENT
-    return b"".join(parts), index
+    return np.frombuffer(b"".join(parts), np.uint8), index
 
 
 def _assemble(
     kind: tuple[int, int],
     extents: tuple[int, int, int, int],
     scale_exponent: int,
-    regions: list[tuple[str, bytes]],
+    regions: list[tuple[str, NDArray[np.generic]]],
 ) -> Block:
-    """Header and regions, each region at a multiple of 64."""
+    """Header, regions, each at a multiple of 64, and the tail."""
     offsets = dict.fromkeys(("mask", "index", "scale", "value"), 0)
-    body = bytearray()
-    for name, data in regions:
-        body += bytes(-len(body) % ALIGNMENT)
-        offsets[name] = _HEADER.size + len(body)
-        body += data
-    total = _HEADER.size + len(body)
-    places = (*offsets.values(), total, scale_exponent)
+    end = _HEADER.size
+    for name, region in regions:
+        offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offsets[name] + region.nbytes
+    block = np.zeros(end + ALIGNMENT, dtype=np.uint8)
+    places = (*offsets.values(), block.size, scale_exponent)
     header = _HEADER.pack(MAGIC, VERSION, *kind, GROUP_ROWS, *extents, *places)
-    return np.frombuffer(header + bytes(body), dtype=np.uint8)
+    block[: _HEADER.size] = np.frombuffer(header, np.uint8)
+    for name, region in regions:
+        place = slice(offsets[name], offsets[name] + region.nbytes)
+        block[place] = np.ascontiguousarray(region).reshape(-1).view(np.uint8)
+    return block
 
 
 def read_header(block: Block) -> PackedInfo:

@@ -72,7 +72,8 @@ def test_folders_may_be_strings_and_defaults_do(work):
         "text.txt",
         api.FinetuneSettings(method="masked", max_steps=1, sequence_length=32),
     )
-    assert tuned["finetune"]["steps"] == 1
+    assert tuned.finetune
+    assert tuned.finetune.steps == 1
     api.export("tuned", "deployment", target="onnxruntime")
     speed = api.Speed()
     assert list(api.generate("deployment", "The river ran", speed=speed))

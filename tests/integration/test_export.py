@@ -162,7 +162,7 @@ def lose_tokenizer(folder):
         (change_config(model_type="bloom"), "Unknown model family 'bloom'"),
         (change_config(num_local_experts=8), "mixture of experts"),
         (change_config(architectures=["LlamaModel"]), "is no causal language model"),
-        (change_config(quantization_config={"quant_method": "gptq"}), "quantized already"),
+        (change_config(quantization_config={"quant_method": "gptq"}), "is quantized"),
     ],
 )
 def test_a_broken_checkpoint(owl, llama, tmp_path, damage, complaint, target):

@@ -152,13 +152,13 @@ import sys
 import torch
 torch.set_num_threads(1)
 from owl_deploy import cli
-from owl_deploy.prune import run
+from owl_deploy.prune import write
 
 def wait(*_):
     print("writing", flush=True)
     sys.stdin.read()
 
-run._assemble = wait
+write.assemble = wait
 cli.main()
 """
 

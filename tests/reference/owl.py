@@ -58,6 +58,29 @@ def owl_sparsities(ratios: list[float], target: float, spread: float) -> list[fl
     return [1 - (value - mean + 1 - target) for value in scaled]
 
 
+def linear_outlier_ratios(
+    model: torch.nn.Module, windows: torch.Tensor, multiple: float
+) -> dict[str, float]:
+    """Percent of each Linear's Wanda scores above `multiple` times that Linear's own mean."""
+    ratios = {}
+    for name, norm in block_inputs(model, windows).items():
+        rows = (model.get_submodule(name).weight.detach().double().abs() * norm).tolist()
+        scores = [score for row in rows for score in row]
+        mean = sum(scores) / len(scores)
+        ratios[name] = 100.0 * len([s for s in scores if s > multiple * mean]) / len(scores)
+    return ratios
+
+
+def owl_linear_sparsities(
+    ratios: dict[str, float], sizes: dict[str, int], target: float, spread: float
+) -> dict[str, float]:
+    """The same map for Linears of several sizes, whose mean counts each weight once."""
+    low, high = min(ratios.values()), max(ratios.values())
+    scaled = {name: (ratio - low) / (high - low) * 2 * spread for name, ratio in ratios.items()}
+    mean = sum(scaled[name] * sizes[name] for name in ratios) / sum(sizes.values())
+    return {name: 1 - (scaled[name] - mean + 1 - target) for name in ratios}
+
+
 def lowest(scores: list[float], count: int) -> set[int]:
     """The indices of the `count` lowest scores; of equal ones, the first."""
     return {index for _, index in sorted((s, i) for i, s in enumerate(scores))[:count]}
@@ -88,10 +111,25 @@ def wanda_prune(
     model: torch.nn.Module, windows: torch.Tensor, sparsities: list[float]
 ) -> torch.nn.Module:
     """Prune block after block; each sees what the pruned blocks before it give."""
-    for index, sparsity in enumerate(sparsities):
+    names = block_inputs(model, windows[:1])
+    each = {
+        name: sparsity
+        for index, sparsity in enumerate(sparsities)
+        for name in names
+        if f".layers.{index}." in name
+    }
+    return wanda_prune_linears(model, windows, each)
+
+
+def wanda_prune_linears(
+    model: torch.nn.Module, windows: torch.Tensor, sparsities: dict[str, float]
+) -> torch.nn.Module:
+    """The same with a sparsity for each Linear by its name."""
+    for index in range(model.config.num_hidden_layers):
         norms = block_inputs(model, windows)
-        for name, module in model.named_modules():
-            if name in norms and f".layers.{index}." in name:
+        for name, sparsity in sparsities.items():
+            if f".layers.{index}." in name:
+                module = model.get_submodule(name)
                 mask = wanda_mask(module.weight.detach(), norms[name].float(), sparsity)
                 module.weight.data[mask] = 0
     return model

@@ -119,22 +119,26 @@ def one_shot(library, model, resolved):
 
 @pytest.mark.parametrize("library", ONE_SHOT)
 @pytest.mark.parametrize(
-    ("method", "structure"),
+    ("method", "structure", "allocation"),
     [
-        ("wanda", "unstructured"),
-        ("sparsegpt", "unstructured"),
-        ("wanda", "4:8"),
-        ("sparsegpt", "2:4"),
+        ("wanda", "unstructured", "owl"),
+        ("sparsegpt", "unstructured", "owl"),
+        ("wanda", "unstructured", "owl-per-linear"),
+        ("wanda", "4:8", "owl"),
+        ("sparsegpt", "4:8", "owl-per-linear"),
+        ("sparsegpt", "2:4", "owl"),
     ],
 )
 def test_their_one_shot_applies_our_resolved_recipe(
-    tmp_path, text_file, method, structure, library
+    tmp_path, text_file, method, structure, allocation, library
 ):
     """Rows of a thousand weights and more: the libraries round each row's count down."""
     model = tiny.write_llama(
         tmp_path / "dense", hidden_size=1024, intermediate_size=2048, num_hidden_layers=3
     )
-    settings = recipe.settings(method=method, structure=structure, outlier_multiple=2)
+    settings = recipe.settings(
+        method=method, structure=structure, allocation=allocation, outlier_multiple=2
+    )
     text = Calibration(str(text_file), samples=3, sequence_length=64)
     manifest = prune(model, tmp_path / "ours", settings, text).to_json()
     found = one_shot(library, model, tmp_path / "ours" / "recipe.yaml")

@@ -6,9 +6,9 @@ import torch
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
-from owl_deploy.prune import methods, sparsegpt
-from owl_deploy.prune.calibrate import InputStatistics
-from owl_deploy.prune.run import _Asked
+from owl_deploy.methods import SparseGPTOptions
+from owl_deploy.prune import by_score, sparsegpt
+from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -31,7 +31,7 @@ def test_sparsegpt_reconstructs_better_than_wanda(tmp_path):
     tokens = tokenize(load_tokenizer(folder), load_text(str(demo_input() / CALIBRATION)))
     windows = calibration_windows(tokens, SAMPLES, LENGTH, 0)
     hidden = skeleton.embed(windows, 1, tmp_path)
-    table = methods.methods(sparsegpt.Options())
+    options = SparseGPTOptions()
     for index in range(BLOCKS):
         with skeleton.loaded(skeleton.names[index]) as block:
             linears = skeleton.linears(index)
@@ -41,10 +41,10 @@ def test_sparsegpt_reconstructs_better_than_wanda(tmp_path):
                 hidden.through(block, index, lambda _: None, keep=True)
             dense = {name: linear.weight.clone() for name, linear in linears.items()}
             errors = {}
-            for method in ("wanda", "sparsegpt"):
+            for method, function in (("wanda", by_score.wanda), ("sparsegpt", sparsegpt.prune)):
                 for name, weight in dense.items():
-                    asked = _Asked(statistics, name, 0.01)
-                    linears[name].weight.copy_(table[method].prune(weight, asked, 0.7, None))
+                    pruned = function(weight, Inputs(statistics, name), 0.7, None, options)
+                    linears[name].weight.copy_(pruned)
                 errors[method] = squared_error(
                     block, hidden.arguments[index], before, hidden.hidden
                 )

@@ -16,6 +16,12 @@ def test_the_hand_worked_case():
     assert found == pytest.approx([0.77111, 0.71778, 0.61111], abs=5e-6)
 
 
+def test_the_hand_worked_case_for_linears():
+    # Scaled to a range of 0.16: 0, 0.16 / 3, 0.16. Their mean over 60 weights is 4.8 / 60 = 0.08.
+    found = allocation.owl(0.7, [10, 30, 20], [1, 2, 4], 0.08)
+    assert found == pytest.approx([0.78, 0.78 - 0.16 / 3, 0.62])
+
+
 def test_equals_the_papers_map_where_no_bound_is_hit():
     ratios = [0.4, 1.7, 0.9, 3.3, 2.0]
     found = allocation.owl(0.6, [7] * 5, ratios, 0.1)
@@ -73,6 +79,24 @@ def test_whole_numbers_hold_the_mean_as_closely_as_they_can(target, spread):
     assert abs(sum(kept) / 12 - 8 * (1 - target)) <= 0.5 / 12 + 1e-9
     for value, sparsity in zip(kept, wanted, strict=True):
         assert abs(value - 8 * (1 - sparsity)) < 1
+
+
+def test_the_hand_worked_case_of_whole_numbers():
+    # 1.5, 1.4 and 1.2 of 8: 2.9 weights short of it, of which two parts of one weight give 2.
+    found = allocation.whole_kept([1 - 1.5 / 8, 1 - 1.4 / 8, 1 - 1.2 / 8], [1, 1, 10], 8)
+    assert found == [2, 2, 1]
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.55, 0.625])
+def test_whole_numbers_of_parts_that_differ_in_size(target):
+    generator = torch.Generator().manual_seed(4)
+    sizes = [*[9, 3, 3, 9, 40, 40, 40] * 4]
+    ratios = torch.rand(len(sizes), generator=generator).tolist()
+    wanted = allocation.owl(target, sizes, ratios, 0.2)
+    kept = allocation.whole_kept(wanted, sizes, 8)
+    missed = sum((k - 8 * (1 - s)) * n for k, s, n in zip(kept, wanted, sizes, strict=True))
+    assert abs(missed) <= max(sizes) / 2
+    assert all(abs(k - 8 * (1 - s)) < 1 for k, s in zip(kept, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", [n for n, row in allocation.ALLOCATIONS.items() if row.rule])

@@ -1,11 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from owl_deploy import artefact
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, EnvironmentFailed
 
 
 def write_folder(path, content="new", force=False):
@@ -114,21 +115,27 @@ def test_two_processes_at_one_output(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
-def test_a_lock_that_its_holder_removes_meanwhile(tmp_path, monkeypatch):
-    """Who opened the file before it was removed does not hold what the next one makes anew."""
-    flock, calls = artefact.fcntl.flock, []
+def test_a_run_that_lost_its_lease_publishes_nothing(tmp_path):
+    """As one whose machine slept for an hour, while another machine made the output."""
+    out = tmp_path / "out"
+    lock = tmp_path / ".out.owl-lock"
 
-    def removing(file, how):
-        flock(file, how)
-        calls.append(file)
-        if len(calls) == 1:
-            (tmp_path / ".out.owl-lock").unlink()
+    def take_over():
+        lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "b", "of": ["b"]}))
 
-    monkeypatch.setattr(artefact.fcntl, "flock", removing)
-    with artefact.only_writer(tmp_path / "out"), pytest.raises(BadInput, match="Another run"):
-        write_folder(tmp_path / "out")
-    assert calls[0].closed
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(EnvironmentFailed, match=r"took .*out over"), artefact.staged_folder(out):
+        take_over()
+    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".out.owl-lock"]  # it is the other's
+
+
+def test_what_a_kill_left_of_json_is_cleared_a_while_later(tmp_path):
+    fresh, old = (tmp_path / f".a.json.owl-tmp-{name}" for name in ("fresh", "old"))
+    for path in (fresh, old):
+        path.write_text("{")
+    os.utime(old, (0, 0))
+    artefact.write_json(tmp_path / "a.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, "a.json"]
 
 
 def test_an_output_within_its_input_or_around_it(tmp_path):

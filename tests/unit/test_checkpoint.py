@@ -3,11 +3,12 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import checkpoint
 from owl_deploy.errors import BadInput
-from owl_deploy.families import FAMILIES, family_of
+from owl_deploy.families import family_of
 
 
 @pytest.fixture
@@ -74,15 +75,14 @@ def test_quantized_weights(copy):
 def test_the_config_counts_the_blocks(copy, count):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
-    opened = checkpoint.open_checkpoint(copy)
     if count == 2:
-        assert opened.blocks(FAMILIES["llama"]) == ["model.layers.0", "model.layers.1"]
+        assert checkpoint.open_checkpoint(copy).blocks == ["model.layers.0", "model.layers.1"]
         return
     complaint = (
         r"counts 1 .* model\.layers\.1 as well" if count == 1 else f"counts {count!r} blocks"
     )
     with pytest.raises(BadInput, match=complaint):
-        opened.blocks(FAMILIES["llama"])
+        checkpoint.open_checkpoint(copy)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,43 @@ def test_the_config_counts_the_blocks(copy, count):
         ({"num_hidden_layers": 1_000_000}, r"counts 1000000 blocks.* hold no model\.layers\.2"),
         ({"vocab_size": 321}, r"a vocab_size of 321, and model\.embed_tokens.* has 320 rows"),
         ({"vocab_size": "320"}, r"a vocab_size of '320'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized"),
+        ({"model_type": "lama"}, "Unknown model family 'lama'"),
     ],
 )
 def test_the_config_is_that_of_the_weights(copy, change, complaint):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(BadInput, match=complaint):
-        checkpoint.open_checkpoint(copy).blocks(FAMILIES["llama"])
+        checkpoint.open_checkpoint(copy)
+
+
+def test_the_whole_model_is_what_transformers_loads(llama):
+    found = checkpoint.open_checkpoint(llama).load(torch.bfloat16)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    assert not found.training
+    for name, parameter in found.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+        assert not parameter.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("model.norm.weight", lambda weight: weight * torch.nan, r"norm\.weight.* NaN"),
+        ("model.norm.weight", lambda weight: weight[:-1].clone(), "transformers cannot load"),
+        ("model.norm.weight", lambda weight: weight.to(torch.int8), "is quantized: it holds int8"),
+        ("model.norm.weight", None, r"lacks 1 tensors, 'model\.norm\.weight'"),
+    ],
+)
+def test_a_whole_model_with_a_wrong_tensor_is_refused(copy, name, change, complaint):
+    tensors = load_file(copy / "model.safetensors")
+    weight = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(weight)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=complaint):
+        checkpoint.open_checkpoint(copy).load(torch.float32)
 
 
 def test_a_config_nested_too_deep(copy):

@@ -1,4 +1,11 @@
-from owl_deploy.demo import FIRST_LOOK, FULL
+"""The demo's plan, as it is; the whole demo runs as `make demo`."""
+
+from pathlib import Path
+
+import pytest
+
+from owl_deploy.demo import FIRST_LOOK, FULL, tasks
+from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, needs
 
 
 def test_the_first_look_is_a_part_of_the_full_demo():
@@ -7,3 +14,32 @@ def test_the_first_look_is_a_part_of_the_full_demo():
         assert variant.settings == full[variant.name].settings
         assert set(variant.roads) <= set(full[variant.name].roads)
     assert FIRST_LOOK.windows < FULL.windows
+
+
+@pytest.mark.parametrize("plan", [FIRST_LOOK, FULL], ids=["first look", "full"])
+@pytest.mark.parametrize("has_owl", [True, False])
+def test_every_deployment_is_made_evaluated_and_benched_once(plan, has_owl):
+    made = tasks(plan, Path("input"), Path("out"), has_owl=has_owl)
+    assert len({task.output for task in made}) == len(made)
+    roads = [
+        f"{variant.name}-{target}-{precision}"
+        for variant in plan.variants
+        for target, precision in variant.roads
+        if has_owl or target != "owl"
+    ]
+    exports = [task for task in made if isinstance(task, Export)]
+    assert [task.output.name for task in exports] == roads
+    bench = made[-1]
+    assert isinstance(bench, Bench)
+    benched = (*bench.plan.candidates, *bench.plan.baselines)
+    assert sorted(path.name for path in benched) == sorted(roads)
+    assert all(path.name.startswith("dense") for path in bench.plan.baselines)
+    before = needs(made)
+    # The benchmark shows each deployment's perplexity, which is to be there first.
+    assert len(before[-1]) == 2 * len(roads)
+    for task, numbers in zip(made, before, strict=True):
+        expected = {Prune: 0, Export: int("dense" not in task.output.name)}.get(type(task))
+        assert expected is None or len(numbers) == expected
+    for task in made:
+        if isinstance(task, Evaluate):
+            assert (task.known is not None) == task.model.name.endswith("-fp32")

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import yaml
 
 from owl_deploy import recipe
 from owl_deploy.errors import BadInput
+from owl_deploy.methods import METHODS, Options, SparseGPTOptions
 
 RECIPES = list(recipe.shipped().values())
 
@@ -25,36 +27,44 @@ def test_there_are_shipped_recipes():
     assert RECIPES
 
 
-@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_resolved_recipe_reads_back(tmp_path, method):
     layers = {"model.layers.0": 0.125, "model.layers.1": 0.1 + 0.2, "model.layers.10": 0.7}
-    given = recipe.settings(method=method, block_size=64, dampening=0.02)
+    options = {"block_size": 64, "dampening": 0.02, "preserve_mask": True}
+    given = recipe.settings(method=method, options=options if method == "sparsegpt" else {})
     text = recipe.dump_resolved(given, layers)
     found = recipe.settings(**recipe.load(write(tmp_path, text)))
     assert (found.allocation, found.layers) == ("list", layers)
     assert found.method == method.removesuffix("-variant")
-    if method == "sparsegpt":
-        assert (found.block_size, found.dampening) == (64, 0.02)
+    assert found.options == given.options
     assert set(yaml.safe_load(text)) == {"oneshot_stage"}
 
 
-@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_resolved_recipe_with_mixed_groups_reads_back(tmp_path, method):
-    layers = {"model.layers.0": 0.625, "model.layers.1": 0.5, "model.layers.2": 0.375}
-    text = recipe.dump_resolved(recipe.settings(method=method, structure="4:8"), layers)
+    layers = {"model.layers.0": 0.875, "model.layers.1": 0.5, "model.layers.2": 0.75}
+    text = recipe.dump_resolved(recipe.settings(method=method, structure="2:8"), layers)
     removed = {  # by block; SparseML says how many go
         re.search(r"[012]", name).group(): group["mask_structure"]
         for group in modifiers(text)
         for name in group["targets"]
     }
-    assert removed == {"0": "5:8", "1": "4:8", "2": "3:8"}
+    assert removed == {"0": "7:8", "1": "4:8", "2": "6:8"}
     found = recipe.settings(**recipe.load(write(tmp_path, text)))
-    assert (found.layers, found.group) == (layers, (4, 8))
+    assert (found.layers, found.group) == (layers, (2, 8))  # of 1, 4 and 2 that are kept
 
 
 def modifiers(text: str) -> list[dict]:
     stage = yaml.safe_load(text)["oneshot_stage"]
     return [arguments for group in stage.values() for arguments in group.values()]
+
+
+def test_a_part_of_a_mixed_structure_may_stay_dense(tmp_path):
+    layers = {"model.layers.0.q": 0.0, "model.layers.0.k": 0.5}
+    text = recipe.dump_resolved(recipe.settings(structure="6:8"), layers)
+    assert {group["mask_structure"] for group in modifiers(text)} == {"0:8", "4:8"}
+    found = recipe.settings(**recipe.load(write(tmp_path, text)))
+    assert (found.layers, found.group) == (layers, (6, 8))
 
 
 def test_a_magnitude_target_is_the_weights_of_linears():
@@ -107,8 +117,8 @@ oneshot_stage:
     WandaPruningModifier:
       sparsity: 0.7
       sparsity_profile: owl
-      owl_m: 5
-      owl_lmbda: 0.08
+      owl_m: 7
+      owl_lmbda: 0.11
       mask_structure: "0:0"
       sequential_update: true
       targets: ['re:model.layers.\d+$']
@@ -116,7 +126,7 @@ oneshot_stage:
     )
     found = recipe.settings(**recipe.load(path))
     assert (found.method, found.allocation, found.sparsity) == ("wanda", "owl", 0.7)
-    assert (found.outlier_multiple, found.spread) == (5, 0.08)
+    assert (found.outlier_multiple, found.spread) == (7, 0.11)  # not the defaults
 
 
 @pytest.mark.parametrize(
@@ -183,8 +193,10 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
         ({"structure": "0:4"}, "neither 'unstructured' nor N:M"),
         ({"structure": "2-4"}, "neither 'unstructured' nor N:M"),
         ({"structure": "2:4", "sparsity": 0.7}, "contradicts the structure"),
-        ({"block_size": 0}, "block_size"),
-        ({"dampening": -1}, "dampening"),
+        ({"method": "sparsegpt", "options": {"block_size": 0}}, "^block_size in the options of"),
+        ({"method": "sparsegpt", "options": {"dampening": -1}}, "^dampening in the options of"),
+        ({"method": "sparsegpt", "options": {"blocks": 1}}, "no option 'blocks'. It has: block_"),
+        ({"options": {"dampening": 0.1}}, "wanda has no option 'dampening'. It has: none."),
         ({"allocation": "list"}, "come together"),
     ],
 )
@@ -194,6 +206,38 @@ def test_impossible_settings_get_a_sentence(values, complaint):
 
 
 def test_a_method_that_sparseml_lacks_is_not_written_as_another(monkeypatch):
-    monkeypatch.setattr(recipe, "METHODS", {**recipe.METHODS, "own": None})
+    row = dataclasses.replace(METHODS["wanda"], modifier=None)
+    monkeypatch.setitem(METHODS, "own", row)
     with pytest.raises(BadInput, match="nothing that prunes as own does"):
         recipe.dump_resolved(recipe.settings(method="own"), {"model.layers.0": 0.5})
+
+
+def test_every_modifier_names_options_that_its_method_has():
+    for row in METHODS.values():
+        if row.modifier is not None:
+            assert row.modifier.arguments.keys() == row.options.model_fields.keys()
+
+
+def test_options_of_a_recipe_go_with_its_method():
+    gpt = {"options": {"block_size": 64}}
+    kept = recipe.merged("owl-sparsegpt-50", gpt).options
+    assert kept == SparseGPTOptions(block_size=64)
+    assert recipe.merged("owl-sparsegpt-50", {"method": "wanda"}).options == Options()
+    settings = recipe.merged("owl-wanda-50", {"method": "sparsegpt", **gpt})
+    assert (settings.options, settings.sparsity) == (kept, 0.5)
+
+
+def test_settings_are_read_back_from_json_with_their_options():
+    given = recipe.settings(method="sparsegpt", options={"dampening": 0.25})
+    assert recipe.PruneSettings.model_validate_json(given.model_dump_json()) == given
+
+
+def test_a_checkpoint_is_its_recipe(tmp_path, monkeypatch):
+    path = write(tmp_path, "text")
+    assert recipe.find(tmp_path) == path
+    path.unlink()
+    with pytest.raises(BadInput, match=r"holds no recipe\.yaml"):
+        recipe.find(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("owl-wanda-50").mkdir()
+    assert recipe.find("owl-wanda-50") == recipe.shipped()["owl-wanda-50"]

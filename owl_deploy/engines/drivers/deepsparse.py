@@ -32,28 +32,16 @@ class Driver:
         """Import the engine, which is no part of the load time."""
         import deepsparse  # noqa: F401
 
-    def load(
-        self,
-        folder: str,
-        threads: int,
-        context: int,
-        library: str,
-        all_logits: bool,
-        batch: int,
-        streams: int,
-    ) -> dict[str, Any]:
-        """Compile both engines for `context` tokens, on `threads` cores."""
+    def load(self, asked: Any) -> dict[str, Any]:  # noqa: ANN401 - worker.py's Asked
+        """Compile both engines for as many tokens as asked, or a few more."""
         import deepsparse
 
         # With other lengths (160 was seen) it corrupts its heap, and crashes one time in eight.
-        context = -(-context // CHUNK) * CHUNK
+        context = -(-asked.context // CHUNK) * CHUNK
         # It aborts on an empty past, so a chunk must leave room for one.
         steps = (CHUNK, 1) if context > CHUNK else (1,)
-        source = Path(folder)
-        engines = {
-            step: compile_step(source, threads, context, step, batch, streams) for step in steps
-        }
-        self.streams = [Decoder(engines, context, batch) for _ in range(streams)]
+        engines = {step: compile_step(asked, context, step) for step in steps}
+        self.streams = [Decoder(engines, context, asked.batch) for _ in range(asked.streams)]
         one = engines[1]
         return {
             "version": deepsparse.__version__,
@@ -141,9 +129,7 @@ def step_inputs(tokens: list[int], count: int, context: int) -> dict[str, np.nda
     }
 
 
-def compile_step(
-    folder: Path, threads: int, context: int, step: int, batch: int, streams: int
-) -> Any:  # noqa: ANN401 - a type without stubs
+def compile_step(asked: Any, context: int, step: int) -> Any:  # noqa: ANN401 - see load; no stubs
     """A compiled engine for steps of `step` tokens, from a private copy of the model file.
 
     The shapes have to be fixed in the file itself. The copy lies in a folder of its own, beside
@@ -153,18 +139,19 @@ def compile_step(
 
     private = Path(tempfile.mkdtemp(prefix="owl-deepsparse-"))
     try:
+        folder = Path(asked.folder)
         for path in folder.iterdir():
             if path.name != MODEL:
                 (private / path.name).symlink_to(path)
-        cached = write_fixed_copy(folder / MODEL, private / MODEL, context, step, batch)
+        cached = write_fixed_copy(folder / MODEL, private / MODEL, context, step, asked.batch)
         forget_peak_memory()
-        several = {"num_streams": streams, "scheduler": Scheduler.multi_stream}
+        several = {"num_streams": asked.streams, "scheduler": Scheduler.multi_stream}
         return Engine(
             str(private / MODEL),
-            batch_size=batch,
-            num_cores=threads,
+            batch_size=asked.batch,
+            num_cores=asked.threads,
             cached_outputs=cached,
-            **(several if streams > 1 else {}),
+            **(several if asked.streams > 1 else {}),
         )
     finally:
         shutil.rmtree(private, ignore_errors=True)

@@ -38,24 +38,15 @@ class Driver:
     def prepare(self) -> None:
         """Nothing to import."""
 
-    def load(
-        self,
-        folder: str,
-        threads: int,
-        context: int,
-        library: str,
-        all_logits: bool,
-        batch: int,
-        streams: int,
-    ) -> dict[str, Any]:
+    def load(self, asked: Any) -> dict[str, Any]:  # noqa: ANN401 - worker.py's Asked
         """Read the behaviour."""
-        text = (Path(folder) / "fake.json").read_text(encoding="utf-8")
+        text = (Path(asked.folder) / "fake.json").read_text(encoding="utf-8")
         self.behaviour: dict[str, Any] = json.loads(text)
         print("fake engine: loading")  # noqa: T201 - engines print to stdout; it must do no harm
         self._maybe_fail("load")
         self.factor = math.exp(random.gauss(0.0, self.behaviour.get("noise", 0.0)))
         self.now += self.behaviour.get("load_s", 0.0)
-        self.streams = [self] * streams
+        self.streams = [self] * asked.streams
         return {"version": "1", "runtime": "fake 1", "isa": "", "through": "nothing"}
 
     def reset(self) -> None:

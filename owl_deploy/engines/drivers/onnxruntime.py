@@ -29,30 +29,23 @@ class Driver:
 
         onnxruntime_genai.disable_telemetry_events()
 
-    def load(
-        self,
-        folder: str,
-        threads: int,
-        context: int,
-        library: str,
-        all_logits: bool,
-        batch: int,
-        streams: int,
-    ) -> dict[str, Any]:
+    def load(self, asked: Any) -> dict[str, Any]:  # noqa: ANN401 - worker.py's Asked
         """Open with onnxruntime-genai, or with a plain session when it cannot or `all_logits`."""
         import onnxruntime
         import onnxruntime_genai
 
-        genai = (Path(folder) / GENAI_CONFIG).is_file() and not all_logits
+        folder = Path(asked.folder)
+        genai = (folder / GENAI_CONFIG).is_file() and not asked.all_logits
         if genai:
             # The token chosen last is counted, though never run: one more than the model takes.
-            length = max(context + 1, model_config(Path(folder))["context_length"])
-            model = open_genai(folder, threads, library, eos_token_id=[], context_length=length)
-            self.streams = [Genai(model, context, batch) for _ in range(streams)]
+            length = max(asked.context + 1, model_config(folder)["context_length"])
+            over = {"eos_token_id": [], "context_length": length}
+            model = open_genai(asked.folder, asked.threads, asked.library, **over)
+            self.streams = [Genai(model, asked.context, asked.batch) for _ in range(asked.streams)]
         else:
-            session = open_session(Path(folder), threads, library)
-            head_size = decoder_config(Path(folder)).get("head_size")
-            self.streams = [Session(session, batch, head_size) for _ in range(streams)]
+            session = open_session(folder, asked.threads, asked.library)
+            size = decoder_config(folder).get("head_size")
+            self.streams = [Session(session, asked.batch, size) for _ in range(asked.streams)]
         return {
             "version": onnxruntime_genai.__version__ if genai else onnxruntime.__version__,
             "runtime": "onnxruntime " + onnxruntime.__version__,

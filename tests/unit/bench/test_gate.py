@@ -56,13 +56,15 @@ def test_a_speedup_is_an_improvement() -> None:
 @pytest.mark.parametrize(("was", "now"), [(7, 24), (24, 7), (0, 8)])
 def test_too_few_rounds_are_inconclusive(was: int, now: int) -> None:
     verdict = gate.judge_time("m", ratios(1, was), ratios(2, now, 0.5), 0.05)
-    assert verdict.word == "INCONCLUSIVE"
+    assert verdict == gate.Verdict("m", "INCONCLUSIVE", f"{min(was, now)} rounds, and 8 are needed")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_time_that_is_no_number_is_never_ok(bad: float) -> None:
     assert gate.judge_time("m", [0.0] * 8, [0.0] * 7 + [bad], 0.05).word == "INCOMPARABLE"
-    assert gate.judge_time("m", [bad] * 8, [0.0] * 8, 0.05).word == "INCOMPARABLE"
+    assert gate.judge_time("m", [bad] * 8, [0.0] * 8, 0.05) == gate.Verdict(
+        "m", "INCOMPARABLE", "a time is not a number"
+    )
 
 
 def test_a_noisy_machine_is_said_to_be_one() -> None:
@@ -124,6 +126,105 @@ def test_logits(probe: dict[str, Any], word: str) -> None:
 def test_counters(counters: dict[str, Any], word: str) -> None:
     now = replace(SIDE, counters={**SIDE.counters, **counters})
     assert gate.overall(gate.check_counters(SIDE, now, Margins())) == word
+
+
+def test_the_change_is_of_now_over_before() -> None:
+    was, is_now = [math.log(0.5)] * 8, [math.log(0.6)] * 8
+    assert gate.difference(was, is_now) == pytest.approx((1.2, 1.2, 1.2))
+    verdict = gate.judge_time("m", was, is_now, 0.05)
+    assert verdict == gate.Verdict("m", "REGRESSED", "+20.0% time (+20.0% to +20.0%), margin 5%")
+    assert gate.judge_time("m", is_now, was, 0.05).word == "IMPROVED"
+
+
+def test_the_interval_counts_the_noise_of_both_sides() -> None:
+    was, is_now = np.arange(0.0, 1.01, 0.01), np.arange(2.0, 3.01, 0.01)
+    generator = np.random.default_rng(99)
+    medians = [np.median(generator.choice(v, (20_000, 101)), axis=1) for v in (was, is_now)]
+    _, low, high = gate.difference(was.tolist(), is_now.tolist())
+    expected = np.quantile(medians[1] - medians[0], [0.05, 0.95])
+    assert [math.log(low), math.log(high)] == pytest.approx(expected.tolist(), abs=0.01)
+    again, other = (gate.difference(was.tolist(), is_now.tolist(), seed) for seed in (0, 7))
+    assert again[1:] == (low, high) != other[1:]
+
+
+def test_the_first_round_counts_like_any_other() -> None:
+    _, low, high = gate.difference([0.0] * 8, [5.0, *[0.0] * 3, *[5.0] * 4])
+    assert (low, high) == (1.0, pytest.approx(math.exp(5)))
+    alone = [9.0, *[0.0] * 2]
+    assert gate.difference([0.0] * 3, alone)[2] == pytest.approx(math.exp(9))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "not said"),
+        (3, "3"),
+        ("x" * 59, "x" * 59),
+        ("x" * 60, "x" * 57 + "..."),
+    ],
+)
+def test_a_setting_is_told_briefly(value: Any, text: str) -> None:
+    saved, now = replace(SIDE, setting={"key": value}), replace(SIDE, setting={"key": "other"})
+    assert gate.check_setting(saved, now) == [
+        gate.Verdict("key", "INCOMPARABLE", f"was {text}, is other")
+    ]
+    assert gate.check_setting(now, saved)[0].why == f"was other, is {text}"
+
+
+def test_verdicts_name_their_metric_and_say_why() -> None:
+    more = {**SIDE.counters, "nonzeros": {"w": 10_000, "v": 100}, "nodes": {"MatMul": 4, "Cast": 1}}
+    assert gate.check_counters(SIDE, replace(SIDE, counters=more), Margins())[1:] == [
+        gate.Verdict("nodes: Cast", "REGRESSED", "0 before, 1 now"),
+        gate.Verdict("nonzeros: w", "REGRESSED", "5,000 before, 10,000 now"),
+    ]
+    fewer = replace(SIDE, counters={**SIDE.counters, "nodes": {}})
+    assert gate.check_counters(SIDE, fewer, Margins())[1].why == "4 before, 0 now"
+    other = {**SIDE.counters, "nonzeros": {"w": 5000, "u": 1}}
+    assert gate.check_counters(SIDE, replace(SIDE, counters=other), Margins())[1:] == [
+        gate.Verdict("nonzeros", "INCOMPARABLE", "other tensors: ['u', 'v']")
+    ]
+    hungry = replace(SIDE, peak_bytes=150 * 2**20)
+    assert gate.check_memory(SIDE, hungry, Margins()) == [
+        gate.Verdict("peak memory, MiB", "REGRESSED", "100 before, 150 now")
+    ]
+    metrics = replace(SIDE, ratios={"decode@512": [0.0] * 8, "prefill@128": [0.0] * 8})
+    assert gate.check_time(SIDE, metrics, Margins()) == [
+        gate.Verdict("time", "INCOMPARABLE", "other metrics: prefill@128")
+    ]
+    assert gate.check_time(SIDE, SIDE, Margins()) == [
+        gate.Verdict("decode@512", "OK", "+0.0% time (+0.0% to +0.0%), margin 5%")
+    ]
+
+
+def test_probes_that_cannot_be_compared_say_why() -> None:
+    def verdict(saved: list[list[float]], now: list[list[float]]) -> gate.Verdict:
+        sides = [replace(SIDE, probe={**SIDE.probe, "logits": one}) for one in (saved, now)]
+        return gate.check_probe(*sides, Margins())[0]
+
+    assert verdict([[1.0]], [[1.0, 2.0]]) == gate.Verdict(
+        "logits", "INCOMPARABLE", "shapes (1, 1) and (1, 2)"
+    )
+    assert verdict([[1.0]], [[math.nan]]) == gate.Verdict(
+        "logits", "REGRESSED", "not all are finite numbers"
+    )
+    assert verdict([[1.0]], [[1.0]]).word == "OK"  # a single logit is something to compare
+
+
+def test_a_difference_is_told_by_the_saved_scale() -> None:
+    probe = {"tokens": [3], "scale": 0.5, "logits": [[1.0]]}
+    saved, now = (replace(SIDE, probe={**probe, "logits": [[x]]}) for x in (1.0, 1.25))
+    assert gate.check_probe(saved, now, Margins())[0].why.startswith("differ by 5.0e-01 of")
+    longer = replace(now, probe={**now.probe, "tokens": [3, 4]})
+    assert "1 of 1 tokens the same" in gate.check_probe(saved, longer, Margins())[0].why
+
+
+def test_what_is_just_within_the_margin_is_no_change() -> None:
+    probe = {"tokens": [3], "scale": 1.0, "logits": [[0.0]]}
+    saved, now = (replace(SIDE, probe={**probe, "logits": [[x]]}) for x in (0.0, 0.25))
+    assert gate.check_probe(saved, now, Margins(logits=0.25))[0].word == "OK"
+    # exp(log(1.5)) is 1.5 to the last bit, so that the interval ends on the margin itself
+    assert gate.judge_time("m", [0.0] * 8, [math.log(1.5)] * 8, 0.5).word == "OK"
+    assert gate.judge_time("m", [0.0] * 8, [math.log(0.5)] * 8, 0.5).word == "OK"
 
 
 def test_memory_is_only_compared_on_the_same_processor() -> None:

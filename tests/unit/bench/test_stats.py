@@ -92,3 +92,22 @@ def test_nothing_is_seldom_taken_for_a_speedup() -> None:
     ]
     assert said.count("faster") <= 0.08 * 300
     assert said.count("slower") <= 0.08 * 300
+
+
+def test_percentiles_are_of_all_latencies_together() -> None:
+    summary = stats.summarize([list(range(1, 51)), list(range(51, 102))])  # 1 to 101
+    assert (summary.p90, summary.p99) == (pytest.approx(91), pytest.approx(100))
+
+
+def test_the_interval_leaves_five_per_cent_on_either_side() -> None:
+    values = np.arange(1.0, 102.0)
+    generator = np.random.default_rng(99)
+    medians = np.median(generator.choice(values, (20_000, len(values))), axis=1)
+    ratio = stats.compare([1.0] * len(values), values.tolist())
+    assert ratio.low == pytest.approx(np.quantile(medians, 0.05), rel=0.02)
+    assert ratio.high == pytest.approx(np.quantile(medians, 0.95), rel=0.02)
+
+
+def test_as_many_pairs_as_are_needed_are_not_too_few() -> None:
+    noisy = stats.Ratio(1.0, 0.5, 2.0, stats.MIN_PAIRS)
+    assert stats.describe(noisy) == "inconclusive (noisy machine): 1.00x (0.50 to 2.00)"

@@ -78,6 +78,23 @@ def test_a_file_that_is_not_what_was_exported(tmp_path: Path) -> None:
         open_deployment(tmp_path)
 
 
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph(tmp_path, DECODER, width="vocab")
+    model = {"vocab_size": 12, "context_length": 34}
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": model}))
+    files = {
+        path.name: {"sha256": sha256(path)} for path in tmp_path.iterdir() if path.name != MANIFEST
+    }
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": files}))
+    read: list[str] = []
+    load, text = onnx.load, Path.read_text
+    monkeypatch.setattr(onnx, "load", lambda file, **_: read.append(Path(file).name) or load(file))
+    monkeypatch.setattr(Path, "read_text", lambda s, **_: read.append(s.name) or text(s))
+    deployment = open_deployment(tmp_path)
+    assert (deployment.vocab, deployment.max_context) == (12, 34)
+    assert sorted(read) == ["genai_config.json", "model.onnx", "owl.json"]
+
+
 def test_recorded_perplexity(tmp_path: Path) -> None:
     graph(tmp_path, DECODER)
     assert open_deployment(tmp_path).perplexity is None

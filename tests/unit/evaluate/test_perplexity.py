@@ -86,7 +86,7 @@ def test_a_result_is_kept_where_owl_wrote_the_folder(llama, text_file, tmp_path,
     assert measurement(llama, "perplexity") is None
     assert (ours / "owl.json").read_bytes() == before  # a finished manifest stays as it is
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError("read-only")
 
     monkeypatch.setattr("owl_deploy.evaluate.perplexity.keep_measurement", refuse)

@@ -1,15 +1,18 @@
 """What `export` refuses, and that it leaves nothing behind when it does."""
 
-import errno
+import contextlib
 import json
+import resource
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
 from owl_deploy import artefact
-from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
-from owl_deploy.export import genai, parity, targets
+from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed, is_full_disk
+from owl_deploy.export import genai, onnx_file, parity, targets
 from owl_deploy.export.targets import export
 
 
@@ -95,14 +98,32 @@ def test_too_little_disk(llama, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_becomes_full(llama, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextlib.contextmanager
+def file_limit(size_bytes):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(targets.traced.passes, "save", full)
-    with pytest.raises(BadInput, match="The disk became full"):
+
+@pytest.mark.parametrize("external_bytes", [0, targets.EXTERNAL_BYTES])
+def test_a_disk_that_becomes_full(llama, tmp_path, monkeypatch, external_bytes):
+    monkeypatch.setattr(targets, "EXTERNAL_BYTES", external_bytes)
+    with file_limit(100_000), pytest.raises(BadInput, match="The disk became full"):
         export(llama, tmp_path / "out", target="deepsparse")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_becomes_full_of_packed_weights(tmp_path):
+    block = ir.Tensor(np.ones(200_000, np.uint8), name="w")
+    weight = ir.val("w", const_value=block)
+    node = ir.node("Identity", [weight])
+    graph = ir.Graph([], node.outputs, nodes=[node], initializers=[weight], name="g")
+    with file_limit(100_000), pytest.raises(OSError, match="written") as full:
+        onnx_file.save(ir.Model(graph, ir_version=10), tmp_path)
+    assert is_full_disk(full.value)
 
 
 def test_failed_parity_leaves_nothing(llama, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from owl_deploy import recipe
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.errors import BadInput
+from owl_deploy.methods import METHODS
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.show import show
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
@@ -58,7 +59,7 @@ def test_it_equals_the_naive_procedure(tmp_path, text_file, calibration, family,
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "2:4"])
-@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_and_its_recipe(llama, tmp_path, calibration, method, structure):
     settings = recipe.settings(method=method, structure=structure, head_sparsity=0.5)
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
@@ -101,7 +102,7 @@ def test_a_run_stopped_after_the_head_resumes(llama, tmp_path, calibration, monk
     settings = recipe.settings(head_sparsity=0.5)
     prune(llama, tmp_path / "whole", settings, calibration)
     with monkeypatch.context() as patched:
-        patched.setattr("owl_deploy.prune.run._assemble", interrupted)
+        patched.setattr("owl_deploy.prune.write.assemble", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prune(llama, tmp_path / "out", settings, calibration)
     with pytest.raises(BadInput, match="head_sparsity"):
@@ -130,7 +131,7 @@ def bars_filled(monkeypatch):
 
         yield advance
 
-    monkeypatch.setattr("owl_deploy.prune.run.bar", counting)
+    monkeypatch.setattr("owl_deploy.prune.walk.bar", counting)
     return bars
 
 

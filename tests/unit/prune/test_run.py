@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from owl_deploy import recipe
+from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.cli import app
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import Hardware
+from owl_deploy.methods import METHODS
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
@@ -48,7 +50,71 @@ def test_owl_wanda_equals_the_naive_procedure(llama, tmp_path, calibration):
     assert (found["model.layers.1.mlp.down_proj.weight"] == 0).float().mean() > 0.4
 
 
-@pytest.mark.parametrize("method", recipe.METHODS)
+def test_owl_for_each_linear_equals_the_naive_procedure(llama, tmp_path, calibration):
+    settings = recipe.settings(
+        allocation="owl-per-linear", sparsity=0.6, outlier_multiple=2, spread=0.1
+    )
+    manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
+    found = {
+        f"{block['name']}.{name}": linear
+        for block in manifest["blocks"]
+        for name, linear in block["linears"].items()
+    }
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    ids = windows(llama, calibration)
+    ratios = reference.linear_outlier_ratios(model, ids, multiple=2)
+    sizes = {name: model.get_submodule(name).weight.numel() for name in ratios}
+    wanted = reference.owl_linear_sparsities(ratios, sizes, 0.6, 0.1)
+    assert {name: one["sparsity"] for name, one in found.items()} == pytest.approx(wanted)
+    assert {name: one["weights"] for name, one in found.items()} == sizes
+    assert manifest["sparsity"]["asked"] == pytest.approx(0.6)
+
+    expected = reference.wanda_prune_linears(model, ids, wanted).state_dict()
+    pruned = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in pruned.items():
+        assert torch.equal(tensor, expected[name]), name
+    for name, one in found.items():
+        zeros = (pruned[f"{name}.weight"] == 0).float().mean().item()
+        assert one["achieved"] == pytest.approx(zeros)
+    layers = recipe.merged(tmp_path / "out", {}).layers
+    assert layers == {name: one["sparsity"] for name, one in found.items()}
+
+
+def test_every_linear_keeps_its_own_n_of_8(llama, tmp_path, calibration):
+    settings = recipe.settings(allocation="owl-per-linear", structure="5:8", spread=0.3)
+    manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
+    pruned = load_file(tmp_path / "out" / "model.safetensors")
+    kept = {}
+    for block in manifest["blocks"]:
+        for name, linear in block["linears"].items():
+            weight = pruned[f"{block['name']}.{name}.weight"]
+            most = int((weight.reshape(-1, 8) != 0).sum(1).max())
+            kept[f"{block['name']}.{name}"] = most
+            assert linear["sparsity"] == 1 - most / 8
+    assert len(set(kept.values())) > 2
+    assert manifest["sparsity"]["asked"] == pytest.approx(3 / 8, abs=0.02)
+    prune(llama, tmp_path / "again", recipe.merged(tmp_path / "out", {}), calibration)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], pruned[name]) for name in again)
+
+
+def test_a_block_that_is_skipped_stays_dense(llama, tmp_path, calibration):
+    for allocation in ("owl", "owl-per-linear"):
+        settings = recipe.settings(
+            allocation=allocation, sparsity=0.6, skip=("model.layers.0",), outlier_multiple=2
+        )
+        manifest = prune(llama, tmp_path / allocation, settings, calibration).to_json()
+        first, second = manifest["blocks"]
+        assert (first["weights"], first["achieved"], first["linears"]) == (0, 0, {})
+        assert second["sparsity"] == pytest.approx(0.6)
+        again = recipe.merged(tmp_path / allocation, {"skip": ("model.layers.0",)})
+        prune(llama, tmp_path / "again", again, calibration, force=True)
+        a, b = (load_file(tmp_path / name / WEIGHTS) for name in (allocation, "again"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("allocation", ["owl", "uniform"])
 def test_the_target_is_held(llama, tmp_path, calibration, method, allocation):
     settings = recipe.settings(method=method, allocation=allocation, sparsity=0.7)
@@ -139,7 +205,7 @@ def test_an_interrupted_run_leaves_only_what_resumes(llama, tmp_path, calibratio
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("owl_deploy.prune.run._assemble", interrupted)
+    monkeypatch.setattr("owl_deploy.prune.write.assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(llama, tmp_path / "out", recipe.settings(), calibration)
     assert [path.name for path in tmp_path.iterdir()] == [".out.owl-partial"]

@@ -1,6 +1,9 @@
 import torch
 
-from owl_deploy.prune.score import median_score, outlier_ratios
+from owl_deploy.allocation import ALLOCATIONS, Allocation
+from owl_deploy.prune.measure import block_statistics
+from owl_deploy.prune.score import median_score, outlier_ratio
+from owl_deploy.prune.sparsities import BlockStatistics
 
 
 def test_median_is_over_the_whole_block():
@@ -9,4 +12,19 @@ def test_median_is_over_the_whole_block():
 
 def test_outlier_ratio_counts_over_the_whole_block():
     scores = [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 9.0]])]  # mean 3, so 2 * 3 < 9
-    assert outlier_ratios(scores, [2, 3]) == [25.0, 0.0]  # 9 is not above 3 * 3
+    assert [outlier_ratio(scores, m) for m in (2, 3)] == [25.0, 0.0]  # 9 is not above 3 * 3
+
+
+def test_a_statistic_is_of_the_block_or_of_each_linear():
+    scores = [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 9.0]]), torch.tensor([[2.0] * 4])]
+    multiples = [1.5, 2]  # the means: 2.5 of all, 1, 5 and 2
+    outliers = ALLOCATIONS["owl"].statistic
+    for per, values in (
+        ("block", {1.5: [12.5], 2: [12.5]}),
+        ("Linear", {1.5: [0.0, 50.0, 0.0], 2: [0.0, 0.0, 0.0]}),
+    ):
+        found = block_statistics(scores, multiples, Allocation(None, 0.1, outliers, per))
+        assert found == BlockStatistics({1.5: 12.5, 2: 12.5}, values)
+    median = Allocation(None, 0.1, ALLOCATIONS["dlp"].statistic, "Linear")
+    assert block_statistics(scores, [3], median).values == {3: [1.0, 1.0, 2.0]}
+    assert block_statistics([], [3], median) == BlockStatistics({3: 0.0}, {3: []})

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from owl_deploy.errors import BadInput
+from owl_deploy.methods import SparseGPTOptions
 from owl_deploy.prune import mask, score, sparsegpt
 from tests.reference import sparsegpt as reference
 
@@ -23,8 +24,8 @@ def layer():
 def test_weights_equal_the_definition(layer, block_size, sparsity, group):
     weight, _, hessian = layer
     factor = sparsegpt.factorise(hessian, 0.01)
-    options = sparsegpt.Options(block_size)
-    found = sparsegpt.prune(weight, factor, sparsity, group, options)
+    options = SparseGPTOptions(block_size=block_size)
+    found = sparsegpt.updated(weight, factor, sparsity, group, options)
     expected = reference.prune(weight, hessian, sparsity, group, block_size)
     assert torch.equal(found == 0, expected == 0)
     assert (found - expected).abs().max() < 1e-4
@@ -36,7 +37,9 @@ def test_preserved_zeros_stay_and_count(layer, group):
     weight = weight.clone()
     weight[:, ::5] = 0
     factor = sparsegpt.factorise(hessian, 0.01)
-    found = sparsegpt.prune(weight, factor, 0.5, group, sparsegpt.Options(8, preserve_mask=True))
+    found = sparsegpt.updated(
+        weight, factor, 0.5, group, SparseGPTOptions(block_size=8, preserve_mask=True)
+    )
     expected = reference.prune(weight, hessian, 0.5, group, 8, preserve=True)
     assert bool((found[:, ::5] == 0).all())
     assert (found == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
@@ -46,7 +49,7 @@ def test_preserved_zeros_stay_and_count(layer, group):
 def test_reconstructs_the_outputs_better_than_wanda(layer):
     weight, inputs, hessian = layer
     factor = sparsegpt.factorise(hessian, 0.01)
-    ours = sparsegpt.prune(weight, factor, 0.5, None, sparsegpt.Options())
+    ours = sparsegpt.updated(weight, factor, 0.5, None, SparseGPTOptions())
     removed = mask.lowest_in_rows(score.wanda(weight, inputs.norm(dim=0)), 0.5)
     wanda = weight.masked_fill(removed, 0)
 
@@ -59,8 +62,8 @@ def test_reconstructs_the_outputs_better_than_wanda(layer):
 def test_the_scale_of_the_hessian_does_not_matter(layer):
     weight, _, hessian = layer
     found = [
-        sparsegpt.prune(
-            weight, sparsegpt.factorise(hessian * scale, 0.01), 0.5, None, sparsegpt.Options()
+        sparsegpt.updated(
+            weight, sparsegpt.factorise(hessian * scale, 0.01), 0.5, None, SparseGPTOptions()
         )
         for scale in (1.0, 1024.0)
     ]

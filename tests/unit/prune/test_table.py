@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from owl_deploy import recipe
 from owl_deploy.families import FAMILIES
+from owl_deploy.methods import METHODS
 from owl_deploy.prune.run import Calibration, prune
 from tests import tiny
 
-ALLOCATIONS = ("uniform", "owl", "dlp", "linear")
+ALLOCATIONS = ("uniform", "owl", "owl-per-linear", "dlp", "linear")
 STRUCTURES = ("unstructured", "2:4", "3:8")
 
 
@@ -41,7 +42,7 @@ def linears(folder):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_combination(models, text_file, tmp_path, method, allocation, structure, family):
     values = {"method": method, "allocation": allocation, "structure": structure, "spread": 0.1}
     if structure == "unstructured":
@@ -56,18 +57,22 @@ def test_every_combination(models, text_file, tmp_path, method, allocation, stru
     zeros = sum(int((pruned[f"{name}.weight"] == 0).sum()) for name in names)
     total = sum(pruned[f"{name}.weight"].numel() for name in names)
     assert manifest["weights"] == total
-    # Groups are whole numbers a block, so two blocks can miss the mean by half a weight of a group.
+    # Groups are whole numbers a part, so two blocks can miss the mean by half a weight of a group.
     tolerance = 2e-3 if settings.group is None else 0.5 / 2 / settings.group[1] + 1e-9
+    asked = {
+        f"{block['name']}.{name}": linear["sparsity"]
+        for block in manifest["blocks"]
+        for name, linear in block["linears"].items()
+    }
+    assert list(asked) == names
     assert abs(manifest["sparsity"]["asked"] - settings.sparsity) <= tolerance
     assert zeros / total >= manifest["sparsity"]["asked"] - 1e-3  # a zero weight may be kept
     assert zeros / total == pytest.approx(manifest["sparsity"]["asked"], abs=0.03)
     if settings.group is not None:
-        for block in manifest["blocks"]:
-            kept = round((1 - block["sparsity"]) * settings.group[1])
-            for name in names:
-                if name.startswith(f"{block['name']}."):
-                    groups = pruned[f"{name}.weight"].reshape(-1, settings.group[1])
-                    assert int((groups != 0).sum(1).max()) <= kept
+        for name, sparsity in asked.items():
+            kept = round((1 - sparsity) * settings.group[1])
+            groups = pruned[f"{name}.weight"].reshape(-1, settings.group[1])
+            assert int((groups != 0).sum(1).max()) <= kept
     for name in dense.keys() - {f"{name}.weight" for name in names}:
         assert torch.equal(dense[name], pruned[name]), name
     if method != "sparsegpt":
@@ -75,5 +80,9 @@ def test_every_combination(models, text_file, tmp_path, method, allocation, stru
             kept = pruned[f"{name}.weight"] != 0
             assert torch.equal(pruned[f"{name}.weight"][kept], dense[f"{name}.weight"][kept])
     loaded = recipe.settings(**recipe.load(tmp_path / "out" / "recipe.yaml"))
-    assert loaded.layers == {block["name"]: block["sparsity"] for block in manifest["blocks"]}
+    layers = {}  # a block, or its Linears where they are asked different shares
+    for block in manifest["blocks"]:
+        own = {f"{block['name']}.{name}": one["sparsity"] for name, one in block["linears"].items()}
+        layers |= own if len(set(own.values())) > 1 else {block["name"]: block["sparsity"]}
+    assert loaded.layers == layers
     assert json.loads((tmp_path / "out" / "owl.json").read_text()) == manifest

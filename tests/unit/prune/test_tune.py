@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from owl_deploy import recipe
 from owl_deploy.blocks import Skeleton
@@ -73,3 +74,17 @@ def test_tuning_never_ends_worse_than_what_was_asked(
     ]
     assert own == min(trial["loss"] for trial in trials) <= trials[0]["loss"]
     assert json.loads((tmp_path / "out" / "owl.json").read_text())["tuning"] == trials
+
+
+@pytest.mark.parametrize("allocation", ["owl", "owl-per-linear"])
+def test_what_was_tuned_is_pruned_by_the_values_that_won(llama, text_file, tmp_path, allocation):
+    settings = recipe.settings(allocation=allocation, outlier_multiple=4, spread=0.01)
+    text = Calibration(str(text_file), samples=3, sequence_length=48)
+    tuned = prune(llama, tmp_path / "tuned", settings, text, tune_allocation=True)
+    assert tuned.settings.spread != 0.01
+    chosen = recipe.PruneSettings(**tuned.settings.model_dump())
+    plain = prune(llama, tmp_path / "plain", chosen, text)
+    assert plain.blocks == tuned.blocks
+    assert len({block.outlier_ratio for block in plain.blocks}) == 2
+    found = [load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "plain")]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -103,6 +103,36 @@ def test_bf16_keeps_infinities_and_nan() -> None:
     np.testing.assert_array_equal(back, [[np.inf, -np.inf, np.nan, 0, 0, 3]])
 
 
+def test_bf16_rounds_to_nearest_and_ties_to_even() -> None:
+    bits = np.array([0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000], dtype=np.uint32)
+    smallest = np.float32(2.0**-126)
+    weight = np.concatenate((bits.view(np.float32), [smallest, -smallest, smallest / 2]))[None]
+    back = pack.unpack(pack.pack(weight, "bf16")).view(np.uint32)[0] >> 16
+    assert back.tolist() == [0x3F80, 0x3F80, 0x3F80, 0x3F81, 0x3F82, 0x0080, 0x8080, 0]
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_only_int8_has_an_exponent(name: pack.Values) -> None:
+    assert pack.inspect(pack.pack(np.full((2, 2), 1e30, np.float32), name)).scale_exponent == 0
+
+
+def test_rows_of_zeros_have_no_scale() -> None:
+    weight = np.zeros((2, 32), dtype=np.float32)
+    weight[0, 0] = 1.0
+    block = pack.pack(weight, "int8")
+    info = pack.inspect(block)
+    scales = block[info.scale_offset :][: info.scale_bytes]
+    assert scales[0] > 0
+    assert not scales[1:].any()
+    assert not pack.unpack(block)[1].any()
+
+
+def test_gate_and_up_must_be_of_one_shape() -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        pack.interleave_gate_up(np.ones((2, 3)), np.ones((3, 3)))
+    assert pack.interleave_gate_up(np.ones((2, 3)), np.ones((2, 3))).dtype == np.float32
+
+
 def test_gate_and_up_alternate() -> None:
     gate, up = sparse_weight(20, 8, 0, seed=1), sparse_weight(20, 8, 0, seed=2)
     both = pack.interleave_gate_up(gate, up)
@@ -164,6 +194,83 @@ def test_truncated(kernels: Kernels, size: int) -> None:
         kernels.check(block)
     with pytest.raises(ValueError, match=REFUSAL):
         pack.inspect(block)
+
+
+def changed(block: NDArray[np.uint8], field: str, value: int) -> NDArray[np.uint8]:
+    """`block` with another value in its header."""
+    offset, width = HEADER_FIELDS[field]
+    block = block.copy()
+    block[offset : offset + width] = np.frombuffer(value.to_bytes(width, "little"), dtype=np.uint8)
+    return block
+
+
+def refused(kernels: Kernels, block: NDArray[np.uint8], match: str) -> None:
+    """The kernels and the Python refuse `block`, in the same words."""
+    for check in (kernels.check, pack.inspect):
+        with pytest.raises(ValueError, match=match):
+            check(block)
+
+
+@pytest.mark.parametrize(
+    ("values", "sparse", "planes", "field", "bytes_"),
+    [
+        # 33 x 200 is 3 groups of 52 cells of int8, of 100 of bf16.
+        ("int8", True, False, "masks", 3 * 52 * 8),
+        ("bf16", True, False, "masks", 3 * 100 * 4),
+        ("int8", True, False, "index", 4 * 4),
+        ("int8", True, False, "scales", 3 * 7 * 16),
+        ("int8", False, False, "scales", 3 * 7 * 16),
+        ("int8", False, False, "values", 3 * 52 * 64 + 64),
+        ("bf16", False, False, "values", 3 * 100 * 64 + 64),
+        ("int8", False, True, "values", 3 * 26 * 64 + 3 * 16 * 2 * 64 + 64),
+        ("int8", True, False, "values", 64),
+    ],
+)
+def test_a_region_may_end_where_the_block_does_and_no_later(
+    kernels: Kernels, values: pack.Values, sparse: bool, planes: bool, field: str, bytes_: int
+) -> None:
+    block = pack.pack(sparse_weight(33, 200, 0.5), values, sparse, planes=planes)
+    # Space behind the last region, with a place that fits by the byte and one that does not.
+    room = -(-bytes_ // 64) * 64
+    longer = np.concatenate((block, np.zeros(room, dtype=np.uint8)))
+    longer = changed(longer, "total", len(longer))
+    last = len(longer) - room
+    fits = changed(longer, field, last)
+    if field == "values" and sparse:
+        refused(kernels, fits, "points past the values")
+    elif field in ("values", "scales"):  # other numbers, but they are all there
+        kernels.check(fits)
+        pack.inspect(fits)
+    refused(kernels, changed(longer, field, last + 64), f"outside|{field}|mask|region")
+    refused(kernels, changed(longer, field, last + 1), f"outside|{field}|mask|region")
+
+
+@pytest.mark.parametrize("field", ["rows", "cols"])
+def test_extents_have_bounds(kernels: Kernels, field: str) -> None:
+    block = pack.pack(sparse_weight(33, 70, 0.5), "bf16")
+    for value in (0, 2**28 + 1, 2**29):
+        refused(kernels, changed(block, field, value), "between 1 and 2")
+
+
+def test_the_largest_exponent_is_allowed_and_no_larger(kernels: Kernels) -> None:
+    block = pack.pack(sparse_weight(33, 70, 0.5), "int8")
+    pack.inspect(changed(block, "exponent", 239))
+    kernels.check(changed(block, "exponent", 239))
+    refused(kernels, changed(block, "exponent", 240), "exponent")
+
+
+@pytest.mark.parametrize("values", ["bf16", "fp32"])
+def test_only_int8_comes_in_planes(kernels: Kernels, values: pack.Values) -> None:
+    block = pack.pack(sparse_weight(33, 70, 0.5), values, sparse=False)
+    refused(kernels, changed(block, "flags", 2), "planes")
+
+
+def test_an_index_that_points_past_the_values(kernels: Kernels) -> None:
+    block = pack.pack(sparse_weight(33, 70, 0.5), "int8").copy()
+    info = pack.inspect(block)
+    last = block[info.index_offset + 4 * info.groups :][:4].view(np.uint32)
+    last += 1
+    refused(kernels, block, "points past the values")
 
 
 def test_mask_with_too_many_bits(kernels: Kernels) -> None:

@@ -1,0 +1,74 @@
+"""Answers that are kept as they come, so that an evaluation that was ended goes on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from owl_deploy.cache import cache_dir
+from owl_deploy.progress import bar
+
+
+class KeptAnswers:
+    """A model of the harness whose generated answers go into a file one by one.
+
+    What the file has already is not generated again. `model` is the harness's, `batch` how many
+    answers it makes at once, `key` what they depend on; `forget` when they are in a result.
+    """
+
+    def __init__(self, model: Any, batch: int, key: object) -> None:  # noqa: ANN401 - no types
+        self._model, self._batch = model, batch
+        self._file = cache_dir("eval", "answers") / f"{_digest(key)}.jsonl"
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._model, name)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """The answers, of the file or of the model."""
+        keys = [_digest(request.args) for request in requests]
+        answers = self._read()
+        missing = [number for number, key in enumerate(keys) if key not in answers]
+        with bar("Generating", len(requests)) as advance, self._file.open("ab") as file:
+            advance(len(requests) - len(missing))
+            for start in range(0, len(missing), self._batch):
+                some = missing[start : start + self._batch]
+                made = self._model.generate_until([requests[n] for n in some], disable_tqdm=True)
+                for number, answer in zip(some, made, strict=True):
+                    answers[keys[number]] = answer
+                    file.write(json.dumps([keys[number], answer]).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                advance(len(some))
+        return [answers[key] for key in keys]
+
+    def forget(self) -> None:
+        """Remove the file: the next evaluation begins anew."""
+        self._file.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, str]:
+        if not self._file.is_file():
+            return {}
+        whole = self._file.read_bytes()
+        kept, _, cut = whole.rpartition(b"\n")  # a run that was killed may have written half a line
+        if cut:
+            self._file.write_bytes(kept + b"\n" if kept else b"")
+        return dict(json.loads(line) for line in kept.splitlines())
+
+
+def state_of(folder: Path) -> list[list[Any]]:
+    """Which files lie in `folder`, with size and time of the last change (ns)."""
+
+    def files() -> Iterator[list[Any]]:
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                about = path.stat()
+                yield [path.name, about.st_size, about.st_mtime_ns]
+
+    return [[str(folder.resolve())], *files()]
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

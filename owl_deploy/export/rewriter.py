@@ -1,0 +1,102 @@
+"""A graph on its way into operators of domain `ai.owl`, and the weights that were packed so far."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from owl_deploy.export import onnx_file
+from owl_deploy.runtime import pack
+
+Cache = Literal["fp16", "fp32"]
+# How the head is stored: as int8 in planes, so that a token's likely successors get all 8 bits and
+# the others 4, or whole, as the other weights are.
+Head = Literal["screened", "whole"]
+
+DOMAIN = "ai.owl"
+# Above these shares of non-zeros a weight is stored whole: the mask would cost more than it saves.
+MAX_DENSITY: dict[pack.Values, float] = {"fp32": 0.9, "bf16": 0.85, "int8": 0.8}
+
+
+@dataclass
+class Rewriter:
+    """The graph, how its weights are to be packed, and what those are that were.
+
+    Attributes: `precision` of the weights, `cache` that of the KV cache; `head_size`, the width of
+    an attention head where the graph has only a name for it; `packed`, the headers by name.
+    """
+
+    model: ir.Model
+    precision: pack.Values
+    cache: Cache
+    head: Head = "whole"
+    head_size: int = 0
+    packed: dict[str, pack.PackedInfo] = field(default_factory=dict)
+
+    def nodes(self, *kinds: str) -> list[ir.Node]:
+        """The nodes of these types, in graph order; safe to edit the graph meanwhile."""
+        return [node for node in self.model.graph if node.op_type in kinds]
+
+    def pack(
+        self,
+        name: str,
+        weight: NDArray[np.float32],
+        *,
+        may_be_sparse: bool = True,
+        planes: bool = False,
+    ) -> ir.Value:
+        """The initializer `name` with `weight` [outputs, inputs] packed, sparse if that pays.
+
+        A name is packed once. With `planes` as int8, whatever the precision of the others.
+        """
+        graph = self.model.graph
+        if name not in self.packed:
+            density = int(np.count_nonzero(weight)) / weight.size
+            sparse = may_be_sparse and density <= MAX_DENSITY[self.precision]
+            precision = "int8" if planes else self.precision
+            block = pack.pack(np.ascontiguousarray(weight), precision, sparse, planes=planes)
+            self.packed[name] = pack.read_header(block)
+            graph.register_initializer(ir.val(name, const_value=ir.Tensor(block, name=name)))
+        return graph.initializers[name]
+
+    def replace(
+        self,
+        old: Sequence[ir.Node],
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any],
+        outputs: Sequence[ir.Value] = (),
+    ) -> None:
+        """Put a node of type `kind` where the last of `old` stood and drop these.
+
+        It makes what the last made, or `outputs`, and is called as the last was.
+        """
+        outputs = outputs or old[-1].outputs
+        new = ir.node(kind, inputs, attributes, domain=DOMAIN, num_outputs=len(outputs))
+        new.name = old[-1].name
+        ir.convenience.replace_nodes_and_values(
+            self.model.graph, old[-1], old, [new], outputs, new.outputs
+        )
+
+
+def constant(value: ir.Value | None) -> NDArray[np.float32] | None:
+    """The fp32 initializer `value`, read from its file only now; None if it is not one."""
+    tensor = None if value is None else value.const_value
+    return None if tensor is None or tensor.dtype != ir.DataType.FLOAT else onnx_file.read(tensor)
+
+
+def maker(value: ir.Value | None, *kinds: str) -> ir.Node | None:
+    """The node that makes `value`, if it is of one of these types."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type in kinds else None
+
+
+def are_closed(nodes: Sequence[ir.Node]) -> bool:
+    """Whether nothing but `nodes` reads what any of them but the last makes."""
+    made = [value for node in nodes[:-1] for value in node.outputs]
+    return not any(value.is_graph_output() for value in made) and set(nodes).issuperset(
+        reader for value in made for reader in value.consumers()
+    )

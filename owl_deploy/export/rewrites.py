@@ -1,0 +1,238 @@
+"""The rewrites of a model builder's graph into operators of this package, in their order.
+
+Each recognises one pattern, checks it, replaces it with an operator of domain `ai.owl`, and returns
+how often it did; what none recognises stays as it was, so a family with an unusual block still
+runs, only slower there.
+"""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from owl_deploy.export import program
+from owl_deploy.export.rewriter import Rewriter, are_closed, constant, maker
+from owl_deploy.runtime import pack
+
+# What CachedAttention takes of GroupQueryAttention.
+_ATTENTION = {
+    *("num_heads", "kv_num_heads", "scale", "softcap", "local_window_size"),
+    *("do_rotary", "rotary_interleaved"),
+}
+
+
+def fuse_gated(rewriter: Rewriter) -> int:
+    """activation(x W_gate) * (x W_up) -> one SparseMatMul over both weights."""
+    count = 0
+    for product in rewriter.nodes("Mul"):
+        match = _match_gated(product)
+        if match is None:
+            continue
+        nodes, epilogue = match
+        gate, up = nodes[:2]
+        gate_weight, up_weight = constant(gate.inputs[1]), constant(up.inputs[1])
+        if gate_weight is None or up_weight is None or gate_weight.shape != up_weight.shape:
+            continue
+        both = pack.interleave_gate_up(gate_weight.T, up_weight.T)
+        packed = rewriter.pack(f"{_name(gate.inputs[1])}+up.packed", both)
+        attributes = {"epilogue": epilogue, "columns": gate_weight.shape[1]}
+        rewriter.replace(nodes, "SparseMatMul", [gate.inputs[0], packed], attributes)
+        count += 1
+    return count
+
+
+def _match_gated(product: ir.Node) -> tuple[list[ir.Node], str] | None:
+    """Gate, up, the activation's nodes and `product`, when nothing else reads them; epilogue."""
+    for active, plain in (product.inputs, product.inputs[::-1]):
+        up, activation = maker(plain, "MatMul"), _match_activation(active)
+        if up is None or activation is None:
+            continue
+        inner, between, epilogue = activation
+        gate = maker(inner, "MatMul")
+        if gate is not None and gate is not up and gate.inputs[0] is up.inputs[0]:
+            nodes = [gate, up, *between, product]
+            if are_closed(nodes):
+                return nodes, epilogue
+    return None
+
+
+def _match_activation(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.Node], str] | None:
+    """What goes in, nodes and epilogue of g * sigmoid(g), or of a tanh GELU, that makes `value`."""
+    gelu = maker(value, "FastGelu", "Gelu")
+    if gelu is not None:
+        kind = "tanh" if gelu.op_type == "FastGelu" else gelu.attributes.get_string("approximate")
+        return (gelu.inputs[0], [gelu], "gelu_mul") if kind == "tanh" else None
+    product = maker(value, "Mul")
+    if product is None:
+        return None
+    for gate, other in (product.inputs, product.inputs[::-1]):
+        sigmoid = maker(other, "Sigmoid")
+        if sigmoid is not None and sigmoid.inputs[0] is gate:
+            return gate, [sigmoid, product], "silu_mul"
+    return None
+
+
+def replace_matmuls(rewriter: Rewriter) -> int:
+    """x W, and x W + bias, -> SparseMatMul."""
+    count = 0
+    for node in rewriter.nodes("MatMul"):
+        weight = constant(node.inputs[1])
+        if weight is None or weight.ndim != 2:
+            continue
+        is_head = node.outputs[0].is_graph_output()
+        packed = rewriter.pack(
+            f"{_name(node.inputs[1])}.packed",
+            weight.T,
+            may_be_sparse=not is_head,
+            planes=is_head and rewriter.head == "screened",
+        )
+        nodes, bias = _match_bias(node, weight.shape[1])
+        rewriter.replace(nodes, "SparseMatMul", [node.inputs[0], packed, *bias], {})
+        count += 1
+    return count
+
+
+def _match_bias(node: ir.Node, width: int) -> tuple[list[ir.Node], list[ir.Value]]:
+    """A MatMul with the addition that alone reads it, if that is of a bias, and the bias."""
+    for add in node.outputs[0].consumers():
+        for bias in add.inputs if add.op_type == "Add" and are_closed([node, add]) else ():
+            values = constant(bias)
+            if bias is not None and values is not None and values.shape == (width,):
+                return [node, add], [bias]
+    return [node], []
+
+
+def fuse_norms(rewriter: Rewriter) -> int:
+    """RMS norm (with its residual addition) -> into the only SparseMatMul that reads it."""
+    count = 0
+    for norm in rewriter.nodes("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"):
+        normed, *others = norm.outputs
+        readers = normed.consumers()
+        x, *skip, gamma = norm.inputs[: 3 if norm.op_type.startswith("Skip") else 2]
+        if (
+            len(readers) != 1
+            or normed.is_graph_output()
+            or readers[0].op_type != "SparseMatMul"
+            or readers[0].inputs[0] is not normed
+            or any(norm.inputs[2 + len(skip) :])  # a bias of the norm itself
+            or any(other.name for other in others[:2])
+            or norm.attributes.get_int("axis", -1) not in (-1, 2)
+        ):
+            continue
+        matmul = readers[0]
+        _, packed, *bias = matmul.inputs
+        rewriter.replace(
+            [norm, matmul],
+            "SparseMatMul",
+            [x, packed, *(bias or [None]), *(skip or [None]), gamma],
+            {**matmul.attributes, "epsilon": norm.attributes.get_float("epsilon", 1e-5)},
+            [*matmul.outputs, *others[2:]],
+        )
+        count += 1
+    return count
+
+
+def replace_embedding(rewriter: Rewriter) -> int:
+    """Gather of token rows -> PackedGather, from the head's weight where the two are tied."""
+    count = 0
+    for gather in rewriter.nodes("Gather"):
+        table, ids = gather.inputs
+        if _name(ids) != "input_ids" or gather.attributes.get_int("axis", 0) != 0:
+            continue
+        transpose = maker(table, "Transpose")
+        name = f"{_name(table if transpose is None else transpose.inputs[0])}.packed"
+        if transpose is None:
+            weight = constant(table)
+            if weight is None:
+                continue
+            rewriter.pack(name, weight, may_be_sparse=False)
+        elif name not in rewriter.packed or rewriter.packed[name].sparse:
+            continue
+        packed = rewriter.model.graph.initializers[name]
+        rewriter.replace([gather], "PackedGather", [ids, packed], {})
+        count += 1
+    return count
+
+
+def replace_attention(rewriter: Rewriter) -> int:
+    """GroupQueryAttention -> CachedAttention, all layers or none: they share the cache's type."""
+    nodes = rewriter.nodes("GroupQueryAttention")
+    if not all(_is_supported(node, rewriter.head_size) for node in nodes):
+        return 0
+    kind = ir.DataType.FLOAT16 if rewriter.cache == "fp16" else ir.DataType.FLOAT
+    for node in nodes:
+        inputs = [*node.inputs[:9], *[None] * (9 - len(node.inputs))]
+        attributes = {name: value for name, value in node.attributes.items() if name in _ATTENTION}
+        for value in (*node.inputs[3:5], *node.outputs[1:3]):
+            if value is not None:
+                value.dtype = kind
+        rewriter.replace([node], "CachedAttention", [*inputs, _mask_of(node)], attributes)
+    return len(nodes)
+
+
+def _is_supported(node: ir.Node, head_size: int) -> bool:
+    """Whether CachedAttention computes what this GroupQueryAttention does."""
+    cache, attributes = node.inputs[3], node.attributes
+    odd = [a for name, a in attributes.items() if name not in _ATTENTION and a.value]
+    if odd or any(node.inputs[9:]) or any(value.name for value in node.outputs[3:]):
+        return False
+    if cache is None or not cache.is_graph_input() or cache.shape is None:
+        return False
+    known = cache.shape[3] if len(cache.shape) == 4 else 0
+    size = known if isinstance(known, int) else head_size
+    tables = [constant(value) is not None for value in node.inputs[7:9]]
+    return (
+        cache.dtype == ir.DataType.FLOAT
+        and size % 16 == 0
+        and 0 < size <= 256
+        and attributes.get_int("num_heads", 0) % attributes.get_int("kv_num_heads", 1) == 0
+        and (tables == [True, True] or not attributes.get_int("do_rotary", 0))
+    )
+
+
+def _mask_of(attention: ir.Node) -> ir.Value | None:
+    """The attention mask that both of an attention's lengths are made of; None if none is.
+
+    From the lengths alone padding on the left of a prompt looks like padding on its right.
+    """
+    source = _source_of(attention.inputs[5], "Cast", "Sub", "ReduceSum")
+    other = _source_of(attention.inputs[6], "Cast", "Gather", "Squeeze", "Shape")
+    if source is None or source is not other or not source.is_graph_input():
+        return None
+    is_mask = source.dtype == ir.DataType.INT64 and len(source.shape or ()) == 2
+    return source if is_mask else None
+
+
+def _source_of(value: ir.Value | None, *kinds: str) -> ir.Value | None:
+    """What `value` is made of through nodes of these types alone."""
+    while (node := maker(value, *kinds)) is not None:
+        value = node.inputs[0]
+    return value
+
+
+def join_programs(rewriter: Rewriter) -> int:
+    """SparseMatMul and CachedAttention nodes that follow one another -> one node."""
+    shapes = {name: (info.rows, info.cols) for name, info in rewriter.packed.items()}
+    return program.join_programs(rewriter.model.graph, shapes, rewriter.head_size)
+
+
+def drop_unused(rewriter: Rewriter) -> int:
+    """Nodes whose results nobody reads any more, and initializers likewise."""
+    before = len(rewriter.model.graph)
+    RemoveUnusedNodesPass()(rewriter.model)
+    return before - len(rewriter.model.graph)
+
+
+def _name(value: ir.Value | None) -> str:
+    return (value.name if value is not None else None) or ""
+
+
+# By themselves, operators stay nodes: slower, but the runtime's profile then shows each.
+REPLACEMENTS: tuple[Callable[[Rewriter], int], ...] = (
+    fuse_gated,
+    replace_matmuls,
+    fuse_norms,
+    replace_embedding,
+    replace_attention,
+)
+REWRITES = (*REPLACEMENTS, join_programs, drop_unused)

@@ -1,0 +1,151 @@
+"""Who may write an output, on a file system that several machines may share.
+
+A lease is a file that is made where there is none: no file system lets two do that. It names its
+holder, who touches it every `BEAT_S` seconds. It is void when its holder is known to be gone (a
+process of this machine) or has not touched it for `STALE_S`, by the file system's own clock.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+BEAT_S, STALE_S = 10.0, 60.0
+_RETRY_S = 0.1
+
+
+class Held(Exception):
+    """Another run has the lease."""
+
+
+@contextlib.contextmanager
+def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lease `path`; where another does, raise `Held`, or with `wait` wait for it.
+
+    A holder that stood still for longer than `STALE_S` may lose it to another machine: see `holds`.
+    Raises `OSError` where the file cannot be made.
+    """
+    mine = _me()
+    while not _take(path, mine):
+        if not wait:
+            raise Held
+        time.sleep(_RETRY_S)
+    done = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path, mine, done), daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        done.set()
+        heart.join()
+        if _read(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def holds(path: Path) -> bool:
+    """Whether this process holds the lease `path`, still."""
+    found = _read(path)
+    return found.get("process") == os.getpid() and found.get("of") == _here()["of"]
+
+
+def _me() -> dict[str, Any]:
+    return {
+        **_here(),
+        "process": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "time": time.time(),
+        "token": secrets.token_hex(8),
+    }
+
+
+def _here() -> dict[str, Any]:
+    """What tells which processes a process number is one of: machine, boot, container."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return {
+            "host": socket.gethostname(),
+            "of": [boot, str(Path("/proc/self/ns/pid").readlink())],
+        }
+    return {"host": socket.gethostname(), "of": [psutil.boot_time()]}
+
+
+def _take(path: Path, mine: dict[str, Any]) -> bool:
+    """Make the lease; False if another holds it. One that is void is cleared first."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(mine, file)
+    except FileExistsError:
+        return _clear(path) and _take(path, mine)
+    return True
+
+
+def _clear(path: Path) -> bool:
+    """Remove the lease if it is void; False if it is not, or another is at it."""
+    if not _is_void(path):
+        return False
+    # Who found it void a while ago may meet a new one: only one clears at a time, and looks again.
+    guard = path.with_name(f"{path.name}-clearing")
+    try:
+        guard.touch(exist_ok=False)
+    except FileExistsError:
+        if _age_s(guard) > STALE_S:
+            guard.unlink(missing_ok=True)
+        return False
+    try:
+        if _is_void(path):
+            path.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)
+    return True
+
+
+def _is_void(path: Path) -> bool:
+    found, here = _read(path), _here()
+    if found and {name: found.get(name) for name in here} == here:
+        return not _lives(found)
+    return _age_s(path) > STALE_S
+
+
+def _age_s(path: Path) -> float:
+    """The seconds since a file was touched, by the clock of its own file system."""
+    probe = path.with_name(f"{path.name}-{secrets.token_hex(4)}")
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:  # given back meanwhile
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _lives(found: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(int(found["process"]))
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return alive and abs(process.create_time() - float(found["started"])) < 1
+    except (psutil.Error, ValueError, KeyError, TypeError):
+        return False
+
+
+def _beat(path: Path, mine: dict[str, Any], done: threading.Event) -> None:
+    while not done.wait(BEAT_S):
+        with contextlib.suppress(OSError):
+            if _read(path) == mine:
+                os.utime(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a lease says; empty where there is none, or one that is being written."""
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    return {}

@@ -1,0 +1,344 @@
+"""Tasks over the verbs, each plain data, and plans of them: `owl sweep` and the demo are two.
+
+A task leaves one artefact, and a receipt beside it: what it was asked, and digests of what it read.
+Where both are there and agree it is done. So a plan that was killed goes on, one that is widened
+does only what is new, and one whose inputs have changed makes again what depends on them. A task
+goes through JSON and pickle, and knows no process, machine or terminal: `do` runs it wherever the
+files are seen, once the tasks that it needs are done.
+"""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from typing_extensions import override
+
+from owl_deploy import api
+from owl_deploy.artefact import MANIFEST, MEASURED, make_folder, read_object, write_json
+from owl_deploy.bench.plan import BenchPlan
+from owl_deploy.cache import cache_dir
+from owl_deploy.engines import engine_for
+from owl_deploy.engines.loading import digest as file_digest
+from owl_deploy.errors import BadInput
+from owl_deploy.manifest import (
+    CheckpointManifest,
+    DeploymentManifest,
+    keep_measurement,
+    measurement_file,
+    read_manifest,
+)
+from owl_deploy.partial import is_interrupted
+from owl_deploy.recipe import PruneSettings
+
+State = Literal["done", "to do", "outdated"]
+# What people deploy when they do not prune: targets and precisions.
+DENSE = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "int4"))
+
+
+class Task(BaseModel):
+    """One step of a plan. `title` says what it does; `output` is the artefact that it leaves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    APART: ClassVar[dict[str, Any]] = {}  # what does not decide the result, or is read by digest
+
+    title: str
+    output: Path
+
+    @abstractmethod
+    def reads(self) -> tuple[Path | str, ...]:
+        """The files, folders and names of texts that the result depends on."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Make the output, or make it again."""
+
+    @abstractmethod
+    def agrees(self) -> bool:
+        """Whether an output that has no receipt says itself that it is what this task makes."""
+
+    @property
+    def proof(self) -> Path:
+        """The file that is there when the output is whole, and another when that is another."""
+        return self.output / MANIFEST
+
+    @property
+    def receipt(self) -> Path:
+        """Where the receipt lies."""
+        return self.output / MEASURED / "task.json"
+
+    def is_whole(self) -> bool:
+        """Whether there is an output, of this task or an earlier one."""
+        return self.proof.is_file()
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the result, wherever the files lie."""
+        apart = {"title": True, "output": True, **self.APART}
+        return {
+            "asked": self.model_dump(mode="json", exclude=apart),
+            "inputs": [digest(one) for one in self.reads()],
+        }
+
+
+class Prune(Task):
+    """`owl prune`; `calibration`: a SOURCE, `samples` windows of `sequence_length` tokens."""
+
+    APART = {"model": True, "calibration": True}
+
+    task: Literal["prune"] = "prune"
+    model: Path
+    settings: PruneSettings
+    calibration: str | None = None
+    samples: int = 128
+    sequence_length: int = 2048
+
+    @override
+    def reads(self) -> tuple[Path | str, ...]:
+        return (self.model, self.calibration or "")
+
+    @override
+    def run(self) -> None:
+        text = None
+        if self.calibration:
+            text = api.Calibration(self.calibration, self.samples, self.sequence_length)
+        if is_interrupted(self.output):
+            try:
+                api.prune(self.model, self.output, self.settings, text, force=True, resume=True)
+            except BadInput:  # it was asked otherwise; whatever else is wrong comes again
+                pass
+            else:
+                return
+        api.prune(self.model, self.output, self.settings, text, force=True)
+
+    @override
+    def agrees(self) -> bool:
+        manifest = read_manifest(self.output, CheckpointManifest)
+        if manifest is None:
+            return False
+        told = manifest.settings.model_dump(mode="json") | (manifest.calibration or {})
+        asked = self.settings.model_dump(mode="json") | self.model_dump(
+            include={"samples", "sequence_length"}
+        )
+        return _same(told, asked)
+
+
+class Export(Task):
+    """`owl export`."""
+
+    APART = {"checkpoint": True}
+
+    task: Literal["export"] = "export"
+    checkpoint: Path
+    target: str
+    precision: str
+
+    @override
+    def reads(self) -> tuple[Path | str, ...]:
+        return (self.checkpoint,)
+
+    @override
+    def run(self) -> None:
+        from owl_deploy.export.show import steps
+
+        with steps() as progress:
+            api.export(
+                self.checkpoint,
+                self.output,
+                target=self.target,
+                precision=self.precision,
+                force=True,
+                progress=progress,
+            )
+
+    @override
+    def agrees(self) -> bool:
+        manifest = read_manifest(self.output, DeploymentManifest)
+        if manifest is None:
+            return False
+        pruned = read_manifest(self.checkpoint, CheckpointManifest)
+        told = (manifest.source.manifest or {}).get("wall_seconds")  # no two prunings' are the same
+        same = pruned is None or told in (None, pruned.wall_seconds)
+        return same and (manifest.target, manifest.precision) == (self.target, self.precision)
+
+
+class Evaluate(Task):
+    """`owl eval --perplexity`, of a checkpoint or of a deployment as it runs, into a JSON file.
+
+    `known`: the result for another that is known to compute the same, which is taken over.
+    """
+
+    APART = {"model": True, "text": True, "known": True, "threads": True}
+
+    task: Literal["evaluate"] = "evaluate"
+    model: Path
+    text: str
+    window: int = 2048
+    windows: int | None = None
+    threads: int | None = None
+    known: Path | None = None
+
+    @override
+    def reads(self) -> tuple[Path | str, ...]:
+        return (self.model, self.known or self.text)
+
+    @property
+    @override
+    def proof(self) -> Path:
+        return self.output
+
+    @property
+    @override
+    def receipt(self) -> Path:
+        return self.output.with_suffix(".task.json")
+
+    @override
+    def run(self) -> None:
+        from owl_deploy.evaluate.perplexity import perplexity
+
+        if self.known:
+            value = read_object(self.known, "Delete it.") | {"engine": "torch"}
+            keep_measurement(self.model, "perplexity", value)
+            return
+        found = perplexity(
+            self.model, self.text, window=self.window, limit=self.windows, threads=self.threads
+        )
+        if self.output != measurement_file(self.model, "perplexity"):  # where it was kept already
+            write_json(self.output, asdict(found))
+
+    @override
+    def agrees(self) -> bool:
+        return read_object(self.output, "Delete it.").get("text") == self.text
+
+
+class Bench(Task):
+    """`owl bench`; one in which an engine failed is not done."""
+
+    APART = {"plan": {"candidates": True, "baselines": True}}
+
+    task: Literal["bench"] = "bench"
+    plan: BenchPlan
+
+    @override
+    def reads(self) -> tuple[Path | str, ...]:
+        deployments = (*self.plan.candidates, *self.plan.baselines)
+        return (*deployments, *(measurement_file(one, "perplexity") for one in deployments))
+
+    @override
+    def run(self) -> None:
+        api.bench(self.plan, self.output, force=True)
+
+    @override
+    def is_whole(self) -> bool:
+        return super().is_whole() and not api.read_result(self.output).failures
+
+    @override
+    def agrees(self) -> bool:
+        result = api.read_result(self.output)
+        names = [Path(subject.path).name for subject in result.subjects]
+        asked = [path.name for path in (*self.plan.candidates, *self.plan.baselines)]
+        return result.pairs == self.plan.pairs and sorted(names) == sorted(asked)
+
+
+Plan = Sequence[Task]
+PLAN: TypeAdapter[tuple[Prune | Export | Evaluate | Bench, ...]] = TypeAdapter(
+    tuple[Annotated[Prune | Export | Evaluate | Bench, Field(discriminator="task")], ...]
+)
+
+
+def digest(source: Path | str) -> str:
+    """What tells content from other content: an artefact's manifest, else all that is in there.
+
+    What is no file here is a name of something elsewhere, and stands for itself.
+    """
+    path = Path(source)
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        return str(source)
+    manifest = path / MANIFEST
+    files = [manifest] if manifest.is_file() else sorted(filter(Path.is_file, path.iterdir()))
+    lines = "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def state(task: Task) -> State:
+    """Whether a task is done, has never been, or was with other settings or other inputs."""
+    if not task.is_whole():
+        return "to do"
+    if task.receipt.is_file():
+        receipt = read_object(task.receipt, "Delete it.")
+        if receipt.pop("result", None) == digest(task.proof):
+            return "done" if _same(receipt, task.asked()) else "outdated"
+    # Made by an earlier version, by hand, or by a run that was killed before it left a receipt.
+    return "done" if task.agrees() else "outdated"
+
+
+def _same(kept: Any, asked: Any) -> bool:  # noqa: ANN401 - JSON
+    """Whether what was kept and what is asked agree in all that both versions of owl know."""
+    if isinstance(kept, dict) and isinstance(asked, dict):
+        return all(_same(kept[name], asked[name]) for name in kept.keys() & asked.keys())
+    return bool(kept == asked)
+
+
+def do(task: Task) -> None:
+    """Run a task, whatever its state; raises as its verb does."""
+    make_folder(task.output.parent)
+    asked = task.asked()
+    task.run()
+    make_folder(task.receipt.parent)
+    write_json(task.receipt, {"result": digest(task.proof), **asked})
+
+
+def needs(plan: Plan) -> list[list[int]]:
+    """For each task, the numbers of those before it whose outputs it reads."""
+    return [
+        [number for number, other in enumerate(plan[:index]) if other.output in task.reads()]
+        for index, task in enumerate(plan)
+    ]
+
+
+def survey(plan: Plan) -> list[State]:
+    """What `execute` would find: nothing is done that needs what is not."""
+    found: list[State] = []
+    for task, before in zip(plan, needs(plan), strict=True):
+        ready = all(found[number] == "done" for number in before)
+        unready: State = "outdated" if task.is_whole() else "to do"
+        found.append(state(task) if ready else unready)
+    return found
+
+
+def execute(plan: Plan, say: Callable[[str], object]) -> None:
+    """Do here, in order, what is not done; `say` is told the title of each before it begins."""
+    for task in plan:
+        found = state(task)
+        if found != "done":
+            say(task.title if found == "to do" else f"{task.title}, again: it is another's result")
+            do(task)
+
+
+def dense_exports(
+    checkpoint: Path, roads: Iterable[tuple[str, str]], folder: Path | None = None
+) -> tuple[Export, ...]:
+    """The baselines that a user of the dense `checkpoint` has, in the cache or in `folder`.
+
+    `roads`: targets and precisions of what is compared with them. Raises `BadInput` for a folder
+    that is no checkpoint.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise BadInput(f"{checkpoint} is no checkpoint: it has no config.json.")
+    folder = folder or cache_dir("dense", digest(checkpoint)[:16])
+    # What runs in an engine that skips zeros is compared with dense in the same.
+    own = sorted(road for road in set(roads) if engine_for(road[0]).skips_zeros)
+    return tuple(
+        Export(
+            title=f"Exporting dense-{target}-{precision}",
+            output=folder / f"dense-{target}-{precision}",
+            checkpoint=checkpoint,
+            target=target,
+            precision=precision,
+        )
+        for target, precision in (*own, *DENSE)
+    )

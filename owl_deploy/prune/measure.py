@@ -1,0 +1,109 @@
+"""The pass over the dense model: what enters each block's Linears, and what allocations ask."""
+
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from owl_deploy.allocation import ALLOCATIONS, Allocation
+from owl_deploy.blocks import Activations
+from owl_deploy.progress import Advance, bar
+from owl_deploy.prune import score
+from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.prune.request import Request
+from owl_deploy.prune.sparsities import BlockStatistics
+from owl_deploy.prune.tune import LayerNorms
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one dense pass gives: for each block its statistics and the norms of its inputs.
+
+    `norms`: empty unless they were asked for. `first`: the first block's inputs, which are those
+    of the pruning pass, too; no later block's are.
+    """
+
+    statistics: list[BlockStatistics]
+    norms: list[LayerNorms]
+    first: InputStatistics
+
+
+@torch.no_grad()
+def measure(
+    request: Request, multiples: Sequence[float], scratch: Path, *, keep_norms: bool = False
+) -> Measured:
+    """Each block's statistics under the dense model's own activations, for each outlier multiple.
+
+    `scratch` is a folder for states that memory does not hold.
+    """
+    skeleton, shape = request.skeleton, request.shape
+    assert request.windows is not None
+    hidden = skeleton.embed(request.windows, request.batch, scratch)
+    allocation = ALLOCATIONS[request.settings.allocation]
+    statistics: list[BlockStatistics] = []
+    norms: list[LayerNorms] = []
+    first = None
+    with bar("Measuring outliers", len(shape.names) * request.samples) as advance:
+        for index, name in enumerate(shape.names):
+            with skeleton.loaded(name) as block:
+                inputs = gather(
+                    request,
+                    block,
+                    index,
+                    hidden,
+                    advance,
+                    keep=index + 1 < len(shape.names),
+                    hessian=index == 0 and request.method.needs == "hessian",
+                )
+                linears = skeleton.linears(index)
+                own = {key: inputs.norm(key) for key in shape.linears[index]}
+                scores = [score.wanda(linears[key].weight.float(), own[key]) for key in own]
+                statistics.append(block_statistics(scores, multiples, allocation))
+            if keep_norms:
+                norms.append(own)
+            first = first or inputs
+    assert first is not None
+    return Measured(statistics, norms, first)
+
+
+def gather(
+    request: Request,
+    block: nn.Module,
+    index: int,
+    hidden: Activations,
+    advance: Advance,
+    *,
+    keep: bool,
+    hessian: bool,
+) -> InputStatistics:
+    """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`."""
+    linears = request.skeleton.linears(index)
+    inputs = InputStatistics(
+        {key: linears[key] for key in request.shape.linears[index]},
+        request.samples,
+        hessian=hessian,
+    )
+    with inputs.gathering(inputs_only=not keep):
+        hidden.through(block, index, advance, keep=keep)
+    return inputs
+
+
+def block_statistics(
+    scores: Sequence[torch.Tensor], multiples: Sequence[float], allocation: Allocation
+) -> BlockStatistics:
+    """The statistics of one block by Wanda's scores of its pruned Linears, each [out, in]."""
+    a_block = allocation.per == "block"
+    if not scores:  # every Linear of the block is skipped
+        nothing = [0.0] if a_block else []
+        return BlockStatistics(dict.fromkeys(multiples, 0.0), dict.fromkeys(multiples, nothing))
+    ratios = {multiple: score.outlier_ratio(scores, multiple) for multiple in multiples}
+    if allocation.statistic is None:
+        return BlockStatistics(ratios, {multiple: [] for multiple in multiples})
+    value = pkgutil.resolve_name(allocation.statistic.measure)
+    if a_block and value is score.outlier_ratio:
+        return BlockStatistics(ratios, {multiple: [ratio] for multiple, ratio in ratios.items()})
+    parts = [scores] if a_block else [[one] for one in scores]
+    return BlockStatistics(ratios, {m: [value(part, m) for part in parts] for m in multiples})

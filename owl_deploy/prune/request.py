@@ -1,0 +1,175 @@
+"""What is asked of a pruning, checked before any work: which model, how, on what text, where."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.blocks import Skeleton
+from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.errors import BadInput
+from owl_deploy.hardware import Hardware, find_batch, find_device, find_dtype
+from owl_deploy.manifest import versions
+from owl_deploy.methods import METHODS, Method
+from owl_deploy.prune import tune
+from owl_deploy.prune.sparsities import Shape, select
+from owl_deploy.recipe import PruneSettings
+from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that the model is run on: `samples` windows of `sequence_length` tokens.
+
+    `source`: a text file, "wikitext", "c4", "ptb", or "hf:NAME:CONFIG:SPLIT:COLUMN". `seed`: of the
+    draw of windows. Raises `BadInput` for fewer than one window, or than two tokens.
+    """
+
+    source: str
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("sequence_length", 2)):
+            if getattr(self, name) < least:
+                raise BadInput(f"--{name.replace('_', '-')} must be at least {least}.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One pruning of one model.
+
+    `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
+    [samples, length], None where nothing looks at inputs; `held_out`: those that `tune` judges by.
+    `batch`: windows that go through a block together.
+    """
+
+    skeleton: Skeleton
+    settings: PruneSettings
+    shape: Shape
+    calibration: Calibration | None
+    windows: torch.Tensor | None
+    held_out: torch.Tensor | None
+    batch: int
+    tune: bool
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model's files."""
+        return self.skeleton.checkpoint
+
+    @property
+    def method(self) -> Method:
+        """The row of the method."""
+        return METHODS[self.settings.method]
+
+    @property
+    def samples(self) -> int:
+        """The steps of a pass over a block, as progress counts them."""
+        return 1 if self.windows is None else len(self.windows)
+
+    @property
+    def head(self) -> str | None:
+        """The output head's name, where it is pruned."""
+        return None if self.settings.head_sparsity is None else self.skeleton.family.head
+
+    def describe_calibration(self) -> dict[str, Any] | None:
+        """The calibration text, with a digest of the token ids that were used; None without."""
+        if self.windows is None or self.calibration is None:
+            return None
+        digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+        return {**asdict(self.calibration), "token_ids_sha256": digest}
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result: a run that resumes must be asked the same."""
+        return {
+            "model": self.checkpoint.identity(),
+            "settings": self.settings.model_dump(mode="json"),
+            "tune": self.tune,
+            "calibration": self.describe_calibration(),
+            "device": self.skeleton.device.type,
+            "dtype": str(self.skeleton.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "batch_size": self.batch,
+            "versions": versions(),
+        }
+
+
+def check(
+    model: str | Path,
+    settings: PruneSettings,
+    calibration: Calibration | None,
+    hardware: Hardware,
+    *,
+    tune_allocation: bool,
+) -> Request:
+    """The request, or `BadInput` for whatever can be known to be wrong before any work."""
+    if tune_allocation:
+        tune.candidates(settings)
+    checkpoint = open_checkpoint(model)
+    device = find_device(hardware.device)
+    skeleton = Skeleton(checkpoint, find_dtype(hardware.dtype, checkpoint, device), device)
+    sizes = [
+        {name: linear.weight.numel() for name, linear in skeleton.linears(index).items()}
+        for index in range(len(skeleton.names))
+    ]
+    shape = select(skeleton.names, sizes, settings.skip)
+    _check_groups(settings, skeleton, shape)
+    windows = _windows(checkpoint, settings, calibration, tune_allocation=tune_allocation)
+    held_out = None
+    if tune_allocation and windows is not None:
+        windows, held_out = windows[: -tune.HELD_OUT_WINDOWS], windows[-tune.HELD_OUT_WINDOWS :]
+    batch = find_batch(hardware.batch_size, windows, skeleton)
+    return Request(
+        skeleton, settings, shape, calibration, windows, held_out, batch, tune_allocation
+    )
+
+
+def _windows(
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    calibration: Calibration | None,
+    *,
+    tune_allocation: bool,
+) -> torch.Tensor | None:
+    """The windows to prune by, and after them those to tune by."""
+    measures = tune_allocation or ALLOCATIONS[settings.allocation].statistic is not None
+    if METHODS[settings.method].needs == "nothing" and not measures:
+        return None
+    if calibration is None:
+        raise BadInput(
+            f"The method {settings.method} with the allocation {settings.allocation} looks at the "
+            "model's inputs.",
+            "Give a text with --calibration.",
+        )
+    longest = checkpoint.config.get("max_position_embeddings")
+    if longest and calibration.sequence_length > longest:
+        raise BadInput(
+            f"The model takes {longest} tokens, not {calibration.sequence_length}.",
+            "Give a smaller --sequence-length.",
+        )
+    tokens = tokenize(load_tokenizer(checkpoint.folder), load_text(calibration.source))
+    count = calibration.samples + (tune.HELD_OUT_WINDOWS if tune_allocation else 0)
+    return calibration_windows(tokens, count, calibration.sequence_length, calibration.seed)
+
+
+def _check_groups(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> None:
+    if settings.group is None:
+        return
+    linears = {
+        f"{block}.{name}": skeleton.linears(index)[name]
+        for index, (block, own) in enumerate(zip(shape.names, shape.linears, strict=True))
+        for name in own
+    }
+    if settings.head_sparsity is not None:
+        linears[skeleton.family.head] = skeleton.head
+    for name, linear in linears.items():
+        if linear.in_features % settings.group[1]:
+            raise BadInput(
+                f"{name} has {linear.in_features} inputs, no multiple of {settings.group[1]}.",
+                "Choose another structure, or leave that layer dense.",
+            )

@@ -1,0 +1,131 @@
+"""From settings and a model to one sparsity for every Linear that is pruned."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from owl_deploy.allocation import ALLOCATIONS, whole_kept
+from owl_deploy.errors import BadInput
+from owl_deploy.families import heads
+from owl_deploy.recipe import PruneSettings
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The pruned Linears of a model: for each block, name and number of weights, in model order."""
+
+    names: Sequence[str]
+    linears: Sequence[Mapping[str, int]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The pruned weights of each block."""
+        return [sum(linears.values()) for linears in self.linears]
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What the dense pass finds of a block, by outlier multiple.
+
+    The outlier ratio of the whole block, in percent; and what the allocation's rule asks for: one
+    value, or, where each Linear gets its own sparsity, one for every pruned Linear in their order.
+    """
+
+    outlier_ratios: dict[float, float]
+    values: dict[float, list[float]]
+
+
+Statistics = Sequence[BlockStatistics]
+
+
+def select(
+    names: Sequence[str], linears: Sequence[Mapping[str, int]], skip: Sequence[str]
+) -> Shape:
+    """The Linears to prune: all of `linears` (by block) but those whose name ends in one of `skip`.
+
+    Raises `BadInput` for a name in `skip` that no Linear has, or when nothing is left.
+    """
+    full = [f"{block}.{name}" for block, own in zip(names, linears, strict=True) for name in own]
+    for ending in skip:
+        if not any(_ends(name, ending) for name in full) and ending not in heads():
+            known = sorted({name.rpartition(".")[2] for name in full})
+            raise BadInput(f"No layer is called {ending!r}.", f"There are: {', '.join(known)}.")
+    kept = [
+        {
+            name: size
+            for name, size in own.items()
+            if not any(_ends(f"{block}.{name}", ending) for ending in skip)
+        }
+        for block, own in zip(names, linears, strict=True)
+    ]
+    if not any(kept):
+        raise BadInput("With these --skip nothing is left to prune.")
+    return Shape(names, kept)
+
+
+def _ends(name: str, ending: str) -> bool:
+    """Whether `ending` is the whole name, its last parts, or the block it lies in."""
+    return f".{name}.".endswith(f".{ending}.") or name.startswith(f"{ending}.")
+
+
+def linear_sparsities(
+    settings: PruneSettings, shape: Shape, statistics: Statistics | None
+) -> list[dict[str, float]]:
+    """For each block, its pruned Linears' sparsities by name: the explicit list, or by the rule."""
+    if settings.layers is not None:
+        return _explicit(settings.layers, shape)
+    allocation = ALLOCATIONS[settings.allocation]
+    assert allocation.rule is not None
+    one_a_block = allocation.per == "block"
+    sizes = shape.sizes if one_a_block else [n for own in shape.linears for n in own.values()]
+    values = [v for block in statistics or () for v in block.values[settings.outlier_multiple]]
+    found = allocation.rule(settings.sparsity, sizes, values, settings.spread)
+    if settings.group is not None:
+        size = settings.group[1]
+        found = [1 - kept / size for kept in whole_kept(found, sizes, size)]
+    each = iter(found)
+    if one_a_block:
+        return [dict.fromkeys(own, next(each)) for own in shape.linears]
+    return [{name: next(each) for name in own} for own in shape.linears]
+
+
+def _explicit(layers: Mapping[str, float], shape: Shape) -> list[dict[str, float]]:
+    used: set[str] = set()
+    found: list[dict[str, float]] = []
+    for block, own in zip(shape.names, shape.linears, strict=True):
+        found.append({})
+        for name in own:
+            for target in (f"{block}.{name}", block):
+                if target in layers:
+                    used.add(target)
+                    found[-1][name] = layers[target]
+                    break
+    strange = [target for target in layers if target not in used]
+    if strange:
+        raise BadInput(
+            f"The recipe's layers are not the model's: it has no {strange[0]}.",
+            f"The model has {len(shape.names)} blocks, {shape.names[0]} to {shape.names[-1]}.",
+        )
+    names = zip(shape.names, shape.linears, found, strict=True)
+    empty = [name for name, linears, own in names if linears and not own]
+    if empty and all(target in shape.names for target in layers):
+        raise BadInput(
+            f"The recipe's layers are not the model's: {empty[0]} has no sparsity.",
+            "Resolve the recipe for this model: prune it without the list.",
+        )
+    return found
+
+
+def resolved_layers(
+    shape: Shape, sparsities: Sequence[Mapping[str, float]], all_linears: Sequence[int]
+) -> dict[str, float]:
+    """The targets of a resolved recipe: blocks, or Linears where a block is pruned in part.
+
+    `all_linears`: how many Linears each block has.
+    """
+    layers: dict[str, float] = {}
+    for block, own, count in zip(shape.names, sparsities, all_linears, strict=True):
+        if len(own) == count and len(set(own.values())) == 1:
+            layers[block] = next(iter(own.values()))
+        else:
+            layers |= {f"{block}.{name}": value for name, value in own.items()}
+    return layers

@@ -1,0 +1,151 @@
+"""The pass that prunes: block after block, each on what the pruned ones before it let through.
+
+One block is on the device at a time.
+"""
+
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from owl_deploy.blocks import Activations
+from owl_deploy.progress import Advance, bar
+from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.measure import gather
+from owl_deploy.prune.plan import Plan
+from owl_deploy.prune.request import Request
+from owl_deploy.prune.store import Store
+from owl_deploy.recipe import kept
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished block, or the head: its tensors, by their names in it, in the checkpoint's dtype.
+
+    `linears`: those that may be pruned, name to number of weights; the head is one itself, called
+    "". `sparsities`: what was asked of them.
+    """
+
+    name: str
+    linears: Mapping[str, int]
+    sparsities: Mapping[str, float]
+    tensors: Mapping[str, torch.Tensor]
+
+    def weight(self, linear: str) -> torch.Tensor:
+        """The weight of one of its Linears."""
+        return self.tensors[f"{linear}.weight" if linear else "weight"]
+
+
+class Walk:
+    """One pruning pass; `store` holds every part of it when it has ended.
+
+    `first`: what enters the first block, if a pass before has gathered it.
+    """
+
+    def __init__(
+        self, request: Request, plan: Plan, store: Store, first: InputStatistics | None
+    ) -> None:
+        self.request, self.plan, self.store, self.first = request, plan, store, first
+        self.skeleton, self.names = request.skeleton, request.shape.names
+        self.method = pkgutil.resolve_name(request.method.prune)
+        self.hessian = request.method.needs == "hessian"
+        self.hidden: Activations | None = None
+        self.advance: Advance = lambda _: None
+
+    def parts(self) -> Iterator[Part]:
+        """Every block in model order, then the head if it is pruned; made now where not yet."""
+        head = self.request.head
+        names = [*self.names, *([head] if head else [])]
+        windows = self.request.windows
+        if self.request.method.needs != "nothing" and not all(map(self.store.holds, names)):
+            assert windows is not None
+            self.hidden = self.skeleton.embed(windows, self.request.batch, self.store.folder)
+        passes = 2 * len(names) - (self.hidden is not None)
+        with bar("Pruning", passes * self.request.samples) as self.advance:
+            for index, name in enumerate(self.names):
+                weights = self.store.load(name)
+                if weights is None:
+                    weights = self._prune_block(index)
+                    self.store.save(name, weights)
+                else:
+                    self._replay(index, weights)
+                linears = self.request.shape.linears[index]
+                yield Part(name, linears, self.plan.sparsities[index], weights)
+            if head:
+                yield self._finish_head(head)
+
+    @torch.no_grad()
+    def _prune_block(self, index: int) -> dict[str, torch.Tensor]:
+        name = self.names[index]
+        weights = self.request.checkpoint.read_module(name)
+        linears = self.skeleton.linears(index)
+        with self.skeleton.loaded(name, weights) as block:
+            statistics = self._block_inputs(block, index)
+            for key, sparsity in self.plan.sparsities[index].items():
+                pruned = self._pruned(weights[f"{key}.weight"], Inputs(statistics, key), sparsity)
+                weights[f"{key}.weight"] = pruned
+                linears[key].weight.copy_(pruned)
+            self._pass_on(block, index)
+        return weights
+
+    def _block_inputs(self, block: nn.Module, index: int) -> InputStatistics | None:
+        if self.hidden is None:
+            return None
+        if index == 0 and self.first is not None:
+            self.advance(self.request.samples)
+            return self.first
+        return gather(
+            self.request,
+            block,
+            index,
+            self.hidden,
+            self.advance,
+            keep=False,
+            hessian=self.hessian,
+        )
+
+    def _pruned(self, dense: torch.Tensor, inputs: Inputs, sparsity: float) -> torch.Tensor:
+        """The weight `dense` [out, in], pruned: where it lies, in its dtype."""
+        settings = self.plan.settings
+        group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
+        weight = dense.to(self.skeleton.device, torch.float32)
+        pruned: torch.Tensor = self.method(weight, inputs, sparsity, group, settings.options)
+        return pruned.to(dense.device, dense.dtype)
+
+    @torch.no_grad()
+    def _finish_head(self, name: str) -> Part:
+        """Prune the head, by what the pruned blocks let enter it, unless it is stored."""
+        sparsity = self.plan.settings.head_sparsity
+        assert sparsity is not None
+        weights = self.store.load(name)
+        if weights is None:
+            statistics = None
+            if self.hidden is not None:
+                assert self.request.windows is not None
+                statistics = InputStatistics(
+                    {name: self.skeleton.head}, self.request.samples, hessian=self.hessian
+                )
+                with statistics.gathering():
+                    self.skeleton.enter_head(self.request.windows, self.hidden, self.advance)
+            dense = self.request.checkpoint.read(self.skeleton.head_weights[0])
+            weights = {"weight": self._pruned(dense, Inputs(statistics, name), sparsity)}
+            self.store.save(name, weights)
+        if self.hidden is None:
+            self.advance(2 * self.request.samples)
+        return Part(name, {"": weights["weight"].numel()}, {"": sparsity}, weights)
+
+    def _replay(self, index: int, weights: dict[str, torch.Tensor]) -> None:
+        """Bring the hidden states past a block that an earlier run has finished."""
+        with self.skeleton.loaded(self.names[index], weights) as block, torch.no_grad():
+            if self.hidden is not None:
+                self.advance(self.request.samples)
+            self._pass_on(block, index)
+
+    def _pass_on(self, block: nn.Module, index: int) -> None:
+        """Run the pruned block, for what enters the next one; after the last only a head may."""
+        if self.hidden is None:
+            self.advance(2 * self.request.samples)
+        elif index + 1 < len(self.names) or self.request.head:
+            self.hidden.through(block, index, self.advance, keep=True)

@@ -1,0 +1,96 @@
+"""What a pruning leaves: the checkpoint's files, and the manifest that says what was done."""
+
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from owl_deploy.checkpoint import shards, write_compatible
+from owl_deploy.manifest import Block, Linear, Manifest, read_manifest, versions
+from owl_deploy.prune.plan import Plan
+from owl_deploy.prune.request import Request
+from owl_deploy.prune.store import Store
+from owl_deploy.prune.walk import Part
+
+
+def report(part: Part, outlier_ratio: float | None) -> Block:
+    """What was asked of a block, or of the head, and what came out; the ratio is in percent."""
+    sizes = part.linears
+    zeros = {name: int((part.weight(name) == 0).sum()) for name in sizes}
+    asked = {name: part.sparsities.get(name, 0.0) for name in sizes}
+    total = sum(sizes.values())
+    whole = next(iter(asked.values()), 0.0)
+    if len(set(asked.values())) > 1:
+        whole = sum(asked[name] * size for name, size in sizes.items()) / total
+    return Block(
+        name=part.name,
+        outlier_ratio=outlier_ratio,
+        sparsity=whole,
+        achieved=sum(zeros.values()) / max(total, 1),  # a block may be skipped as a whole
+        weights=total,
+        linears={
+            name: Linear(sparsity=asked[name], achieved=zeros[name] / size, weights=size)
+            for name, size in sizes.items()
+            if name
+        },
+    )
+
+
+def assemble(request: Request, store: Store) -> None:
+    """Put the finished blocks and the untouched tensors together, as a checkpoint."""
+    checkpoint, names, head = request.checkpoint, request.shape.names, request.head
+    large = checkpoint.is_large
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names if not large else ():
+            weights = store.load(name)
+            assert weights is not None
+            yield from ((f"{name}.{key}", tensor) for key, tensor in weights.items())
+        blocks = tuple(f"{name}." for name in names)
+        for key in checkpoint.files:
+            # A tied weight may lie there under both names, of which each is written by itself.
+            weights = store.load(head) if head and key in request.skeleton.head_weights else None
+            if weights:
+                yield key, weights["weight"]
+            elif not key.startswith(blocks):
+                yield key, checkpoint.read(key)
+
+    ready = [store.path(name) for name in names] if large else []
+    shards(tensors(), store.folder, ready)
+    write_compatible(checkpoint, store.folder)
+
+
+def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str) -> dict[str, Any]:
+    """The manifest's fields for the checkpoint that was pruned from `source`.
+
+    `reports`: of every block, then of the head if it was pruned.
+    """
+    blocks = reports[: len(request.shape.names)]
+    total = sum(block.weights for block in blocks)
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    skeleton = request.skeleton
+    on_gpu = skeleton.device.type == "cuda"
+    before = read_manifest(request.checkpoint.folder, Manifest)
+    return {
+        "versions": versions(),
+        "command": sys.argv,
+        "source": source,
+        "source_manifest": before.to_json() if before else None,
+        "settings": plan.settings.model_dump(mode="json"),
+        "tuning": [asdict(trial) for trial in plan.trials] or None,
+        "calibration": request.describe_calibration(),
+        "device": str(skeleton.device),
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "weights": total,
+        "sparsity": {
+            "asked": sum(b.sparsity * b.weights for b in blocks) / total,
+            "achieved": sum(b.achieved * b.weights for b in blocks) / total,
+        },
+        "blocks": blocks,
+        "head": reports[-1] if request.head else None,
+        "peak_memory_bytes": peak_kib * 1024,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }

@@ -1,0 +1,176 @@
+"""`owl sweep`: methods x allocations x sparsities x targets, and the trade-off between them."""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from owl_deploy import api
+from owl_deploy.bench import plots
+from owl_deploy.bench.plan import BenchPlan
+from owl_deploy.bench.report import write_report
+from owl_deploy.bench.result import Result, metrics_of
+from owl_deploy.errors import BadInput, invalid
+from owl_deploy.export.targets import precision_of
+from owl_deploy.manifest import measurement_file
+from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, dense_exports
+from owl_deploy.recipe import PruneSettings, read_yaml
+
+REPORT = "report.html"
+
+
+class SweepPlan(BaseModel):
+    """What to sweep; a target may name a precision, "onnxruntime:int8", or has its default.
+
+    `samples` windows of `sequence_length` tokens to prune by; `windows` of `window` to evaluate on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    methods: tuple[str, ...] = Field(default=("wanda",), min_length=1)
+    allocations: tuple[str, ...] = Field(default=("owl",), min_length=1)
+    sparsities: tuple[float, ...] = Field(default=(0.5, 0.7), min_length=1)
+    targets: tuple[str, ...] = Field(default=("onnxruntime",), min_length=1)
+    scenarios: tuple[str, ...] = ("decode", "prefill")
+    context: tuple[int, ...] = (512,)
+    prompt: tuple[int, ...] = (128,)
+    threads: int | None = None
+    pairs: int = 8
+    samples: int = 128
+    sequence_length: int = 2048
+    window: int = 2048
+    windows: int | None = None
+
+    def prunings(self) -> dict[str, PruneSettings]:
+        """The settings of each checkpoint, by its name; raises `BadInput` for wrong ones."""
+        every = itertools.product(self.methods, self.allocations, self.sparsities)
+        return {
+            f"{method}-{allocation}-{100 * sparsity:g}": api.prune_settings(
+                None, {"method": method, "allocation": allocation, "sparsity": sparsity}
+            )
+            for method, allocation, sparsity in every
+        }
+
+    def roads(self) -> list[tuple[str, str]]:
+        """Each target with its precision, once; raises `BadInput` for one that cannot be."""
+        asked = (one.partition(":") for one in self.targets)
+        found = ((name, precision_of(name, said or None)) for name, _, said in asked)
+        return list(dict.fromkeys(found))
+
+
+def read_plan(path: Path | None, given: dict[str, Any]) -> SweepPlan:
+    """The plan of a YAML file, if any, with the options `given` over it; raises `BadInput`."""
+    values = read_yaml(path) if path else {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} does not hold a mapping of settings.")
+    try:
+        return SweepPlan.model_validate({**values, **given})
+    except ValidationError as error:
+        known = ", ".join(SweepPlan.model_fields)
+        raise invalid("the sweep's plan", error, f"Known: {known}.") from error
+
+
+def tasks(
+    model: Path, output: Path, plan: SweepPlan, calibration: str, text: str
+) -> tuple[Task, ...]:
+    """What makes the sweep of the dense `model` in the folder `output`, the benchmark last.
+
+    `calibration` and `text` are SOURCEs, to prune by and to evaluate on. Raises `BadInput` for all
+    that can be known to be wrong before anything is done.
+    """
+    if not output.absolute().parent.is_dir():
+        raise BadInput(f"The folder {output.parent} does not exist.", "Create it first.")
+    roads = plan.roads()
+    made: list[Task] = []
+    for name, settings in plan.prunings().items():
+        checkpoint = output / "checkpoints" / name
+        made.append(
+            Prune(
+                title=f"Pruning {name}",
+                output=checkpoint,
+                model=model,
+                settings=settings,
+                calibration=calibration,
+                samples=plan.samples,
+                sequence_length=plan.sequence_length,
+            )
+        )
+        made += [_export(checkpoint, output, road) for road in roads]
+    candidates = [task for task in made if isinstance(task, Export)]
+    dense = dense_exports(model, roads, output / "deployments")
+    quality = [_evaluate(task.output, text, plan) for task in (*candidates, *dense)]
+    bench = _bench([one.output for one in candidates], [one.output for one in dense], output, plan)
+    return (*made, *dense, *quality, bench)
+
+
+def _export(checkpoint: Path, output: Path, road: tuple[str, str]) -> Export:
+    target, precision = road
+    name = f"{checkpoint.name}-{target}-{precision}"
+    return Export(
+        title=f"Exporting {name}",
+        output=output / "deployments" / name,
+        checkpoint=checkpoint,
+        target=target,
+        precision=precision,
+    )
+
+
+def _evaluate(deployment: Path, text: str, plan: SweepPlan) -> Evaluate:
+    return Evaluate(
+        title=f"Perplexity of {deployment.name}",
+        output=measurement_file(deployment, "perplexity"),
+        model=deployment,
+        text=text,
+        **plan.model_dump(include={"window", "windows", "threads"}),
+    )
+
+
+def _bench(candidates: list[Path], dense: list[Path], output: Path, plan: SweepPlan) -> Bench:
+    """The benchmark of all, in a folder of its own."""
+    bench = BenchPlan(
+        candidates=tuple(candidates),
+        baselines=tuple(dense),
+        scenarios=plan.scenarios,
+        **plan.model_dump(include={"context", "prompt"}, exclude_unset=True),
+        threads=plan.threads,
+        pairs=plan.pairs,
+    )
+    bench.described()  # to hear now what is wrong with it
+    identity = json.dumps(bench.model_dump(mode="json"), sort_keys=True)
+    name = f"bench-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    title = f"Benchmarking {len(candidates) + len(dense)} deployments"
+    return Bench(title=title, output=output / name, plan=bench)
+
+
+def finish(plan: tuple[Task, ...], output: Path) -> Result:
+    """The result of the executed `plan`, and its report in `output`."""
+    result = api.read_result(plan[-1].output)
+    write_report([result], output / REPORT)
+    return result
+
+
+def trade_off(result: Result) -> list[dict[str, Any]]:
+    """Perplexity and tokens/s of every deployment, fastest first; `pareto`: nothing beats both."""
+    metric = metrics_of(result.scenarios)[0]
+    subjects = plots.with_quality(result, metric.key)
+    points = [
+        (result.statistics[metric.key][s.name]["tokens_per_s"], float(s.perplexity or 0))
+        for s in subjects
+    ]
+    front = set(plots.pareto(points))
+    rows = [
+        {
+            "deployment": subject.name,
+            "engine": subject.engine,
+            "dense": subject.role == "baseline",
+            "zeros": subject.zeros,
+            "perplexity": loss,
+            "tokens_per_s": speed,
+            "pareto": index in front,
+        }
+        for index, (subject, (speed, loss)) in enumerate(zip(subjects, points, strict=True))
+    ]
+    return sorted(rows, key=lambda row: -float(str(row["tokens_per_s"])))

@@ -1,0 +1,122 @@
+"""`owl eval --tasks humaneval`, whole: what a deployment answers is what PyTorch answers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from owl_deploy.cli import app
+from owl_deploy.evaluate import humaneval, kept, zero_shot
+from owl_deploy.export.targets import export
+from owl_deploy.manifest import measurement
+from tests import tiny
+
+pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
+needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no Bubblewrap")
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (zero_shot, kept):
+            patch.setattr(module, "cache_dir", lambda *_: folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint and a deployment of it, with a chat template."""
+    folder = tmp_path_factory.mktemp("humaneval")
+    checkpoint = tiny.write_llama(folder / "model", hidden_size=128, intermediate_size=336)
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    export(checkpoint, folder / "deployment", target="onnxruntime", precision="fp32")
+    return checkpoint, folder / "deployment"
+
+
+def run(*arguments: object):
+    line = ["eval", *map(str, arguments), "--tasks", "humaneval", "--json"]
+    return CliRunner().invoke(app, line)
+
+
+@needs_bwrap
+def test_a_deployment_answers_as_pytorch_does(folders) -> None:
+    line = (*folders, "--allow-code", "--limit", 3, "--window", 512, "--dtype", "float32")
+    answer = run(*line)
+    assert answer.exit_code == 0, answer.output
+    of_checkpoint, of_deployment = (
+        one["tasks"]["humaneval"] for one in json.loads(answer.stdout)["models"]
+    )
+    assert of_checkpoint["documents"] == of_deployment["documents"] == 3
+    assert of_checkpoint["answers"] == of_deployment["answers"]
+    assert [one["problem"] for one in of_checkpoint["answers"]] == [
+        f"HumanEval/{number}" for number in range(3)
+    ]
+    assert all(one["answer"] and one["why"] for one in of_checkpoint["answers"])
+    assert of_deployment["metrics"]["pass@1"]["value"] == 0  # random weights write no programs
+    assert measurement(folders[1], "tasks")["humaneval"] == of_deployment
+    assert of_deployment["by"] == "onnxruntime"
+
+
+@needs_bwrap
+def test_a_model_without_a_template_goes_on_from_the_prompt(folders, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(folders[0], tmp_path / "model"))
+    (checkpoint / "chat_template.jinja").unlink()
+    found = json.loads(run(checkpoint, "--allow-code", "--limit", 1, "--window", 512).stdout)
+    (answer,) = found["tasks"]["humaneval"]["answers"]
+    in_chat = json.loads(run(folders[0], "--allow-code", "--limit", 1, "--window", 512).stdout)
+    assert answer != in_chat["tasks"]["humaneval"]["answers"][0]
+
+
+@needs_bwrap
+def test_a_run_that_was_killed_goes_on(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, deployment = folders
+    line = (deployment, "--allow-code", "--limit", 3, "--window", 512)
+    whole = json.loads(run(*line).stdout)["tasks"]["humaneval"]
+    harness = __import__("owl_deploy.evaluate.harness", fromlist=["DeploymentLM"])
+    asked = []
+    generate = harness.DeploymentLM._generate
+
+    def two_at_most(self, context, options):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(context)
+        return generate(self, context, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.DeploymentLM, "_generate", two_at_most)
+        assert run(*line).exit_code != 0
+        asked.pop()  # so that one more is let through
+        again = run(*line)
+    assert json.loads(again.stdout)["tasks"]["humaneval"] == whole
+    assert len(asked) == 2
+
+
+@needs_bwrap
+def test_a_right_answer_passes(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, deployment = folders
+    harness = __import__("owl_deploy.evaluate.harness", fromlist=["DeploymentLM"])
+    solutions = {one["prompt"]: one for one in humaneval.problems()}
+
+    def solve(self, context, options):
+        (one,) = (one for prompt, one in solutions.items() if prompt in context)
+        right = one["canonical_solution"] if one["task_id"] != "HumanEval/1" else "    pass"
+        return f"Here it is:\n```python\n{one['prompt']}{right}\n"
+
+    monkeypatch.setattr(harness.DeploymentLM, "_generate", solve)
+    found = json.loads(run(deployment, "--allow-code", "--limit", 4, "--window", 512).stdout)
+    metric = found["tasks"]["humaneval"]["metrics"]["pass@1"]
+    assert metric["value"] == 0.75
+    assert metric["stderr"] == pytest.approx(0.25)
+
+
+def test_nothing_runs_unasked(folders) -> None:
+    answer = run(folders[1])
+    assert answer.exception.exit_code == 2
+    assert "--allow-code" in str(answer.exception)

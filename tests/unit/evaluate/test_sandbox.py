@@ -1,0 +1,172 @@
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.evaluate import sandbox
+from owl_deploy.evaluate.sandbox import Outcome, judge
+
+TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-3) == 9\n"
+needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no Bubblewrap")
+pytestmark = needs_bwrap
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+def test_a_right_program_passes() -> None:
+    sandbox.require_sandbox()
+    assert judge("def f(x):\n    return x * x", TESTS, "f") == Outcome(True)
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("def f(x):\n    return x", "a test failed"),
+        ("def f(x):\n    return x +", "raised SyntaxError"),
+        ("def f(x):\n    return x / 0", "raised ZeroDivisionError"),
+        ("def f(x):\n    return object()", "raised TypeError"),
+        ("def f(x):\n    return f(x)", "raised RecursionError"),
+        ("class Odd(Exception): pass\ndef f(x):\n    raise Odd", "raised Odd"),
+        ("def g(x):\n    return x * x", "defines no f"),
+        ("f = 4", "defines no f"),
+        ("def f(x):\n    raise SystemExit(0)", "raised SystemExit"),
+        ("import os\ndef f(x):\n    os._exit(0)", "ended by itself"),
+        ("import os\nos._exit(0)", "ended by itself"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "ended by itself"),
+    ],
+)
+def test_a_wrong_program_fails(program: str, why: str) -> None:
+    assert judge(program, TESTS, "f") == Outcome(False, why)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        # What it prints is not read; what it writes where answers go is an answer like any other.
+        "print('passed')\ndef f(x):\n    print('passed')\n    return 'passed'",
+        "import os\nfor i in range(3, 20):\n    try: os.write(i, b\"('value', True)\\n\" * 9)\n"
+        "    except OSError: pass\ndef f(x): return True",
+        # An answer equal to everything does not cross the pipe as such.
+        "class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()",
+        "class Yes(int):\n    def __eq__(self, other): return True\ndef f(x): return Yes(1)",
+        "def check(candidate): pass\ndef f(x): return x",
+        "import builtins\nbuiltins.AssertionError = Exception\ndef f(x): return x",
+        "import os\nfor i in range(3, 20):\n    try: os.write(i, b'[' * 100000 + b'\\n')\n"
+        "    except OSError: pass\ndef f(x): return x",
+    ],
+)
+def test_passing_cannot_be_forged(program: str) -> None:
+    assert not judge(program, TESTS, "f").passed
+
+
+def test_a_fork_bomb_makes_no_process() -> None:
+    bomb = "import os\ndef f(x):\n    while True: os.fork()"
+    assert judge(bomb, TESTS, "f").why in ("raised BlockingIOError", "raised PermissionError")
+    threads = "import threading\ndef f(x):\n    threading.Thread(target=print).start()"
+    assert judge(threads, TESTS, "f").why == "raised RuntimeError"
+
+
+@pytest.mark.parametrize("loop", ["while True: pass", "import time; time.sleep(99)", "input()"])
+def test_what_takes_too_long_is_ended(loop: str) -> None:
+    started = time.monotonic()
+    outcome = judge(f"def f(x):\n    {loop}", TESTS, "f", seconds=2)
+    assert not outcome.passed
+    assert time.monotonic() - started < 10
+
+
+def test_memory_is_bounded() -> None:
+    assert judge("def f(x):\n    return 'x' * 2**32", TESTS, "f").why == "raised MemoryError"
+
+
+def test_output_is_bounded() -> None:
+    endless = "def f(x):\n    while True: print('x' * 10000)"
+    assert judge(endless, TESTS, "f", seconds=2).why == "took too long"  # it goes nowhere
+    long = "def f(x):\n    return 'x' * 10_000_000"
+    assert judge(long, TESTS, "f").why == "answered too much"
+
+
+def test_files_are_bounded_and_vanish(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    home = Path.home() / "owl-sandbox-test"
+    for path in (mark, home, Path("/usr/owl-sandbox-test"), Path(sys.base_prefix) / "owl-test"):
+        write = f"def f(x):\n    open({str(path)!r}, 'w').write('x')\n    return x * x"
+        assert not judge(write, TESTS, "f").passed
+        assert not path.exists()
+    inside = "def f(x):\n    open('/tmp/mine', 'w').write('x')\n    return x * x"
+    assert judge(inside, TESTS, "f").passed
+    assert not Path("/tmp/mine").exists()
+    mark.write_text("secret")
+    read = f"def f(x):\n    return len(open({str(mark)!r}).read())"
+    assert judge(read, TESTS, "f").why == "raised FileNotFoundError"
+    big = "def f(x):\n    open('big', 'wb').write(bytes(2**25))\n    return x * x"
+    assert judge(big, TESTS, "f").why in ("raised OSError", "ended by itself")
+
+
+def test_there_is_no_network() -> None:
+    program = (
+        "import socket\ndef f(x):\n    s = socket.socket()\n    s.settimeout(1)\n"
+        "    s.connect(('{}', {}))\n    return x * x"
+    )
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        outcome = judge(program.format("127.0.0.1", server.getsockname()[1]), TESTS, "f")
+    assert outcome.why.startswith("raised")
+
+
+def test_nobody_else_can_be_signalled() -> None:
+    program = (
+        "import os, signal\ndef f(x):\n"
+        f"    for who in ({os.getpid()}, os.getppid(), -1, 0):\n"
+        "        try: os.kill(who, signal.SIGTERM)\n"
+        "        except (ProcessLookupError, PermissionError): pass\n"
+        "    return x * x"
+    )
+    judge(program, TESTS, "f")  # this process is still here to say so
+
+
+def test_the_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "42")
+    program = "import os\ndef f(x):\n    return x * x if 'SECRET' not in os.environ else 0"
+    assert judge(program, TESTS, "f").passed
+
+
+def test_helpers_of_the_program_are_there_for_the_tests() -> None:
+    tests = (
+        "def check(candidate):\n    assert candidate(helper(3)) == (9, {1: [2.5, None, True]})\n"
+    )
+    program = "def helper(x): return -x\ndef f(x): return x * x, {1: [2.5, None, True]}"
+    assert judge(program, tests, "f").passed
+
+
+def test_killed_from_outside_it_leaves_no_process() -> None:
+    code = (
+        "from owl_deploy.evaluate.sandbox import judge\nprint('go', flush=True)\n"
+        "judge('def f(x):\\n    while True: pass', 'def check(f): f(1)', 'f', 60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        time.sleep(1)
+        below = psutil.Process(run.pid).children(recursive=True)
+        assert below
+        run.kill()
+    _, alive = psutil.wait_procs(below, timeout=5)
+    assert not alive
+
+
+def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(EnvironmentFailed, match="bwrap"):
+        sandbox.require_sandbox()

@@ -1,0 +1,69 @@
+"""From settings to one sparsity for every Linear: with names, order and sizes that all differ."""
+
+import pytest
+
+from owl_deploy import recipe
+from owl_deploy.allocation import ALLOCATIONS, Allocation
+from owl_deploy.errors import BadInput
+from owl_deploy.prune import sparsities
+from owl_deploy.prune.sparsities import BlockStatistics, Shape, linear_sparsities
+
+SHAPE = Shape(("m.0", "m.1", "m.2"), ({"q": 10, "up": 30}, {}, {"q": 10, "up": 50}))
+
+
+@pytest.mark.parametrize(
+    ("per", "sizes", "values", "expected"),
+    [
+        ("block", [40, 0, 60], [1, 0, 3], [{"q": 0.1, "up": 0.1}, {}, {"q": 0.3, "up": 0.3}]),
+        (
+            "Linear",
+            [10, 30, 10, 50],
+            [1, 5, 3, 7],
+            [{"q": 0.1, "up": 0.5}, {}, {"q": 0.3, "up": 0.7}],
+        ),
+    ],
+)
+def test_a_rule_sees_its_parts_in_model_order(monkeypatch, per, sizes, values, expected):
+    seen = []
+
+    def tenth(*arguments):
+        seen.append(arguments)
+        return [value / 10 for value in arguments[2]]
+
+    monkeypatch.setitem(ALLOCATIONS, "tenth", Allocation(tenth, 0.2, None, per))
+    each = iter(values)
+    statistics = [
+        BlockStatistics({}, {4: [next(each) for _ in (own if per == "Linear" else "b")], 5: []})
+        for own in SHAPE.linears
+    ]
+    settings = recipe.settings(allocation="tenth", sparsity=0.35, outlier_multiple=4)
+    assert linear_sparsities(settings, SHAPE, statistics) == expected
+    assert seen == [(0.35, sizes, values, 0.2)]
+
+
+def test_a_list_may_name_blocks_and_linears():
+    layers = {"m.0": 0.25, "m.2.up": 0.75}
+    settings = recipe.settings(allocation="list", layers=layers)
+    found = linear_sparsities(settings, SHAPE, None)
+    assert found == [{"q": 0.25, "up": 0.25}, {}, {"up": 0.75}]
+    resolved = sparsities.resolved_layers(SHAPE, found, [2, 2, 2])
+    assert resolved == layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "complaint"),
+    [({"m.0": 0.5, "m.3": 0.5}, r"it has no m\.3"), ({"m.0": 0.5}, r"m\.2 has no sparsity")],
+)
+def test_a_list_for_another_model_is_refused(layers, complaint):
+    settings = recipe.settings(allocation="list", layers=layers)
+    with pytest.raises(BadInput, match=complaint):
+        linear_sparsities(settings, SHAPE, None)
+
+
+def test_linears_that_differ_or_are_skipped_are_targets_of_their_own():
+    found = sparsities.resolved_layers(
+        SHAPE, [{"q": 0.5, "up": 0.5}, {}, {"q": 0.5, "up": 0.25}], [2, 2, 2]
+    )
+    assert found == {"m.0": 0.5, "m.2.q": 0.5, "m.2.up": 0.25}
+    in_part = sparsities.resolved_layers(SHAPE, [{"q": 0.5, "up": 0.5}, {}, {"q": 0.1}], [3, 2, 2])
+    assert in_part == {"m.0.q": 0.5, "m.0.up": 0.5, "m.2.q": 0.1}

@@ -1,0 +1,152 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from owl_deploy import lease as leases
+from owl_deploy.lease import STALE_S, Held, holds, lease
+
+HOLDER = """
+import sys, pathlib
+from owl_deploy.lease import lease
+with lease(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / ".out.owl-lock"
+
+
+def holder(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=-1, stdout=-1, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def left(path):
+    return sorted(one.name for one in path.parent.iterdir())
+
+
+def elsewhere(path, age_s):
+    """A lease of another machine, whose holder was last heard of `age_s` ago."""
+    content = leases._me() | {"host": "node-7", "of": ["another boot", "pid:[1]"]}
+    path.write_text(json.dumps(content))
+    os.utime(path, (time.time() - age_s,) * 2)
+
+
+def test_one_at_a_time(path):
+    with lease(path):
+        assert holds(path)
+        with pytest.raises(Held), lease(path):
+            pass
+        assert holds(path)
+    assert not holds(path)
+    assert left(path) == []
+
+
+def test_a_killed_process_of_this_machine_hinders_nobody(path):
+    with holder(path) as process:
+        with pytest.raises(Held), lease(path):
+            pass
+        assert not holds(path)
+        process.kill()
+    with lease(path):
+        assert left(path) == [path.name]
+    assert left(path) == []
+
+
+def test_a_process_that_stands_still_is_no_dead_one(path):
+    with holder(path) as process:
+        process.send_signal(signal.SIGSTOP)
+        os.utime(path, (0, 0))
+        with pytest.raises(Held), lease(path):
+            pass
+        process.kill()
+
+
+def test_another_process_of_the_same_number(path):
+    """After a reboot, or a while: the number is taken again, the process began at another time."""
+    path.write_text(json.dumps(leases._me() | {"started": 1.0}))
+    with lease(path):
+        assert holds(path)
+
+
+@pytest.mark.parametrize("age", [0.0, STALE_S - 20])
+def test_another_machine_that_was_heard_of(path, age):
+    elsewhere(path, age)
+    with pytest.raises(Held), lease(path):
+        pass
+    assert left(path) == [path.name]
+
+
+def test_another_machine_that_was_not_heard_of_for_long(path):
+    elsewhere(path, STALE_S + 20)
+    with lease(path):
+        assert holds(path)
+    assert left(path) == []
+
+
+def test_a_file_that_says_nothing_is_judged_by_its_age(path):
+    """One that is being written, or the lock of an earlier version."""
+    path.touch()
+    with pytest.raises(Held), lease(path):
+        pass
+    os.utime(path, (0, 0))
+    with lease(path):
+        pass
+
+
+def test_the_holder_is_heard_of_again_and_again(path, monkeypatch):
+    monkeypatch.setattr(leases, "BEAT_S", 0.02)
+    with lease(path):
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_who_waits_gets_it_next(path):
+    with holder(path) as process:
+        threading.Timer(0.5, process.kill).start()
+        with lease(path, wait=True):
+            assert process.wait() == -signal.SIGKILL
+
+
+class Contest:
+    """Eight threads that all want it at once; `most`: how many had it at a time."""
+
+    def __init__(self, path):
+        self.path, self.inside, self.most = path, [], 0
+        self.start = threading.Barrier(8)
+        threads = [threading.Thread(target=self.contend) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def contend(self):
+        self.start.wait()
+        with lease(self.path, wait=True):
+            self.inside.append(1)
+            self.most = max(self.most, len(self.inside))
+            time.sleep(0.001)
+            self.inside.pop()
+
+
+def test_of_many_that_find_it_void_one_gets_it(path, monkeypatch):
+    monkeypatch.setattr(leases, "_RETRY_S", 0.002)
+    for _ in range(10):
+        elsewhere(path, STALE_S + 20)
+        assert Contest(path).most == 1
+        assert left(path) == []

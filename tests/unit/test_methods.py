@@ -1,0 +1,56 @@
+import dataclasses
+import inspect
+import pkgutil
+
+import pytest
+from pydantic import Field
+
+from owl_deploy import cli
+from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.methods import METHODS, Options
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_names_a_function_and_says_what_each_option_is(name):
+    row = METHODS[name]
+    arguments = ["weight", "inputs", "sparsity", "group", "options"]
+    assert list(inspect.signature(pkgutil.resolve_name(row.prune)).parameters) == arguments
+    row.options()  # every option has a default
+    assert all(field.description for field in row.options.model_fields.values())
+
+
+def test_the_command_line_has_the_options_of_every_method(monkeypatch):
+    class Own(Options):
+        dampening: float = Field(default=0.5, description="of a spring")
+        steps: int = Field(default=30, description="at most")
+
+    row = dataclasses.replace(METHODS["wanda"], options=Own)
+    monkeypatch.setitem(METHODS, "own", row)
+
+    @cli._with_method_options
+    def command(model: str, **options):
+        pass
+
+    found = inspect.signature(command).parameters
+    assert list(found) == ["model", "block_size", "dampening", "preserve_mask", "steps"]
+    helps = {name: found[name].default.help for name in list(found)[1:]}
+    assert helps == {
+        "block_size": "Of sparsegpt: columns a block. [128]",
+        "dampening": "Of sparsegpt: share of the mean diagonal. [0.01] Of own: of a spring. [0.5]",
+        "preserve_mask": "Of sparsegpt: zeros stay zeros.",
+        "steps": "Of own: at most. [30]",
+    }
+    assert found["steps"].annotation is int
+
+
+def test_options_reach_their_method_and_no_other(owl, llama, text_file, tmp_path):
+    command = ["prune", llama, "-o", tmp_path / "out", "-c", text_file, "--samples", 2]
+    command += ["--sequence-length", 32, "--block-size", 32, "--preserve-mask"]
+    code, _, err = owl(*command)
+    assert (code, "The method wanda has no option 'block_size'. It has: none." in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+    assert owl(*command, "--recipe", "owl-sparsegpt-60")[0] == 0
+    manifest = read_manifest(tmp_path / "out", CheckpointManifest)
+    expected = {"block_size": 32, "dampening": 0.01, "preserve_mask": True}
+    assert manifest.settings.options == expected
+    assert manifest.recipe["overrides"] == {"options": {"block_size": 32, "preserve_mask": True}}

@@ -1,0 +1,258 @@
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+
+from owl_deploy import sweep
+from owl_deploy.artefact import staged_folder, write_json
+from owl_deploy.bench.plan import BenchPlan
+from owl_deploy.errors import BadInput
+from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, Pruning, keep_measurement
+from owl_deploy.pipeline import (
+    PLAN,
+    Bench,
+    Evaluate,
+    Export,
+    Prune,
+    Task,
+    dense_exports,
+    digest,
+    do,
+    execute,
+    needs,
+    state,
+    survey,
+)
+from owl_deploy.recipe import settings
+
+
+class Join(Task):
+    """A task that takes no time: the texts of files, one after the other, in an artefact."""
+
+    APART: ClassVar = {"parts": True}
+
+    task: Literal["join"] = "join"
+    parts: tuple[Path, ...]
+    upper: bool = False
+    die: bool = False
+
+    def reads(self):
+        return self.parts
+
+    def run(self):
+        with staged_folder(self.output, force=True) as folder:
+            texts = (part if part.is_file() else part / "text" for part in self.parts)
+            text = "".join(path.read_text() for path in texts)
+            (folder / "text").write_text(text.upper() if self.upper else text)
+            if self.die:
+                os.kill(os.getpid(), signal.SIGKILL)
+            CheckpointManifest(source=digest(folder / "text")).write(folder)
+
+    def agrees(self):
+        return False
+
+
+@pytest.fixture
+def word(tmp_path):
+    path = tmp_path / "word"
+    path.write_text("owl")
+    return path
+
+
+def chain(word, folder, **changes):
+    """A first artefact of a file, and a second of the first and the file."""
+    first = Join(title="first", output=folder / "made" / "first", parts=(word,), **changes)
+    second = Join(title="second", output=folder / "made" / "second", parts=(first.output, word))
+    return (first, second)
+
+
+def done(plan):
+    said = []
+    execute(plan, said.append)
+    return said
+
+
+def test_a_plan_is_done_once(word, tmp_path):
+    plan = chain(word, tmp_path)
+    assert needs(plan) == [[], [0]]
+    assert survey(plan) == ["to do", "to do"]
+    assert not (tmp_path / "made").exists()
+    assert done(plan) == ["first", "second"]
+    assert (plan[1].output / "text").read_text() == "owlowl"
+    assert survey(plan) == ["done", "done"]
+    assert done(plan) == []
+
+
+def test_what_was_made_of_other_inputs_is_made_again(word, tmp_path):
+    plan = chain(word, tmp_path)
+    done(plan)
+    word.write_text("OWL")
+    assert survey(plan) == ["outdated", "outdated"]
+    assert [title.partition(",")[0] for title in done(plan)] == ["first", "second"]
+    assert (plan[1].output / "text").read_text() == "OWLOWL"
+
+
+def test_other_settings_make_again_what_depends_on_them(word, tmp_path):
+    done(chain(word, tmp_path))
+    plan = chain(word, tmp_path, upper=True)
+    assert survey(plan) == ["outdated", "outdated"]
+    done(plan)
+    assert (plan[1].output / "text").read_text() == "OWLowl"
+    renamed = [task.model_copy(update={"title": "another"}) for task in plan]
+    assert survey(renamed) == ["done", "done"]
+
+
+def test_a_setting_that_an_earlier_version_had_not_makes_nothing_anew(word, tmp_path):
+    plan = chain(word, tmp_path)
+    done(plan)
+    receipt = json.loads(plan[0].receipt.read_text())
+    del receipt["asked"]["upper"]
+    write_json(plan[0].receipt, receipt)
+    assert survey(plan) == ["done", "done"]
+
+
+def test_the_same_settings_elsewhere_are_the_same(word, tmp_path):
+    done(chain(word, tmp_path))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "made").rename(tmp_path / "moved" / "made")
+    assert survey(chain(word, tmp_path / "moved")) == ["done", "done"]
+
+
+def test_what_another_put_there_is_not_what_the_receipt_says(word, tmp_path):
+    plan = chain(word, tmp_path)
+    done(plan)
+    CheckpointManifest(source="by hand").write(plan[0].output)
+    assert survey(plan) == ["outdated", "outdated"]
+
+
+def test_a_killed_plan_goes_on(word, tmp_path):
+    plan = chain(word, tmp_path)
+    code = (
+        "import sys, pathlib\n"
+        "from tests.unit.test_pipeline import chain, execute\n"
+        "plan = chain(*map(pathlib.Path, sys.argv[1:]))\n"
+        "execute([plan[0], plan[1].model_copy(update={'die': True})], print)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, word, tmp_path], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert survey(plan) == ["done", "to do"]
+    assert done(plan) == ["second"]
+    left = sorted(path.name for path in (tmp_path / "made").iterdir())
+    assert left == ["first", "second"]  # nothing of the killed one
+
+
+ALL = (
+    Prune(title="p", output="a/c", model="m", settings=settings(sparsity=0.5), calibration="t.txt"),
+    Export(title="e", output="a/d", checkpoint="a/c", target="owl", precision="int8"),
+    Evaluate(title="v", output="a/d/measured/perplexity.json", model="a/d", text="t.txt"),
+    Bench(title="b", output="a/b", plan=BenchPlan(candidates=("a/d",), pairs=2)),
+)
+
+
+def test_a_plan_goes_through_json_and_pickle():
+    assert PLAN.validate_json(PLAN.dump_json(ALL)) == ALL
+    assert pickle.loads(pickle.dumps(ALL)) == ALL
+    assert needs(ALL) == [[], [0], [1], [1, 2]]
+
+
+def test_tasks_run_in_processes_that_know_nothing_of_each_other(word, tmp_path):
+    """As on a cluster: each is sent to a fresh interpreter once what it needs is done."""
+    plan = chain(word, tmp_path)
+    context = multiprocessing.get_context("spawn")
+    for task in plan:
+        with ProcessPoolExecutor(1, mp_context=context) as machine:
+            machine.submit(do, task).result()
+    assert survey(plan) == ["done", "done"]
+
+
+def test_a_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
+    task = ALL[0].model_copy(update={"output": tmp_path})
+    manifest = CheckpointManifest(
+        settings=Pruning.model_validate(task.settings.model_dump()),
+        calibration={"source": "t.txt", "samples": 128, "sequence_length": 2048},
+    )
+    manifest.write(tmp_path)
+    assert state(task) == "done"
+    assert state(task.model_copy(update={"samples": 64})) == "outdated"
+    assert state(task.model_copy(update={"settings": settings(sparsity=0.6)})) == "outdated"
+    DeploymentManifest().write(tmp_path)
+    assert state(task) == "outdated"
+
+
+def test_a_deployment_without_a_receipt_is_judged_by_its_manifest(tmp_path):
+    task = ALL[1].model_copy(update={"output": tmp_path / "d", "checkpoint": tmp_path / "c"})
+    for name in ("c", "d"):
+        (tmp_path / name).mkdir()
+    source = {"manifest": {"wall_seconds": 7.5}}
+    made = {"target": "owl", "precision": "int8", "source": source}
+    DeploymentManifest.model_validate(made).write(tmp_path / "d")
+    assert state(task) == "done"
+    assert state(task.model_copy(update={"precision": "bf16"})) == "outdated"
+    CheckpointManifest(wall_seconds=7.5).write(tmp_path / "c")
+    assert state(task) == "done"
+    CheckpointManifest(wall_seconds=8.5).write(tmp_path / "c")  # it was pruned again since
+    assert state(task) == "outdated"
+
+
+def test_a_measurement_without_a_receipt_is_judged_by_its_text(tmp_path):
+    keep_measurement(tmp_path, "perplexity", {"text": "t.txt", "value": 3.0})
+    file = tmp_path / "measured" / "perplexity.json"
+    task = ALL[2].model_copy(update={"output": file, "model": tmp_path})
+    assert state(task) == "done"
+    assert state(task.model_copy(update={"text": "u.txt"})) == "outdated"
+
+
+def test_a_known_quality_is_taken_over(tmp_path):
+    known = tmp_path / "known.json"
+    write_json(known, {"text": "t.txt", "value": 3.0})
+    file = tmp_path / "d" / "measured" / "perplexity.json"
+    task = Evaluate(title="v", output=file, model=tmp_path / "d", text="t.txt", known=known)
+    done([task])
+    assert json.loads(file.read_text()) == {"text": "t.txt", "value": 3.0, "engine": "torch"}
+    assert state(task) == "done"
+    write_json(known, {"text": "t.txt", "value": 4.0})
+    assert state(task) == "outdated"
+
+
+def test_dense_baselines_are_made_once_for_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    with pytest.raises(BadInput, match=r"no config\.json"):
+        dense_exports(checkpoint, [])
+    (checkpoint / "config.json").write_text("{}")
+    mine = [("owl", "int8"), ("deepsparse", "fp32"), ("onnxruntime", "fp32"), ("owl", "int8")]
+    first = dense_exports(checkpoint, mine)
+    assert [task.output.name for task in first] == [
+        "dense-deepsparse-fp32",
+        "dense-owl-int8",
+        "dense-onnxruntime-fp32",
+        "dense-onnxruntime-int8",
+        "dense-onnxruntime-int4",
+    ]
+    assert dense_exports(checkpoint, mine) == first
+    (checkpoint / "config.json").write_text('{"changed": 1}')
+    assert dense_exports(checkpoint, [])[0].output.parent != first[0].output.parent
+
+
+def test_nothing_is_planned_beside_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(BadInput, match="does not exist"):
+        sweep.tasks(tmp_path, tmp_path / "no" / "out", sweep.SweepPlan(), "t", "t")
+
+
+def test_the_executor_tells_what_is_made_again(word, tmp_path):
+    plan = chain(word, tmp_path)
+    done(plan)
+    word.write_text("hen")
+    again = "again: it is another's result"
+    assert done(plan) == [f"first, {again}", f"second, {again}"]
+    do(plan[0])
+    assert survey(plan) == ["done", "done"]  # made again, but the same

@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from owl_deploy.bench.table import show_trade_off
+from owl_deploy.errors import BadInput
+from owl_deploy.pipeline import needs
+from owl_deploy.sweep import SweepPlan, read_plan, tasks, trade_off
+from tests.unit.bench import made
+
+PLAN = SweepPlan(sparsities=(0.5, 0.7), pairs=4, scenarios=("decode",))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def planned(checkpoint: Path, plan: SweepPlan) -> list[str]:
+    return [task.title for task in tasks(checkpoint, checkpoint.parent / "out", plan, "c", "p")]
+
+
+def test_every_combination_is_made_evaluated_and_benched(checkpoint: Path) -> None:
+    dense = [f"dense-onnxruntime-{precision}" for precision in ("fp32", "int8", "int4")]
+    mine = ["wanda-owl-50-onnxruntime-fp32", "wanda-owl-70-onnxruntime-fp32"]
+    assert planned(checkpoint, PLAN) == [
+        *("Pruning wanda-owl-50", f"Exporting {mine[0]}"),
+        *("Pruning wanda-owl-70", f"Exporting {mine[1]}"),
+        *(f"Exporting {name}" for name in dense),
+        *(f"Perplexity of {name}" for name in (*mine, *dense)),
+        "Benchmarking 5 deployments",
+    ]
+    before = needs(tasks(checkpoint, checkpoint.parent / "out", PLAN, "c", "p"))
+    assert before[:7] == [[], [0], [], [2], [], [], []]
+    assert before[7:12] == [[1], [3], [4], [5], [6]]
+    assert before[12] == [1, *range(3, 12)]  # each deployment and each perplexity
+
+
+def test_a_wider_sweep_plans_the_same_and_more(checkpoint: Path) -> None:
+    wider = PLAN.model_copy(update={"sparsities": (0.5, 0.7, 0.9)})
+    output = checkpoint.parent / "out"
+    narrow, wide = (tasks(checkpoint, output, plan, "c", "p") for plan in (PLAN, wider))
+    assert set(narrow[:-1]) < set(wide)
+    assert narrow[-1].output != wide[-1].output  # another benchmark
+
+
+def test_a_target_without_a_precision_has_its_own(checkpoint: Path) -> None:
+    asked = {"targets": ("owl", "owl:bf16", "owl:int8"), "sparsities": (0.5,)}
+    titles = planned(checkpoint, PLAN.model_copy(update=asked))
+    exported = {title for title in titles if title.startswith("Exporting wanda")}
+    assert exported == {"Exporting wanda-owl-50-owl-bf16", "Exporting wanda-owl-50-owl-int8"}
+    assert {"Exporting dense-owl-bf16", "Exporting dense-owl-int8"} <= set(titles)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"targets": ("onnxruntime", "owl:int2")}, "'owl' has no precision 'int2'"),
+        ({"methods": ("wandb",)}, "Did you mean 'wanda'"),
+        ({"sparsities": (1.5,)}, "impossible"),
+        ({"pairs": 0}, "--pairs 0 is too small"),
+        ({"scenarios": ("decod",)}, "Did you mean 'decode'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    checkpoint: Path, wrong: dict[str, object], words: str
+) -> None:
+    with pytest.raises(BadInput, match=words):
+        planned(checkpoint, PLAN.model_copy(update=wrong))
+
+
+def test_the_trade_off_marks_what_nothing_beats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = trade_off(made.result())
+    show_trade_off(rows, tmp_path / "report.html")
+    assert "* nothing is both faster and better." in capsys.readouterr().out
+    beaten = {row["deployment"] for row in rows if not row["pareto"]}
+    assert beaten == {"dense-fp32", "owl-70-deepsparse"}  # by dense-deepsparse, and dense-int4
+    speeds = [row["tokens_per_s"] for row in rows]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sparsity: [0.5]", "'sparsity'"),
+        ("sparsities: []", "^sparsities in"),
+        ("sparsities: much", "^sparsities in"),
+        ("- 1", "mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_plan_gets_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    with pytest.raises(BadInput, match=words):
+        read_plan(file, {})
+
+
+def test_options_go_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("sparsities: [0.5]\nmethods: [magnitude]\n")
+    plan = read_plan(file, {"sparsities": (0.9,)})
+    assert list(plan.prunings()) == ["magnitude-owl-90"]
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_plan(tmp_path / "none.yaml", {})
+    assert read_plan(None, {}) == SweepPlan()
