@@ -1,15 +1,16 @@
 # Two commands matter: `make demo` and `make test`. Each does all its own set-up in .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
+RUNNABLE := .venv/.runnable
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-full test runtime check format slow sanitize vnni arm gpu compat lock clean
+.PHONY: demo demo-full test runtime check format slow sanitize vnni arm gpu compat lock docs coverage clean
 
-demo: $(INSTALLED) runtime
+demo: $(RUNNABLE) runtime
 	$(BIN)/python -m owl_deploy.demo --output demo
 
 # Half an hour: two more settings, and every engine and precision.
-demo-full: $(INSTALLED) runtime
+demo-full: $(RUNNABLE) runtime
 	$(BIN)/python -m owl_deploy.demo --full --output demo-full
 
 test: $(INSTALLED) runtime
@@ -18,7 +19,7 @@ test: $(INSTALLED) runtime
 
 # The sparse engine's library. Without a compiler or ONNX Runtime's header the rest works all the same.
 NEEDED := g++ cmake libonnxruntime-dev
-runtime: $(INSTALLED)
+runtime: $(RUNNABLE)
 	@test -f /usr/include/onnxruntime/onnxruntime_c_api.h || ! command -v apt-get >/dev/null || \
 		test -n "$(OWL_NO_APT)" || \
 		{ echo "Installing the Debian packages $(NEEDED) (set OWL_NO_APT=1 to leave that out) ..."; \
@@ -71,21 +72,35 @@ compat: $(INSTALLED)
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
+# The pages as a site in build/site. Nothing is fetched.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+# The share of lines that unit and integration tests run, the processes that they start included.
+coverage: $(INSTALLED) runtime
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(TESTS)
+
 # torch stays a range: its CPU build has a local version that no index but its own serves.
 lock: $(INSTALLED)
 	$(BIN)/pip-compile --quiet --upgrade --no-header --no-annotate --strip-extras \
-		--extra demo --extra eval --extra docs --extra dev --no-emit-find-links --no-emit-index-url \
+		--extra demo --extra all --extra docs --extra dev --no-emit-find-links --no-emit-index-url \
 		--unsafe-package torch --unsafe-package pip --unsafe-package setuptools \
 		--output-file requirements/dev.lock pyproject.toml
 	sed -i '/^#/d;/^$$/d' requirements/dev.lock
 	grep -o 'torch>=[^"]*' pyproject.toml >> requirements/dev.lock
 
-$(INSTALLED): pyproject.toml requirements/dev.lock
+# What the demo needs; a developer's tools come on top.
+$(RUNNABLE): pyproject.toml requirements/dev.lock
 	@echo "Setting up .venv (a minute, downloads aside) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint requirements/dev.lock scikit-build-core
+	$(BIN)/python -m pip install --quiet --constraint requirements/dev.lock --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(INSTALLED): $(RUNNABLE)
 	$(BIN)/python -m pip install --quiet -r requirements/dev.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

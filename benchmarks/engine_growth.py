@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.bench.machine import look
+from owl_deploy.picture import plain_log_scale, svg
 
 # hidden, ffn, blocks, heads, KV heads, head size, vocabulary
 SIZES: dict[str, tuple[int, int, int, int, int, int, int]] = {
@@ -214,8 +215,6 @@ def write(path: Path, rows: list[dict[str, Any]], runtime: float) -> None:
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Four pictures: time against size, sparsity and context; memory against the file."""
-    from matplotlib.figure import Figure
-
     contexts = sorted({row["context"] for row in rows})
     middle = contexts[len(contexts) // 2]
     rows = [{**row, "name": f"{row['size']} {row['sparsity']}"} for row in rows]
@@ -224,25 +223,26 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     zeros = [{**row, "zeros": 100 * float(row["sparsity"])} for row in sparse]
     usual = [row for row in rows if row["sparsity"] in ("0", "0.7")]
 
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    (by_size, by_zeros), (by_context, memory) = figure.subplots(2, 2)
-    lines(by_size, here, "million_weights", "decode_ms", "sparsity")
-    by_size.set(xlabel="weights, millions", ylabel=f"decode at {middle} tokens, ms")
-    lines(by_zeros, zeros, "zeros", "decode_ms", "size")
-    by_zeros.set(xlabel="sparsity, %", ylabel=f"decode at {middle} tokens, ms")
-    lines(by_context, usual, "context", "decode_ms", "name")
-    by_context.set(xlabel="context, tokens", ylabel="decode, ms")
-    lines(memory, here, "file_mb", "model_mb", "size")
-    top = max(row["file_mb"] for row in here)
-    memory.plot([0, top], [0, 1.2 * top], color="grey", linewidth=1, label="file + 20 %")
-    memory.set(xlabel="file, MB", ylabel="resident memory over the runtime's, MB")
-    for axes in (by_size, by_zeros, by_context):
-        axes.set_yscale("log")
-    for axes in (by_size, by_zeros, by_context, memory):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(look().cpu)
-    figure.savefig(path, metadata={"Date": None})
+    def pictures(grid: Any) -> None:  # noqa: ANN401
+        (by_size, by_zeros), (by_context, memory) = grid
+        lines(by_size, here, "million_weights", "decode_ms", "sparsity")
+        by_size.set(xlabel="weights, millions", ylabel=f"decode at {middle} tokens, ms")
+        lines(by_zeros, zeros, "zeros", "decode_ms", "size")
+        by_zeros.set(xlabel="sparsity, %", ylabel=f"decode at {middle} tokens, ms")
+        lines(by_context, usual, "context", "decode_ms", "name")
+        by_context.set(xlabel="context, tokens", ylabel="decode, ms")
+        lines(memory, here, "file_mb", "model_mb", "size")
+        top = max(row["file_mb"] for row in here)
+        memory.plot([0, top], [0, 1.2 * top], color="grey", linewidth=1, label="file + 20 %")
+        memory.set(xlabel="file, MB", ylabel="resident memory over the runtime's, MB")
+        for axes in (by_size, by_zeros, by_context):
+            plain_log_scale(axes)
+        for axes in grid.flat:
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        memory.figure.suptitle(look().cpu)
+
+    path.write_text(svg(pictures, (10, 7.5), (2, 2)))
 
 
 def lines(axes: Any, rows: list[dict[str, Any]], x: str, y: str, label: str) -> None:  # noqa: ANN401

@@ -17,10 +17,12 @@ import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from owl_deploy.picture import plain_log_scale, svg
 from owl_deploy.runtime import library_path, pack
 from owl_deploy.runtime.native import Library
 
@@ -138,32 +140,29 @@ class Row:
 
 def plot(rows: list[dict[str, object]], file: Path) -> None:
     """Time against sparsity for each model: sparse int8 and bf16, dense ones, the memory bound."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
     isa = rows[0]["isa"]
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(4.5 * len(models), 3.6), squeeze=False)
     colours = {"int8": "tab:blue", "bf16": "tab:orange", "fp32": "tab:gray"}
-    for axis, model in zip(axes[0], models, strict=True):
-        for values, colour in colours.items():
-            own = [r for r in rows if (r["model"], r["isa"], r["values"]) == (model, isa, values)]
-            dense = [r for r in own if r["sparsity"] is None]
-            sparse = [r for r in own if r["sparsity"] is not None]
-            x = [100 * float(str(r["sparsity"])) for r in sparse]
-            axis.plot(x, [r["microseconds"] for r in sparse], "o-", color=colour, label=values)
-            bound = [1e3 * r["megabytes"] / r["read_bandwidth"] for r in sparse]  # type: ignore[operator]
-            axis.plot(x, bound, ":", color=colour, label=f"{values} memory bound")
-            for row in dense:
-                axis.axhline(row["microseconds"], color=colour, ls="--", label=f"{values} dense")
-        axis.set(
-            title=f"{model}, {isa}", xlabel="sparsity, %", ylabel="one block, us", yscale="log"
-        )
-    axes[0][0].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(file)
+
+    def draw(every: Any) -> None:  # noqa: ANN401
+        for axis, model in zip(every[0], models, strict=True):
+            for values, colour in colours.items():
+                key = (model, isa, values)
+                own = [r for r in rows if (r["model"], r["isa"], r["values"]) == key]
+                dense = [r for r in own if r["sparsity"] is None]
+                sparse = [r for r in own if r["sparsity"] is not None]
+                x = [100 * float(str(r["sparsity"])) for r in sparse]
+                axis.plot(x, [r["microseconds"] for r in sparse], "o-", color=colour, label=values)
+                bound = [1e3 * r["megabytes"] / r["read_bandwidth"] for r in sparse]  # type: ignore[operator]
+                axis.plot(x, bound, ":", color=colour, label=f"{values} memory bound")
+                for row in dense:
+                    y, label = row["microseconds"], f"{values} dense"
+                    axis.axhline(y, color=colour, ls="--", label=label)
+            axis.set(title=f"{model}, {isa}", xlabel="sparsity, %", ylabel="one block, us")
+            plain_log_scale(axis)
+        every[0][0].legend(fontsize=6)
+
+    file.write_text(svg(draw, (4.5 * len(models), 3.6), (1, len(models))))
 
 
 def packed(shape: tuple[int, int], values: str, sparsity: float | None) -> NDArray[np.uint8]:

@@ -21,6 +21,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from owl_deploy.errors import not_installed
+
 if TYPE_CHECKING:
     from owl_deploy.bench.plan import BenchPlan
     from owl_deploy.bench.result import Comparison, Result, read_result
@@ -134,7 +136,10 @@ if not TYPE_CHECKING:  # a checker that saw this would take any name for one tha
             message = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(message, name=name, obj=sys.modules[__name__])
         module, attribute = WHERE[name].split(":")
-        return getattr(import_module(module), attribute)
+        try:
+            return getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            raise not_installed(error) or error from error
 
 
 def __dir__() -> list[str]:

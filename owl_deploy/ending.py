@@ -21,6 +21,7 @@ from owl_deploy.errors import (
     first_line,
     is_full_disk,
     is_out_of_memory,
+    not_installed,
 )
 
 DEFECT, READER_GONE = 70, 141
@@ -109,6 +110,8 @@ def _failed(error: Exception) -> int:
     """Say what stopped a command that did not say it itself."""
     if os.environ.get("OWL_DEBUG"):
         traceback.print_exception(error)
+    if missing := not_installed(error):
+        return _say(missing)
     if is_out_of_memory(error):
         return _say(EnvironmentFailed("There is not enough memory.", "Free some, and run again."))
     if is_full_disk(error) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):

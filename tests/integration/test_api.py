@@ -1,4 +1,4 @@
-"""The chain from a model to a benchmark through `owl_deploy.api`, as the README shows it."""
+"""The chain from a model to a benchmark through `owl_deploy.api`, as its page shows it."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.runtime import library_path
 from tests import tiny
 
-# What makes the README's example small; nothing else of it is changed.
+# What makes the page's example small; nothing else of it is changed.
 SMALLER = {
     'Calibration("text.txt")': 'Calibration("text.txt", samples=4, sequence_length=64)',
     "baselines=(dense,))": "baselines=(dense,), pairs=1)",
@@ -31,8 +31,10 @@ def work(tmp_path, monkeypatch):
 
 
 def example() -> str:
-    """The one block of Python in the README that uses the API."""
-    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    """The one block of Python in the API's reference."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", Path("docs/reference/api.md").read_text(), re.DOTALL
+    )
     (block,) = [block for block in blocks if "owl_deploy.api" in block]
     for given, smaller in SMALLER.items():
         assert block.count(given) == 1
@@ -43,7 +45,7 @@ def example() -> str:
 EXAMPLE = example()
 
 
-def test_the_readmes_example_goes_from_a_model_to_a_comparison(work, capsys):
+def test_the_pages_example_goes_from_a_model_to_a_comparison(work, capsys):
     try:
         library_path()
     except api.EnvironmentFailed as error:

@@ -242,10 +242,11 @@ def test_the_papers_tasks_are_the_harnesss_and_need_the_hub(monkeypatch):
         zero_shot.load_tasks(["paper"])
 
 
-def test_without_the_harness(monkeypatch):
+def test_without_the_harness(owl, checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.caching.cache", None)
-    with pytest.raises(BadInput, match=r"owl-deploy\[eval\]"):
-        zero_shot.load_tasks(["paper"])
+    code, _, err = owl("eval", checkpoint, "--tasks", "paper")
+    assert code == 4
+    assert "pip install 'owl-deploy[eval]'" in err
 
 
 def test_tasks_run_on_the_threads_asked_for(owl, deployment, loads):

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.export.targets import export
 from owl_deploy.runtime import build
+from tests import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LIBRARY = "owl_deploy/runtime/libowl_runtime.so"
-# What `owl engines` imports; the rest (torch and its kin) would take minutes and show nothing more.
+# What `owl engines` imports: enough where only the library is missing.
 LIGHT = ("typer", "rich", "pydantic", "pyyaml", "platformdirs", "psutil", "numpy", "packaging")
 
 
@@ -85,11 +87,14 @@ def wheel_without_compiler(
     return made
 
 
-def installed(wheel: Path, folder: Path) -> Path:
-    """The `owl` command of a fresh environment with that wheel."""
+def installed(wheel: Path, folder: Path, *instead: str) -> Path:
+    """The `owl` command of a fresh environment with that wheel, and with what it depends on.
+
+    `instead`: packages to install in place of those.
+    """
     run(sys.executable, "-m", "venv", folder)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    run(*pip, "-c", Path("requirements/dev.lock").resolve(), *LIGHT, cwd=folder)
+    run(*pip, "-c", Path("requirements/dev.lock").resolve(), *(instead or [wheel]), cwd=folder)
     run(*pip, "--no-deps", wheel, cwd=folder)
     return folder / "bin" / "owl"
 
@@ -118,6 +123,7 @@ def test_the_wheel_carries_the_library(
         names = set(archive.namelist())
     assert LIBRARY in names
     assert "owl_deploy/recipes/owl-wanda-70.yaml" in names
+    assert {f"owl_deploy/bench/report.{kind}" for kind in ("html.j2", "css")} < names
     assert not any("csrc" in name for name in names)
 
     owl = installed(wheel, tmp_path / "environment")
@@ -130,6 +136,51 @@ def test_the_wheel_carries_the_library(
     assert "owl-wanda-70" in run(owl, "recipes", "ls")
 
 
+@pytest.fixture(scope="module")
+def deployments(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint `model` and its deployments `sparse` and `dense`."""
+    folder = tmp_path_factory.mktemp("made")
+    model = tiny.write_llama(folder / "model", eos_token_id=319)  # no early end
+    export(model, folder / "sparse", target="owl", precision="int8")
+    export(model, folder / "dense", target="onnxruntime", precision="int8")
+    (folder / "text.txt").write_text(tiny.text())
+    return folder
+
+
+def test_a_gate_needs_no_torch_and_what_does_says_so(
+    wheel: Path, deployments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owl = installed(wheel, tmp_path / "environment")
+    elsewhere(monkeypatch, deployments)
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    listed = run(owl.with_name("python"), "-m", "pip", "list")
+    assert "onnxruntime-genai" in listed
+    assert not any(name in listed for name in ("torch", "transformers", "datasets", "peft"))
+
+    bench = (owl, "bench", "sparse", "--baseline", "dense", "--context", "64", "--prompt", "32")
+    run(*bench, "--save-baseline", "baseline.json", "--output", "result")
+    gate = subprocess.run([*bench, "--check", "baseline.json"], capture_output=True, text=True)
+    assert gate.returncode in (0, 3), gate.stderr  # a busy machine leaves it undecided
+    assert "Overall: " in gate.stdout
+    run(owl, "report", "result")
+    assert "would load what was exported" in run(owl, "verify", "sparse")
+    assert run(owl, "generate", "sparse", "The river", "-n", "5").strip()
+
+    for verb in (
+        ("prune", "model", "-o", "pruned", "-c", "text.txt"),
+        ("export", "model", "-o", "exported"),
+        ("finetune", "model", "-o", "tuned", "--text", "text.txt"),
+        ("eval", "model", "--perplexity", "text.txt"),
+        ("eval", "model", "--tasks", "boolq"),
+        ("sweep", "model", "-o", "swept", "-c", "text.txt", "-p", "text.txt"),
+        ("bench", "sparse", "--dense", "model"),
+    ):
+        done = subprocess.run([owl, *verb], capture_output=True, text=True)
+        assert done.returncode == 4, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "pip install 'owl-deploy[model]'" in done.stderr.splitlines()[-1]
+
+
 def test_without_a_compiler_the_rest_works_and_says_so(
     wheel_without_compiler: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +190,7 @@ def test_without_a_compiler_the_rest_works_and_says_so(
     with zipfile.ZipFile(wheel) as archive:
         assert LIBRARY not in archive.namelist()
 
-    owl = installed(wheel, tmp_path / "environment")
+    owl = installed(wheel, tmp_path / "environment", *LIGHT)
     elsewhere(monkeypatch, tmp_path)
     assert "owl-wanda-70" in run(owl, "recipes", "ls")
     assert "`owl engines path owl` says what is missing" in run(owl, "engines", "ls")

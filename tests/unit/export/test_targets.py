@@ -83,7 +83,7 @@ def test_the_room_that_is_asked_for(
     monkeypatch.setattr(genai, "build", begin)
     monkeypatch.setattr(targets, "library_path", lambda: None)
     source = targets.Source(llama)
-    needed = bytes_a_weight * source.parameters() + 4 * 320 * 64
+    needed = bytes_a_weight * source.checkpoint.weights() + 4 * 320 * 64
     for free, outcome in ((needed - 1, BadInput), (needed + 1, Built)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         with pytest.raises(outcome):

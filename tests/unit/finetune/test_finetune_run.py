@@ -97,7 +97,7 @@ def test_block_groups_train_every_block(models, text_file, tmp_path):
         name = f"model.layers.{block}.mlp.up_proj.weight"
         assert not torch.equal(before[name], after[name])
     assert manifest["finetune"]["steps"] == 4
-    steps = [row["step"] for row in manifest.to_json()["finetune"]["curve"]]
+    steps = [row["step"] for row in manifest["finetune"]["curve"]]
     assert steps == sorted(steps)
 
 
@@ -181,7 +181,7 @@ def test_a_disk_too_small_is_seen_before_anything_is_trained(
 def losses(manifest):
     return [
         (row["step"], row.get("loss"), row.get("eval_loss"))
-        for row in manifest.to_json()["finetune"]["curve"]
+        for row in manifest["finetune"]["curve"]
     ]
 
 

@@ -1,0 +1,41 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from owl_deploy import api
+from owl_deploy.errors import MISSING, EnvironmentFailed, not_installed
+
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+
+
+def packages(lines: list[str]) -> set[str]:
+    names = {Requirement(line).name for line in lines}
+    return {name.replace("-", "_") for name in names - {PROJECT["name"]}}
+
+
+def test_every_extra_that_a_verb_wants_is_named_for_what_it_installs():
+    extras = PROJECT["optional-dependencies"]
+    for extra in set(MISSING.values()):
+        assert {name for name, of in MISSING.items() if of == extra} == packages(extras[extra])
+    assert not set(MISSING) & packages(PROJECT["dependencies"])
+
+
+def test_only_a_package_of_an_extra_is_one_to_install():
+    missing = ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
+    said = not_installed(missing)
+    assert said is not None
+    assert "pip install 'owl-deploy[model]'" in str(said)
+    assert not_installed(ModuleNotFoundError("no", name="torchlike")) is None
+    assert not_installed(ImportError("no", name="torch")) is None  # there, and broken
+    assert not_installed(ValueError()) is None
+
+
+def test_the_api_says_so_too(monkeypatch):
+    def fail(module):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(api, "import_module", fail)
+    with pytest.raises(EnvironmentFailed, match=r"owl-deploy\[model\]"):
+        _ = api.prune

@@ -1,0 +1,42 @@
+import re
+
+from owl_deploy import picture
+
+
+def draw(axes):
+    axes.plot([0, 1], [0, 1], color=picture.ACCENT, label="$x_{$ <b>")
+    axes.legend()
+
+
+def test_the_same_picture_gives_the_same_bytes_and_text_stays_text():
+    made = picture.svg(draw)
+    assert made == picture.svg(draw)
+    assert ">$x_{$ &lt;b&gt;</text>" in made
+    assert picture.ACCENT in made
+    assert re.search(r'<svg[^>]* width="', made)
+
+
+def test_on_a_page_it_has_the_pages_inks_and_width():
+    made = picture.svg(draw, page=picture.PAGE)
+    assert made.startswith("<svg")
+    head = made.split(">")[0]
+    assert "width=" not in head
+    assert "height=" not in head
+    assert "viewBox=" in head
+    assert "var(--accent)" in made
+    assert not any(color in made for color in picture.PAGE)
+
+
+def test_the_checkpoints_picture_has_the_whole_beside():
+    made = picture.sparsity_by_block([0.6, 0.8], [3.0, None], ("owl", 0.7))
+    assert "uniform, 70.0 %" in made
+    assert "outlier ratio" in made
+    without = picture.sparsity_by_block([0.6, 0.8], [None, None])
+    assert "outlier ratio" not in without
+
+
+def test_linears_are_dots_only_where_they_differ():
+    same = picture.sparsity_by_block([0.6, 0.8], [None, None])
+    assert picture.sparsity_by_block([0.6, 0.8], [None, None], linears=[(0.6, 0.6), ()]) == same
+    apart = picture.sparsity_by_block([0.6, 0.8], [None, None], linears=[(0.65, 0.75), ()])
+    assert apart.count('id="line2d') == same.count('id="line2d') + 1
