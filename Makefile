@@ -26,15 +26,18 @@ runtime: $(RUNNABLE)
 		(apt-get update -qq && apt-get install -y -qq $(NEEDED)) >/dev/null 2>&1; } || true
 	@$(BIN)/python -m owl_deploy.runtime.build || echo "The engine owl is left out; all else works."
 
+CPP := owl_deploy/runtime/csrc/*
 check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/checks
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 
 # Minutes on 2 cores, or environments of their own (SparseML 1.8, llm-compressor).
 slow: $(INSTALLED)

@@ -10,7 +10,6 @@ set.
 """
 
 import argparse
-import ctypes
 import json
 import mmap
 import platform
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.picture import plain_log_scale, svg
 from owl_deploy.runtime import library_path, pack
+from owl_deploy.runtime.native import Library
 
 # (outputs, inputs) of the blocks' linear layers.
 SIZES: dict[str, list[tuple[int, int]]] = {
@@ -49,9 +49,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw time against sparsity into this SVG file")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    library = ctypes.CDLL(str(library_path()))
-    library.owl_isa_name.restype = ctypes.c_char_p
-    isas = arguments.isa or supported(library)[: 1 if arguments.quick else 3]
+    library = Library(library_path())
+    isas = arguments.isa or library.isas()[: 1 if arguments.quick else 3]
     sparsities = (None, 0.7) if arguments.quick else SPARSITIES
     rows: list[dict[str, object]] = []
     for model in arguments.models:
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def measure(
-    library: ctypes.CDLL,
+    library: Library,
     model: str,
     isas: list[str],
     sparsities: tuple[float | None, ...],
@@ -191,53 +190,24 @@ def huge_memory(size_bytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(pages, dtype=np.uint8)
 
 
-def time_matvec(
-    library: ctypes.CDLL, isa: str, blocks: list[NDArray[np.uint8]], threads: int
-) -> float:
+def time_matvec(library: Library, isa: str, blocks: list[NDArray[np.uint8]], threads: int) -> float:
     """Seconds of a pass over all `blocks`, the second of two."""
     seconds = np.zeros(2)
-    addresses = (ctypes.c_void_p * len(blocks))(*(block.ctypes.data for block in blocks))
-    lengths = (ctypes.c_size_t * len(blocks))(*(block.size for block in blocks))
-    code = library.owl_time_matvec(
-        isa.encode(),
-        addresses,
-        lengths,
-        ctypes.c_size_t(len(blocks)),
-        ctypes.c_size_t(threads),
-        ctypes.c_size_t(len(seconds)),
-        ctypes.c_void_p(seconds.ctypes.data),
-    )
-    if code:
-        raise RuntimeError(f"{isa} does not run here")
+    addresses = np.array([block.ctypes.data for block in blocks], dtype=np.uintp)
+    lengths = np.array([block.size for block in blocks], dtype=np.uintp)
+    places = (addresses, lengths, len(blocks))
+    library.call("owl_time_matvec", isa.encode(), *places, threads, len(seconds), seconds)
     return float(seconds[-1])
 
 
 def time_read(
-    library: ctypes.CDLL, memory: NDArray[np.uint8], threads: int, rounds: int
+    library: Library, memory: NDArray[np.uint8], threads: int, rounds: int
 ) -> list[float]:
     """Seconds of each plain read of `memory`."""
     seconds = np.zeros(rounds)
-    start = -memory.ctypes.data % 64
-    library.owl_time_read(
-        ctypes.c_void_p(memory.ctypes.data + start),
-        ctypes.c_size_t(memory.size - 64),
-        ctypes.c_size_t(threads),
-        ctypes.c_size_t(rounds),
-        ctypes.c_void_p(seconds.ctypes.data),
-    )
+    aligned = memory[-memory.ctypes.data % 64 :]
+    library.call("owl_time_read", aligned, memory.size - 64, threads, rounds, seconds)
     return list(seconds)
-
-
-def supported(library: ctypes.CDLL) -> list[str]:
-    """Instruction sets that run here, best first."""
-    names = []
-    for i in range(8):
-        name = library.owl_isa_name(ctypes.c_size_t(i))
-        if name is None:
-            break
-        if library.owl_isa_supported(name):
-            names.append(name.decode())
-    return names
 
 
 def machine() -> str:

@@ -1,13 +1,12 @@
 """The open sparse engine: packed weights and the ONNX Runtime operators that read them."""
 
-import contextlib
-import ctypes
 import os
 import sys
 from pathlib import Path
 from typing import Protocol
 
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.runtime.native import Library
 
 _CHECKOUT = (Path(__file__).parents[2] / "CMakeLists.txt").is_file()
 _NAMES = {
@@ -45,17 +44,14 @@ def kernels() -> str | None:
     None where the library is missing or is none. Raises `BadInput` where `$OWL_ISA` names kernels
     that do not run here.
     """
-    with contextlib.suppress(EnvironmentFailed, OSError, AttributeError):
-        library = ctypes.CDLL(str(library_path()))
-        for function in (library.owl_best_isa, library.owl_last_error):
-            function.restype = ctypes.c_char_p
-        best = library.owl_best_isa()
-        if best is None:
-            raise BadInput(
-                f"{library.owl_last_error().decode()}.", "Set it to one of them, or not at all."
-            )
-        return str(best.decode())
-    return None
+    try:
+        library = Library(library_path())
+    except (EnvironmentFailed, OSError, AttributeError):
+        return None
+    try:
+        return library.best_isa()
+    except ValueError as error:
+        raise BadInput(f"{error}.", "Set it to one of them, or not at all.") from None
 
 
 def register(session_options: _SessionOptions) -> None:

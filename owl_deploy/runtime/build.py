@@ -14,11 +14,8 @@ from owl_deploy.runtime import LIBRARY_NAME
 ROOT = Path(__file__).parents[2]
 
 
-def build(destination: Path | None = None, options: Iterable[str] = ()) -> Path:
-    """Compile the library to `destination`, by default beside this file; returns its path.
-
-    `options` of CMakeLists.txt are switched on.
-    """
+def configure(folder: Path, options: Iterable[str] = ()) -> None:
+    """Let CMake prepare a build in `folder`; `options` of CMakeLists.txt are switched on."""
     for tool, package in (("cmake", "cmake"), ("c++", "g++")):
         if shutil.which(tool) is None:
             raise EnvironmentFailed(
@@ -29,11 +26,19 @@ def build(destination: Path | None = None, options: Iterable[str] = ()) -> Path:
             "The library's sources are not here: this is an installed package.",
             "Reinstall a wheel that carries the library, or build from a checkout.",
         )
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    switched = [f"-D{option}=ON" for option in options]
+    _run(["cmake", "-S", str(ROOT), "-B", str(folder), *switched, *generator])
+
+
+def build(destination: Path | None = None, options: Iterable[str] = ()) -> Path:
+    """Compile the library to `destination`, by default beside this file; returns its path.
+
+    `options` as for `configure`.
+    """
     target = destination or Path(__file__).with_name(LIBRARY_NAME)
     with tempfile.TemporaryDirectory(prefix="owl-build-") as folder:
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        switched = [f"-D{option}=ON" for option in options]
-        _run(["cmake", "-S", str(ROOT), "-B", folder, *switched, *generator])
+        configure(Path(folder), options)
         _run(["cmake", "--build", folder, "--parallel"])
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_suffix(".tmp")

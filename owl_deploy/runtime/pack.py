@@ -35,8 +35,9 @@ row by row, `16 x groups` of them: 64 bytes for 128 columns, whose lower halves 
 """  # noqa: E501 - a table
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,9 +54,24 @@ LOW_COLUMNS = 128  # of the low plane, in 64 bytes
 _DENSE, _SPARSE, _PLANES = range(3)
 _HEADER = struct.Struct("<8s4I9QI28x")
 _MAX_SCALE_EXPONENT = 254 - 15
-_TYPE_CODES: dict[Values, int] = {"fp32": 1, "bf16": 2, "int8": 3}
-_PACK: dict[Values, int] = {"fp32": 1, "bf16": 2, "int8": 4}
-_DTYPE: dict[Values, type[np.generic]] = {"fp32": np.uint32, "bf16": np.uint16, "int8": np.uint8}
+
+
+@dataclass(frozen=True)
+class ValueTraits:
+    """What tells a type of values from the others: its row of `TRAITS`, and of csrc/format.h."""
+
+    code: int
+    stored_bits: int  # of a value in the block
+    dtype: type[np.generic]  # of a value's bits in a cell
+    encode: Callable[[NDArray[np.float32], bool], "_Encoded"]  # weight, planes
+    decode: Callable[[NDArray[Any]], NDArray[np.float32]]  # without scales
+    scale_columns: int = 0  # that share a scale; 0: no scales
+    planes: bool = False  # whether they may lie in planes
+
+    @property
+    def pack(self) -> int:
+        """Columns in a cell."""
+        return 4 // self.dtype().itemsize
 
 
 @dataclass(frozen=True)
@@ -77,14 +93,26 @@ class PackedInfo:
     scale_exponent: int
 
     @property
+    def traits(self) -> ValueTraits:
+        """What is known of its type of values."""
+        return TRAITS[self.values]
+
+    @property
     def groups(self) -> int:
         """How many groups of 16 rows there are."""
         return -(-self.rows // GROUP_ROWS)
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of int8's scales."""
-        return self.groups * -(-self.cells * 4 // SCALE_COLUMNS) * GROUP_ROWS
+        """Bytes of the scales, if there are any."""
+        columns, shared = self.cells * self.traits.pack, self.traits.scale_columns
+        return self.groups * -(-columns // shared) * GROUP_ROWS if shared else 0
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the values of a weight that is neither sparse nor in planes."""
+        values = self.groups * self.cells * GROUP_ROWS * self.traits.pack
+        return values * self.traits.stored_bits // 8
 
     @property
     def high_bytes(self) -> int:
@@ -110,13 +138,14 @@ def pack(
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
-    if values not in get_args(Values):
-        raise ValueError(f"values must be one of {', '.join(get_args(Values))}, not {values!r}")
-    if planes and (sparse or values != "int8"):
+    if values not in TRAITS:
+        raise ValueError(f"values must be one of {', '.join(TRAITS)}, not {values!r}")
+    traits = TRAITS[values]
+    if planes and (sparse or not traits.planes):
         raise ValueError("only a dense int8 weight comes in planes")
     rows, cols = weight.shape
-    encoded, scales, exponent = _encode(np.asarray(weight, dtype=np.float32), values, planes)
-    cells = _to_cells(encoded, _PACK[values])  # [groups, cells, 16 * pack]
+    encoded, scales, exponent = traits.encode(np.asarray(weight, dtype=np.float32), planes)
+    cells = _to_cells(encoded, traits.pack)  # [groups, cells, 16 * pack]
     regions: list[tuple[str, NDArray[np.generic]]] = []
     nonzeros = int(np.count_nonzero(encoded))
     if sparse:
@@ -130,15 +159,15 @@ def pack(
         regions.append(("scale", scales))
     regions.append(("value", packed))
     flags = _SPARSE if sparse else _PLANES if planes else _DENSE
-    kind = (_TYPE_CODES[values], flags)
+    kind = (traits.code, flags)
     return _assemble(kind, (rows, cols, cells.shape[1], nonzeros), exponent, regions)
 
 
 def unpack(block: Block) -> NDArray[np.float32]:
     """The weight [rows, cols] that `block` stands for, as fp32."""
     info = inspect(block)
-    width = GROUP_ROWS * _PACK[info.values]
-    cells = np.zeros((info.groups, info.cells, width), dtype=_DTYPE[info.values])
+    traits = info.traits
+    cells = np.zeros((info.groups, info.cells, GROUP_ROWS * traits.pack), dtype=traits.dtype)
     raw = block[info.value_offset :]
     if info.sparse:
         masks = _masks(block, info)
@@ -163,7 +192,7 @@ def planes(block: Block) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     info = read_header(block)
     raw = block[info.value_offset :]
     cells = _split_nibbles(raw[: info.high_bytes]).reshape(info.groups, -1, 64)
-    high = _cells_to_matrix(cells, _PACK["int8"])
+    high = _cells_to_matrix(cells, info.traits.pack)
     low = _split_nibbles(raw[info.high_bytes :][: info.low_bytes]).reshape(len(high), -1)
     return high[:, : info.cols], low[:, : info.cols]
 
@@ -174,17 +203,17 @@ def inspect(block: Block) -> PackedInfo:
     tail = ALIGNMENT
     cells = info.groups * info.cells
     if not info.sparse:
-        whole = info.high_bytes + info.low_bytes if info.planes else cells * 64
+        whole = info.high_bytes + info.low_bytes if info.planes else info.dense_bytes
         _check_region("values", info.value_offset, whole + tail, block.size)
-    if info.values == "int8":
+    if info.scale_bytes:
         _check_region("scales", info.scale_offset, info.scale_bytes, block.size)
-    if (info.values != "int8" and info.scale_offset) or (
+    if (not info.scale_bytes and info.scale_offset) or (
         not info.sparse and info.mask_offset | info.index_offset
     ):
         raise ValueError("a region that this weight does not have is given a place")
     if info.sparse:
         _check_region("values", info.value_offset, tail, block.size)
-        _check_region("masks", info.mask_offset, cells * 2 * _PACK[info.values], block.size)
+        _check_region("masks", info.mask_offset, cells * 2 * info.traits.pack, block.size)
         _check_region("index", info.index_offset, (info.groups + 1) * 4, block.size)
         _check_groups(block, info)
     return info
@@ -203,17 +232,30 @@ def interleave_gate_up(gate: NDArray[np.floating], up: NDArray[np.floating]) -> 
     return both.reshape(-1, gate.shape[1])
 
 
-def _encode(
-    weight: NDArray[np.float32], values: Values, planes: bool
-) -> tuple[NDArray[np.generic], NDArray[np.uint8] | None, int]:
-    """Weight -> its values' bits, int8's scales [groups, scale blocks, 16] and their exponent.
+# A weight's values as bits, scales [groups, scale blocks, 16] and their exponent. What rounds to
+# zero is zero: it costs nothing then. -0.0 is stored as nothing.
+_Encoded = tuple[NDArray[np.generic], NDArray[np.uint8] | None, int]
 
-    What rounds to zero is zero: it costs nothing then. -0.0 is stored as nothing.
-    """
-    if values == "fp32":
-        return np.where(weight == 0, np.float32(0), weight).view(np.uint32), None, 0
-    if values == "bf16":
-        return _to_bf16(weight), None, 0
+
+def _encode_fp32(weight: NDArray[np.float32], planes: bool) -> _Encoded:
+    return np.where(weight == 0, np.float32(0), weight).view(np.uint32), None, 0
+
+
+def _encode_bf16(weight: NDArray[np.float32], planes: bool) -> _Encoded:
+    """Round to nearest, ties to even; NaN stays NaN, denormals become zero."""
+    bits = weight.view(np.uint32)
+    sums = bits >> 16
+    sums &= 1
+    sums += 0x7FFF
+    sums += bits  # only a NaN's can overflow
+    sums >>= 16
+    rounded = sums.astype(np.uint16)
+    rounded[np.isnan(weight)] = 0x7FC0
+    rounded[(rounded & 0x7F80) == 0] = 0
+    return rounded, None, 0
+
+
+def _encode_int8(weight: NDArray[np.float32], planes: bool) -> _Encoded:
     if not np.isfinite(weight).all():
         raise ValueError("a weight with infinities or NaN cannot be stored as int8")
     largest = np.float32(119 if planes else 127)
@@ -241,7 +283,7 @@ def _decode_scales(codes: NDArray[np.uint8], exponent: int) -> NDArray[np.float3
 def _to_planes(cells: NDArray[np.int8], cols: int) -> NDArray[np.generic]:
     """int8 cells [groups, cells, 64] -> the high plane and the low plane."""
     high = (cells + np.int8(8)) >> 4
-    rows = _cells_to_matrix(cells - 16 * high, _PACK["int8"])
+    rows = _cells_to_matrix(cells - 16 * high, TRAITS["int8"].pack)
     low = np.zeros((len(rows), -(-cols // LOW_COLUMNS) * LOW_COLUMNS), dtype=np.int8)
     low[:, :cols] = rows[:, :cols]
     return np.concatenate((_join_nibbles(high), _join_nibbles(low)))
@@ -259,31 +301,41 @@ def _split_nibbles(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
     return np.stack((pairs & 15, pairs >> 4), axis=1).view(np.int8) - np.int8(8)
 
 
-def _to_bf16(weight: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even; NaN stays NaN, denormals become zero."""
-    bits = weight.view(np.uint32)
-    sums = bits >> 16
-    sums &= 1
-    sums += 0x7FFF
-    sums += bits  # only a NaN's can overflow
-    sums >>= 16
-    rounded = sums.astype(np.uint16)
-    rounded[np.isnan(weight)] = 0x7FC0
-    rounded[(rounded & 0x7F80) == 0] = 0
-    return rounded
-
-
 def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArray[np.float32]:
-    if info.values == "fp32":
-        return bits.view(np.float32)
-    if info.values == "bf16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+    values = info.traits.decode(bits)
+    if not info.scale_bytes:
+        return values
     coded = _decode_scales(block[info.scale_offset :][: info.scale_bytes], info.scale_exponent)
     by_group = coded.reshape(info.groups, -1, GROUP_ROWS).transpose(0, 2, 1)
     by_row = by_group.reshape(info.groups * GROUP_ROWS, -1)[: info.rows]
-    return (
-        bits.view(np.int8).astype(np.float32) * by_row.repeat(SCALE_COLUMNS, axis=1)[:, : info.cols]
-    )
+    return values * by_row.repeat(info.traits.scale_columns, axis=1)[:, : info.cols]
+
+
+TRAITS: dict[Values, ValueTraits] = {
+    "fp32": ValueTraits(
+        code=1,
+        stored_bits=32,
+        dtype=np.uint32,
+        encode=_encode_fp32,
+        decode=lambda bits: bits.view(np.float32),
+    ),
+    "bf16": ValueTraits(
+        code=2,
+        stored_bits=16,
+        dtype=np.uint16,
+        encode=_encode_bf16,
+        decode=lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
+    ),
+    "int8": ValueTraits(
+        code=3,
+        stored_bits=8,
+        dtype=np.uint8,
+        encode=_encode_int8,
+        decode=lambda bits: bits.view(np.int8).astype(np.float32),
+        scale_columns=SCALE_COLUMNS,
+        planes=True,
+    ),
+}
 
 
 def _to_cells(encoded: NDArray[np.generic], packed_columns: int) -> NDArray[np.generic]:
@@ -298,7 +350,7 @@ def _to_cells(encoded: NDArray[np.generic], packed_columns: int) -> NDArray[np.g
 
 
 def _from_cells(cells: NDArray[np.generic], info: PackedInfo) -> NDArray[np.generic]:
-    matrix = _cells_to_matrix(cells, _PACK[info.values])
+    matrix = _cells_to_matrix(cells, info.traits.pack)
     return np.ascontiguousarray(matrix[: info.rows, : info.cols])
 
 
@@ -351,14 +403,14 @@ def read_header(block: Block) -> PackedInfo:
         raise ValueError("the block is shorter than its header")
     magic, version, code, flags, group_rows, *rest = _HEADER.unpack(block[: _HEADER.size].tobytes())
     rows, cols, cells, nonzeros, mask, index, scale, value, total, exponent = rest
-    names: dict[int, Values] = {code: name for name, code in _TYPE_CODES.items()}
+    names = {traits.code: name for name, traits in TRAITS.items()}
     if magic != MAGIC:
         raise ValueError("the block does not start with OWLPACK")
     if version != VERSION:
         raise ValueError(f"format version {version} is not supported ({VERSION} is): export again")
     if code not in names or flags > _PLANES or group_rows != GROUP_ROWS:
         raise ValueError("unknown value type, flags or group size")
-    if flags == _PLANES and names[code] != "int8":
+    if flags == _PLANES and not TRAITS[names[code]].planes:
         raise ValueError("only int8 comes in planes")
     if exponent > _MAX_SCALE_EXPONENT:
         raise ValueError("the scales' exponent is out of range")
@@ -366,7 +418,7 @@ def read_header(block: Block) -> PackedInfo:
         raise ValueError("rows and columns must lie between 1 and 2^28")
     if total != block.size:
         raise ValueError("the block's length differs from what its header says (truncated?)")
-    if cells != -(-cols // (4 * _PACK[names[code]])) * 4:
+    if cells != -(-cols // (4 * TRAITS[names[code]].pack)) * 4:
         raise ValueError("the number of cells does not match the columns")
     form = (names[code], flags == _SPARSE, flags == _PLANES)
     return PackedInfo(
@@ -381,7 +433,7 @@ def _check_region(name: str, offset: int, size_bytes: int, total: int) -> None:
 
 def _masks(block: Block, info: PackedInfo) -> NDArray[np.bool_]:
     """[groups, cells, 16 * pack]"""
-    width = 2 * _PACK[info.values]
+    width = 2 * info.traits.pack
     raw = block[info.mask_offset :][: info.groups * info.cells * width]
     bits = np.unpackbits(raw.reshape(info.groups, info.cells, width), axis=-1, bitorder="little")
     return bits.astype(bool)
@@ -399,7 +451,7 @@ def _check_groups(block: Block, info: PackedInfo) -> None:
         raise ValueError("the index is not ascending")
     if info.value_offset + index[-1] * ALIGNMENT + ALIGNMENT > block.size:
         raise ValueError("the index points past the values")
-    if (counts * (4 // _PACK[info.values]) > room).any():
+    if (counts * info.traits.stored_bits > 8 * room).any():
         raise ValueError("a mask has more bits than its group has values")
     if int(counts.sum()) != info.nonzeros:
         raise ValueError("the masks do not add up to the number of non-zeros")

@@ -1,17 +1,17 @@
-// Timing loops for benchmarks/kernel_speed.py: the kernels alone and a plain read of memory, on the same threads.
+// Timing loops for benchmarks/kernel_speed.py: the kernels alone and a plain read of memory, on the
+// same threads.
 #include <atomic>
 #include <chrono>
 #include <cstring>
 #include <thread>
 #include <vector>
 
-#include "engine.h"
-
-#define OWL_EXPORT extern "C" __attribute__((visibility("default")))
+#include "c_api.h"
 
 namespace {
 
-// Runs work(thread) on `threads` threads `repeat` times, all starting a pass together; best[i] = seconds of pass i.
+// Runs work(thread) on `threads` threads `repeat` times, all starting a pass together; best[i] =
+// seconds of pass i.
 template <class Work>
 void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work work) {
   std::atomic<std::size_t> arrived{0};
@@ -25,7 +25,9 @@ void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work 
       const auto start = std::chrono::steady_clock::now();
       work(t);
       meet((2 * r + 2) * threads);
-      if (t == 0) seconds[r] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      if (t == 0)
+        seconds[r] =
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
   };
   std::vector<std::thread> others;
@@ -36,14 +38,17 @@ void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work 
 
 }  // namespace
 
-// One row of activations times each of `count` packed weights; seconds [repeat], one for each pass over all of them.
-OWL_EXPORT int owl_time_matvec(const char* isa, const void* const* packed, const std::size_t* sizes, std::size_t count,
-                               std::size_t threads, std::size_t repeat, double* seconds) {
-  const owl::Kernels* kernels = owl::find_kernels(isa);
+// One row of activations times each of `count` packed weights; seconds [repeat], one for each pass
+// over all of them.
+OWL_EXPORT int owl_time_matvec(const char* isa, const void* const* packed, const std::size_t* sizes,
+                               std::size_t count, std::size_t threads, std::size_t repeat,
+                               double* seconds) {
+  const owl::Kernels* kernels = owl_c::kernels_for(isa);
   if (kernels == nullptr) return 1;
   std::vector<owl::PackedMatrix> weights(count);
   for (std::size_t i = 0; i < count; ++i)
-    if (!owl::parse_packed(packed[i], sizes[i], &weights[i]).empty()) return 1;
+    if (const auto wrong = owl::parse_packed(packed[i], sizes[i], &weights[i]); !wrong.empty())
+      return owl_c::fail(wrong);
   const owl::ActivationLayout layout = kernels->layout(weights[0]);
   std::vector<float> x(weights[0].cols, 0.5F);
   std::vector<std::uint8_t> storage(layout.stride + 64);
@@ -52,14 +57,16 @@ OWL_EXPORT int owl_time_matvec(const char* isa, const void* const* packed, const
   time_passes(threads, repeat, seconds, [&](std::size_t t) {
     std::vector<float> sums(weights[0].groups * owl::kGroupRows);
     for (const owl::PackedMatrix& w : weights)
-      kernels->matvec(w, w.groups * t / threads, w.groups * (t + 1) / threads, layout, row, sums.data());
+      kernels->matvec(w, w.groups * t / threads, w.groups * (t + 1) / threads, layout, row,
+                      sums.data());
   });
   return 0;
 }
 
-// Reads [size] bytes once a pass: what memory gives to these threads. Returns a sum so that nothing is optimised away.
-OWL_EXPORT std::uint64_t owl_time_read(const void* data, std::size_t size, std::size_t threads, std::size_t repeat,
-                                       double* seconds) {
+// Reads [size] bytes once a pass: what memory gives to these threads. Returns a sum so that nothing
+// is optimised away.
+OWL_EXPORT std::uint64_t owl_time_read(const void* data, std::size_t size, std::size_t threads,
+                                       std::size_t repeat, double* seconds) {
   std::atomic<std::uint64_t> total{0};
   time_passes(threads, repeat, seconds, [&](std::size_t t) {
     using Line = std::uint64_t __attribute__((vector_size(64), aligned(64)));

@@ -1,4 +1,5 @@
-// A small C interface to the kernels, for tests and kernel benchmarks: no ONNX Runtime needed, threads of its own.
+// A small C interface to the kernels, for tests and kernel benchmarks: no ONNX Runtime needed,
+// threads of its own.
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -6,16 +7,19 @@
 #include <thread>
 #include <vector>
 
+#include "c_api.h"
 #include "engine.h"
 
-#define OWL_EXPORT extern "C" __attribute__((visibility("default")))
+using owl_c::fail;
+using owl_c::kernels_for;
 
 namespace {
 
 thread_local std::string last_error;
 
 // Starts its threads anew for each call.
-void run_threads(void* context, std::size_t count, void (*task)(void*, std::size_t), void* argument) {
+void run_threads(void* context, std::size_t count, void (*task)(void*, std::size_t),
+                 void* argument) {
   const std::size_t threads = *static_cast<std::size_t*>(context);
   std::atomic<std::size_t> next{0};
   auto work = [&] {
@@ -27,22 +31,22 @@ void run_threads(void* context, std::size_t count, void (*task)(void*, std::size
   for (std::thread& thread : others) thread.join();
 }
 
-int fail(const std::string& message) {
+}  // namespace
+
+int owl_c::fail(const std::string& message) {
   last_error = message;
   return 1;
 }
 
-// Null, and last_error, where there are none.
-const owl::Kernels* kernels_for(const char* isa) {
+const owl::Kernels* owl_c::kernels_for(const char* isa) {
   try {
-    return isa == nullptr || *isa == '\0' ? &owl::best_kernels() : &owl::kernels_named(isa, "the instruction set");
+    return isa == nullptr || *isa == '\0' ? &owl::best_kernels()
+                                          : &owl::kernels_named(isa, "the instruction set");
   } catch (const std::invalid_argument& e) {
     fail(e.what());
     return nullptr;
   }
 }
-
-}  // namespace
 
 OWL_EXPORT const char* owl_last_error() { return last_error.c_str(); }
 
@@ -53,7 +57,7 @@ OWL_EXPORT const char* owl_best_isa() {
 }
 
 // The i-th instruction set built in, best first, or null after the last.
-OWL_EXPORT const char* owl_isa_name(std::size_t i) { return owl::kernel_names()[i]; }
+OWL_EXPORT const char* owl_isa_name(std::size_t i) { return owl::kernel_name(i); }
 OWL_EXPORT int owl_isa_supported(const char* isa) { return owl::find_kernels(isa) != nullptr; }
 
 OWL_EXPORT int owl_check_packed(const void* packed, std::size_t size) {
@@ -62,10 +66,12 @@ OWL_EXPORT int owl_check_packed(const void* packed, std::size_t size) {
   return wrong.empty() ? 0 : fail(wrong);
 }
 
-// x [rows, cols] -> y [rows, outputs]. bias, skip, gamma and sum may be null. 0, or 1 and owl_last_error().
-OWL_EXPORT int owl_matmul(const char* isa, const void* packed, std::size_t size, const float* x, std::size_t rows,
-                          float* y, std::size_t threads, int epilogue, const float* bias, const float* skip,
-                          const float* gamma, float epsilon, float* sum) {
+// x [rows, cols] -> y [rows, outputs]. bias, skip, gamma and sum may be null. 0, or 1 and
+// owl_last_error().
+OWL_EXPORT int owl_matmul(const char* isa, const void* packed, std::size_t size, const float* x,
+                          std::size_t rows, float* y, std::size_t threads, int epilogue,
+                          const float* bias, const float* skip, const float* gamma, float epsilon,
+                          float* sum) {
   const owl::Kernels* kernels = kernels_for(isa);
   if (kernels == nullptr) return 1;
   owl::Linear op;
@@ -93,15 +99,19 @@ OWL_EXPORT int owl_gather(const void* packed, std::size_t size, std::size_t row,
   return 0;
 }
 
-// One sequence: qkv [length, (heads + 2 * kv_heads) * head_size], cache [kv_heads, capacity, head_size] updated in
-// place, rotary tables [capacity, head_size / 2] or null, out [length, heads * head_size].
-OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t length, std::size_t past, std::size_t heads,
-                             std::size_t kv_heads, std::size_t head_size, std::size_t capacity, int half_cache,
-                             void* keys, void* values, const float* cosines, const float* sines, float scale,
-                             float softcap, std::size_t window, std::size_t threads, float* out) {
+// One sequence: qkv [length, (heads + 2 * kv_heads) * head_size], cache [kv_heads, capacity,
+// head_size] updated in place, rotary tables [capacity, head_size / 2] or null, out [length, heads
+// * head_size].
+OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t length,
+                             std::size_t past, std::size_t heads, std::size_t kv_heads,
+                             std::size_t head_size, std::size_t capacity, int half_cache,
+                             void* keys, void* values, const float* cosines, const float* sines,
+                             float scale, float softcap, std::size_t window, std::size_t threads,
+                             float* out) {
   const owl::Kernels* kernels = kernels_for(isa);
   if (kernels == nullptr) return 1;
-  if (past + length > capacity || heads % kv_heads != 0 || head_size % 16 != 0 || head_size > owl::kMaxHeadSize)
+  if (past + length > capacity || heads % kv_heads != 0 || head_size % 16 != 0 ||
+      head_size > owl::kMaxHeadSize)
     return fail("unsupported shape");
   owl::Attention op;
   op.heads = heads;
@@ -117,8 +127,15 @@ OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t leng
   op.cache = half_cache != 0 ? owl::CacheType::kFp16 : owl::CacheType::kFp32;
   op.capacity = capacity;
   const std::size_t stride = (heads + 2 * kv_heads) * head_size;
-  const owl::AttentionInput input{qkv,    qkv + heads * head_size, qkv + (heads + kv_heads) * head_size, stride, stride,
-                                  length, past,                    keys,                                 values};
+  const owl::AttentionInput input{qkv,
+                                  qkv + heads * head_size,
+                                  qkv + (heads + kv_heads) * head_size,
+                                  stride,
+                                  stride,
+                                  length,
+                                  past,
+                                  keys,
+                                  values};
   const owl::Pool pool{run_threads, &threads};
   owl::Plan plan(*kernels);
   plan.add(op, input, out);

@@ -2,6 +2,7 @@
 #include <strings.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -23,8 +24,9 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi2");
 }
 bool has_avxvnni() {
 #ifdef OWL_EVEX
@@ -38,13 +40,14 @@ bool has_avx512f() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512vnni() {
-  return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+  return has_avx512f() && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
-const Candidate kCandidates[] = {{&kAvx512Kernels, has_avx512},         {&kAvx512VnniKernels, has_avx512vnni},
-                                 {&kAvxVnniKernels, has_avxvnni},       {&kAvx512fKernels, has_avx512f},
-                                 {&kAvx2Kernels, has_avx2},             {&kPortableKernels, always}};
-const char* const kNames[] = {"avx512", "avx512vnni", "avxvnni", "avx512f", "avx2", "portable", nullptr};
+const Candidate kCandidates[] = {
+    {&kAvx512Kernels, has_avx512},   {&kAvx512VnniKernels, has_avx512vnni},
+    {&kAvxVnniKernels, has_avxvnni}, {&kAvx512fKernels, has_avx512f},
+    {&kAvx2Kernels, has_avx2},       {&kPortableKernels, always}};
 #elif defined(__aarch64__)
 bool has_dot_products() {
 #if defined(__linux__)
@@ -54,15 +57,15 @@ bool has_dot_products() {
 #endif
 }
 const Candidate kCandidates[] = {{&kNeonKernels, has_dot_products}, {&kPortableKernels, always}};
-const char* const kNames[] = {"neon", "portable", nullptr};
 #else
 const Candidate kCandidates[] = {{&kPortableKernels, always}};
-const char* const kNames[] = {"portable", nullptr};
 #endif
 
 }  // namespace
 
-const char* const* kernel_names() { return kNames; }
+const char* kernel_name(std::size_t i) {
+  return i < std::size(kCandidates) ? kCandidates[i].kernels->name : nullptr;
+}
 
 const Kernels* find_kernels(const char* name) {
   for (const Candidate& c : kCandidates)
@@ -75,7 +78,8 @@ const Kernels& kernels_named(const char* name, const char* asker) {
   std::string known;
   for (const Candidate& c : kCandidates)
     if (c.supported()) known += std::string(known.empty() ? "" : ", ") + c.kernels->name;
-  throw std::invalid_argument(std::string(asker) + " is '" + name + "', but the kernels that run here are: " + known);
+  throw std::invalid_argument(std::string(asker) + " is '" + name +
+                              "', but the kernels that run here are: " + known);
 }
 
 const Kernels& best_kernels() {

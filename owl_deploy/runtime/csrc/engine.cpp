@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -59,7 +60,7 @@ class Scratch {
   std::size_t size_ = 0;
 };
 
-thread_local Scratch caller_rows;   // activations, shared with the tasks
+thread_local Scratch caller_rows;  // activations, shared with the tasks
 thread_local Scratch caller_extra;
 thread_local Scratch caller_counters;
 thread_local Scratch task_sums;
@@ -75,16 +76,18 @@ inline void relax() {
 #endif
 }
 
-// ---- Phases ----------------------------------------------------------------------------------------------
+// ---- Phases ------------------------------------------------------------------------------------
 
 // Where the data of an item and of those behind it begin; null: nowhere.
 struct Memory {
   const std::uint8_t* values = nullptr;
   const std::uint8_t* masks = nullptr;
 
-  // Asks for four cache lines of values from line `first` on, and for the masks that may go with them.
+  // Asks for four cache lines of values from line `first` on, and for the masks that may go with
+  // them.
   void ask(std::size_t first) const {
-    for (std::size_t i = 0; values != nullptr && i < 4; ++i) __builtin_prefetch(values + 64 * (first + i));
+    for (std::size_t i = 0; values != nullptr && i < 4; ++i)
+      __builtin_prefetch(values + 64 * (first + i));
     if (masks != nullptr) __builtin_prefetch(masks + 16 * first);
   }
 };
@@ -92,10 +95,11 @@ struct Memory {
 struct Phase {
   std::size_t count = 0;  // items
   std::size_t grain = 1;  // items that a thread takes at least
-  bool in_runs = false;   // a thread takes long runs of items while many are left: weights are read in order then
+  bool in_runs = false;   // a thread takes long runs of items while many are left: weights are read
+                          // in order then
   std::function<void(std::size_t, std::size_t)> items;  // [begin, end)
-  std::function<void()> before, after;                  // by one thread, before the first item and after the last
-  std::function<Memory(std::size_t)> memory;            // of an item, for a thread that waits; may be empty
+  std::function<void()> before, after;  // by one thread, before the first item and after the last
+  std::function<Memory(std::size_t)> memory;  // of an item, for a thread that waits; may be empty
 };
 
 // What the threads of one run share; a phase's counters have a cache line of their own.
@@ -129,8 +133,8 @@ class Run {
     std::atomic<std::size_t> taken{0}, done{0};
   };
 
-  // Weights and keys do not depend on what is waited for: meanwhile they come nearer. Whoever opens the phase takes the
-  // first items, so that the next thread begins behind its share.
+  // Weights and keys do not depend on what is waited for: meanwhile they come nearer. Whoever opens
+  // the phase takes the first items, so that the next thread begins behind its share.
   void wait_for(std::size_t p) {
     const Phase& phase = phases_[p];
     const std::size_t likely = phase.count / threads_.load(std::memory_order_relaxed);
@@ -151,7 +155,8 @@ class Run {
       finished += end - begin;
     }
     if (finished == 0) return;
-    if (counters_[p].done.fetch_add(finished, std::memory_order_acq_rel) + finished < phase.count) return;
+    if (counters_[p].done.fetch_add(finished, std::memory_order_acq_rel) + finished < phase.count)
+      return;
     if (phase.after) guarded(phase.after);
     open(p + 1);
   }
@@ -168,7 +173,8 @@ class Run {
     do {
       if (at >= phase.count) return false;
       size = phase.grain;
-      if (phase.in_runs) size = std::max(size, (phase.count - at) / threads_.load(std::memory_order_relaxed));
+      if (phase.in_runs)
+        size = std::max(size, (phase.count - at) / threads_.load(std::memory_order_relaxed));
       size = std::min(size, phase.count - at);
     } while (!taken.compare_exchange_weak(at, at + size, std::memory_order_relaxed));
     *begin = at;
@@ -176,7 +182,8 @@ class Run {
     return true;
   }
 
-  // Memory may run out inside a task; the others must not wait for it for ever, nor may the exception cross the pool.
+  // Memory may run out inside a task; the others must not wait for it for ever, nor may the
+  // exception cross the pool.
   template <class Work>
   void guarded(const Work& work) {
     try {
@@ -198,18 +205,19 @@ class Run {
   std::exception_ptr error_;
 };
 
-// ---- Linear layers ---------------------------------------------------------------------------------------
+// ---- Linear layers -----------------------------------------------------------------------------
 
-constexpr std::size_t kTaskBytes = 16 * 1024;  // weights that a thread takes at least, of a matrix-vector product
-constexpr std::size_t kSumGroups = 64;         // row groups whose sums are kept until they are finished
-constexpr std::size_t kRowChunk = 128;         // activation rows of one task of a matrix-matrix product
+constexpr std::size_t kTaskBytes =
+    16384;  // weights that a thread takes at least, of a matrix-vector product
+constexpr std::size_t kSumGroups = 64;  // row groups whose sums are kept until they are finished
+constexpr std::size_t kRowChunk = 128;  // activation rows of one task of a matrix-matrix product
 constexpr std::size_t kPrepareRows = 4;
-constexpr std::size_t kScreenSample = 64;      // with a smaller sample every near output counts
+constexpr std::size_t kScreenSample = 64;  // with a smaller sample every near output counts
 
 std::size_t group_bytes(const PackedMatrix& w) {
-  if (!w.sparse()) return w.whole_group_bytes();
+  if (!w.sparse()) return w.group_bytes;
   const std::size_t values = static_cast<std::size_t>(w.index[w.groups]) * kCellBytes;
-  return values / w.groups + w.cells * w.mask_bytes_per_cell();
+  return values / w.groups + w.cells * w.mask_bytes;
 }
 
 struct LinearStep {
@@ -223,8 +231,8 @@ struct LinearStep {
 
   void normalise(std::size_t row, float* out) const {
     const std::size_t cols = op.weight.cols;
-    kernels.rms_norm(x + row * cols, op.skip == nullptr ? nullptr : op.skip + row * cols, op.gamma, cols, op.epsilon,
-                     sum == nullptr ? nullptr : sum + row * cols, out);
+    kernels.rms_norm(x + row * cols, op.skip == nullptr ? nullptr : op.skip + row * cols, op.gamma,
+                     cols, op.epsilon, sum == nullptr ? nullptr : sum + row * cols, out);
   }
 
   void prepare(std::size_t row, float* scratch, std::uint8_t* prepared) const {
@@ -257,35 +265,42 @@ struct LinearStep {
     }
   }
 
-  // Of a weight in planes: the largest output of the pairs goes to the first one's place in maxima [pairs].
-  void multiply_and_screen(std::size_t first, std::size_t last, const std::uint8_t* prepared, float* maxima) const {
+  // Of a weight in planes: the largest output of the pairs goes to the first one's place in maxima
+  // [pairs].
+  void multiply_and_screen(std::size_t first, std::size_t last, const std::uint8_t* prepared,
+                           float* maxima) const {
     multiply_pairs(first, last, prepared);
     std::fill(maxima + first, maxima + last, -std::numeric_limits<float>::infinity());
-    const std::size_t begin = 2 * first * kGroupRows, end = std::min(op.outputs, 2 * last * kGroupRows);
+    const std::size_t begin = 2 * first * kGroupRows,
+                      end = std::min(op.outputs, 2 * last * kGroupRows);
     if (begin < end) maxima[first] = kernels.largest(y + begin, end - begin);
   }
 
-  // The least output that is near, from the largest and from every 16th output; `sample` has room for those.
+  // The least output that is near, from the largest and from every 16th output; `sample` has room
+  // for those.
   float least_near(float largest, float* sample) const {
     const float least = largest - kScreenMargin;
     const std::size_t size = op.outputs / kGroupRows, most = size / kScreenShare;
     for (std::size_t i = 0; i < size; ++i) sample[i] = y[i * kGroupRows];
-    const auto near = std::count_if(sample, sample + size, [&](float value) { return value >= least; });
+    const auto near =
+        std::count_if(sample, sample + size, [&](float value) { return value >= least; });
     if (size < kScreenSample || static_cast<std::size_t>(near) <= most) return least;
     std::nth_element(sample, sample + most, sample + size, std::greater<float>());
     return sample[most];
   }
 
-  void refine(std::size_t first, std::size_t last, const std::uint8_t* prepared, float least) const {
+  void refine(std::size_t first, std::size_t last, const std::uint8_t* prepared,
+              float least) const {
     const std::size_t groups = op.weight.groups;
     for (std::size_t i = first; i < last; ++i)
-      kernels.refine(op.weight, i * kScreenGroups, std::min(groups, (i + 1) * kScreenGroups), layout, prepared, least, y,
-                     op.outputs);
+      kernels.refine(op.weight, i * kScreenGroups, std::min(groups, (i + 1) * kScreenGroups),
+                     layout, prepared, least, y, op.outputs);
   }
 
   // A gated epilogue needs both halves of a pair of groups.
   std::size_t groups_per_panel() const {
-    return op.epilogue == Epilogue::kNone ? kernels.panel_groups : divide_up(kernels.panel_groups, 2) * 2;
+    return op.epilogue == Epilogue::kNone ? kernels.panel_groups
+                                          : divide_up(kernels.panel_groups, 2) * 2;
   }
   std::size_t panels() const { return divide_up(op.weight.groups, groups_per_panel()); }
   std::size_t chunk() const { return std::min(rows, kRowChunk); }
@@ -294,14 +309,15 @@ struct LinearStep {
     const PackedMatrix& w = op.weight;
     const std::size_t width = kernels.panel_groups * kGroupRows;
     const std::size_t first = i / panels() * chunk(), count = std::min(chunk(), rows - first);
-    const std::size_t begin = i % panels() * groups_per_panel(), end = std::min(w.groups, begin + groups_per_panel());
+    const std::size_t begin = i % panels() * groups_per_panel(),
+                      end = std::min(w.groups, begin + groups_per_panel());
     const std::size_t parts = divide_up(end - begin, kernels.panel_groups);
     auto* tile = task_tile.get<std::uint8_t>(kPanelScratch);
     auto* sums = task_sums.get<float>(count * width * (parts + 1));
     for (std::size_t p = 0; p < parts; ++p) {
       const std::size_t from = begin + p * kernels.panel_groups;
-      kernels.panel(w, from, std::min(end - from, kernels.panel_groups), layout, prepared + first * layout.stride,
-                    count, tile, sums + p * count * width);
+      kernels.panel(w, from, std::min(end - from, kernels.panel_groups), layout,
+                    prepared + first * layout.stride, count, tile, sums + p * count * width);
     }
     if (parts == 1) return kernels.finish(begin, end, sums, width, first, count, output());
     // Narrow panels: put the halves of each row side by side.
@@ -314,7 +330,7 @@ struct LinearStep {
   }
 };
 
-// ---- Attention -------------------------------------------------------------------------------------------
+// ---- Attention ---------------------------------------------------------------------------------
 
 void* cache_at(const Attention& op, void* cache, std::size_t head, std::size_t position) {
   return static_cast<std::uint8_t*>(cache) +
@@ -344,7 +360,8 @@ struct AttentionStep {
 
   void rotate(std::size_t position, const float* x, float* to) const {
     const std::size_t half = op.rotary_size / 2;
-    kernels.rotate(x, op.head_size, op.cosines + position * half, op.sines + position * half, half, op.interleaved, to);
+    kernels.rotate(x, op.head_size, op.cosines + position * half, op.sines + position * half, half,
+                   op.interleaved, to);
   }
 
   // Rotates one new position's queries into `q`, and stores its keys and values.
@@ -365,11 +382,13 @@ struct AttentionStep {
         k = rotated;
       }
       kernels.store_cache(op.cache, k, size, cache_at(op, in.keys, h, position));
-      kernels.store_cache(op.cache, in.v + s * in.kv_stride + h * size, size, cache_at(op, in.values, h, position));
+      kernels.store_cache(op.cache, in.v + s * in.kv_stride + h * size, size,
+                          cache_at(op, in.values, h, position));
     }
   }
 
-  // One new position: tasks are chunks of the past, one key head after the other, as they lie in memory.
+  // One new position: tasks are chunks of the past, one key head after the other, as they lie in
+  // memory.
   std::size_t end() const { return in.past + 1; }
   std::size_t start() const { return op.window != 0 && end() > op.window ? end() - op.window : 0; }
   std::size_t first_chunk() const { return start() / kDecodeChunk; }
@@ -383,28 +402,31 @@ struct AttentionStep {
   }
 
   void attend_chunk(std::size_t i, const float* q, float* partial) const {
-    const std::size_t size = op.head_size, chunk = i % chunks(), head = i / chunks(), h = head * shared();
+    const std::size_t size = op.head_size, chunk = i % chunks(), head = i / chunks(),
+                      h = head * shared();
     const std::size_t from = (first_chunk() + chunk) * kDecodeChunk;
     float* result = partial + chunk * chunk_floats();
     auto* scratch = task_sums.get<float>(attend_one_scratch(shared()));
     AttentionSpan span = span_of(op, in, head);
     if (i + 1 < chunks() * op.kv_heads) span.next = keys_of(i + 1);
-    kernels.attend_one(span, q + h * size, std::max(start(), from), std::min(end(), from + kDecodeChunk),
-                       scratch, result + h * size, result + width() + h, result + width() + op.heads + h);
+    kernels.attend_one(span, q + h * size, std::max(start(), from),
+                       std::min(end(), from + kDecodeChunk), scratch, result + h * size,
+                       result + width() + h, result + width() + op.heads + h);
   }
 
   void join(const float* partial) const {
     const float* maxima = partial + width();
     for (std::size_t h = 0; h < op.heads; ++h)
-      kernels.join_chunks(chunks(), chunk_floats(), op.head_size, partial + h * op.head_size, maxima + h,
-                          maxima + op.heads + h, out + h * op.head_size);
+      kernels.join_chunks(chunks(), chunk_floats(), op.head_size, partial + h * op.head_size,
+                          maxima + h, maxima + op.heads + h, out + h * op.head_size);
   }
 
   // Many new positions: tasks are blocks of queries by key head.
   std::size_t blocks() const { return divide_up(in.length, kQueryBlock); }
 
   void enter_block(std::size_t i, float* q) const {
-    for (std::size_t s = i * kQueryBlock; s < std::min(in.length, (i + 1) * kQueryBlock); ++s) enter(s, q + s * width());
+    for (std::size_t s = i * kQueryBlock; s < std::min(in.length, (i + 1) * kQueryBlock); ++s)
+      enter(s, q + s * width());
   }
 
   void attend_block(std::size_t i, const float* q) const {
@@ -418,9 +440,46 @@ struct AttentionStep {
   }
 };
 
+// ---- Rows of a table ---------------------------------------------------------------------------
+
+// The i-th value of a dense cell.
+float value_at(Bits<32>, const std::uint8_t* cell, std::size_t i) {
+  float value;
+  std::memcpy(&value, cell + 4 * i, 4);
+  return value;
+}
+float value_at(Bits<16>, const std::uint8_t* cell, std::size_t i) {
+  std::uint16_t half;
+  std::memcpy(&half, cell + 2 * i, 2);
+  return std::bit_cast<float>(std::uint32_t{half} << 16);
+}
+float value_at(Bits<8>, const std::uint8_t* cell, std::size_t i) {
+  return static_cast<std::int8_t>(cell[i]);
+}
+
+template <class Form>
+void gather(const PackedMatrix& w, std::size_t row, float* out) {
+  constexpr ValueTraits kTraits = Form::kTraits;
+  constexpr std::size_t columns = kTraits.columns_per_cell();
+  constexpr std::size_t cell_bytes = kTraits.stored_bytes(kTraits.values_per_cell());
+  const std::size_t group = row / kGroupRows, lane = row % kGroupRows;
+  for (std::size_t c = 0; c < w.cols; ++c) {
+    if constexpr (Form::kStorage == Storage::kPlanes)
+      out[c] = static_cast<float>(w.joined(row, c));
+    else
+      out[c] =
+          value_at(Bits<kTraits.stored_bits>{}, w.group_values(group) + c / columns * cell_bytes,
+                   lane * columns + c % columns);
+    if constexpr (kTraits.scale_columns != 0) {
+      const std::size_t place = c / kTraits.scale_columns * kGroupRows + lane;
+      out[c] *= std::bit_cast<float>(w.scale_bits(w.group_scales(group)[place]));
+    }
+  }
+}
+
 }  // namespace
 
-// ---- The plan --------------------------------------------------------------------------------------------
+// ---- The plan ----------------------------------------------------------------------------------
 
 class Plan::Steps {
  public:
@@ -428,7 +487,8 @@ class Plan::Steps {
 
   void add(const Linear& op, const float* x, std::size_t rows, float* y, float* sum) {
     const ActivationLayout layout = kernels_.layout(op.weight);
-    const LinearStep& step = linears_.emplace_back(LinearStep{kernels_, op, x, rows, y, sum, layout});
+    const LinearStep& step =
+        linears_.emplace_back(LinearStep{kernels_, op, x, rows, y, sum, layout});
     row_bytes_ = std::max(row_bytes_, layout.stride * rows);
     rows == 1 ? add_one_row(step) : add_many_rows(step);
   }
@@ -448,7 +508,8 @@ class Plan::Steps {
     extra_ = caller_extra.get<float>(extra_floats_);
     Run run(phases_, caller_counters.get<std::uint8_t>(Run::bytes(phases_.size())));
     auto take_part = [](void* argument, std::size_t) { static_cast<Run*>(argument)->take_part(); };
-    const bool alone = std::all_of(phases_.begin(), phases_.end(), [](const Phase& p) { return p.count == 1; });
+    const bool alone =
+        std::all_of(phases_.begin(), phases_.end(), [](const Phase& p) { return p.count == 1; });
     if (alone)
       run.take_part();
     else
@@ -476,7 +537,9 @@ class Plan::Steps {
     phase.grain = divide_up(kTaskBytes, 2 * std::max<std::size_t>(1, group_bytes(s->op.weight)));
     phase.in_runs = true;
     phase.before = [this, s] { s->prepare(0, extra_, rows_); };
-    phase.items = [this, s](std::size_t begin, std::size_t end) { s->multiply_pairs(begin, end, rows_); };
+    phase.items = [this, s](std::size_t begin, std::size_t end) {
+      s->multiply_pairs(begin, end, rows_);
+    };
     phase.memory = [s](std::size_t pair) {
       const PackedMatrix& w = s->op.weight;
       return Memory{w.group_values(2 * pair), w.sparse() ? w.group_masks(2 * pair) : nullptr};
@@ -484,36 +547,44 @@ class Plan::Steps {
     if (s->op.weight.storage == Storage::kPlanes) screen(*s);
   }
 
-  // Outputs from the upper bits first; the lower bits then only for those that come near the largest.
+  // Outputs from the upper bits first; the lower bits then only for those that come near the
+  // largest.
   void screen(const LinearStep& step) {
     const LinearStep* s = &step;
     Phase& rough = phases_.back();
     const std::size_t pairs = rough.count;
     // A maximum for each, then the least that counts as near, then a sample.
     extra_floats_ = std::max(extra_floats_, pairs + 1 + s->op.outputs / kGroupRows);
-    rough.items = [this, s](std::size_t begin, std::size_t end) { s->multiply_and_screen(begin, end, rows_, extra_); };
+    rough.items = [this, s](std::size_t begin, std::size_t end) {
+      s->multiply_and_screen(begin, end, rows_, extra_);
+    };
     rough.after = [this, s, pairs] {
       extra_[pairs] = s->least_near(kernels_.largest(extra_, pairs), extra_ + pairs + 1);
     };
     Phase& fine = phases_.emplace_back();
     fine.count = divide_up(s->op.weight.groups, kScreenGroups);
-    fine.items = [this, s, pairs](std::size_t begin, std::size_t end) { s->refine(begin, end, rows_, extra_[pairs]); };
+    fine.items = [this, s, pairs](std::size_t begin, std::size_t end) {
+      s->refine(begin, end, rows_, extra_[pairs]);
+    };
   }
 
   void add_many_rows(const LinearStep& step) {
     const LinearStep* s = &step;
     add_phase(divide_up(s->rows, kPrepareRows), [this, s](std::size_t i) {
       auto* normed = task_sums.get<float>(s->op.weight.cols);
-      for (std::size_t r = i * kPrepareRows; r < std::min(s->rows, (i + 1) * kPrepareRows); ++r) s->prepare(r, normed, rows_);
+      for (std::size_t r = i * kPrepareRows; r < std::min(s->rows, (i + 1) * kPrepareRows); ++r)
+        s->prepare(r, normed, rows_);
     });
-    add_phase(s->panels() * divide_up(s->rows, s->chunk()), [this, s](std::size_t i) { s->multiply_panel(i, rows_); });
+    add_phase(s->panels() * divide_up(s->rows, s->chunk()),
+              [this, s](std::size_t i) { s->multiply_panel(i, rows_); });
   }
 
   void add_decode(const AttentionStep& step) {
     const AttentionStep* s = &step;
     extra_floats_ = std::max(extra_floats_, s->width() + s->chunks() * s->chunk_floats());
-    Phase& phase = add_phase(s->chunks() * s->op.kv_heads,
-                             [this, s](std::size_t i) { s->attend_chunk(i, extra_, extra_ + s->width()); });
+    Phase& phase = add_phase(s->chunks() * s->op.kv_heads, [this, s](std::size_t i) {
+      s->attend_chunk(i, extra_, extra_ + s->width());
+    });
     phase.in_runs = true;
     phase.memory = [s](std::size_t i) { return Memory{s->keys_of(i), nullptr}; };
     phase.before = [this, s] { s->enter(0, extra_); };
@@ -524,7 +595,8 @@ class Plan::Steps {
     const AttentionStep* s = &step;
     extra_floats_ = std::max(extra_floats_, s->in.length * s->width());
     add_phase(s->blocks(), [this, s](std::size_t i) { s->enter_block(i, extra_); });
-    add_phase(s->blocks() * s->op.kv_heads, [this, s](std::size_t i) { s->attend_block(i, extra_); });
+    add_phase(s->blocks() * s->op.kv_heads,
+              [this, s](std::size_t i) { s->attend_block(i, extra_); });
   }
 
   static constexpr std::size_t kMaxThreads = 256;
@@ -556,26 +628,7 @@ std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue) {
 }
 
 void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
-  const std::size_t pack = columns_per_cell(w.type), lane = row % kGroupRows;
-  const std::uint8_t* cells = w.group_values(row / kGroupRows) + lane * 4;  // not of planes
-  const std::uint8_t* scales = w.scales == nullptr ? nullptr : w.group_scales(row / kGroupRows) + lane;
-  const bool planes = w.storage == Storage::kPlanes;
-  for (std::size_t c = 0; c < w.cells; ++c, cells += kCellBytes)
-    for (std::size_t j = 0; j < pack && c * pack + j < w.cols; ++j) {
-      float value = 0.0F;
-      if (w.type == ValueType::kFp32) {
-        std::memcpy(&value, cells, 4);
-      } else if (w.type == ValueType::kBf16) {
-        std::uint32_t bits = 0;
-        std::memcpy(reinterpret_cast<std::uint8_t*>(&bits) + 2, cells + 2 * j, 2);
-        std::memcpy(&value, &bits, 4);
-      } else {
-        const std::uint32_t bits = w.scale_bits(scales[c / kBlockCells * kGroupRows]);
-        std::memcpy(&value, &bits, 4);
-        value *= static_cast<float>(planes ? w.joined(row, 4 * c + j) : static_cast<std::int8_t>(cells[j]));
-      }
-      out[c * pack + j] = value;
-    }
+  with_form(w, [&](auto form) { gather<decltype(form)>(w, row, out); });
 }
 
 }  // namespace owl

@@ -1,6 +1,6 @@
-// The operators' work, without ONNX Runtime: how it is cut into tasks, and in which order results are joined.
-// Each output is computed by one task whose sums do not depend on how tasks are shared out, so results do not depend on
-// the number of threads.
+// The operators' work, without ONNX Runtime: how it is cut into tasks, and in which order results
+// are joined. Each output is computed by one task whose sums do not depend on how tasks are shared
+// out, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,9 @@ struct Pool {
   void* context;
 };
 
-// y = epilogue(norm(x + skip) * W^T + bias); everything but x, W and y is optional. With a weight in planes, which takes
-// no epilogue, and one row of x, outputs far below the largest are left as the upper bits give them: see kScreenMargin.
+// y = epilogue(norm(x + skip) * W^T + bias); everything but x, W and y is optional. With a weight
+// in planes, which takes no epilogue, and one row of x, outputs far below the largest are left as
+// the upper bits give them: see kScreenMargin.
 struct Linear {
   PackedMatrix weight;
   Epilogue epilogue = Epilogue::kNone;
@@ -32,12 +33,13 @@ struct Linear {
 // Columns of y that a weight yields under an epilogue.
 std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue);
 
-// How far below the largest output another one of a weight in planes may lie and still be computed from all 8 bits.
-// As logits: down to e^-12, 6e-6, of the likeliest token's probability. benchmarks/decode_quality.py shows what that
-// loses; 10 would add more to the Kullback-Leibler divergence than all other rounding and save 2 % of a token's time.
+// How far below the largest output another one of a weight in planes may lie and still be computed
+// from all 8 bits. As logits: down to e^-12, 6e-6, of the likeliest token's probability.
+// benchmarks/decode_quality.py shows what that loses; 10 would add more to the Kullback-Leibler
+// divergence than all other rounding and save 2 % of a token's time.
 constexpr float kScreenMargin = 12.0F;
-// About so many of them at most, 1 of 8: rows read here and there cost some three times as much as rows read in order,
-// and where more than these are near, the model is sure of none of them.
+// About so many of them at most, 1 of 8: rows read here and there cost some three times as much as
+// rows read in order, and where more than these are near, the model is sure of none of them.
 constexpr std::size_t kScreenShare = 8;
 
 // Row `row` of a weight that is not sparse -> out [weight.cols].
@@ -46,18 +48,18 @@ void gather_row(const PackedMatrix& weight, std::size_t row, float* out);
 struct Attention {
   std::size_t heads = 0, kv_heads = 0, head_size = 0;
   float scale = 0.0F, softcap = 0.0F;
-  std::size_t window = 0;         // 0: the whole past is visible
+  std::size_t window = 0;  // 0: the whole past is visible
   bool rotary = false, interleaved = false;
-  std::size_t rotary_size = 0;    // dimensions that rotate; the tables hold half of it
-  const float* cosines = nullptr; // [positions, rotary_size / 2]
+  std::size_t rotary_size = 0;     // dimensions that rotate; the tables hold half of it
+  const float* cosines = nullptr;  // [positions, rotary_size / 2]
   const float* sines = nullptr;
   CacheType cache = CacheType::kFp32;
-  std::size_t capacity = 0;       // positions that keys and values hold
+  std::size_t capacity = 0;  // positions that keys and values hold
 };
 
-// One sequence. Queries, keys and values of `length` new positions, the first at position `past`, are read at their
-// strides; new keys and values are written into keys/values [kv_heads, capacity, head_size].
-// out [length, heads * head_size].
+// One sequence. Queries, keys and values of `length` new positions, the first at position `past`,
+// are read at their strides; new keys and values are written into keys/values [kv_heads, capacity,
+// head_size]. out [length, heads * head_size].
 struct AttentionInput {
   const float* q;
   const float* k;
@@ -68,10 +70,11 @@ struct AttentionInput {
   void* values;
 };
 
-// Steps that follow one another, run by the pool's threads in one go: waking threads for each step by itself takes as
-// long as a small step. Each step is cut into phases of independent items; a thread takes items of the open phase, and
-// whoever finishes the last one opens the next. A thread only ever waits for items that a running thread has taken,
-// so any number of threads, one included, gets to the end.
+// Steps that follow one another, run by the pool's threads in one go: waking threads for each step
+// by itself takes as long as a small step. Each step is cut into phases of independent items; a
+// thread takes items of the open phase, and whoever finishes the last one opens the next. A thread
+// only ever waits for items that a running thread has taken, so any number of threads, one
+// included, gets to the end.
 class Plan {
  public:
   explicit Plan(const Kernels& kernels);

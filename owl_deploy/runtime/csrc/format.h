@@ -1,87 +1,142 @@
-// The packed weight format, version 2: one little-endian block of bytes, described in full in pack.py.
+// The packed weight format, version 2: one little-endian block of bytes, described in full in
+// pack.py.
 //
-// A weight [rows, cols] is cut into groups of 16 output rows; a group is a sequence of *cells*. A cell is
-// 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 int8), 64 bytes once expanded, row-major:
-// one vector register whose every 32-bit lane belongs to one output. So a matrix-vector product
-// keeps 16 outputs in one register and never adds across lanes.
+// A weight [rows, cols] is cut into groups of 16 output rows; a group is a sequence of *cells*. A
+// cell is 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 int8), 64 bytes once
+// expanded, row-major: one vector register whose every 32-bit lane belongs to one output. So a
+// matrix-vector product keeps 16 outputs in one register and never adds across lanes.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
-// Functions that kernel files call must leave no symbol behind: the linker would pick one file's copy, with that file's
-// instruction set, for every processor.
-#define OWL_INLINE inline __attribute__((always_inline))
+// Functions that kernel files call must leave no symbol behind: the linker would pick one file's
+// copy, with that file's instruction set, for every processor.
+#define OWL_ALWAYS_INLINE __attribute__((always_inline))
+#define OWL_INLINE inline OWL_ALWAYS_INLINE
 
 namespace owl {
 
 enum class ValueType : std::uint32_t { kFp32 = 1, kBf16 = 2, kInt8 = 3 };
 
-// How values lie: those of set mask bits; all of them; or int8 in two planes, its upper 4 bits in cells, from which alone
-// a product can be had to within some percent, and its lower 4 bits row by row, for the rows that need them.
+// How values lie: those of set mask bits; all of them; or int8 in two planes, its upper 4 bits in
+// cells, from which alone a product can be had to within some percent, and its lower 4 bits row by
+// row, for the rows that need them.
 enum class Storage { kSparse, kDense, kPlanes };
 
 constexpr std::size_t kGroupRows = 16;
 constexpr std::size_t kCellBytes = 64;
-constexpr std::size_t kBlockCells = 8;         // int8: one scale for 8 cells = 32 columns, of activations and of each row
+constexpr std::size_t kBlockCells =
+    8;  // int8: one scale for 8 cells = 32 columns, of activations and of each row
 constexpr std::size_t kBlockColumns = 32;
-constexpr std::size_t kLowColumns = 128;       // columns that 64 bytes of the low plane hold
+constexpr std::size_t kLowColumns = 128;  // columns that 64 bytes of the low plane hold
 
-// Columns in a cell, which is also how many values share one 32-bit lane.
-OWL_INLINE constexpr std::size_t columns_per_cell(ValueType type) {
-  return type == ValueType::kFp32 ? 1 : type == ValueType::kBf16 ? 2 : 4;
+// A width of values, to overload functions on.
+template <std::size_t N>
+struct Bits {};
+
+// What tells the types of values apart. Whatever depends on the type asks its row in kValueTraits,
+// or is overloaded on the Bits of that row: a type that lacks an overload does not compile.
+struct ValueTraits {
+  ValueType type;
+  std::size_t stored_bits;  // of a value in the block
+  std::size_t cell_bits;    // of a value in an expanded cell: 8 meet int8 activations, in integers
+  std::size_t scale_columns = 0;  // that share a scale in each row; 0: no scales
+  bool planes = false;            // whether they may lie in planes
+
+  // Which is also how many values share one 32-bit lane.
+  OWL_INLINE constexpr std::size_t columns_per_cell() const { return 32 / cell_bits; }
+  OWL_INLINE constexpr std::size_t values_per_cell() const {
+    return kGroupRows * columns_per_cell();
+  }
+  OWL_INLINE constexpr std::size_t stored_bytes(std::size_t values) const {
+    return stored_bits % 8 == 0 ? values * (stored_bits / 8) : (values * stored_bits + 7) / 8;
+  }
+  OWL_INLINE constexpr bool integer() const { return cell_bits == 8; }
+};
+
+// A type is known by its place here, counted from 1.
+constexpr ValueTraits kValueTraits[] = {
+    {.type = ValueType::kFp32, .stored_bits = 32, .cell_bits = 32},
+    {.type = ValueType::kBf16, .stored_bits = 16, .cell_bits = 16},
+    {.type = ValueType::kInt8,
+     .stored_bits = 8,
+     .cell_bits = 8,
+     .scale_columns = 32,
+     .planes = true},
+};
+constexpr std::size_t kValueTypes = sizeof(kValueTraits) / sizeof(kValueTraits[0]);
+
+OWL_INLINE constexpr const ValueTraits& traits_of(ValueType type) {
+  return kValueTraits[static_cast<std::size_t>(type) - 1];
 }
 
-OWL_INLINE constexpr std::size_t value_bytes(ValueType type) { return 4 / columns_per_cell(type); }
+constexpr bool traits_are_sound() {
+  for (std::size_t i = 0; i < kValueTypes; ++i) {
+    const ValueTraits& t = kValueTraits[i];
+    if (static_cast<std::size_t>(t.type) != i + 1) return false;
+    if (t.integer() != (t.scale_columns != 0) || t.scale_columns % kBlockColumns != 0) return false;
+    if (t.planes && (t.stored_bits != 8 || t.scale_columns != kBlockColumns)) return false;
+  }
+  return true;
+}
+static_assert(traits_are_sound());
 
 // A validated view of a packed weight; it owns nothing.
 struct PackedMatrix {
   ValueType type = ValueType::kFp32;
   Storage storage = Storage::kDense;
-  std::size_t rows = 0;    // outputs
-  std::size_t cols = 0;    // inputs
-  std::size_t groups = 0;  // ceil(rows / 16)
-  std::size_t cells = 0;   // in each group; a multiple of 4
+  std::size_t rows = 0;          // outputs
+  std::size_t cols = 0;          // inputs
+  std::size_t groups = 0;        // ceil(rows / 16)
+  std::size_t cells = 0;         // in each group; a multiple of 4
+  std::size_t scale_blocks = 0;  // scales of each row
+  std::size_t mask_bytes = 0;    // of a cell, if sparse
+  std::size_t group_bytes = 0;   // of a group that is not sparse; with planes, of its upper bits
   std::uint64_t nonzeros = 0;
-  const std::uint8_t* data = nullptr;    // the block
+  const std::uint8_t* data = nullptr;  // the block
   std::size_t size = 0;
-  const std::uint8_t* masks = nullptr;   // sparse: [groups][cells][2 * pack] bytes, bit = row * pack + column
-  const std::uint32_t* index = nullptr;  // sparse: [groups + 1], start of a group's values in units of 64 bytes
+  const std::uint8_t* masks =
+      nullptr;  // sparse: [groups][cells][2 * pack] bytes, bit = row * pack + column
+  const std::uint32_t* index =
+      nullptr;  // sparse: [groups + 1], start of a group's values in units of 64 bytes
   const std::uint8_t* scales = nullptr;  // int8: [groups][scale_blocks][16], see scale_bits
   std::uint32_t scale_exponent = 0;
   const std::uint8_t* values = nullptr;  // packed values; 64 readable bytes follow the last
 
+  OWL_INLINE const ValueTraits& traits() const { return traits_of(type); }
   OWL_INLINE bool sparse() const { return storage == Storage::kSparse; }
-  OWL_INLINE std::size_t scale_blocks() const { return (cells + kBlockCells - 1) / kBlockCells; }
+  // Blocks of int8 activations that meet a row.
+  OWL_INLINE std::size_t blocks() const { return (cells + kBlockCells - 1) / kBlockCells; }
   OWL_INLINE const std::uint8_t* group_scales(std::size_t group) const {
-    return scales + group * scale_blocks() * kGroupRows;
+    return scales + group * scale_blocks * kGroupRows;
   }
   // The fp32 bits of a scale: 4 bits of exponent, counted from the weight's own, and 4 of mantissa.
   OWL_INLINE std::uint32_t scale_bits(std::uint8_t code) const {
     return (scale_exponent << 23) + (static_cast<std::uint32_t>(code) << 19);
   }
-  OWL_INLINE std::size_t mask_bytes_per_cell() const { return 2 * columns_per_cell(type); }
   OWL_INLINE const std::uint8_t* group_masks(std::size_t group) const {
-    return masks + group * cells * mask_bytes_per_cell();
+    return masks + group * cells * mask_bytes;
   }
   OWL_INLINE const std::uint8_t* group_values(std::size_t group) const {
-    if (storage == Storage::kSparse) return values + static_cast<std::size_t>(index[group]) * kCellBytes;
-    return values + group * whole_group_bytes();
+    if (storage == Storage::kSparse)
+      return values + static_cast<std::size_t>(index[group]) * kCellBytes;
+    return values + group * group_bytes;
   }
-  // Of a group that is not sparse; with planes, of its upper bits.
-  OWL_INLINE std::size_t whole_group_bytes() const {
-    return storage == Storage::kPlanes ? cells / 2 * kCellBytes : cells * kCellBytes;
+  OWL_INLINE std::size_t low_row_bytes() const {
+    return (cols + kLowColumns - 1) / kLowColumns * kCellBytes;
   }
-  OWL_INLINE std::size_t low_row_bytes() const { return (cols + kLowColumns - 1) / kLowColumns * kCellBytes; }
   OWL_INLINE const std::uint8_t* low_row(std::size_t row) const {
-    return values + groups * whole_group_bytes() + row * low_row_bytes();
+    return values + groups * group_bytes + row * low_row_bytes();
   }
 
   // One value of a weight in planes.
   OWL_INLINE int joined(std::size_t row, std::size_t column) const {
     const std::size_t cell = column / 4, place = column % kLowColumns;
-    const std::uint8_t high = group_values(row / kGroupRows)[cell / 2 * kCellBytes + row % kGroupRows * 4 + column % 4];
+    const std::uint8_t high =
+        group_values(row / kGroupRows)[cell / 2 * kCellBytes + row % kGroupRows * 4 + column % 4];
     const std::uint8_t low = low_row(row)[column / kLowColumns * kCellBytes + place % kCellBytes];
     return 16 * ((high >> cell % 2 * 4 & 15) - 8) + (low >> place / kCellBytes * 4 & 15) - 8;
   }
@@ -97,8 +152,42 @@ struct PackedMatrix {
   }
 };
 
-// Checks every count, offset and mask of `data` [size] and fills `matrix`; returns "" or what is wrong.
-// After success no kernel can read outside [data, data + size), whatever the bytes hold.
+template <ValueType T>
+struct Type {
+  static constexpr ValueTraits kTraits = traits_of(T);
+};
+template <ValueType T, Storage S>
+struct Form : Type<T> {
+  static constexpr Storage kStorage = S;
+};
+
+template <class Work, std::size_t... Row>
+OWL_INLINE void with_row(ValueType type, const Work& work, std::index_sequence<Row...>) {
+  ((type == kValueTraits[Row].type ? work(Type<kValueTraits[Row].type>{}) : void()), ...);
+}
+
+// Calls work(Type) with the traits of `type` as constants.
+template <class Work>
+OWL_INLINE void with_type(ValueType type, const Work& work) {
+  with_row(type, work, std::make_index_sequence<kValueTypes>{});
+}
+
+// Calls work(Form) with a weight's traits and storage as constants.
+template <class Work>
+OWL_INLINE void with_form(const PackedMatrix& w, const Work& work) {
+  with_type(w.type, [&](auto type) OWL_ALWAYS_INLINE {
+    constexpr ValueTraits kTraits = type.kTraits;
+    switch (w.storage) {
+      case Storage::kSparse: return work(Form<kTraits.type, Storage::kSparse>{});
+      case Storage::kDense: return work(Form<kTraits.type, Storage::kDense>{});
+      case Storage::kPlanes:
+        if constexpr (kTraits.planes) return work(Form<kTraits.type, Storage::kPlanes>{});
+    }
+  });
+}
+
+// Checks every count, offset and mask of `data` [size] and fills `matrix`; returns "" or what is
+// wrong. After success no kernel can read outside [data, data + size), whatever the bytes hold.
 std::string parse_packed(const void* data, std::size_t size, PackedMatrix* matrix);
 
 }  // namespace owl

@@ -1,7 +1,7 @@
 // AVX-512 F, BW, VL, DQ without VBMI2, VNNI or BF16: Skylake-X, Cascade Lake.
 #include <immintrin.h>
 
-#include "kernel_body.h"
+#include "kernel_table.h"
 #include "x86_avx512_common.h"
 #include "x86_expand.h"
 
@@ -12,24 +12,29 @@ struct Avx512f : Avx512Common {
   using Half = float;  // bf16 weights meet fp32 activations
   static constexpr bool kBiased = false;
 
-  static Cell join(const Halves& v) { return _mm512_inserti64x4(_mm512_castsi256_si512(v.lo), v.hi, 1); }
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
+  using Avx512Common::dot;
+  using Avx512Common::expand;
+  static Cell join(const Halves& v) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(v.lo), v.hi, 1);
+  }
+  static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     const Halves cell = expand_bytes(p, mask);
     return join(cell);
   }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
+  static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
     const Halves cell = expand_words(p, mask);
     return join(cell);
   }
 
   static Cell bias8(Cell w) { return w; }
   // |w| * (x with w's sign): neither product nor pair sum leaves 16 bits, since |x| <= 127.
-  static I dot8(I acc, Cell w, Cell x) {
-    const __m512i turned = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+  static I dot(Bits<8>, I acc, Cell w, Cell x) {
+    const __m512i turned =
+        _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
     const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
-  static F dot16(F acc, Cell w, const std::uint8_t* x) { return dot16_fp32(acc, w, x); }
+  static F dot(Bits<16>, F acc, Cell w, const std::uint8_t* x) { return dot16_fp32(acc, w, x); }
   static void store_half_row(Half* out, F v) { f_store(out, v); }
 };
 

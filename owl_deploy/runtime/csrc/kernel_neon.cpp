@@ -1,9 +1,9 @@
-// Arm's Advanced SIMD with dot products (Armv8.2: Neoverse N1, Apple M1, Cortex-A76 and later). 16 floats are four
-// registers.
+// Arm's Advanced SIMD with dot products (Armv8.2: Neoverse N1, Apple M1, Cortex-A76 and later). 16
+// floats are four registers.
 #include <arm_neon.h>
 
 #include "expand_tables.h"
-#include "kernel_body.h"
+#include "kernel_table.h"
 
 namespace owl {
 namespace {
@@ -13,7 +13,8 @@ struct CountTable {  // set bits: a scalar popcount goes through the vector unit
 };
 constexpr CountTable make_count_table() {
   CountTable table{};
-  for (int mask = 1; mask < 256; ++mask) table.entry[mask] = static_cast<std::uint8_t>(table.entry[mask / 2] + (mask & 1));
+  for (int mask = 1; mask < 256; ++mask)
+    table.entry[mask] = static_cast<std::uint8_t>(table.entry[mask / 2] + (mask & 1));
   return table;
 }
 constexpr CountTable kCounts = make_count_table();
@@ -49,7 +50,8 @@ struct Neon {
   // A table's indices past the register give zeros.
   static uint8x16_t expand_bytes(const std::uint8_t*& p, std::uint32_t mask) {
     const std::uint32_t low = mask & 0xff, high = mask >> 8 & 0xff;
-    const uint8x16_t order = vaddq_u8(vld1q_u8(kLowerHalf.entry[low]), vld1q_u8(kUpperHalf.entry[high]));
+    const uint8x16_t order =
+        vaddq_u8(vld1q_u8(kLowerHalf.entry[low]), vld1q_u8(kUpperHalf.entry[high]));
     const uint8x16_t found = vqtbl1q_u8(vld1q_u8(p), order);
     p += static_cast<std::size_t>(kCounts.entry[low]) + kCounts.entry[high];
     return found;
@@ -64,17 +66,18 @@ struct Neon {
     p += 4 * static_cast<std::size_t>(kCounts.entry[mask]);
     return found;
   }
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
+  static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     Cell cell;
-    for (int i = 0; i < 4; ++i) cell.v[i] = expand_bytes(p, static_cast<std::uint32_t>(mask >> 16 * i) & 0xffff);
+    for (int i = 0; i < 4; ++i)
+      cell.v[i] = expand_bytes(p, static_cast<std::uint32_t>(mask >> 16 * i) & 0xffff);
     return cell;
   }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
+  static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell;
     for (int i = 0; i < 4; ++i) cell.v[i] = expand_words(p, mask >> 8 * i & 0xff);
     return cell;
   }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
+  static Cell expand(Bits<32>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell;
     for (int i = 0; i < 4; ++i) cell.v[i] = expand_quads(p, mask >> 4 * i & 0xf);
     return cell;
@@ -98,17 +101,18 @@ struct Neon {
   template <bool Upper>
   static Cell add_nibbles(Cell cell, const Cell& from) {
     for (int i = 0; i < 4; ++i) {
-      const uint8x16_t low = Upper ? vshrq_n_u8(from.v[i], 4) : vandq_u8(from.v[i], vdupq_n_u8(0x0f));
+      const uint8x16_t low =
+          Upper ? vshrq_n_u8(from.v[i], 4) : vandq_u8(from.v[i], vdupq_n_u8(0x0f));
       cell.v[i] = vaddq_u8(cell.v[i], vsubq_u8(low, vdupq_n_u8(8)));
     }
     return cell;
   }
-  static I dot8(I acc, const Cell& w, const Cell& x) {
+  static I dot(Bits<8>, I acc, const Cell& w, const Cell& x) {
     for (int i = 0; i < 4; ++i)
       acc.v[i] = vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), vreinterpretq_s8_u8(x.v[i]));
     return acc;
   }
-  static F dot16(F acc, const Cell& w, const std::uint8_t* x) {
+  static F dot(Bits<16>, F acc, const Cell& w, const std::uint8_t* x) {
     float pair[2];
     std::memcpy(pair, x, 8);
     for (int i = 0; i < 4; ++i) {
@@ -119,10 +123,11 @@ struct Neon {
     }
     return acc;
   }
-  static F dot32(F acc, const Cell& w, const std::uint8_t* x) {
+  static F dot(Bits<32>, F acc, const Cell& w, const std::uint8_t* x) {
     float value;
     std::memcpy(&value, x, 4);
-    for (int i = 0; i < 4; ++i) acc.v[i] = vfmaq_n_f32(acc.v[i], vreinterpretq_f32_u8(w.v[i]), value);
+    for (int i = 0; i < 4; ++i)
+      acc.v[i] = vfmaq_n_f32(acc.v[i], vreinterpretq_f32_u8(w.v[i]), value);
     return acc;
   }
   static void store_half_row(Half* out, const F& v) { f_store(out, v); }
@@ -161,12 +166,16 @@ struct Neon {
   static F f_fma(const F& a, const F& b, const F& c) {
     return each([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
   }
-  static float32x4_t sum4(const F& a) { return vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3])); }
+  static float32x4_t sum4(const F& a) {
+    return vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3]));
+  }
   static float f_hsum(const F& a) { return vaddvq_f32(sum4(a)); }
   static float f_hmax(const F& a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
   }
-  static I i_set1(std::int32_t x) { return {{vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x)}}; }
+  static I i_set1(std::int32_t x) {
+    return {{vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x)}};
+  }
   static I i_add(I a, const I& b) {
     for (int i = 0; i < 4; ++i) a.v[i] = vaddq_s32(a.v[i], b.v[i]);
     return a;
@@ -178,7 +187,8 @@ struct Neon {
     return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(low)), vqmovn_s32(vcvtnq_s32_f32(high)));
   }
   static void store_int8(std::int8_t* out, const F& a) {
-    vst1q_s8(out, vcombine_s8(vqmovn_s16(words(a.v[0], a.v[1])), vqmovn_s16(words(a.v[2], a.v[3]))));
+    vst1q_s8(out,
+             vcombine_s8(vqmovn_s16(words(a.v[0], a.v[1])), vqmovn_s16(words(a.v[2], a.v[3]))));
   }
   // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23: n is added to the exponent.
   static F scale_by_power(const F& p, const F& shifted) {
@@ -192,7 +202,8 @@ struct Neon {
     const uint16x8_t wide[2] = {vmovl_u8(vget_low_u8(codes)), vmovl_u8(vget_high_u8(codes))};
     return each([&](int i) {
       const uint16x4_t four = i % 2 == 0 ? vget_low_u16(wide[i / 2]) : vget_high_u16(wide[i / 2]);
-      return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vmovl_u16(four), 19), vdupq_n_u32(exponent << 23)));
+      return vreinterpretq_f32_u32(
+          vaddq_u32(vshlq_n_u32(vmovl_u16(four), 19), vdupq_n_u32(exponent << 23)));
     });
   }
   static F f_halves(float low, float high) {
@@ -208,7 +219,8 @@ struct Neon {
     F to[16];
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) {
-        const float32x4_t a = vtrn1q_f32(r[4 * i].v[j], r[4 * i + 1].v[j]), b = vtrn2q_f32(r[4 * i].v[j], r[4 * i + 1].v[j]);
+        const float32x4_t a = vtrn1q_f32(r[4 * i].v[j], r[4 * i + 1].v[j]),
+                          b = vtrn2q_f32(r[4 * i].v[j], r[4 * i + 1].v[j]);
         const float32x4_t c = vtrn1q_f32(r[4 * i + 2].v[j], r[4 * i + 3].v[j]);
         const float32x4_t d = vtrn2q_f32(r[4 * i + 2].v[j], r[4 * i + 3].v[j]);
         to[4 * j].v[i] = pair_low(a, c);
@@ -220,11 +232,15 @@ struct Neon {
   }
   // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i].
   static F f_sum8(const F v[8]) {
-    const float32x4_t low = vpaddq_f32(vpaddq_f32(sum4(v[0]), sum4(v[1])), vpaddq_f32(sum4(v[2]), sum4(v[3])));
-    const float32x4_t high = vpaddq_f32(vpaddq_f32(sum4(v[4]), sum4(v[5])), vpaddq_f32(sum4(v[6]), sum4(v[7])));
+    const float32x4_t low =
+        vpaddq_f32(vpaddq_f32(sum4(v[0]), sum4(v[1])), vpaddq_f32(sum4(v[2]), sum4(v[3])));
+    const float32x4_t high =
+        vpaddq_f32(vpaddq_f32(sum4(v[4]), sum4(v[5])), vpaddq_f32(sum4(v[6]), sum4(v[7])));
     return {{low, high, vdupq_n_f32(0.0F), vdupq_n_f32(0.0F)}};
   }
-  static F f_join8(const F& low, const F& high) { return {{low.v[0], low.v[1], high.v[0], high.v[1]}}; }
+  static F f_join8(const F& low, const F& high) {
+    return {{low.v[0], low.v[1], high.v[0], high.v[1]}};
+  }
 
  private:
   static float32x4_t pair_low(float32x4_t a, float32x4_t b) {

@@ -1,12 +1,15 @@
 // Plain C++: any processor, and the reading of what the other files do.
-#include "kernel_body.h"
+#include "kernel_table.h"
 
 namespace owl {
 namespace {
 
 struct Portable {
+  // A vector of the language: loops over arrays become vectors, or not, as the compiler likes.
+  using Floats = float __attribute__((vector_size(64)));
+  using Words = std::uint32_t __attribute__((vector_size(64)));
   struct F {
-    float v[16];
+    Floats v;
   };
   struct I {
     std::int32_t v[16];
@@ -26,18 +29,17 @@ struct Portable {
     return cell;
   }
   static void store_cell(void* p, const Cell& cell) { std::memcpy(p, cell.v, 64); }
-  template <std::size_t Bytes>
-  static Cell expand(const std::uint8_t* p, std::uint64_t mask) {
+  template <std::size_t N>
+  static Cell expand(Bits<N>, const std::uint8_t* p, std::uint64_t mask) {
+    constexpr std::size_t Bytes = N / 8;
+    static_assert(N % 8 == 0);
     Cell cell{};
     for (; mask != 0; mask &= mask - 1, p += Bytes)
       std::memcpy(cell.v + Bytes * static_cast<std::size_t>(__builtin_ctzll(mask)), p, Bytes);
     return cell;
   }
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) { return expand<1>(p, mask); }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) { return expand<2>(p, mask); }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) { return expand<4>(p, mask); }
 
-  static const Cell& bias8(const Cell& w) { return w; }
+  static Cell bias8(const Cell& w) { return w; }
   static Cell broadcast(const std::uint8_t* x) {
     Cell cell;
     for (int i = 0; i < 64; i += 4) std::memcpy(cell.v + i, x, 4);
@@ -52,34 +54,32 @@ struct Portable {
   // Adds those bits less 8 themselves.
   template <bool Upper>
   static Cell add_nibbles(Cell cell, const Cell& from) {
-    for (int i = 0; i < 64; ++i) cell.v[i] = static_cast<std::uint8_t>(cell.v[i] + ((Upper ? from.v[i] >> 4 : from.v[i] & 15) - 8));
+    for (int i = 0; i < 64; ++i)
+      cell.v[i] =
+          static_cast<std::uint8_t>(cell.v[i] + ((Upper ? from.v[i] >> 4 : from.v[i] & 15) - 8));
     return cell;
   }
-  static I dot8(I acc, const Cell& w, const Cell& x) {
+  static I dot(Bits<8>, I acc, const Cell& w, const Cell& x) {
     for (int i = 0; i < 16; ++i)
       for (int j = 4 * i; j < 4 * i + 4; ++j)
         acc.v[i] += static_cast<std::int8_t>(w.v[j]) * static_cast<std::int8_t>(x.v[j]);
     return acc;
   }
-  static F dot16(F acc, const Cell& w, const std::uint8_t* x) {
+  static F dot(Bits<16>, const F& acc, const Cell& w, const std::uint8_t* x) {
     float pair[2];
     std::memcpy(pair, x, 8);
-    std::uint32_t lanes[16];
-    std::memcpy(lanes, w.v, 64);
-    for (int i = 0; i < 16; ++i) {
-      const std::uint32_t bits[2] = {lanes[i] << 16, lanes[i] & 0xffff0000U};
-      float halves[2];
-      std::memcpy(halves, bits, 8);
-      acc.v[i] += halves[0] * pair[0] + halves[1] * pair[1];
-    }
-    return acc;
+    Words lanes;
+    std::memcpy(&lanes, w.v, 64);
+    const Words low = lanes << 16, high = lanes & 0xffff0000U;
+    return {acc.v +
+            (reinterpret_cast<Floats>(low) * pair[0] + reinterpret_cast<Floats>(high) * pair[1])};
   }
-  static F dot32(F acc, const Cell& w, const std::uint8_t* x) {
-    float value, lanes[16];
+  static F dot(Bits<32>, const F& acc, const Cell& w, const std::uint8_t* x) {
+    float value;
     std::memcpy(&value, x, 4);
-    std::memcpy(lanes, w.v, 64);
-    for (int i = 0; i < 16; ++i) acc.v[i] += lanes[i] * value;
-    return acc;
+    Floats lanes;
+    std::memcpy(&lanes, w.v, 64);
+    return {acc.v + lanes * value};
   }
   static void store_half_row(Half* out, const F& v) { f_store(out, v); }
 
@@ -89,45 +89,31 @@ struct Portable {
     for (int i = 0; i < 16; ++i) r.v[i] = operation(i);
     return r;
   }
-  static F f_set1(float x) {
-    return each([&](int) { return x; });
-  }
+  static F f_set1(float x) { return {x - Floats{}}; }
   static F f_load(const float* p) {
-    return each([&](int i) { return p[i]; });
+    F r;
+    std::memcpy(&r.v, p, 64);
+    return r;
   }
-  static void f_store(float* p, const F& v) { std::memcpy(p, v.v, 64); }
-  static F f_add(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] + b.v[i]; });
-  }
-  static F f_sub(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] - b.v[i]; });
-  }
-  static F f_mul(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] * b.v[i]; });
-  }
-  static F f_div(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] / b.v[i]; });
-  }
-  static F f_max(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-  }
-  static F f_min(const F& a, const F& b) {
-    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
-  }
+  static void f_store(float* p, const F& a) { std::memcpy(p, &a.v, 64); }
+  static F f_add(const F& a, const F& b) { return {a.v + b.v}; }
+  static F f_sub(const F& a, const F& b) { return {a.v - b.v}; }
+  static F f_mul(const F& a, const F& b) { return {a.v * b.v}; }
+  static F f_div(const F& a, const F& b) { return {a.v / b.v}; }
+  static F f_max(const F& a, const F& b) { return {a.v > b.v ? a.v : b.v}; }
+  static F f_min(const F& a, const F& b) { return {a.v < b.v ? a.v : b.v}; }
   static F f_abs(const F& a) {
     return each([&](int i) { return __builtin_fabsf(a.v[i]); });
   }
-  static F f_fma(const F& a, const F& b, const F& c) {
-    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
-  }
+  static F f_fma(const F& a, const F& b, const F& c) { return {a.v * b.v + c.v}; }
   static float f_hsum(const F& v) {
     float sum = 0.0F;
-    for (float x : v.v) sum += x;
+    for (int i = 0; i < 16; ++i) sum += v.v[i];
     return sum;
   }
   static float f_hmax(const F& v) {
     float peak = v.v[0];
-    for (float x : v.v) peak = x > peak ? x : peak;
+    for (int i = 0; i < 16; ++i) peak = v.v[i] > peak ? v.v[i] : peak;
     return peak;
   }
   static I i_set1(std::int32_t x) {
@@ -146,15 +132,8 @@ struct Portable {
     for (int i = 0; i < 16; ++i) out[i] = static_cast<std::int8_t>(__builtin_rintf(v.v[i]));
   }
   static F scale_by_power(const F& p, const F& shifted) {
-    return each([&](int i) {
-      std::uint32_t a, b;
-      std::memcpy(&a, &p.v[i], 4);
-      std::memcpy(&b, &shifted.v[i], 4);
-      a += b << 23;
-      float r;
-      std::memcpy(&r, &a, 4);
-      return r;
-    });
+    const Words power = reinterpret_cast<Words>(shifted.v) << 23;
+    return {reinterpret_cast<Floats>(reinterpret_cast<Words>(p.v) + power)};
   }
   static float from_fp16(std::uint16_t h) {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000) << 16;
@@ -180,7 +159,8 @@ struct Portable {
     if (rest > 0x7f800000U) return static_cast<std::uint16_t>(sign | 0x7e00);
     if (rest >= 0x477ff000U) return static_cast<std::uint16_t>(sign | 0x7c00);
     if (rest < 0x38800000U)
-      return static_cast<std::uint16_t>(sign | static_cast<std::uint16_t>(__builtin_rintf(__builtin_fabsf(x) * 16777216.0F)));
+      return static_cast<std::uint16_t>(
+          sign | static_cast<std::uint16_t>(__builtin_rintf(__builtin_fabsf(x) * 16777216.0F)));
     const std::uint32_t rounded = rest + 0xfff + (rest >> 13 & 1);  // to nearest, ties to even
     return static_cast<std::uint16_t>(sign | (rounded - 0x38000000U) >> 13);
   }

@@ -10,8 +10,9 @@ namespace owl {
 
 enum class Epilogue { kNone = 0, kSiluMul = 1, kGeluMul = 2 };
 
-// How a row of activations is laid out for one weight: values first, then (int8) one fp32 scale and one
-// int32 correction per block of 32 columns, an even number of blocks. `stride` is the bytes of one row, a multiple of 64.
+// How a row of activations is laid out for one weight: values first, then (int8) one fp32 scale and
+// one int32 correction per block of 32 columns, an even number of blocks. `stride` is the bytes of
+// one row, a multiple of 64.
 struct ActivationLayout {
   std::size_t blocks = 0;
   std::size_t scale_offset = 0;
@@ -29,7 +30,9 @@ struct Output {
 
 enum class CacheType { kFp32, kFp16 };
 
-OWL_INLINE constexpr std::size_t cache_bytes(CacheType type) { return type == CacheType::kFp32 ? 4 : 2; }
+OWL_INLINE constexpr std::size_t cache_bytes(CacheType type) {
+  return type == CacheType::kFp32 ? 4 : 2;
+}
 
 // One (batch, kv head) of the cache and the queries that read it.
 struct AttentionSpan {
@@ -39,8 +42,9 @@ struct AttentionSpan {
   std::size_t head_size = 0;     // a multiple of 16, at most 256
   std::size_t heads = 0;         // query heads that share this kv head
   float scale = 1.0F;
-  float softcap = 0.0F;          // 0: none
-  const void* next = nullptr;    // the next call's keys, which attend_one asks memory for while it mixes values; or null
+  float softcap = 0.0F;        // 0: none
+  const void* next = nullptr;  // the next call's keys, which attend_one asks memory for while it
+                               // mixes values; or null
 };
 
 struct Kernels {
@@ -49,60 +53,68 @@ struct Kernels {
 
   ActivationLayout (*layout)(const PackedMatrix& w);
   // x [cols] -> one activation row.
-  void (*prepare)(const PackedMatrix& w, const ActivationLayout& layout, const float* x, std::uint8_t* row);
+  void (*prepare)(const PackedMatrix& w, const ActivationLayout& layout, const float* x,
+                  std::uint8_t* row);
   // One row times groups [begin, end): sums [(end - begin) * 16].
   // Of a weight in planes only the upper bits count.
-  void (*matvec)(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
-                 const std::uint8_t* row, float* sums);
-  // Adds what the lower bits of a weight in planes contribute to those of y [outputs] in groups [begin, end), at most
-  // kScreenGroups of them, that are `least` or more.
-  void (*refine)(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
-                 const std::uint8_t* row, float least, float* y, std::size_t outputs);
+  void (*matvec)(const PackedMatrix& w, std::size_t begin, std::size_t end,
+                 const ActivationLayout& layout, const std::uint8_t* row, float* sums);
+  // Adds what the lower bits of a weight in planes contribute to those of y [outputs] in groups
+  // [begin, end), at most kScreenGroups of them, that are `least` or more.
+  void (*refine)(const PackedMatrix& w, std::size_t begin, std::size_t end,
+                 const ActivationLayout& layout, const std::uint8_t* row, float least, float* y,
+                 std::size_t outputs);
   // The largest of x [size], size > 0; anything if there are NaN.
   float (*largest)(const float* x, std::size_t size);
   // `count` rows times groups [begin, begin + groups), groups <= panel_groups:
   // sums [count, panel_groups * 16]; scratch: kPanelScratch bytes, 64-byte aligned.
-  void (*panel)(const PackedMatrix& w, std::size_t begin, std::size_t groups, const ActivationLayout& layout,
-                const std::uint8_t* rows, std::size_t count, std::uint8_t* scratch, float* sums);
+  void (*panel)(const PackedMatrix& w, std::size_t begin, std::size_t groups,
+                const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
+                std::uint8_t* scratch, float* sums);
   // Bias, epilogue: sums [count, sums_stride] of groups [begin, end) -> output rows from `first`.
-  void (*finish)(std::size_t begin, std::size_t end, const float* sums, std::size_t sums_stride, std::size_t first,
-                 std::size_t count, const Output& output);
+  void (*finish)(std::size_t begin, std::size_t end, const float* sums, std::size_t sums_stride,
+                 std::size_t first, std::size_t count, const Output& output);
   // sum = x + skip (skip may be null), y = sum * gamma / rms(sum); sum may be null.
-  void (*rms_norm)(const float* x, const float* skip, const float* gamma, std::size_t size, float epsilon,
-                   float* sum, float* y);
+  void (*rms_norm)(const float* x, const float* skip, const float* gamma, std::size_t size,
+                   float epsilon, float* sum, float* y);
   // One query position: q [heads, head_size] against positions [begin, end).
   // Leaves unnormalised out [heads, head_size], and each head's maximum and sum of exponentials.
-  void (*attend_one)(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end, float* scratch,
-                     float* out, float* maxima, float* sums);
-  // `count` query positions of all heads, q [count, q_stride] with the heads side by side, the first at position
-  // `position`; reads keys [first_visible(position), position]. out [count, out_stride].
-  void (*attend_many)(const AttentionSpan& span, const float* q, std::size_t q_stride, std::size_t count,
-                      std::size_t position, std::size_t window, std::uint8_t* scratch, float* out,
-                      std::size_t out_stride);
-  // Rotary embedding of one head: the first 2 * half of x [size] turn, in pairs (i, i + half) or neighbours, the rest is
-  // copied. cosines, sines [half].
-  void (*rotate)(const float* x, std::size_t size, const float* cosines, const float* sines, std::size_t half,
-                 bool interleaved, float* out);
-  // Joins one head's results of attend_one over chunks, which lie `stride` floats apart: values [size], maximum, sum.
+  void (*attend_one)(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end,
+                     float* scratch, float* out, float* maxima, float* sums);
+  // `count` query positions of all heads, q [count, q_stride] with the heads side by side, the
+  // first at position `position`; reads keys [first_visible(position), position]. out [count,
+  // out_stride].
+  void (*attend_many)(const AttentionSpan& span, const float* q, std::size_t q_stride,
+                      std::size_t count, std::size_t position, std::size_t window,
+                      std::uint8_t* scratch, float* out, std::size_t out_stride);
+  // Rotary embedding of one head: the first 2 * half of x [size] turn, in pairs (i, i + half) or
+  // neighbours, the rest is copied. cosines, sines [half].
+  void (*rotate)(const float* x, std::size_t size, const float* cosines, const float* sines,
+                 std::size_t half, bool interleaved, float* out);
+  // Joins one head's results of attend_one over chunks, which lie `stride` floats apart: values
+  // [size], maximum, sum.
   void (*join_chunks)(std::size_t chunks, std::size_t stride, std::size_t size, const float* values,
                       const float* maxima, const float* sums, float* out);
   void (*store_cache)(CacheType type, const float* x, std::size_t size, void* cache);
 };
 
-constexpr std::size_t kPanelBlockCells = 64;  // cells unpacked at a time: the tile stays in the first-level cache
-constexpr std::size_t kPanelGroups = 4;       // the largest panel_groups
+constexpr std::size_t kPanelBlockCells =
+    64;  // cells unpacked at a time: the tile stays in the first-level cache
+constexpr std::size_t kPanelGroups = 4;  // the largest panel_groups
 constexpr std::size_t kPanelScratch = kPanelBlockCells * kPanelGroups * kCellBytes;
-constexpr std::size_t kScreenGroups = 32;     // row groups that are looked through for candidates at a time
-constexpr std::size_t kDecodeChunk = 128;     // cache positions of one decode task
-constexpr std::size_t kQueryBlock = 16;       // query positions of one prefill task
-constexpr std::size_t kKeyBlock = 64;         // cache positions of one prefill tile
+constexpr std::size_t kScreenGroups =
+    32;  // row groups that are looked through for candidates at a time
+constexpr std::size_t kDecodeChunk = 128;  // cache positions of one decode task
+constexpr std::size_t kQueryBlock = 16;    // query positions of one prefill task
+constexpr std::size_t kKeyBlock = 64;      // cache positions of one prefill tile
 constexpr std::size_t kMaxHeadSize = 256;
-constexpr std::size_t kMaxHeads = 64;         // query heads for one kv head
+constexpr std::size_t kMaxHeads = 64;  // query heads for one kv head
 
 // Floats of scratch that attend_one and attend_many need.
 constexpr std::size_t attend_one_scratch(std::size_t heads) { return heads * kDecodeChunk; }
 constexpr std::size_t attend_many_scratch(std::size_t heads) {
-  return kQueryBlock * heads * (2 * kMaxHeadSize + kKeyBlock + 2) + 2 * kKeyBlock * kMaxHeadSize + 64;
+  return kQueryBlock * heads * (2 * kMaxHeadSize + kKeyBlock + 2) + 2 * kKeyBlock * kMaxHeadSize +
+         64;
 }
 
 // One table a file; only those that the build's target architecture has are linked in.
@@ -114,14 +126,15 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kPortableKernels;
 
-// The fastest table that this processor runs, or the one that OWL_ISA names; a name that cannot be had is an error, as a
-// benchmark would measure other kernels than it says.
+// The fastest table that this processor runs, or the one that OWL_ISA names; a name that cannot be
+// had is an error, as a benchmark would measure other kernels than it says.
 const Kernels& best_kernels();
 // In capitals or not; nullptr when there is no such table or this processor cannot run it.
 const Kernels* find_kernels(const char* name);
-// The same, or std::invalid_argument, which says that `asker` is this name, and which names there are.
+// The same, or std::invalid_argument, which says that `asker` is this name, and which names there
+// are.
 const Kernels& kernels_named(const char* name, const char* asker);
-// Names of all tables built in, best first; ends with nullptr.
-const char* const* kernel_names();
+// The name of the i-th table built in, best first; nullptr after the last.
+const char* kernel_name(std::size_t i);
 
 }  // namespace owl

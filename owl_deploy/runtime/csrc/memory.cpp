@@ -36,7 +36,9 @@ bool maps_a_file(std::uintptr_t begin, std::uintptr_t end) {
   char line[512], rights[5];
   unsigned long from, to, offset, major, minor, inode;
   while (!found && std::fgets(line, sizeof line, maps) != nullptr)
-    found = std::sscanf(line, "%lx-%lx %4s %lx %lx:%lx %lu", &from, &to, rights, &offset, &major, &minor, &inode) == 7 &&
+    // NOLINTNEXTLINE(bugprone-unchecked-string-to-number-conversion): the kernel writes numbers
+    found = std::sscanf(line, "%lx-%lx %4s %lx %lx:%lx %lu", &from, &to, rights, &offset, &major,
+                        &minor, &inode) == 7 &&
             from <= begin && end <= to && inode != 0 && rights[3] == 'p';
   std::fclose(maps);
   return found;
@@ -56,7 +58,8 @@ bool huge_pages_available() {
 HugeMemory::HugeMemory(std::size_t bytes) : mapped_(bytes + kHugePage) {
   mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-  const auto start = (reinterpret_cast<std::uintptr_t>(mapping_) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto start =
+      (reinterpret_cast<std::uintptr_t>(mapping_) + kHugePage - 1) / kHugePage * kHugePage;
   data_ = reinterpret_cast<std::uint8_t*>(start);
   madvise(data_, bytes, MADV_HUGEPAGE);  // advice: without it the memory works all the same
 }
@@ -67,8 +70,10 @@ HugeMemory::~HugeMemory() {
 
 void release_file_pages(const void* data, std::size_t size) {
   const auto address = reinterpret_cast<std::uintptr_t>(data);
-  const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + size) / kPage * kPage;
-  if (begin < end && maps_a_file(begin, end)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage,
+                       end = (address + size) / kPage * kPage;
+  if (begin < end && maps_a_file(begin, end))
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 #else

@@ -1,5 +1,6 @@
-// Memory in huge pages, for weights: a token reads each once, and with pages of 4 KiB the walks through page tables cost
-// a third of the bandwidth (measured in a virtual machine, where a walk is two-dimensional).
+// Memory in huge pages, for weights: a token reads each once, and with pages of 4 KiB the walks
+// through page tables cost a third of the bandwidth (measured in a virtual machine, where a walk is
+// two-dimensional).
 #pragma once
 
 #include <cstddef>
@@ -25,8 +26,8 @@ class HugeMemory {
   std::uint8_t* data_ = nullptr;
 };
 
-// Gives back the resident pages of [data, data + size) if they are a view of a file, which keeps them for later
-// readers; any other memory is left alone.
+// Gives back the resident pages of [data, data + size) if they are a view of a file, which keeps
+// them for later readers; any other memory is left alone.
 void release_file_pages(const void* data, std::size_t size);
 
 }  // namespace owl

@@ -1,12 +1,17 @@
-// The operators of domain ai.owl, for ONNX Runtime: reading attributes and tensors, checking them, and calling the engine.
+// The operators of domain ai.owl, for ONNX Runtime: reading attributes and tensors, checking them,
+// and calling the engine.
 //
 //   SparseMatMul(X, W, [bias], [skip], [gamma]) -> Y, [sum]   attributes epilogue, columns, epsilon
 //   PackedGather(ids, W) -> X                                 rows of a dense packed weight
-//   CachedAttention(q, [k], [v], past_key, past_value, seqlens_k, total_length, [cos], [sin], [attention_mask])
-//     -> Y, key, value                                        padding, where there is a mask, takes no room in the cache
-//   ProgramFp16, ProgramFp32(any ...) -> [Y] x 4, caches ...  several of these in one go: see program.cpp
+//   CachedAttention(q, [k], [v], past_key, past_value, seqlens_k, total_length, [cos], [sin],
+//   [attention_mask])
+//     -> Y, key, value                                        padding, where there is a mask, takes
+//     no room in the cache
+//   ProgramFp16, ProgramFp32(any ...) -> [Y] x 4, caches ...  several of these in one go: see
+//   program.cpp
 //
-// Only the C API of the header's version is used, so the library runs with every later ONNX Runtime.
+// Only the C API of the header's version is used, so the library runs with every later ONNX
+// Runtime.
 #include "ops.h"
 
 #include <cmath>
@@ -19,14 +24,16 @@ using namespace owl_ops;  // NOLINT: this file defines what those helpers are fo
 namespace {
 
 // A float input of exactly `size` elements, or null when it is left out.
-const float* optional_floats(const Ort::KernelContext& context, std::size_t index, std::size_t size, const char* what) {
+const float* optional_floats(const Ort::KernelContext& context, std::size_t index, std::size_t size,
+                             const char* what) {
   const Ort::ConstValue value = context.GetInput(index);
   if (!value) return nullptr;
-  if (value.GetTensorTypeAndShapeInfo().GetElementCount() != size) reject(std::string(what) + " has the wrong size");
+  if (value.GetTensorTypeAndShapeInfo().GetElementCount() != size)
+    reject(std::string(what) + " has the wrong size");
   return value.GetTensorData<float>();
 }
 
-// ---- SparseMatMul ----------------------------------------------------------------------------------------
+// ---- SparseMatMul ------------------------------------------------------------------------------
 
 class SparseMatMulKernel {
  public:
@@ -35,7 +42,8 @@ class SparseMatMulKernel {
     op_.epilogue = epilogue_named(attribute_or<std::string>(info, "epilogue", ""));
     op_.epsilon = attribute_or<float>(info, "epsilon", 0.0F);
     const std::size_t most = owl::linear_outputs(op_.weight, op_.epilogue);
-    op_.outputs = extent(attribute_or<std::int64_t>(info, "columns", static_cast<std::int64_t>(most)));
+    op_.outputs =
+        extent(attribute_or<std::int64_t>(info, "columns", static_cast<std::int64_t>(most)));
     check_linear(op_);
     writes_sum_ = has_output(info, 1);
   }
@@ -50,7 +58,8 @@ class SparseMatMulKernel {
     const Ort::ConstValue x = needed_input(context, 0);
     std::vector<std::int64_t> shape = x.GetTensorTypeAndShapeInfo().GetShape();
     const std::size_t cols = op_.weight.cols;
-    require(!shape.empty() && extent(shape.back()) == cols, "the input's last dimension differs from the weight's columns");
+    require(!shape.empty() && extent(shape.back()) == cols,
+            "the input's last dimension differs from the weight's columns");
     std::size_t rows = 1;
     for (std::size_t i = 0; i + 1 < shape.size(); ++i) rows *= extent(shape[i]);
 
@@ -65,7 +74,7 @@ class SparseMatMulKernel {
       sum = needed_output(context, 1, shape).GetTensorMutableData<float>();
     }
     shape.back() = static_cast<std::int64_t>(op.outputs);
-    float* y = needed_output(context, 0, shape).GetTensorMutableData<float>();
+    auto* y = needed_output(context, 0, shape).GetTensorMutableData<float>();
     owl::Plan plan(owl::best_kernels());
     plan.add(op, x.GetTensorData<float>(), rows, y, sum);
     plan.run(session_pool(raw));
@@ -85,18 +94,20 @@ struct SparseMatMul : Operator<SparseMatMul, SparseMatMulKernel> {
     return i < 2 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   }
   std::size_t GetOutputTypeCount() const { return 2; }
-  ONNXTensorElementDataType GetOutputType(std::size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  ONNXTensorElementDataType GetOutputType(std::size_t) const {
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(std::size_t i) const {
     return i < 1 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   }
 };
 
-// ---- PackedGather ----------------------------------------------------------------------------------------
+// ---- PackedGather ------------------------------------------------------------------------------
 
 class PackedGatherKernel {
  public:
   explicit PackedGatherKernel(const Ort::ConstKernelInfo& info)
-      : weight_(constant_weight(info, 1)), scale_(attribute_or<float>(info, "scale", 1.0F)) {
+      : weight_(constant_weight(info, 1)) {
     require(!weight_.sparse(), "PackedGather needs a weight without a mask");
   }
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
@@ -111,18 +122,14 @@ class PackedGatherKernel {
     const std::size_t count = ids.GetTensorTypeAndShapeInfo().GetElementCount();
     const auto* id = ids.GetTensorData<std::int64_t>();
     shape.push_back(static_cast<std::int64_t>(weight_.cols));
-    float* out = needed_output(context, 0, shape).GetTensorMutableData<float>();
+    auto* out = needed_output(context, 0, shape).GetTensorMutableData<float>();
     for (std::size_t i = 0; i < count; ++i) {
       require(id[i] >= 0 && extent(id[i]) < weight_.rows, "a token id lies outside the vocabulary");
-      float* row = out + i * weight_.cols;
-      owl::gather_row(weight_, extent(id[i]), row);
-      if (scale_ != 1.0F)
-        for (std::size_t c = 0; c < weight_.cols; ++c) row[c] *= scale_;
+      owl::gather_row(weight_, extent(id[i]), out + i * weight_.cols);
     }
   }
 
   owl::PackedMatrix weight_;
-  float scale_;
 };
 
 struct PackedGather : Operator<PackedGather, PackedGatherKernel> {
@@ -132,10 +139,12 @@ struct PackedGather : Operator<PackedGather, PackedGatherKernel> {
     return i == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   }
   std::size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(std::size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  ONNXTensorElementDataType GetOutputType(std::size_t) const {
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
 };
 
-// ---- CachedAttention -------------------------------------------------------------------------------------
+// ---- CachedAttention ---------------------------------------------------------------------------
 
 class CachedAttentionKernel {
  public:
@@ -177,8 +186,10 @@ class CachedAttentionKernel {
     require(static_cast<bool>(k) == static_cast<bool>(v), "keys come with values");
     if (k) {
       const auto expected = k.GetTensorTypeAndShapeInfo().GetShape();
-      require(expected.size() == 3 && expected[0] == shape[0] && expected[1] == shape[1], "the keys have the wrong shape");
-      require(v.GetTensorTypeAndShapeInfo().GetShape() == expected, "the values have the wrong shape");
+      require(expected.size() == 3 && expected[0] == shape[0] && expected[1] == shape[1],
+              "the keys have the wrong shape");
+      require(v.GetTensorTypeAndShapeInfo().GetShape() == expected,
+              "the values have the wrong shape");
       t.kv_width = extent(expected[2]);
       t.k = k.GetTensorData<float>();
       t.v = v.GetTensorData<float>();
@@ -207,7 +218,8 @@ struct CachedAttention : Operator<CachedAttention<CacheElement>, CachedAttention
   ONNXTensorElementDataType GetInputType(std::size_t i) const {
     if (i == 3 || i == 4) return CacheElement;
     if (i == 9) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-    return i == 5 || i == 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return i == 5 || i == 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32
+                            : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(std::size_t i) const {
     return i == 1 || i == 2 || i > 6 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
@@ -222,8 +234,8 @@ using CachedAttentionFp16 = CachedAttention<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT1
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                              const OrtApiBase* base) {
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
+    OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (api == nullptr)  // version 1 has had CreateStatus since the first release
     return base->GetApi(1)->CreateStatus(ORT_FAIL, "ai.owl needs a newer ONNX Runtime");

@@ -1,4 +1,5 @@
-// What the files that define operators share: checking, the session's threads, weights, and attention on tensors.
+// What the files that define operators share: checking, the session's threads, weights, and
+// attention on tensors.
 #pragma once
 
 #define ORT_API_MANUAL_INIT
@@ -24,7 +25,8 @@ inline std::size_t extent(std::int64_t n) {
   return static_cast<std::size_t>(n);
 }
 
-// Whether a model connects input or output `index` of the node: an optional one may be left out, by an empty name.
+// Whether a model connects input or output `index` of the node: an optional one may be left out, by
+// an empty name.
 inline bool has_input(const Ort::ConstKernelInfo& info, std::size_t index) {
   return index < info.GetInputCount() && !info.GetInputName(index).empty();
 }
@@ -46,21 +48,25 @@ inline Ort::UnownedValue needed_output(const Ort::KernelContext& context, std::s
 }
 
 // The session's own threads.
-inline void run_session_threads(void* context, std::size_t count, void (*task)(void*, std::size_t), void* argument) {
+inline void run_session_threads(void* context, std::size_t count, void (*task)(void*, std::size_t),
+                                void* argument) {
   Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(task, count, 0, argument);
 }
 
 inline owl::Pool session_pool(OrtKernelContext* context) { return {run_session_threads, context}; }
 
-// The packed weight at input `index`, which must be a constant of the model. It is validated here, once.
+// The packed weight at input `index`, which must be a constant of the model. It is validated here,
+// once.
 inline owl::PackedMatrix constant_weight(const Ort::ConstKernelInfo& info, std::size_t index) {
   int constant = 0;
   const Ort::ConstValue value = info.GetTensorConstantInput(index, &constant);
   require(constant != 0 && value, "the packed weight must be an initializer of the model");
   const auto shape = value.GetTensorTypeAndShapeInfo();
-  require(shape.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, "the packed weight must be uint8");
+  require(shape.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+          "the packed weight must be uint8");
   owl::PackedMatrix matrix;
-  const std::string wrong = owl::parse_packed(value.GetTensorRawData(), shape.GetElementCount(), &matrix);
+  const std::string wrong =
+      owl::parse_packed(value.GetTensorRawData(), shape.GetElementCount(), &matrix);
   if (!wrong.empty()) reject("packed weight: " + wrong);
   return matrix;
 }
@@ -109,15 +115,15 @@ struct Operator : Ort::CustomOpBase<Op, Kernel, true> {
   }
 };
 
-// ---- Attention on tensors --------------------------------------------------------------------------------
+// ---- Attention on tensors ----------------------------------------------------------------------
 
 struct AttentionTensors {
-  const float* q = nullptr;                                // [batch, length, heads * size]; with k and v behind them in
-  const float *k = nullptr, *v = nullptr;                  // each row when these are null
+  const float* q = nullptr;  // [batch, length, heads * size]; with k and v behind them in
+  const float *k = nullptr, *v = nullptr;  // each row when these are null
   std::size_t q_width = 0, kv_width = 0;
   std::size_t batch = 0, length = 0;
   Ort::ConstValue past_key, past_value, seqlens, total, cosines, sines;
-  Ort::ConstValue mask;                                    // [batch, total_length], or null
+  Ort::ConstValue mask;  // [batch, total_length], or null
 };
 
 // Attributes of CachedAttention; checks tensors and adds the work on them to a plan.
@@ -126,7 +132,8 @@ class AttentionNode {
   owl::Attention op;  // heads, kv_heads, scale, softcap, window, rotary and interleaved are set
 
   void check_heads() const;
-  // `present(i, shape)` gives the memory of the new keys (0) and values (1); `out(width)` that of the result.
+  // `present(i, shape)` gives the memory of the new keys (0) and values (1); `out(width)` that of
+  // the result.
   template <class Out, class Present>
   void add_to(owl::Plan& plan, const AttentionTensors& tensors, Out out, Present present) const;
 
@@ -138,20 +145,24 @@ class AttentionNode {
   };
   Cache read(const AttentionTensors& tensors, owl::Attention& attention) const;
   static const std::int64_t* read_mask(const AttentionTensors& tensors, std::size_t total);
-  void add_sequences(owl::Plan& plan, const AttentionTensors& tensors, const owl::Attention& attention,
-                     const Cache& cache, void* keys, void* values, float* out) const;
+  void add_sequences(owl::Plan& plan, const AttentionTensors& tensors,
+                     const owl::Attention& attention, const Cache& cache, void* keys, void* values,
+                     float* out) const;
 };
 
 template <class Out, class Present>
-void AttentionNode::add_to(owl::Plan& plan, const AttentionTensors& tensors, Out out, Present present) const {
+void AttentionNode::add_to(owl::Plan& plan, const AttentionTensors& tensors, Out out,
+                           Present present) const {
   owl::Attention attention = op;
   const Cache cache = read(tensors, attention);
-  const std::vector<std::int64_t> shape{
-      static_cast<std::int64_t>(tensors.batch), static_cast<std::int64_t>(attention.kv_heads),
-      static_cast<std::int64_t>(attention.capacity), static_cast<std::int64_t>(attention.head_size)};
+  const std::vector<std::int64_t> shape{static_cast<std::int64_t>(tensors.batch),
+                                        static_cast<std::int64_t>(attention.kv_heads),
+                                        static_cast<std::int64_t>(attention.capacity),
+                                        static_cast<std::int64_t>(attention.head_size)};
   void* keys = present(0, shape);
   void* values = present(1, shape);
-  add_sequences(plan, tensors, attention, cache, keys, values, out(attention.heads * attention.head_size));
+  add_sequences(plan, tensors, attention, cache, keys, values,
+                out(attention.heads * attention.head_size));
 }
 
 // The operators that run others in one go, one for each type of cache.

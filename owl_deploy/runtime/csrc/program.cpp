@@ -1,19 +1,24 @@
-// One operator that runs a list of others: a decoder's SparseMatMul and CachedAttention nodes, from the first block to
-// the logits. They give up their threads only at the end, where nodes by themselves would wake them 150 times a token.
+// One operator that runs a list of others: a decoder's SparseMatMul and CachedAttention nodes, from
+// the first block to the logits. They give up their threads only at the end, where nodes by
+// themselves would wake them 150 times a token.
 //
-// Attributes. `steps`: integers, one record after another (below); `numbers`: each record's floats, likewise; `slots`:
-// the widths of the buffers between steps, which hold [batch, length, width] floats. A value is an integer, -1 if left
-// out, else 4 * index + place: place 0 an input of the node, 1 a slot, 2 an output. Outputs 0 to 3 are float values that other
-// nodes read, all later ones caches.
+// Attributes. `steps`: integers, one record after another (below); `numbers`: each record's floats,
+// likewise; `slots`: the widths of the buffers between steps, which hold [batch, length, width]
+// floats. A value is an integer, -1 if left out, else 4 * index + place: place 0 an input of the
+// node, 1 a slot, 2 an output. Outputs 0 to 3 are float values that other nodes read, all later
+// ones caches.
 //   0, x, weight, bias, skip, gamma, y, sum, epilogue, columns                  numbers: epsilon
-//   1, q, k, v, past_key, past_value, seqlens_k, total_length, cos, sin, y, present_key, present_value,
-//      num_heads, kv_num_heads, local_window_size, do_rotary, rotary_interleaved  numbers: scale, softcap
+//   1, q, k, v, past_key, past_value, seqlens_k, total_length, cos, sin, y, present_key,
+//   present_value,
+//      num_heads, kv_num_heads, local_window_size, do_rotary, rotary_interleaved  numbers: scale,
+//      softcap
 //   2: as 1, with attention_mask behind sin
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <variant>
 #include <vector>
 
 #include "memory.h"
@@ -39,14 +44,14 @@ struct MatMulStep {
 
 struct AttentionStep {
   AttentionNode node;
-  Value q, k, v, past_key, past_value, seqlens, total, cosines, sines, mask, y, present_key, present_value;
+  Value q, k, v, past_key, past_value, seqlens, total, cosines, sines, mask, y, present_key,
+      present_value;
 };
 
-struct Step {
-  bool is_attention = false;
-  MatMulStep matmul;
-  AttentionStep attention;
-};
+using Step = std::variant<MatMulStep, AttentionStep>;
+
+const Value& input_of(const MatMulStep& step) { return step.x; }
+const Value& input_of(const AttentionStep& step) { return step.q; }
 
 // Reads the attributes' records; any wrong length or number is an error.
 class Reader {
@@ -60,15 +65,12 @@ class Reader {
   void finish() const { require(number_at_ == numbers_.size(), "numbers are left over"); }
 
   Step step() {
-    Step s;
-    const std::int64_t kind = integer();
-    require(kind >= 0 && kind <= 2, "unknown kind of step");
-    s.is_attention = kind != 0;
-    if (s.is_attention)
-      attention(s.attention, kind == 2);
-    else
-      matmul(s.matmul);
-    return s;
+    switch (integer()) {
+      case 0: return matmul();
+      case 1: return attention(false);
+      case 2: return attention(true);
+      default: reject("unknown kind of step");
+    }
   }
 
  private:
@@ -94,10 +96,12 @@ class Reader {
     return v;
   }
 
-  void matmul(MatMulStep& s) {
+  MatMulStep matmul() {
+    MatMulStep s;
     s.x = value(true);
     const Value weight = value(true);
-    require(weight.place == Value::kInput && weight.index < info_.GetInputCount(), "a weight must be an input");
+    require(weight.place == Value::kInput && weight.index < info_.GetInputCount(),
+            "a weight must be an input");
     s.op.weight = constant_weight(info_, weight.index);
     s.bias = value(false);
     s.skip = value(false);
@@ -111,10 +115,13 @@ class Reader {
     s.op.epsilon = number();
     check_linear(s.op);
     require(s.gamma.present || (!s.skip.present && !s.sum.present), "skip and sum need gamma");
+    return s;
   }
 
-  void attention(AttentionStep& s, bool has_mask) {
-    for (Value* v : {&s.q, &s.k, &s.v, &s.past_key, &s.past_value, &s.seqlens, &s.total, &s.cosines, &s.sines})
+  AttentionStep attention(bool has_mask) {
+    AttentionStep s;
+    for (Value* v :
+         {&s.q, &s.k, &s.v, &s.past_key, &s.past_value, &s.seqlens, &s.total, &s.cosines, &s.sines})
       *v = value(v != &s.k && v != &s.v && v != &s.cosines && v != &s.sines);
     if (has_mask) s.mask = value(true);
     s.y = value(true);
@@ -133,9 +140,12 @@ class Reader {
     require(s.k.present == s.v.present, "keys come with values");
     for (const Value* v : {&s.past_key, &s.past_value, &s.seqlens, &s.total, &s.mask})
       require(v->place == Value::kInput, "caches, lengths and the mask must be inputs");
-    for (const Value* v : {&s.cosines, &s.sines}) require(v->place == Value::kInput, "rotary tables must be inputs");
+    for (const Value* v : {&s.cosines, &s.sines})
+      require(v->place == Value::kInput, "rotary tables must be inputs");
     for (const Value* v : {&s.present_key, &s.present_value})
-      require(v->place == Value::kOutput && v->index >= kFloatOutputs, "new caches must be outputs");
+      require(v->place == Value::kOutput && v->index >= kFloatOutputs,
+              "new caches must be outputs");
+    return s;
   }
 
   const Ort::ConstKernelInfo& info_;
@@ -150,7 +160,8 @@ class Slots {
   float* get(std::size_t floats) {
     if (floats > size_) {
       memory_.reset();
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+      memory_.reset(
+          static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
       if (!memory_) throw std::bad_alloc();
       size_ = floats;
     }
@@ -166,12 +177,78 @@ class Slots {
 };
 thread_local Slots slots;
 
+// Every input and output exists and is connected, every slot and output is written before it is
+// read, by one step, and no wider than it is.
+class Flow {
+ public:
+  Flow(const Ort::ConstKernelInfo& info, const std::vector<std::size_t>& slot_widths)
+      : slot_widths_(slot_widths),
+        slot_written_(slot_widths.size()),
+        output_written_(info.GetOutputCount()) {
+    for (std::size_t i = 0; i < info.GetInputCount(); ++i) has_input_.push_back(has_input(info, i));
+    for (std::size_t i = 0; i < info.GetOutputCount(); ++i)
+      has_output_.push_back(has_output(info, i));
+  }
+
+  void check(const MatMulStep& s) {
+    for (const Value* v : {&s.x, &s.bias, &s.skip, &s.gamma}) reads(*v);
+    writes(s.y, s.op.outputs);
+    writes(s.sum, s.op.weight.cols);
+  }
+
+  void check(const AttentionStep& s) {
+    for (const Value* v : {&s.q, &s.k, &s.v, &s.past_key, &s.past_value, &s.seqlens, &s.total,
+                           &s.cosines, &s.sines, &s.mask})
+      reads(*v);
+    writes(s.y, 0);  // its width follows from the cache: checked at each run
+    for (const Value* v : {&s.present_key, &s.present_value}) writes_output(*v);
+  }
+
+ private:
+  void reads(const Value& v) const {
+    if (!v.present) return;
+    switch (v.place) {
+      case Value::kInput:
+        return require(v.index < has_input_.size() && has_input_[v.index],
+                       "an input that a step reads is left out");
+      case Value::kSlot:
+        return require(v.index < slot_written_.size() && slot_written_[v.index],
+                       "a slot is read before it is written");
+      case Value::kOutput:
+        return require(
+            v.index < std::min(kFloatOutputs, output_written_.size()) && output_written_[v.index],
+            "an output is read before it is written");
+    }
+  }
+
+  void writes(const Value& v, std::size_t width) {
+    if (!v.present) return;
+    require(v.place != Value::kInput, "a step writes to an input");
+    if (v.place == Value::kSlot) {
+      require(v.index < slot_widths_.size() && width <= slot_widths_[v.index],
+              "a slot is too narrow");
+      slot_written_[v.index] = true;
+    } else {
+      require(v.index < kFloatOutputs, "activations go to the first outputs");
+      writes_output(v);
+    }
+  }
+
+  void writes_output(const Value& v) {
+    require(v.index < has_output_.size() && has_output_[v.index],
+            "an output that a step writes is left out");
+    require(!output_written_[v.index], "an output is written twice");
+    output_written_[v.index] = true;
+  }
+
+  std::vector<bool> has_input_, has_output_;  // whether the model connects them
+  const std::vector<std::size_t>& slot_widths_;
+  std::vector<bool> slot_written_, output_written_;
+};
+
 class ProgramKernel {
  public:
-  ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache)
-      : cache_(cache) {
-    for (std::size_t i = 0; i < info.GetInputCount(); ++i) has_input_.push_back(has_input(info, i));
-    for (std::size_t i = 0; i < info.GetOutputCount(); ++i) has_output_.push_back(has_output(info, i));
+  ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache) : cache_(cache) {
     for (const std::int64_t width : info.GetAttributes<std::int64_t>("slots")) {
       require(width > 0 && width <= kMaxWidth, "a slot's width is out of range");
       slot_widths_.push_back((static_cast<std::size_t>(width) + 15) / 16 * 16);
@@ -180,7 +257,8 @@ class ProgramKernel {
     while (!reader.done()) steps_.push_back(reader.step());
     reader.finish();
     require(!steps_.empty(), "there are no steps");
-    check_flow();
+    Flow flow(info, slot_widths_);
+    for (const Step& s : steps_) std::visit([&](const auto& step) { flow.check(step); }, s);
     if (owl::huge_pages_available()) copy_weights();
   }
 
@@ -193,62 +271,18 @@ class ProgramKernel {
   static constexpr std::size_t kMaxRows = std::size_t{1} << 28;
   static constexpr std::size_t kMaxSlotFloats = std::size_t{1} << 40;
 
-  // Every input and output exists and is connected, every slot and output is written before it is read, by one step, and
-  // no wider than it is.
-  void check_flow() const {
-    std::vector<bool> slot_written(slot_widths_.size()), output_written(has_output_.size());
-    auto writes_output = [&](const Value& v) {
-      require(v.index < has_output_.size() && has_output_[v.index], "an output that a step writes is left out");
-      require(!output_written[v.index], "an output is written twice");
-      output_written[v.index] = true;
-    };
-    auto reads = [&](const Value& v) {
-      if (!v.present) return;
-      if (v.place == Value::kInput)
-        require(v.index < has_input_.size() && has_input_[v.index], "an input that a step reads is left out");
-      if (v.place == Value::kSlot) require(v.index < slot_written.size() && slot_written[v.index], "a slot is read before it is written");
-      if (v.place == Value::kOutput)
-        require(v.index < std::min(kFloatOutputs, output_written.size()) && output_written[v.index],
-                "an output is read before it is written");
-    };
-    auto writes = [&](const Value& v, std::size_t width) {
-      if (!v.present) return;
-      require(v.place != Value::kInput, "a step writes to an input");
-      if (v.place == Value::kSlot) {
-        require(v.index < slot_widths_.size() && width <= slot_widths_[v.index], "a slot is too narrow");
-        slot_written[v.index] = true;
-      } else {
-        require(v.index < kFloatOutputs, "activations go to the first outputs");
-        writes_output(v);
-      }
-    };
-    for (const Step& s : steps_) {
-      if (s.is_attention) {
-        const AttentionStep& a = s.attention;
-        for (const Value* v : {&a.q, &a.k, &a.v, &a.past_key, &a.past_value, &a.seqlens, &a.total, &a.cosines, &a.sines, &a.mask})
-          reads(*v);
-        writes(a.y, 0);  // its width follows from the cache: checked at each run
-        for (const Value* v : {&a.present_key, &a.present_value}) writes_output(*v);
-      } else {
-        const MatMulStep& m = s.matmul;
-        for (const Value* v : {&m.x, &m.bias, &m.skip, &m.gamma}) reads(*v);
-        writes(m.y, m.op.outputs);
-        writes(m.sum, m.op.weight.cols);
-      }
-    }
-  }
-
   // Into huge pages, next to each other in the order in which a token meets them.
   void copy_weights() {
     auto room = [](const owl::PackedMatrix& weight) { return (weight.size + 63) / 64 * 64; };
     std::size_t total = 0;
-    for (const Step& s : steps_)
-      if (!s.is_attention) total += room(s.matmul.op.weight);
+    for (Step& s : steps_)
+      if (auto* matmul = std::get_if<MatMulStep>(&s)) total += room(matmul->op.weight);
     memory_ = owl::HugeMemory(total);
     std::uint8_t* at = memory_.data();
     for (Step& s : steps_) {
-      if (s.is_attention) continue;
-      owl::PackedMatrix& weight = s.matmul.op.weight;
+      auto* matmul = std::get_if<MatMulStep>(&s);
+      if (matmul == nullptr) continue;
+      owl::PackedMatrix& weight = matmul->op.weight;
       const std::uint8_t* from = weight.data;
       std::memcpy(at, from, weight.size);
       weight.move_to(at);
@@ -264,16 +298,18 @@ class ProgramKernel {
         : kernel_(kernel), raw_(raw), context_(raw), slot_now_(kernel.slot_widths_.size()) {}
 
     void compute() {
-      const Step& first = kernel_.steps_.front();
-      const Value& x = first.is_attention ? first.attention.q : first.matmul.x;
+      const Value& x = std::visit([](const auto& step) -> const Value& { return input_of(step); },
+                                  kernel_.steps_.front());
       const auto shape = needed_input(context_, x.index).GetTensorTypeAndShapeInfo().GetShape();
       require(shape.size() == 3, "activations are [batch, length, width]");
       batch_ = extent(shape[0]);
       length_ = extent(shape[1]);
-      require(batch_ <= kMaxRows && length_ <= kMaxRows && rows() <= kMaxRows, "there are too many rows");
+      require(batch_ <= kMaxRows && length_ <= kMaxRows && rows() <= kMaxRows,
+              "there are too many rows");
       place_slots();
       owl::Plan plan(owl::best_kernels());
-      for (const Step& s : kernel_.steps_) s.is_attention ? add(plan, s.attention) : add(plan, s.matmul);
+      for (const Step& s : kernel_.steps_)
+        std::visit([&](const auto& step) { add(plan, step); }, s);
       plan.run(session_pool(raw_));
     }
 
@@ -313,7 +349,8 @@ class ProgramKernel {
       } else {
         row = v.place == Value::kSlot ? slot_now_[v.index] : output_now_[v.index];
       }
-      require(width == 0 || row.width == width, "a value's width differs from what its step expects");
+      require(width == 0 || row.width == width,
+              "a value's width differs from what its step expects");
       if (found != nullptr) *found = row.width;
       return row.data;
     }
@@ -325,9 +362,11 @@ class ProgramKernel {
         slot_now_[v.index].width = width;
         return slot_now_[v.index].data;
       }
-      const std::vector<std::int64_t> shape{static_cast<std::int64_t>(batch_), static_cast<std::int64_t>(length_),
+      const std::vector<std::int64_t> shape{static_cast<std::int64_t>(batch_),
+                                            static_cast<std::int64_t>(length_),
                                             static_cast<std::int64_t>(width)};
-      output_now_[v.index] = {needed_output(context_, v.index, shape).GetTensorMutableData<float>(), width};
+      output_now_[v.index] = {needed_output(context_, v.index, shape).GetTensorMutableData<float>(),
+                              width};
       return output_now_[v.index].data;
     }
 
@@ -337,7 +376,8 @@ class ProgramKernel {
       require(v.place == Value::kInput, "bias and gamma must be inputs");
       const Ort::ConstValue tensor = needed_input(context_, v.index);
       const auto info = tensor.GetTensorTypeAndShapeInfo();
-      require(info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && info.GetElementCount() == size,
+      require(info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
+                  info.GetElementCount() == size,
               "bias or gamma has the wrong size");
       return tensor.GetTensorData<float>();
     }
@@ -345,7 +385,8 @@ class ProgramKernel {
     Ort::ConstValue tensor(const Value& v, ONNXTensorElementDataType type) {
       if (!v.present) return Ort::ConstValue{nullptr};
       const Ort::ConstValue found = needed_input(context_, v.index);
-      require(found.GetTensorTypeAndShapeInfo().GetElementType() == type, "an input has the wrong type");
+      require(found.GetTensorTypeAndShapeInfo().GetElementType() == type,
+              "an input has the wrong type");
       return found;
     }
 
@@ -390,7 +431,6 @@ class ProgramKernel {
   };
 
   ONNXTensorElementDataType cache_;
-  std::vector<bool> has_input_, has_output_;  // whether the model connects them
   std::vector<std::size_t> slot_widths_;
   std::vector<Step> steps_;
   owl::HugeMemory memory_;
@@ -403,10 +443,16 @@ struct ProgramKernelFor : ProgramKernel {
 
 template <ONNXTensorElementDataType Cache>
 struct Program : Operator<Program<Cache>, ProgramKernelFor<Cache>> {
-  const char* GetName() const { return Cache == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? "ProgramFp16" : "ProgramFp32"; }
+  const char* GetName() const {
+    return Cache == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? "ProgramFp16" : "ProgramFp32";
+  }
   std::size_t GetInputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetInputType(std::size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
-  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(std::size_t) const { return INPUT_OUTPUT_VARIADIC; }
+  ONNXTensorElementDataType GetInputType(std::size_t) const {
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(std::size_t) const {
+    return INPUT_OUTPUT_VARIADIC;
+  }
   bool GetVariadicInputHomogeneity() const { return false; }
   std::size_t GetOutputTypeCount() const { return kFloatOutputs + 1; }
   ONNXTensorElementDataType GetOutputType(std::size_t i) const {

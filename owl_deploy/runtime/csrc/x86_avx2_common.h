@@ -34,7 +34,9 @@ struct Avx2Common {
     _mm256_storeu_si256(q, v.lo);
     _mm256_storeu_si256(q + 1, v.hi);
   }
-  static Cell broadcast(const std::uint8_t* x) { return {_mm256_set1_epi32(load32(x)), _mm256_set1_epi32(load32(x))}; }
+  static Cell broadcast(const std::uint8_t* x) {
+    return {_mm256_set1_epi32(load32(x)), _mm256_set1_epi32(load32(x))};
+  }
   template <bool Upper>
   static __m256i nibbles_half(__m256i v) {
     if constexpr (!Upper) v = _mm256_slli_epi16(v, 4);
@@ -55,26 +57,34 @@ struct Avx2Common {
   static Cell add_nibbles(Cell cell, Cell v) {
     return {add_nibbles_half<Upper>(cell.lo, v.lo), add_nibbles_half<Upper>(cell.hi, v.hi)};
   }
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) { return expand_bytes(p, mask); }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) { return expand_words(p, mask); }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) { return expand_quads(p, mask); }
+  static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
+    return expand_bytes(p, mask);
+  }
+  static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
+    return expand_words(p, mask);
+  }
+  static Cell expand(Bits<32>, const std::uint8_t* p, std::uint32_t mask) {
+    return expand_quads(p, mask);
+  }
 
   static __m256 dot16_half(__m256 acc, __m256i w, __m256 even, __m256 odd) {
     const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
-    const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    const __m256 high =
+        _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
     return _mm256_fmadd_ps(high, odd, _mm256_fmadd_ps(low, even, acc));
   }
-  static F dot16(F acc, Cell w, const std::uint8_t* x) {
+  static F dot(Bits<16>, F acc, Cell w, const std::uint8_t* x) {
     float pair[2];
     std::memcpy(pair, x, 8);
     const __m256 even = _mm256_set1_ps(pair[0]), odd = _mm256_set1_ps(pair[1]);
     return {dot16_half(acc.lo, w.lo, even, odd), dot16_half(acc.hi, w.hi, even, odd)};
   }
-  static F dot32(F acc, Cell w, const std::uint8_t* x) {
+  static F dot(Bits<32>, F acc, Cell w, const std::uint8_t* x) {
     float value;
     std::memcpy(&value, x, 4);
     const __m256 b = _mm256_set1_ps(value);
-    return {_mm256_fmadd_ps(_mm256_castsi256_ps(w.lo), b, acc.lo), _mm256_fmadd_ps(_mm256_castsi256_ps(w.hi), b, acc.hi)};
+    return {_mm256_fmadd_ps(_mm256_castsi256_ps(w.lo), b, acc.lo),
+            _mm256_fmadd_ps(_mm256_castsi256_ps(w.hi), b, acc.hi)};
   }
   static void store_half_row(Half* out, F v) { f_store(out, v); }
 
@@ -94,7 +104,9 @@ struct Avx2Common {
     const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     return {_mm256_and_ps(a.lo, mask), _mm256_and_ps(a.hi, mask)};
   }
-  static F f_fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+  static F f_fma(F a, F b, F c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+  }
   static float f_hsum(F v) {
     const __m256 s = _mm256_add_ps(v.lo, v.hi);
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -113,18 +125,22 @@ struct Avx2Common {
   static void store_int8(std::int8_t* out, F v) {
     const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi));
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                     _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(out),
+        _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
   }
   // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23: n is added to the exponent.
   static __m256 scale_half(__m256 p, __m256 shifted) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
   }
-  static F scale_by_power(F p, F shifted) { return {scale_half(p.lo, shifted.lo), scale_half(p.hi, shifted.hi)}; }
+  static F scale_by_power(F p, F shifted) {
+    return {scale_half(p.lo, shifted.lo), scale_half(p.hi, shifted.hi)};
+  }
   static __m256 scales_half(const std::uint8_t* p, std::uint32_t exponent) {
     const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(
-        _mm256_add_epi32(_mm256_slli_epi32(wide, 19), _mm256_set1_epi32(static_cast<int>(exponent << 23))));
+    return _mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_slli_epi32(wide, 19), _mm256_set1_epi32(static_cast<int>(exponent << 23))));
   }
   static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
     return {scales_half(p, exponent), scales_half(p + 8, exponent)};
@@ -148,7 +164,9 @@ struct Avx2Common {
   }
   // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i].
   static F f_sum8(const F v[8]) { return {hsum8(v), _mm256_setzero_ps()}; }
-  static F f_join8(F low, F high) { return {_mm256_add_ps(low.lo, low.hi), _mm256_add_ps(high.lo, high.hi)}; }
+  static F f_join8(F low, F high) {
+    return {_mm256_add_ps(low.lo, low.hi), _mm256_add_ps(high.lo, high.hi)};
+  }
 
  private:
   static __m256 hsum8(const F v[8]) {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel_common.h"
+
 namespace owl {
 namespace {
 
@@ -39,12 +41,12 @@ struct Avx512Common {
     const __m512i low = _mm512_and_si512(v, _mm512_set1_epi8(0x0f));
     return _mm512_add_epi8(cell, _mm512_sub_epi8(low, _mm512_set1_epi8(8)));
   }
-  static Cell expand32(const std::uint8_t* p, std::uint32_t mask) {
+  static Cell expand(Bits<32>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell = load_cell(p);  // assembly: see x86_avx512_vnni.h
     __asm__("vpexpandd %0, %0%{%1%}%{z%}" : "+v"(cell) : "Yk"(static_cast<__mmask16>(mask)));
     return cell;
   }
-  static F dot32(F acc, Cell w, const std::uint8_t* x) {
+  static F dot(Bits<32>, F acc, Cell w, const std::uint8_t* x) {
     float value;
     std::memcpy(&value, x, 4);
     return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_set1_ps(value), acc);
@@ -70,11 +72,13 @@ struct Avx512Common {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
   }
   // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23.
-  static F scale_by_power(F p, F shifted) { return _mm512_scalef_ps(p, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0F))); }
+  static F scale_by_power(F p, F shifted) {
+    return _mm512_scalef_ps(p, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0F)));
+  }
   static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
     const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm512_castsi512_ps(
-        _mm512_add_epi32(_mm512_slli_epi32(wide, 19), _mm512_set1_epi32(static_cast<int>(exponent << 23))));
+    return _mm512_castsi512_ps(_mm512_add_epi32(
+        _mm512_slli_epi32(wide, 19), _mm512_set1_epi32(static_cast<int>(exponent << 23))));
   }
   static F f_halves(float low, float high) {
     return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
@@ -83,7 +87,8 @@ struct Avx512Common {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void f_store_fp16(std::uint16_t* p, F v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
   // 16 rows of 16 -> 16 columns of 16: pairs of floats, pairs of doubles, then 128-bit lanes.
@@ -91,27 +96,32 @@ struct Avx512Common {
     F t[16];
     for (int i = 0; i < 16; i += 4) {
       const F a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
-      const F c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+      const F c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]),
+              d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
       t[i] = pair_low(a, c);
       t[i + 1] = pair_high(a, c);
       t[i + 2] = pair_low(b, d);
       t[i + 3] = pair_high(b, d);
     }
     for (int i = 0; i < 4; ++i) {
-      const F a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
-      const F c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+      const F a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88),
+              b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+      const F c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88),
+              d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
       r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
       r[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
       r[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
       r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
     }
   }
-  // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i]: each step joins halves of two vectors.
+  // Lanes i and i + 8 of the result add up to the sum over the lanes of v[i]: each step joins
+  // halves of two vectors.
   static F f_sum8(const F v[8]) {
     F w[4];
     for (int i = 0; i < 4; ++i) {
       const F other = _mm512_mask_blend_ps(0x0f0f, v[i], v[i + 4]);
-      w[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, v[i], v[i + 4]), _mm512_shuffle_f32x4(other, other, 0xb1));
+      w[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, v[i], v[i + 4]),
+                           _mm512_shuffle_f32x4(other, other, 0xb1));
     }
     for (int i = 0; i < 2; ++i)
       w[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, w[i], w[i + 2]),
@@ -121,7 +131,8 @@ struct Avx512Common {
   }
   // Adds those pairs of lanes: sums of `low` in the first 8 lanes, of `high` in the others.
   static F f_join8(F low, F high) {
-    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, low, high), _mm512_shuffle_f32x4(low, high, 0x4e));
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, low, high),
+                         _mm512_shuffle_f32x4(low, high, 0x4e));
   }
 
   // bf16 weights times pairs of fp32 activations.
@@ -129,8 +140,10 @@ struct Avx512Common {
     float pair[2];
     std::memcpy(pair, x, 8);
     const F even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-    const F odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-    return _mm512_fmadd_ps(odd, _mm512_set1_ps(pair[1]), _mm512_fmadd_ps(even, _mm512_set1_ps(pair[0]), acc));
+    const F odd =
+        _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    return _mm512_fmadd_ps(odd, _mm512_set1_ps(pair[1]),
+                           _mm512_fmadd_ps(even, _mm512_set1_ps(pair[0]), acc));
   }
 
  private:

@@ -1,4 +1,5 @@
-// AVX-512 with VBMI2 (byte and word expansion) and VNNI (int8 dot products), which Ice Lake and all later have.
+// AVX-512 with VBMI2 (byte and word expansion) and VNNI (int8 dot products), which Ice Lake and all
+// later have.
 #pragma once
 
 #include "x86_avx512_common.h"
@@ -7,24 +8,30 @@ namespace owl {
 namespace {
 
 struct Avx512VnniCommon : Avx512Common {
-  static constexpr bool kBiased = true;  // VPDPBUSD multiplies unsigned by signed bytes: weights are biased by 128
+  static constexpr bool kBiased =
+      true;  // VPDPBUSD multiplies unsigned by signed bytes: weights are biased by 128
 
-  // Written as assembly for two reasons, both measured on Zen 4 (2x): compilers fold the load into the expansion,
-  // whose memory form is microcoded there, and the zeroing form still waits for its destination's old
-  // value, so the destination must be the freshly loaded source.
-  static Cell expand8(const std::uint8_t* p, std::uint64_t mask) {
+  using Avx512Common::dot;
+  using Avx512Common::expand;
+
+  // Written as assembly for two reasons, both measured on Zen 4 (2x): compilers fold the load into
+  // the expansion, whose memory form is microcoded there, and the zeroing form still waits for its
+  // destination's old value, so the destination must be the freshly loaded source.
+  static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     Cell cell = load_cell(p);
     __asm__("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(cell) : "Yk"(static_cast<__mmask64>(mask)));
     return cell;
   }
-  static Cell expand16(const std::uint8_t* p, std::uint32_t mask) {
+  static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell = load_cell(p);
     __asm__("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(cell) : "Yk"(static_cast<__mmask32>(mask)));
     return cell;
   }
 
-  static Cell bias8(Cell w) { return _mm512_xor_si512(w, _mm512_set1_epi8(static_cast<char>(0x80))); }
-  static I dot8(I acc, Cell w, Cell x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  static Cell bias8(Cell w) {
+    return _mm512_xor_si512(w, _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  static I dot(Bits<8>, I acc, Cell w, Cell x) { return _mm512_dpbusd_epi32(acc, w, x); }
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
-// Expansion by table and shuffle (SSSE3), for AVX2 and for AVX-512 without VBMI2. These processors are limited by how many
-// operations they can start: addresses come from counts over the whole mask, not from one another, tables are indexed
-// by a rotation and an `and`, and two halves of a register are joined while they are loaded.
+// Expansion by table and shuffle (SSSE3), for AVX2 and for AVX-512 without VBMI2. These processors
+// are limited by how many operations they can start: addresses come from counts over the whole
+// mask, not from one another, tables are indexed by a rotation and an `and`, and two halves of a
+// register are joined while they are loaded.
 #pragma once
 
 #include <immintrin.h>
@@ -8,6 +9,7 @@
 #include <cstddef>
 
 #include "expand_tables.h"
+#include "kernel_common.h"
 
 namespace owl {
 namespace {
@@ -17,46 +19,56 @@ struct Halves {  // of a cell
 };
 
 inline __m256i load_pair(const void* a, const void* b) {
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(a))),
-                                 _mm_loadu_si128(static_cast<const __m128i*>(b)), 1);
+  return _mm256_inserti128_si256(
+      _mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(a))),
+      _mm_loadu_si128(static_cast<const __m128i*>(b)), 1);
 }
-
-inline std::size_t count(std::uint64_t mask) { return static_cast<std::size_t>(__builtin_popcountll(mask)); }
-inline std::size_t count(std::uint32_t mask) { return static_cast<std::size_t>(__builtin_popcount(mask)); }
 
 // Where a table of 16 bytes an entry has the one for the bits of `mask` from `bit` on.
 template <int bit, class Table, class Mask>
 inline const std::uint8_t* entry_of(const Table& table, Mask mask) {
   constexpr int width = 8 * sizeof(Mask);
   constexpr int turn = (bit + width - 4) % width;
-  return table.entry[0] + (static_cast<Mask>(mask >> turn | mask << (width - turn) % width) & (sizeof(table.entry) - 16));
+  return table.entry[0] + (static_cast<Mask>(mask >> turn | mask << (width - turn) % width) &
+                           (sizeof(table.entry) - 16));
 }
 
-// 32 bytes, of the mask's bits from `bit` on; the values of the first 16 begin at a, those of the last at b.
+// 32 bytes, of the mask's bits from `bit` on; the values of the first 16 begin at a, those of the
+// last at b.
 template <int bit>
 inline __m256i expand_bytes_at(const std::uint8_t* a, const std::uint8_t* b, std::uint64_t mask) {
-  const __m256i lower = load_pair(entry_of<bit>(kLowerHalf, mask), entry_of<bit + 16>(kLowerHalf, mask));
-  const __m256i upper = load_pair(entry_of<bit + 8>(kUpperHalf, mask), entry_of<bit + 24>(kUpperHalf, mask));
+  const __m256i lower =
+      load_pair(entry_of<bit>(kLowerHalf, mask), entry_of<bit + 16>(kLowerHalf, mask));
+  const __m256i upper =
+      load_pair(entry_of<bit + 8>(kUpperHalf, mask), entry_of<bit + 24>(kUpperHalf, mask));
   return _mm256_shuffle_epi8(load_pair(a, b), _mm256_add_epi8(lower, upper));
 }
 
 inline Halves expand_bytes(const std::uint8_t* p, std::uint64_t mask) {
-  const std::uint8_t* second = p + count(static_cast<std::uint32_t>(mask & 0xffff));
-  const std::uint8_t* third = p + count(static_cast<std::uint32_t>(mask));
-  return {expand_bytes_at<0>(p, second, mask), expand_bytes_at<32>(third, p + count(mask << 16), mask)};
+  const std::uint8_t* second = p + set_bits(static_cast<std::uint32_t>(mask & 0xffff));
+  const std::uint8_t* third = p + set_bits(static_cast<std::uint32_t>(mask));
+  return {expand_bytes_at<0>(p, second, mask),
+          expand_bytes_at<32>(third, p + set_bits(mask << 16), mask)};
 }
 
 // Wider values, `lanes` of them in 16 bytes, by the table of their shuffles.
 template <int lanes, class Table>
 inline Halves expand_lanes(const Table& table, const std::uint8_t* p, std::uint32_t mask) {
-  auto after = [&](int quarters) { return p + 16 / lanes * count(mask & ((1U << quarters * lanes) - 1)); };
+  auto after = [&](int quarters) {
+    return p + 16 / lanes * set_bits(mask & ((1U << quarters * lanes) - 1));
+  };
   const __m256i lo = load_pair(entry_of<0>(table, mask), entry_of<lanes>(table, mask));
   const __m256i hi = load_pair(entry_of<2 * lanes>(table, mask), entry_of<3 * lanes>(table, mask));
-  return {_mm256_shuffle_epi8(load_pair(p, after(1)), lo), _mm256_shuffle_epi8(load_pair(after(2), after(3)), hi)};
+  return {_mm256_shuffle_epi8(load_pair(p, after(1)), lo),
+          _mm256_shuffle_epi8(load_pair(after(2), after(3)), hi)};
 }
 
-inline Halves expand_words(const std::uint8_t* p, std::uint32_t mask) { return expand_lanes<8>(kWords, p, mask); }
-inline Halves expand_quads(const std::uint8_t* p, std::uint32_t mask) { return expand_lanes<4>(kQuads, p, mask); }
+inline Halves expand_words(const std::uint8_t* p, std::uint32_t mask) {
+  return expand_lanes<8>(kWords, p, mask);
+}
+inline Halves expand_quads(const std::uint8_t* p, std::uint32_t mask) {
+  return expand_lanes<4>(kQuads, p, mask);
+}
 
 }  // namespace
 }  // namespace owl

@@ -178,9 +178,9 @@ register(onnxruntime.SessionOptions())
 CALLED = """
 import numpy as np
 from owl_deploy.runtime import library_path, pack
-from tests.unit.runtime.conftest import load
+from tests.unit.runtime.conftest import Kernels
 block = pack.pack(np.ones((16, 4), np.float32), "fp32")
-print(load(library_path()).matmul("", block, np.ones((1, 4), np.float32), 16))
+print(Kernels(library_path()).matmul("", block, np.ones((1, 4), np.float32), 16))
 """
 
 

@@ -1,0 +1,100 @@
+// What all kernels share: they are written once, over a small set of vector operations `V` that
+// each instruction set provides.
+//
+// V has: F (16 floats), I (16 int32), Cell (64 bytes of weights), their elementary operations,
+// `expand` (packed values + mask -> cell) for each width of stored values, and `dot` (cell times
+// activations, added to 16 sums) for each width in a cell.
+//
+// Everything here and in kernel_*.h is in an anonymous namespace and calls nothing that the linker
+// could share between files: each kernel file is compiled with flags of its own, and a shared
+// inline function would carry one file's instructions to every processor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace owl {
+namespace {
+
+constexpr std::size_t kPrefetchBytes = 2048;  // without it the loops reach a third of the bandwidth
+
+inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+inline std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second-level cache: more of these can be under way at once, for what is needed some
+// microseconds later.
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// A cell's mask: a bit for each of its 16 rows x 1, 2 or 4 columns.
+template <std::size_t Columns>
+using Mask = std::conditional_t<Columns == 4, std::uint64_t,
+                                std::conditional_t<Columns == 2, std::uint32_t, std::uint16_t>>;
+
+template <class M>
+inline std::size_t set_bits(M mask) {
+  static_assert(8 * sizeof(M) >= kGroupRows, "a mask has a bit for each row");
+  if constexpr (sizeof(M) == 8)
+    return static_cast<std::size_t>(__builtin_popcountll(mask));
+  else
+    return static_cast<std::size_t>(__builtin_popcount(mask));
+}
+
+// Walks the cells of one row group, expanding each.
+template <class V, class Form>
+struct CellStream {
+  static constexpr ValueTraits kTraits = Form::kTraits;
+  static constexpr Storage kStorage = Form::kStorage;
+
+  const std::uint8_t* mask = nullptr;
+  const std::uint8_t* value = nullptr;
+
+  CellStream() = default;
+  CellStream(const PackedMatrix& w, std::size_t group)
+      : mask(kStorage == Storage::kSparse ? w.group_masks(group) : nullptr),
+        value(w.group_values(group)) {}
+
+  // Cells come in turn from an even place and from an odd one.
+  template <bool Odd>
+  typename V::Cell next() {
+    if constexpr (kStorage == Storage::kSparse) {
+      Mask<kTraits.columns_per_cell()> bits;
+      std::memcpy(&bits, mask, sizeof(bits));
+      mask += sizeof(bits);
+      const typename V::Cell cell = V::expand(Bits<kTraits.stored_bits>{}, value, bits);
+      value += kTraits.stored_bytes(set_bits(bits));
+      return cell;
+    } else if constexpr (kStorage == Storage::kPlanes) {
+      const typename V::Cell cell = V::template nibbles<Odd>(V::load_cell(value));
+      if constexpr (Odd) value += kCellBytes;
+      return cell;
+    } else {
+      static_assert(kStorage == Storage::kDense);
+      const std::uint8_t* from = value;
+      value += kTraits.stored_bytes(kTraits.values_per_cell());
+      if constexpr (kTraits.stored_bits == kTraits.cell_bits)
+        return V::load_cell(from);
+      else
+        return V::expand(Bits<kTraits.stored_bits>{}, from);
+    }
+  }
+
+  // Called once for every four cells; a prefetch past the end of the block is harmless, it never
+  // faults.
+  void prefetch_ahead() const {
+    const char* p = reinterpret_cast<const char*>(value) + kPrefetchBytes;
+    prefetch(p);
+    prefetch(p + 64);
+    if constexpr (kStorage == Storage::kDense || kTraits.stored_bits > 8) {
+      prefetch(p + 128);
+      prefetch(p + 192);
+    }
+    if constexpr (kStorage == Storage::kSparse) prefetch(mask + kPrefetchBytes / 2);
+  }
+};
+
+}  // namespace
+}  // namespace owl

@@ -1,0 +1,50 @@
+"""The binding of the library's C interface: what it states, and what it does with other files."""
+
+import _ctypes
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from owl_deploy.runtime import kernels, native, pack
+
+from .conftest import Kernels
+
+SOURCES = Path(native.__file__).parent / "csrc"
+KINDS = {"int": "i", "std::size_t": "L", "float": "f", "std::uint64_t": "L"}  # ctypes' codes
+
+
+def kind(declared: str) -> str:
+    """ctypes' code for the type of "float epsilon" and its like."""
+    if "*" in declared:
+        return "z" if "char*" in declared.replace(" *", "*") else "P"
+    return KINDS[declared.split()[0]]
+
+
+def test_functions_are_stated_as_the_sources_declare_them() -> None:
+    text = "".join(path.read_text() for path in sorted(SOURCES.glob("*_api.cpp")))
+    declared = re.findall(r"^OWL_EXPORT ([\w:* ]+?)(owl_\w+)\(([^)]*)\)", text, re.MULTILINE)
+    found = {}
+    for result, name, arguments in declared:
+        found[name] = (kind(result), [kind(a) for a in arguments.split(",") if a.strip()])
+    stated = {
+        name: ("i" if result._type_ == "?" else result._type_, [a._type_ for a in arguments])
+        for name, (result, arguments) in native._FUNCTIONS.items()
+    }
+    assert stated == found
+
+
+@pytest.mark.parametrize("other", [__file__, _ctypes.__file__], ids=["text", "another library"])
+def test_other_files_have_no_kernels(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWL_RUNTIME_LIBRARY", other)
+    assert kernels() is None
+
+
+def test_a_failure_speaks_in_the_librarys_words(kernels: Kernels) -> None:
+    block = pack.pack(np.ones((16, 4), dtype=np.float32), "fp32")
+    with pytest.raises(ValueError, match="the instruction set is 'none', but the kernels that run"):
+        kernels.matmul("none", block, np.ones((1, 4), dtype=np.float32), 16)
+    weights, sizes = (np.array([n], dtype=np.uintp) for n in (block.ctypes.data, block.size - 64))
+    with pytest.raises(ValueError, match="the block's length differs"):
+        kernels.call("owl_time_matvec", b"portable", weights, sizes, 1, 1, 1, np.zeros(1))
