@@ -17,11 +17,12 @@ test: $(INSTALLED) runtime
 	$(BIN)/owl engines install deepsparse
 	$(BIN)/python -m pytest
 
-# The sparse engine's library. Without a compiler or ONNX Runtime's header the rest works all the same.
-NEEDED := g++ cmake libonnxruntime-dev
+# The sparse engine's library. Without a compiler or ONNX Runtime's header the rest works all the same;
+# without Bubblewrap no program that a model wrote is run.
+NEEDED := g++ cmake libonnxruntime-dev bubblewrap
 runtime: $(RUNNABLE)
-	@test -f /usr/include/onnxruntime/onnxruntime_c_api.h || ! command -v apt-get >/dev/null || \
-		test -n "$(OWL_NO_APT)" || \
+	@{ test -f /usr/include/onnxruntime/onnxruntime_c_api.h && command -v bwrap >/dev/null; } || \
+		! command -v apt-get >/dev/null || test -n "$(OWL_NO_APT)" || \
 		{ echo "Installing the Debian packages $(NEEDED) (set OWL_NO_APT=1 to leave that out) ..."; \
 		(apt-get update -qq && apt-get install -y -qq $(NEEDED)) >/dev/null 2>&1; } || true
 	@$(BIN)/python -m owl_deploy.runtime.build || echo "The engine owl is left out; all else works."
