@@ -493,7 +493,7 @@ def list_engines(as_json: options.Json = False) -> None:
 
 
 @engines_app.command(name="install")
-def install_engine(name: Annotated[str, typer.Argument(help="deepsparse.")]) -> None:
+def install_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepsparse.")]) -> None:
     """Make the environment of an engine that needs one of its own."""
     from owl_deploy import engines
 
@@ -513,7 +513,7 @@ def engine_path(name: Annotated[str, typer.Argument(help="owl, or another engine
 
 
 @engines_app.command(name="remove")
-def remove_engine(name: Annotated[str, typer.Argument(help="deepsparse.")]) -> None:
+def remove_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepsparse.")]) -> None:
     """Delete the environment of an engine."""
     from owl_deploy import engines
 

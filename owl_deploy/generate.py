@@ -1,15 +1,19 @@
-"""`owl generate`: stream text from a deployment through onnxruntime-genai."""
+"""`owl generate`: stream text from a deployment.
+
+Through onnxruntime-genai, or, greedily, through the process of an engine that runs no ONNX graphs.
+"""
 
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.engines import threads_for
-from owl_deploy.engines.deployment import open_deployment
+from owl_deploy.artefact import read_object
+from owl_deploy.engines import EngineProcess, threads_for
+from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.errors import BadInput, EngineFailed
 
@@ -134,21 +138,24 @@ def generate(
     Nothing happens, and nothing is refused, before the first piece is asked for.
     With `chat` the prompt is a user's message, put into the model's chat template. `threads`: None
     for the physical cores; `trust_library`: run operators that the folder brings. Raises `BadInput`
-    for a folder that onnxruntime-genai cannot open, and for a prompt that is too long;
+    for a folder that cannot be opened so, for sampling in another engine than onnxruntime-genai,
+    and for a prompt that is too long;
     `EngineFailed` for what onnxruntime-genai stumbles over.
     """
     deployment, speed = Path(deployment), Speed() if speed is None else speed
     threads = threads_for(threads)
     opened = open_deployment(deployment, trust_library=trust_library)
+    _check_prompt(prompt)
+    if opened.folder.engine is not None:
+        yield from _in_engine(
+            opened, opened.folder.engine.name, prompt, sampling, speed, chat, threads
+        )
+        return
     if not (deployment / GENAI_CONFIG).is_file():
         raise BadInput(
             f"{deployment} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
             "Export the checkpoint with --target owl or onnxruntime.",
         )
-    if not prompt:
-        raise BadInput("The prompt is empty.", "Give a text to go on from.")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise BadInput("The prompt is not UTF-8 text.", "Give it in that encoding.")
     context = opened.folder.number("context_length")
     library = str(opened.library or "")
     import onnxruntime_genai
@@ -168,6 +175,84 @@ def generate(
     except RuntimeError as error:  # whatever is wrong, onnxruntime-genai has this one type for it
         reason = str(error).splitlines()[0]
         raise EngineFailed(f"onnxruntime-genai failed with {deployment}: {reason}") from error
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt:
+        raise BadInput("The prompt is empty.", "Give a text to go on from.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise BadInput("The prompt is not UTF-8 text.", "Give it in that encoding.")
+
+
+def _in_engine(
+    opened: Deployment,
+    engine: str,
+    prompt: str,
+    sampling: Sampling,
+    speed: Speed,
+    chat: bool,
+    threads: int,
+) -> Iterator[str]:
+    """The greedy road through an engine's own process, for what is no ONNX graph."""
+    if sampling.do_sample or sampling.repetition_penalty != 1:
+        raise BadInput(
+            f"{opened.path} runs in {engine}, from which owl takes the likeliest token only.",
+            "Leave out --do-sample and --repetition-penalty.",
+        )
+    from owl_deploy.text import load_tokenizer
+
+    tokenizer = load_tokenizer(opened.path)
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=not chat)
+    context = opened.max_context or _LARGEST
+    length = _length(len(tokens), sampling.max_new_tokens, context)
+    room, ends = length - len(tokens), _ends(opened.path, tokenizer)
+    speed.prompt_tokens = len(tokens)
+    with EngineProcess(engine, opened.path, threads=threads, context=length) as process:
+        yield from _words(_greedy(process, tokens, room, ends, speed), tokenizer)
+    speed.context_full = speed.prompt_tokens + speed.new_tokens >= context
+
+
+def _greedy(
+    process: EngineProcess, tokens: list[int], count: int, ends: set[int], speed: Speed
+) -> Iterator[int]:
+    """Up to `count` tokens after `tokens`, each as it comes, until one of `ends`."""
+    started = time.perf_counter()
+    while speed.new_tokens < count:
+        answer = process.request("greedy", tokens=tokens, count=1, fresh=not speed.new_tokens)
+        now, tokens = time.perf_counter(), answer["tokens"]
+        if speed.new_tokens == 0:
+            speed.first_token_s = now - started
+        speed.new_tokens += 1
+        speed.decode_s = now - started - speed.first_token_s
+        if tokens[0] in ends:
+            return
+        yield tokens[0]
+
+
+def _words(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:  # noqa: ANN401
+    """The text of `tokens` in pieces, none of which ends within a character."""
+    told: list[int] = []  # of the piece before, which decides whether a space stands between
+    new: list[int] = []
+    for token in tokens:
+        new.append(token)
+        before = tokenizer.decode(told, skip_special_tokens=True)
+        text = tokenizer.decode(told + new, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[len(before) :]
+            told, new = new, []
+
+
+def _ends(folder: Path, tokenizer: Any) -> set[int]:  # noqa: ANN401
+    """The tokens that end a text."""
+    told: list[Any] = [tokenizer.eos_token_id]
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            found = read_object(folder / name, "Export again.").get("eos_token_id")
+            told += found if isinstance(found, list) else [found]
+    return {int(token) for token in told if token is not None}
 
 
 def _in_template(tokenizer: Any, message: str) -> str:  # noqa: ANN401 - no stubs

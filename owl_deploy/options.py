@@ -77,14 +77,15 @@ Tune = Annotated[
 
 # --- export, generate, verify ---------------------------------------------------------------------
 
-Target = Annotated[str, Option("--target", "-t", help="onnxruntime, owl or deepsparse.")]
+Target = Annotated[str, Option("--target", "-t", help="onnxruntime, owl, llama.cpp or deepsparse.")]
 Precision = Annotated[
     str | None,
     Option(
         "--precision",
         "-p",
         help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8 or "
-        "fp32 for owl; fp32 for deepsparse. [the first]",
+        "fp32 for owl; Q8_0, Q4_K_M, Q4_0, Q3_K_M or Q2_K for llama.cpp; fp32 for deepsparse. "
+        "[the first]",
     ),
 ]
 Head = Annotated[
@@ -94,7 +95,7 @@ Head = Annotated[
         "bits, or whole, like the other weights. [screened for int8, else whole]"
     ),
 ]
-GenaiDeployment = Annotated[Path, Argument(help="A deployment for owl or onnxruntime.")]
+GenaiDeployment = Annotated[Path, Argument(help="A deployment for owl, onnxruntime or llama.cpp.")]
 AnyDeployment = Annotated[Path, Argument(help="A deployment, also one that others made.")]
 Prompt = Annotated[str | None, Argument(help="What the model continues; - reads it from stdin.")]
 PromptFile = Annotated[Path | None, Option(help="A UTF-8 file with the prompt, instead of PROMPT.")]

@@ -15,7 +15,7 @@ _UNKNOWN = Ink(INK, INK, "x")  # an engine that this version of owl does not hav
 
 def _page() -> dict[str, str]:
     """The page's variable for each colour: the engines' that there are now, too."""
-    return {**PAGE, **{engine.ink.light: engine.name for engine in ENGINES.values()}}
+    return {**PAGE, **{engine.ink.light: engine.variable for engine in ENGINES.values()}}
 
 
 def _ink(engine: str) -> Ink:

@@ -64,7 +64,7 @@ def render(
     )
     pages.filters["labelled"] = _labelled
     inks = {
-        shade: " ".join(f"--{e.name}: {getattr(e.ink, shade)};" for e in ENGINES.values())
+        shade: " ".join(f"--{e.variable}: {getattr(e.ink, shade)};" for e in ENGINES.values())
         for shade in ("light", "dark")
     }
     return pages.get_template("report.html.j2").render(

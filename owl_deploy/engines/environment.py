@@ -9,16 +9,18 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from owl_deploy import artefact
 from owl_deploy.cache import cache_dir, cache_path
-from owl_deploy.engines.registry import ENGINES, Engine, get_engine
+from owl_deploy.engines.registry import ENGINES, Build, Engine, get_engine
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.lease import lease
 from owl_deploy.runtime import kernels, library_path
@@ -50,7 +52,7 @@ def installed_version(name: str) -> str | None:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = marker.get("lock") == artefact.sha256(engine.lock) and _python(folder).exists()
+    whole = marker.get("lock") == _pinned(engine) and _python(folder).exists()
     return str(marker["version"]) if whole else None
 
 
@@ -79,6 +81,7 @@ def install(name: str, progress: Progress = lambda _: None) -> Path:
             progress(f"{name} {installed_version(name)} is installed already")
             return folder
         python = find_python(engine)
+        _check_compilers(engine)
         shutil.rmtree(folder, ignore_errors=True)
         progress(f"making {folder} with {python}")
         _run([str(python), "-m", "venv", str(folder)], "making the environment", progress)
@@ -86,21 +89,74 @@ def install(name: str, progress: Progress = lambda _: None) -> Path:
     return folder
 
 
+def _pinned(engine: Engine) -> str:
+    """The digest of what the engine's environment is made from."""
+    locks = [engine.lock, engine.build.lock if engine.build else None]
+    return "+".join(artefact.sha256(lock) for lock in locks if lock is not None)
+
+
 def _fill(engine: Engine, folder: Path, progress: Progress) -> None:
-    python = str(_python(folder))
-    command = [python, "-m", "pip", "install", "--no-deps", "--progress-bar=off"]
-    command += ["--disable-pip-version-check", "-r", str(engine.lock)]
-    _run(command, "pip", progress)
+    _pip(folder, "install", "--no-deps", "-r", str(engine.lock), progress=progress)
+    module = engine.package.replace("-", "_")
+    if engine.build:
+        _compile(engine.build, folder, progress)
+        module = engine.build.module
     # Importing it now finds a processor or a system library that it cannot work with.
     ask = (
         "import importlib, importlib.metadata as m; "
-        f"importlib.import_module({engine.package.replace('-', '_')!r}); "
+        f"importlib.import_module({module!r}); "
         f"print(m.version({engine.package!r}))"
     )
-    version = _run([python, "-I", "-c", ask], f"importing {engine.package}", lambda _: None)[-1]
-    marker = {"lock": artefact.sha256(Path(str(engine.lock))), "version": version}
-    artefact.write_json(folder / MARKER, marker)
+    command = [str(_python(folder)), "-I", "-c", ask]
+    version = _run(command, f"importing {engine.package}", lambda _: None)[-1]
+    artefact.write_json(folder / MARKER, {"lock": _pinned(engine), "version": version})
     progress(f"{engine.name} {version} is ready")
+
+
+def _compile(build: Build, folder: Path, progress: Progress) -> None:
+    """Build and install `build` with the tools that are in the environment already."""
+    source = folder / "source"
+    fetch = ("download", "--no-binary=:all:", "-d", str(source), "-r", str(build.lock))
+    _pip(folder, *fetch, "--no-deps", "--no-build-isolation", progress=progress)
+    (archive,) = source.glob("*.tar.gz")
+    options = " ".join((*build.options, os.environ.get("CMAKE_ARGS", "")))
+    arguments = ("-v", "--no-deps", "--no-build-isolation", str(archive))
+    progress("compiling, which takes minutes")
+    _pip(folder, "install", *arguments, progress=_steps(progress), CMAKE_ARGS=options)
+    with tarfile.open(archive) as held:
+        top = f"{archive.name.removesuffix('.tar.gz')}/"
+        wanted = tuple(f"{top}{path}" for path in build.kept)
+        members = [one for one in held.getmembers() if one.name.startswith(wanted)]
+        for member in members:
+            member.name = member.name.removeprefix(top)
+        held.extractall(source, members, filter="data")
+    archive.unlink()
+
+
+def _steps(progress: Progress) -> Progress:
+    """Of a compiler's many and long lines, that one of so many files is being compiled."""
+
+    def tell(line: str) -> None:
+        if found := re.match(r"\[(\d+)/(\d+)\]", line):
+            progress(f"compiling: {found[1]} of {found[2]}")
+
+    return tell
+
+
+def _check_compilers(engine: Engine) -> None:
+    """Raise `EnvironmentFailed` where `engine` would be compiled, and nothing could do that."""
+    if engine.build is None:
+        return
+    choices = {"C": ("CC", "cc", "gcc", "clang"), "C++": ("CXX", "c++", "g++", "clang++")}
+    for language, (variable, *usual) in choices.items():
+        names = [*os.environ.get(variable, "").split()[:1], *usual]
+        if not any(map(shutil.which, names)):
+            raise EnvironmentFailed(
+                f"The engine {engine.name!r} is compiled for this processor, and there is no "
+                f"{language} compiler.",
+                f"Install one (apt install g++, or dnf install gcc-c++), or name it in {variable}, "
+                "and run this again.",
+            )
 
 
 def remove(name: str) -> bool:
@@ -172,9 +228,20 @@ def _version_of(python: str) -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
-def _run(command: list[str], what: str, progress: Progress) -> list[str]:
-    """Run a command, passing its lines on; raises `EnvironmentFailed` with its last words."""
+def _pip(folder: Path, *arguments: str, progress: Progress, **variables: str) -> None:
+    verb, *rest = arguments
+    options = ["--progress-bar=off", "--disable-pip-version-check", *rest]
+    command = [str(_python(folder)), "-m", "pip", verb, *options]
+    _run(command, "pip", progress, **variables)
+
+
+def _run(command: list[str], what: str, progress: Progress, **variables: str) -> list[str]:
+    """Run a command, passing its lines on; raises `EnvironmentFailed` with its last words.
+
+    `variables` go into its environment.
+    """
     environment = {**os.environ, "NM_DISABLE_ANALYTICS": "True", "PIP_REQUIRE_VIRTUALENV": "0"}
+    environment |= variables
     environment.pop("PYTHONPATH", None)
     lines: list[str] = []
     with subprocess.Popen(
@@ -196,7 +263,9 @@ def _run(command: list[str], what: str, progress: Progress) -> list[str]:
             process.kill()
             raise
     if process.returncode != 0:
-        words = " / ".join(lines[-3:]) or f"exit code {process.returncode}"
+        # A compiler's error stands far above the last words of what called it.
+        telling = [line for line in lines if " error: " in line] or lines
+        words = " / ".join(telling[-3:]) or f"exit code {process.returncode}"
         raise EnvironmentFailed(f"Installing failed in {what}: {words}", "Fix that, and run again.")
     return lines
 

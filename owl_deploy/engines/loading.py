@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GENAI_CONFIG = "genai_config.json"
 _LIBRARIES = (".so", ".dylib", ".dll")
-_LOADED = (".onnx", ".data", *_LIBRARIES)  # not a tokenizer, which people do adapt
+_LOADED = (".onnx", ".data", ".gguf", *_LIBRARIES)  # not a tokenizer, which people do adapt
 # Session options that choose how the graph runs, and never a file to read or to write.
 _HARMLESS = {
     *("log_id", "log_severity_level", "log_verbosity_level", "graph_optimization_level"),

@@ -1,5 +1,6 @@
 """The inference engines, one row each: what drives them, what they open, what is allowed."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,29 @@ class Ink:
 
 
 @dataclass(frozen=True)
+class Build:
+    """What is compiled for this processor, once the wheels of an environment's lock are there.
+
+    `lock` pins the one source distribution; `module` is what it is imported as; `options` go to
+    CMake; of its source, the paths in `kept` stay, in the folder `source` of the environment.
+    """
+
+    lock: Path
+    module: str
+    options: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Engine:
     """One inference engine: all that the rest of the package knows of it.
 
     `driver` is a file with a `Driver` (worker.py has its protocol); `package` the distribution
     whose version counts; `lock` the lock file of the environment it needs (None: the running Python
-    has it); `targets` the deployments that it opens, the one made for it first. `model_file`: what
-    tells those from other folders; where it is no ONNX graph, their config.json gives the size of
-    the vocabulary, or else `vocabulary` is it. `operators`: whether they carry this package's.
+    has it), with what is then compiled in `build`; `targets` the deployments that it opens, the one
+    made for it first. `model_file`: what tells those from other folders; where it is no ONNX graph,
+    their config.json gives the size of the vocabulary, or else `vocabulary` is it. `operators`:
+    whether they carry this package's.
     `least_context` and `spare_context`: the smallest cache, in tokens, that it takes, and how many
     more than it computes rightly. `skips_zeros`: whether pruned weights can make it faster.
     `evaluated_in`: the engine that evaluates its deployments faster, if not itself.
@@ -42,11 +58,17 @@ class Engine:
     vocabulary: int = 0
     operators: bool = False
     lock: Path | None = None
+    build: Build | None = None
     pythons: tuple[str, ...] = ()
     least_context: int = 0
     spare_context: int = 0
     skips_zeros: bool = False
     evaluated_in: str | None = None
+
+    @property
+    def variable(self) -> str:
+        """What a page's style sheet calls its colour."""
+        return re.sub(r"[^a-z0-9-]", "-", self.name)
 
     def context_for(self, tokens: int) -> int:
         """The context to open it with, so that it computes `tokens` tokens rightly."""
@@ -89,6 +111,31 @@ _ENGINES = (
         ink=Ink("#007d5a", "#3ccfa0", "D"),
         operators=True,
         skips_zeros=True,
+    ),
+    Engine(
+        name="llama.cpp",
+        driver=_HERE / "drivers" / "llama_cpp.py",
+        package="llama-cpp-python",
+        targets=("llama.cpp",),
+        licence="MIT: any use.",
+        ink=Ink("#7a6a00", "#f0e442", "v"),
+        model_file="model.gguf",
+        lock=_HERE / "locks" / "llama.cpp.txt",
+        build=Build(
+            lock=_HERE / "locks" / "llama.cpp-source.txt",
+            module="llama_cpp",
+            # For text alone; its default is this processor's instructions.
+            options=("-DLLAVA_BUILD=OFF", "-DMTMD_BUILD=OFF", "-DGGML_NATIVE=ON"),
+            # The converter from checkpoints to GGUF, which the wheel leaves out.
+            kept=(
+                "vendor/llama.cpp/convert_hf_to_gguf.py",
+                "vendor/llama.cpp/conversion",
+                "vendor/llama.cpp/gguf-py/gguf",
+            ),
+        ),
+        # The converter needs torch and transformers: it runs in the Python that has owl, and takes
+        # compiled packages from the environment, which must be of the same version.
+        pythons=("3.13", "3.12", "3.11"),
     ),
     Engine(
         name="fake",

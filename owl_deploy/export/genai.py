@@ -25,7 +25,7 @@ from owl_deploy.export.source import Progress, Source
 
 _BUILDER = Path(__file__).with_name("builder.py")
 _UNSUPPORTED = "is not currently supported"
-_FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
+FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
 
 
 class FamilyNotBuilt(Exception):
@@ -102,7 +102,7 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
         return
     if _UNSUPPORTED in words:
         raise FamilyNotBuilt(words.strip().splitlines()[-1])
-    if any(sign in words for sign in _FULL_DISK):
+    if any(sign in words for sign in FULL_DISK):
         raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
     if "No module named" in words:
         missing = words.rsplit("No module named", 1)[1].splitlines()[0].strip()

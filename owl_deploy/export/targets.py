@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 from owl_deploy import artefact, checkpoint
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, is_full_disk, unknown_name
-from owl_deploy.export import describe, genai, parity, sparse, traced
+from owl_deploy.export import describe, genai, gguf, parity, sparse, traced
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import DeploymentManifest, versions
@@ -111,6 +111,10 @@ def _owl(request: Request) -> dict[str, Any]:
     return {**facts, "packing": statistics}
 
 
+def _gguf(request: Request) -> dict[str, Any]:
+    return gguf.build(request.source, request.folder, request.precision, request.progress)
+
+
 # The table: whoever adds a row, here or from outside, has another target in all verbs.
 TARGETS: dict[str, Target] = {
     "deepsparse": Target(
@@ -144,6 +148,20 @@ TARGETS: dict[str, Target] = {
         engine="owl",
         heads=get_args(Head),
         purpose="stock onnxruntime-genai with this package's sparse operators, production",
+    ),
+    "llama.cpp": Target(
+        build=_gguf,
+        # On the disk: the converter's fp32 copy, then the quantized one beside it, in bytes for the
+        # bits that llama.cpp tells of a 7B in each.
+        precisions={
+            "Q8_0": Precision(4 + 1.1),
+            "Q4_K_M": Precision(4 + 0.65),
+            "Q4_0": Precision(4 + 0.6),
+            "Q3_K_M": Precision(4 + 0.55),
+            "Q2_K": Precision(4 + 0.45),
+        },
+        engine="llama.cpp",
+        purpose="llama.cpp, production; a dense rival",
     ),
 }
 

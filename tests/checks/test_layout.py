@@ -29,7 +29,7 @@ RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 # Standalone scripts that run in another environment's Python, without this package.
 STANDALONE = [
     PACKAGE / "engines" / "worker.py",
-    PACKAGE / "export" / "builder.py",
+    *(PACKAGE / "export" / f"{name}.py" for name in ("builder", "to_gguf", "quantize_gguf")),
     *(PACKAGE / "engines" / "drivers").glob("*.py"),
 ]
 

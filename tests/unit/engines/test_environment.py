@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,86 @@ def test_no_fitting_python_says_how_to_get_one(
         environment.find_python(wanting)
 
 
+def test_a_compilers_error_is_told_and_not_what_called_it(engine: registry.Engine) -> None:
+    words = "a.c:1:2: error: no such thing\nninja: build stopped\nbuilding failed\nERROR: wheel\n"
+    command = [sys.executable, "-c", f"print({words!r}); raise SystemExit(1)"]
+    with pytest.raises(EnvironmentFailed, match=r"in pip: a\.c:1:2: error: no such thing Fix"):
+        environment._run(command, "pip", lambda _: None)
+
+
+# A source distribution that builds without any network or compiler: its backend is within.
+BACKEND = """
+import os, pathlib, zipfile
+
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    info = pathlib.Path(folder, "own_engine-1.5.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: own-engine\\nVersion: 1.5\\n")
+    (info / "WHEEL").write_text("Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+    return info.name
+
+def build_wheel(folder, settings=None, metadata=None):
+    print("[1/2] cc -O3 a.c")
+    name = "own_engine-1.5-py3-none-any.whl"
+    made = pathlib.Path(folder, "made")
+    info = made / prepare_metadata_for_build_wheel(made.mkdir() or made)
+    (info / "RECORD").touch()
+    (made / "own.py").write_text("options = " + repr(os.environ["CMAKE_ARGS"]))
+    with zipfile.ZipFile(pathlib.Path(folder, name), "w") as wheel:
+        for file in (made / "own.py", *info.iterdir()):
+            wheel.write(file, file.relative_to(made))
+    return name
+"""
+
+
+@pytest.fixture
+def compiled(engine: registry.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The engine is one that is built from source now; returns the lock of that."""
+    top = tmp_path / "own_engine-1.5"
+    (top / "vendor" / "tools").mkdir(parents=True)
+    (top / "vendor" / "tools" / "convert.py").touch()
+    (top / "vendor" / "other.py").touch()
+    (top / "backend.py").write_text(BACKEND)
+    (top / "pyproject.toml").write_text(
+        "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
+        "[project]\nname = 'own-engine'\nversion = '1.5'\n"
+    )
+    with tarfile.open(tmp_path / "own_engine-1.5.tar.gz", "w:gz") as archive:
+        archive.add(top, top.name)
+    lock = tmp_path / "source.txt"
+    lock.write_text(f"{tmp_path}/own_engine-1.5.tar.gz\n")
+    build = registry.Build(lock, module="own", options=("-DA=B",), kept=("vendor/tools",))
+    row = replace(engine, package="own-engine", build=build)
+    monkeypatch.setitem(registry.ENGINES, "own", row)
+    return lock
+
+
+def test_what_is_compiled_is_installed_and_its_tools_kept(compiled: Path) -> None:
+    said: list[str] = []
+    folder = environment.install("own", said.append)
+    assert "compiling: 1 of 2" in said
+    assert environment.installed_version("own") == "1.5"
+    ask = [environment.python_of("own"), "-c", "import own; print(own.options)"]
+    assert subprocess.check_output(ask, text=True).split() == ["-DA=B"]
+    kept = [path.name for path in (folder / "source").rglob("*") if path.is_file()]
+    assert kept == ["convert.py"]
+    compiled.write_text(compiled.read_text() + "# another\n")
+    assert not environment.is_installed("own")
+
+
+def test_without_a_compiler_nothing_begins(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(EnvironmentFailed, match="no C compiler") as caught:
+        environment.install("own")
+    assert "apt install g++" in str(caught.value.hint)
+    monkeypatch.setenv("CC", f"{sys.executable} -x")
+    with pytest.raises(EnvironmentFailed, match=r"no C\+\+ compiler"):
+        environment.install("own")
+    assert not environment.environment_folder(registry.ENGINES["own"]).exists()
+
+
 def test_remove(engine: registry.Engine) -> None:
     assert not environment.remove("own")
     folder = environment.environment_folder(engine)
@@ -88,12 +169,16 @@ def test_an_unknown_engine_gets_the_nearest_name() -> None:
         registry.get_engine("deepsparce")
 
 
-def test_the_lock_pins_everything() -> None:
-    lock = registry.ENGINES["deepsparse"].lock
+@pytest.mark.parametrize(
+    ("name", "pin"), [("deepsparse", "deepsparse==1.8.0"), ("llama.cpp", "llama-cpp-python==")]
+)
+def test_the_lock_pins_everything(name: str, pin: str) -> None:
+    row = registry.ENGINES[name]
+    lock = row.build.lock if row.build else row.lock
     assert lock is not None
     pins = [line for line in lock.read_text().splitlines() if line and line[0] not in "# "]
     assert all("==" in pin and "+cpu" not in pin for pin in pins)
-    assert "deepsparse==1.8.0" in " ".join(pins)
+    assert pin in " ".join(pins)
     assert lock.read_text().count("--hash=sha256:") >= len(pins)
 
 
@@ -102,6 +187,8 @@ def test_every_driver_and_lock_is_there() -> None:
         assert engine.driver.is_file()
         assert engine.licence
         assert engine.lock is None or engine.lock.is_file()
+        assert engine.build is None or engine.build.lock.is_file()
+        assert engine.variable.replace("-", "").isalnum()
 
 
 def test_what_runs_in_the_old_python_parses_there() -> None:

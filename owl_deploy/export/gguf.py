@@ -1,0 +1,113 @@
+"""The target `llama.cpp`: a GGUF by llama.cpp's own converter, then by its own quantizer.
+
+The converter is checked by itself: what it wrote in fp32 has to compute what PyTorch does, so that
+what a quantized file differs by is the quantization.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from owl_deploy.checkpoint import write_compatible
+from owl_deploy.engines import default_threads
+from owl_deploy.engines.environment import environment_folder, python_of
+from owl_deploy.engines.registry import get_engine
+from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.export import parity
+from owl_deploy.export.genai import FULL_DISK
+from owl_deploy.export.source import Progress, Source
+
+ENGINE = "llama.cpp"
+# Of the file in fp32; llama.cpp's cache holds fp16.
+TOLERANCE = 1e-2
+_HERE = Path(__file__).parent
+_PACKAGES = "import sysconfig; print(sysconfig.get_path('platlib'))"
+_UNKNOWN = re.compile(r"Model (\w+) is not supported")
+_FALLBACK = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback quantization")
+
+
+def build(source: Source, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
+    """Write `model.gguf`, config and tokenizer into `folder`; returns what the manifest says.
+
+    `precision` is a type of llama.cpp's quantizer. The source's model is gone afterwards, its
+    reference computed. Raises `BadInput` for a model that has no tokenizer or that GGUF does not
+    know, `EnvironmentFailed` where the engine is not installed, `ParityFailed`, `EngineFailed`.
+    """
+    python = python_of(ENGINE)
+    if source.tokenizer is None:
+        raise BadInput(
+            f"{source.folder} has no tokenizer, which a GGUF holds.",
+            "Copy the tokenizer's files there, or export with --target deepsparse.",
+        )
+    file = get_engine(ENGINE).model_file
+    # In the staged folder, so that what a kill leaves is cleared with it.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="fp32-") as scratch:
+        full = Path(scratch) / file
+        progress("Converting to GGUF")
+        notes = _convert(python, source.folder, full)
+        reference = source.reference  # the last use of
+        del source.model  # what is as large as the file that is opened now
+        checked = parity.check(
+            Path(scratch), reference, tolerance=TOLERANCE, engine=ENGINE, progress=progress
+        )
+        progress(f"Quantizing to {precision}")
+        notes += _quantize(python, full, folder / file, precision)
+    write_compatible(source.checkpoint, folder)
+    return {
+        "graph": "llama.cpp's converter and quantizer",
+        "max_context": source.config.get("max_position_embeddings"),
+        "converter_difference": checked["relative_difference"],
+        "note": "; ".join(notes),
+    }
+
+
+def _convert(python: Path, checkpoint: Path, file: Path) -> list[str]:
+    """Write the checkpoint to `file` in fp32; returns what there is to note."""
+    home = environment_folder(get_engine(ENGINE)) / "source"
+    packages = _output([str(python), "-I", "-c", _PACKAGES]).strip()
+    script = str(_HERE / "to_gguf.py")
+    command = [sys.executable, "-P", script, str(home), packages, str(checkpoint), str(file)]
+    words = _output(command, "converter", "Use --target onnxruntime or deepsparse.")
+    if "owl: unknown tokenizer" not in words:
+        return []
+    return ["llama.cpp does not know its tokenizer, and may split text in another way"]
+
+
+def _quantize(python: Path, full: Path, file: Path, precision: str) -> list[str]:
+    """Write `full` to `file` with weights in `precision`; returns what there is to note."""
+    script, threads = str(_HERE / "quantize_gguf.py"), str(default_threads())
+    command = [str(python), "-I", script, str(full), str(file), precision, threads]
+    words = _output(command, "quantizer")
+    if not (found := _FALLBACK.search(words)):
+        return []
+    return [
+        f"{found[1]} of {found[2]} tensors are held in a wider type than {precision}, which takes "
+        "no rows of their length"
+    ]
+
+
+def _output(command: list[str], what: str = "Python", way_out: str = "") -> str:
+    """What a part of llama.cpp says; raises `BadInput` and `EngineFailed` for what it refuses."""
+    done = subprocess.run(
+        command,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    words = done.stdout
+    if done.returncode == 0:
+        return words
+    if unknown := _UNKNOWN.search(words):
+        raise BadInput(f"llama.cpp's converter does not know {unknown[1]!r}: no GGUF.", way_out)
+    if any(sign in words for sign in FULL_DISK):
+        raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
+    last = ([line.strip() for line in words.splitlines() if line.strip()] or ["no output"])[-1]
+    raise EngineFailed(f"llama.cpp's {what} ended with code {done.returncode}: {last}", way_out)

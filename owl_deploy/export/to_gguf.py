@@ -1,0 +1,63 @@
+"""llama.cpp's own converter, started as `python to_gguf.py SOURCE PACKAGES CHECKPOINT FILE`.
+
+It needs torch and transformers, which are in the Python that has owl; SOURCE is the folder with the
+converter, PACKAGES that of the other packages that it imports, those of the engine's environment.
+"""
+
+import ctypes
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Write the checkpoint as a GGUF in fp32."""
+    source, packages, checkpoint, file = sys.argv[1:]
+    home = Path(source) / "vendor" / "llama.cpp"
+    sys.path[:0] = [str(home), str(home / "gguf-py")]
+    sys.path.append(packages)  # last: what is in both is taken from here
+    refuse_code()
+    _accept_any_tokenizer()
+    script = str(home / "convert_hf_to_gguf.py")
+    sys.argv = [script, checkpoint, "--outfile", file, "--outtype", "f32"]
+    runpy.run_path(script, run_name="__main__")
+
+
+def refuse_code() -> None:
+    """Run no code that comes with a model: for some families the converter asks for that."""
+    import transformers
+
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
+        read = kind.from_pretrained
+
+        def plain(*places: Any, _read: Any = read, **options: Any) -> Any:  # noqa: ANN401
+            return _read(*places, **{**options, "trust_remote_code": False})
+
+        kind.from_pretrained = plain
+
+
+def _accept_any_tokenizer() -> None:
+    """Let a byte-level BPE that llama.cpp has no name for pass as one of the usual kind.
+
+    The converter would refuse it; owl gives llama.cpp tokens, and never asks it for any.
+    """
+    from conversion import TextModel
+
+    known = TextModel.get_vocab_base_pre
+
+    def name(self: Any, tokenizer: Any) -> str:  # noqa: ANN401
+        try:
+            return str(known(self, tokenizer))
+        except NotImplementedError:
+            print("owl: unknown tokenizer")  # noqa: T201 - read by export/gguf.py
+            return "default"
+
+    TextModel.get_vocab_base_pre = name
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":  # a killed `owl export` must not leave it at work
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    main()

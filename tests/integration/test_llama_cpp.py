@@ -1,0 +1,193 @@
+"""llama.cpp as a target and an engine: its exports compute what PyTorch does, in every verb."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from owl_deploy import engines
+from owl_deploy.export.source import Source
+from tests import tiny
+
+needs_engine = pytest.mark.skipif(
+    not engines.is_installed("llama.cpp"), reason="owl engines install llama.cpp"
+)
+
+
+@pytest.fixture(scope="module")
+def deployments(llama, tmp_path_factory):
+    """The tiny model in 8 and in 4 bits."""
+    from owl_deploy.export.targets import export
+
+    folder = tmp_path_factory.mktemp("gguf")
+    for precision in ("Q8_0", "Q4_0"):
+        export(llama, folder / precision, target="llama.cpp", precision=precision)
+    return folder
+
+
+def test_without_the_engine_the_export_says_how_to_get_it(owl, llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    code, _, said = owl("export", llama, "-o", tmp_path / "out", "-t", "llama.cpp")
+    assert (code, "Run: owl engines install llama.cpp" in said) == (4, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_targets_precision(owl, llama, tmp_path):
+    code, _, said = owl("export", llama, "-o", tmp_path / "out", "-t", "llama.cpp", "-p", "int8")
+    assert code == 2
+    assert "Q8_0, Q4_K_M, Q4_0, Q3_K_M, Q2_K; --target onnxruntime or owl has int8" in " ".join(
+        said.split()
+    )
+
+
+def test_the_converter_runs_no_code_of_a_model(llama, tmp_path):
+    """Some of its families ask transformers for just that."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    named = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    read = "import sys, transformers; from owl_deploy.export import to_gguf; {}\n"
+    read += "transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin"}
+    for guard, runs in (("to_gguf.refuse_code()", False), ("", True)):
+        command = [sys.executable, "-c", read.format(guard), str(folder)]
+        subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert ran.exists() == runs
+
+
+@needs_engine
+@pytest.mark.parametrize("precision", ["Q8_0", "Q4_0"])
+def test_what_is_exported(owl, llama, deployments, precision):
+    folder = deployments / precision
+    manifest = json.loads((folder / "owl.json").read_text())
+    assert (manifest["target"], manifest["precision"]) == ("llama.cpp", precision)
+    assert manifest["converter_difference"] < 1e-3
+    assert manifest["parity"]["relative_difference"] > manifest["converter_difference"]
+    assert list(manifest["parity"]["runs"]) == ["llama.cpp generating"]
+    assert {"model.gguf", "config.json", "tokenizer.json"} <= set(manifest["files"])
+    assert {path.name for path in folder.iterdir()} == {*manifest["files"], "owl.json"}
+    opened = engines.open_deployment(folder)
+    assert (opened.vocab, opened.max_context, opened.zeros) == (320, 512, None)
+    assert opened.size_bytes == (folder / "model.gguf").stat().st_size
+
+
+@needs_engine
+def test_its_notes(deployments):
+    """The tiny model's rows are no multiple of a block, and nobody else has its tokenizer."""
+    note = json.loads((deployments / "Q8_0" / "owl.json").read_text())["note"]
+    assert "does not know its tokenizer" in note
+    assert "2 of 20 tensors are held in a wider type than Q8_0" in note
+
+
+@needs_engine
+def test_the_driver_computes_the_same_in_every_way(llama, deployments, tmp_path):
+    reference = Source(llama).reference
+    prompt, after, file = reference.prompt, len(reference.prompt) - 1, tmp_path / "logits.npy"
+    options = {"context": 512, "all_logits": True, "batch": 2, "streams": 2}
+    with engines.EngineProcess("llama.cpp", deployments / "Q8_0", **options) as process:
+        assert process.loaded["version"] == engines.environment.installed_version("llama.cpp")
+        process.request("greedy", tokens=prompt, count=1, prompt_logits_file=str(file))
+        whole = np.load(file)
+        steps = process.request("greedy", tokens=prompt, count=8, logits_file=str(file))
+        first = np.load(file)
+        # All at once and one at a time, within the rounding of a cache in fp16.
+        np.testing.assert_allclose(first[0], whole[-1], atol=2e-3)
+        assert np.abs(first[0] - reference.logits[after]).max() < 0.1
+        long = process.request("greedy", tokens=steps["tokens"][-1:], count=2, fresh=False)
+        again = process.request("greedy", tokens=prompt, count=9)
+        assert steps["tokens"] + long["tokens"][:1] == again["tokens"]
+        targets = [reference.greedy[:3], [5, 6], [5]]
+        both = process.request("continuations", context=prompt, targets=targets)
+        alone = [process.request("continuations", context=prompt, targets=[t]) for t in targets]
+        for mine, other in zip(both["logprobs"], alone, strict=True):
+            np.testing.assert_allclose(mine, other["logprobs"][0], atol=2e-3)
+        timed = process.request("throughput", prompt=prompt, steps=4, repeats=2, warmup=1)
+        assert len(timed["latencies_ms"]) == 2
+
+
+@needs_engine
+def test_a_full_cache_and_a_long_prompt(tmp_path):
+    model = tiny.write_llama(tmp_path / "model", max_position_embeddings=2048)
+    from owl_deploy.export.targets import export
+
+    export(model, tmp_path / "out", target="llama.cpp")
+    with engines.EngineProcess("llama.cpp", tmp_path / "out", context=1024) as process:
+        prompt = [(7 * place) % 320 for place in range(1000)]  # more than one part
+        process.request("greedy", tokens=prompt, count=24)
+        with pytest.raises(engines.EngineFailed, match="the cache is full"):
+            process.request("greedy", tokens=prompt * 2, count=1)
+        assert process.request("decode", prompt=[1, 2], steps=2, warmup=0)["latencies_ms"]
+
+
+@needs_engine
+def test_perplexity_and_generation(owl, llama, deployments, text_file):
+    values = []
+    for folder in (llama, deployments / "Q8_0"):
+        options = ("--window", 64, "--windows", 2, "--json")
+        code, out, err = owl("eval", folder, "--perplexity", text_file, *options)
+        assert code == 0, err
+        values.append(json.loads(out)["perplexity"]["value"])
+    assert values[1] == pytest.approx(values[0], rel=0.02)
+    code, out, err = owl("generate", deployments / "Q8_0", "The river ran", "-n", 8)
+    assert (code, bool(out.strip())) == (0, True), err
+    code, _, err = owl("generate", deployments / "Q8_0", "The river ran", "--do-sample")
+    assert (code, "takes the likeliest token only" in " ".join(err.split())) == (2, True)
+    code, _, err = owl("generate", deployments / "Q8_0", "The river ran", "-n", 600)
+    assert (code, "more than the 512" in " ".join(err.split())) == (2, True)
+
+
+@needs_engine
+def test_bench_and_report(owl, deployments, tmp_path):
+    bench = ("bench", deployments / "Q4_0", "--baseline", deployments / "Q8_0", "--pairs", 2)
+    code, out, err = owl(*bench, "--context", 64, "--prompt", 16, "-o", tmp_path / "result")
+    assert (code, "llama.cpp" in out) == (0, True), err
+    assert owl("report", tmp_path / "result", "-o", tmp_path / "report.html")[0] == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "--llama-cpp: #" in page
+    assert "var(--llama-cpp)" in page
+
+
+@needs_engine
+def test_another_file_is_refused(owl, deployments, text_file, tmp_path):
+    folder = shutil.copytree(deployments / "Q8_0", tmp_path / "copy")
+    assert owl("verify", folder)[0] == 0
+    shutil.copyfile(deployments / "Q4_0" / "model.gguf", folder / "model.gguf")
+    assert owl("verify", folder)[0] == 1
+    code, _, err = owl("eval", folder, "--perplexity", text_file, "--windows", 1)
+    assert (code, "model.gguf is damaged, or was changed" in " ".join(err.split())) == (2, True)
+    (folder / "model.gguf").unlink()
+    assert owl("eval", folder, "--perplexity", text_file, "--windows", 1)[0] == 2
+
+
+@needs_engine
+def test_a_file_that_is_no_gguf_ends_in_a_sentence(owl, text_file, deployments, tmp_path):
+    folder = shutil.copytree(deployments / "Q8_0", tmp_path / "copy")
+    (folder / "owl.json").unlink()  # a stranger's folder, with nothing to compare with
+    (folder / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    code, _, err = owl("eval", folder, "--perplexity", text_file, "--windows", 1)
+    assert (code, "llama.cpp cannot open" in " ".join(err.split())) == (4, True)
+
+
+@needs_engine
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_each_family_converts_or_is_refused(owl, tmp_path, family):
+    model = tiny.write_model(family, tmp_path / "model")
+    code, _, err = owl("export", model, "-o", tmp_path / "out", "-t", "llama.cpp")
+    if family == "opt":
+        assert (code, "does not know 'OPTForCausalLM'" in err) == (2, True)
+        assert not (tmp_path / "out").exists()
+    else:
+        assert code == 0, err
+
+
+@needs_engine
+def test_without_a_tokenizer(owl, llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    code, _, err = owl("export", model, "-o", tmp_path / "out", "-t", "llama.cpp")
+    assert (code, "has no tokenizer, which a GGUF holds" in " ".join(err.split())) == (2, True)
