@@ -19,7 +19,7 @@ from owl_deploy.engines.registry import get_engine
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.export import parity
 from owl_deploy.export.genai import FULL_DISK
-from owl_deploy.export.source import Progress, Source
+from owl_deploy.export.source import Progress, Reference, Source
 
 ENGINE = "llama.cpp"
 # Of the file in fp32; llama.cpp's cache holds fp16.
@@ -51,16 +51,15 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         notes = _convert(python, source.folder, full)
         reference = source.reference  # the last use of
         del source.model  # what is as large as the file that is opened now
-        checked = parity.check(
-            Path(scratch), reference, tolerance=TOLERANCE, engine=ENGINE, progress=progress
-        )
+        progress("Comparing with PyTorch in llama.cpp, before quantizing")
+        difference = _check_converted(Path(scratch), reference)
         progress(f"Quantizing to {precision}")
         notes += _quantize(python, full, folder / file, precision)
     write_compatible(source.checkpoint, folder)
     return {
         "graph": "llama.cpp's converter and quantizer",
         "max_context": source.config.get("max_position_embeddings"),
-        "converter_difference": checked["relative_difference"],
+        "converter_difference": difference,
         "note": "; ".join(notes),
     }
 
@@ -75,6 +74,18 @@ def _convert(python: Path, checkpoint: Path, file: Path) -> list[str]:
     if "owl: unknown tokenizer" not in words:
         return []
     return ["llama.cpp does not know its tokenizer, and may split text in another way"]
+
+
+def _check_converted(folder: Path, reference: Reference) -> float:
+    """The largest difference from PyTorch over the largest logit, of what was converted."""
+    difference = parity.reading(folder, reference, ENGINE)["relative_difference"]
+    if not difference <= TOLERANCE:
+        raise parity.ParityFailed(
+            f"llama.cpp makes another model of this one: in fp32 it differs from PyTorch by "
+            f"{difference:.1e} of the largest logit, where {TOLERANCE:.0e} is allowed.",
+            "Nothing was written. Use --target owl or onnxruntime.",
+        )
+    return difference
 
 
 def _quantize(python: Path, full: Path, file: Path, precision: str) -> list[str]:

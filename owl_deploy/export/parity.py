@@ -5,6 +5,7 @@ PyTorch's logits over a prompt and 32 greedy tokens (`Source.reference`) against
 - in plain ONNX Runtime: all tokens at once without a cache; the prompt and then token by token
   with it; and, for the graph that DeepSparse takes, in chunks behind a left-padded cache, which
   is how DeepSparse's pipeline runs it. The reference's tokens go in, whatever comes out.
+- for what is no ONNX graph, so too in the engine that it is for;
 - in the target's own engine, which generates freely: its logits are compared for as long as its
   tokens are the reference's, since after that it answers another question.
 
@@ -134,6 +135,10 @@ def check(
         for name, figure in figures.items():
             _judge(figure, tolerance, ParityFailed, f"in ONNX Runtime ({name})")
     if engine is not None and (engines.is_installed(engine) or not is_graph):
+        if not is_graph:
+            progress(f"Comparing with PyTorch in {engine}")
+            figure = figures[f"{engine} reading"] = reading(deployment, reference, engine)
+            _judge(figure, tolerance, ParityFailed, f"in {engine}")
         progress(f"Generating {len(reference.greedy)} tokens in {engine}")
         asked = _in_engine(deployment, reference, engine)
         figures[f"{engine} generating"] = asked
@@ -197,6 +202,16 @@ def _difference(logits: np.ndarray, wanted: np.ndarray, scale: float) -> dict[st
         return {"largest_difference": float("inf"), "relative_difference": float("inf")}
     largest = float(np.abs(logits - wanted).max())
     return {"largest_difference": largest, "relative_difference": largest / max(scale, 1e-30)}
+
+
+def reading(deployment: Path, reference: Reference, engine: str) -> dict[str, float]:
+    """Figures of the engine where the reference's tokens go in, whatever comes out."""
+    context = engines.get_engine(engine).context_for(len(reference.fed) + 1)
+    with tempfile.TemporaryDirectory(prefix="owl-parity-") as scratch:
+        file = Path(scratch) / "logits.npy"
+        with engines.EngineProcess(engine, deployment, context=context, all_logits=True) as process:
+            process.request("greedy", tokens=reference.fed, count=1, prompt_logits_file=str(file))
+        return compare(np.load(file), reference)
 
 
 def _in_engine(deployment: Path, reference: Reference, engine: str) -> dict[str, float]:

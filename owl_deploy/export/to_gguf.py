@@ -19,6 +19,7 @@ def main() -> None:
     sys.path[:0] = [str(home), str(home / "gguf-py")]
     sys.path.append(packages)  # last: what is in both is taken from here
     refuse_code()
+    _keep_older_names()
     _accept_any_tokenizer()
     script = str(home / "convert_hf_to_gguf.py")
     sys.argv = [script, checkpoint, "--outfile", file, "--outtype", "f32"]
@@ -36,6 +37,22 @@ def refuse_code() -> None:
             return _read(*places, **{**options, "trust_remote_code": False})
 
         kind.from_pretrained = plain
+
+
+def _keep_older_names() -> None:
+    """Give the converter what transformers 5 renamed in a config.json by the name that it reads."""
+    from conversion import ModelBase
+
+    read = ModelBase.load_hparams
+
+    def renamed(*arguments: Any, **options: Any) -> dict[str, Any]:  # noqa: ANN401
+        config: dict[str, Any] = read(*arguments, **options)
+        ropes = config.get("rope_parameters") or {}
+        if "partial_rotary_factor" in ropes:  # GPT-NeoX
+            config.setdefault("rotary_pct", ropes["partial_rotary_factor"])
+        return config
+
+    ModelBase.load_hparams = staticmethod(renamed)
 
 
 def _accept_any_tokenizer() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from owl_deploy import engines
+from owl_deploy.errors import EngineFailed
 from owl_deploy.export.source import Source
 from tests import tiny
 
@@ -65,9 +66,9 @@ def test_what_is_exported(owl, llama, deployments, precision):
     folder = deployments / precision
     manifest = json.loads((folder / "owl.json").read_text())
     assert (manifest["target"], manifest["precision"]) == ("llama.cpp", precision)
-    assert manifest["converter_difference"] < 1e-3
+    assert manifest["converter_difference"] < 5e-3
     assert manifest["parity"]["relative_difference"] > manifest["converter_difference"]
-    assert list(manifest["parity"]["runs"]) == ["llama.cpp generating"]
+    assert list(manifest["parity"]["runs"]) == ["llama.cpp reading", "llama.cpp generating"]
     assert {"model.gguf", "config.json", "tokenizer.json"} <= set(manifest["files"])
     assert {path.name for path in folder.iterdir()} == {*manifest["files"], "owl.json"}
     opened = engines.open_deployment(folder)
@@ -118,7 +119,7 @@ def test_a_full_cache_and_a_long_prompt(tmp_path):
     with engines.EngineProcess("llama.cpp", tmp_path / "out", context=1024) as process:
         prompt = [(7 * place) % 320 for place in range(1000)]  # more than one part
         process.request("greedy", tokens=prompt, count=24)
-        with pytest.raises(engines.EngineFailed, match="the cache is full"):
+        with pytest.raises(EngineFailed, match="the cache is full"):
             process.request("greedy", tokens=prompt * 2, count=1)
         assert process.request("decode", prompt=[1, 2], steps=2, warmup=0)["latencies_ms"]
 
@@ -130,7 +131,7 @@ def test_perplexity_and_generation(owl, llama, deployments, text_file):
         options = ("--window", 64, "--windows", 2, "--json")
         code, out, err = owl("eval", folder, "--perplexity", text_file, *options)
         assert code == 0, err
-        values.append(json.loads(out)["perplexity"]["value"])
+        values.append(json.loads(out)["value"])
     assert values[1] == pytest.approx(values[0], rel=0.02)
     code, out, err = owl("generate", deployments / "Q8_0", "The river ran", "-n", 8)
     assert (code, bool(out.strip())) == (0, True), err
@@ -172,16 +173,30 @@ def test_a_file_that_is_no_gguf_ends_in_a_sentence(owl, text_file, deployments, 
     assert (code, "llama.cpp cannot open" in " ".join(err.split())) == (4, True)
 
 
+_GEMMA = {"num_hidden_layers": 6, "layer_types": 5 * ["sliding_attention"] + ["full_attention"]}
+# What is special about a family's model, the exit code, and what is said.
+FAMILIES = {
+    "llama, untied": ("llama", {"tie_word_embeddings": False}, 0, "parity"),
+    "mistral": ("mistral", {"sliding_window": None}, 0, "parity"),
+    "mistral, window": ("mistral", {}, 1, "llama.cpp makes another model of this one"),
+    "qwen2": ("qwen2", {"vocab_size": 336}, 0, "parity"),  # with what its tokenizer adds
+    "qwen3": ("qwen3", {}, 0, "parity"),
+    "gemma3": ("gemma3_text", _GEMMA, 0, "parity"),
+    "gemma3, other pattern": ("gemma3_text", {}, 1, "llama.cpp makes another model of this one"),
+    "phi3": ("phi3", {}, 4, "tokenizer.model"),  # which its converter needs
+    "gpt_neox": ("gpt_neox", {}, 0, "parity"),
+    "opt": ("opt", {}, 2, "does not know 'OPTForCausalLM'"),
+}
+
+
 @needs_engine
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_each_family_converts_or_is_refused(owl, tmp_path, family):
-    model = tiny.write_model(family, tmp_path / "model")
-    code, _, err = owl("export", model, "-o", tmp_path / "out", "-t", "llama.cpp")
-    if family == "opt":
-        assert (code, "does not know 'OPTForCausalLM'" in err) == (2, True)
-        assert not (tmp_path / "out").exists()
-    else:
-        assert code == 0, err
+@pytest.mark.parametrize("case", FAMILIES)
+def test_each_family_computes_the_same_or_is_refused(owl, tmp_path, case):
+    family, changes, ends, says = FAMILIES[case]
+    model = tiny.write_model(family, tmp_path / "model", **changes)
+    code, out, err = owl("export", model, "-o", tmp_path / "out", "-t", "llama.cpp")
+    assert (code, says in " ".join((out + err).split())) == (ends, True), err
+    assert (tmp_path / "out").exists() == (code == 0)
 
 
 @needs_engine
