@@ -15,6 +15,7 @@ from owl_deploy.artefact import read_object
 from owl_deploy.engines import EngineProcess, threads_for
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.loading import GENAI_CONFIG
+from owl_deploy.engines.process import DEFAULT_CONTEXT
 from owl_deploy.errors import BadInput, EngineFailed
 
 STDIN = "-"
@@ -206,7 +207,8 @@ def _in_engine(
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=not chat)
-    context = opened.max_context or _LARGEST
+    told = _told(opened.path, "config.json", "max_position_embeddings")
+    context = opened.max_context or next(iter(told), DEFAULT_CONTEXT)
     length = _length(len(tokens), sampling.max_new_tokens, context)
     room, ends = length - len(tokens), _ends(opened.path, tokenizer)
     speed.prompt_tokens = len(tokens)
@@ -247,12 +249,16 @@ def _words(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:  # noqa: ANN
 
 def _ends(folder: Path, tokenizer: Any) -> set[int]:  # noqa: ANN401
     """The tokens that end a text."""
-    told: list[Any] = [tokenizer.eos_token_id]
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            found = read_object(folder / name, "Export again.").get("eos_token_id")
-            told += found if isinstance(found, list) else [found]
-    return {int(token) for token in told if token is not None}
+    files = ("config.json", "generation_config.json")
+    told = [token for name in files for token in _told(folder, name, "eos_token_id")]
+    return {token for token in (tokenizer.eos_token_id, *told) if token is not None}
+
+
+def _told(folder: Path, file: str, key: str) -> list[int]:
+    """The numbers, one or a list, that a JSON file of the folder has for `key`."""
+    path = folder / file
+    found = read_object(path, "Export again.").get(key) if path.is_file() else None
+    return found if isinstance(found, list) else [found] if found is not None else []
 
 
 def _in_template(tokenizer: Any, message: str) -> str:  # noqa: ANN401 - no stubs

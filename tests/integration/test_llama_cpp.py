@@ -165,11 +165,11 @@ def test_another_file_is_refused(owl, deployments, text_file, tmp_path):
 
 
 @needs_engine
-def test_a_file_that_is_no_gguf_ends_in_a_sentence(owl, text_file, deployments, tmp_path):
+def test_a_file_that_is_no_gguf_ends_in_a_sentence(owl, deployments, tmp_path):
     folder = shutil.copytree(deployments / "Q8_0", tmp_path / "copy")
     (folder / "owl.json").unlink()  # a stranger's folder, with nothing to compare with
     (folder / "model.gguf").write_bytes(b"GGUF" + bytes(100))
-    code, _, err = owl("eval", folder, "--perplexity", text_file, "--windows", 1)
+    code, _, err = owl("generate", folder, "The river", "-n", -1)
     assert (code, "llama.cpp cannot open" in " ".join(err.split())) == (4, True)
 
 
