@@ -1,7 +1,6 @@
 """Time whole deployments in onnxruntime-genai: decode at a context, and prefill of prompts.
 
-python benchmarks/engine_speed.py NAME=DEPLOYMENT ... [--gguf NAME=FILE ...] [--llama-python PYTHON]
-                                  [-o benchmarks/results/engine_speed.json]
+python benchmarks/engine_speed.py NAME=DEPLOYMENT ... [-o benchmarks/results/engine_speed.json]
 
 The first deployment is the baseline of the ratios. Every round starts one fresh process for each
 candidate, in an order that turns round from one round to the next; a candidate's figure is the
@@ -60,47 +59,11 @@ for line in open("/proc/self/status"):
 print(json.dumps(out))
 """
 
-LLAMA_WORKER = """
-import json, statistics, sys, time
-import numpy as np
-from llama_cpp import Llama
-file, context, tokens, prompts, threads, vocabulary = sys.argv[1], *json.loads(sys.argv[2])
-started = time.perf_counter()
-length = context + tokens + 16
-options = dict(n_threads=threads, n_threads_batch=threads, verbose=False)
-model = Llama(file, n_ctx=length, n_batch=512, **options)
-out = {"load": (time.perf_counter() - started) * 1e3}
-ids = np.random.default_rng(0).integers(10, vocabulary, max(context, *prompts)).tolist()
-for prompt in prompts:
-    times = []
-    for _ in range(2):
-        model.reset()
-        start = time.perf_counter()
-        model.eval(ids[:prompt])
-        times.append(time.perf_counter() - start)
-    out[f"prefill_{prompt}"] = min(times) * 1e3
-model.reset()
-model.eval(ids[:context])
-times = []
-for i in range(tokens + 4):
-    start = time.perf_counter()
-    model.eval([100 + i])
-    times.append(time.perf_counter() - start)
-out["decode"] = statistics.median(times[4:]) * 1e3
-print(json.dumps(out))
-"""
-
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("deployments", nargs="+", metavar="NAME=DEPLOYMENT")
-    parser.add_argument(
-        "--gguf", nargs="*", default=[], metavar="NAME=FILE", help="candidates for llama.cpp"
-    )
-    parser.add_argument(
-        "--llama-python", default=sys.executable, help="a Python that has llama-cpp-python"
-    )
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--prompts", type=int, nargs="*", default=[128, 512])
@@ -127,9 +90,6 @@ def main() -> None:
         name: [sys.executable, "-c", GENAI_WORKER, path, settings]
         for name, path in (item.split("=", 1) for item in arguments.deployments)
     }
-    for item in arguments.gguf:
-        name, path = item.split("=", 1)
-        candidates[name] = [arguments.llama_python, "-c", LLAMA_WORKER, path, settings]
     samples = collect(candidates, arguments.rounds, arguments.lock)
     table = summarise(samples)
     for name, row in table.items():

@@ -37,6 +37,7 @@ SHELL = {"bash", "console", "sh", "shell"}
 HERE = "makes or changes the environment that the tests run in"
 LONG = "takes minutes to hours"
 HUB = "reads the Hugging Face Hub"
+COMPILED = "needs an engine that has to be compiled: see tests/integration/test_llama_cpp.py"
 ELSEWHERE = "is run by tests/slow/test_plain.py"
 NOT_RUN = {
     r"make ": LONG,
@@ -45,6 +46,7 @@ NOT_RUN = {
     r"(python -m venv|\.) \.venv": HERE,
     r"python benchmarks/": LONG,
     r"owl engines install ": LONG,
+    r"owl (export|bench) .*gguf": COMPILED,
     r"owl sweep ": LONG,
     r"owl .* wikitext$": HUB,
     r"owl .* --tasks ": HUB,
