@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNNABLE := .venv/.runnable
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-full test runtime check format slow sanitize vnni arm gpu compat lock docs coverage clean
+.PHONY: demo demo-full showcase test runtime check format slow sanitize vnni arm gpu compat lock docs coverage clean
 
 demo: $(RUNNABLE) runtime
 	$(BIN)/python -m owl_deploy.demo --output demo
@@ -12,6 +12,10 @@ demo: $(RUNNABLE) runtime
 # Half an hour: two more settings, and every engine and precision.
 demo-full: $(RUNNABLE) runtime
 	$(BIN)/python -m owl_deploy.demo --full --output demo-full
+
+# Hours: Qwen2.5-Coder-1.5B, from its package to a decision. Run again, it goes on.
+showcase: $(INSTALLED) runtime
+	$(BIN)/python -m owl_deploy.showcase --allow-code --output showcase
 
 test: $(INSTALLED) runtime
 	$(BIN)/owl engines install deepsparse

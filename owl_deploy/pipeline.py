@@ -213,6 +213,49 @@ class Evaluate(Task):
         return read_object(self.output, "Delete it.").get("text") == self.text
 
 
+class RunTasks(Task):
+    """`owl eval --tasks` of an artefact, beside which the results lie with those of other tasks."""
+
+    APART = {"model": True, "threads": True, "allow_code": True}
+
+    task: Literal["tasks"] = "tasks"
+    model: Path
+    names: tuple[str, ...]
+    limit: int | None = None
+    window: int = 2048
+    threads: int | None = None
+    allow_code: bool = False
+
+    @override
+    def reads(self) -> tuple[Path | str, ...]:
+        return (self.model,)
+
+    @property
+    @override
+    def proof(self) -> Path:
+        return self.output
+
+    @property
+    @override
+    def receipt(self) -> Path:
+        return self.output.with_suffix(".task.json")
+
+    @override
+    def run(self) -> None:
+        asked = api.Asked(
+            tasks=self.names,
+            allow_code=self.allow_code,
+            limit=self.limit,
+            window=self.window,
+            threads=self.threads,
+        )
+        api.evaluate([self.model], asked)
+
+    @override
+    def agrees(self) -> bool:
+        return set(self.names) <= read_object(self.output, "Delete it.").keys()
+
+
 class Bench(Task):
     """`owl bench`; one in which an engine failed is not done."""
 
@@ -243,8 +286,8 @@ class Bench(Task):
 
 
 Plan = Sequence[Task]
-PLAN: TypeAdapter[tuple[Prune | Export | Evaluate | Bench, ...]] = TypeAdapter(
-    tuple[Annotated[Prune | Export | Evaluate | Bench, Field(discriminator="task")], ...]
+PLAN: TypeAdapter[tuple[Prune | Export | Evaluate | RunTasks | Bench, ...]] = TypeAdapter(
+    tuple[Annotated[Prune | Export | Evaluate | RunTasks | Bench, Field(discriminator="task")], ...]
 )
 
 

@@ -10,13 +10,15 @@ import pytest
 PACKAGE = Path("owl_deploy")
 # From the top to the bottom; a part imports only what stands in a later row, or in itself.
 LAYERS = (
-    ("__main__", "demo", "schemas"),
+    ("__main__", "schemas", "showcase"),
+    ("demo",),
     ("cli",),
     ("sweep",),
     ("pipeline",),
     ("api",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
-    ("engines", "demo_input", "hardware", "adapter"),
+    ("engines", "hardware", "adapter", "showcase_input"),
+    ("demo_input",),
     ("blocks",),
     ("runtime", "recipe", "checkpoint", "options", "text"),
     ("partial", "families", "allocation", "methods"),

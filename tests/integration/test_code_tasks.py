@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from owl_deploy.cli import app
 from owl_deploy.evaluate import humaneval, kept, zero_shot
 from owl_deploy.export.targets import export
-from owl_deploy.manifest import measurement
+from owl_deploy.manifest import measurement, measurement_file
+from owl_deploy.pipeline import RunTasks, do, state
 from tests import tiny
 
 pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
@@ -120,3 +121,23 @@ def test_nothing_runs_unasked(folders) -> None:
     answer = run(folders[1])
     assert answer.exception.exit_code == 2
     assert "--allow-code" in str(answer.exception)
+
+
+@needs_bwrap
+def test_a_plan_s_task_leaves_them_beside_the_deployment(folders, tmp_path: Path) -> None:
+    deployment = Path(shutil.copytree(folders[1], tmp_path / "deployment"))
+    task = RunTasks(
+        title="HumanEval",
+        output=measurement_file(deployment, "tasks"),
+        model=deployment,
+        names=("humaneval",),
+        limit=1,
+        window=512,
+        allow_code=True,
+    )
+    (task.output).unlink(missing_ok=True)
+    assert state(task) == "to do"
+    do(task)
+    assert state(task) == "done"
+    assert state(task.model_copy(update={"limit": 2})) == "outdated"
+    assert measurement(deployment, "tasks")["humaneval"]["documents"] == 1

