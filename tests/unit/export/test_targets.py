@@ -47,6 +47,7 @@ def test_refused_before_any_work(llama, tmp_path, options, complaint):
 
 def test_a_target_has_a_precision_of_its_own():
     found = {target: targets.precision_of(target) for target in targets.TARGETS}
+    assert found.pop("llama.cpp") == "Q8_0"
     assert found == {"deepsparse": "fp32", "onnxruntime": "fp32", "owl": "bf16"}
     assert targets.precision_of("owl", "int8") == "int8"
 
