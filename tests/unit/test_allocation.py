@@ -87,6 +87,12 @@ def test_the_hand_worked_case_of_whole_numbers():
     assert found == [2, 2, 1]
 
 
+def test_what_is_nearest_to_the_next_whole_number_is_rounded_up_first():
+    assert allocation.whole_kept([1 - 1.2 / 8, 1 - 1.9 / 8], [1, 1], 8) == [1, 2]
+    assert allocation.whole_kept([1 - 1.9 / 8, 1 - 1.2 / 8], [1, 1], 8) == [2, 1]
+    assert allocation.whole_kept([1 - 1.5 / 8], [1], 8) == [1]  # no nearer either way
+
+
 @pytest.mark.parametrize("target", [0.25, 0.5, 0.55, 0.625])
 def test_whole_numbers_of_parts_that_differ_in_size(target):
     generator = torch.Generator().manual_seed(4)

@@ -241,3 +241,102 @@ def test_a_checkpoint_is_its_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("owl-wanda-50").mkdir()
     assert recipe.find("owl-wanda-50") == recipe.shipped()["owl-wanda-50"]
+
+
+LISTED = {"model.layers.0": 0.25, "model.layers.1": 0.75}
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A recipe whose list of layers is of a pruning to 50 % and of the head to 25 %."""
+    given = recipe.settings(method="sparsegpt", options={"block_size": 64}, sparsity=0.5)
+    return write(tmp_path, recipe.dump_resolved(given, LISTED | {"lm_head": 0.25}))
+
+
+def test_a_list_reads_back_with_the_head(listed):
+    found = recipe.merged(listed, {})
+    assert (found.allocation, found.layers, found.head_sparsity) == ("list", LISTED, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "allocation", "sparsity"),
+    [
+        ({"sparsity": 0.6}, "owl", 0.6),
+        ({"allocation": "linear"}, "linear", 0.7),
+        ({"allocation": "uniform", "sparsity": 0.6}, "uniform", 0.6),
+    ],
+)
+def test_a_recipes_list_gives_way_to_a_rule(listed, overrides, allocation, sparsity):
+    found = recipe.merged(listed, overrides)
+    assert (found.layers, found.allocation, found.sparsity) == (None, allocation, sparsity)
+    assert found.options == SparseGPTOptions(block_size=64)  # the rest of the recipe stays
+
+
+def test_a_rule_of_a_recipe_stays_where_only_its_sparsity_changes():
+    every = {path: recipe.load(path) for path in RECIPES}
+    path = next(
+        path
+        for path, values in every.items()
+        if values.get("allocation") == "uniform" and "structure" not in values
+    )
+    assert recipe.merged(path, {"sparsity": 0.3}).allocation == "uniform"
+
+
+def test_a_structure_sets_the_sparsity_whatever_the_recipe_says():
+    path = next(path for path in RECIPES if recipe.load(path).get("sparsity") == 0.7)
+    assert recipe.merged(path, {"structure": "2:4"}).sparsity == 0.5
+
+
+def test_a_recipe_s_origin_is_its_file_by_digest(listed):
+    assert recipe.origin(listed, {"sparsity": 0.6}) == {
+        "file": "recipe.yaml",
+        "sha256": recipe.sha256(listed),
+        "overrides": {"sparsity": 0.6},
+    }
+
+
+@pytest.mark.parametrize("structure", ["4:4", "0:4", "5:4"])
+def test_a_structure_removes_some_and_keeps_some(structure):
+    with pytest.raises(BadInput, match="N weights of every M neighbours"):
+        recipe.settings(structure=structure)
+    assert recipe.settings(structure="1:4").sparsity == 0.75
+
+
+def test_magnitude_prunes_in_sparsemls_first_step():
+    text = recipe.dump_resolved(recipe.settings(method="magnitude"), LISTED)
+    for modifier in modifiers(text):
+        assert (modifier["start"], modifier["end"]) == (0.0, 1.0)
+        assert modifier["mask_structure"] == "unstructured"
+    text = recipe.dump_resolved(recipe.settings(), LISTED)
+    assert all(modifier["sequential_update"] is True for modifier in modifiers(text))
+
+
+MIXED = """
+oneshot_stage:
+  first_modifiers:
+    WandaPruningModifier: {targets: TARGETS, sparsity: 0.5, mask_structure: "STRUCTURE"}
+  second_modifiers:
+    SECOND: {targets: [model.layers.1], sparsity: 0.5, mask_structure: "4:8"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("targets", "structure", "second", "complaint"),
+    [
+        ("[model.layers.0]", "4:8", "SparseGPTModifier", "mixes the methods sparsegpt, wanda"),
+        ("[model.layers.0]", "2:4", "WandaPruningModifier", "different M"),
+        ("[model.layers.0]", "0:0", "WandaPruningModifier", "different M"),
+        ("__ALL__", "4:8", "WandaPruningModifier", "one of which names no layers"),
+    ],
+)
+def test_modifiers_that_do_not_fit_together(tmp_path, targets, structure, second, complaint):
+    text = MIXED.replace("TARGETS", targets).replace("STRUCTURE", structure)
+    with pytest.raises(BadInput, match=complaint):
+        recipe.load(write(tmp_path, text.replace("SECOND", second)))
+
+
+def test_one_target_needs_no_list(tmp_path):
+    text = MIXED.replace("TARGETS", "model.layers.0").replace("STRUCTURE", "4:8")
+    found = recipe.load(write(tmp_path, text.replace("SECOND", "WandaPruningModifier")))
+    assert found["layers"] == {"model.layers.0": 0.5, "model.layers.1": 0.5}
+    assert found["structure"] == "4:8"

@@ -46,6 +46,32 @@ def test_preserved_zeros_stay_and_count(layer, group):
     assert (found - expected).abs().max() < 1e-4
 
 
+def test_zeros_that_are_not_preserved_are_weights_like_others(layer):
+    weight, _, hessian = layer
+    weight = weight.clone()
+    weight[:, 18:] = 0  # half of the last block, of which a third goes
+    found = sparsegpt.updated(
+        weight, sparsegpt.factorise(hessian, 0.01), 0.3, None, SparseGPTOptions(block_size=4)
+    )
+    assert (found[:, 18:] != 0).sum() >= 5
+    assert (found - reference.prune(weight, hessian, 0.3, None, 4)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_preserved_zeros_may_be_more_than_are_asked_for(layer, size):
+    weight, _, hessian = layer
+    weight = size * weight
+    weight[:, 3::5] = 0
+    options = SparseGPTOptions(block_size=8, preserve_mask=True)
+    found = sparsegpt.updated(weight, sparsegpt.factorise(hessian, 0.01), 0.1, None, options)
+    dead = torch.zeros(20, dtype=torch.bool)
+    dead[[3, 7, 8, 13, 18]] = True  # those, and the dead input
+    assert torch.equal((found == 0).all(dim=0), dead)
+    asked = sparsegpt.updated(weight, sparsegpt.factorise(hessian, 0.01), 0.6, None, options)
+    expected = reference.prune(weight, hessian, 0.6, None, 8, preserve=True)
+    assert torch.equal(asked == 0, expected == 0)
+
+
 def test_reconstructs_the_outputs_better_than_wanda(layer):
     weight, inputs, hessian = layer
     factor = sparsegpt.factorise(hessian, 0.01)

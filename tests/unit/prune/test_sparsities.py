@@ -67,3 +67,47 @@ def test_linears_that_differ_or_are_skipped_are_targets_of_their_own():
     assert found == {"m.0": 0.5, "m.2.q": 0.5, "m.2.up": 0.25}
     in_part = sparsities.resolved_layers(SHAPE, [{"q": 0.5, "up": 0.5}, {}, {"q": 0.1}], [3, 2, 2])
     assert in_part == {"m.0.q": 0.5, "m.0.up": 0.5, "m.2.q": 0.1}
+
+
+NAMES, LINEARS = ["m.layers.0", "m.layers.1"], [{"a.q": 2, "a.v": 3}, {"a.q": 5, "up": 7}]
+
+
+@pytest.mark.parametrize(
+    ("skip", "kept"),
+    [
+        ((), LINEARS),
+        (("q",), [{"a.v": 3}, {"up": 7}]),
+        (("a.q", "up"), [{"a.v": 3}, {}]),
+        (("m.layers.0",), [{}, LINEARS[1]]),
+        (("m.layers.1.up",), [LINEARS[0], {"a.q": 5}]),
+        (("lm_head",), LINEARS),  # the head is no Linear of a block
+    ],
+)
+def test_what_is_skipped_is_left_out(skip, kept):
+    found = sparsities.select(NAMES, LINEARS, skip)
+    assert found == Shape(NAMES, kept)
+    assert found.sizes == [sum(own.values()) for own in kept]
+
+
+@pytest.mark.parametrize("name", ["p", "layers.2", "m.layers.2.up"])
+def test_a_name_that_nothing_has_is_refused_with_those_that_there_are(name):
+    with pytest.raises(BadInput) as refused:
+        sparsities.select(NAMES, LINEARS, [name])
+    assert str(refused.value) == f"No layer is called {name!r}. There are: q, up, v."
+
+
+def test_something_must_be_left():
+    with pytest.raises(BadInput, match="nothing is left to prune"):
+        sparsities.select(NAMES, LINEARS, ["q", "v", "up"])
+
+
+def test_mixed_groups_are_whole_numbers_for_each_linear(monkeypatch):
+    monkeypatch.setitem(
+        ALLOCATIONS, "given", Allocation(lambda *_: [0.3, 0.5, 0.6, 0.6], per="Linear")
+    )
+    shape = Shape(("m.0", "m.1"), ({"q": 1, "up": 1}, {"q": 1, "up": 1}))
+    settings = recipe.settings(allocation="given", structure="4:8")
+    found = linear_sparsities(settings, shape, [BlockStatistics({}, {5.0: [0.0]})] * 2)
+    values = [value for own in found for value in own.values()]
+    assert sum(values) == pytest.approx(2.0, abs=1 / 16)
+    assert all(8 * value == round(8 * value) for value in values)
