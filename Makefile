@@ -15,6 +15,7 @@ demo-full: $(RUNNABLE) runtime
 
 # Hours: Qwen2.5-Coder-1.5B, from its package to a decision. Run again, it goes on.
 showcase: $(INSTALLED) runtime
+	$(BIN)/owl engines install llama.cpp
 	$(BIN)/python -m owl_deploy.showcase --allow-code --output showcase
 
 test: $(INSTALLED) runtime

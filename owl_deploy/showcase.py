@@ -32,7 +32,15 @@ MODEL_IS = (
     "The model is Qwen2.5-Coder-1.5B-Instruct, from a GGUF file in 4 bits (Q4_K_M), expanded: what "
     'is "dense" here has been rounded once.'
 )
-DENSE = (("owl", "int8"), ("owl", "bf16"), ("onnxruntime", "int8"), ("onnxruntime", "int4"))
+DENSE = (
+    ("owl", "int8"),
+    ("owl", "bf16"),
+    ("onnxruntime", "int8"),
+    ("onnxruntime", "int4"),
+    ("llama.cpp", "Q8_0"),
+    ("llama.cpp", "Q4_K_M"),
+    ("llama.cpp", "Q3_K_M"),
+)
 SPARSE = (("owl", "int8"), ("owl", "bf16"))
 _SETTINGS = PruneSettings(method="sparsegpt", allocation="owl", sparsity=0.5)
 _SAMPLES, _LENGTH = 32, 512  # windows and tokens to prune by
