@@ -110,7 +110,7 @@ def _sparse(every: list[Option], pick: Option, allowed: float) -> str:
     return (
         f"{near.title} is {near.tokens_per_s / pick.tokens_per_s:.2f}x as fast, but loses "
         f"{_percent(near.loss)} of log-perplexity (it reads {near.perplexity:.1f}); it would be "
-        f"the choice at {_percent(allowed)} or less."
+        f"the choice if that were {_percent(allowed)} or less."
     )
 
 

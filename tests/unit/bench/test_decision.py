@@ -49,7 +49,7 @@ def test_sentences() -> None:
     said = decision.sentence(result(), 0.02)
     assert "the fastest here that loses at most 2 % of log-perplexity" in said
     assert "owl-50-deepsparse (deepsparse, fp32) is 1.0" in said
-    assert "it would be the choice at 2 % or less" in said
+    assert "it would be the choice if that were 2 % or less" in said
     assert "Sparsity pays: it is 3.5" in decision.sentence(result(), 0.5)
 
 
