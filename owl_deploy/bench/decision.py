@@ -50,7 +50,7 @@ def options(result: Result) -> list[Option]:
         Option(
             subject.name,
             _title(subject),
-            subject.role == "baseline",
+            not subject.is_sparse,
             speeds[subject.name]["tokens_per_s"],
             float(subject.perplexity or 0),
             _loss(float(subject.perplexity or 0), best),

@@ -127,7 +127,7 @@ def _trade_off(axes: "Axes", result: Result, key: str) -> None:
             ink.marker,
             color=ink.light,
             markersize=4 + 8 * (subject.size_bytes / max(largest, 1)) ** 0.5,  # area: the bytes
-            markerfacecolor=ink.light if subject.role == "candidate" else "none",
+            markerfacecolor=ink.light if subject.is_sparse else "none",
             label="" if subject.engine in seen else subject.engine,
         )
         seen.add(subject.engine)

@@ -15,6 +15,7 @@ from owl_deploy.manifest import BenchmarkManifest, refuse_newer, what_it_is
 
 FILE = "result.json"
 SCHEMA: Final = 1  # the number of its format
+SPARSE = 0.25  # of zeros; rounding to 4 bits leaves fewer
 _WAY_OUT = "Give what owl bench -o wrote."
 Role = Literal["candidate", "baseline"]
 Against = Literal["same engine", "best of the precision", "best of all"]
@@ -60,6 +61,11 @@ class Subject(_Model):
     about: dict[str, Any] = {}
     samples: tuple[Sample, ...] = ()
     failure: str | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it was pruned: owl says so, or zeros do that no rounding leaves."""
+        return bool(self.blocks) or (self.zeros or 0.0) >= SPARSE
 
     def latencies(self, key: str) -> list[tuple[float, ...]]:
         """The latencies of a metric, by process."""

@@ -58,3 +58,16 @@ def test_without_perplexities_nothing_is_said_to_deploy() -> None:
     blind = tuple(s.model_copy(update={"perplexity": None}) for s in made.subjects)
     said = decision.sentence(made.model_copy(update={"subjects": blind}))
     assert said.startswith("Nothing here says what to deploy")
+
+
+def test_a_dense_candidate_that_wins_is_not_sparsity_s_merit() -> None:
+    made = result()
+    dense = [subject for subject in made.subjects if not subject.is_sparse]
+    assert [subject.role for subject in dense] == ["baseline"] * len(dense)
+    asked = dense[0].model_copy(update={"role": "candidate", "zeros": 0.12})
+    found = made.model_copy(update={"subjects": (asked, *dense[1:])})
+    assert all(option.dense for option in decision.options(found))
+    assert "parsity pays" not in decision.sentence(found)
+    # What another tool pruned has no blocks in a manifest of ours.
+    assert asked.model_copy(update={"zeros": 0.5}).is_sparse
+    assert not asked.model_copy(update={"zeros": None}).is_sparse
