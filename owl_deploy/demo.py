@@ -20,7 +20,7 @@ from owl_deploy.artefact import write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import sentence
 from owl_deploy.bench.report import write_report
-from owl_deploy.bench.result import Comparison
+from owl_deploy.bench.result import Comparison, Subject
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.errors import EnvironmentFailed, OwlError
 from owl_deploy.manifest import measurement_file
@@ -198,13 +198,6 @@ def rows(result: Result, plan: Plan) -> list[dict[str, Any]]:
         if not subject.samples:
             continue
         decode, prefill = (result.statistics[s.key][subject.name] for s in result.scenarios)
-        speedups = [
-            short(comparison)
-            for comparison in result.comparisons
-            if comparison.candidate == subject.name
-            and comparison.scenario == result.scenarios[0].key
-            and "same engine" in comparison.against
-        ]
         variant = variants[Path(subject.path).name.rsplit("-", 2)[0]]
         found.append(
             {
@@ -215,11 +208,25 @@ def rows(result: Result, plan: Plan) -> list[dict[str, Any]]:
                 "sparsity": variant.settings.sparsity if variant.settings else 0.0,
                 "decode_tokens_per_s": decode["tokens_per_s"],
                 "prefill_ms": prefill["median_ms"],
-                "speedup": speedups[0] if speedups else "",
+                "speedup": over_dense(result, subject),
                 "dense": subject.role == "baseline",
             }
         )
     return found
+
+
+def over_dense(result: Result, subject: Subject) -> str:
+    """How much faster than dense in the same engine, in the first scenario; "" for a baseline."""
+    return next(
+        (
+            short(comparison)
+            for comparison in result.comparisons
+            if comparison.candidate == subject.name
+            and comparison.scenario == result.scenarios[0].key
+            and "same engine" in comparison.against
+        ),
+        "",
+    )
 
 
 def short(comparison: Comparison) -> str:
@@ -260,6 +267,19 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
     console.print(sentence(result), soft_wrap=True)
 
 
+def conclude(
+    result: Result,
+    table: list[dict[str, Any]],
+    output: Path,
+    show: Callable[[Result, list[dict[str, Any]]], None],
+) -> None:
+    """Leave the table and the report in the folder `output`, `show` the table, say where it is."""
+    write_json(output / "table.json", table)
+    write_report([result], output / "report.html")
+    show(result, table)
+    error_console().print(f"The report: {output}/report.html", style="dim")
+
+
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for what is made.")],
     full: Annotated[
@@ -274,11 +294,7 @@ def main(
         made = tasks(plan, source, output, has_owl=has_owl)
         execute(made, say)
         result = read_result(made[-1].output)
-        table = rows(result, plan)
-        write_json(output / "table.json", table)
-        write_report([result], output / "report.html")
-        show(result, table)
-        error_console().print(f"The report: {output}/report.html", style="dim")
+        conclude(result, rows(result, plan), output, show)
     except OwlError as error:
         typer.echo(f"demo: {error}", err=True)
         raise typer.Exit(error.exit_code) from error

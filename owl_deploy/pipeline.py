@@ -164,7 +164,21 @@ class Export(Task):
         return same and (manifest.target, manifest.precision) == (self.target, self.precision)
 
 
-class Evaluate(Task):
+class Measurement(Task):
+    """A task whose output is one JSON file, beside which its receipt lies."""
+
+    @property
+    @override
+    def proof(self) -> Path:
+        return self.output
+
+    @property
+    @override
+    def receipt(self) -> Path:
+        return self.output.with_suffix(".task.json")
+
+
+class Evaluate(Measurement):
     """`owl eval --perplexity`, of a checkpoint or of a deployment as it runs, into a JSON file.
 
     `known`: the result for another that is known to compute the same, which is taken over.
@@ -183,16 +197,6 @@ class Evaluate(Task):
     @override
     def reads(self) -> tuple[Path | str, ...]:
         return (self.model, self.known or self.text)
-
-    @property
-    @override
-    def proof(self) -> Path:
-        return self.output
-
-    @property
-    @override
-    def receipt(self) -> Path:
-        return self.output.with_suffix(".task.json")
 
     @override
     def run(self) -> None:
@@ -213,7 +217,7 @@ class Evaluate(Task):
         return read_object(self.output, "Delete it.").get("text") == self.text
 
 
-class RunTasks(Task):
+class RunTasks(Measurement):
     """`owl eval --tasks` of an artefact, beside which the results lie with those of other tasks."""
 
     APART = {"model": True, "threads": True, "allow_code": True}
@@ -229,16 +233,6 @@ class RunTasks(Task):
     @override
     def reads(self) -> tuple[Path | str, ...]:
         return (self.model,)
-
-    @property
-    @override
-    def proof(self) -> Path:
-        return self.output
-
-    @property
-    @override
-    def receipt(self) -> Path:
-        return self.output.with_suffix(".task.json")
 
     @override
     def run(self) -> None:

@@ -13,17 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import sentence
-from owl_deploy.bench.report import write_report
-from owl_deploy.demo import Clock, short
+from owl_deploy.demo import Clock, conclude, over_dense
 from owl_deploy.demo_input import CALIBRATION, EVALUATION
 from owl_deploy.errors import BadInput, OwlError
 from owl_deploy.evaluate.sandbox import require_sandbox
 from owl_deploy.manifest import measurement, measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, RunTasks, Task, execute
-from owl_deploy.progress import error_console
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.runtime import library_path
 from owl_deploy.showcase_input import MODEL, showcase_input
@@ -122,13 +119,6 @@ def rows(result: Result) -> list[dict[str, Any]]:
             for scenario in result.scenarios
             if subject.samples
         }
-        against = [
-            short(one)
-            for one in result.comparisons
-            if one.candidate == subject.name
-            and one.scenario == result.scenarios[0].key
-            and "same engine" in one.against
-        ]
         found.append(
             {
                 "deployment": folder.name,
@@ -138,7 +128,7 @@ def rows(result: Result) -> list[dict[str, Any]]:
                 "pass_at_1_stderr": metric.get("stderr"),
                 "problems": judged.get("documents"),
                 "speed": speeds,
-                "speedup": against[0] if against else "",
+                "speedup": over_dense(result, subject),
             }
         )
     return found
@@ -196,11 +186,7 @@ def main(
         made = tasks(showcase_input(), output, limit)
         execute(made, say)
         result = read_result(made[-1].output)
-        table = rows(result)
-        write_json(output / "table.json", table)
-        write_report([result], output / "report.html")
-        show(result, table)
-        error_console().print(f"The report: {output}/report.html", style="dim")
+        conclude(result, rows(result), output, show)
     except OwlError as error:
         typer.echo(f"showcase: {error}", err=True)
         raise typer.Exit(error.exit_code) from error

@@ -155,11 +155,7 @@ def finish(plan: tuple[Task, ...], output: Path) -> Result:
 def trade_off(result: Result) -> list[dict[str, Any]]:
     """Perplexity and tokens/s of every deployment, fastest first; `pareto`: nothing beats both."""
     metric = metrics_of(result.scenarios)[0]
-    subjects = plots.with_quality(result, metric.key)
-    points = [
-        (result.statistics[metric.key][s.name]["tokens_per_s"], float(s.perplexity or 0))
-        for s in subjects
-    ]
+    subjects, points = plots.speed_and_quality(result, metric.key)
     front = set(plots.pareto(points))
     rows = [
         {

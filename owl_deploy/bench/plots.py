@@ -102,18 +102,19 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(best, key=lambda index: points[index])
 
 
-def with_quality(result: Result, key: str) -> list[Subject]:
-    """The subjects that have both a speed in the metric and a perplexity."""
+def speed_and_quality(result: Result, key: str) -> tuple[list[Subject], list[tuple[float, float]]]:
+    """The subjects that have both, and of each its tokens/s in the metric and its perplexity."""
     rows = result.statistics.get(key, {})
-    return [s for s in result.subjects if s.name in rows and s.perplexity is not None]
+    found = [
+        (subject, (rows[subject.name]["tokens_per_s"], float(subject.perplexity)))
+        for subject in result.subjects
+        if subject.name in rows and subject.perplexity is not None
+    ]
+    return [subject for subject, _ in found], [point for _, point in found]
 
 
 def _trade_off(axes: "Axes", result: Result, key: str) -> None:
-    subjects = with_quality(result, key)
-    points = [
-        (result.statistics[key][s.name]["tokens_per_s"], float(s.perplexity or 0.0))
-        for s in subjects
-    ]
+    subjects, points = speed_and_quality(result, key)
     best = pareto(points)
     front = [points[index] for index in best]
     axes.step(*zip(*front, strict=True), where="post", color=FAINT, linewidth=1)

@@ -131,10 +131,7 @@ def _speed(subject: Subject, row: dict[str, float]) -> tuple[str, ...]:
 
 
 def _quality(result: Result, key: str) -> _Rows:
-    subjects = plots.with_quality(result, key)
-    points = [
-        (result.statistics[key][s.name]["tokens_per_s"], float(s.perplexity or 0)) for s in subjects
-    ]
+    subjects, points = plots.speed_and_quality(result, key)
     front = set(plots.pareto(points))
     return [
         (

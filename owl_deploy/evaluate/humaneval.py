@@ -54,6 +54,7 @@ class HumanEval(ConfigurableTask):  # type: ignore[misc] # the harness has no ty
     def __init__(self) -> None:
         self.chat = False
         self.answers: list[Answer] = []
+        self._passed: dict[str, bool] = {}
         super().__init__(
             config={
                 "task": NAME,
@@ -97,11 +98,11 @@ class HumanEval(ConfigurableTask):  # type: ignore[misc] # the harness has no ty
                 outcome = judge(program, problem["test"], problem["entry_point"])
                 self.answers.append(Answer(problem["task_id"], text, **asdict(outcome)))
                 advance(1)
+        self._passed = {answer.problem: answer.passed for answer in self.answers}
 
     def process_results(self, doc: dict[str, Any], _results: list[str]) -> dict[str, float]:
         """Whether the answer to `doc` passed, as 0 or 1."""
-        passed = {answer.problem: answer.passed for answer in self.answers}
-        return {PASS_AT_1: float(passed[doc["task_id"]])}
+        return {PASS_AT_1: float(self._passed[doc["task_id"]])}
 
 
 def continued(problem: dict[str, Any], text: str) -> str:

@@ -9,6 +9,7 @@ flaw of the kernel's would let through, this does not stop.
 
 import ast
 import builtins
+import functools
 import os
 import select
 import shutil
@@ -173,6 +174,7 @@ def _is_root() -> bool:
     return os.geteuid() == 0
 
 
+@functools.cache
 def _command() -> list[str]:
     prefix = Path(sys.base_prefix)
     python = prefix / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"

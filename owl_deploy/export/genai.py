@@ -25,7 +25,7 @@ from owl_deploy.export.source import Progress, Source
 
 _BUILDER = Path(__file__).with_name("builder.py")
 _UNSUPPORTED = "is not currently supported"
-FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
+_FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
 
 
 class FamilyNotBuilt(Exception):
@@ -102,17 +102,25 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
         return
     if _UNSUPPORTED in words:
         raise FamilyNotBuilt(words.strip().splitlines()[-1])
-    if any(sign in words for sign in FULL_DISK):
-        raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
+    refuse_full_disk(words)
     if "No module named" in words:
         missing = words.rsplit("No module named", 1)[1].splitlines()[0].strip()
         raise EnvironmentFailed(
             f"onnxruntime-genai's model builder lacks the module {missing}.",
             "Install owl-deploy again.",
         )
-    lines = [line for line in words.splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else "no output"
     raise EngineFailed(
-        f"onnxruntime-genai's model builder ended with code {returncode}: {last}",
+        f"onnxruntime-genai's model builder ended with code {returncode}: {last_line(words)}",
         "The other target, --target deepsparse, may work.",
     )
+
+
+def refuse_full_disk(words: str) -> None:
+    """Raise `BadInput` where the output of a process that failed says that the disk is full."""
+    if any(sign in words for sign in _FULL_DISK):
+        raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
+
+
+def last_line(words: str) -> str:
+    """The last line of a process's output that says anything."""
+    return ([line.strip() for line in words.splitlines() if line.strip()] or ["no output"])[-1]

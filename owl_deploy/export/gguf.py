@@ -18,7 +18,7 @@ from owl_deploy.engines.environment import environment_folder, python_of
 from owl_deploy.engines.registry import get_engine
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.export import parity
-from owl_deploy.export.genai import FULL_DISK
+from owl_deploy.export.genai import last_line, refuse_full_disk
 from owl_deploy.export.source import Progress, Reference, Source
 
 ENGINE = "llama.cpp"
@@ -118,7 +118,7 @@ def _output(command: list[str], what: str = "Python", way_out: str = "") -> str:
         return words
     if unknown := _UNKNOWN.search(words):
         raise BadInput(f"llama.cpp's converter does not know {unknown[1]!r}: no GGUF.", way_out)
-    if any(sign in words for sign in FULL_DISK):
-        raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
-    last = ([line.strip() for line in words.splitlines() if line.strip()] or ["no output"])[-1]
-    raise EngineFailed(f"llama.cpp's {what} ended with code {done.returncode}: {last}", way_out)
+    refuse_full_disk(words)
+    raise EngineFailed(
+        f"llama.cpp's {what} ended with code {done.returncode}: {last_line(words)}", way_out
+    )
