@@ -48,6 +48,9 @@ template <class V, class Form>
 struct CellStream {
   static constexpr ValueTraits kTraits = Form::kTraits;
   static constexpr Storage kStorage = Form::kStorage;
+  // Two cells in the halves of 64 bytes.
+  static constexpr bool kPaired = kStorage == Storage::kPlanes ||
+                                  (kStorage == Storage::kDense && kTraits.stored_bits == 4);
 
   const std::uint8_t* mask = nullptr;
   const std::uint8_t* value = nullptr;
@@ -57,7 +60,7 @@ struct CellStream {
       : mask(kStorage == Storage::kSparse ? w.group_masks(group) : nullptr),
         value(w.group_values(group)) {}
 
-  // Cells come in turn from an even place and from an odd one.
+  // Cells come in turn from an even place and from an odd one; integers as `dot` takes them.
   template <bool Odd>
   typename V::Cell next() {
     if constexpr (kStorage == Storage::kSparse) {
@@ -66,20 +69,24 @@ struct CellStream {
       mask += sizeof(bits);
       const typename V::Cell cell = V::expand(Bits<kTraits.stored_bits>{}, value, bits);
       value += kTraits.stored_bytes(set_bits(bits));
-      return cell;
-    } else if constexpr (kStorage == Storage::kPlanes) {
+      return ready(cell);
+    } else if constexpr (kPaired) {
       const typename V::Cell cell = V::template nibbles<Odd>(V::load_cell(value));
       if constexpr (Odd) value += kCellBytes;
-      return cell;
+      return ready(cell);
     } else {
-      static_assert(kStorage == Storage::kDense);
-      const std::uint8_t* from = value;
-      value += kTraits.stored_bytes(kTraits.values_per_cell());
-      if constexpr (kTraits.stored_bits == kTraits.cell_bits)
-        return V::load_cell(from);
-      else
-        return V::expand(Bits<kTraits.stored_bits>{}, from);
+      static_assert(kTraits.stored_bits == kTraits.cell_bits);
+      const typename V::Cell cell = V::load_cell(value);
+      value += kCellBytes;
+      return ready(cell);
     }
+  }
+
+  static typename V::Cell ready(typename V::Cell cell) {
+    if constexpr (kTraits.integer())
+      return V::bias8(cell);
+    else
+      return cell;
   }
 
   // Called once for every four cells; a prefetch past the end of the block is harmless, it never
@@ -88,7 +95,7 @@ struct CellStream {
     const char* p = reinterpret_cast<const char*>(value) + kPrefetchBytes;
     prefetch(p);
     prefetch(p + 64);
-    if constexpr (kStorage == Storage::kDense || kTraits.stored_bits > 8) {
+    if constexpr (!kPaired && (kStorage == Storage::kDense || kTraits.stored_bits > 8)) {
       prefetch(p + 128);
       prefetch(p + 192);
     }

@@ -13,7 +13,7 @@ from .conftest import Kernels
 from .test_kernels import TOLERANCE, activations, as_kernels_see, rounding_error
 from .test_pack import sparse_weight
 
-VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8")
+VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8", "int4")
 # Around every width that some kernel has: lanes, cells, blocks of 32, planes of 128 columns, tiles.
 WIDTHS = (*range(1, 21), 31, 32, 33, 63, 64, 65, 66, 127, 128, 129, 191, 193, 255, 256, 257, 259)
 
@@ -152,7 +152,7 @@ def with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 def test_owl_isa_chooses_the_kernels_of_a_session(
     kernels: Kernels, isa: str, values: pack.Values, tmp_path
 ) -> None:

@@ -11,8 +11,9 @@ from owl_deploy.runtime import pack
 from .conftest import Kernels
 
 SHAPES = [(1, 1), (16, 64), (17, 5), (31, 129), (64, 576), (100, 1000)]
-# Relative to the largest value of the row and block: half a step of each type.
-STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254}
+# Relative to the largest value of the row and block: half a step of each type; of int4, what the
+# largest may lose so that the others lose less.
+STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254, "int4": 0.3}
 
 
 def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArray[np.float32]:
@@ -23,7 +24,7 @@ def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArr
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99, 1.0])
 def test_round_trip(
@@ -35,7 +36,7 @@ def test_round_trip(
     back = pack.unpack(block)
     assert (info.rows, info.cols, info.sparse, info.values) == (*shape, sparse, values)
     assert back.shape == weight.shape
-    assert np.array_equal(back == 0, weight == 0) or values == "int8"
+    assert np.array_equal(back == 0, weight == 0) or values in ("int8", "int4")
     assert np.abs(back - weight).max() <= STEP[values] * np.abs(weight).max()
     again = pack.unpack(pack.pack(back, values, sparse))
     assert np.abs(again - back).max() <= STEP[values] * np.abs(weight).max()
@@ -88,8 +89,9 @@ def test_every_region_is_aligned() -> None:
 def test_refuses_what_it_cannot_store() -> None:
     with pytest.raises(ValueError, match="two dimensions"):
         pack.pack(np.zeros(3, dtype=np.float32))
-    with pytest.raises(ValueError, match="int8"):
-        pack.pack(np.array([[np.inf]], dtype=np.float32), "int8")
+    for values in ("int8", "int4"):
+        with pytest.raises(ValueError, match="infinities"):
+            pack.pack(np.array([[np.inf]], dtype=np.float32), values)
     for values, sparse in (("bf16", False), ("int8", True)):
         with pytest.raises(ValueError, match="planes"):
             pack.pack(np.ones((2, 2), dtype=np.float32), values, sparse, planes=True)
@@ -147,7 +149,7 @@ def test_gate_and_up_alternate() -> None:
 
 REFUSAL = (
     "block|version|value type|flags|planes|exponent|"
-    "groups of 16|rows|cells|outside|region|index|mask"
+    "groups of 16|rows|cells|outside|region|index|mask|shared"
 )
 HEADER_FIELDS = {
     "version": (8, 4),
@@ -164,12 +166,13 @@ HEADER_FIELDS = {
     "values": (80, 8),
     "total": (88, 8),
     "exponent": (96, 4),
+    "scale_columns": (100, 4),
 }
 
 
 @pytest.mark.parametrize("field", HEADER_FIELDS)
 @pytest.mark.parametrize("value", [0, 1, 63, 2**31, 2**32 - 1, 2**63, 2**64 - 64, 2**64 - 1])
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 def test_hostile_header(kernels: Kernels, field: str, value: int, values: pack.Values) -> None:
     block = pack.pack(sparse_weight(33, 70, 0.5), values).copy()
     offset, width = HEADER_FIELDS[field]
@@ -287,7 +290,7 @@ def test_mask_with_too_many_bits(kernels: Kernels) -> None:
 @given(data=st.data())
 def test_fuzzed_blocks_never_read_outside(kernels: Kernels, data: st.DataObject) -> None:
     """Damage is refused, or leaves a block that multiplies inside its bounds (ASan watches)."""
-    values = data.draw(st.sampled_from(["fp32", "bf16", "int8"]))
+    values = data.draw(st.sampled_from(["fp32", "bf16", "int8", "int4"]))
     rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
     sparse = data.draw(st.booleans())
     planes = values == "int8" and not sparse and data.draw(st.booleans())
