@@ -2,8 +2,8 @@
 // pack.py.
 //
 // A weight [rows, cols] is cut into groups of 16 output rows; a group is a sequence of *cells*. A
-// cell is 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 int8 and int4), 64 bytes once
-// expanded, row-major: one vector register whose every 32-bit lane belongs to one output. So a
+// cell is 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 int8 and int4), 64 bytes
+// once expanded, row-major: one vector register whose every 32-bit lane belongs to one output. So a
 // matrix-vector product keeps 16 outputs in one register and never adds across lanes.
 #pragma once
 
@@ -43,7 +43,7 @@ struct ValueTraits {
   ValueType type;
   std::size_t stored_bits;  // of a value in the block
   std::size_t cell_bits;    // of a value in an expanded cell: 8 meet int8 activations, in integers
-  bool planes = false;  // whether they may lie in planes
+  bool planes = false;      // whether they may lie in planes
 
   // Which is also how many values share one 32-bit lane.
   OWL_INLINE constexpr std::size_t columns_per_cell() const { return 32 / cell_bits; }

@@ -43,22 +43,46 @@ inline std::size_t set_bits(M mask) {
     return static_cast<std::size_t>(__builtin_popcount(mask));
 }
 
+// 4-bit values for an instruction set that expands bytes, but not halves of them: so many as bytes
+// at a time. For a load of what has just been stored in parts waits until that has reached the
+// cache; here most of it did long before.
+constexpr std::size_t kWidenedBytes = 512;  // of packed values
+constexpr std::size_t kCellNibbles = 32;    // bytes, at most
+
+template <bool Needed>
+struct Widened {
+  alignas(64) std::uint8_t values[2 * kWidenedBytes];
+};
+template <>
+struct Widened<false> {};
+
 // Walks the cells of one row group, expanding each.
 template <class V, class Form>
 struct CellStream {
   static constexpr ValueTraits kTraits = Form::kTraits;
   static constexpr Storage kStorage = Form::kStorage;
   // Two cells in the halves of 64 bytes.
-  static constexpr bool kPaired = kStorage == Storage::kPlanes ||
-                                  (kStorage == Storage::kDense && kTraits.stored_bits == 4);
+  static constexpr bool kPaired =
+      kStorage == Storage::kPlanes || (kStorage == Storage::kDense && kTraits.stored_bits == 4);
+  static constexpr bool kWidens =
+      kStorage == Storage::kSparse && kTraits.stored_bits == 4 && V::kWidens;
 
   const std::uint8_t* mask = nullptr;
   const std::uint8_t* value = nullptr;
+  // Of those that are widened: their bytes, what the first was made of, and where the group ends.
+  std::uint8_t* widened = nullptr;
+  std::uintptr_t first = 0;
+  const std::uint8_t* end = nullptr;
 
   CellStream() = default;
-  CellStream(const PackedMatrix& w, std::size_t group)
+  CellStream(const PackedMatrix& w, std::size_t group, Widened<kWidens>& room)
       : mask(kStorage == Storage::kSparse ? w.group_masks(group) : nullptr),
-        value(w.group_values(group)) {}
+        value(w.group_values(group)) {
+    if constexpr (kWidens) {
+      widened = room.values;
+      end = w.group_values(group + 1);
+    }
+  }
 
   // Cells come in turn from an even place and from an odd one; integers as `dot` takes them.
   template <bool Odd>
@@ -67,7 +91,7 @@ struct CellStream {
       Mask<kTraits.columns_per_cell()> bits;
       std::memcpy(&bits, mask, sizeof(bits));
       mask += sizeof(bits);
-      const typename V::Cell cell = V::expand(Bits<kTraits.stored_bits>{}, value, bits);
+      const typename V::Cell cell = expand(bits);
       value += kTraits.stored_bytes(set_bits(bits));
       return ready(cell);
     } else if constexpr (kPaired) {
@@ -79,6 +103,21 @@ struct CellStream {
       const typename V::Cell cell = V::load_cell(value);
       value += kCellBytes;
       return ready(cell);
+    }
+  }
+
+  template <class M>
+  typename V::Cell expand(M bits) {
+    if constexpr (kWidens) {
+      std::size_t at = reinterpret_cast<std::uintptr_t>(value) - first;
+      if (at > kWidenedBytes - kCellNibbles) {
+        V::widen(value, smaller(kWidenedBytes, static_cast<std::size_t>(end - value)), widened);
+        first = reinterpret_cast<std::uintptr_t>(value);
+        at = 0;
+      }
+      return V::expand(Bits<8>{}, widened + 2 * at, bits);
+    } else {
+      return V::expand(Bits<kTraits.stored_bits>{}, value, bits);
     }
   }
 

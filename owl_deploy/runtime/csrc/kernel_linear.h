@@ -144,14 +144,15 @@ void matvec_integer(const PackedMatrix& w, std::size_t begin, std::size_t end,
   const auto* scales = reinterpret_cast<const float*>(row + layout.scale_offset);
   const auto* corrections = reinterpret_cast<const std::int32_t*>(row + layout.correction_offset);
   const std::size_t whole = w.cells / kBlockCells;
+  Widened<CellStream<V, Form>::kWidens> room;
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
-    CellStream<V, Form> stream(w, g);
+    CellStream<V, Form> stream(w, g, room);
     const std::uint8_t* weight_scales = w.group_scales(g);
     prefetch_scales(w, g + 2);
     typename V::F total = V::f_set1(0.0F);
     auto add = [&](std::size_t b, typename V::I sum) {
-      const typename V::F scale = V::f_load_scales(
-          weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_exponent);
+      const typename V::F scale =
+          V::f_load_scales(weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_exponent);
       total = V::f_fma(V::to_float(sum), V::f_mul(scale, V::f_set1(scales[b])), total);
     };
     for (std::size_t b = 0; b < whole; ++b)
@@ -268,8 +269,9 @@ void matvec_float(const PackedMatrix& w, std::size_t begin, std::size_t end,
                   const std::uint8_t* row, float* sums) {
   constexpr Bits<Form::kTraits.cell_bits> width;
   constexpr std::size_t step = activation_bytes<V>(width);
+  Widened<false> room;
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
-    CellStream<V, Form> stream(w, g);
+    CellStream<V, Form> stream(w, g, room);
     typename V::F a = V::f_set1(0.0F), b = a, c = a, d = a;
     const std::uint8_t* x = row;
     for (std::size_t i = 0; i < w.cells; i += 4, x += 4 * step) {
@@ -432,7 +434,8 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups,
   std::memset(sums, 0, count * width * sizeof(float));
   if (groups < N) std::memset(scratch, 0, kPanelBlockCells * N * kCellBytes);
   CellStream<V, Form> streams[N];
-  for (std::size_t n = 0; n < groups; ++n) streams[n] = CellStream<V, Form>(w, begin + n);
+  Widened<CellStream<V, Form>::kWidens> rooms[N];
+  for (std::size_t n = 0; n < groups; ++n) streams[n] = CellStream<V, Form>(w, begin + n, rooms[n]);
   for (std::size_t done = 0; done < w.cells; done += kPanelBlockCells) {
     const std::size_t cells = smaller(kPanelBlockCells, w.cells - done);
     for (std::size_t n = 0; n < groups; ++n)

@@ -33,6 +33,7 @@ struct Neon {
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 4;  // 4 x 4 sums, 4 weights and their halves, in 32 registers
   static constexpr int kInt8Rows = 2;
+  static constexpr bool kWidens = false;
   static constexpr bool kBiased = false;
 
   template <class Operation>

@@ -21,6 +21,7 @@ struct Portable {
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 2;
   static constexpr int kInt8Rows = 2;
+  static constexpr bool kWidens = false;
   static constexpr bool kBiased = false;
 
   static Cell load_cell(const void* p) {

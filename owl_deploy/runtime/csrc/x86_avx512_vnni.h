@@ -11,6 +11,7 @@ struct Avx512VnniCommon : Avx512Common {
   static constexpr bool kBiased =
       true;  // VPDPBUSD multiplies unsigned by signed bytes: weights are biased by 128
 
+  static constexpr bool kWidens = false;
   using Avx512Common::dot;
   using Avx512Common::expand;
 
@@ -28,9 +29,8 @@ struct Avx512VnniCommon : Avx512Common {
     const __m512i bytes =
         _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
-    const __m512i values =
-        _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 12)),
-                         _mm512_set1_epi8(static_cast<char>(0xf0)));
+    const __m512i values = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 12)),
+                                            _mm512_set1_epi8(static_cast<char>(0xf0)));
     return _mm512_xor_si512(_mm512_mask_expand_epi8(bias, mask, values), bias);
   }
   static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
