@@ -340,8 +340,8 @@ def _grid_bits(
     return bits >> 19
 
 
-# The largest of few integers costs less when it is cut off than when all the others grow: candidates
-# lie so many sixteenths of an octave below the scale at which it fits.
+# To cut the largest value off may cost less than to round all others to a coarser grid: candidates
+# lie so many codes, a sixteenth of an octave each, below the scale at which it fits.
 _CANDIDATES = range(1, 6)
 
 
@@ -396,7 +396,8 @@ def _quantize(
         quotient = weight[part] / decoded[part].repeat(shared, axis=1)[:, : weight.shape[1]]
         rounded = np.rint(quotient)
         if exact:
-            quotient -= rounded
+            with np.errstate(invalid="ignore"):  # infinities
+                quotient -= rounded
             off = ~(np.abs(quotient) <= _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1))
             off |= (rounded < levels[0]) | (rounded > levels[1])
             if off.any():
@@ -531,9 +532,7 @@ def _compress(
     return np.frombuffer(b"".join(parts), np.uint8), index
 
 
-def _join_sparse_nibbles(
-    values: NDArray[np.int8], counts: NDArray[np.int64]
-) -> NDArray[np.uint8]:
+def _join_sparse_nibbles(values: NDArray[np.int8], counts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Values of cells that have `counts` of them: two a byte, a cell's first in an upper half."""
     ends = np.cumsum(counts)
     even = np.insert((values + np.int8(8)).view(np.uint8), ends[counts % 2 == 1], np.uint8(0))

@@ -67,15 +67,14 @@ std::string check_groups(const PackedMatrix& m, std::uint64_t value_space) {
 
 // Columns that share a scale, 0 where there are none.
 std::uint32_t scale_columns(const Header& h) {
-  if (!traits_of(static_cast<ValueType>(h.value_type)).integer()) return 0;
-  return h.version == kOlderVersion ? kBlockColumns : h.scale_columns;
+  if (h.version != kOlderVersion) return h.scale_columns;
+  return traits_of(static_cast<ValueType>(h.value_type)).integer() ? kBlockColumns : 0;
 }
 
 bool scale_columns_are_sound(const Header& h) {
   const std::uint32_t columns = scale_columns(h);
-  if (h.version != kOlderVersion && columns != h.scale_columns) return false;
-  if (h.flags == kFlagPlanes) return columns == kBlockColumns;
-  return columns == 0 || columns == 32 || columns == 64 || columns == 128;
+  if (!traits_of(static_cast<ValueType>(h.value_type)).integer()) return columns == 0;
+  return columns == 32 || (h.flags != kFlagPlanes && (columns == 64 || columns == 128));
 }
 
 std::string check_header(const Header& h, std::size_t size) {

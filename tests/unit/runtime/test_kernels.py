@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 from owl_deploy.runtime import pack
 
 from .conftest import Kernels
-from .test_pack import sparse_weight
+from .test_pack import on_grid, sparse_weight
 
+INTEGERS: tuple[pack.Values, ...] = ("int4", "int8")
 TOLERANCE = 2e-6  # of sum |x| |w|: fp32 sums, since the oracle rounds activations as the kernels do
 
 
@@ -112,6 +113,36 @@ def test_planes_pass_on_what_is_not_a_number(kernels: Kernels, isa: str, bad: fl
     x = activations(1, 96)
     x[0, 40] = bad
     assert np.isnan(kernels.matmul(isa, block, x, 70)[0]).all()
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("shared", [64, 128])
+@pytest.mark.parametrize("cols", [32, 33, 96, 130, 700])
+def test_scales_of_more_columns(
+    kernels: Kernels, isa: str, values: pack.Values, sparse: bool, shared: int, cols: int
+) -> None:
+    block = pack.pack(sparse_weight(50, cols, 0.5), values, sparse, scale_columns=shared)
+    for rows in (1, 5):
+        x = activations(rows, cols)
+        y, _ = kernels.matmul(isa, block, x, 50)
+        assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
+    if not sparse:
+        np.testing.assert_array_equal(kernels.gather(block, 17, cols), pack.unpack(block)[17])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_int4_and_int8_of_one_grid_agree_to_the_last_bit(
+    kernels: Kernels, isa: str, sparse: bool, rows: int
+) -> None:
+    weight, scales = on_grid(70, 203, "int4", 32)
+    x = activations(rows, 203)
+    four, eight = (
+        kernels.matmul(isa, pack.pack(weight, values, sparse, scales=scales), x, 70)[0]
+        for values in INTEGERS
+    )
+    np.testing.assert_array_equal(four, eight)
 
 
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
