@@ -326,7 +326,8 @@ def _scale_bits(
             found = _least_squares(columns, found, levels)
         bits[part] = found.reshape(-1, blocks)
     octaves = traits.counts.bit_length() - 1
-    return np.maximum(bits - 16 * octaves, 0)
+    bits -= 16 * octaves
+    return np.maximum(bits, 0, out=bits)
 
 
 def _grid_bits(
@@ -371,7 +372,8 @@ def _squared_error(
     found *= scale
     found -= columns
     found *= found
-    return found.sum(axis=0)
+    error: NDArray[np.float32] = found.sum(axis=0)
+    return error
 
 
 # A weight of a grid differs from its place there by what bf16 rounds, or half of it rounded twice.
