@@ -288,6 +288,7 @@ def _encode_integers(weight: NDArray[np.float32]) -> NDArray[np.generic]:
     return weight.astype(np.int8).view(np.uint8)
 
 
+_NOT_FINITE = "a weight with infinities or NaN cannot be stored in integers"
 # Weights that are quantized at a time: few enough for the second-level cache.
 _PART = 1 << 17
 
@@ -319,7 +320,7 @@ def _scale_bits(
         columns = np.ascontiguousarray(tiles.reshape(-1, shared).T)
         peak = np.maximum(columns.max(axis=0), -columns.min(axis=0))
         if not np.isfinite(peak).all():
-            raise ValueError("a weight with infinities or NaN cannot be stored in integers")
+            raise ValueError(_NOT_FINITE)
         # Rounded up, so that the largest value still fits.
         found = ((peak / np.float32(levels[1])).view(np.int32) + 0x7FFFF) >> 19
         if traits.stored_bits == 4:
@@ -366,13 +367,14 @@ def _squared_error(
     columns: NDArray[np.float32], bits: NDArray[np.int32], levels: tuple[int, int]
 ) -> NDArray[np.float32]:
     scale = (bits << 19).view(np.float32)
-    found = columns * np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    np.rint(found, out=found)
-    np.clip(found, *map(np.float32, levels), out=found)
-    found *= scale
-    found -= columns
-    found *= found
-    error: NDArray[np.float32] = found.sum(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):  # then no other scale is found better
+        found = columns * np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        np.rint(found, out=found)
+        np.clip(found, *map(np.float32, levels), out=found)
+        found *= scale
+        found -= columns
+        found *= found
+        error: NDArray[np.float32] = found.sum(axis=0)
     return error
 
 
@@ -398,9 +400,10 @@ def _quantize(
         quotient = weight[part] / decoded[part].repeat(shared, axis=1)[:, : weight.shape[1]]
         rounded = np.rint(quotient)
         if exact:
-            with np.errstate(invalid="ignore"):  # infinities
-                quotient -= rounded
-            off = ~(np.abs(quotient) <= _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1))
+            if not np.isfinite(quotient).all():
+                raise ValueError(_NOT_FINITE)
+            quotient -= rounded
+            off = np.abs(quotient) > _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1)
             off |= (rounded < levels[0]) | (rounded > levels[1])
             if off.any():
                 # Scales that are too small for this weight's exponent were changed themselves.
