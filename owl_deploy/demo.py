@@ -18,7 +18,7 @@ from rich.table import Table
 from owl_deploy import engines, recipe
 from owl_deploy.artefact import write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
-from owl_deploy.bench.decision import sentence
+from owl_deploy.bench.decision import judge, sentence
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison, Subject
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
@@ -264,7 +264,7 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
         "engine, with 90 % intervals; no: none "
         f"that matters; ?: the machine is too noisy to tell. {MODEL_IS}\n"
     )
-    console.print(sentence(result), soft_wrap=True)
+    console.print(sentence(judge(result)), soft_wrap=True)
 
 
 def conclude(

@@ -31,6 +31,13 @@ MaxLoss = Annotated[
     str | None,
     Option(help="Quality that may go in the choice of what to deploy, such as 2%. [none]"),
 ]
+QualityMetric = Annotated[
+    str | None,
+    Option(
+        help="What that quality is: perplexity, humaneval (pass@1), or another task that owl eval "
+        "has measured. [humaneval if all have it, else perplexity]"
+    ),
+]
 CheckpointFolder = Annotated[Path, Argument(help="A checkpoint: a Hugging Face model folder.")]
 CalibrationText = Annotated[str | None, Option("--calibration", "-c", help=f"Text: {_SOURCE}")]
 PerplexityText = Annotated[str | None, Option("--perplexity", "-p", help=f"Text: {_SOURCE}")]

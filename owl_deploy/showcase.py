@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_deploy.bench import BenchPlan, Result, read_result
-from owl_deploy.bench.decision import sentence
+from owl_deploy.bench.decision import judge, sentence
 from owl_deploy.demo import Clock, conclude, over_dense
 from owl_deploy.demo_input import CALIBRATION, EVALUATION
 from owl_deploy.errors import BadInput, OwlError
@@ -160,7 +160,7 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
         f"code that was not calibrated on; tok/s: decoding at a context of {_CONTEXTS[0]}; prompt: "
         f"of {_PROMPTS[0]} tokens. {MODEL_IS}\n"
     )
-    console.print(sentence(result), soft_wrap=True)
+    console.print(sentence(judge(result)), soft_wrap=True)
 
 
 def main(
