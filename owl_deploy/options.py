@@ -134,6 +134,9 @@ AllowCode = Annotated[
     bool, Option("--allow-code", help="Run what the model writes for humaneval, in a sandbox.")
 ]
 Limit = Annotated[int | None, Option(help="At most so many documents a task.")]
+Every = Annotated[
+    int, Option(min=1, metavar="N", help="Of a task every N-th document, the first among them.")
+]
 Window = Annotated[int, Option(help="Tokens a window; for tasks, at most.")]
 Windows = Annotated[int | None, Option(help="At most so many windows; the whole text without it.")]
 CheckpointDevice = Annotated[str, Option(help="For checkpoints: auto, cpu or cuda.")]

@@ -277,7 +277,7 @@ def _pick(judged: Judged, pick: Option, max_loss: float | None) -> str:
     if max_loss is None:
         allowed = "no more than one standard error" if judged.by_task else "next to nothing"
     problems = f" of {judged.documents} problems" if judged.by_task else ""
-    best = f"the best has {judged.said(judged.best)}"
+    best = f"the best has {judged.said(judged.best)}" if pick.loss > 0 else "none has better"
     if pick.loss > 0 and pick.may_be_chance:
         best += f", which is within the noise of {judged.documents} problems"
     return (

@@ -107,7 +107,7 @@ def _trade_off(axes: "Axes", judged: Judged) -> None:
             yerr=scale * option.stderr if option.stderr else None,
             fmt=ink.marker,
             color=ink.light,
-            ecolor=FAINT,
+            ecolor=ink.light,
             elinewidth=1,
             markersize=4 + 8 * (subject.size_bytes / max(largest, 1)) ** 0.5,  # area: the bytes
             markerfacecolor=ink.light if subject.is_sparse else "none",
