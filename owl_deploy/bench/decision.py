@@ -7,6 +7,7 @@ same problems (Miller 2024, arXiv 2411.00640, section 4.2). Where nobody says wh
 may: the one-standard-error rule (Breiman et al. 1984, section 3.4.3).
 """
 
+import contextlib
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -160,18 +161,14 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
         else:
             how = f"--{PERPLEXITY} TEXT" if key == PERPLEXITY else f"--tasks {key}"
             raise BadInput(f"{name} has no {key} measured.", f"Run: owl eval {name} {how}")
-    (first, *_), kinds = found or [""], {(s.documents, *sorted(s.passed)) for s in found.values()}
-    if len(kinds) > 1:
-        other = next(name for name, score in found.items() if _differ(score, found[first]))
-        raise BadInput(
-            f"{first} and {other} were asked other documents of {key}.",
-            "Evaluate both with the same --limit and --every.",
-        )
+    for name, score in found.items():
+        first, other = next(iter(found.items()))
+        if score.documents != other.documents or score.passed.keys() != other.passed.keys():
+            raise BadInput(
+                f"{first} and {name} were asked other documents of {key}.",
+                "Evaluate both with the same --limit and --every.",
+            )
     return found
-
-
-def _differ(one: Score, other: Score) -> bool:
-    return one.documents != other.documents or one.passed.keys() != other.passed.keys()
 
 
 def judge(result: Result, key: str | None = None) -> Judged:
@@ -184,20 +181,12 @@ def judge(result: Result, key: str | None = None) -> Judged:
     speeds = result.statistics.get(metrics_of(result.scenarios)[0].key, {})
     timed = [subject for subject in result.subjects if subject.name in speeds]
     if key is None:
-        with_code = _judged(timed, speeds, HUMANEVAL) if _all_have(timed, HUMANEVAL) else None
-        if with_code and with_code.best.value > _TELLS * (with_code.best.stderr or 0.0):
-            return with_code
+        with contextlib.suppress(BadInput):
+            by_code = _judged(timed, speeds, HUMANEVAL)
+            if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
+                return by_code
         timed, key = [subject for subject in timed if subject.perplexity], PERPLEXITY
     return _judged(timed, speeds, key)
-
-
-def _all_have(subjects: Sequence[Subject], task: str) -> bool:
-    found = [subject.scores[task] for subject in subjects if task in subject.scores]
-    return (
-        bool(found)
-        and len(found) == len(subjects)
-        and not any(_differ(score, found[0]) for score in found)
-    )
 
 
 def _judged(subjects: Sequence[Subject], speeds: dict[str, dict[str, float]], key: str) -> Judged:
@@ -289,8 +278,8 @@ def _pick(judged: Judged, pick: Option, max_loss: float | None) -> str:
 def _sparse(judged: Judged, pick: Option, max_loss: float | None) -> str:
     """What is to say of the sparse ones beside the choice."""
     sparse = [option for option in judged.options if option.subject.is_sparse]
-    dense = [option for option in judged.options if option not in sparse]
-    if pick in sparse:
+    dense = [option for option in judged.options if not option.subject.is_sparse]
+    if pick.subject.is_sparse:
         best = max((one.tokens_per_s for one in dense if one.is_allowed(max_loss)), default=0.0)
         gain = f"{pick.tokens_per_s / best:.2f}x the best dense one's speed" if best else ""
         return f"Sparsity pays: it is {gain}." if gain else ""
