@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from owl_deploy.bench.machine import look
 from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.engines import EngineProcess, get_engine, open_deployment
+from owl_deploy.engines import EngineProcess, get_engine, open_deployment, threads_for
 from owl_deploy.evaluate.humaneval import REQUEST, problems
 from owl_deploy.evaluate.perplexity import engine_of
 from owl_deploy.text import load_tokenizer
@@ -44,8 +45,8 @@ class Parting:
     problem: str
     tokens: int
     of: int
-    ours: str = ""
-    theirs: str = ""
+    deployment: str = ""
+    pytorch: str = ""
     near: float | None = None
 
 
@@ -70,18 +71,20 @@ def in_pytorch(
     most: int,
 ) -> Answer:
     """The greedy answer of `model` to `prompt`, of `most` tokens at most."""
-    tokens: list[int] = []
-    likeliest: list[list[tuple[int, float]]] = []
-    fed, past = torch.tensor([prompt]), None
+    plainly = transformers.GenerationConfig(  # and not with the penalties that a model comes with
+        do_sample=False,
+        max_new_tokens=most,
+        eos_token_id=end,
+        pad_token_id=end,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    ids = torch.tensor([prompt])
     with torch.inference_mode():
-        while len(tokens) < most and end not in tokens:
-            out = model(fed, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = out.past_key_values
-            best = out.logits[0, -1].log_softmax(-1).topk(_KEPT)
-            likeliest.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
-            tokens.append(likeliest[-1][0][0])
-            fed = torch.tensor([tokens[-1:]])
-    return Answer(problem, prompt, tokens, likeliest)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plainly)
+    best = [row[0].log_softmax(-1).topk(_KEPT) for row in out.logits]
+    likeliest = [list(zip(b.indices.tolist(), b.values.tolist(), strict=True)) for b in best]
+    return Answer(problem, prompt, out.sequences[0, len(prompt) :].tolist(), likeliest)
 
 
 def compare(answer: Answer, found: list[int], tokenizer: Any) -> Parting:  # noqa: ANN401
@@ -102,12 +105,19 @@ def compare(answer: Answer, found: list[int], tokenizer: Any) -> Parting:  # noq
     )
 
 
-def in_deployment(folder: Path, answers: list[Answer], tokenizer: Any) -> list[Parting]:  # noqa: ANN401
+def in_deployment(
+    folder: Path,
+    answers: list[Answer],
+    tokenizer: Any,  # noqa: ANN401 - transformers is untyped
+    threads: int | None,
+) -> list[Parting]:
     """Where the deployment parts from each of `answers`."""
     engine = engine_of(open_deployment(folder), None)
     room = get_engine(engine).context_for(max(len(a.prompt) + len(a.tokens) for a in answers))
     partings = []
-    with EngineProcess(engine, folder, context=room, all_logits=True) as process:
+    with EngineProcess(
+        engine, folder, threads=threads_for(threads), context=room, all_logits=True
+    ) as process:
         for answer in answers:
             asked = {"tokens": answer.prompt, "count": len(answer.tokens)}
             partings.append(
@@ -123,7 +133,7 @@ def show(folder: Path, partings: list[Parting]) -> None:
         if one.tokens < one.of:
             print(
                 f"  {one.problem:14} parts after {one.tokens:4} of {one.of:4} tokens: "
-                f"{one.ours!r} for {one.theirs!r}, near {one.near:.2g}",
+                f"{one.deployment!r} for {one.pytorch!r}, near {one.near:.2g}",
                 flush=True,
             )
 
@@ -136,6 +146,7 @@ def main() -> None:
     parser.add_argument("deployments", nargs="+", type=Path)
     parser.add_argument("--problems", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
+    parser.add_argument("--threads", type=int, help="of an engine [the physical cores]")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.checkpoint)
@@ -157,7 +168,7 @@ def main() -> None:
         "deployments": {},
     }
     for folder in arguments.deployments:
-        partings = in_deployment(folder, answers, tokenizer)
+        partings = in_deployment(folder, answers, tokenizer, arguments.threads)
         show(folder, partings)
         result["deployments"][folder.name] = [asdict(one) for one in partings]
     if arguments.output is not None:
