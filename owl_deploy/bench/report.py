@@ -104,13 +104,14 @@ def _page(result: Result, max_loss: float | None, quality_metric: str | None) ->
 def _metric(result: Result, metric: Metric) -> dict[str, Any]:
     found = [c for c in result.comparisons if c.scenario == metric.key]
     zeros = {s.name: s.zeros for s in result.subjects}
-    known = [c for c in found if "same engine" in c.against and zeros[c.candidate] is not None]
+    own = [zeros[c.candidate] for c in found if "same engine" in c.against]
+    sparsities = {round(share, 2) for share in own if share is not None}
     speeds = result.statistics.get(metric.key, {})
     return {
         "title": metric.title,
         "key": metric.key,
         "words": "; ".join(f"{c.candidate} over {c.baseline} {c.text}" for c in found),
-        "by_sparsity": len(known) > 1,
+        "by_sparsity": len(sparsities) > 1,
         "speeds": [_speed(s, speeds[s.name]) for s in result.subjects if s.name in speeds],
         "comparisons": [
             (

@@ -123,6 +123,16 @@ def test_the_picture_shows_what_is_judged_by() -> None:
     assert "pass@1" not in render([with_code(40)], quality_metric="perplexity")
 
 
+def test_one_sparsity_makes_no_picture_by_sparsity(page: str) -> None:
+    made = result()
+    same = tuple(
+        s.model_copy(update={"zeros": 0.5 + 0.001 * s.zeros}) if s.zeros else s
+        for s in made.subjects
+    )
+    assert "by the share of zeros" in page
+    assert "by the share of zeros" not in render([made.model_copy(update={"subjects": same})])
+
+
 def test_failures_are_in_the_page_and_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     made = result(failure="The engine 'x' was ended by SIGABRT.")
     assert "was ended by SIGABRT" in render([made])
