@@ -16,7 +16,7 @@ from owl_deploy.bench import machine, read_result
 from owl_deploy.bench.decision import refreshed
 from owl_deploy.demo import CALIBRATION, EVALUATION, MODEL, Plan, Variant, conclude, rows, tasks
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.manifest import measurement
+from owl_deploy.manifest import CheckpointManifest, measurement, read_manifest
 from owl_deploy.pipeline import RunTasks, execute, survey
 from owl_deploy.recipe import PruneSettings
 from tests import tiny
@@ -131,6 +131,9 @@ def test_the_showcase_goes_on_where_it_was_killed(
     assert survey(plan)[:2] == ["done", "to do"]
     answering = output / "deployments" / "sparse-owl-int8" / "measured" / "perplexity.json"
     killed_at(answering, source, output, again)
+    trained = read_manifest(plan[1].output, CheckpointManifest)
+    assert trained is not None
+    assert trained.to_json()["finetune"]["resumed"]
     said: list[str] = []
     execute(plan, said.append)
     assert len(said) in (4, 5)  # perplexity's receipt, HumanEval, the recovered one's, the bench
