@@ -62,8 +62,8 @@ class Plan:
     """What is made, and how much of it is run.
 
     `roads`: by "dense", "sparse" and "recovered", the targets and precisions of each. `samples`
-    windows of `length` tokens to prune by; `windows` of `window` to evaluate on; every
-    `every`-manieth of HumanEval's problems, and at most `limit`.
+    windows of `length` tokens to prune by; `windows` of `window` to evaluate on; of HumanEval's
+    problems each `every`-th, and at most `limit`.
     """
 
     roads: dict[str, tuple[Road, ...]]
@@ -107,7 +107,7 @@ def _is_named(pattern: str, model: str, road: Road) -> bool:
 SHOWCASE = Plan(
     roads={"dense": (*_OWL, *_RIVALS), "sparse": _OWL, "recovered": (("owl", "int8"),)},
     pruning=PruneSettings(method="sparsegpt", allocation="owl", sparsity=0.5),
-    # A quarter of the blocks at a time: some 13 GB with the teacher. A chat model that only read
+    # A quarter of the blocks at a time: 13 GB with the teacher, by reckoning. A chat model that only read
     # code would forget how to answer: half of the loss is the dense one's.
     recovery=FinetuneSettings(
         method="masked",
