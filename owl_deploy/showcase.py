@@ -107,8 +107,8 @@ def _is_named(pattern: str, model: str, road: Road) -> bool:
 SHOWCASE = Plan(
     roads={"dense": (*_OWL, *_RIVALS), "sparse": _OWL, "recovered": (("owl", "int8"),)},
     pruning=PruneSettings(method="sparsegpt", allocation="owl", sparsity=0.5),
-    # A quarter of the blocks at a time: 13 GB with the teacher, by reckoning. A chat model that only read
-    # code would forget how to answer: half of the loss is the dense one's.
+    # A quarter of the blocks at a time: 13 GB with the teacher, by reckoning. A chat model that
+    # only read code would forget how to answer: half of the loss is the dense one's.
     recovery=FinetuneSettings(
         method="masked",
         learning_rate=1e-4,
