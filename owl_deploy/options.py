@@ -31,6 +31,13 @@ MaxLoss = Annotated[
     str | None,
     Option(help="Quality that may go in the choice of what to deploy, such as 2%. [none]"),
 ]
+QualityMetric = Annotated[
+    str | None,
+    Option(
+        help="What that quality is: perplexity, humaneval (pass@1), or another task that owl eval "
+        "has measured. [humaneval if all have it, else perplexity]"
+    ),
+]
 CheckpointFolder = Annotated[Path, Argument(help="A checkpoint: a Hugging Face model folder.")]
 CalibrationText = Annotated[str | None, Option("--calibration", "-c", help=f"Text: {_SOURCE}")]
 PerplexityText = Annotated[str | None, Option("--perplexity", "-p", help=f"Text: {_SOURCE}")]
@@ -127,6 +134,9 @@ AllowCode = Annotated[
     bool, Option("--allow-code", help="Run what the model writes for humaneval, in a sandbox.")
 ]
 Limit = Annotated[int | None, Option(help="At most so many documents a task.")]
+Every = Annotated[
+    int, Option(min=1, metavar="N", help="Of a task every N-th document, the first among them.")
+]
 Window = Annotated[int, Option(help="Tokens a window; for tasks, at most.")]
 Windows = Annotated[int | None, Option(help="At most so many windows; the whole text without it.")]
 CheckpointDevice = Annotated[str, Option(help="For checkpoints: auto, cpu or cuda.")]
