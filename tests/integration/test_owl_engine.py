@@ -9,7 +9,7 @@ import onnxruntime_genai
 import pytest
 
 from owl_deploy import recipe
-from owl_deploy.engines import open_deployment
+from owl_deploy.engines import EngineProcess, open_deployment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.export import targets
@@ -145,6 +145,10 @@ def test_a_prompt_in_parts_says_the_same(pruned, tmp_path):
     written = json.loads((tmp_path / "out" / "genai_config.json").read_text())["search"]
     assert written["chunk_size"] == PROMPT_CHUNK
     assert greedy(PROMPT_CHUNK) == greedy(1000) == greedy(7)
+    # Rows at once take no prompt in parts.
+    with EngineProcess("owl", tmp_path / "out", context=310, batch=2) as process:
+        answer = process.request("decode", prompt=tokens.tolist(), steps=2, warmup=0)
+    assert len(answer["latencies_ms"]) == 2
 
 
 @pytest.mark.parametrize(
