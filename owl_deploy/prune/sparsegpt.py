@@ -9,6 +9,7 @@ from owl_deploy.methods import SparseGPTOptions
 from owl_deploy.prune import mask
 from owl_deploy.prune.by_score import Group
 from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.prune.triangular import invert_lower
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,13 @@ def factorise(hessian: torch.Tensor, dampening: float) -> Factor:
     try:
         # With the columns in reverse, H = L L^T gives H^-1 = U^T U for the upper U = L^-1 turned
         # back: one factorisation, where inverting and factorising again would take two and more.
-        lower = torch.linalg.cholesky(damped.flip(0, 1))
+        inverse = torch.linalg.cholesky(damped.flip(0, 1))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # not re-exported
         raise BadInput(
             "The inputs of a layer depend on each other too much for SparseGPT.",
             "Give more --samples, or a larger --dampening.",
         ) from error
-    identity = torch.eye(len(lower), device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    invert_lower(inverse)
     return Factor(inverse.flip(0, 1).contiguous(), dead)
 
 
