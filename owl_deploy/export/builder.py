@@ -59,9 +59,15 @@ def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which
     return built[0] if built else None
 
 
-def rewrite(built: Any, folder: Path, options: dict[str, Any]) -> dict[str, object]:  # noqa: ANN401
+def rewrite(
+    built: Any,  # noqa: ANN401 - as above
+    checkpoint: Path,
+    folder: Path,
+    options: dict[str, Any],
+) -> dict[str, object]:
     """Save in `folder`, where the builder wrote all but the graph, that graph made sparse."""
     sys.path.append(str(Path(__file__).parents[2]))  # where this package is, if not installed
+    from owl_deploy.export.grid import Grid
     from owl_deploy.export.sparse import sparsify
 
     # As the builder saves it, and as it would be read again.
@@ -71,17 +77,17 @@ def rewrite(built: Any, folder: Path, options: dict[str, Any]) -> dict[str, obje
         for index, value in enumerate(node.inputs):
             if value is not None and not value.name:  # an optional input that is left out
                 node.replace_input_with(index, None)
-    return sparsify(built.model, folder, **options)
+    return sparsify(built.model, folder, grid=Grid.read(checkpoint), **options)
 
 
 def main() -> None:
     """See above."""
     options = json.loads(sys.argv.pop(1))
-    folder = Path(sys.argv[sys.argv.index("-o") + 1])
+    checkpoint, folder = (Path(sys.argv[sys.argv.index(name) + 1]) for name in ("-i", "-o"))
     built = run(save=options is None)
     if options is not None:
         sys.stdout.write("\nPacking the weights\n")
-        sys.stdout.write(json.dumps(rewrite(built, folder, options)) + "\n")
+        sys.stdout.write(json.dumps(rewrite(built, checkpoint, folder, options)) + "\n")
 
 
 if __name__ == "__main__":

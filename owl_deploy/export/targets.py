@@ -12,6 +12,7 @@ from owl_deploy import artefact, checkpoint
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, is_full_disk, unknown_name
 from owl_deploy.export import describe, genai, gguf, parity, traced
+from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import DeploymentManifest, versions
@@ -92,6 +93,7 @@ def _owl(request: Request) -> dict[str, Any]:
     """The builder's graph with this package's operators in it."""
     library_path()  # to hear now that it is missing, and not after minutes
     kernels()  # or that OWL_ISA is wrong
+    Grid.read(request.source.folder)  # or that the checkpoint's is damaged
     sparsify = {"precision": request.precision, "head": request.head}
     try:
         return genai.build(request.source, request.folder, "fp32", request.progress, sparsify)
@@ -130,10 +132,11 @@ TARGETS: dict[str, Target] = {
         build=_owl,
         # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
         # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
-        # int8 is reported only, as it is for the dense exports.
+        # int8 and int4 are reported only, as they are for the dense exports.
         precisions={
             "bf16": Precision(2, 5e-2),
             "int8": Precision(1.1),
+            "int4": Precision(0.6),
             "fp32": Precision(4, 1e-3),
         },
         engine="owl",
@@ -170,10 +173,10 @@ def export(
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
     `target`: a row of `TARGETS`. Without `precision` it has the target's default. `head`, for
-    targets with a choice of it, is `screened` (usual for int8) or `whole`. `force` replaces a
-    destination that is there; `progress` is told each step. The deployment appears whole, after its
-    parity with PyTorch was checked, or not at all. Raises `BadInput`, `ParityFailed`,
-    `EngineFailed`, `EnvironmentFailed`.
+    targets with a choice of it, is `screened` (usual for int8 and int4) or `whole`. `force`
+    replaces a destination that is there; `progress` is told each step. The deployment appears
+    whole, after its parity with PyTorch was checked, or not at all. Raises `BadInput`,
+    `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
     """
     folder, destination = Path(folder), Path(destination)
     precision = precision_of(target, precision)
