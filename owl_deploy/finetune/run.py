@@ -93,6 +93,7 @@ class Run:
         if self.sparse_result:
             flag = "--merge masked" if settings.merge else "--method masked"
             source.refuse_dense(flag)
+            source.refuse_rounded(flag)
         self.targets = _targets(source, settings.target_modules)
         self.windows = source.windows(text, settings.sequence_length)
         self.dtype = _computing_dtype(settings.dtype)

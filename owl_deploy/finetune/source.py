@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.text import load_text, load_tokenizer, tokenize
@@ -63,6 +63,16 @@ class Source:
                 f"{self.folder} is dense ({self.zeros / self.weights:.1%} zeros), and {what} "
                 "keeps a sparse model's zeros.",
                 "Prune it first with owl prune, or use --method lora without --merge.",
+            )
+
+    def refuse_rounded(self, what: str) -> None:
+        """Raise `BadInput` for weights on a grid of a few bits, which `what` would leave."""
+        if (self.folder / GRID).is_file():
+            raise BadInput(
+                f"{self.folder} is rounded to {self.manifest.settings.bits} bits, and {what} would "
+                "move its weights off their grid.",
+                "Train the checkpoint before it is rounded, then owl prune --method none --bits, "
+                "or use --method lora without --merge.",
             )
 
     def load(self, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped

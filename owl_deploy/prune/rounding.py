@@ -10,7 +10,9 @@ from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.columns import Factor, Settle, Sweep, Swept, damped, factorise, settled
 from owl_deploy.prune.grid import Grid, decode
 
-_DAMPENING = 0.01  # of methods that have no such option; share of the mean diagonal
+# Share of the mean diagonal. Ten times SparseGPT's: of four tried that left the least error on other
+# text, by up to 7 % where a Linear has many inputs for its tokens.
+_DAMPENING = 0.1
 _STEP = 128  # columns whose updates are delayed together
 _PASSES = 2  # of refinement: the first takes off 10 to 20 % of the output's error, a third 1 %
 
@@ -28,16 +30,15 @@ def prune_and_round(
 
     The scales are bfloat16, [out, groups], which holds them exactly. What is zero stays zero.
     """
-    dampening = getattr(options, "dampening", _DAMPENING)
     if method.joint:
         joint = pkgutil.resolve_name(method.joint)
         swept: Swept = joint(weight, inputs, sparsity, group, options, grid)
     else:
         prune = pkgutil.resolve_name(method.prune)
         pruned: torch.Tensor = prune(weight, inputs, sparsity, group, options)
-        factor = inputs.of_hessian(factorise, dampening)
+        factor = inputs.of_hessian(factorise, _DAMPENING)
         swept = rounded(beginning(weight, pruned), pruned == 0, factor, grid)
-    weight = refined(swept, weight, inputs.of_hessian(damped, dampening), grid)
+    weight = refined(swept, weight, inputs.of_hessian(damped, _DAMPENING), grid)
     assert swept.codes is not None
     return weight, decode(swept.codes).bfloat16()
 

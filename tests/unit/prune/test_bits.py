@@ -142,6 +142,7 @@ def test_a_recipe_says_that_it_was_rounded(llama, tmp_path, calibration):
         (["--method", "none"], "The method none only rounds. Give --bits."),
         (["--method", "none", "--bits", "4", "-s", "0.5"], "The method none removes nothing."),
         (["--method", "none", "--bits", "4", "--structure", "2:4"], "removes nothing"),
+        (["--method", "none", "--bits", "4", "--head-sparsity", "0.5"], "removes nothing"),
         (["--bits", "4", "--structure", "3:7"], "Groups of 7 weights do not fit"),
     ],
 )
