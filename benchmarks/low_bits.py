@@ -39,7 +39,7 @@ def made(name: str, given: argparse.Namespace) -> Path:
     folder: Path = given.work / name.replace(" ", "-").replace(",", "").replace("%", "percent")
     if not is_artefact(folder):
         text = ("--calibration", demo_input() / CALIBRATION, "--samples", given.samples)
-        asked = (*text, "--sequence-length", 512, *FORMATS[name])
+        asked = (*text, "--sequence-length", 512, "--dtype", given.dtype, *FORMATS[name])
         resume = ["--resume"] if is_interrupted(folder) else []
         owl("prune", demo_input() / MODEL, "-o", folder, *map(str, asked), *resume)
     return folder
@@ -88,11 +88,13 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--format", action="append", choices=FORMATS, help="[all]")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--dtype", default="auto", help="to prune in; perplexity is in float32")
     parser.add_argument("--steps", type=int, default=len(FORMATS), help="rows to do now")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    result = {"cpu": look().cpu, "samples": given.samples, "versions": versions(), "rows": []}
+    asked = {"samples": given.samples, "dtype": given.dtype}
+    result = {"cpu": look().cpu, **asked, "versions": versions(), "rows": []}
     if given.output.is_file():
         result = read_object(given.output, "Delete it.")
     done = {one["format"] for one in result["rows"]}

@@ -10,7 +10,7 @@ from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.columns import Factor, Settle, Sweep, Swept, damped, factorise, settled
 from owl_deploy.prune.grid import Grid, decode
 
-# Share of the mean diagonal. Ten times SparseGPT's: of four tried that left the least error on other
+# Share of the mean diagonal. Ten times SparseGPT's: of those tried it left the least error on other
 # text, by up to 7 % where a Linear has many inputs for its tokens.
 _DAMPENING = 0.1
 _STEP = 128  # columns whose updates are delayed together
