@@ -142,11 +142,14 @@ class PruneSettings(BaseModel):
                     f"{option} {value} is not possible.",
                     f"There are: {', '.join(map(str, known))}.",
                 )
-        if self.group and max(self.group[1], self.bits_group) % min(self.group[1], self.bits_group):
-            raise BadInput(
-                f"Groups of {self.group[1]} weights do not fit those of --group {self.bits_group}.",
-                "One must divide the other.",
-            )
+        if self.group and self.bits_group:
+            short, long = sorted((self.group[1], self.bits_group))
+            if long % short:
+                raise BadInput(
+                    f"Groups of {self.group[1]} weights do not fit those of --group "
+                    f"{self.bits_group}.",
+                    "One must divide the other.",
+                )
 
     @property
     def needs(self) -> Literal["nothing", "norms", "hessian"]:
