@@ -57,7 +57,7 @@ class Method:
     inputs that it asks for. `options`: the type of its own options. `modifier`: SparseML's, or None
     where nothing there does the same; then no recipe can be written that reproduces it. `joint`: a
     function that is given a `prune.grid.Grid` as well, and rounds what it leaves in the same pass;
-    without it that is done after `prune`. `removes`: whether anything goes.
+    without it what `prune` leaves is rounded. `removes`: whether anything goes.
     """
 
     prune: str

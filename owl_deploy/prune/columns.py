@@ -142,7 +142,7 @@ class Sweep:
                 place = slice(start + asked.start, start + asked.stop)
                 gone[asked] = self.choose(place, columns[asked]).T
             if grid is None:
-                return _removing(gone, diagonal)
+                return _removing(gone, diagonal, part)
             # An error in column j costs error^2 / U_jj^2 after all later ones have done their best.
             kept = columns[part].masked_fill(gone[part], 0).T
             codes.append(grid.best_codes(kept, diagonal[part] ** -2, window))
@@ -151,11 +151,11 @@ class Sweep:
         return settled(columns, upper, width, begin)
 
 
-def _removing(gone: torch.Tensor, diagonal: torch.Tensor) -> Settle:
-    share = gone / diagonal.unsqueeze(1)  # [b, out]: 0 where it stays
+def _removing(gone: torch.Tensor, diagonal: torch.Tensor, part: slice) -> Settle:
+    share = gone[part] / diagonal[part].unsqueeze(1)  # [n, out]: 0 where it stays
 
     def settle(place: int, column: torch.Tensor) -> torch.Tensor:
-        error = column * share[place]
+        error = column * share[place - part.start]
         column.masked_fill_(gone[place], 0)
         return error
 

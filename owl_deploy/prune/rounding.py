@@ -1,11 +1,7 @@
 """Round what a method leaves of a weight to a grid, with compensation (`owl prune --bits`)."""
 
-import pkgutil
-
 import torch
 
-from owl_deploy.methods import Method, Options
-from owl_deploy.prune.by_score import Group
 from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.columns import Factor, Settle, Sweep, Swept, damped, factorise, settled
 from owl_deploy.prune.grid import Grid, decode
@@ -17,29 +13,21 @@ _STEP = 128  # columns whose updates are delayed together
 _PASSES = 2  # of refinement: the first takes off 10 to 20 % of the output's error, a third 1 %
 
 
-def prune_and_round(
-    method: Method,
-    weight: torch.Tensor,
-    inputs: Inputs,
-    sparsity: float,
-    group: Group,
-    options: Options,
-    grid: Grid,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float32 `weight` [out, in], pruned by `method`, on the `grid`; and its scales.
+def round_pruned(dense: torch.Tensor, pruned: torch.Tensor, inputs: Inputs, grid: Grid) -> Swept:
+    """The float32 `pruned` [out, in], which a method made of `dense`, on the `grid`."""
+    factor = inputs.of_hessian(factorise, _DAMPENING)
+    return rounded(beginning(dense, pruned), pruned == 0, factor, grid)
 
-    The scales are bfloat16, [out, groups], which holds them exactly. What is zero stays zero.
+
+def finished(
+    swept: Swept, dense: torch.Tensor, inputs: Inputs, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rounded weight, refined, and its scales: bfloat16 [out, groups], which holds them exactly.
+
+    What is zero because it was removed stays so.
     """
-    if method.joint:
-        joint = pkgutil.resolve_name(method.joint)
-        swept: Swept = joint(weight, inputs, sparsity, group, options, grid)
-    else:
-        prune = pkgutil.resolve_name(method.prune)
-        pruned: torch.Tensor = prune(weight, inputs, sparsity, group, options)
-        factor = inputs.of_hessian(factorise, _DAMPENING)
-        swept = rounded(beginning(weight, pruned), pruned == 0, factor, grid)
-    weight = refined(swept, weight, inputs.of_hessian(damped, _DAMPENING), grid)
     assert swept.codes is not None
+    weight = refined(swept, dense, inputs.of_hessian(damped, _DAMPENING), grid)
     return weight, decode(swept.codes).bfloat16()
 
 

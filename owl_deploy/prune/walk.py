@@ -17,7 +17,7 @@ from owl_deploy.prune.grid import Grid
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.request import Request
-from owl_deploy.prune.rounding import prune_and_round
+from owl_deploy.prune.rounding import finished, round_pruned
 from owl_deploy.prune.store import SCALE, Store
 from owl_deploy.recipe import kept
 
@@ -52,6 +52,8 @@ class Walk:
         self.request, self.plan, self.store, self.first = request, plan, store, first
         self.skeleton, self.names = request.skeleton, request.shape.names
         self.method = pkgutil.resolve_name(request.method.prune)
+        joint = request.method.joint
+        self.joint = pkgutil.resolve_name(joint) if joint else None
         self.needs = request.settings.needs
         bits, width = request.settings.bits, request.settings.bits_group
         self.grid = Grid(bits, width) if bits and width else None
@@ -121,13 +123,15 @@ class Walk:
         group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
         weight = dense.to(self.skeleton.device, torch.float32)
         asked = (weight, inputs, sparsity, group, settings.options)
-        if self.grid is None:
-            return {"weight": self.method(*asked).to(dense.device, dense.dtype)}
-        rounded, scales = prune_and_round(self.request.method, *asked, self.grid)
-        return {
-            "weight": rounded.to(dense.device, dense.dtype),
-            SCALE: scales.to(dense.device),
-        }
+        if self.grid and self.joint:
+            swept = self.joint(*asked, self.grid)
+        else:
+            pruned: torch.Tensor = self.method(*asked)
+            if self.grid is None:
+                return {"weight": pruned.to(dense.device, dense.dtype)}
+            swept = round_pruned(weight, pruned, inputs, self.grid)
+        rounded, scales = finished(swept, weight, inputs, self.grid)
+        return {"weight": rounded.to(dense.device, dense.dtype), SCALE: scales.to(dense.device)}
 
     @torch.no_grad()
     def _finish_head(self, name: str) -> Part:

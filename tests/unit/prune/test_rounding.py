@@ -1,3 +1,5 @@
+import pkgutil
+
 import pytest
 import torch
 
@@ -33,6 +35,18 @@ class Known(Inputs):
 
     def of_hessian(self, make, *arguments):
         return make(self.hessian, *arguments)
+
+
+def prune_and_round(method, weight, hessian, sparsity, group, grid):
+    """As the walk does it."""
+    row, inputs = METHODS[method], Known(hessian)
+    asked = (weight, inputs, sparsity, group, row.options())
+    if row.joint:
+        swept = pkgutil.resolve_name(row.joint)(*asked, grid)
+    else:
+        pruned = pkgutil.resolve_name(row.prune)(*asked)
+        swept = rounding.round_pruned(weight, pruned, inputs, grid)
+    return rounding.finished(swept, weight, inputs, grid)
 
 
 def error(weight, dense, hessian):
@@ -120,10 +134,8 @@ def test_a_removed_column_hands_on_what_drifted_into_it():
 def test_on_the_grid_and_better_than_rounding_to_nearest(layer, method, group, bits):
     weight, _, hessian = layer
     row, grid = METHODS[method], Grid(bits, 32)
-    inputs = Known(hessian)
-    sparsity = 0.5 if row.removes else 0.0
-    asked = (weight, inputs, sparsity, group if row.removes else None, row.options(), grid)
-    found, scales = rounding.prune_and_round(row, *asked)
+    asked = (0.5, group) if row.removes else (0.0, None)
+    found, scales = prune_and_round(method, weight, hessian, *asked, grid)
     assert (scales.dtype, list(scales.shape)) == (torch.bfloat16, [6, 1])
     integers = (found / scales.float()).round()
     assert torch.equal(integers * scales.float(), found)
@@ -143,8 +155,7 @@ def test_on_the_grid_and_better_than_rounding_to_nearest(layer, method, group, b
 def test_zeros_stay_zeros_without_a_method(layer):
     weight, _, hessian = layer
     weight = weight.masked_fill(masks(layer)["half"], 0)
-    asked = (weight, Known(hessian), 0.0, None, METHODS["none"].options(), Grid(4, 32))
-    found, _ = rounding.prune_and_round(METHODS["none"], *asked)
+    found, _ = prune_and_round("none", weight, hessian, 0.0, None, Grid(4, 32))
     assert bool((found[weight == 0] == 0).all())
 
 
