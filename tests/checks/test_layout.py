@@ -84,6 +84,7 @@ def test_help_is_light():
 NO_MODULE = {
     "bench/test_action.py": "action.yml",
     "finetune/test_finetune_run.py": "run.py; pytest wants names that no other folder has",
+    "prune/test_bits.py": "rounding in several modules, through the whole verb",
     "prune/test_head.py": "the head's part in several modules",
     "prune/test_table.py": "methods x allocations x families, through the whole folder",
     "runtime/test_attention.py": "csrc",
