@@ -104,6 +104,8 @@ def prune(
     spread: options.Spread = None,
     skip: options.Skip = None,
     head_sparsity: options.HeadSparsity = None,
+    bits: options.Bits = None,
+    bits_group: options.BitsGroup = None,
     calibration: options.CalibrationText = None,
     samples: options.Samples = 128,
     sequence_length: options.CalibrationLength = 2048,

@@ -138,8 +138,13 @@ def _windows(
 ) -> torch.Tensor | None:
     """The windows to prune by, and after them those to tune by."""
     measures = tune_allocation or ALLOCATIONS[settings.allocation].statistic is not None
-    if METHODS[settings.method].needs == "nothing" and not measures:
+    if settings.needs == "nothing" and not measures:
         return None
+    if calibration is None and settings.bits is not None:
+        raise BadInput(
+            f"Rounding to {settings.bits} bits looks at the model's inputs.",
+            "Give a text with --calibration.",
+        )
     if calibration is None:
         raise BadInput(
             f"The method {settings.method} with the allocation {settings.allocation} looks at the "

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from owl_deploy import recipe
 from owl_deploy.families import FAMILIES
-from owl_deploy.methods import METHODS
 from owl_deploy.prune.run import Calibration, prune
 from tests import tiny
 
@@ -42,7 +41,7 @@ def linears(folder):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.REMOVING)
 def test_every_combination(models, text_file, tmp_path, method, allocation, structure, family):
     values = {"method": method, "allocation": allocation, "structure": structure, "spread": 0.1}
     if structure == "unstructured":
