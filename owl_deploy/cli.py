@@ -104,6 +104,7 @@ def prune(
     spread: options.Spread = None,
     skip: options.Skip = None,
     head_sparsity: options.HeadSparsity = None,
+    refit: options.Refit = None,
     calibration: options.CalibrationText = None,
     samples: options.Samples = 128,
     sequence_length: options.CalibrationLength = 2048,

@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Statistic = Literal["nothing", "norms", "hessian"]  # of a Linear's inputs
+
 
 class Options(BaseModel):
     """The options of a method: none here; a subclass has a field for each, with a description.
@@ -31,6 +33,18 @@ class SparseGPTOptions(Options):
         default=0.01, gt=0, allow_inf_nan=False, description="share of the mean diagonal"
     )
     preserve_mask: bool = Field(default=False, description="zeros stay zeros")
+
+
+class ALPSOptions(Options):
+    """`dampening`: what is added to the diagonal of the scaled X^T X, which is one.
+
+    `iterations`: of ADMM; with more the support gets a little better.
+    """
+
+    dampening: float = Field(
+        default=0.05, gt=0, allow_inf_nan=False, description="share of the diagonal"
+    )
+    iterations: int = Field(default=20, ge=1, description="of the choice of weights")
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class Method:
     """
 
     prune: str
-    needs: Literal["nothing", "norms", "hessian"]
+    needs: Statistic
     options: type[Options] = Options
     modifier: Modifier | None = None
 
@@ -97,6 +111,15 @@ METHODS: dict[str, Method] = {
                 "dampening": "dampening_frac",
                 "preserve_mask": "preserve_sparsity_mask",
             },
+        ),
+    ),
+    "alps": Method(
+        "owl_deploy.prune.alps:prune",
+        "hessian",
+        ALPSOptions,
+        Modifier(
+            "SparseGPTModifier",
+            remark="SparseML knows no ALPS: SparseGPT for these layers, another choice of weights.",
         ),
     ),
 }

@@ -67,6 +67,10 @@ HeadSparsity = Annotated[
     float | None,
     Option(help="Prune the output head too, and the embedding if they are one matrix."),
 ]
+Refit = Annotated[
+    bool | None,
+    Option("--refit", help="Give the weights that are left better values; alps always does."),
+]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Of the draw of windows.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, Option(help="To compute in: auto, float32, bfloat16 or float16.")]

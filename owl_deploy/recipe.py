@@ -28,7 +28,7 @@ from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
 from owl_deploy.families import heads
-from owl_deploy.methods import METHODS, Modifier, Options
+from owl_deploy.methods import METHODS, Modifier, Options, Statistic
 
 UNSTRUCTURED = "unstructured"
 RESOLVED = "recipe.yaml"  # in a checkpoint
@@ -45,7 +45,8 @@ class PruneSettings(BaseModel):
     Linears that stay dense, by the end of their names. `head_sparsity`: that of the output head,
     which stays dense without it. `layers`, for the allocation "list": block or Linear name to
     sparsity. `options`: the method's own, of the type that its row in `METHODS` names, or a mapping
-    of their names to values.
+    of their names to values. `refit`: whether the weights that are left get the values that suit
+    them best; ALPS does it in any case.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +61,7 @@ class PruneSettings(BaseModel):
     head_sparsity: float | None = None
     layers: dict[str, float] | None = None
     options: SerializeAsAny[Options] = Options()
+    refit: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +116,11 @@ class PruneSettings(BaseModel):
     def group(self) -> tuple[int, int] | None:
         """(N, M) of the structure N:M; None when unstructured."""
         return parse_structure(self.structure)
+
+    @property
+    def needs(self) -> Statistic:
+        """The statistic of a Linear's inputs that the method asks for, or the refit after it."""
+        return "hessian" if self.refit else METHODS[self.method].needs
 
 
 def _options(method: str, given: Options | Mapping[str, Any]) -> Options:
@@ -333,6 +340,8 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
         lines.append(f"Of the output head {settings.head_sparsity:.4g}.")
     if modifier.remark:
         lines.append(modifier.remark)
+    if settings.refit:
+        lines.append("SparseML knows no refit of the weights that are left.")
     return lines
 
 

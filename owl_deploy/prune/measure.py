@@ -56,7 +56,7 @@ def measure(
                     hidden,
                     advance,
                     keep=index + 1 < len(shape.names),
-                    hessian=index == 0 and request.method.needs == "hessian",
+                    hessian=index == 0 and request.settings.needs == "hessian",
                 )
                 linears = skeleton.linears(index)
                 own = {key: inputs.norm(key) for key in shape.linears[index]}

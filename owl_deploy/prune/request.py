@@ -138,12 +138,13 @@ def _windows(
 ) -> torch.Tensor | None:
     """The windows to prune by, and after them those to tune by."""
     measures = tune_allocation or ALLOCATIONS[settings.allocation].statistic is not None
-    if METHODS[settings.method].needs == "nothing" and not measures:
+    if settings.needs == "nothing" and not measures:
         return None
     if calibration is None:
+        refit = ", with a refit," if settings.refit else ""
         raise BadInput(
-            f"The method {settings.method} with the allocation {settings.allocation} looks at the "
-            "model's inputs.",
+            f"The method {settings.method}{refit} with the allocation {settings.allocation} looks "
+            "at the model's inputs.",
             "Give a text with --calibration.",
         )
     longest = checkpoint.config.get("max_position_embeddings")

@@ -15,6 +15,7 @@ from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.plan import Plan
+from owl_deploy.prune.refit import refit
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import kept
@@ -50,7 +51,7 @@ class Walk:
         self.request, self.plan, self.store, self.first = request, plan, store, first
         self.skeleton, self.names = request.skeleton, request.shape.names
         self.method = pkgutil.resolve_name(request.method.prune)
-        self.hessian = request.method.needs == "hessian"
+        self.hessian = request.settings.needs == "hessian"
         self.hidden: Activations | None = None
         self.advance: Advance = lambda _: None
 
@@ -59,7 +60,7 @@ class Walk:
         head = self.request.head
         names = [*self.names, *([head] if head else [])]
         windows = self.request.windows
-        if self.request.method.needs != "nothing" and not all(map(self.store.holds, names)):
+        if self.request.settings.needs != "nothing" and not all(map(self.store.holds, names)):
             assert windows is not None
             self.hidden = self.skeleton.embed(windows, self.request.batch, self.store.folder)
         passes = 2 * len(names) - (self.hidden is not None)
@@ -112,6 +113,8 @@ class Walk:
         group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
         weight = dense.to(self.skeleton.device, torch.float32)
         pruned: torch.Tensor = self.method(weight, inputs, sparsity, group, settings.options)
+        if settings.refit and settings.method != "alps":  # which has done it
+            pruned = refit(weight, pruned, inputs)
         return pruned.to(dense.device, dense.dtype)
 
     @torch.no_grad()

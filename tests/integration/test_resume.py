@@ -68,7 +68,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, 30_000])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
 def test_a_killed_run_resumes_to_the_same_weights(
     model, text_file, tmp_path, method, shard_bytes, monkeypatch
 ):
