@@ -69,13 +69,15 @@ class Method:
     `prune`: "module:function", which maps (weight [out, in] float32, inputs, sparsity, group,
     options) to the pruned weight; `prune/by_score.py` has the types. `needs`: the statistic of the
     inputs that it asks for. `options`: the type of its own options. `modifier`: SparseML's, or None
-    where nothing there does the same; then no recipe can be written that reproduces it.
+    where nothing there does the same; then no recipe can be written that reproduces it. `refits`:
+    whether the values that it leaves need no refit.
     """
 
     prune: str
     needs: Statistic
     options: type[Options] = Options
     modifier: Modifier | None = None
+    refits: bool = False
 
 
 # Of methods with the same modifier the first is what a recipe with it means.
@@ -121,5 +123,6 @@ METHODS: dict[str, Method] = {
             "SparseGPTModifier",
             remark="SparseML knows no ALPS: SparseGPT for these layers, another choice of weights.",
         ),
+        refits=True,
     ),
 }

@@ -113,7 +113,7 @@ class Walk:
         group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
         weight = dense.to(self.skeleton.device, torch.float32)
         pruned: torch.Tensor = self.method(weight, inputs, sparsity, group, settings.options)
-        if settings.refit and settings.method != "alps":  # which has done it
+        if settings.refit and not self.request.method.refits:
             pruned = refit(weight, pruned, inputs)
         return pruned.to(dense.device, dense.dtype)
 

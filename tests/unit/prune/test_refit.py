@@ -67,7 +67,7 @@ def test_the_first_block_keeps_its_mask_and_gets_other_values(
     )
     for name in (one for one in dense if one.startswith("model.layers.0") and "proj" in one):
         assert torch.equal(plain[name] == 0, found[name] == 0)
-        assert torch.equal(plain[name], found[name]) == (method == "alps"), name
+        assert torch.equal(plain[name], found[name]) == METHODS[method].refits, name
 
 
 def test_it_needs_a_text(llama, tmp_path):
