@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GRID = "grid.safetensors"  # the scales of rounded weights
 SHARD_BYTES = 2 * 1024**3  # small enough to be put together in memory beside a block
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -27,6 +27,7 @@ TOLERANCE = 1e-2
 _HERE = Path(__file__).parent
 _PACKAGES = "import sysconfig; print(sysconfig.get_path('platlib'))"
 _UNKNOWN = re.compile(r"Model (\w+) is not supported")
+_MISSING = re.compile(r"Error: Missing .*?([\w.]+)$", re.MULTILINE)
 _FALLBACK = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback quantization")
 
 
@@ -118,6 +119,11 @@ def _output(command: list[str], what: str = "Python", way_out: str = "") -> str:
         return words
     if unknown := _UNKNOWN.search(words):
         raise BadInput(f"llama.cpp's converter does not know {unknown[1]!r}: no GGUF.", way_out)
+    if missing := _MISSING.search(words):
+        raise BadInput(
+            f"llama.cpp's converter needs {missing[1]}, which the checkpoint lacks.",
+            f"Copy it there from the original model. {way_out}".strip(),
+        )
     refuse_full_disk(words)
     raise EngineFailed(
         f"llama.cpp's {what} ended with code {done.returncode}: {last_line(words)}", way_out

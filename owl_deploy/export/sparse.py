@@ -15,6 +15,7 @@ from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
+from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import DOMAIN, Cache, Head, Rewriter
 from owl_deploy.export.rewrites import REPLACEMENTS, REWRITES, drop_unused
 from owl_deploy.runtime import library_path, pack
@@ -31,12 +32,14 @@ def sparsify_deployment(
     cache: Cache | None = None,
     *,
     head: Head | None = None,
+    grid: Grid | None = None,
     join: bool = True,
 ) -> dict[str, object]:
     """Rewrite the builder's fp32 deployment `source` into the folder `destination`.
 
     `precision` is that of the weights, `cache` that of the KV cache: fp16 unless `precision` is
-    fp32; `head` is screened for int8, else whole. Without `join` every operator stays a node of
+    fp32; `head` is screened for int8 and int4, else whole; `grid`, which the weights were rounded
+    to, is kept where `precision` can hold it. Without `join` every operator stays a node of
     its own: slower, but the runtime's profile then shows each. Returns statistics.
     """
     model_file, config_file = source / MODEL, source / GENAI_CONFIG
@@ -52,8 +55,9 @@ def sparsify_deployment(
         ir.load(model_file),
         precision,
         cache or ("fp32" if precision == "fp32" else "fp16"),
-        head or ("screened" if precision == "int8" else "whole"),
+        head or ("screened" if pack.TRAITS[precision].levels else "whole"),
         int(config["model"]["decoder"].get("head_size", 0)),
+        grid,
     )
     rewrites = REWRITES if join else (*REPLACEMENTS, drop_unused)
     counts = {rewrite.__name__: rewrite(rewriter) for rewrite in rewrites}
@@ -95,4 +99,5 @@ def _statistics(rewriter: Rewriter) -> dict[str, object]:
         "elements": sum(info.rows * info.cols for info in infos),
         "nonzeros": sum(info.nonzeros for info in infos),
         "packed_bytes": sum(info.size_bytes for info in infos),
+        "weights_on_grid": rewriter.on_grid,
     }

@@ -12,6 +12,7 @@ from owl_deploy import artefact, checkpoint
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, is_full_disk, unknown_name
 from owl_deploy.export import describe, genai, gguf, parity, sparse, traced
+from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import DeploymentManifest, versions
@@ -107,7 +108,10 @@ def _owl(request: Request) -> dict[str, Any]:
         del request.source.model  # what is as large as all that is packed now
         request.progress("Packing the weights")
         precision = cast(pack.Values, request.precision)
-        statistics = sparse.sparsify_deployment(dense, request.folder, precision, head=request.head)
+        grid = Grid.read(request.source.folder)
+        statistics = sparse.sparsify_deployment(
+            dense, request.folder, precision, head=request.head, grid=grid
+        )
     return {**facts, "packing": statistics}
 
 
@@ -139,10 +143,11 @@ TARGETS: dict[str, Target] = {
         # On the disk: the builder's fp32 copy, then the packed weights beside it.
         # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
         # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
-        # int8 is reported only, as it is for the dense exports.
+        # int8 and int4 are reported only, as they are for the dense exports.
         precisions={
             "bf16": Precision(4 + 2, 5e-2),
             "int8": Precision(4 + 1.1),
+            "int4": Precision(4 + 0.6),
             "fp32": Precision(4 + 4, 1e-3),
         },
         engine="owl",
@@ -179,10 +184,10 @@ def export(
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
     `target`: a row of `TARGETS`. Without `precision` it has the target's default. `head`, for
-    targets with a choice of it, is `screened` (usual for int8) or `whole`. `force` replaces a
-    destination that is there; `progress` is told each step. The deployment appears whole, after its
-    parity with PyTorch was checked, or not at all. Raises `BadInput`, `ParityFailed`,
-    `EngineFailed`, `EnvironmentFailed`.
+    targets with a choice of it, is `screened` (usual for int8 and int4) or `whole`. `force`
+    replaces a destination that is there; `progress` is told each step. The deployment appears
+    whole, after its parity with PyTorch was checked, or not at all. Raises `BadInput`,
+    `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
     """
     folder, destination = Path(folder), Path(destination)
     precision = precision_of(target, precision)

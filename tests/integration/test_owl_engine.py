@@ -66,6 +66,53 @@ def test_the_deployment_computes_what_the_checkpoint_does(
     assert recorded["value"] == found.value
 
 
+@pytest.fixture(params=[0.0, 0.5], ids=["dense", "sparse"])
+def rounded(request, tmp_path):
+    """A checkpoint whose weights lie on a grid of 4 bits beside it."""
+    folder = tiny.write_llama(
+        tmp_path / "rounded", hidden_size=128, intermediate_size=336, num_hidden_layers=3
+    )
+    tiny.round_to_grid(folder, 4, 64, request.param)
+    return folder
+
+
+def test_int4_on_a_grid_is_what_the_checkpoint_holds(rounded, text_file, tmp_path):
+    """The same logits as int8 with this grid; those differ from fp32 by the activations alone."""
+    manifests = {
+        precision: export(
+            rounded, tmp_path / precision, target="owl", precision=precision
+        ).to_json()
+        for precision in ("int4", "int8", "fp32")
+    }
+    four, eight = manifests["int4"], manifests["int8"]
+    assert four["packing"]["weights_on_grid"] == eight["packing"]["weights_on_grid"] == 12
+    assert manifests["fp32"]["packing"]["weights_on_grid"] == 0
+    assert four["nonzeros"] == eight["nonzeros"] == pytest.approx(manifests["fp32"]["nonzeros"])
+    sessions = {precision: Session(tmp_path / precision) for precision in manifests}
+    tokens = [3 + n * 7 % 300 for n in range(40)]
+    logits = {precision: session.step(tokens) for precision, session in sessions.items()}
+    size = np.abs(logits["fp32"]).max()
+    assert np.abs(logits["int4"] - logits["int8"]).max() <= 1e-5 * size
+    assert np.abs(logits["int4"] - logits["fp32"]).mean() <= 2e-2 * size
+
+    text = str(text_file)
+    dense = checkpoint_perplexity(rounded, text, window=128, limit=8)
+    found = deployment_perplexity(tmp_path / "int4", text, window=128, limit=8)
+    assert found.value == pytest.approx(dense.value, rel=5e-3)
+    pieces = list(generate(tmp_path / "int4", "The river ran", Sampling(max_new_tokens=8), Speed()))
+    assert 1 <= len(pieces) <= 8
+
+
+def test_int4_without_a_grid_is_rounded_to_nearest(pruned, text_file, tmp_path):
+    manifest = export(pruned, tmp_path / "out", target="owl", precision="int4").to_json()
+    assert manifest["packing"]["weights_on_grid"] == 0
+    assert manifest["packing"]["screened_head"]
+    text = str(text_file)
+    dense = checkpoint_perplexity(pruned, text, window=128, limit=8)
+    found = deployment_perplexity(tmp_path / "out", text, window=128, limit=8)
+    assert found.value == pytest.approx(dense.value, rel=5e-2)
+
+
 def test_the_disk_holds_no_more_than_was_asked_for(owl, pruned, tmp_path, monkeypatch):
     seen = {}
 
