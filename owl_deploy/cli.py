@@ -105,6 +105,8 @@ def prune(
     skip: options.Skip = None,
     head_sparsity: options.HeadSparsity = None,
     refit: options.Refit = None,
+    bits: options.Bits = None,
+    bits_group: options.BitsGroup = None,
     calibration: options.CalibrationText = None,
     samples: options.Samples = 128,
     sequence_length: options.CalibrationLength = 2048,

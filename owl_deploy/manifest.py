@@ -88,12 +88,17 @@ class Trial(_Part):
 
 
 class Pruning(_Part):
-    """The settings that decided what was pruned; those of `recipe.PruneSettings`."""
+    """The settings that decided what was pruned; those of `recipe.PruneSettings`.
+
+    `bits`: what survives is rounded to, with a scale for every `bits_group` columns of a row.
+    """
 
     method: str = ""
     allocation: str = ""
     sparsity: FiniteFloat = 0.0
     skip: tuple[str, ...] = ()
+    bits: int | None = None
+    bits_group: int | None = None
     options: dict[str, Any] = {}
 
 

@@ -69,14 +69,18 @@ class Method:
     `prune`: "module:function", which maps (weight [out, in] float32, inputs, sparsity, group,
     options) to the pruned weight; `prune/by_score.py` has the types. `needs`: the statistic of the
     inputs that it asks for. `options`: the type of its own options. `modifier`: SparseML's, or None
-    where nothing there does the same; then no recipe can be written that reproduces it. `refits`:
-    whether the values that it leaves need no refit.
+    where nothing there does the same; then no recipe can be written that reproduces it. `joint`: a
+    function that is given a `prune.grid.Grid` as well, and rounds what it leaves in the same pass;
+    without it what `prune` leaves is rounded. `removes`: whether anything goes. `refits`: whether
+    the values that it leaves need no refit.
     """
 
     prune: str
     needs: Statistic
     options: type[Options] = Options
     modifier: Modifier | None = None
+    joint: str | None = None
+    removes: bool = True
     refits: bool = False
 
 
@@ -114,6 +118,7 @@ METHODS: dict[str, Method] = {
                 "preserve_mask": "preserve_sparsity_mask",
             },
         ),
+        joint="owl_deploy.prune.sparsegpt:joint",
     ),
     "alps": Method(
         "owl_deploy.prune.alps:prune",
@@ -125,4 +130,5 @@ METHODS: dict[str, Method] = {
         ),
         refits=True,
     ),
+    "none": Method("owl_deploy.prune.by_score:none", "nothing", removes=False),
 }

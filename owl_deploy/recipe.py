@@ -33,6 +33,7 @@ from owl_deploy.methods import METHODS, Modifier, Options, Statistic
 UNSTRUCTURED = "unstructured"
 RESOLVED = "recipe.yaml"  # in a checkpoint
 _DENSE_MASK = "0:0"  # SparseML's word for unstructured
+_BITS, _BITS_GROUPS = (8, 4, 3), (32, 64, 128)
 
 
 class PruneSettings(BaseModel):
@@ -44,9 +45,10 @@ class PruneSettings(BaseModel):
     `spread`: half the range of the sparsities over the blocks (OWL's lambda, DLP's alpha). `skip`:
     Linears that stay dense, by the end of their names. `head_sparsity`: that of the output head,
     which stays dense without it. `layers`, for the allocation "list": block or Linear name to
-    sparsity. `options`: the method's own, of the type that its row in `METHODS` names, or a mapping
-    of their names to values. `refit`: whether the weights that are left get the values that suit
-    them best; ALPS does it in any case.
+    sparsity. `bits`: what survives is rounded to so many, 8, 4 or 3, with one scale for every
+    `bits_group` columns of a row, 32, 64 or 128. `options`: the method's own, of the type that its
+    row in `METHODS` names, or a mapping of their names to values. `refit`: whether the weights that
+    are left get the values that suit them best; ALPS does it in any case.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +62,8 @@ class PruneSettings(BaseModel):
     skip: tuple[str, ...] = ()
     head_sparsity: float | None = None
     layers: dict[str, float] | None = None
+    bits: int | None = None
+    bits_group: int | None = None
     options: SerializeAsAny[Options] = Options()
     refit: bool = False
 
@@ -72,6 +76,14 @@ class PruneSettings(BaseModel):
             if values[what] not in table:
                 raise unknown_name(what, str(values[what]), table)
         values["options"] = _options(values["method"], values.get("options", {}))
+        if not METHODS[values["method"]].removes:
+            if values.get("sparsity") or values.get("structure", UNSTRUCTURED) != UNSTRUCTURED:
+                raise BadInput(
+                    f"The method {values['method']} removes nothing.", "Give another method."
+                )
+            values |= {"sparsity": 0.0, "allocation": "uniform"}
+        if values.get("bits") is not None:
+            values["bits_group"] = values.get("bits_group") or _BITS_GROUPS[0]
         allocation = ALLOCATIONS[values["allocation"]]
         group = parse_structure(values.get("structure", UNSTRUCTURED))
         if group is not None:
@@ -110,17 +122,46 @@ class PruneSettings(BaseModel):
                 )
         if self.head_sparsity is not None and heads() & set(self.skip):
             raise BadInput("--skip names the head, and --head-sparsity prunes it.", "Drop one.")
+        self._check_bits()
         return self
+
+    def _check_bits(self) -> None:
+        if not METHODS[self.method].removes:
+            if self.bits is None:
+                raise BadInput(f"The method {self.method} only rounds.", "Give --bits.")
+            if self.head_sparsity:
+                raise BadInput(f"The method {self.method} removes nothing.", "Give another method.")
+        if self.bits is None:
+            if self.bits_group is not None:
+                raise BadInput("--group is of --bits.", "Give --bits as well.")
+            return
+        for option, value, known in (
+            ("--bits", self.bits, _BITS),
+            ("--group", self.bits_group, _BITS_GROUPS),
+        ):
+            if value not in known:
+                raise BadInput(
+                    f"{option} {value} is not possible.",
+                    f"There are: {', '.join(map(str, known))}.",
+                )
+        if self.group and self.bits_group:
+            short, long = sorted((self.group[1], self.bits_group))
+            if long % short:
+                raise BadInput(
+                    f"Groups of {self.group[1]} weights do not fit those of --group "
+                    f"{self.bits_group}.",
+                    "One must divide the other.",
+                )
+
+    @property
+    def needs(self) -> Statistic:
+        """The statistic of a Linear's inputs that pruning by these settings asks for."""
+        return "hessian" if self.refit or self.bits else METHODS[self.method].needs
 
     @property
     def group(self) -> tuple[int, int] | None:
         """(N, M) of the structure N:M; None when unstructured."""
         return parse_structure(self.structure)
-
-    @property
-    def needs(self) -> Statistic:
-        """The statistic of a Linear's inputs that the method asks for, or the refit after it."""
-        return "hessian" if self.refit else METHODS[self.method].needs
 
 
 def _options(method: str, given: Options | Mapping[str, Any]) -> Options:
@@ -336,6 +377,8 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
         lines.append(f"Outlier multiple (M) {settings.outlier_multiple:g}.")
     if settings.spread:
         lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
+    if settings.bits is not None:
+        lines.append(f"Rounded to {settings.bits} bits as well, which SparseML does another way.")
     if settings.head_sparsity is not None:
         lines.append(f"Of the output head {settings.head_sparsity:.4g}.")
     if modifier.remark:

@@ -8,6 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from owl_deploy.methods import METHODS
+
 SENTENCES = (
     "The river ran past the mill and under the old stone bridge. ",
     "Nobody in the village could say when the clock had stopped. ",
@@ -39,6 +41,8 @@ def write_tokenizer(folder: Path, vocabulary: int = 320) -> None:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     ).save_pretrained(folder)
 
+
+REMOVING = [name for name, row in METHODS.items() if row.removes]  # methods that prune
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 320,

@@ -172,7 +172,7 @@ def _cost(result: Result) -> Table:
                 subject.engine,
                 f"{subject.size_bytes / 1e6:.0f}",
                 f"{subject.peak_bytes / 1e6:.0f}",
-                f"{subject.load_s:.1f}",
+                f"{subject.load_s:.2f}",
                 _roofline(result, subject),
             )
     return table

@@ -34,9 +34,9 @@ _FALLBACK = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback q
 def build(source: Source, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
     """Write `model.gguf`, config and tokenizer into `folder`; returns what the manifest says.
 
-    `precision` is a type of llama.cpp's quantizer. The source's model is gone afterwards, its
-    reference computed. Raises `BadInput` for a model that has no tokenizer or that GGUF does not
-    know, `EnvironmentFailed` where the engine is not installed, `ParityFailed`, `EngineFailed`.
+    `precision` is a type of llama.cpp's quantizer. Raises `BadInput` for a model that has no
+    tokenizer or that GGUF does not know, `EnvironmentFailed` where the engine is not installed,
+    `ParityFailed`, `EngineFailed`.
     """
     python = python_of(ENGINE)
     if source.tokenizer is None:
@@ -50,8 +50,7 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         full = Path(scratch) / file
         progress("Converting to GGUF")
         notes = _convert(python, source.folder, full)
-        reference = source.reference  # the last use of
-        del source.model  # what is as large as the file that is opened now
+        reference = source.reference
         progress("Comparing with PyTorch in llama.cpp, before quantizing")
         difference = _check_converted(Path(scratch), reference)
         progress(f"Quantizing to {precision}")

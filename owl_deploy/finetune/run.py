@@ -18,7 +18,7 @@ import torch
 
 from owl_deploy import adapter
 from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish
-from owl_deploy.checkpoint import shards, write_compatible
+from owl_deploy.checkpoint import GRID, shards, write_compatible
 from owl_deploy.errors import unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
@@ -32,7 +32,7 @@ from owl_deploy.partial import Partial, kept_for_resuming
 
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
-_CARRIED = ("sparsity.svg",)  # what else of the source still tells the truth
+_CARRIED = ("sparsity.svg", GRID)  # what else of the source still tells the truth
 
 
 def finetune(
@@ -93,6 +93,8 @@ class Run:
         if self.sparse_result:
             flag = "--merge masked" if settings.merge else "--method masked"
             source.refuse_dense(flag)
+        if settings.merge:
+            source.refuse_rounded()
         self.targets = _targets(source, settings.target_modules)
         self.windows = source.windows(text, settings.sequence_length)
         self.dtype = _computing_dtype(settings.dtype)
@@ -203,7 +205,7 @@ class Run:
         from safetensors.torch import save_file
 
         for name in names:
-            sparsify(model.get_submodule(name), self.dtype)
+            sparsify(model.get_submodule(name), self.dtype, self.source.grids(name))
         trainee = self._trainee(model)
         curve = self._train(trainee, partial, index, groups)
         tensors: dict[str, torch.Tensor] = {}

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.finetune.survivors import Grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.text import load_text, load_tokenizer, tokenize
 
@@ -64,6 +66,41 @@ class Source:
                 "keeps a sparse model's zeros.",
                 "Prune it first with owl prune, or use --method lora without --merge.",
             )
+
+    def refuse_rounded(self) -> None:
+        """Raise `BadInput` for weights on a grid of a few bits, which an adapter would leave."""
+        if (self.folder / GRID).is_file():
+            raise BadInput(
+                f"{self.folder} is rounded to a few bits, and an adapter that is merged would move "
+                "its weights off their grid.",
+                "Use --method masked, or --method lora without --merge.",
+            )
+
+    def grids(self, block: str) -> dict[str, Grid]:
+        """The grids of the Linears of `block` that were rounded, by their names within it.
+
+        Raises `BadInput` for scales that are not those of the weights.
+        """
+        file = self.folder / GRID
+        if not file.is_file():
+            return {}
+        found = {}
+        try:
+            with safe_open(file, "pt") as tensors:
+                told = tensors.metadata()
+                for name in self.matrices[block]:
+                    key = f"{block}.{name}_scale"
+                    if key in tensors.keys():  # noqa: SIM118 - no mapping
+                        grid = Grid(int(told["bits"]), int(told["group"]), tensors.get_tensor(key))
+                        rows, columns = self.checkpoint.shape(f"{block}.{name}")
+                        if list(grid.scales.shape) != [rows, -(-columns // grid.group)]:
+                            raise ValueError(f"{key} does not fit its weight")
+                        found[name.removesuffix(".weight")] = grid
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise BadInput(
+                f"{file} is not the grid of these weights: {error}.", "Round the model again."
+            ) from error
+        return found
 
     def load(self, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped
         """The model, frozen, in `dtype`."""

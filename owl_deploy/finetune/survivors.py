@@ -6,10 +6,35 @@ weight, its gradient, Adam's two moments), and 4 bytes for where it is.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a weight was rounded to: integers of `bits` bits times `scales` [out, groups].
+
+    `group` columns of a row share a scale.
+    """
+
+    bits: int
+    group: int
+    scales: torch.Tensor
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest integer; 8 bits leave out -128."""
+        half = int(2 ** (self.bits - 1))
+        return (1 - half if self.bits == 8 else -half), half - 1
+
+    def at(self, positions: torch.Tensor, columns: int) -> torch.Tensor:
+        """The scales at `positions` of a flat weight with so many columns, float32."""
+        rows, places = positions // columns, positions % columns
+        return self.scales.float()[rows, places // self.group]
 
 
 class _Product(torch.autograd.Function):
@@ -42,17 +67,23 @@ class SparseLinear(nn.Module):
 
     `values`: those weights, float32 [survivors], row by row. `positions`: int32 [survivors], where
     they stand in the flat weight. `weight`: [out, in], what inputs are multiplied by, in the
-    computing dtype; `refresh` brings it up to date after a step.
+    computing dtype; `refresh` brings it up to date after a step. With a `grid` the weight is what
+    `values` are rounded to, and their gradients are those of what they are rounded to (the
+    straight-through estimator, arXiv 1308.3432).
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, grid: Grid | None = None) -> None:
         super().__init__()
         dense = linear.weight.detach()
         positions = dense.flatten().nonzero().flatten()
         self.values = nn.Parameter(dense.flatten()[positions].float())
         self.register_buffer("positions", positions.int())
         self.register_buffer("weight", dense.to(dtype, copy=True))
+        scales = None if grid is None else grid.at(positions, dense.shape[1])
+        self.register_buffer("scales", scales)
+        self.limits = (0, 0) if grid is None else grid.limits
         self.positions: torch.Tensor
+        self.scales: torch.Tensor | None
         self.weight: torch.Tensor
         self.bias = linear.bias
 
@@ -67,11 +98,20 @@ class SparseLinear(nn.Module):
     def refresh(self) -> None:
         """Put `values` into the weight that inputs are multiplied by."""
         flat = self.weight.view(-1)
-        flat.index_copy_(0, self.positions.long(), self.values.to(flat.dtype))
+        flat.index_copy_(0, self.positions.long(), self._rounded().to(flat.dtype))
+
+    def _rounded(self) -> torch.Tensor:
+        """The survivors as they count: on their grid, and no zero, if they have one."""
+        values = self.values.detach()
+        if self.scales is None:
+            return values
+        integers = (values / self.scales).round().clamp(*self.limits)
+        one = torch.ones_like(values).copysign(values)
+        return torch.where(integers == 0, one, integers) * self.scales
 
     def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
         """The whole weight [out, in] in `dtype`, and how many survivors were kept off zero."""
-        values = self.values.detach()
+        values = self._rounded()
         kept, count = nonzero(values.to(dtype), values)
         weight = torch.zeros_like(self.weight, dtype=dtype)
         weight.view(-1).index_copy_(0, self.positions.long(), kept)
@@ -88,14 +128,17 @@ def nonzero(values: torch.Tensor, signs: torch.Tensor) -> tuple[torch.Tensor, in
     return torch.where(lost, tiny.copysign(signs.to(values.dtype)), values), int(lost.sum())
 
 
-def sparsify(block: nn.Module, dtype: torch.dtype) -> None:
+def sparsify(
+    block: nn.Module, dtype: torch.dtype, grids: Mapping[str, Grid] = MappingProxyType({})
+) -> None:
     """Replace every Linear of `block`; its other parameters (norms, biases) train whole.
 
-    What trains is float32 then, whatever it was.
+    `grids`: of the Linears that are rounded, by their names. What trains is float32 then, whatever
+    it was.
     """
     for name, linear in list(block.named_modules()):
         if isinstance(linear, nn.Linear):
-            block.set_submodule(name, SparseLinear(linear, dtype))
+            block.set_submodule(name, SparseLinear(linear, dtype, grids.get(name)))
     for parameter in block.parameters():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)

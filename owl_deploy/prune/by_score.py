@@ -32,6 +32,13 @@ def _by_score(
     return prune
 
 
+def none(
+    weight: torch.Tensor, inputs: Inputs, sparsity: float, group: Group, options: Options
+) -> torch.Tensor:
+    """Remove nothing: for who only wants to round."""
+    return weight
+
+
 magnitude = _by_score(lambda weight, _: score.magnitude(weight), mask.lowest_in_matrix)
 wanda = _by_score(lambda weight, x: score.wanda(weight, x.norm()), mask.lowest_in_rows)
 wanda_variant = _by_score(

@@ -140,6 +140,11 @@ def _windows(
     measures = tune_allocation or ALLOCATIONS[settings.allocation].statistic is not None
     if settings.needs == "nothing" and not measures:
         return None
+    if calibration is None and settings.bits is not None:
+        raise BadInput(
+            f"Rounding to {settings.bits} bits looks at the model's inputs.",
+            "Give a text with --calibration.",
+        )
     if calibration is None:
         refit = ", with a refit," if settings.refit else ""
         raise BadInput(

@@ -39,8 +39,10 @@ def show(manifest: CheckpointManifest, output: str) -> None:
     console = Console()
     console.print(table)
     _show_tuning(console, manifest)
+    settings = manifest.settings
+    rounded = f"of {settings.bits} bits (groups of {settings.bits_group}) " if settings.bits else ""
     console.print(
-        f"{output}: {manifest.weights / 1e6:.1f} M weights in the blocks, "
+        f"{output}: {manifest.weights / 1e6:.1f} M weights {rounded}in the blocks, "
         f"{manifest.wall_seconds:.0f} s, "
         f"peak memory {manifest.peak_memory_bytes / 2**30:.1f} GiB. "
         "The picture is in sparsity.svg.",

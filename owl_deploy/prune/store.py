@@ -1,8 +1,9 @@
 """What a pruning has finished so far (see `partial`).
 
 Besides `run.json` the folder holds `plan.json` (what the dense pass measured) and one safetensors
-file a finished block, each written whole or not at all. A checkpoint of several shards takes these
-files as they are, so that the disk holds them once.
+file a finished block, each written whole or not at all; where weights were rounded, one with their
+scales beside it. A checkpoint of several shards takes the blocks' files as they are, so that the
+disk holds them once.
 """
 
 import os
@@ -13,23 +14,31 @@ import torch
 from owl_deploy.artefact import publish
 from owl_deploy.partial import Partial
 
+SCALE = "weight_scale"  # the scales of a rounded weight, in its Linear
+
 
 class Store(Partial):
     """The finished blocks of one pruning."""
 
     def save(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         """Write a finished block's tensors (names within the block), durably."""
+        named = {f"{name}.{key}": value.contiguous() for key, value in weights.items()}
+        scales = {key: named.pop(key) for key in [*named] if key.endswith(f".{SCALE}")}
+        if scales:
+            self._write_tensors(scales, self._scales_path(name))
+        self._write_tensors(named, self.path(name))  # last: with it the block is finished
+
+    def _write_tensors(self, named: dict[str, torch.Tensor], path: Path) -> None:
         from safetensors.torch import save_file
 
         temporary = self.folder / "unfinished"
-        named = {f"{name}.{key}": value.contiguous() for key, value in weights.items()}
         save_file(named, temporary, metadata={"format": "pt"})
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        temporary.replace(self.path(name))
+        temporary.replace(path)
 
     def holds(self, name: str) -> bool:
         """Whether a block is finished: its file is there and whole."""
@@ -50,6 +59,13 @@ class Store(Partial):
             return None
         return {key.removeprefix(f"{name}."): value for key, value in load_file(path).items()}
 
+    def scales(self, name: str) -> dict[str, torch.Tensor]:
+        """The scales of a finished block's rounded weights, by their whole names."""
+        from safetensors.torch import load_file
+
+        path = self._scales_path(name)
+        return load_file(path) if path.is_file() else {}
+
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
@@ -57,7 +73,7 @@ class Store(Partial):
 
     def finish(self) -> None:
         """Make the folder, in which the checkpoint now lies, the output; drop what is the run's."""
-        for path in self.folder.glob("*.block"):
+        for path in [*self.folder.glob("*.block"), *self.folder.glob("*.scales")]:
             path.unlink()
         for name in ("run.json", "plan.json"):
             (self.folder / name).unlink()
@@ -66,3 +82,6 @@ class Store(Partial):
     def path(self, name: str) -> Path:
         """The file of the block `name`: a shard of a checkpoint, with the tensors' whole names."""
         return self.folder / f"{name}.block"
+
+    def _scales_path(self, name: str) -> Path:
+        return self.folder / f"{name}.scales"

@@ -13,11 +13,13 @@ from torch import nn
 from owl_deploy.blocks import Activations
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.grid import Grid
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.refit import refit
 from owl_deploy.prune.request import Request
-from owl_deploy.prune.store import Store
+from owl_deploy.prune.rounding import finished, round_pruned
+from owl_deploy.prune.store import SCALE, Store
 from owl_deploy.recipe import kept
 
 
@@ -51,7 +53,11 @@ class Walk:
         self.request, self.plan, self.store, self.first = request, plan, store, first
         self.skeleton, self.names = request.skeleton, request.shape.names
         self.method = pkgutil.resolve_name(request.method.prune)
-        self.hessian = request.settings.needs == "hessian"
+        joint = request.method.joint
+        self.joint = pkgutil.resolve_name(joint) if joint else None
+        self.needs = request.settings.needs
+        bits, width = request.settings.bits, request.settings.bits_group
+        self.grid = Grid(bits, width) if bits and width else None
         self.hidden: Activations | None = None
         self.advance: Advance = lambda _: None
 
@@ -60,7 +66,7 @@ class Walk:
         head = self.request.head
         names = [*self.names, *([head] if head else [])]
         windows = self.request.windows
-        if self.request.settings.needs != "nothing" and not all(map(self.store.holds, names)):
+        if self.needs != "nothing" and not all(map(self.store.holds, names)):
             assert windows is not None
             self.hidden = self.skeleton.embed(windows, self.request.batch, self.store.folder)
         passes = 2 * len(names) - (self.hidden is not None)
@@ -86,8 +92,8 @@ class Walk:
             statistics = self._block_inputs(block, index)
             for key, sparsity in self.plan.sparsities[index].items():
                 pruned = self._pruned(weights[f"{key}.weight"], Inputs(statistics, key), sparsity)
-                weights[f"{key}.weight"] = pruned
-                linears[key].weight.copy_(pruned)
+                weights |= {f"{key}.{name}": tensor for name, tensor in pruned.items()}
+                linears[key].weight.copy_(pruned["weight"])
             self._pass_on(block, index)
         return weights
 
@@ -104,18 +110,31 @@ class Walk:
             self.hidden,
             self.advance,
             keep=False,
-            hessian=self.hessian,
+            hessian=self.needs == "hessian",
         )
 
-    def _pruned(self, dense: torch.Tensor, inputs: Inputs, sparsity: float) -> torch.Tensor:
-        """The weight `dense` [out, in], pruned: where it lies, in its dtype."""
+    def _pruned(
+        self, dense: torch.Tensor, inputs: Inputs, sparsity: float
+    ) -> dict[str, torch.Tensor]:
+        """The "weight" made of `dense` [out, in], where that lies and in its dtype.
+
+        Where it is rounded, with its scales, [out, groups]: "weight_scale".
+        """
         settings = self.plan.settings
         group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
         weight = dense.to(self.skeleton.device, torch.float32)
-        pruned: torch.Tensor = self.method(weight, inputs, sparsity, group, settings.options)
-        if settings.refit and not self.request.method.refits:
-            pruned = refit(weight, pruned, inputs)
-        return pruned.to(dense.device, dense.dtype)
+        asked = (weight, inputs, sparsity, group, settings.options)
+        if self.grid and self.joint and not settings.refit:
+            swept = self.joint(*asked, self.grid)
+        else:
+            pruned: torch.Tensor = self.method(*asked)
+            if settings.refit and not self.request.method.refits:
+                pruned = refit(weight, pruned, inputs)
+            if self.grid is None:
+                return {"weight": pruned.to(dense.device, dense.dtype)}
+            swept = round_pruned(weight, pruned, inputs, self.grid)
+        rounded, scales = finished(swept, weight, inputs, self.grid)
+        return {"weight": rounded.to(dense.device, dense.dtype), SCALE: scales.to(dense.device)}
 
     @torch.no_grad()
     def _finish_head(self, name: str) -> Part:
@@ -128,12 +147,14 @@ class Walk:
             if self.hidden is not None:
                 assert self.request.windows is not None
                 statistics = InputStatistics(
-                    {name: self.skeleton.head}, self.request.samples, hessian=self.hessian
+                    {name: self.skeleton.head},
+                    self.request.samples,
+                    hessian=self.needs == "hessian",
                 )
                 with statistics.gathering():
                     self.skeleton.enter_head(self.request.windows, self.hidden, self.advance)
             dense = self.request.checkpoint.read(self.skeleton.head_weights[0])
-            weights = {"weight": self._pruned(dense, Inputs(statistics, name), sparsity)}
+            weights = self._pruned(dense, Inputs(statistics, name), sparsity)
             self.store.save(name, weights)
         if self.hidden is None:
             self.advance(2 * self.request.samples)

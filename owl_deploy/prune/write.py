@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from owl_deploy.checkpoint import shards, write_compatible
+from owl_deploy.checkpoint import GRID, shards, write_compatible
 from owl_deploy.manifest import Block, Linear, Manifest, read_manifest, versions
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.request import Request
@@ -58,9 +58,22 @@ def assemble(request: Request, store: Store) -> None:
             elif not key.startswith(blocks):
                 yield key, checkpoint.read(key)
 
+    if request.settings.bits is not None:
+        _write_grid(request, store)
     ready = [store.path(name) for name in names] if large else []
     shards(tensors(), store.folder, ready)
     write_compatible(checkpoint, store.folder)
+
+
+def _write_grid(request: Request, store: Store) -> None:
+    """The scales of all rounded weights, and what they are scales of."""
+    from safetensors.torch import save_file
+
+    names = [*request.shape.names, *([request.head] if request.head else [])]
+    scales = {key: value for name in names for key, value in store.scales(name).items()}
+    settings = request.settings
+    told = {"bits": str(settings.bits), "group": str(settings.bits_group)}
+    save_file(scales, store.folder / GRID, metadata=told)
 
 
 def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str) -> dict[str, Any]:

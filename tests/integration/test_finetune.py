@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from owl_deploy import recipe
+from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
-from owl_deploy.prune.run import prune
+from owl_deploy.prune.run import Calibration, prune
 
 KILLED = """
 import os, sys
@@ -110,6 +112,42 @@ def test_a_dense_checkpoint_has_no_mask_to_keep(owl, llama, text_file, tmp_path,
     code, _, err = owl(*arguments(llama, text_file, tmp_path / "out"), *how)
     assert (code, "is dense" in err, " ".join(how) in err) == (2, True, True), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("group", [None, 1])
+def test_a_rounded_checkpoint_keeps_zeros_and_grid(owl, llama, text_file, tmp_path, group):
+    rounded, out = tmp_path / "rounded", tmp_path / "out"
+    calibration = Calibration(str(text_file), samples=4, sequence_length=32)
+    prune(llama, rounded, recipe.settings(method="wanda", sparsity=0.5, bits=4), calibration)
+    how = ["--method", "masked", "--max-steps", 4, "--learning-rate", 0.01]
+    how += ["--block-group", group] if group else []
+    code, _, err = owl(*arguments(rounded, text_file, out, *how))
+    assert code == 0, err
+    before, after = (load_file(folder / "model.safetensors") for folder in (rounded, out))
+    assert (rounded / GRID).read_bytes() == (out / GRID).read_bytes()
+    for name, scales in load_file(out / GRID).items():
+        weight = name.removesuffix("_scale")
+        wide = scales.float().repeat_interleave(32, dim=1)[:, : after[weight].shape[1]]
+        integers = (after[weight] / wide).round()
+        assert torch.equal(integers * wide, after[weight])
+        assert -8 <= integers.min() <= integers.max() <= 7
+        assert torch.equal(integers == 0, before[weight] == 0)
+        assert not torch.equal(after[weight], before[weight]), name
+
+
+def test_what_would_leave_the_grid_is_refused(owl, llama, text_file, tmp_path):
+    rounded = tmp_path / "rounded"
+    calibration = Calibration(str(text_file), samples=4, sequence_length=32)
+    prune(llama, rounded, recipe.settings(method="wanda", sparsity=0.5, bits=4), calibration)
+    command = arguments(rounded, text_file, tmp_path / "out")
+    code, _, err = owl(*command, "--merge", "masked")
+    assert (code, "off their grid" in " ".join(err.split())) == (2, True)
+    scales = load_file(rounded / GRID)
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    save_file(scales | {name: scales[name][:4]}, rounded / GRID, {"bits": "4", "group": "32"})
+    code, _, err = owl(*command, "--method", "masked")
+    assert (code, f"{name} does not fit its weight" in " ".join(err.split())) == (2, True), err
+    assert [path.name for path in tmp_path.iterdir()] == ["rounded"]
 
 
 def test_other_arguments_are_refused_by_name(sparse, text_file, tmp_path, monkeypatch):

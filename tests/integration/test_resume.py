@@ -1,5 +1,6 @@
 """kill -9 at any moment: nothing looks finished, and --resume ends with bit-identical weights."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from owl_deploy.prune.run import Calibration, prune
 from tests import tiny
 
 KILLED_AFTER = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -25,7 +26,7 @@ from owl_deploy import checkpoint, recipe
 from owl_deploy.prune import store
 from owl_deploy.prune.run import Calibration, prune
 
-model, output, text, method, moment, resume = sys.argv[1:7]
+model, output, text, asked, moment, resume = sys.argv[1:7]
 checkpoint.SHARD_BYTES = int(sys.argv[7])
 name, count = moment.split(":")
 original, calls = getattr(store.Store, name), 0
@@ -38,14 +39,14 @@ def counted(self, *arguments):
     return original(self, *arguments)
 
 setattr(store.Store, name, counted)
-settings = recipe.settings(method=method, sparsity=0.6)
+settings = recipe.settings(sparsity=0.6, **json.loads(asked))
 calibration = Calibration(text, samples=4, sequence_length=48)
 prune(model, Path(output), settings, calibration, tune_allocation=True, resume=bool(resume))
 """
 
 
-def killed(model, output, text, method, moment, resume=""):
-    arguments = [model, output, text, method, moment, resume, checkpoint.SHARD_BYTES]
+def killed(model, output, text, asked, moment, resume=""):
+    arguments = [model, output, text, json.dumps(asked), moment, resume, checkpoint.SHARD_BYTES]
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AFTER, *map(str, arguments)],
         capture_output=True,
@@ -68,19 +69,28 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, 30_000])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"method": "wanda"},
+        {"method": "alps"},
+        {"method": "sparsegpt"},
+        {"method": "sparsegpt", "bits": 4},
+    ],
+    ids=str,
+)
 def test_a_killed_run_resumes_to_the_same_weights(
-    model, text_file, tmp_path, method, shard_bytes, monkeypatch
+    model, text_file, tmp_path, asked, shard_bytes, monkeypatch
 ):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
-    settings = recipe.settings(method=method, sparsity=0.6)
+    settings = recipe.settings(sparsity=0.6, **asked)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     prune(model, tmp_path / "whole", settings, calibration, tune_allocation=True)
 
     out = tmp_path / "out"
-    killed(model, out, text_file, method, "save:1")  # one block is finished
-    killed(model, out, text_file, method, "save:2", "resume")  # three are
-    killed(model, out, text_file, method, "finish:0", "resume")  # all, but nothing is published
+    killed(model, out, text_file, asked, "save:1")  # one block is finished
+    killed(model, out, text_file, asked, "save:2", "resume")  # three are
+    killed(model, out, text_file, asked, "finish:0", "resume")  # all, but nothing is published
     manifest = prune(model, out, settings, calibration, tune_allocation=True, resume=True).to_json()
     assert manifest["resumed"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -113,7 +123,7 @@ def test_kill_9_from_outside_at_some_moment(model, text_file, tmp_path):
 
 def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
     out = tmp_path / "out"
-    killed(model, out, text_file, "wanda", "save:1")
+    killed(model, out, text_file, {"method": "wanda"}, "save:1")
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     settings = recipe.settings(sparsity=0.6)
     with pytest.raises(BadInput, match=r"An earlier run .* was interrupted"):

@@ -69,11 +69,10 @@ class Built(Exception):
     [
         ("onnxruntime", "fp32", 4),
         ("onnxruntime", "int4", 0.7),
-        # The fp32 copy and what is packed from it are there at the same time.
-        ("owl", "bf16", 6),
-        ("owl", "int8", 5.1),
-        ("owl", "int4", 4.6),
-        ("owl", "fp32", 8),
+        ("owl", "bf16", 2),
+        ("owl", "int8", 1.1),
+        ("owl", "int4", 0.6),
+        ("owl", "fp32", 4),
     ],
 )
 def test_the_room_that_is_asked_for(

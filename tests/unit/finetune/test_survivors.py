@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from owl_deploy.finetune.survivors import SparseLinear, finished, freeze, nonzero, sparsify
+from owl_deploy.finetune.survivors import Grid, SparseLinear, finished, freeze, nonzero, sparsify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -55,3 +55,30 @@ def test_there_and_back():
     assert after.keys() == before.keys()
     assert torch.equal(after["0.0.weight"] == 0, before["0.0.weight"] == 0)
     assert torch.equal(after["0.1.weight"], before["0.1.weight"])
+
+
+@pytest.mark.parametrize(("bits", "least", "most"), [(8, -127, 127), (4, -8, 7), (3, -4, 3)])
+def test_what_is_rounded_trains_straight_through_and_stays_on_its_grid(bits, least, most):
+    linear = torch.nn.Linear(6, 2, bias=False)
+    scales = torch.tensor([[0.5, 0.25], [1.0, 2.0]])
+    integers = torch.tensor([[1, 2, 0, -3, 3, 1], [0, -1, 2, 3, 0, -2]]).float()
+    with torch.no_grad():
+        linear.weight.copy_(integers * scales.repeat_interleave(4, dim=1)[:, :6])
+    sparse = SparseLinear(linear, torch.float32, Grid(bits, 4, scales))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(sparse(x), linear(x))
+    with torch.no_grad():
+        moved = torch.tensor([0.2, 0.5, 1.6, -999.0, 999.0, -0.2, -0.4, 999.0, -2.6])
+        sparse.values.add_(moved * scales.flatten()[[0, 0, 0, 1, 1, 2, 2, 2, 3]])
+        sparse.refresh()
+    # 1.2 -> 1, 2.5 -> 2 (to even), -1.4 -> -1, beyond: the ends; 1 - 0.2 is 0.8, no zero ever
+    dense, lost = sparse.dense(torch.bfloat16)
+    assert lost == 0
+    found = (dense.float() / scales.repeat_interleave(4, dim=1)[:, :6]).round()
+    assert torch.equal(found == 0, integers == 0)
+    assert torch.equal(dense.float(), sparse.weight.bfloat16().float())
+    assert (found.min(), found.max()) == (least, most)
+    sparse(x).square().sum().backward()
+    rounded = sparse.weight.clone().requires_grad_()
+    torch.nn.functional.linear(x, rounded).square().sum().backward()
+    torch.testing.assert_close(sparse.values.grad, rounded.grad[rounded != 0])

@@ -13,7 +13,6 @@ from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.cli import app
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import Hardware
-from owl_deploy.methods import METHODS
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
@@ -114,7 +113,7 @@ def test_a_block_that_is_skipped_stays_dense(llama, tmp_path, calibration):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.REMOVING)
 @pytest.mark.parametrize("allocation", ["owl", "uniform"])
 def test_the_target_is_held(llama, tmp_path, calibration, method, allocation):
     settings = recipe.settings(method=method, allocation=allocation, sparsity=0.7)

@@ -42,7 +42,7 @@ def linears(folder):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.REMOVING)
 def test_every_combination(models, text_file, tmp_path, method, allocation, structure, family):
     values = {"method": method, "allocation": allocation, "structure": structure, "spread": 0.1}
     if structure == "unstructured":

@@ -1,0 +1,109 @@
+"""Perplexity against bits a weight: the demo's model rounded to few bits, dense and sparse.
+
+    python benchmarks/low_bits.py WORK [--format "50 % int4" ...] [--samples 32] -o FILE
+
+Makes each format with `owl prune` in one shot and measures it with `owl eval` through PyTorch, so
+that no kernel is needed to judge a format. WORK keeps the checkpoints: run the command again to go
+on, also after a kill; FILE gets every row that is measured. With `--steps N` the command ends after
+N of them.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from prune_quality import owl
+
+from owl_deploy.artefact import is_artefact, read_object, write_json
+from owl_deploy.bench.machine import look
+from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
+from owl_deploy.manifest import CheckpointManifest, read_manifest, versions
+from owl_deploy.partial import is_interrupted
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "dense int8": ("--method", "none", "--bits", "8"),
+    "dense int4": ("--method", "none", "--bits", "4"),
+    "dense int4, groups of 64": ("--method", "none", "--bits", "4", "--group", "64"),
+    "dense int3": ("--method", "none", "--bits", "3"),
+    "50 %": ("--method", "sparsegpt", "--sparsity", "0.5"),
+    "50 % int8": ("--method", "sparsegpt", "--sparsity", "0.5", "--bits", "8"),
+    "50 % int4": ("--method", "sparsegpt", "--sparsity", "0.5", "--bits", "4"),
+    "50 % int3": ("--method", "sparsegpt", "--sparsity", "0.5", "--bits", "3"),
+    "60 % int3": ("--method", "sparsegpt", "--sparsity", "0.6", "--bits", "3"),
+}
+WINDOW, WINDOWS = 2048, 6
+
+
+def made(name: str, given: argparse.Namespace) -> Path:
+    """The checkpoint in the format `name`, made, or gone on with, if it is not there."""
+    folder: Path = given.work / name.replace(" ", "-").replace(",", "").replace("%", "percent")
+    if not is_artefact(folder):
+        text = ("--calibration", demo_input() / CALIBRATION, "--samples", given.samples)
+        asked = (*text, "--sequence-length", 512, "--dtype", given.dtype, *FORMATS[name])
+        resume = ["--resume"] if is_interrupted(folder) else []
+        owl("prune", demo_input() / MODEL, "-o", folder, *map(str, asked), *resume)
+    return folder
+
+
+def bits_a_weight(manifest: CheckpointManifest) -> float:
+    """What a weight of the blocks takes, on average: a mask of 1 bit if it is sparse, the integers
+    that are not zero, and a byte of scale a group. Weights that were not rounded count 16 bits.
+    """
+    settings, zeros = manifest.settings, manifest.sparsity.achieved
+    bits = settings.bits or 16
+    scale = 8 / settings.bits_group if settings.bits_group else 0.0
+    return scale + (bits if manifest.sparsity.asked == 0 else 1 + (1 - zeros) * bits)
+
+
+def row(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Make a format, and measure it."""
+    folder = made(name, given)
+    text = ("--perplexity", demo_input() / EVALUATION, "--window", WINDOW, "--windows", WINDOWS)
+    manifest = read_manifest(folder, CheckpointManifest)
+    assert manifest is not None
+    return {
+        "format": name,
+        "bits": bits_a_weight(manifest),
+        "zeros": manifest.sparsity.achieved,
+        "perplexity": owl("eval", folder, *map(str, text))["value"],
+        "prune_seconds": manifest.wall_seconds,
+        "settings": manifest.settings.model_dump(mode="json"),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The formats in markdown, the largest first."""
+    lines = ["| format | bits a weight | zeros | perplexity |", "|---|--:|--:|--:|"]
+    for one in sorted(rows, key=lambda one: -one["bits"]):
+        lines.append(
+            f"| {one['format']} | {one['bits']:.2f} | {one['zeros']:.0%} "
+            f"| {one['perplexity']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Do the rows that FILE does not hold; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--format", action="append", choices=FORMATS, help="[all]")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--dtype", default="auto", help="to prune in; perplexity is in float32")
+    parser.add_argument("--steps", type=int, default=len(FORMATS), help="rows to do now")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    asked = {"samples": given.samples, "dtype": given.dtype}
+    result = {"cpu": look().cpu, **asked, "versions": versions(), "rows": []}
+    if given.output.is_file():
+        result = read_object(given.output, "Delete it.")
+    done = {one["format"] for one in result["rows"]}
+    for name in [name for name in given.format or FORMATS if name not in done][: given.steps]:
+        result["rows"].append(row(name, given))
+        write_json(given.output, result)
+        print(f"{name}: {result['rows'][-1]['perplexity']:.2f}", flush=True)
+    print(f"\n{table(result['rows'])}")
+
+
+if __name__ == "__main__":
+    main()

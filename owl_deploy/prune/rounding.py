@@ -1,0 +1,97 @@
+"""Round what a method leaves of a weight to a grid, with compensation (`owl prune --bits`)."""
+
+import torch
+
+from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.prune.columns import Factor, Settle, Sweep, Swept, damped, factorise, settled
+from owl_deploy.prune.grid import Grid, decode
+
+# Share of the mean diagonal. Ten times SparseGPT's: of those tried it left the least error on other
+# text, by up to 7 % where a Linear has many inputs for its tokens.
+_DAMPENING = 0.1
+_STEP = 128  # columns whose updates are delayed together
+_PASSES = 2  # of refinement: the first takes off 10 to 20 % of the output's error, a third 1 %
+
+
+def round_pruned(dense: torch.Tensor, pruned: torch.Tensor, inputs: Inputs, grid: Grid) -> Swept:
+    """The float32 `pruned` [out, in], which a method made of `dense`, on the `grid`."""
+    factor = inputs.of_hessian(factorise, _DAMPENING)
+    return rounded(beginning(dense, pruned), pruned == 0, factor, grid)
+
+
+def finished(
+    swept: Swept, dense: torch.Tensor, inputs: Inputs, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rounded weight, refined, and its scales: bfloat16 [out, groups], which holds them exactly.
+
+    What is zero because it was removed stays so.
+    """
+    assert swept.codes is not None
+    weight = refined(swept, dense, inputs.of_hessian(damped, _DAMPENING), grid)
+    return weight, decode(swept.codes).bfloat16()
+
+
+def beginning(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """The weight to begin to round with, where `pruned` is what a method made of `dense`.
+
+    A method that only removes leaves it to the rounding to make up for that too: then it is the
+    dense one, whose removed columns hand on all that they held.
+    """
+    only_removed = torch.equal(pruned, dense.masked_fill(pruned == 0, 0))
+    return dense if only_removed else pruned
+
+
+def rounded(start: torch.Tensor, removed: torch.Tensor, factor: Factor, grid: Grid) -> Swept:
+    """`start` [out, in] on the grid, zero where `removed`.
+
+    Later columns make up for what a column loses, a removed one for what has drifted into it.
+    """
+    return Sweep(lambda place, _: removed[:, place], _STEP, _STEP, grid).over(start, factor.upper)
+
+
+def refined(swept: Swept, dense: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The weight of `swept`, on the grid already, nearer to the outputs of `dense` [out, in].
+
+    Coordinate descent on (dense - w) H (dense - w)^T for the `hessian` H [in, in], damped: each
+    weight in turn becomes the best of the grid while all others stay, so that the error never grows
+    (QuantEase, arXiv 2309.01885). What was removed, and the scales, stay as they are.
+    """
+    weight = swept.weight.clone()
+    for _ in range(_PASSES):
+        gradient = (dense - weight) @ hessian
+        for start in range(0, weight.shape[1], _STEP):
+            block = slice(start, min(start + _STEP, weight.shape[1]))
+            before = weight[:, block].T
+            columns = before + (gradient[:, block] / hessian.diagonal()[block]).T
+            gained = _refine_block(columns, before, swept, block, hessian[block, block], grid)
+            weight[:, block] = columns.T
+            gradient[:, block.stop :] -= gained.T @ hessian[block, block.stop :]
+    return weight
+
+
+def _refine_block(
+    columns: torch.Tensor,
+    before: torch.Tensor,
+    swept: Swept,
+    block: slice,
+    hessian: torch.Tensor,
+    grid: Grid,
+) -> torch.Tensor:
+    """Settle the `columns` [b, out] of `block`; returns what they gain over `before`.
+
+    They begin as what each would best be while all others stay.
+    """
+    assert swept.codes is not None
+    gone = swept.removed[:, block].T.contiguous()
+    scales = decode(swept.codes).T.contiguous()[block.start // grid.group :]
+
+    def begin(part: slice) -> Settle:
+        scale = scales[part.start // grid.group]
+
+        def settle(place: int, column: torch.Tensor) -> torch.Tensor:
+            column.copy_(grid.nearest(column, scale).masked_fill_(gone[place], 0))
+            return column - before[place]
+
+        return settle
+
+    return settled(columns, hessian / hessian.diagonal(), grid.group, begin)
