@@ -74,16 +74,16 @@ HeadSparsity = Annotated[
     float | None,
     Option(help="Prune the output head too, and the embedding if they are one matrix."),
 ]
-Refit = Annotated[
-    bool | None,
-    Option("--refit", help="Give the weights that are left better values; alps always does."),
-]
 Bits = Annotated[
     int | None,
     Option(help="Round what survives to 8, 4 or 3 bits; the inputs say how. [as the model's]"),
 ]
 BitsGroup = Annotated[
     int | None, Option("--group", help="Columns that share a scale: 32, 64 or 128. [32]")
+]
+Refit = Annotated[
+    bool | None,
+    Option("--refit", help="Give the weights that are left better values; alps always does."),
 ]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Of the draw of windows.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]

@@ -154,14 +154,14 @@ class PruneSettings(BaseModel):
                 )
 
     @property
-    def needs(self) -> Statistic:
-        """The statistic of a Linear's inputs that pruning by these settings asks for."""
-        return "hessian" if self.refit or self.bits else METHODS[self.method].needs
-
-    @property
     def group(self) -> tuple[int, int] | None:
         """(N, M) of the structure N:M; None when unstructured."""
         return parse_structure(self.structure)
+
+    @property
+    def needs(self) -> Statistic:
+        """The statistic of a Linear's inputs that the method asks for, or what comes after it."""
+        return "hessian" if self.refit or self.bits else METHODS[self.method].needs
 
 
 def _options(method: str, given: Options | Mapping[str, Any]) -> Options:

@@ -73,8 +73,8 @@ def weights(folder):
     "asked",
     [
         {"method": "wanda"},
-        {"method": "alps"},
         {"method": "sparsegpt"},
+        {"method": "alps"},
         {"method": "sparsegpt", "bits": 4},
     ],
     ids=str,
