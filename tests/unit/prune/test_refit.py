@@ -8,6 +8,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.methods import METHODS
 from owl_deploy.prune import refit
 from owl_deploy.prune.run import Calibration, prune
+from tests import tiny
 from tests.reference import alps as reference
 
 
@@ -50,7 +51,7 @@ def test_it_comes_close_to_the_exact_values_from_any_start():
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "2:4"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.REMOVING)
 def test_the_first_block_keeps_its_mask_and_gets_other_values(
     llama, tmp_path, calibration, method, structure
 ):
