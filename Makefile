@@ -14,9 +14,9 @@ demo-full: $(RUNNABLE) runtime
 	$(BIN)/python -m owl_deploy.demo --full --output demo-full
 
 # Hours: Qwen2.5-Coder-1.5B, from its package to a decision. Run again, it goes on.
+# make showcase ARGS="--every 4 --skip llama.cpp" takes less.
 showcase: $(INSTALLED) runtime
-	$(BIN)/owl engines install llama.cpp
-	$(BIN)/python -m owl_deploy.showcase --allow-code --output showcase
+	$(BIN)/python -m owl_deploy.showcase --allow-code --output showcase $(ARGS)
 
 test: $(INSTALLED) runtime
 	$(BIN)/owl engines install deepsparse

@@ -205,19 +205,26 @@ def _remove_stale(destination: Path, *, folders: bool) -> None:
                 shutil.rmtree(path)
 
 
-def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Write `value` as JSON; `path` holds the old or the new content, never a part."""
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8; `path` holds the old or the new content, never a part.
+
+    Half a letter, which a path may hold, becomes a question mark.
+    """
     _remove_stale(path, folders=False)
     temporary = _temporary(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, allow_nan=False)
-            file.write("\n")
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write `value` as JSON; `path` holds the old or the new content, never a part."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_object(path: Path, way_out: str) -> dict[str, Any]:

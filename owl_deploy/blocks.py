@@ -5,6 +5,7 @@ the model, never by hand, so that every architecture and version is right by con
 """
 
 import contextlib
+import functools
 import math
 import os
 import tempfile
@@ -133,6 +134,38 @@ class Skeleton:
                 with self._blocks_replaced([given] * len(self.blocks)), contextlib.suppress(Seen):
                     self.model(input_ids=windows[part].to(self.device), use_cache=False)
                 advance(len(given.hidden))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Any]:
+        """The whole model, to be run as any other, with only the block that runs in memory.
+
+        The blocks share one block's room: before each runs, its weights are copied there from the
+        checkpoint's files, which are mapped. Raises `BadInput` for tensors that are missing, of
+        other shapes or not finite.
+        """
+        self.checkpoint.check_shapes(self.stored_shapes())
+        room: dict[tuple[str, torch.Size], torch.Tensor] = {}
+        with self._outside_loaded(), contextlib.ExitStack() as stack:
+            for name, block in zip(self.names, self.blocks, strict=True):
+                tensors = self.checkpoint.read_module(name)
+                stored = {key: tensors[key] for key in block.state_dict()}
+                for key, tensor in stored.items():
+                    room.setdefault((key, tensor.shape), torch.empty_like(tensor, dtype=self.dtype))
+                own = {key: room[key, tensor.shape] for key, tensor in stored.items()}
+                block.load_state_dict(own, assign=True)
+                fill = functools.partial(_fill, own, stored)
+                stack.callback(block.register_forward_pre_hook(fill).remove)
+            yield self.model
+
+    def stored_shapes(self) -> dict[str, list[int]]:
+        """What a checkpoint has to hold: the shape of each tensor, by its name there."""
+        found = {}
+        for name, tensor in self.model.state_dict().items():
+            module, _, own = name.rpartition(".")
+            is_head = self.model.get_submodule(module) is self.head
+            if not (is_head and own == "weight" and self.model.config.tie_word_embeddings):
+                found[f"{self._stored(module)}.{own}"] = list(tensor.shape)
+        return found
 
     @contextlib.contextmanager
     def _outside_loaded(self) -> Iterator[None]:
@@ -341,6 +374,15 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             f"({first_line(error)})."
         ) from error
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _fill(
+    room: dict[str, torch.Tensor],
+    stored: dict[str, torch.Tensor],
+    *_: Any,  # noqa: ANN401
+) -> None:
+    for key, tensor in stored.items():
+        room[key].copy_(tensor)
 
 
 def _release(module: nn.Module) -> None:

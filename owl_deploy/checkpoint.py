@@ -8,7 +8,7 @@ import json
 import math
 import reprlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,25 @@ class Checkpoint:
             shape: list[int] = file.get_slice(name).get_shape()
         return shape
 
+    def check_shapes(self, wanted: Mapping[str, list[int]]) -> None:
+        """Raise `BadInput` unless there is a tensor of each name and shape in `wanted`."""
+        self._refuse_missing(wanted.keys() - self.files.keys())
+        if any(self.shape(name) != shape for name, shape in wanted.items()):
+            raise self._of_other_shapes()
+
+    def _refuse_missing(self, names: Collection[str]) -> None:
+        if names:
+            raise BadInput(
+                f"{self.folder} lacks {len(names)} tensors, {min(names)!r} the first.",
+                "The checkpoint is incomplete: get it again.",
+            )
+
+    def _of_other_shapes(self) -> BadInput:
+        return BadInput(
+            f"transformers cannot load {self.folder}: the weights' shapes are not those of "
+            "config.json."
+        )
+
     def names(self, prefix: str = "") -> list[str]:
         """The names of the tensors under the module `prefix`, without `prefix.`."""
         start = f"{prefix}." if prefix else ""
@@ -186,14 +205,10 @@ class Checkpoint:
                 raise
             reason = first_line(error) or type(error).__name__
             if "ignore_mismatched_sizes" in reason:  # the advice is for programmers
-                reason = "the weights' shapes are not those of config.json."
+                raise self._of_other_shapes() from error
             raise BadInput(f"transformers cannot load {self.folder}: {reason}") from error
-        missing = sorted(info["missing_keys"])
-        if missing:  # transformers would go on with random weights in their place
-            raise BadInput(
-                f"{self.folder} lacks {len(missing)} tensors, {missing[0]!r} the first.",
-                "The checkpoint is incomplete: get it again.",
-            )
+        # Transformers would go on with random weights in their place.
+        self._refuse_missing(info["missing_keys"])
         return model.eval().requires_grad_(False)
 
 

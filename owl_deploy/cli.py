@@ -229,6 +229,7 @@ def evaluate(
     tasks_path: options.TasksPath = None,
     allow_code: options.AllowCode = False,
     limit: options.Limit = None,
+    every: options.Every = 1,
     window: options.Window = 2048,
     windows: options.Windows = None,
     device: options.CheckpointDevice = "auto",
@@ -252,6 +253,7 @@ def evaluate(
         window=window,
         windows=windows,
         limit=limit,
+        every=every,
         hardware=api.Hardware(device, dtype, batch_size),
         blockwise=blockwise,
         engine=engine,
@@ -325,6 +327,7 @@ def bench(
     check: options.Check = None,
     margin: options.Margin = 0.05,
     max_loss: options.MaxLoss = None,
+    quality_metric: options.QualityMetric = None,
     strict: options.Strict = False,
     summary: options.Summary = None,
     output: options.ResultFolder = None,
@@ -334,7 +337,7 @@ def bench(
     """Measure deployments against dense baselines, with intervals; or gate a change."""
     given = _given(locals(), api.BenchPlan.model_fields)
 
-    from owl_deploy.bench.decision import read_loss
+    from owl_deploy.bench.decision import check_measured, read_loss
     from owl_deploy.bench.run import CHECK_LOOKS
     from owl_deploy.bench.table import show_outcome
 
@@ -342,6 +345,7 @@ def bench(
     if dense:
         made = _dense(dense, deployments, trust_library)
         given["baselines"] = (*given.get("baselines", ()), *made)
+    check_measured((*deployments, *given.get("baselines", ())), quality_metric)
     given.setdefault("looks", CHECK_LOOKS if check else 1)
     outcome = api.run_gate(
         api.BenchPlan(candidates=tuple(deployments), **given),
@@ -352,7 +356,7 @@ def bench(
         force=force,
         summary=summary,
     )
-    _emit(outcome.to_json(), as_json, lambda: show_outcome(outcome, max_loss=loss))
+    _emit(outcome.to_json(), as_json, lambda: show_outcome(outcome, None, loss, quality_metric))
     sys.exit(outcome.exit_code(strict))
 
 
@@ -413,6 +417,7 @@ def report(
     results: options.Results,
     output: options.Page = Path("report.html"),
     max_loss: options.MaxLoss = None,
+    quality_metric: options.QualityMetric = None,
     as_json: options.Json = False,
 ) -> None:
     """Write benchmark results as one page with pictures and tables."""
@@ -431,7 +436,7 @@ def report(
     ]
     loss = read_loss(max_loss) if max_loss else None
     measured = [api.read_result(path) for path in results if not trained[path]]
-    write_report(measured, output, curves, loss)
+    write_report(measured, output, curves, loss, quality_metric)
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from owl_deploy import engines, recipe
 from owl_deploy.artefact import write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
-from owl_deploy.bench.decision import sentence
+from owl_deploy.bench.decision import judge, sentence
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison, Subject
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
@@ -179,15 +179,31 @@ def prepare(say: Callable[[str], object]) -> tuple[Path, bool]:
 
 
 class Clock:
-    """Tells on stderr what comes next, with the time since the start."""
+    """Tells on stderr what comes next, with the time since the start; and how long it took."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
+        self.started = self.told = time.monotonic()
 
     def __call__(self, text: str) -> None:
-        """Print `text`."""
-        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-        error_console().print(f"[{minutes:2d}:{seconds:02d}] {text}", style="bold", markup=False)
+        """Print `text`, which begins now."""
+        self.took()
+        self.told = time.monotonic()
+        since = clock_time(self.told - self.started)
+        error_console().print(f"[{since:>5}] {text}", style="bold", markup=False)
+
+    def took(self) -> None:
+        """Print how long the last step took, if that was a minute."""
+        seconds = time.monotonic() - self.told
+        if seconds >= 60:
+            error_console().print(f"        took {clock_time(seconds)}", style="dim", markup=False)
+
+
+def clock_time(seconds: float) -> str:
+    """Minutes and seconds, or hours, such as "3:05" and "1:02:45"."""
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def rows(result: Result, plan: Plan) -> list[dict[str, Any]]:
@@ -264,7 +280,7 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
         "engine, with 90 % intervals; no: none "
         f"that matters; ?: the machine is too noisy to tell. {MODEL_IS}\n"
     )
-    console.print(sentence(result), soft_wrap=True)
+    console.print(sentence(judge(result)), soft_wrap=True)
 
 
 def conclude(
@@ -272,10 +288,14 @@ def conclude(
     table: list[dict[str, Any]],
     output: Path,
     show: Callable[[Result, list[dict[str, Any]]], None],
+    max_loss: float | None = None,
 ) -> None:
-    """Leave the table and the report in the folder `output`, `show` the table, say where it is."""
+    """Leave the table and the report in the folder `output`, `show` the table, say where it is.
+
+    `max_loss`: as for `owl report`.
+    """
     write_json(output / "table.json", table)
-    write_report([result], output / "report.html")
+    write_report([result], output / "report.html", max_loss=max_loss)
     show(result, table)
     error_console().print(f"The report: {output}/report.html", style="dim")
 

@@ -98,7 +98,10 @@ def check_digest(path: Path, sha256: str, package: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise EnvironmentFailed(f"{package} does not hold the file that this is pinned to.")
+        raise EnvironmentFailed(
+            f"{package} does not hold the file that this is pinned to.",
+            "It may have been damaged on the way: run pip cache purge, and this again.",
+        )
 
 
 def convert_model(gguf: Path, folder: Path, dtype: str) -> None:

@@ -324,9 +324,25 @@ class _Perplexity(_Part):
     value: FiniteFloat
 
 
+class _Metric(_Part):
+    value: FiniteFloat
+    stderr: FiniteFloat | None = None
+
+
+class _Answer(_Part):
+    problem: str
+    passed: bool
+
+
+class _Task(_Part):
+    metrics: dict[str, _Metric] = {}
+    documents: int = 0
+    answers: tuple[_Answer, ...] = ()
+
+
 class _Measured(_Part):
     perplexity: _Perplexity | None = None
-    tasks: dict[str, Any] | None = None
+    tasks: dict[str, _Task] | None = None
 
 
 def keep_measurement(folder: Path, name: str, value: dict[str, Any], *, add: bool = False) -> None:

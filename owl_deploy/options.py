@@ -31,6 +31,13 @@ MaxLoss = Annotated[
     str | None,
     Option(help="Quality that may go in the choice of what to deploy, such as 2%. [none]"),
 ]
+QualityMetric = Annotated[
+    str | None,
+    Option(
+        help="What that quality is: perplexity, humaneval (pass@1), or another task that owl eval "
+        "has measured. [humaneval if all have it, else perplexity]"
+    ),
+]
 CheckpointFolder = Annotated[Path, Argument(help="A checkpoint: a Hugging Face model folder.")]
 CalibrationText = Annotated[str | None, Option("--calibration", "-c", help=f"Text: {_SOURCE}")]
 PerplexityText = Annotated[str | None, Option("--perplexity", "-p", help=f"Text: {_SOURCE}")]
@@ -90,8 +97,8 @@ Precision = Annotated[
     Option(
         "--precision",
         "-p",
-        help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8 or "
-        "fp32 for owl; Q8_0, Q4_K_M, Q4_0, Q3_K_M or Q2_K for llama.cpp; fp32 for deepsparse. "
+        help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8, int4 "
+        "or fp32 for owl; Q8_0, Q4_K_M, Q4_0, Q3_K_M or Q2_K for llama.cpp; fp32 for deepsparse. "
         "[the first]",
     ),
 ]
@@ -99,7 +106,7 @@ Head = Annotated[
     str | None,
     Option(
         help="For owl: screened, an int8 head of which tokens far from the likeliest get 4 "
-        "bits, or whole, like the other weights. [screened for int8, else whole]"
+        "bits, or whole, like the other weights. [screened for int8 and int4, else whole]"
     ),
 ]
 GenaiDeployment = Annotated[Path, Argument(help="A deployment for owl, onnxruntime or llama.cpp.")]
@@ -134,6 +141,9 @@ AllowCode = Annotated[
     bool, Option("--allow-code", help="Run what the model writes for humaneval, in a sandbox.")
 ]
 Limit = Annotated[int | None, Option(help="At most so many documents a task.")]
+Every = Annotated[
+    int, Option(min=1, metavar="N", help="Of a task every N-th document, the first among them.")
+]
 Window = Annotated[int, Option(help="Tokens a window; for tasks, at most.")]
 Windows = Annotated[int | None, Option(help="At most so many windows; the whole text without it.")]
 CheckpointDevice = Annotated[str, Option(help="For checkpoints: auto, cpu or cuda.")]

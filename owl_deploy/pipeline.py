@@ -8,6 +8,7 @@ files are seen, once the tasks that it needs are done.
 """
 
 import hashlib
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from owl_deploy.cache import cache_dir
 from owl_deploy.engines import engine_for
 from owl_deploy.engines.loading import digest as file_digest
 from owl_deploy.errors import BadInput
+from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import (
     CheckpointManifest,
     DeploymentManifest,
@@ -104,14 +106,12 @@ class Prune(Task):
         text = None
         if self.calibration:
             text = api.Calibration(self.calibration, self.samples, self.sequence_length)
-        if is_interrupted(self.output):
-            try:
-                api.prune(self.model, self.output, self.settings, text, force=True, resume=True)
-            except BadInput:  # it was asked otherwise; whatever else is wrong comes again
-                pass
-            else:
-                return
-        api.prune(self.model, self.output, self.settings, text, force=True)
+        _go_on(
+            self.output,
+            lambda resume: api.prune(
+                self.model, self.output, self.settings, text, force=True, resume=resume
+            ),
+        )
 
     @override
     def agrees(self) -> bool:
@@ -123,6 +123,59 @@ class Prune(Task):
             include={"samples", "sequence_length"}
         )
         return _same(told, asked)
+
+
+def _go_on(output: Path, make: Callable[[bool], object]) -> None:
+    """`make(resume)` what is to be in `output`, from where a run for it was interrupted."""
+    if is_interrupted(output):
+        try:
+            make(True)
+        except BadInput:  # it was asked otherwise; whatever else is wrong comes again
+            pass
+        else:
+            return
+    make(False)
+
+
+class Finetune(Task):
+    """`owl finetune` on `text` (a SOURCE), with a dense `teacher` if there is one."""
+
+    APART = {"checkpoint": True, "text": True, "teacher": True}
+
+    task: Literal["finetune"] = "finetune"
+    checkpoint: Path
+    text: str
+    settings: FinetuneSettings
+    teacher: Path | None = None
+
+    @override
+    def reads(self) -> tuple[Path | str, ...]:
+        return (self.checkpoint, self.text, self.teacher or "")
+
+    @override
+    def run(self) -> None:
+        teacher = None if self.teacher is None else str(self.teacher)
+        _go_on(
+            self.output,
+            lambda resume: api.finetune(
+                self.checkpoint,
+                self.output,
+                self.text,
+                self.settings,
+                teacher=teacher,
+                force=True,
+                resume=resume,
+            ),
+        )
+
+    @override
+    def agrees(self) -> bool:
+        manifest = read_manifest(self.output, CheckpointManifest)
+        if manifest is None or manifest.finetune is None:
+            return False
+        told = manifest.finetune.settings.model_dump(mode="json")
+        given = self.settings.model_dump(mode="json", exclude_none=True)
+        return _same(told, given) and (manifest.finetune.teacher is None) == (self.teacher is None)
 
 
 class Export(Task):
@@ -226,6 +279,7 @@ class RunTasks(Measurement):
     model: Path
     names: tuple[str, ...]
     limit: int | None = None
+    every: int = 1
     window: int = 2048
     threads: int | None = None
     allow_code: bool = False
@@ -240,6 +294,7 @@ class RunTasks(Measurement):
             tasks=self.names,
             allow_code=self.allow_code,
             limit=self.limit,
+            every=self.every,
             window=self.window,
             threads=self.threads,
         )
@@ -247,7 +302,8 @@ class RunTasks(Measurement):
 
     @override
     def agrees(self) -> bool:
-        return set(self.names) <= read_object(self.output, "Delete it.").keys()
+        kept = read_object(self.output, "Delete it.")
+        return all(name in kept and kept[name].get("every", 1) == self.every for name in self.names)
 
 
 class Bench(Task):
@@ -280,8 +336,9 @@ class Bench(Task):
 
 
 Plan = Sequence[Task]
-PLAN: TypeAdapter[tuple[Prune | Export | Evaluate | RunTasks | Bench, ...]] = TypeAdapter(
-    tuple[Annotated[Prune | Export | Evaluate | RunTasks | Bench, Field(discriminator="task")], ...]
+_Any = Prune | Finetune | Export | Evaluate | RunTasks | Bench
+PLAN: TypeAdapter[tuple[_Any, ...]] = TypeAdapter(
+    tuple[Annotated[_Any, Field(discriminator="task")], ...]
 )
 
 
@@ -323,10 +380,18 @@ def _same(kept: Any, asked: Any) -> bool:  # noqa: ANN401 - JSON
 def do(task: Task) -> None:
     """Run a task, whatever its state; raises as its verb does."""
     make_folder(task.output.parent)
-    asked = task.asked()
+    asked, started = task.asked(), time.monotonic()
     task.run()
+    seconds = round(time.monotonic() - started, 1)
     make_folder(task.receipt.parent)
-    write_json(task.receipt, {"result": digest(task.proof), **asked})
+    write_json(task.receipt, {"result": digest(task.proof), "seconds": seconds, **asked})
+
+
+def seconds(task: Task) -> float | None:
+    """How long a task took when it was last done; None where no receipt says."""
+    if not task.receipt.is_file():
+        return None
+    return read_object(task.receipt, "Delete it.").get("seconds")
 
 
 def needs(plan: Plan) -> list[list[int]]:

@@ -1,26 +1,46 @@
 """A model that people deploy, from its package to a decision: what `make showcase` runs.
 
-`python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense and pruned to 50 % in one shot, in
-each engine and precision that a user would take; judged by HumanEval and by perplexity on code that
-was not calibrated on. Hours on two cores; every step leaves an artefact, and what is there is not
-made again.
+`python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense, pruned to 50 % in one shot, and
+trained again after that, in each engine and precision that a user would take; judged by HumanEval
+and by perplexity on code that was not calibrated on. Hours on two cores; every step leaves an
+artefact, and what is there is not made again.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from owl_deploy import engines, options
+from owl_deploy.artefact import write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
-from owl_deploy.bench.decision import sentence
-from owl_deploy.demo import Clock, conclude, over_dense
+from owl_deploy.bench.decision import HUMANEVAL, judge, read_loss, refreshed, sentence
+from owl_deploy.bench.scenario import KINDS
+from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense
 from owl_deploy.demo_input import CALIBRATION, EVALUATION
-from owl_deploy.errors import BadInput, OwlError
+from owl_deploy.errors import BadInput, EnvironmentFailed, OwlError, not_installed
 from owl_deploy.evaluate.sandbox import require_sandbox
-from owl_deploy.manifest import measurement, measurement_file
-from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, RunTasks, Task, execute
+from owl_deploy.export.targets import TARGETS
+from owl_deploy.finetune.settings import FinetuneSettings
+from owl_deploy.manifest import measurement_file
+from owl_deploy.pipeline import (
+    Bench,
+    Evaluate,
+    Export,
+    Finetune,
+    Prune,
+    RunTasks,
+    Task,
+    execute,
+    seconds,
+)
+from owl_deploy.progress import error_console
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.runtime import library_path
 from owl_deploy.showcase_input import MODEL, showcase_input
@@ -29,79 +49,158 @@ MODEL_IS = (
     "The model is Qwen2.5-Coder-1.5B-Instruct, from a GGUF file in 4 bits (Q4_K_M), expanded: what "
     'is "dense" here has been rounded once.'
 )
-DENSE = (
-    ("owl", "int8"),
-    ("owl", "bf16"),
-    ("onnxruntime", "int8"),
-    ("onnxruntime", "int4"),
-    ("llama.cpp", "Q8_0"),
-    ("llama.cpp", "Q4_K_M"),
-    ("llama.cpp", "Q3_K_M"),
+_WIDTH = 80
+_OWL: tuple[Road, ...] = tuple(("owl", precision) for precision in TARGETS["owl"].precisions)
+_RIVALS: tuple[Road, ...] = (
+    *(("onnxruntime", precision) for precision in ("int8", "int4")),
+    *(("llama.cpp", precision) for precision in ("Q8_0", "Q4_K_M", "Q3_K_M")),
 )
-SPARSE = (("owl", "int8"), ("owl", "bf16"))
-_SETTINGS = PruneSettings(method="sparsegpt", allocation="owl", sparsity=0.5)
-_SAMPLES, _LENGTH = 32, 512  # windows and tokens to prune by
-_WINDOWS = 5  # of 2048 tokens to evaluate on
-_CONTEXTS, _PROMPTS, _PAIRS = (512, 4096), (512, 2048), 4
 
 
-def tasks(source: Path, output: Path, limit: int | None = None) -> tuple[Task, ...]:
+@dataclass(frozen=True)
+class Plan:
+    """What is made, and how much of it is run.
+
+    `roads`: by "dense", "sparse" and "recovered", the targets and precisions of each. `samples`
+    windows of `length` tokens to prune by; `windows` of `window` to evaluate on; of HumanEval's
+    problems each `every`-th, and at most `limit`.
+    """
+
+    roads: dict[str, tuple[Road, ...]]
+    pruning: PruneSettings
+    recovery: FinetuneSettings
+    samples: int = 32
+    length: int = 512
+    window: int = 2048
+    windows: int = 5
+    every: int = 1
+    limit: int | None = None
+    contexts: tuple[int, ...] = (512, 4096)
+    prompts: tuple[int, ...] = (512, 2048)
+    pairs: int = 4
+
+    def without(self, patterns: Sequence[str]) -> "Plan":
+        """The plan without what one of `patterns` names: a model, a target, or a deployment.
+
+        Raises `BadInput` for one that names nothing, and where nothing would be left.
+        """
+        every = [(model, road) for model, roads in self.roads.items() for road in roads]
+        for pattern in patterns:
+            if not any(_is_named(pattern, *one) for one in every):
+                known = ", ".join(dict.fromkeys((*self.roads, *(road[0] for _, road in every))))
+                raise BadInput(
+                    f"--skip {pattern} names nothing in the showcase.",
+                    f"Give one of {known}, or deployments such as dense-owl-fp32 or '*-fp32'.",
+                )
+        left = [one for one in every if not any(_is_named(pattern, *one) for pattern in patterns)]
+        if not left:
+            raise BadInput("--skip leaves nothing of the showcase.")
+        roads = {name: tuple(road for model, road in left if model == name) for name in self.roads}
+        return replace(self, roads=roads)
+
+
+def _is_named(pattern: str, model: str, road: Road) -> bool:
+    names = (model, road[0], "-".join((model, *road)))
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+SHOWCASE = Plan(
+    roads={"dense": (*_OWL, *_RIVALS), "sparse": _OWL, "recovered": (("owl", "int8"),)},
+    pruning=PruneSettings(method="sparsegpt", allocation="owl", sparsity=0.5),
+    # A quarter of the blocks at a time: 13 GB with the teacher, by reckoning. A chat model that
+    # only read code would forget how to answer: half of the loss is the dense one's.
+    recovery=FinetuneSettings(
+        method="masked",
+        learning_rate=1e-4,
+        sequence_length=512,
+        block_group=7,
+        teacher_weight=0.5,
+        max_minutes=120.0,
+    ),
+)
+
+
+def tasks(plan: Plan, source: Path, output: Path) -> tuple[Task, ...]:
     """What makes the showcase in `output` from the `showcase_input` in `source`; the bench is last.
 
-    `limit`: only so many of HumanEval's problems. They are run with the user's leave: `main` asks.
+    The problems are run with the user's leave: `main` asks.
     """
-    dense, sparse = source / MODEL, output / "checkpoints" / "sparsegpt-50"
-    prune = Prune(
-        title="Pruning: OWL 50 % with SparseGPT, 32 windows of 512 tokens of code",
-        output=sparse,
-        model=dense,
-        settings=_SETTINGS,
-        calibration=str(source / CALIBRATION),
-        samples=_SAMPLES,
-        sequence_length=_LENGTH,
-    )
+    checkpoints = {
+        "dense": source / MODEL,
+        "sparse": output / "checkpoints" / "sparsegpt-50",
+        "recovered": output / "checkpoints" / "recovered-50",
+    }
     exports = [
         Export(
-            title=f"Exporting: {name} for {target}, {precision}",
-            output=output / "deployments" / f"{name}-{target}-{precision}",
-            checkpoint=checkpoint,
+            title=f"Exporting: {model} for {target}, {precision}",
+            output=output / "deployments" / "-".join((model, target, precision)),
+            checkpoint=checkpoints[model],
             target=target,
             precision=precision,
         )
-        for name, checkpoint, roads in (("dense", dense, DENSE), ("sparse", sparse, SPARSE))
+        for model, roads in plan.roads.items()
         for target, precision in roads
     ]
-    judged = [task for export in exports for task in _judge(export.output, source, limit)]
+    judged = [task for export in exports for task in _judge(plan, export.output, source)]
     folders = [export.output for export in exports]
+    dense = tuple(folder for folder in folders if folder.name.startswith("dense"))
+    sparse = tuple(folder for folder in folders if folder not in dense)
     bench = Bench(
-        title=f"Benchmarking {len(folders)} deployments, {_PAIRS} rounds of fresh processes",
+        title=f"Benchmarking {len(folders)} deployments, {plan.pairs} rounds of fresh processes",
         output=output / "bench",
         plan=BenchPlan(
-            candidates=tuple(folders[len(DENSE) :]),
-            baselines=tuple(folders[: len(DENSE)]),
-            context=_CONTEXTS,
-            prompt=_PROMPTS,
-            pairs=_PAIRS,
+            candidates=sparse or dense,
+            baselines=dense if sparse else (),
+            context=plan.contexts,
+            prompt=plan.prompts,
+            pairs=plan.pairs,
         ),
     )
-    return (prune, *exports, *judged, bench)
+    return (*_trained(plan, checkpoints, source), *exports, *judged, bench)
 
 
-def _judge(deployment: Path, source: Path, limit: int | None) -> tuple[Task, Task]:
+def _trained(plan: Plan, checkpoints: dict[str, Path], source: Path) -> Iterator[Task]:
+    """What makes the sparse checkpoints that are deployed."""
+    if plan.roads["sparse"] or plan.roads["recovered"]:
+        yield Prune(
+            title=f"Pruning: OWL {plan.pruning.sparsity:.0%} with SparseGPT, {plan.samples} "
+            f"windows of {plan.length} tokens of code",
+            output=checkpoints["sparse"],
+            model=checkpoints["dense"],
+            settings=plan.pruning,
+            calibration=str(source / CALIBRATION),
+            samples=plan.samples,
+            sequence_length=plan.length,
+        )
+    if plan.roads["recovered"]:
+        yield Finetune(
+            title=f"Training the weights that are left, {plan.recovery.max_minutes:g} minutes",
+            output=checkpoints["recovered"],
+            checkpoint=checkpoints["sparse"],
+            text=str(source / CALIBRATION),
+            settings=plan.recovery,
+            teacher=checkpoints["dense"],
+        )
+
+
+def _judge(plan: Plan, deployment: Path, source: Path) -> tuple[Task, Task]:
     return (
         Evaluate(
             title=f"Perplexity on code: {deployment.name}",
             output=measurement_file(deployment, "perplexity"),
             model=deployment,
             text=str(source / EVALUATION),
-            windows=_WINDOWS,
+            window=plan.window,
+            windows=plan.windows,
         ),
         RunTasks(
             title=f"HumanEval: {deployment.name}",
             output=measurement_file(deployment, "tasks"),
             model=deployment,
-            names=("humaneval",),
-            limit=limit,
+            names=(HUMANEVAL,),
+            limit=plan.limit,
+            every=plan.every,
+            window=plan.window,
             allow_code=True,
         ),
     )
@@ -111,9 +210,7 @@ def rows(result: Result) -> list[dict[str, Any]]:
     """The showcase's table: one row a deployment, with its speed in every scenario."""
     found = []
     for subject in result.subjects:
-        folder = Path(subject.path)
-        judged = (measurement(folder, "tasks") or {}).get("humaneval", {})
-        metric = judged.get("metrics", {}).get("pass@1", {})
+        score = subject.scores.get(HUMANEVAL)
         speeds = {
             scenario.key: result.statistics[scenario.key][subject.name]
             for scenario in result.scenarios
@@ -121,12 +218,14 @@ def rows(result: Result) -> list[dict[str, Any]]:
         }
         found.append(
             {
-                "deployment": folder.name,
+                "deployment": Path(subject.path).name,
                 "size_bytes": subject.size_bytes,
+                "peak_bytes": subject.peak_bytes if subject.samples else None,
+                "load_s": subject.load_s if subject.samples else None,
                 "perplexity": subject.perplexity,
-                "pass_at_1": metric.get("value"),
-                "pass_at_1_stderr": metric.get("stderr"),
-                "problems": judged.get("documents"),
+                "pass_at_1": score and score.value,
+                "pass_at_1_stderr": score and score.stderr,
+                "problems": score and score.documents,
                 "speed": speeds,
                 "speedup": over_dense(result, subject),
             }
@@ -134,59 +233,152 @@ def rows(result: Result) -> list[dict[str, Any]]:
     return found
 
 
-def show(result: Result, table: list[dict[str, Any]]) -> None:
-    """Print the table, the machine, and what it means."""
-    console = Console()
-    view = Table(box=None, pad_edge=False)
-    for heading in ("deployment", "MB", "pass@1", "ppl", "tok/s", "prompt s", "over dense"):
-        text = heading in ("deployment", "over dense")
-        view.add_column(heading, justify="left" if text else "right", no_wrap=True)
-    decode, prefill = f"decode@{_CONTEXTS[0]}", f"prefill@{_PROMPTS[0]}"
-    for row in table:
-        speed = row["speed"]
-        view.add_row(
-            row["deployment"],
-            f"{row['size_bytes'] / 1e6:.0f}",
-            f"{row['pass_at_1']:.1%} ± {row['pass_at_1_stderr']:.1%}",
-            f"{row['perplexity']:.2f}",
-            f"{speed[decode]['tokens_per_s']:.1f}" if decode in speed else "failed",
-            f"{speed[prefill]['median_ms'] / 1000:.2f}" if prefill in speed else "failed",
-            row["speedup"],
-        )
-    console.print(view)
+def show(result: Result, table: list[dict[str, Any]], max_loss: float | None = None) -> None:
+    """Print what to deploy, tables of 80 columns, the machine, and what they mean."""
+    console = Console(highlight=False)
+    console.print(sentence(judge(result), max_loss), soft_wrap=True, markup=False)
+    for view in _tables([row["deployment"] for row in table], _columns(result, table)):
+        console.print()
+        console.print(view)
     console.print(
-        f"\n{result.machine.cpu}, {result.threads} threads. pass@1: of HumanEval's "
-        f"{table[0]['problems']} problems, greedy, with its standard error; ppl: perplexity on "
-        f"code that was not calibrated on; tok/s: decoding at a context of {_CONTEXTS[0]}; prompt: "
-        f"of {_PROMPTS[0]} tokens. {MODEL_IS}\n"
+        f"\n{result.machine.cpu}, {result.threads} threads. pass@1: of {table[0]['problems']} of "
+        "HumanEval's problems, greedy, in %, with its standard error; ppl: perplexity on code that "
+        "was not calibrated on; @: tokens/s, decoding at a context of so many tokens; over dense: "
+        "that, in the same engine, with a 90 % interval; prompt: seconds for so many tokens; peak: "
+        f"of resident memory. {MODEL_IS}"
     )
-    console.print(sentence(result), soft_wrap=True)
+
+
+def _columns(result: Result, table: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The cells of each column, by its heading, what counts first."""
+
+    def speeds(key: str, name: str, scale: float, digits: int) -> list[str]:
+        found = (row["speed"].get(key, {}).get(name) for row in table)
+        return [_said(value, digits, scale) for value in found]
+
+    scenarios = {kind: [s for s in result.scenarios if s.kind == kind] for kind in KINDS}
+    decode = {
+        f"@{s.key.partition('@')[2]}": speeds(s.key, "tokens_per_s", 1, 1)
+        for s in scenarios["decode"]
+    }
+    first = next(iter(decode), "")
+    return {
+        "MB": [_said(row["size_bytes"], 0, 1e6) for row in table],
+        "pass@1": [_passed(row) for row in table],
+        "ppl": [_said(row["perplexity"], 2) for row in table],
+        **({first: decode.pop(first)} if first else {}),
+        "over dense": [row["speedup"] for row in table],
+        **decode,
+        **{f"prompt {s.tokens}": speeds(s.key, "median_ms", 1000, 2) for s in scenarios["prefill"]},
+        "open s": [_said(row["load_s"], 1) for row in table],
+        "peak MB": [_said(row["peak_bytes"], 0, 1e6) for row in table],
+    }
+
+
+def _tables(names: list[str], columns: dict[str, list[str]]) -> Iterator[Table]:
+    """As many tables, each with the `names` first, as it takes to keep within 80 columns."""
+    widths = {heading: max(map(len, (heading, *cells))) + 2 for heading, cells in columns.items()}
+    left = list(columns)
+    while left:
+        room, chosen = _WIDTH - max(map(len, ("deployment", *names))), [left.pop(0)]
+        while left and sum(widths[heading] for heading in (*chosen, left[0])) <= room:
+            chosen.append(left.pop(0))
+        view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        view.add_column("deployment", no_wrap=True)
+        for heading in chosen:
+            justify: Literal["left", "right"] = "left" if heading == "over dense" else "right"
+            view.add_column(heading, justify=justify, no_wrap=True)
+        for index, name in enumerate(names):
+            view.add_row(name, *(columns[heading][index] for heading in chosen))
+        yield view
+
+
+def _passed(row: dict[str, Any]) -> str:
+    value, error = row["pass_at_1"], row["pass_at_1_stderr"]
+    return _said(value, 1, 0.01) + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _said(value: float | None, digits: int, scale: float = 1) -> str:
+    return "" if value is None else f"{value / scale:.{digits}f}"
+
+
+def show_steps(plan: Sequence[Task], output: Path) -> None:
+    """Print how long each step took when it was last done, and leave it in steps.json."""
+    took = {task.title: seconds(task) for task in plan}
+    write_json(output / "steps.json", took)
+    for title, found in took.items():
+        time = "" if found is None else clock_time(found)
+        error_console().print(f"{time:>8}  {title}", style="dim", markup=False, highlight=False)
+
+
+def prepare(plan: Plan, say: Callable[[str], object]) -> None:
+    """See that each engine of `plan` is here, or install it; raises `EnvironmentFailed`."""
+    for target in dict.fromkeys(target for roads in plan.roads.values() for target, _ in roads):
+        engine = engines.engine_for(target)
+        try:
+            if engine.operators:
+                library_path()
+            if engine.lock and not engines.is_installed(engine.name):
+                say(f"The engine {engine.name}, in an environment of its own")
+                engines.install(engine.name, lambda x: error_console().print(x, style="dim"))
+            engines.python_of(engine.name)
+        except EnvironmentFailed as error:
+            raise EnvironmentFailed(
+                error.message, f"{error.hint} Or go on without its rows: --skip {target}."
+            ) from error
+
+
+def _check_code(allowed: bool) -> None:
+    """Raise, before hours go by, where the model's programs may not or cannot be run."""
+    if not allowed:
+        raise BadInput(
+            "The showcase runs programs that the model wrote, in a sandbox.",
+            "Give --allow-code; make showcase does.",
+        )
+    require_sandbox()
+    try:
+        from owl_deploy.evaluate.humaneval import problems
+    except ModuleNotFoundError as error:
+        raise not_installed(error) or error from error
+    problems()
+
+
+_Skipped = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Leave out a model (recovered), a target (llama.cpp) or deployments (*-fp32); repeat."
+    ),
+]
 
 
 def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for what is made.")],
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run what the model writes, in a sandbox.")
-    ] = False,
-    limit: Annotated[
-        int | None, typer.Option(help="Only so many of HumanEval's 164 problems.")
-    ] = None,
+    allow_code: options.AllowCode = False,
+    every: options.Every = SHOWCASE.every,
+    limit: options.Limit = None,
+    minutes: Annotated[
+        float, typer.Option(help="To train the pruned model for.")
+    ] = SHOWCASE.recovery.max_minutes or 0.0,
+    pairs: options.Pairs = SHOWCASE.pairs,
+    skip: _Skipped = None,
+    max_loss: options.MaxLoss = None,
 ) -> None:
-    """Prune, export, judge and bench Qwen2.5-Coder-1.5B: hours on two cores."""
+    """Prune, train, export, judge and bench Qwen2.5-Coder-1.5B: hours on two cores."""
     say = Clock()
     try:
-        if not allow_code:
-            raise BadInput(
-                "The showcase runs programs that the model wrote, in a sandbox.",
-                "Give --allow-code; make showcase does.",
-            )
-        require_sandbox()
-        library_path()
+        _check_code(allow_code)
+        loss = read_loss(max_loss) if max_loss else None
+        recovery = FinetuneSettings(**SHOWCASE.recovery.model_dump() | {"max_minutes": minutes})
+        plan = replace(SHOWCASE, every=every, limit=limit, recovery=recovery, pairs=pairs)
+        plan = plan.without(skip or ())
+        prepare(plan, say)
         say("Input: Qwen2.5-Coder-1.5B-Instruct and Python sources")
-        made = tasks(showcase_input(), output, limit)
+        made = tasks(plan, showcase_input(), output)
         execute(made, say)
-        result = read_result(made[-1].output)
-        conclude(result, rows(result), output, show)
+        say.took()
+        show_steps(made, output)
+        result = refreshed(read_result(made[-1].output))
+        conclude(result, rows(result), output, partial(show, max_loss=loss), loss)
     except OwlError as error:
         typer.echo(f"showcase: {error}", err=True)
         raise typer.Exit(error.exit_code) from error

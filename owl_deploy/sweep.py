@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from owl_deploy import api
-from owl_deploy.bench import plots
+from owl_deploy.bench import decision
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
-from owl_deploy.bench.result import Result, metrics_of
+from owl_deploy.bench.result import Result
 from owl_deploy.errors import BadInput, invalid
 from owl_deploy.export.targets import precision_of
 from owl_deploy.manifest import measurement_file
@@ -154,19 +154,17 @@ def finish(plan: tuple[Task, ...], output: Path) -> Result:
 
 def trade_off(result: Result) -> list[dict[str, Any]]:
     """Perplexity and tokens/s of every deployment, fastest first; `pareto`: nothing beats both."""
-    metric = metrics_of(result.scenarios)[0]
-    subjects, points = plots.speed_and_quality(result, metric.key)
-    front = set(plots.pareto(points))
+    options = decision.judge(result, decision.PERPLEXITY).options
     rows = [
         {
-            "deployment": subject.name,
-            "engine": subject.engine,
-            "dense": subject.role == "baseline",
-            "zeros": subject.zeros,
-            "perplexity": loss,
-            "tokens_per_s": speed,
-            "pareto": index in front,
+            "deployment": option.subject.name,
+            "engine": option.subject.engine,
+            "dense": option.subject.role == "baseline",
+            "zeros": option.subject.zeros,
+            "perplexity": option.value,
+            "tokens_per_s": option.tokens_per_s,
+            "pareto": option.on_front,
         }
-        for index, (subject, (speed, loss)) in enumerate(zip(subjects, points, strict=True))
+        for option in options
     ]
     return sorted(rows, key=lambda row: -float(str(row["tokens_per_s"])))

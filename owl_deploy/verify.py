@@ -45,7 +45,7 @@ def verify(folder: str | Path) -> Verified:
     Raises `BadInput` for a folder that is no deployment, and for settings or a graph that name
     something to load which is elsewhere, or which owl never writes.
     """
-    folder, opened = Path(folder), Folder(Path(folder))
+    folder, opened = Path(folder), Folder(Path(folder), thorough=True)
     if not opened.has_model:
         raise BadInput(f"{folder} is not a deployment.", "Give a folder that owl export wrote.")
     rows = opened.rows()

@@ -97,6 +97,32 @@ def write_llama(folder: Path, **changes: Any) -> Path:
     return write_model("llama", folder, **changes)
 
 
+def round_to_grid(folder: Path, bits: int, group: int, sparsity: float) -> None:
+    """Take some of the weights of a checkpoint's blocks away, and round to a grid beside it."""
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    largest = 2 ** (bits - 1) - 1
+    scales = {}
+    for name, weight in tensors.items():
+        if ".layers." not in name or weight.ndim != 2:
+            continue
+        kept = torch.rand(weight.shape, generator=generator) >= sparsity
+        blocks = (weight * kept).float().split(group, dim=1)
+        peaks = torch.stack([block.abs().amax(dim=1) for block in blocks], dim=1)
+        # A power of two times sixteenths, as the engine holds them.
+        scale = ((peaks / largest).view(torch.int32) + 0x7FFFF >> 19 << 19).view(torch.float32)
+        steps = scale.repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        rounded = (weight * kept / steps.clamp(min=1e-30)).round() * steps
+        tensors[name] = rounded.to(torch.bfloat16)
+        scales[name.removesuffix(".weight")] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {f"{name}.weight_scale": scale.bfloat16() for name, scale in scales.items()},
+        folder / "grid.safetensors",
+        metadata={"bits": str(bits), "group": str(group)},
+    )
+
+
 def truncate(folder: Path) -> None:
     """Cut the end off a checkpoint's weights."""
     path = folder / "model.safetensors"

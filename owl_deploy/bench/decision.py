@@ -1,28 +1,98 @@
 """What to deploy: the fastest of a benchmark that loses no more quality than may go.
 
-Quality is the logarithm of perplexity, which is the model's mean loss; a loss is its increase over
-the best dense baseline's, as a share of that.
+Quality is a task's metric, such as HumanEval's pass@1, or the logarithm of perplexity, which is the
+model's mean loss. What a deployment loses is its difference from the best dense baseline, as a
+share of that one's. A task's difference has a standard error: paired, where both were asked the
+same problems (Miller 2024, arXiv 2411.00640, section 4.2). Where nobody says what may go, that much
+may: the one-standard-error rule (Breiman et al. 1984, section 3.4.3).
 """
 
+import contextlib
 import math
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from owl_deploy.bench.result import Result, Subject, metrics_of
-from owl_deploy.errors import BadInput
+from owl_deploy.bench.result import Result, Score, Subject, metrics_of
+from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.manifest import measurement
 
 NOTHING = 0.005  # less is not noticed: int8 values lose about so much
+PERPLEXITY, HUMANEVAL = "perplexity", "humaneval"
+_METRICS = ("pass@1", "acc")  # of a task, the first that it has
+_ROUNDING = 1e-9  # one problem of any number is one standard error exactly
+_TELLS = 2  # standard errors: what differs by less may be chance
 
 
 @dataclass(frozen=True)
 class Option:
-    """A deployment to choose: tokens/s, and the share of log-perplexity that it loses."""
+    """A deployment to choose: its tokens/s, and `value`, its perplexity or its task's metric.
 
-    name: str
-    title: str
-    dense: bool
+    `loss`: the share of the best dense one's quality that it loses; `noise`: the standard error of
+    that. `on_front`: no other beats it in both.
+    """
+
+    subject: Subject
     tokens_per_s: float
-    perplexity: float
+    value: float
     loss: float
+    noise: float = 0.0
+    stderr: float | None = None
+    on_front: bool = False
+
+    @property
+    def title(self) -> str:
+        """Its name, with what runs it."""
+        return f"{self.subject.name} ({self.subject.engine}, {self.subject.precision})"
+
+    def is_allowed(self, max_loss: float | None) -> bool:
+        """Whether it loses no more than `max_loss`; None: than nobody would notice, or tell."""
+        return self.loss <= self.allowed(max_loss) + _ROUNDING
+
+    def allowed(self, max_loss: float | None) -> float:
+        """The share that it may lose."""
+        return max(NOTHING, self.noise) if max_loss is None else max_loss
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether its loss lies within the noise."""
+        return abs(self.loss) <= _TELLS * self.noise
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a benchmark leaves to choose from, by `key`: perplexity, or a task with its `metric`.
+
+    `documents`: of the task. `options` are in the order of the result's subjects.
+    """
+
+    key: str
+    metric: str
+    documents: int
+    options: tuple[Option, ...]
+
+    @property
+    def by_task(self) -> bool:
+        """Whether more is better, in shares of documents; else less is, in perplexity."""
+        return self.key != PERPLEXITY
+
+    @property
+    def quality(self) -> str:
+        """What is lost a share of."""
+        return self.metric if self.by_task else "log-perplexity"
+
+    def said(self, option: Option) -> str:
+        """An option's quality in a few characters, with its standard error."""
+        if not self.by_task:
+            return f"{option.value:.2f}" if option.value < 10 else f"{option.value:.1f}"
+        error = "" if option.stderr is None else f" ± {100 * option.stderr:.1f}"
+        return f"{100 * option.value:.1f}{error} %"
+
+    @property
+    def best(self) -> Option:
+        """The one that the losses are counted from."""
+        return min(self.options, key=lambda option: abs(option.loss) + option.noise)
 
 
 def read_loss(text: str) -> float:
@@ -37,80 +107,193 @@ def read_loss(text: str) -> float:
     return share
 
 
-def options(result: Result) -> list[Option]:
-    """The deployments whose speed, in the first scenario, and perplexity are both known."""
-    key = metrics_of(result.scenarios)[0].key
-    speeds = result.statistics.get(key, {})
-    known = [s for s in result.subjects if s.name in speeds and s.perplexity]
-    dense = [s for s in known if s.role == "baseline"] or known
-    if not dense:
-        return []
-    best = min(float(s.perplexity or 0) for s in dense)
-    return [
+def scores_of(folder: Path) -> dict[str, Score]:
+    """What `owl eval --tasks` left beside an artefact, by task; those with a metric to judge by."""
+    found = {}
+    for task, row in (measurement(folder, "tasks") or {}).items():
+        metrics = row.get("metrics", {})
+        name = next((name for name in _METRICS if name in metrics), None)
+        if name is not None:
+            found[task] = Score(
+                metric=name,
+                value=metrics[name]["value"],
+                stderr=metrics[name].get("stderr"),
+                documents=row.get("documents", 0),
+                passed={one["problem"]: one["passed"] for one in row.get("answers", ())},
+            )
+    return found
+
+
+def refreshed(result: Result) -> Result:
+    """The result with what was measured since by tasks, of deployments that lie where they did."""
+    subjects = tuple(
+        subject.model_copy(update={"scores": subject.scores | scores_of(Path(subject.path))})
+        for subject in result.subjects
+    )
+    return result.model_copy(update={"subjects": subjects})
+
+
+def check_measured(deployments: Iterable[Path], key: str | None) -> None:
+    """Raise `BadInput`, before anything is timed, where `key` could not judge `deployments`."""
+    if key is not None:
+        _scores({str(path): (_perplexity(path), scores_of(path)) for path in deployments}, key)
+
+
+def _perplexity(folder: Path) -> float | None:
+    kept = measurement(folder, PERPLEXITY)
+    return float(kept["value"]) if kept else None
+
+
+_Measured = dict[str, tuple[float | None, dict[str, Score]]]
+
+
+def _scores(measured: _Measured, key: str) -> dict[str, Score]:
+    """The score of each, by `key`; raises `BadInput` where one has none, or of other documents."""
+    tasks = {task for _, scores in measured.values() for task in scores}
+    if key not in (PERPLEXITY, HUMANEVAL) and key not in tasks:
+        raise unknown_name("--quality-metric", key, sorted({PERPLEXITY, HUMANEVAL, *tasks}))
+    found: dict[str, Score] = {}
+    for name, (perplexity, scores) in measured.items():
+        if key == PERPLEXITY and perplexity is not None:
+            found[name] = Score(metric=PERPLEXITY, value=perplexity)
+        elif key in scores:
+            found[name] = scores[key]
+        else:
+            how = f"--{PERPLEXITY} TEXT" if key == PERPLEXITY else f"--tasks {key}"
+            raise BadInput(f"{name} has no {key} measured.", f"Run: owl eval {name} {how}")
+    for name, score in found.items():
+        first, other = next(iter(found.items()))
+        if score.documents != other.documents or score.passed.keys() != other.passed.keys():
+            raise BadInput(
+                f"{first} and {name} were asked other documents of {key}.",
+                "Evaluate both with the same --limit and --every.",
+            )
+    return found
+
+
+def judge(result: Result, key: str | None = None) -> Judged:
+    """The deployments whose speed, in the first metric, and quality by `key` are both known.
+
+    `key`: perplexity, or a task's name; None: HumanEval if all of them were asked the same problems
+    of it, and the best solves more than chance would let it, else perplexity. Raises `BadInput` for
+    what is not measured of each.
+    """
+    speeds = result.statistics.get(metrics_of(result.scenarios)[0].key, {})
+    timed = [subject for subject in result.subjects if subject.name in speeds]
+    if key is None:
+        with contextlib.suppress(BadInput):
+            by_code = _judged(timed, speeds, HUMANEVAL)
+            if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
+                return by_code
+        timed, key = [subject for subject in timed if subject.perplexity], PERPLEXITY
+    return _judged(timed, speeds, key)
+
+
+def _judged(subjects: Sequence[Subject], speeds: dict[str, dict[str, float]], key: str) -> Judged:
+    scores = _scores({s.name: (s.perplexity, s.scores) for s in subjects}, key)
+    if not subjects:
+        return Judged(key, key, 0, ())
+    sign = 1 if key == PERPLEXITY else -1
+    dense = [s for s in subjects if s.role == "baseline"] or subjects
+    best = min((scores[s.name] for s in dense), key=lambda score: sign * score.value)
+    found = [
         Option(
-            subject.name,
-            _title(subject),
-            not subject.is_sparse,
-            speeds[subject.name]["tokens_per_s"],
-            float(subject.perplexity or 0),
-            _loss(float(subject.perplexity or 0), best),
+            subject=subject,
+            tokens_per_s=speeds[subject.name]["tokens_per_s"],
+            value=score.value,
+            loss=_loss(score, best),
+            noise=_noise(score, best),
+            stderr=score.stderr,
         )
-        for subject in known
+        for subject in subjects
+        for score in (scores[subject.name],)
     ]
+    front = pareto([(option.tokens_per_s, option.loss) for option in found])
+    options = (replace(one, on_front=place in front) for place, one in enumerate(found))
+    return Judged(key, best.metric, best.documents, tuple(options))
 
 
-def _title(subject: Subject) -> str:
-    return f"{subject.name} ({subject.engine}, {subject.precision})"
+def _loss(score: Score, best: Score) -> float:
+    """The share of quality lost; where `best` has next to none, there is nothing to share."""
+    if score.metric == PERPLEXITY:
+        found, full = math.log(score.value) - math.log(best.value), math.log(best.value)
+    else:
+        found, full = best.value - score.value, best.value
+    return found / max(full, 1e-9)
 
 
-def _loss(perplexity: float, best: float) -> float:
-    """The loss of log-perplexity over that of `best`; a `best` near 1 leaves nothing to share."""
-    return (math.log(perplexity) - math.log(best)) / max(math.log(best), 1e-9)
+def _noise(score: Score, best: Score) -> float:
+    """The standard error of `_loss`: over problems where they are known, else of two samples."""
+    if score.metric == PERPLEXITY or score is best or best.value <= 0:
+        return 0.0
+    if len(score.passed) > 1:
+        pairs = [best.passed[one] - passed for one, passed in score.passed.items()]
+        return statistics.stdev(pairs) / math.sqrt(len(pairs)) / best.value
+    return math.hypot(score.stderr or 0.0, best.stderr or 0.0) / best.value
 
 
-def choose(options: list[Option], max_loss: float | None) -> Option | None:
-    """The fastest that loses at most `max_loss` (None: `NOTHING`), if there is one."""
-    allowed = NOTHING if max_loss is None else max_loss
-    kept = [option for option in options if option.loss <= allowed]
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of the (tokens/s, loss) that no other beats in both, slowest first."""
+    best = [
+        index
+        for index, (speed, loss) in enumerate(points)
+        if not any(
+            fast >= speed and low <= loss and (fast, low) != (speed, loss) for fast, low in points
+        )
+    ]
+    return sorted(best, key=lambda index: points[index])
+
+
+def choose(options: Iterable[Option], max_loss: float | None) -> Option | None:
+    """The fastest of those that `max_loss` allows (see `Option.allowed`), if there is one."""
+    kept = [option for option in options if option.is_allowed(max_loss)]
     return max(kept, key=lambda option: option.tokens_per_s, default=None)
 
 
-def sentence(result: Result, max_loss: float | None = None) -> str:
+def sentence(judged: Judged, max_loss: float | None = None) -> str:
     """What to deploy on this machine, why, and what sparsity would have to lose less to win."""
-    every = options(result)
-    pick = choose(every, max_loss)
+    pick = choose(judged.options, max_loss)
     if pick is None:
         return (
-            "Nothing here says what to deploy: no perplexity is known. `owl eval DEPLOYMENT "
-            "--perplexity TEXT` records it."
+            "Nothing here says what to deploy: no quality is known. `owl eval DEPLOYMENT "
+            "--perplexity TEXT`, or --tasks humaneval, records it before a benchmark."
         )
-    allowed = "next to nothing"
-    if max_loss is not None:
-        allowed = f"at most {_percent(max_loss)} of log-perplexity"
-    best = min(option.perplexity for option in every)
-    text = (
+    return " ".join(filter(None, (_pick(judged, pick, max_loss), _sparse(judged, pick, max_loss))))
+
+
+def _pick(judged: Judged, pick: Option, max_loss: float | None) -> str:
+    allowed = f"at most {_percent(max_loss or 0)} of {judged.quality}"
+    if max_loss is None:
+        allowed = "no more than one standard error" if judged.by_task else "next to nothing"
+    problems = f" of {judged.documents} problems" if judged.by_task else ""
+    best = f"the best has {judged.said(judged.best)}" if pick.loss > 0 else "none has better"
+    if pick.loss > 0 and pick.may_be_chance:
+        best += f", which is within the noise of {judged.documents} problems"
+    return (
         f"Deploy {pick.title}: {pick.tokens_per_s:.0f} tokens/s, the fastest here that loses "
-        f"{allowed} (perplexity {pick.perplexity:.1f}, the best has {best:.1f})."
+        f"{allowed} ({judged.metric} {judged.said(pick)}{problems}, {best})."
     )
-    return f"{text} {_sparse(every, pick, NOTHING if max_loss is None else max_loss)}".strip()
 
 
-def _sparse(every: list[Option], pick: Option, allowed: float) -> str:
+def _sparse(judged: Judged, pick: Option, max_loss: float | None) -> str:
     """What is to say of the sparse ones beside the choice."""
-    dense = [option for option in every if option.dense and option.loss <= allowed]
-    sparse = [option for option in every if not option.dense]
-    if not pick.dense:
-        best = max((option.tokens_per_s for option in dense), default=0.0)
+    sparse = [option for option in judged.options if option.subject.is_sparse]
+    dense = [option for option in judged.options if not option.subject.is_sparse]
+    if pick.subject.is_sparse:
+        best = max((one.tokens_per_s for one in dense if one.is_allowed(max_loss)), default=0.0)
         gain = f"{pick.tokens_per_s / best:.2f}x the best dense one's speed" if best else ""
         return f"Sparsity pays: it is {gain}." if gain else ""
     faster = [option for option in sparse if option.tokens_per_s > pick.tokens_per_s]
     if not faster:
         return "No sparse one is faster." if sparse else ""
     near = min(faster, key=lambda option: option.loss)
+    chance = ""
+    if near.may_be_chance:
+        chance = f" That difference is within the noise of {judged.documents} problems."
     return (
         f"{near.title} is {near.tokens_per_s / pick.tokens_per_s:.2f}x as fast, but loses "
-        f"{_percent(near.loss)} of log-perplexity (it reads {near.perplexity:.1f}); it would be "
-        f"the choice if that were {_percent(allowed)} or less."
+        f"{_percent(near.loss)} of {judged.quality} (it has {judged.said(near)}); it would be "
+        f"the choice if that were {_percent(near.allowed(max_loss))} or less.{chance}"
     )
 
 

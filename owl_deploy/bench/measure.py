@@ -15,6 +15,7 @@ import numpy as np
 
 from owl_deploy import __version__
 from owl_deploy.bench import machine, result, stats
+from owl_deploy.bench.decision import scores_of
 from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import Block, Result, Role, Sample, Subject
@@ -195,6 +196,7 @@ def _subject(name: str, role: Role, deployment: Deployment, engine: Engine) -> S
         precision=deployment.precision,
         zeros=deployment.zeros,
         perplexity=deployment.perplexity,
+        scores=scores_of(deployment.path),
         size_bytes=deployment.size_bytes,
         blocks=tuple(
             Block(name=one.name, sparsity=one.achieved, outlier_ratio=one.outlier_ratio)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from owl_deploy.bench.decision import Judged
 from owl_deploy.bench.result import Comparison, Result, Subject
 from owl_deploy.engines.registry import ENGINES, Ink
 from owl_deploy.picture import ACCENT, FAINT, INK, PAGE, plain_log_scale, sparsity_by_block, svg
@@ -85,64 +86,53 @@ def _by_sparsity(axes: "Axes", result: Result, key: str) -> None:
     axes.legend()
 
 
-def trade_off(result: Result, key: str) -> str:
-    """Perplexity against tokens/s; what nothing else beats in both is joined by a line."""
-    return _draw(_trade_off, 4.0, result, key)
+def trade_off(judged: Judged) -> str:
+    """Quality against tokens/s; what nothing else beats in both is joined by a line."""
+    return _draw(_trade_off, 4.0, judged)
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the (tokens/s, perplexity) that no other beats in both, slowest first."""
-    best = [
-        index
-        for index, (speed, loss) in enumerate(points)
-        if not any(
-            fast >= speed and low <= loss and (fast, low) != (speed, loss) for fast, low in points
-        )
-    ]
-    return sorted(best, key=lambda index: points[index])
-
-
-def speed_and_quality(result: Result, key: str) -> tuple[list[Subject], list[tuple[float, float]]]:
-    """The subjects that have both, and of each its tokens/s in the metric and its perplexity."""
-    rows = result.statistics.get(key, {})
-    found = [
-        (subject, (rows[subject.name]["tokens_per_s"], float(subject.perplexity)))
-        for subject in result.subjects
-        if subject.name in rows and subject.perplexity is not None
-    ]
-    return [subject for subject, _ in found], [point for _, point in found]
-
-
-def _trade_off(axes: "Axes", result: Result, key: str) -> None:
-    subjects, points = speed_and_quality(result, key)
-    best = pareto(points)
-    front = [points[index] for index in best]
-    axes.step(*zip(*front, strict=True), where="post", color=FAINT, linewidth=1)
+def _trade_off(axes: "Axes", judged: Judged) -> None:
+    scale = 100 if judged.by_task else 1
+    points = [(option.tokens_per_s, scale * option.value) for option in judged.options]
+    front = [place for place, option in enumerate(judged.options) if option.on_front]
+    front.sort(key=lambda place: points[place])
+    axes.step(*zip(*(points[place] for place in front), strict=True), color=FAINT, linewidth=1)
     seen: set[str] = set()
-    largest = max(subject.size_bytes for subject in subjects)
-    for subject, (speed, loss) in zip(subjects, points, strict=True):
-        ink = _ink(subject.engine)
-        axes.plot(
+    largest = max(option.subject.size_bytes for option in judged.options)
+    for option, (speed, value) in zip(judged.options, points, strict=True):
+        subject, ink = option.subject, _ink(option.subject.engine)
+        axes.errorbar(
             speed,
-            loss,
-            ink.marker,
+            value,
+            yerr=scale * option.stderr if option.stderr else None,
+            fmt=ink.marker,
             color=ink.light,
+            ecolor=ink.light,
+            elinewidth=1,
             markersize=4 + 8 * (subject.size_bytes / max(largest, 1)) ** 0.5,  # area: the bytes
             markerfacecolor=ink.light if subject.is_sparse else "none",
             label="" if subject.engine in seen else subject.engine,
         )
         seen.add(subject.engine)
-    if max(loss for _, loss in points) > 4 * min(loss for _, loss in points):
+    _name_axes(axes, judged, [value for _, value in points])
+    first = [*front, *(place for place in range(len(points)) if place not in front)]
+    _label(axes, [(judged.options[place].subject.name, points[place]) for place in first])
+
+
+def _name_axes(axes: "Axes", judged: Judged, values: Sequence[float]) -> None:
+    if not judged.by_task and max(values) > 4 * min(values):
         plain_log_scale(axes)
     axes.margins(x=0.18, y=0.1)
     axes.grid()
     axes.set_xlabel("tokens/s (more is better)")
-    axes.set_ylabel("perplexity (less is better)")
+    axes.set_ylabel(
+        f"{judged.metric}, % of {judged.documents} (more is better)"
+        if judged.by_task
+        else "perplexity (less is better)"
+    )
     figure = axes.figure.get_figure(root=True)
     assert figure is not None
     figure.legend(loc="outside upper center", ncols=4, fontsize=8)
-    first = [*best, *(index for index in range(len(points)) if index not in best)]
-    _label(axes, [(subjects[index].name, points[index]) for index in first])
 
 
 def _label(axes: "Axes", names: Sequence[tuple[str, tuple[float, float]]]) -> None:

@@ -3,13 +3,14 @@
 The page is `report.html.j2` with the style sheet `report.css`; here is what they show.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy import __version__
+from owl_deploy.artefact import write_text
 from owl_deploy.bench import decision, plots
+from owl_deploy.bench.decision import Judged, Option
 from owl_deploy.bench.result import Result, Subject, metrics_of
 from owl_deploy.bench.scenario import Metric
 from owl_deploy.bench.table import headline
@@ -27,32 +28,30 @@ def write_report(
     path: Path,
     curves: Sequence[tuple[str, str]] = (),
     max_loss: float | None = None,
+    quality_metric: str | None = None,
 ) -> None:
     """Write the page for `results` to the file `path`; raises `BadInput` if that cannot be.
 
     `curves`: learning curves of fine-tunings, each a caption and an SVG. `max_loss`: the share of
-    quality that may go in the choice of what to deploy (decision.py).
+    quality that may go in the choice of what to deploy, and `quality_metric` what quality that is
+    (decision.py).
     """
-    page = render(results, curves, max_loss)
+    page = render(results, curves, max_loss, quality_metric)
     if not path.absolute().parent.is_dir():
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
-    temporary = path.with_name(f".{path.name}.owl-tmp")
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # paths need be no text
-        temporary.replace(path)
+        write_text(path, page)
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}).") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def render(
     results: Sequence[Result],
     curves: Sequence[tuple[str, str]] = (),
     max_loss: float | None = None,
+    quality_metric: str | None = None,
 ) -> str:
-    """The page, as HTML; `curves` and `max_loss` as in `write_report`."""
+    """The page, as HTML; the arguments as in `write_report`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     pages = Environment(
@@ -68,7 +67,7 @@ def render(
         for shade in ("light", "dark")
     }
     return pages.get_template("report.html.j2").render(
-        pages=[_page(result, max_loss) for result in results],
+        pages=[_page(result, max_loss, quality_metric) for result in results],
         curves=curves,
         plots=plots,
         blocks=_blocks,
@@ -85,16 +84,18 @@ def _labelled(svg: str, label: str) -> "Markup":
     return Markup(svg.replace("<svg", mark, 1))  # our own drawing, whose text is escaped
 
 
-def _page(result: Result, max_loss: float | None) -> dict[str, Any]:
+def _page(result: Result, max_loss: float | None, quality_metric: str | None) -> dict[str, Any]:
     """What the template shows of a result."""
+    judged = decision.judge(result, quality_metric)
     metrics = metrics_of(result.scenarios)
     return {
         "result": result,
-        "decision": decision.sentence(result, max_loss),
+        "decision": decision.sentence(judged, max_loss),
         "headline": headline(result),
         "first": metrics[0].key,
         "metrics": [_metric(result, metric) for metric in metrics],
-        "quality": _quality(result, metrics[0].key),
+        "judged": judged,
+        "quality": [_quality(judged, option) for option in judged.options],
         "pruned": list(_pruned(result)),
         "costs": [_cost(subject) for subject in result.subjects if subject.samples],
     }
@@ -103,13 +104,14 @@ def _page(result: Result, max_loss: float | None) -> dict[str, Any]:
 def _metric(result: Result, metric: Metric) -> dict[str, Any]:
     found = [c for c in result.comparisons if c.scenario == metric.key]
     zeros = {s.name: s.zeros for s in result.subjects}
-    known = [c for c in found if "same engine" in c.against and zeros[c.candidate] is not None]
+    own = [zeros[c.candidate] for c in found if "same engine" in c.against]
+    sparsities = {round(share, 2) for share in own if share is not None}
     speeds = result.statistics.get(metric.key, {})
     return {
         "title": metric.title,
         "key": metric.key,
         "words": "; ".join(f"{c.candidate} over {c.baseline} {c.text}" for c in found),
-        "by_sparsity": len(known) > 1,
+        "by_sparsity": len(sparsities) > 1,
         "speeds": [_speed(s, speeds[s.name]) for s in result.subjects if s.name in speeds],
         "comparisons": [
             (
@@ -130,19 +132,17 @@ def _speed(subject: Subject, row: dict[str, float]) -> tuple[str, ...]:
     )
 
 
-def _quality(result: Result, key: str) -> _Rows:
-    subjects, points = plots.speed_and_quality(result, key)
-    front = set(plots.pareto(points))
-    return [
-        (
-            subject.name,
-            "" if subject.zeros is None else f"{subject.zeros:.1%}",
-            f"{loss:.2f}",
-            f"{speed:.1f}",
-            "yes" if index in front else "no",
-        )
-        for index, (subject, (speed, loss)) in enumerate(zip(subjects, points, strict=True))
-    ]
+def _quality(judged: Judged, option: Option) -> tuple[str, ...]:
+    subject = option.subject
+    perplexity = "" if subject.perplexity is None else f"{subject.perplexity:.2f}"
+    return (
+        subject.name,
+        "" if subject.zeros is None else f"{subject.zeros:.1%}",
+        perplexity,
+        *((judged.said(option),) if judged.by_task else ()),
+        f"{option.tokens_per_s:.1f}",
+        "yes" if option.on_front else "no",
+    )
 
 
 def _pruned(result: Result) -> Iterator[Subject]:

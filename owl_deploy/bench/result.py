@@ -45,8 +45,24 @@ class Block(_Model):
     outlier_ratio: float | None
 
 
+class Score(_Model):
+    """What a task gave: a `metric`, with its standard error where there is one.
+
+    `passed`: of a task whose answers are kept, which problems were solved, by name.
+    """
+
+    metric: str
+    value: float
+    stderr: float | None = None
+    documents: int = 0
+    passed: dict[str, bool] = {}
+
+
 class Subject(_Model):
-    """A deployment in an engine, and all its samples; `failure` says why there are no more."""
+    """A deployment in an engine, and all its samples; `failure` says why there are no more.
+
+    `scores`: by task, as `owl eval` recorded them.
+    """
 
     name: str
     path: str
@@ -56,6 +72,7 @@ class Subject(_Model):
     precision: str
     zeros: float | None
     perplexity: float | None
+    scores: dict[str, Score] = {}
     size_bytes: int
     blocks: tuple[Block, ...] = ()
     about: dict[str, Any] = {}

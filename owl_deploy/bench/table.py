@@ -21,11 +21,17 @@ _AGAINST = {
 }
 
 
-def show(result: Result, console: Console | None = None, max_loss: float | None = None) -> None:
+def show(
+    result: Result,
+    console: Console | None = None,
+    max_loss: float | None = None,
+    quality_metric: str | None = None,
+) -> None:
     """Print a result: what to deploy, a table for each scenario, the speed-ups, memory, notes."""
     console = console or Console(width=WIDTH, highlight=False)
-    if decision.options(result):
-        console.print(decision.sentence(result, max_loss), markup=False)
+    judged = decision.judge(result, quality_metric)
+    if judged.options:
+        console.print(decision.sentence(judged, max_loss), markup=False)
     for metric in metrics_of(result.scenarios):
         console.print(_speed(result, metric))
         if result.comparisons:
@@ -44,11 +50,14 @@ def show(result: Result, console: Console | None = None, max_loss: float | None 
 
 
 def show_outcome(
-    outcome: Outcome, console: Console | None = None, max_loss: float | None = None
+    outcome: Outcome,
+    console: Console | None = None,
+    max_loss: float | None = None,
+    quality_metric: str | None = None,
 ) -> None:
     """Print what a run came to."""
     if outcome.result is not None:
-        show(outcome.result, console, max_loss)
+        show(outcome.result, console, max_loss, quality_metric)
     if outcome.verdicts is not None:
         show_verdicts(outcome.verdicts, console)
 
@@ -163,7 +172,7 @@ def _cost(result: Result) -> Table:
                 subject.engine,
                 f"{subject.size_bytes / 1e6:.0f}",
                 f"{subject.peak_bytes / 1e6:.0f}",
-                f"{subject.load_s:.1f}",
+                f"{subject.load_s:.2f}",
                 _roofline(result, subject),
             )
     return table

@@ -13,7 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import MANIFEST, sha256
+from owl_deploy import digests
+from owl_deploy.artefact import MANIFEST
 from owl_deploy.engines.registry import MODEL, engine_of_file
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import DeploymentManifest, read_manifest
@@ -64,12 +65,14 @@ class Row:
 class Folder:
     """A deployment's folder as a runtime would load it; each file of it is read once.
 
-    What reads it raises `BadInput` for a damaged file, and for a graph or settings that name
-    something to load which is elsewhere, or which owl never writes.
+    Unless `thorough`, large files that are as they were when last read are not read at all
+    (digests.py). What reads it raises `BadInput` for a damaged file, and for a graph or settings
+    that name something to load which is elsewhere, or which owl never writes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, thorough: bool = False) -> None:
         self.path = path
+        self.thorough = thorough
         self.engine = engine_of_file(path)  # None: any that opens ONNX graphs
         self.model_file = self.engine.model_file if self.engine else MODEL
 
@@ -198,7 +201,7 @@ class Folder:
 
     def _row(self, name: str, loaded: set[str]) -> Row:
         path = self.path / name
-        found = digest(path) if path.is_file() else ""
+        found = digest(path, thorough=self.thorough) if path.is_file() else ""
         if not found:
             state = MISSING
         elif name not in self.listed:
@@ -290,15 +293,15 @@ def _tensors(graph: "onnx.GraphProto") -> Iterator["onnx.TensorProto"]:
                 yield from _tensors(inner)
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of a file, read once as long as it stays as it is."""
+def digest(file: Path, *, thorough: bool = False) -> str:
+    """SHA-256 of a file, read once as long as it stays as it is; if `thorough`, in this process."""
     status = file.stat()
-    return _digest(file, status.st_size, status.st_mtime_ns)
+    return _digest(file, status.st_size, status.st_mtime_ns, thorough)
 
 
 @cache
-def _digest(file: Path, _size: int, _modified_ns: int) -> str:
-    return sha256(file)
+def _digest(file: Path, _size: int, _modified_ns: int, thorough: bool) -> str:
+    return digests.digest(file, again=thorough)
 
 
 def fingerprint(rows: list[Row]) -> str:

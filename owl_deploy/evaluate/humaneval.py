@@ -25,14 +25,14 @@ PASS_AT_1 = "pass@1"
 _LONGEST = 1024  # tokens of an answer
 _SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
 _PROMPT = "{{prompt}}"
-_REQUEST = (
+REQUEST = (
     "Complete this Python function. Answer with the whole function in one block of code.\n\n"
     "```python\n{{prompt}}```"
 )
 # By whether the model is asked in its chat template: its answer ends with a block of code, or where
 # something follows a function.
 _ASKED = {
-    True: (_REQUEST, ["\n```\n"]),
+    True: (REQUEST, ["\n```\n"]),
     False: (_PROMPT, ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]),
 }
 _BLOCK = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)

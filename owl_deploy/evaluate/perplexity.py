@@ -16,10 +16,16 @@ from owl_deploy.blocks import Skeleton, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import engine_for, get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.loading import Folder
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_batch, find_device, find_dtype
-from owl_deploy.manifest import DeploymentManifest, keep_measurement, read_manifest
+from owl_deploy.manifest import (
+    DeploymentManifest,
+    Manifest,
+    keep_measurement,
+    read_manifest,
+)
 from owl_deploy.progress import bar, error_console
 from owl_deploy.text import evaluation_windows, load_evaluation_text, load_tokenizer, tokenize
 
@@ -91,7 +97,7 @@ def perplexity(
     checkpoints, `engine` and `threads` for deployments. The value is then kept in a folder that owl
     wrote, beside its manifest, so that a benchmark can show it beside the speed.
     """
-    if read_manifest(folder, DeploymentManifest):
+    if is_deployment(folder):
         refuse_adapter(adapter)
         return deployment_perplexity(
             folder,
@@ -188,6 +194,16 @@ def deployment_perplexity(
     result = from_nll(text, nll, windows)
     record(folder, "perplexity", {**asdict(result), "engine": engine})
     return result
+
+
+def is_deployment(folder: Path) -> bool:
+    """Whether it is one: owl says so, or there is what an engine opens and no checkpoint's weights.
+
+    A stranger's deployment has no manifest.
+    """
+    if read_manifest(folder, Manifest) is not None:
+        return read_manifest(folder, DeploymentManifest) is not None
+    return Folder(folder).has_model and not any(folder.glob("*.safetensors"))
 
 
 def engine_of(deployment: Deployment, asked: str | None) -> str:

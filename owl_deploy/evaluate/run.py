@@ -19,8 +19,9 @@ class Asked:
     """What to evaluate by: a text (SOURCE), names of tasks, or both; and on how much of them.
 
     `window`: tokens a window of the text, and what the model sees at most of a task's; `windows`
-    and `limit`: at most so many windows, and documents of a task. `tasks_path`: a folder with task
-    files of one's own; `allow_code`: run the programs that the model writes for HumanEval.
+    and `limit`: at most so many windows, and documents of a task, of which each `every`-th is
+    taken: the first may be the easier ones. `tasks_path`: a folder with task files of one's own;
+    `allow_code`: run the programs that the model writes for HumanEval.
     `hardware`, `blockwise` (one block in memory at a time; None: if memory is short) and `adapter`
     (LoRA's, in PEFT's format) are for checkpoints; `engine` (None: the one it is made for),
     `threads` (None: the physical cores) and `trust_library` (run operators that the folder brings)
@@ -34,6 +35,7 @@ class Asked:
     window: int = 2048
     windows: int | None = None
     limit: int | None = None
+    every: int = 1
     hardware: Hardware = ANY_HARDWARE
     blockwise: bool | None = None
     engine: str | None = None
@@ -98,6 +100,7 @@ def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
                 folder,
                 tasks,
                 limit=asked.limit,
+                every=asked.every,
                 window=asked.window,
                 hardware=asked.hardware,
                 engine=asked.engine,

@@ -19,12 +19,12 @@ from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.perplexity import (
     engine_of,
+    is_deployment,
     load_model,
     record,
     refuse_adapter,
 )
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
-from owl_deploy.manifest import DeploymentManifest, read_manifest
 from owl_deploy.progress import bar
 from owl_deploy.text import load_tokenizer
 
@@ -44,6 +44,7 @@ class Metric:
 class TaskResult:
     """What one task gave: `documents` of it were run, with `few_shot` examples before each.
 
+    `every`: 1 where they are all or the first ones, 4 where every fourth was taken.
     `window`: the tokens that the model saw at most; `by`: the engine, or the dtype in PyTorch.
     `answers`: of a task whose answers are programs, each with what came of it.
     """
@@ -55,6 +56,7 @@ class TaskResult:
     harness: str
     window: int
     by: str
+    every: int = 1
     answers: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -151,6 +153,7 @@ def evaluate_tasks(
     tasks: Tasks,
     *,
     limit: int | None = None,
+    every: int = 1,
     window: int = 2048,
     hardware: Hardware = ANY_HARDWARE,
     engine: str | None = None,
@@ -160,13 +163,16 @@ def evaluate_tasks(
 ) -> dict[str, TaskResult]:
     """Run `tasks` on a checkpoint, or on a deployment as it runs; results by task name.
 
-    `limit`: only so many documents of each. `window`: what the model sees at most; longer contexts
-    are cut on the left. `hardware` and `adapter` are for checkpoints, `engine` and `threads` for
-    deployments. Beside a folder that owl wrote lie its results without an adapter.
+    `limit`: only so many documents of each; `every` n: only each n-th. `window`: what the model
+    sees at most; longer contexts are cut on the left. `hardware` and `adapter` are for checkpoints,
+    `engine` and `threads` for deployments. Beside a folder that owl wrote lie its results without
+    an adapter.
     Raises `BadInput` for what cannot be run.
     """
     if limit is not None and limit < 1:
         raise BadInput("--limit must be at least 1.")
+    if every < 1:
+        raise BadInput("--every must be at least 1.")
     if window < 2:
         raise BadInput("--window is too small.", "A window needs two tokens at least.")
     with _opened(folder, window, hardware, engine, threads, trust_library, adapter) as opened:
@@ -176,7 +182,7 @@ def evaluate_tasks(
             results = {
                 name: result
                 for group in _groups(tasks, opened)
-                for name, result in _run(model, group, limit, opened).items()
+                for name, result in _run(model, group, (limit, every), opened).items()
             }
         except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
             raise BadInput(
@@ -216,14 +222,26 @@ def _groups(tasks: Tasks, opened: "_Opened") -> list[_Group]:
     return found + ([_Group({"tasks": code}, chat, False)] if code else [])
 
 
-def _run(model: Any, group: _Group, limit: int | None, opened: "_Opened") -> dict[str, TaskResult]:  # noqa: ANN401
+def _run(
+    model: Any,  # noqa: ANN401 - the harness has no types
+    group: _Group,
+    chosen: tuple[int | None, int],
+    opened: "_Opened",
+) -> dict[str, TaskResult]:
+    """The results of a group, on the documents that are `chosen`: at most so many, of each n-th."""
     from lm_eval.evaluator import evaluate
 
+    limit, every = chosen
+    tasks = group.loaded["tasks"]
+    samples = None
+    if every > 1:
+        samples = {n: [*range(0, len(t.eval_docs), every)][:limit] for n, t in tasks.items()}
     found = evaluate(
         lm=model,
         task_dict=group.loaded,
-        limit=limit,
-        cache_requests=group.cached,
+        limit=limit if samples is None else None,
+        samples=samples,
+        cache_requests=group.cached and every == 1,  # they are kept by the task's name alone
         apply_chat_template=group.chat,
         bootstrap_iters=_BOOTSTRAP,
         log_samples=False,
@@ -237,10 +255,11 @@ def _run(model: Any, group: _Group, limit: int | None, opened: "_Opened") -> dic
             harness=version("lm_eval"),
             window=opened.window,
             by=opened.by,
-            answers=[asdict(one) for one in getattr(group.loaded["tasks"][name], "answers", [])],
+            every=every,
+            answers=[asdict(one) for one in getattr(tasks[name], "answers", [])],
         )
         for name, row in found["results"].items()
-        if name in group.loaded["tasks"]
+        if name in tasks
     }
 
 
@@ -266,7 +285,7 @@ def _opened(
     trust_library: bool,
     adapter: Path | None,
 ) -> Iterator[_Opened]:
-    if read_manifest(folder, DeploymentManifest):
+    if is_deployment(folder):
         refuse_adapter(adapter)
         from owl_deploy.evaluate.harness import DeploymentLM
 

@@ -1,13 +1,23 @@
 """Runs onnxruntime-genai's model builder on a config that it reads as it was meant.
 
-A script of its own: `genai.py` starts it, and it imports nothing of this package. Version 0.18 of
-the builder misreads some configs of transformers 5; what it is given instead is below.
+A script of its own, which `genai.py` starts: `builder.py OPTIONS [the builder's own arguments]`.
+OPTIONS are `null`, or the arguments of `sparse.sparsify` as JSON: then the builder's graph is
+rewritten in memory, where a weight is no more than a promise to read it from the checkpoint, and
+only the result is saved. What `sparsify` returns is the last line that is printed, or what it
+refuses, with that refusal's exit code.
+
+Version 0.18 of the builder misreads some configs of transformers 5; what it is given instead is
+below.
 """
 
 import contextlib
 import ctypes
+import importlib
+import json
 import runpy
 import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -32,15 +42,56 @@ def adapted(config: Any) -> Any:  # noqa: ANN401 - transformers has no types
     return config
 
 
-def main() -> None:
-    """The builder's own command line."""
+def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which has no types
+    """The builder's own command line; unless `save`, what it would have saved."""
     import transformers
 
     read = transformers.AutoConfig.from_pretrained
     transformers.AutoConfig.from_pretrained = lambda *arguments, **options: adapted(
         read(*arguments, **options)
     )
+    built: list[Any] = []
+    if not save:
+        # Its modules know each other by bare names, once their package is there.
+        importlib.import_module("onnxruntime_genai.models")
+        Model = importlib.import_module("builders").Model
+        Model.save_model = lambda model, _: built.append(model)
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+    return built[0] if built else None
+
+
+def rewrite(built: Any, checkpoint: Path, folder: Path, options: dict[str, Any]) -> object:  # noqa: ANN401
+    """Save in `folder`, where the builder wrote all but the graph, that graph made sparse."""
+    from owl_deploy.export.grid import Grid
+    from owl_deploy.export.sparse import sparsify
+
+    # As the builder saves it, and as it would be read again.
+    built.model.graph.sort()
+    built.stamp_build_metadata(built.model)
+    for node in built.model.graph:
+        for index, value in enumerate(node.inputs):
+            if value is not None and not value.name:  # an optional input that is left out
+                node.replace_input_with(index, None)
+    return sparsify(built.model, folder, grid=Grid.read(checkpoint), **options)
+
+
+def main() -> None:
+    """See above."""
+    options = json.loads(sys.argv.pop(1))
+    checkpoint, folder = (Path(sys.argv[sys.argv.index(name) + 1]) for name in ("-i", "-o"))
+    built = run(save=options is None)
+    if options is None:
+        return
+    sys.path.append(str(Path(__file__).parents[2]))  # where this package is, if not installed
+    from owl_deploy.errors import BadInput
+
+    sys.stdout.write("\nPacking the weights\n")
+    try:
+        said, code = rewrite(built, checkpoint, folder, options), 0
+    except BadInput as error:
+        said, code = (error.message, error.hint), error.exit_code
+    sys.stdout.write(json.dumps(said) + "\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

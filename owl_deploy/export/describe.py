@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from owl_deploy.artefact import MANIFEST, sha256
+from owl_deploy.artefact import MANIFEST
+from owl_deploy.digests import digest
 from owl_deploy.export import onnx_file
 from owl_deploy.runtime import pack
 
@@ -22,7 +23,7 @@ _SIZES = ("N", "K", "bits", "block_size")
 def files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file but the manifest, by name."""
     return {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": digest(path)}
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != MANIFEST
     }

@@ -24,6 +24,7 @@ from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.source import Progress, Source
 
 _BUILDER = Path(__file__).with_name("builder.py")
+PACKING = "Packing the weights"  # what it says when it begins to
 _UNSUPPORTED = "is not currently supported"
 _FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
 
@@ -32,10 +33,17 @@ class FamilyNotBuilt(Exception):
     """The builder has no architecture for this model."""
 
 
-def build(source: Source, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
+def build(
+    source: Source,
+    folder: Path,
+    precision: str,
+    progress: Progress,
+    sparsify: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Let the builder write `model.onnx`, `genai_config.json` and the tokenizer into `folder`.
 
-    PyTorch's reference is computed meanwhile, if memory allows. Returns what the manifest says.
+    With `sparsify`, arguments of `sparse.sparsify`, that is called before anything is saved.
+    PyTorch computes its reference meanwhile, if memory allows. Returns what the manifest says.
     Raises `FamilyNotBuilt`, `BadInput` (disk full), `EngineFailed`, `EnvironmentFailed`.
     """
     if source.tokenizer is None:
@@ -47,10 +55,11 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
     with tempfile.TemporaryDirectory(dir=folder, prefix="builder-") as scratch:
         log = Path(scratch) / "log"
         with log.open("wb") as stream:
-            process = _start(source, folder, precision, Path(scratch), stream)
+            command = _command(source, folder, precision, Path(scratch), sparsify)
+            process = _start(command, Path(scratch), stream)
         try:
-            if 3 * 4 * source.checkpoint.weights() < psutil.virtual_memory().available:
-                _ = source.reference  # the builder holds the weights twice meanwhile
+            if 4 * source.checkpoint.weights() < psutil.virtual_memory().available:
+                _ = source.reference  # else the builder has the memory to itself
             _wait(process, log, source, progress)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -64,23 +73,30 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         "graph": "onnxruntime-genai model builder",
         "max_context": config["model"]["context_length"],
         "opens_in_genai": True,
+        **({"packing": json.loads(last_line(words))} if sparsify else {}),
     }
 
 
+def _command(
+    source: Source, folder: Path, precision: str, scratch: Path, sparsify: dict[str, Any] | None
+) -> list[str]:
+    return [
+        *(sys.executable, "-P", str(_BUILDER), json.dumps(sparsify)),
+        *("-i", str(source.folder), "-o", str(folder), "-p", precision),
+        *("-e", "cpu", "-c", str(scratch / "cache")),
+        # Short caches for sliding windows are a layout that only onnxruntime-genai fills.
+        *("--extra_options", "windowed_kv_cache=false"),
+    ]
+
+
 def _start(
-    source: Source,
-    folder: Path,
-    precision: str,
+    command: list[str],
     scratch: Path,
     stream: Any,  # noqa: ANN401 - a file
 ) -> subprocess.Popen[bytes]:
-    arguments = ["-i", str(source.folder), "-o", str(folder), "-p", precision]
-    arguments += ["-e", "cpu", "-c", str(scratch / "cache")]
-    # Short caches for sliding windows are a layout that only onnxruntime-genai fills.
-    arguments += ["--extra_options", "windowed_kv_cache=false"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-P", str(_BUILDER), *arguments],
+        command,
         cwd=scratch,
         env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)},
         stdin=subprocess.DEVNULL,
@@ -93,8 +109,12 @@ def _wait(process: subprocess.Popen[bytes], log: Path, source: Source, progress:
     blocks = source.config.get("num_hidden_layers", "?")
     while process.poll() is None:
         time.sleep(0.1)
-        done = log.read_text(encoding="utf-8", errors="replace").count("Reading layer")
-        progress(f"Building the graph with onnxruntime-genai (block {done} of {blocks})")
+        words = log.read_text(encoding="utf-8", errors="replace")
+        if PACKING in words:
+            progress(PACKING)
+        else:
+            done = words.count("Reading layer")
+            progress(f"Building the graph with onnxruntime-genai (block {done} of {blocks})")
 
 
 def _check_result(returncode: int, words: str, folder: Path) -> None:
@@ -103,6 +123,8 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
     if _UNSUPPORTED in words:
         raise FamilyNotBuilt(words.strip().splitlines()[-1])
     refuse_full_disk(words)
+    if returncode == BadInput.exit_code and PACKING in words:
+        raise BadInput(*json.loads(last_line(words)))
     if "No module named" in words:
         missing = words.rsplit("No module named", 1)[1].splitlines()[0].strip()
         raise EnvironmentFailed(

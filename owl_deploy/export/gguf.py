@@ -27,15 +27,16 @@ TOLERANCE = 1e-2
 _HERE = Path(__file__).parent
 _PACKAGES = "import sysconfig; print(sysconfig.get_path('platlib'))"
 _UNKNOWN = re.compile(r"Model (\w+) is not supported")
+_MISSING = re.compile(r"Error: Missing .*?([\w.]+)$", re.MULTILINE)
 _FALLBACK = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback quantization")
 
 
 def build(source: Source, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
     """Write `model.gguf`, config and tokenizer into `folder`; returns what the manifest says.
 
-    `precision` is a type of llama.cpp's quantizer. The source's model is gone afterwards, its
-    reference computed. Raises `BadInput` for a model that has no tokenizer or that GGUF does not
-    know, `EnvironmentFailed` where the engine is not installed, `ParityFailed`, `EngineFailed`.
+    `precision` is a type of llama.cpp's quantizer. Raises `BadInput` for a model that has no
+    tokenizer or that GGUF does not know, `EnvironmentFailed` where the engine is not installed,
+    `ParityFailed`, `EngineFailed`.
     """
     python = python_of(ENGINE)
     if source.tokenizer is None:
@@ -49,8 +50,7 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         full = Path(scratch) / file
         progress("Converting to GGUF")
         notes = _convert(python, source.folder, full)
-        reference = source.reference  # the last use of
-        del source.model  # what is as large as the file that is opened now
+        reference = source.reference
         progress("Comparing with PyTorch in llama.cpp, before quantizing")
         difference = _check_converted(Path(scratch), reference)
         progress(f"Quantizing to {precision}")
@@ -118,6 +118,11 @@ def _output(command: list[str], what: str = "Python", way_out: str = "") -> str:
         return words
     if unknown := _UNKNOWN.search(words):
         raise BadInput(f"llama.cpp's converter does not know {unknown[1]!r}: no GGUF.", way_out)
+    if missing := _MISSING.search(words):
+        raise BadInput(
+            f"llama.cpp's converter needs {missing[1]}, which the checkpoint lacks.",
+            f"Copy it there from the original model. {way_out}".strip(),
+        )
     refuse_full_disk(words)
     raise EngineFailed(
         f"llama.cpp's {what} ended with code {done.returncode}: {last_line(words)}", way_out

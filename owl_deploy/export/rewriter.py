@@ -8,7 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
+from owl_deploy.export.grid import Grid
 from owl_deploy.runtime import pack
 
 Cache = Literal["fp16", "fp32"]
@@ -18,7 +20,7 @@ Head = Literal["screened", "whole"]
 
 DOMAIN = "ai.owl"
 # Above these shares of non-zeros a weight is stored whole: the mask would cost more than it saves.
-MAX_DENSITY: dict[pack.Values, float] = {"fp32": 0.9, "bf16": 0.85, "int8": 0.8}
+MAX_DENSITY: dict[pack.Values, float] = {"fp32": 0.9, "bf16": 0.85, "int8": 0.8, "int4": 0.7}
 
 
 @dataclass
@@ -26,7 +28,8 @@ class Rewriter:
     """The graph, how its weights are to be packed, and what those are that were.
 
     Attributes: `precision` of the weights, `cache` that of the KV cache; `head_size`, the width of
-    an attention head where the graph has only a name for it; `packed`, the headers by name.
+    an attention head where the graph has only a name for it; `grid`, which the weights lie on;
+    `packed`, the headers by name; `on_grid`, how many of them kept their grid.
     """
 
     model: ir.Model
@@ -34,7 +37,9 @@ class Rewriter:
     cache: Cache
     head: Head = "whole"
     head_size: int = 0
+    grid: Grid | None = None
     packed: dict[str, pack.PackedInfo] = field(default_factory=dict)
+    on_grid: int = 0
 
     def nodes(self, *kinds: str) -> list[ir.Node]:
         """The nodes of these types, in graph order; safe to edit the graph meanwhile."""
@@ -47,20 +52,42 @@ class Rewriter:
         *,
         may_be_sparse: bool = True,
         planes: bool = False,
+        precision: pack.Values | None = None,
+        scales: NDArray[np.float32] | None = None,
     ) -> ir.Value:
         """The initializer `name` with `weight` [outputs, inputs] packed, sparse if that pays.
 
-        A name is packed once. With `planes` as int8, whatever the precision of the others.
+        A name is packed once. With `planes` as int8, whatever the `precision`, which is that of
+        the others unless it is given. `scales`: the grid's, not for planes.
         """
         graph = self.model.graph
         if name not in self.packed:
             density = int(np.count_nonzero(weight)) / weight.size
             sparse = may_be_sparse and density <= MAX_DENSITY[self.precision]
-            precision = "int8" if planes else self.precision
-            block = pack.pack(np.ascontiguousarray(weight), precision, sparse, planes=planes)
+            values = "int8" if planes else precision or self.precision
+            if planes or self.grid is None or not self.grid.fits(values):
+                scales = None
+            shared = self.grid.group if self.grid and scales is not None else pack.SCALE_COLUMNS
+            try:
+                block = pack.pack(
+                    *(np.ascontiguousarray(weight), values, sparse),
+                    planes=planes,
+                    scales=scales,
+                    scale_columns=shared,
+                )
+            except ValueError as error:
+                raise BadInput(
+                    f"{name.removesuffix('.packed')} cannot be packed: {error}.",
+                    *(["Round the model again, or remove the grid."] if scales is not None else []),
+                ) from None
             self.packed[name] = pack.read_header(block)
+            self.on_grid += scales is not None
             graph.register_initializer(ir.val(name, const_value=ir.Tensor(block, name=name)))
         return graph.initializers[name]
+
+    def scales(self, weight: ir.Value | None) -> NDArray[np.float32] | None:
+        """The grid's scales of an initializer, if it has any there."""
+        return None if self.grid is None or weight is None else self.grid.of(str(weight.name))
 
     def replace(
         self,

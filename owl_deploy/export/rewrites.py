@@ -34,7 +34,11 @@ def fuse_gated(rewriter: Rewriter) -> int:
         if gate_weight is None or up_weight is None or gate_weight.shape != up_weight.shape:
             continue
         both = pack.interleave_gate_up(gate_weight.T, up_weight.T)
-        packed = rewriter.pack(f"{_name(gate.inputs[1])}+up.packed", both)
+        parts = [rewriter.scales(matmul.inputs[1]) for matmul in (gate, up)]
+        scales = None
+        if parts[0] is not None and parts[1] is not None:
+            scales = pack.interleave_gate_up(parts[0], parts[1])
+        packed = rewriter.pack(f"{_name(gate.inputs[1])}+up.packed", both, scales=scales)
         attributes = {"epilogue": epilogue, "columns": gate_weight.shape[1]}
         rewriter.replace(nodes, "SparseMatMul", [gate.inputs[0], packed], attributes)
         count += 1
@@ -85,6 +89,7 @@ def replace_matmuls(rewriter: Rewriter) -> int:
             weight.T,
             may_be_sparse=not is_head,
             planes=is_head and rewriter.head == "screened",
+            scales=rewriter.scales(node.inputs[1]),
         )
         nodes, bias = _match_bias(node, weight.shape[1])
         rewriter.replace(nodes, "SparseMatMul", [node.inputs[0], packed, *bias], {})
@@ -133,7 +138,10 @@ def fuse_norms(rewriter: Rewriter) -> int:
 
 
 def replace_embedding(rewriter: Rewriter) -> int:
-    """Gather of token rows -> PackedGather, from the head's weight where the two are tied."""
+    """Gather of token rows -> PackedGather, from the head's weight where the two are tied.
+
+    A table of its own costs no time, whatever its width: int8 beside int4 weights.
+    """
     count = 0
     for gather in rewriter.nodes("Gather"):
         table, ids = gather.inputs
@@ -145,7 +153,8 @@ def replace_embedding(rewriter: Rewriter) -> int:
             weight = constant(table)
             if weight is None:
                 continue
-            rewriter.pack(name, weight, may_be_sparse=False)
+            precision: pack.Values | None = "int8" if rewriter.precision == "int4" else None
+            rewriter.pack(name, weight, may_be_sparse=False, precision=precision)
         elif name not in rewriter.packed or rewriter.packed[name].sparse:
             continue
         packed = rewriter.model.graph.initializers[name]

@@ -1,4 +1,4 @@
-"""The checkpoint that is exported: checked, loaded in fp32, and what PyTorch computes with it."""
+"""The checkpoint that is exported: checked, and what PyTorch computes with it in fp32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import psutil
 import torch
 import transformers
 
+from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family
@@ -48,10 +49,11 @@ class Reference:
 
 
 class Source:
-    """A checkpoint of a supported family with its model in memory, fp32 (4 bytes a parameter).
+    """A checkpoint of a supported family.
 
-    Attributes: `folder`; `family`; `config`, the parsed config.json; `model`; `tokenizer`, None
-    when the folder has none; `manifest`, that of the checkpoint, None if owl did not write it.
+    Attributes: `folder`; `family`; `config`, the parsed config.json; `skeleton`, the model without
+    its weights; `tokenizer`, None when the folder has none; `manifest`, that of the checkpoint,
+    None if owl did not write it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,11 +65,12 @@ class Source:
         self.family: Family = self.checkpoint.family
         self.manifest = read_manifest(folder, CheckpointManifest)
         _check_causal(self.config, folder)
-        self._check_memory()
         self.tokenizer = self._load_tokenizer()
-        self.model = self.checkpoint.load(torch.float32)
+        self.skeleton = Skeleton(self.checkpoint, torch.float32, torch.device("cpu"))
 
-    def _check_memory(self) -> None:
+    @cached_property
+    def model(self) -> Any:  # noqa: ANN401 - transformers has no types
+        """The whole model in memory, in fp32: 4 bytes a parameter."""
         needed = 4 * self.checkpoint.weights()
         available = psutil.virtual_memory().available
         if needed > available:
@@ -76,6 +79,7 @@ class Source:
                 f"{available / 2**30:.1f} GiB of memory are free.",
                 "Free memory, or export on a larger machine.",
             )
+        return self.checkpoint.load(torch.float32)
 
     def _load_tokenizer(self) -> Any:  # noqa: ANN401 - transformers' tokenizers share no type
         if not any(self.folder.glob("tokenizer*")):
@@ -86,7 +90,7 @@ class Source:
         """Ids to compare on: English text, or arbitrary ids when there is no tokenizer."""
         limit = int(self.config.get("max_position_embeddings") or 2**30)
         length = max(1, min(PROMPT_TOKENS, limit - GREEDY_TOKENS))
-        vocabulary = int(self.model.config.vocab_size)
+        vocabulary = int(self.skeleton.model.config.vocab_size)
         ids = [] if self.tokenizer is None else tokenize(self.tokenizer, _PROMPT).tolist()
         ids = [token for token in ids if token < vocabulary]
         while len(ids) < length:  # no tokenizer, or one that made few tokens
@@ -95,20 +99,29 @@ class Source:
 
     @cached_property
     def reference(self) -> Reference:
-        """The prompt's logits and those of 32 greedy tokens, by transformers with its own cache."""
-        prompt = self.prompt()
-        rows: list[torch.Tensor] = []
-        greedy: list[int] = []
-        step = torch.tensor([prompt])
-        keyword = cache_keyword(self.model)
-        cache = transformers.DynamicCache(config=self.model.config)
-        with torch.inference_mode():
-            for _ in range(GREEDY_TOKENS):
-                output = self.model(input_ids=step, use_cache=True, **{keyword: cache})
-                rows.append(output.logits[0].float())
-                greedy.append(int(rows[-1][-1].argmax()))
-                step = torch.tensor([greedy[-1:]])
-        return Reference(prompt, greedy, torch.cat(rows).numpy())
+        """The prompt's logits and those of 32 greedy tokens, by transformers with its own cache.
+
+        Of a model that is not in memory, no more than a block at a time is.
+        """
+        if "model" in vars(self):
+            return _computed(self.model, self.prompt())
+        with self.skeleton.running() as model:
+            return _computed(model, self.prompt())
+
+
+def _computed(model: Any, prompt: list[int]) -> Reference:  # noqa: ANN401
+    rows: list[torch.Tensor] = []
+    greedy: list[int] = []
+    step = torch.tensor([prompt])
+    keyword = cache_keyword(model)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for _ in range(GREEDY_TOKENS):
+            output = model(input_ids=step, use_cache=True, **{keyword: cache})
+            rows.append(output.logits[0].float())
+            greedy.append(int(rows[-1][-1].argmax()))
+            step = torch.tensor([greedy[-1:]])
+    return Reference(prompt, greedy, torch.cat(rows).numpy())
 
 
 def cache_keyword(model: torch.nn.Module) -> str:

@@ -1,6 +1,7 @@
-"""Rewrite an onnxruntime-genai fp32 deployment into one that runs on this package's operators.
+"""Turn the graph of onnxruntime-genai's model builder into one of this package's operators.
 
-The source is what onnxruntime-genai's model builder writes. The result opens in stock
+The builder's process does so before anything is saved (builder.py): each weight is cast, packed and
+let go by itself, and no fp32 copy of the model reaches memory or disk. The result opens in stock
 onnxruntime-genai: the operator library lies in the folder and `genai_config.json` names it.
 """
 
@@ -12,9 +13,9 @@ from typing import Any
 import onnx_ir as ir
 
 from owl_deploy.engines.loading import GENAI_CONFIG
-from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
+from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import DOMAIN, Cache, Head, Rewriter
 from owl_deploy.export.rewrites import REPLACEMENTS, REWRITES, drop_unused
 from owl_deploy.runtime import library_path, pack
@@ -24,58 +25,42 @@ from owl_deploy.runtime import library_path, pack
 PROMPT_CHUNK = 128
 
 
-def sparsify_deployment(
-    source: Path,
-    destination: Path,
+def sparsify(
+    model: ir.Model,
+    folder: Path,
     precision: pack.Values = "bf16",
     cache: Cache | None = None,
     *,
     head: Head | None = None,
+    grid: Grid | None = None,
     join: bool = True,
 ) -> dict[str, object]:
-    """Rewrite the builder's fp32 deployment `source` into the folder `destination`.
+    """Rewrite the builder's fp32 graph `model` and save it in `folder`, beside what it wrote there.
 
     `precision` is that of the weights, `cache` that of the KV cache: fp16 unless `precision` is
-    fp32; `head` is screened for int8, else whole. Without `join` every operator stays a node of
+    fp32; `head` is screened for int8 and int4, else whole; `grid`, which the weights were rounded
+    to, is kept where `precision` can hold it. Without `join` every operator stays a node of
     its own: slower, but the runtime's profile then shows each. Returns statistics.
     """
-    model_file, config_file = source / MODEL, source / GENAI_CONFIG
-    for file in (model_file, config_file):
-        if not file.is_file():
-            raise BadInput(
-                f"{source} is not an onnxruntime-genai deployment: {file.name} is missing.",
-                "Make it with onnxruntime-genai's model builder: precision fp32, provider cpu.",
-            )
     library = library_path()
-    config = json.loads(config_file.read_text())
+    config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
     rewriter = Rewriter(
-        ir.load(model_file),
+        model,
         precision,
         cache or ("fp32" if precision == "fp32" else "fp16"),
-        head or ("screened" if precision == "int8" else "whole"),
+        head or ("screened" if pack.TRAITS[precision].levels else "whole"),
         int(config["model"]["decoder"].get("head_size", 0)),
+        grid,
     )
     rewrites = REWRITES if join else (*REPLACEMENTS, drop_unused)
     counts = {rewrite.__name__: rewrite(rewriter) for rewrite in rewrites}
     if not rewriter.packed:
-        raise BadInput(
-            f"No linear layer in {model_file} could be replaced.",
-            "Export it with precision fp32 first.",
-        )
+        raise BadInput("No linear layer of the builder's graph could be replaced.")
     rewriter.model.graph.opset_imports[DOMAIN] = 1
-    destination.mkdir(parents=True, exist_ok=True)
-    onnx_file.save(rewriter.model, destination)
-    _copy_rest(source, destination)
-    shutil.copyfile(library, destination / library.name)
-    _configure(config, destination, library.name)
+    onnx_file.save(rewriter.model, folder)
+    shutil.copyfile(library, folder / library.name)
+    _configure(config, folder, library.name)
     return {"cache": rewriter.cache, "replaced": counts, **_statistics(rewriter)}
-
-
-def _copy_rest(source: Path, destination: Path) -> None:
-    """Tokenizer, chat template and whatever else lies beside the graph."""
-    for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(MODEL):
-            shutil.copyfile(file, destination / file.name)
 
 
 def _configure(config: dict[str, Any], destination: Path, library: str) -> None:
@@ -95,4 +80,5 @@ def _statistics(rewriter: Rewriter) -> dict[str, object]:
         "elements": sum(info.rows * info.cols for info in infos),
         "nonzeros": sum(info.nonzeros for info in infos),
         "packed_bytes": sum(info.size_bytes for info in infos),
+        "weights_on_grid": rewriter.on_grid,
     }

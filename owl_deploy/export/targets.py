@@ -1,7 +1,7 @@
 """`owl export`: a checkpoint becomes a deployment for one of the targets in the table below."""
 
 import contextlib
-import tempfile
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from typing import Any, cast, get_args
 from owl_deploy import artefact, checkpoint
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, is_full_disk, unknown_name
-from owl_deploy.export import describe, genai, gguf, parity, sparse, traced
+from owl_deploy.export import describe, genai, gguf, parity, traced
+from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import DeploymentManifest, versions
-from owl_deploy.runtime import kernels, library_path, pack
+from owl_deploy.runtime import kernels, library_path
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
 # it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.
@@ -92,23 +93,16 @@ def _owl(request: Request) -> dict[str, Any]:
     """The builder's graph with this package's operators in it."""
     library_path()  # to hear now that it is missing, and not after minutes
     kernels()  # or that OWL_ISA is wrong
-    # In the staged folder, so that what a kill leaves is cleared with it.
-    with tempfile.TemporaryDirectory(dir=request.folder, prefix="fp32-") as scratch:
-        dense = Path(scratch)
-        try:
-            facts = genai.build(request.source, dense, "fp32", request.progress)
-        except genai.FamilyNotBuilt as error:
-            raise BadInput(
-                f"onnxruntime-genai's model builder does not know "
-                f"{request.source.config['model_type']!r}, and the target 'owl' starts from it.",
-                "Use --target deepsparse or onnxruntime.",
-            ) from error
-        _ = request.source.reference  # the last use of
-        del request.source.model  # what is as large as all that is packed now
-        request.progress("Packing the weights")
-        precision = cast(pack.Values, request.precision)
-        statistics = sparse.sparsify_deployment(dense, request.folder, precision, head=request.head)
-    return {**facts, "packing": statistics}
+    Grid.read(request.source.folder)  # or that its grid is none: packing reads it again
+    sparsify = {"precision": request.precision, "head": request.head}
+    try:
+        return genai.build(request.source, request.folder, "fp32", request.progress, sparsify)
+    except genai.FamilyNotBuilt as error:
+        raise BadInput(
+            f"onnxruntime-genai's model builder does not know "
+            f"{request.source.config['model_type']!r}, and the target 'owl' starts from it.",
+            "Use --target deepsparse or onnxruntime.",
+        ) from error
 
 
 def _gguf(request: Request) -> dict[str, Any]:
@@ -136,14 +130,14 @@ TARGETS: dict[str, Target] = {
     ),
     "owl": Target(
         build=_owl,
-        # On the disk: the builder's fp32 copy, then the packed weights beside it.
         # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
         # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
-        # int8 is reported only, as it is for the dense exports.
+        # int8 and int4 are reported only, as they are for the dense exports.
         precisions={
-            "bf16": Precision(4 + 2, 5e-2),
-            "int8": Precision(4 + 1.1),
-            "fp32": Precision(4 + 4, 1e-3),
+            "bf16": Precision(2, 5e-2),
+            "int8": Precision(1.1),
+            "int4": Precision(0.6),
+            "fp32": Precision(4, 1e-3),
         },
         engine="owl",
         heads=get_args(Head),
@@ -179,10 +173,10 @@ def export(
     """Export the checkpoint in `folder` to `destination`, and return the deployment's manifest.
 
     `target`: a row of `TARGETS`. Without `precision` it has the target's default. `head`, for
-    targets with a choice of it, is `screened` (usual for int8) or `whole`. `force` replaces a
-    destination that is there; `progress` is told each step. The deployment appears whole, after its
-    parity with PyTorch was checked, or not at all. Raises `BadInput`, `ParityFailed`,
-    `EngineFailed`, `EnvironmentFailed`.
+    targets with a choice of it, is `screened` (usual for int8 and int4) or `whole`. `force`
+    replaces a destination that is there; `progress` is told each step. The deployment appears
+    whole, after its parity with PyTorch was checked, or not at all. Raises `BadInput`,
+    `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
     """
     folder, destination = Path(folder), Path(destination)
     precision = precision_of(target, precision)
@@ -250,7 +244,7 @@ def _check_head(head: str | None, row: Target) -> None:
 
 def _peak_bytes(source: Source, precision: Precision) -> float:
     """The most that the export has on the disk at once."""
-    config = source.model.config
+    config = source.skeleton.model.config
     head: int = 4 * config.vocab_size * config.hidden_size  # a tied one may be there twice
     return precision.peak_bytes * source.checkpoint.weights() + head
 
@@ -275,7 +269,7 @@ def _source_summary(source: Source) -> dict[str, Any]:
     return {
         "path": str(source.folder),
         "model_type": source.config["model_type"],
-        "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
+        "parameters": sum(map(math.prod, source.skeleton.stored_shapes().values())),
         "manifest": told or None,
     }
 

@@ -10,6 +10,7 @@ import torch
 
 from owl_deploy.errors import BadInput
 from owl_deploy.prune.grid import Grid, decode
+from owl_deploy.prune.triangular import invert_lower
 
 # (columns of the weight, their values [n, out] by then) -> which of them go, [out, n].
 Choose = Callable[[slice, torch.Tensor], torch.Tensor]
@@ -46,14 +47,13 @@ def factorise(hessian: torch.Tensor, dampening: float) -> Factor:
     try:
         # With the columns in reverse, H = L L^T gives H^-1 = U^T U for the upper U = L^-1 turned
         # back: one factorisation, where inverting and factorising again would take two and more.
-        lower = torch.linalg.cholesky(damped(hessian, dampening).flip(0, 1))
+        inverse = torch.linalg.cholesky(damped(hessian, dampening).flip(0, 1))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # not re-exported
         raise BadInput(
             "The inputs of a layer depend on each other too much for SparseGPT, or for --bits.",
             "Give more --samples, or a larger --dampening.",
         ) from error
-    identity = torch.eye(len(lower), device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    invert_lower(inverse)
     return Factor(inverse.flip(0, 1).contiguous(), hessian.diagonal() == 0)
 
 

@@ -1,11 +1,11 @@
-"""The packed weight format that the kernels read, version 2.
+"""The packed weight format that the kernels read, version 3.
 
 A weight `[rows, cols]` (rows are outputs) becomes one block of bytes, little-endian, that a kernel uses
 as it lies in the file. Every region starts on a multiple of 64 bytes.
 
 Rows are taken in *groups* of 16, the last one padded with zeros. A group is a sequence of *cells*; a
-cell is 16 rows x `pack` consecutive columns, where `pack` is 1 for fp32, 2 for bf16 and 4 for int8, so
-that a cell is always 64 bytes. Inside a cell values lie row by row: value `row * pack + column`. As a
+cell is 16 rows x `pack` consecutive columns, where `pack` is 1 for fp32, 2 for bf16 and 4 for int8 and
+int4, so that a cell, once expanded, is always 64 bytes. Inside a cell values lie row by row: value `row * pack + column`. As a
 vector register, each of its 32-bit lanes thus belongs to one output row, and a matrix-vector product
 ends with 16 outputs in one register and never adds across lanes. Columns are padded with zeros to a
 multiple of `4 * pack`.
@@ -15,18 +15,24 @@ multiple of `4 * pack`.
 | header | 128 | below |
 | masks | groups x cells x 2 x pack | only if sparse: bit i of a cell's mask is set if its value i is stored |
 | index | (groups + 1) x 4 | only if sparse: uint32, where a group's values start in the values, in units of 64 bytes |
-| scales | groups x ceil(cells / 8) x 16 | only int8: one byte for each row and 32 columns; weight = scale x value |
-| values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full; planes: below |
+| scales | groups x ceil(cells / 8) x 16 | only int8 and int4: one byte for each row and 32 columns (or 64, 128); weight = scale x value, for int4 scale x 16 x value |
+| values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full; int4, planes: below |
 | tail | 64 | zeros, so that a kernel may load a whole register at the last value |
 
-Header: `OWLPACK\\0`, then uint32 version, value type (1 fp32, 2 bf16, 3 int8; 4 is kept for int4), flags
+Header: `OWLPACK\\0`, then uint32 version, value type (1 fp32, 2 bf16, 3 int8, 4 int4), flags
 (0 dense, 1 sparse, 2 planes) and rows in a group (16), then uint64 rows, cols, cells in a group, non-zeros,
-offsets of masks, index, scales and values (0 where absent), and the block's length; uint32 scale exponent;
-28 bytes reserved.
+offsets of masks, index, scales and values (0 where absent), and the block's length; uint32 scale exponent
+and columns that share a scale (32, 64 or 128; 0 without scales); 24 bytes reserved. Version 2, which is
+still read, has no int4, and 32 columns share a scale.
 
 int8 values lie in [-127, 127]; kernels rely on -128 not being there only for accuracy, never for safety.
 A scale's byte holds 4 bits of exponent and 4 of mantissa: as fp32 its bits are `byte << 19` plus the
 header's scale exponent `<< 23`.
+
+int4 values lie in [-8, 7] and are stored plus 8, in 4 bits. Dense: each two cells of a group as one, 64
+bytes whose lower halves are the first cell. Sparse: each cell's set values begin on a byte, the first of
+two values in the byte's upper half; the last lower half may be unused. Kernels take such a value as the
+int8 value 16 times as large: hence the 16 above.
 
 Planes are for a dense int8 weight most of whose outputs matter little, as a head's do. A value in
 [-119, 119] is `16 x high + low`, both in [-8, 7] and stored plus 8, in 4 bits. The high plane comes first:
@@ -35,24 +41,25 @@ row by row, `16 x groups` of them: 64 bytes for 128 columns, whose lower halves 
 """  # noqa: E501 - a table
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Values = Literal["fp32", "bf16", "int8"]
+Values = Literal["fp32", "bf16", "int8", "int4"]
 Block = NDArray[np.uint8]
 
 MAGIC = b"OWLPACK\0"
-VERSION = 2
+VERSION, OLDER_VERSION = 3, 2
 GROUP_ROWS = 16
 SCALE_COLUMNS = 32
+SHARED_COLUMNS = (32, 64, 128)  # that may share a scale
 ALIGNMENT = 64
 LOW_COLUMNS = 128  # of the low plane, in 64 bytes
 _DENSE, _SPARSE, _PLANES = range(3)
-_HEADER = struct.Struct("<8s4I9QI28x")
+_HEADER = struct.Struct("<8s4I9Q2I24x")
 _MAX_SCALE_EXPONENT = 254 - 15
 
 
@@ -63,9 +70,10 @@ class ValueTraits:
     code: int
     stored_bits: int  # of a value in the block
     dtype: type[np.generic]  # of a value's bits in a cell
-    encode: Callable[[NDArray[np.float32], bool], "_Encoded"]  # weight, planes
+    encode: Callable[[NDArray[np.float32]], NDArray[np.generic]]  # bits; of integers: see _quantize
     decode: Callable[[NDArray[Any]], NDArray[np.float32]]  # without scales
-    scale_columns: int = 0  # that share a scale; 0: no scales
+    levels: tuple[int, int] | None = None  # the least and the largest integer; None: no scales
+    counts: int = 1  # an integer stands for so many of its scale
     planes: bool = False  # whether they may lie in planes
 
     @property
@@ -91,6 +99,7 @@ class PackedInfo:
     value_offset: int
     size_bytes: int
     scale_exponent: int
+    scale_columns: int
 
     @property
     def traits(self) -> ValueTraits:
@@ -105,7 +114,7 @@ class PackedInfo:
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales, if there are any."""
-        columns, shared = self.cells * self.traits.pack, self.traits.scale_columns
+        columns, shared = self.cells * self.traits.pack, self.scale_columns
         return self.groups * -(-columns // shared) * GROUP_ROWS if shared else 0
 
     @property
@@ -131,36 +140,53 @@ def pack(
     sparse: bool = True,
     *,
     planes: bool = False,
+    scales: NDArray[np.float32] | None = None,
+    scale_columns: int = SCALE_COLUMNS,
 ) -> Block:
     """Pack `weight` [rows, cols]; with `sparse` only its non-zeros. Returns the block of bytes.
 
-    `planes`: int8 whose upper and lower bits lie apart; not with `sparse`.
+    `planes`: int8 whose upper and lower bits lie apart; not with `sparse`. `scales` [rows,
+    ceil(cols / scale_columns)], for int8 and int4: the grid that the weight lies on, to within what
+    bf16 rounds; each scale 0, or a power of two times (1 + m / 16) with a whole m, and one that is
+    less than 2^-15 of the largest is rounded to that. Without them they are chosen: int8's so that
+    the largest value fits, int4's for the least squared error. ValueError for what does not fit.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
     if values not in TRAITS:
         raise ValueError(f"values must be one of {', '.join(TRAITS)}, not {values!r}")
     traits = TRAITS[values]
-    if planes and (sparse or not traits.planes):
+    if planes and (sparse or not traits.planes or scale_columns != SCALE_COLUMNS):
         raise ValueError("only a dense int8 weight comes in planes")
     rows, cols = weight.shape
-    encoded, scales, exponent = traits.encode(np.asarray(weight, dtype=np.float32), planes)
-    cells = _to_cells(encoded, traits.pack)  # [groups, cells, 16 * pack]
+    weight = np.asarray(weight, dtype=np.float32)
     regions: list[tuple[str, NDArray[np.generic]]] = []
+    exponent = 0
+    if traits.levels is None:
+        encoded, scale_columns = traits.encode(weight), 0
+    else:
+        levels = (-119, 119) if planes else traits.levels
+        grid = _scale_bits(weight, traits, levels, scales, scale_columns)
+        exponent = max(0, (int(grid.max()) - 240) // 16)
+        exact = scales is not None
+        encoded = _quantize(weight, grid, exponent, traits, levels, scale_columns, exact=exact)
+        regions.append(("scale", _by_group(_scale_codes(grid, exponent))))
+    cells = _to_cells(encoded, traits.pack)  # [groups, cells, 16 * pack]
     nonzeros = int(np.count_nonzero(encoded))
     if sparse:
         mask = cells != 0
-        packed, index = _compress(cells, mask)
+        packed, index = _compress(cells, mask, traits)
         regions.append(("mask", np.packbits(mask, axis=-1, bitorder="little")))
         regions.append(("index", index.astype("<u4")))
+    elif planes:
+        packed = _to_planes(cells.view(np.int8), cols)
     else:
-        packed = _to_planes(cells.view(np.int8), cols) if planes else cells
-    if scales is not None:
-        regions.append(("scale", scales))
+        packed = _join_nibbles(cells.view(np.int8)) if traits.stored_bits == 4 else cells
     regions.append(("value", packed))
     flags = _SPARSE if sparse else _PLANES if planes else _DENSE
     kind = (traits.code, flags)
-    return _assemble(kind, (rows, cols, cells.shape[1], nonzeros), exponent, regions)
+    extents = (rows, cols, cells.shape[1], nonzeros)
+    return _assemble(kind, extents, (exponent, scale_columns), regions)
 
 
 def unpack(block: Block) -> NDArray[np.float32]:
@@ -173,12 +199,17 @@ def unpack(block: Block) -> NDArray[np.float32]:
         masks = _masks(block, info)
         index = _index(block, info)
         for group in range(info.groups):
-            stored = raw[int(index[group]) * ALIGNMENT :].view(cells.dtype)
-            cells[group][masks[group]] = stored[: int(masks[group].sum())]
+            stored = raw[int(index[group]) * ALIGNMENT :]
+            if traits.stored_bits == 4:
+                stored = _sparse_nibbles(stored, masks[group].sum(axis=1))
+            values = stored[: int(masks[group].sum()) * cells.itemsize].view(cells.dtype)
+            cells[group][masks[group]] = values
     elif info.planes:
         high, low = planes(block)
         matrix = (16 * high + low).view(np.uint8)
         return _decode(matrix[: info.rows, : info.cols], block, info)
+    elif traits.stored_bits == 4:
+        cells = _split_nibbles(raw[: info.dense_bytes]).view(np.uint8).reshape(cells.shape)
     else:
         cells = raw[: cells.nbytes].view(cells.dtype).reshape(cells.shape)
     return _decode(_from_cells(cells, info), block, info)
@@ -232,16 +263,14 @@ def interleave_gate_up(gate: NDArray[np.floating], up: NDArray[np.floating]) -> 
     return both.reshape(-1, gate.shape[1])
 
 
-# A weight's values as bits, scales [groups, scale blocks, 16] and their exponent. What rounds to
-# zero is zero: it costs nothing then. -0.0 is stored as nothing.
-_Encoded = tuple[NDArray[np.generic], NDArray[np.uint8] | None, int]
+# What rounds to zero is zero: it costs nothing then. -0.0 is stored as nothing.
 
 
-def _encode_fp32(weight: NDArray[np.float32], planes: bool) -> _Encoded:
-    return np.where(weight == 0, np.float32(0), weight).view(np.uint32), None, 0
+def _encode_fp32(weight: NDArray[np.float32]) -> NDArray[np.generic]:
+    return np.where(weight == 0, np.float32(0), weight).view(np.uint32)
 
 
-def _encode_bf16(weight: NDArray[np.float32], planes: bool) -> _Encoded:
+def _encode_bf16(weight: NDArray[np.float32]) -> NDArray[np.generic]:
     """Round to nearest, ties to even; NaN stays NaN, denormals become zero."""
     bits = weight.view(np.uint32)
     sums = bits >> 16
@@ -252,28 +281,149 @@ def _encode_bf16(weight: NDArray[np.float32], planes: bool) -> _Encoded:
     rounded = sums.astype(np.uint16)
     rounded[np.isnan(weight)] = 0x7FC0
     rounded[(rounded & 0x7F80) == 0] = 0
-    return rounded, None, 0
+    return rounded
 
 
-def _encode_int8(weight: NDArray[np.float32], planes: bool) -> _Encoded:
-    if not np.isfinite(weight).all():
-        raise ValueError("a weight with infinities or NaN cannot be stored as int8")
-    largest = np.float32(119 if planes else 127)
+def _encode_integers(weight: NDArray[np.float32]) -> NDArray[np.generic]:
+    return weight.astype(np.int8).view(np.uint8)
+
+
+_NOT_FINITE = "a weight with infinities or NaN cannot be stored in integers"
+# Weights that are quantized at a time: few enough for the second-level cache.
+_PART = 1 << 17
+
+
+def _parts(weight: NDArray[np.float32]) -> Iterator[slice]:
+    rows = max(1, _PART // weight.shape[1])
+    return (slice(at, at + rows) for at in range(0, len(weight), rows))
+
+
+def _scale_bits(
+    weight: NDArray[np.float32],
+    traits: ValueTraits,
+    levels: tuple[int, int],
+    scales: NDArray[np.float32] | None,
+    shared: int,
+) -> NDArray[np.int32]:
+    """The upper 13 bits of the scales as fp32, [rows, ceil(cols / shared)]: all that they have."""
+    if shared not in SHARED_COLUMNS:
+        raise ValueError(f"32, 64 or 128 columns share a scale, not {shared}")
     rows, cols = weight.shape
-    groups, blocks = -(-rows // GROUP_ROWS), -(-cols // SCALE_COLUMNS)
-    padded = np.zeros((groups * GROUP_ROWS, blocks * SCALE_COLUMNS), dtype=np.float32)
-    padded[:rows, :cols] = weight
-    tiles = padded.reshape(-1, blocks, SCALE_COLUMNS)
-    # Rounded up, so that the largest value still fits.
-    bits = ((np.abs(tiles).max(axis=2) / largest).view(np.uint32) + 0x7FFFF) >> 19
-    exponent = max(0, (int(bits.max()) - 240) // 16)
-    scales = np.maximum(bits.astype(np.int64) - 16 * exponent, 0).astype(np.uint8)
-    decoded = _decode_scales(scales, exponent)
-    safe = np.where(decoded > 0, decoded, 1)[:, :, None]
-    quantized = np.clip(np.rint(tiles / safe), -largest, largest).astype(np.int8)
-    order = scales.reshape(groups, GROUP_ROWS, blocks).transpose(0, 2, 1)
-    values_of_rows = quantized.reshape(padded.shape)[:rows, :cols].view(np.uint8)
-    return values_of_rows, np.ascontiguousarray(order), exponent
+    blocks = -(-cols // shared)
+    if scales is not None:
+        return _grid_bits(scales, (rows, blocks), traits.counts)
+    bits = np.empty((rows, blocks), dtype=np.int32)
+    for part in _parts(weight):
+        tiles = np.zeros((len(weight[part]), blocks * shared), dtype=np.float32)
+        tiles[:, :cols] = weight[part]
+        # A column of its own for each block: loops are as long as there are blocks.
+        columns = np.ascontiguousarray(tiles.reshape(-1, shared).T)
+        peak = np.maximum(columns.max(axis=0), -columns.min(axis=0))
+        if not np.isfinite(peak).all():
+            raise ValueError(_NOT_FINITE)
+        # Rounded up, so that the largest value still fits.
+        found = ((peak / np.float32(levels[1])).view(np.int32) + 0x7FFFF) >> 19
+        if traits.stored_bits == 4:
+            found = _least_squares(columns, found, levels)
+        bits[part] = found.reshape(-1, blocks)
+    octaves = traits.counts.bit_length() - 1
+    bits -= 16 * octaves
+    return np.maximum(bits, 0, out=bits)
+
+
+def _grid_bits(
+    scales: NDArray[np.float32], shape: tuple[int, int], counts: int
+) -> NDArray[np.int32]:
+    if scales.shape != shape:
+        raise ValueError(f"the grid has scales {scales.shape}, its weight asks for {shape}")
+    bits = (np.asarray(scales, dtype=np.float32) / np.float32(counts)).view(np.int32)
+    if (bits & 0x7FFFF).any() or (bits < 0).any() or (bits >= 0x7F800000).any():
+        raise ValueError("a scale of the grid is not a power of two times sixteenths")
+    return bits >> 19
+
+
+# To cut the largest value off may cost less than to round all others to a coarser grid: candidates
+# lie so many codes, a sixteenth of an octave each, below the scale at which it fits.
+_CANDIDATES = range(1, 6)
+
+
+def _least_squares(
+    columns: NDArray[np.float32], fitting: NDArray[np.int32], levels: tuple[int, int]
+) -> NDArray[np.int32]:
+    """Of the scales at and below `fitting` [blocks] those of the least squared error.
+
+    `columns`: [columns that share a scale, blocks].
+    """
+    best, least = fitting, _squared_error(columns, fitting, levels)
+    for below in _CANDIDATES:
+        candidate = np.maximum(fitting - below, 0)
+        error = _squared_error(columns, candidate, levels)
+        best = np.where(error < least, candidate, best)
+        least = np.minimum(error, least)
+    return best
+
+
+def _squared_error(
+    columns: NDArray[np.float32], bits: NDArray[np.int32], levels: tuple[int, int]
+) -> NDArray[np.float32]:
+    scale = (bits << 19).view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # then no other scale is found better
+        found = columns * np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        np.rint(found, out=found)
+        np.clip(found, *map(np.float32, levels), out=found)
+        found *= scale
+        found -= columns
+        found *= found
+        error: NDArray[np.float32] = found.sum(axis=0)
+    return error
+
+
+# A weight of a grid differs from its place there by what bf16 rounds, or half of it rounded twice.
+_GRID_TOLERANCE = 2**-8
+
+
+def _quantize(
+    weight: NDArray[np.float32],
+    grid: NDArray[np.int32],
+    exponent: int,
+    traits: ValueTraits,
+    levels: tuple[int, int],
+    shared: int,
+    *,
+    exact: bool,
+) -> NDArray[np.generic]:
+    """The integers nearest to weight / scale, as bits; `exact`: ValueError if one is not near."""
+    encoded = np.empty(weight.shape, dtype=traits.dtype)
+    decoded = _decode_scales(_scale_codes(grid, exponent), exponent) * np.float32(traits.counts)
+    decoded[decoded == 0] = np.float32(1)
+    for part in _parts(weight):
+        quotient = weight[part] / decoded[part].repeat(shared, axis=1)[:, : weight.shape[1]]
+        rounded = np.rint(quotient)
+        if exact:
+            if not np.isfinite(quotient).all():
+                raise ValueError(_NOT_FINITE)
+            quotient -= rounded
+            off = np.abs(quotient) > _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1)
+            off |= (rounded < levels[0]) | (rounded > levels[1])
+            if off.any():
+                # Scales that are too small for this weight's exponent were changed themselves.
+                off &= (grid[part] >= 16 * exponent).repeat(shared, axis=1)[:, : weight.shape[1]]
+            if off.any():
+                raise ValueError("a weight does not lie on its grid")
+        encoded[part] = traits.encode(np.clip(rounded, *map(np.float32, levels), out=rounded))
+    return encoded
+
+
+def _scale_codes(grid: NDArray[np.int32], exponent: int) -> NDArray[np.uint8]:
+    return np.maximum(grid - 16 * exponent, 0).astype(np.uint8)
+
+
+def _by_group(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[rows, blocks] -> [groups, blocks, 16]"""
+    rows, blocks = codes.shape
+    padded = np.zeros((-(-rows // GROUP_ROWS) * GROUP_ROWS, blocks), dtype=np.uint8)
+    padded[:rows] = codes
+    return np.ascontiguousarray(padded.reshape(-1, GROUP_ROWS, blocks).transpose(0, 2, 1))
 
 
 def _decode_scales(codes: NDArray[np.uint8], exponent: int) -> NDArray[np.float32]:
@@ -308,7 +458,7 @@ def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArra
     coded = _decode_scales(block[info.scale_offset :][: info.scale_bytes], info.scale_exponent)
     by_group = coded.reshape(info.groups, -1, GROUP_ROWS).transpose(0, 2, 1)
     by_row = by_group.reshape(info.groups * GROUP_ROWS, -1)[: info.rows]
-    return values * by_row.repeat(info.traits.scale_columns, axis=1)[:, : info.cols]
+    return values * by_row.repeat(info.scale_columns, axis=1)[:, : info.cols]
 
 
 TRAITS: dict[Values, ValueTraits] = {
@@ -330,10 +480,19 @@ TRAITS: dict[Values, ValueTraits] = {
         code=3,
         stored_bits=8,
         dtype=np.uint8,
-        encode=_encode_int8,
+        encode=_encode_integers,
         decode=lambda bits: bits.view(np.int8).astype(np.float32),
-        scale_columns=SCALE_COLUMNS,
+        levels=(-127, 127),
         planes=True,
+    ),
+    "int4": ValueTraits(
+        code=4,
+        stored_bits=4,
+        dtype=np.uint8,
+        encode=_encode_integers,
+        decode=lambda bits: bits.view(np.int8) * np.float32(16),
+        levels=(-8, 7),
+        counts=16,
     ),
 }
 
@@ -362,23 +521,41 @@ def _cells_to_matrix(cells: NDArray[Any], packed_columns: int) -> NDArray[Any]:
 
 
 def _compress(
-    cells: NDArray[np.generic], mask: NDArray[np.bool_]
+    cells: NDArray[np.generic], mask: NDArray[np.bool_], traits: ValueTraits
 ) -> tuple[NDArray[np.generic], NDArray[np.uint32]]:
     """Each group's non-zeros, padded to 64 bytes, and the index of their starts."""
     parts: list[bytes] = []
     index = np.zeros(len(cells) + 1, dtype=np.uint32)
     for group, (values, used) in enumerate(zip(cells, mask, strict=True)):
-        stored = values[used].tobytes()
+        if traits.stored_bits == 4:
+            stored = _join_sparse_nibbles(values[used].view(np.int8), used.sum(axis=1)).tobytes()
+        else:
+            stored = values[used].tobytes()
         stored += bytes(-len(stored) % ALIGNMENT)
         parts.append(stored)
         index[group + 1] = index[group] + len(stored) // ALIGNMENT
     return np.frombuffer(b"".join(parts), np.uint8), index
 
 
+def _join_sparse_nibbles(values: NDArray[np.int8], counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Values of cells that have `counts` of them: two a byte, a cell's first in an upper half."""
+    ends = np.cumsum(counts)
+    even = np.insert((values + np.int8(8)).view(np.uint8), ends[counts % 2 == 1], np.uint8(0))
+    return even[::2] << np.uint8(4) | even[1::2]
+
+
+def _sparse_nibbles(stored: NDArray[np.uint8], counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The values that `_join_sparse_nibbles` joined."""
+    size = int(((counts + 1) // 2).sum())
+    halves = np.stack((stored[:size] >> 4, stored[:size] & 15), axis=1).reshape(-1)
+    unused = (np.cumsum((counts + 1) // 2) * 2 - 1)[counts % 2 == 1]
+    return np.delete(halves, unused) - np.uint8(8)
+
+
 def _assemble(
     kind: tuple[int, int],
     extents: tuple[int, int, int, int],
-    scale_exponent: int,
+    of_scales: tuple[int, int],
     regions: list[tuple[str, NDArray[np.generic]]],
 ) -> Block:
     """Header, regions, each at a multiple of 64, and the tail."""
@@ -388,7 +565,7 @@ def _assemble(
         offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
         end = offsets[name] + region.nbytes
     block = np.zeros(end + ALIGNMENT, dtype=np.uint8)
-    places = (*offsets.values(), block.size, scale_exponent)
+    places = (*offsets.values(), block.size, *of_scales)
     header = _HEADER.pack(MAGIC, VERSION, *kind, GROUP_ROWS, *extents, *places)
     block[: _HEADER.size] = np.frombuffer(header, np.uint8)
     for name, region in regions:
@@ -402,28 +579,35 @@ def read_header(block: Block) -> PackedInfo:
     if block.size < _HEADER.size:
         raise ValueError("the block is shorter than its header")
     magic, version, code, flags, group_rows, *rest = _HEADER.unpack(block[: _HEADER.size].tobytes())
-    rows, cols, cells, nonzeros, mask, index, scale, value, total, exponent = rest
+    rows, cols, cells, nonzeros, mask, index, scale, value, total, exponent, shared = rest
     names = {traits.code: name for name, traits in TRAITS.items()}
     if magic != MAGIC:
         raise ValueError("the block does not start with OWLPACK")
-    if version != VERSION:
-        raise ValueError(f"format version {version} is not supported ({VERSION} is): export again")
+    if version not in (VERSION, OLDER_VERSION):
+        raise ValueError(f"format version {version} is not supported (2 and 3 are): export again")
+    if version == OLDER_VERSION:
+        names.pop(TRAITS["int4"].code)
     if code not in names or flags > _PLANES or group_rows != GROUP_ROWS:
         raise ValueError("unknown value type, flags or group size")
-    if flags == _PLANES and not TRAITS[names[code]].planes:
+    traits = TRAITS[names[code]]
+    if flags == _PLANES and not traits.planes:
         raise ValueError("only int8 comes in planes")
+    if version == OLDER_VERSION:
+        shared = SCALE_COLUMNS if traits.levels else 0
+    allowed = (0,) if not traits.levels else SHARED_COLUMNS[: 1 if flags == _PLANES else None]
+    if shared not in allowed:
+        raise ValueError("scales cannot be shared by so many columns")
     if exponent > _MAX_SCALE_EXPONENT:
         raise ValueError("the scales' exponent is out of range")
     if not (0 < rows <= 1 << 28 and 0 < cols <= 1 << 28):
         raise ValueError("rows and columns must lie between 1 and 2^28")
     if total != block.size:
         raise ValueError("the block's length differs from what its header says (truncated?)")
-    if cells != -(-cols // (4 * TRAITS[names[code]].pack)) * 4:
+    if cells != -(-cols // (4 * traits.pack)) * 4:
         raise ValueError("the number of cells does not match the columns")
     form = (names[code], flags == _SPARSE, flags == _PLANES)
-    return PackedInfo(
-        *form, rows, cols, cells, nonzeros, mask, index, scale, value, total, exponent
-    )
+    counts = (rows, cols, cells, nonzeros)
+    return PackedInfo(*form, *counts, mask, index, scale, value, total, exponent, shared)
 
 
 def _check_region(name: str, offset: int, size_bytes: int, total: int) -> None:
@@ -446,12 +630,13 @@ def _index(block: Block, info: PackedInfo) -> NDArray[np.int64]:
 def _check_groups(block: Block, info: PackedInfo) -> None:
     index = _index(block, info)
     room = np.diff(index) * ALIGNMENT
-    counts = _masks(block, info).sum(axis=(1, 2))
+    counts = _masks(block, info).sum(axis=2)  # of each cell, whose values begin on a byte
+    needed = -(-counts * info.traits.stored_bits // 8)
     if (room < 0).any():
         raise ValueError("the index is not ascending")
     if info.value_offset + index[-1] * ALIGNMENT + ALIGNMENT > block.size:
         raise ValueError("the index points past the values")
-    if (counts * info.traits.stored_bits > 8 * room).any():
+    if (needed.sum(axis=1) > room).any():
         raise ValueError("a mask has more bits than its group has values")
     if int(counts.sum()) != info.nonzeros:
         raise ValueError("the masks do not add up to the number of non-zeros")

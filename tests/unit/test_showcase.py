@@ -1,24 +1,40 @@
 """The showcase's plan and its table; the whole of it runs for hours as `make showcase`."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from owl_deploy import showcase
-from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, RunTasks, needs
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.export.targets import TARGETS
+from owl_deploy.pipeline import (
+    PLAN,
+    Bench,
+    Evaluate,
+    Export,
+    Finetune,
+    Prune,
+    RunTasks,
+    Task,
+    needs,
+)
 from tests.unit.bench import made
 
 
+def planned(plan: showcase.Plan = showcase.SHOWCASE) -> tuple[Task, ...]:
+    return showcase.tasks(plan, Path("input"), Path("out"))
+
+
 def test_every_deployment_is_judged_before_it_is_benched() -> None:
-    plan = showcase.tasks(Path("input"), Path("out"), limit=3)
+    plan = planned(replace(showcase.SHOWCASE, every=4, limit=3))
     kinds = [type(task) for task in plan]
-    count = len(showcase.DENSE) + len(showcase.SPARSE)
-    assert [kinds.count(kind) for kind in (Prune, Export, Evaluate, RunTasks, Bench)] == [
-        *(1, count, count, count, 1)
-    ]
+    count = sum(map(len, showcase.SHOWCASE.roads.values()))
+    numbers = [kinds.count(kind) for kind in (Prune, Finetune, Export, Evaluate, RunTasks, Bench)]
+    assert numbers == [1, 1, count, count, count, 1]
     assert len({task.output for task in plan}) == len(plan)
+    assert PLAN.validate_json(PLAN.dump_json(plan)) == plan
     before = needs(plan)
     bench = plan[-1]
     assert isinstance(bench, Bench)
@@ -27,31 +43,74 @@ def test_every_deployment_is_judged_before_it_is_benched() -> None:
     assert all(path.name.startswith("dense") for path in bench.plan.baselines)
     for task, numbers in zip(plan, before, strict=True):
         if isinstance(task, RunTasks):
-            assert (task.limit, task.allow_code) == (3, True)
+            assert (task.every, task.limit, task.allow_code) == (4, 3, True)
             assert [plan[number].output for number in numbers] == [task.model]
 
 
-def test_the_table_has_quality_beside_speed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_owl_engine_is_there_in_every_precision() -> None:
+    exported = {task.output.name for task in planned() if isinstance(task, Export)}
+    for model in ("dense", "sparse"):
+        own = {f"{model}-owl-{precision}" for precision in TARGETS["owl"].precisions}
+        assert own <= exported
+    assert "recovered-owl-int8" in exported
+
+
+@pytest.mark.parametrize(
+    ("skipped", "gone", "tasks_gone"),
+    [
+        (["llama.cpp"], {"dense-llama.cpp-Q8_0"}, set()),
+        (["recovered"], {"recovered-owl-int8"}, {Finetune}),
+        (["sparse"], {"sparse-owl-int8"}, set()),
+        (["sparse", "recovered"], {"sparse-owl-int8", "recovered-owl-int8"}, {Prune, Finetune}),
+        (["*-fp32"], {"dense-owl-fp32", "sparse-owl-fp32"}, set()),
+        (["dense-owl-bf16"], {"dense-owl-bf16"}, set()),
+    ],
+)
+def test_what_is_skipped_is_not_made(
+    skipped: list[str], gone: set[str], tasks_gone: set[type]
 ) -> None:
-    result = made.result(pairs=4)
-    subjects = []
-    for number, subject in enumerate(result.subjects[:5]):
-        folder = tmp_path / subject.name
-        (folder / "measured").mkdir(parents=True)
-        metrics = {"pass@1": {"value": number / 10, "stderr": 0.03}}
-        judged = {"humaneval": {"metrics": metrics, "documents": 164}}
-        (folder / "measured" / "tasks.json").write_text(json.dumps(judged))
-        subjects.append(subject.model_copy(update={"path": str(folder)}))
-    result = result.model_copy(update={"subjects": tuple(subjects)})
+    whole, plan = planned(), planned(showcase.SHOWCASE.without(skipped))
+    assert {type(task) for task in whole} - {type(task) for task in plan} == tasks_gone
+    left = {task.output.name for task in plan if isinstance(task, Export)}
+    assert gone.isdisjoint(left)
+    assert gone <= {task.output.name for task in whole}
+    bench = plan[-1]
+    assert isinstance(bench, Bench)
+    assert {path.name for path in (*bench.plan.candidates, *bench.plan.baselines)} == left
+
+
+@pytest.mark.parametrize(
+    ("skipped", "words"),
+    [(["lama.cpp"], "names nothing in the showcase"), (["*"], "leaves nothing")],
+)
+def test_what_cannot_be_skipped_is_told(skipped: list[str], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        showcase.SHOWCASE.without(skipped)
+
+
+def test_an_engine_that_cannot_be_had_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler there
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    plan = showcase.SHOWCASE.without(["owl", "onnxruntime"])
+    with pytest.raises(EnvironmentFailed, match=r"no C compiler.*--skip llama\.cpp\."):
+        showcase.prepare(plan, print)
+
+
+def test_the_table_has_quality_beside_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    result = made.with_code(40)
     table = showcase.rows(result)
-    assert [row["pass_at_1"] for row in table] == [0.0, 0.1, 0.2, 0.3, 0.4]
-    assert {row["problems"] for row in table} == {164}
+    assert [row["pass_at_1"] for row in table] == [0.1, 0.1, 0.6, 0.8, 0.8, 0.7, 0.5]
+    assert {row["problems"] for row in table} == {40}
     assert table[1]["speedup"].startswith("1.4")  # over dense in the same engine
-    showcase.show(result, table)
+    showcase.show(result, table, 0.02)
     shown = capsys.readouterr().out
-    assert "40.0% ± 3.0%" in shown
-    assert max(map(len, shown.splitlines()[: len(table) + 1])) <= 80
+    assert shown.startswith("Deploy dense-")
+    assert "70.0 ± 7.3" in shown
+    assert max(map(len, shown.splitlines()[1:])) <= 80
 
 
 def test_programs_run_only_where_that_is_allowed(tmp_path: Path) -> None:

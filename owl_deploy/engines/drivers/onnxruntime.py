@@ -40,7 +40,9 @@ class Driver:
             # The token chosen last is counted, though never run: one more than the model takes.
             length = max(asked.context + 1, model_config(folder)["context_length"])
             over = {"eos_token_id": [], "context_length": length}
-            model = open_genai(asked.folder, asked.threads, asked.library, **over)
+            # Of several rows onnxruntime-genai runs no prompt in parts, as the config may ask for.
+            whole = asked.batch * asked.context if asked.batch > 1 else None
+            model = open_genai(asked.folder, asked.threads, asked.library, part=whole, **over)
             self.streams = [Genai(model, asked.context, asked.batch) for _ in range(asked.streams)]
         else:
             session = open_session(folder, asked.threads, asked.library)
@@ -54,9 +56,16 @@ class Driver:
         }
 
 
-def open_genai(folder: str, threads: int, library: str = "", **over: Any) -> Any:  # noqa: ANN401 - without stubs
+def open_genai(
+    folder: str,
+    threads: int,
+    library: str = "",
+    part: int | None = None,
+    **over: Any,  # noqa: ANN401 - without stubs
+) -> Any:  # noqa: ANN401 - as above
     """A model of onnxruntime-genai; `over` goes over what its config says of the model.
 
+    `part`: the tokens of a prompt that are run at once, if not as many as the config says.
     `library`: the operators to load, whatever library the folder names; whoever calls has checked
     that it names none where this is empty. `owl generate` opens its model here too.
     """
@@ -67,7 +76,8 @@ def open_genai(folder: str, threads: int, library: str = "", **over: Any) -> Any
     if library:
         options["custom_ops_library"] = library
     overlay = {**over, "decoder": {"session_options": options}}
-    config.overlay(json.dumps({"model": overlay}))
+    search = {"search": {"chunk_size": part}} if part else {}
+    config.overlay(json.dumps({"model": overlay, **search}))
     # It takes a library from the model's folder or the working directory, from nowhere else.
     with working_in(Path(library).parent if library else Path.cwd()):
         return onnxruntime_genai.Model(config)

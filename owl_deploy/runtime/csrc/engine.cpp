@@ -466,12 +466,14 @@ void gather(const PackedMatrix& w, std::size_t row, float* out) {
   for (std::size_t c = 0; c < w.cols; ++c) {
     if constexpr (Form::kStorage == Storage::kPlanes)
       out[c] = static_cast<float>(w.joined(row, c));
+    else if constexpr (kTraits.stored_bits == 4)
+      out[c] = static_cast<float>(w.upper(row, c));
     else
       out[c] =
           value_at(Bits<kTraits.stored_bits>{}, w.group_values(group) + c / columns * cell_bytes,
                    lane * columns + c % columns);
-    if constexpr (kTraits.scale_columns != 0) {
-      const std::size_t place = c / kTraits.scale_columns * kGroupRows + lane;
+    if constexpr (kTraits.integer()) {
+      const std::size_t place = (c / kBlockColumns >> w.scale_shift) * kGroupRows + lane;
       out[c] *= std::bit_cast<float>(w.scale_bits(w.group_scales(group)[place]));
     }
   }

@@ -1,12 +1,14 @@
 #include "format.h"
 
+#include <bit>
 #include <cstring>
 
 namespace owl {
 namespace {
 
 constexpr char kMagic[8] = {'O', 'W', 'L', 'P', 'A', 'C', 'K', '\0'};
-constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kVersion = 3;
+constexpr std::uint32_t kOlderVersion = 2;  // without int4, and 32 columns share a scale
 constexpr std::uint32_t kFlagSparse = 1, kFlagPlanes = 2;
 constexpr std::uint32_t kMaxScaleExponent = 254 - 15;  // the largest scale is finite
 constexpr std::uint64_t kMaxExtent =
@@ -17,8 +19,8 @@ struct Header {
   std::uint32_t version, value_type, flags, group_rows;
   std::uint64_t rows, cols, cells, nonzeros;
   std::uint64_t mask_offset, index_offset, scale_offset, value_offset, total_bytes;
-  std::uint32_t scale_exponent;
-  std::uint8_t reserved[28];
+  std::uint32_t scale_exponent, scale_columns;
+  std::uint8_t reserved[24];
 };
 static_assert(sizeof(Header) == 128, "the header is 128 bytes on every platform");
 
@@ -29,53 +31,65 @@ bool fits(std::uint64_t offset, std::uint64_t bytes, std::uint64_t total) {
   return offset % 64 == 0 && offset >= sizeof(Header) && offset <= total && bytes <= total - offset;
 }
 
-std::uint64_t count_bits(const std::uint8_t* bytes, std::size_t size) {
-  std::uint64_t count = 0;
-  std::size_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-    std::uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    count += static_cast<std::uint64_t>(__builtin_popcountll(word));
-  }
-  for (; i < size; ++i) count += static_cast<std::uint64_t>(__builtin_popcount(bytes[i]));
-  return count;
-}
+struct Counted {
+  std::uint64_t values = 0, bytes = 0;
+};
 
-// A group's values are counted at once below; those of a cell would have to be, if it ended amid a
-// byte.
-static_assert([] {
-  for (const ValueTraits& traits : kValueTraits)
-    if (traits.stored_bits % 8 != 0) return false;
-  return true;
-}());
+// What a group's masks ask for. The values of each cell begin on a byte of their own, so that bytes
+// are counted by cell.
+Counted count_group(const PackedMatrix& m, std::size_t group) {
+  Counted counted;
+  const std::uint8_t* mask = m.group_masks(group);
+  for (std::size_t c = 0; c < m.cells; ++c, mask += m.mask_bytes) {
+    std::uint64_t bits = 0;
+    std::memcpy(&bits, mask, m.mask_bytes);
+    const auto values = static_cast<std::uint64_t>(__builtin_popcountll(bits));
+    counted.values += values;
+    counted.bytes += m.traits().stored_bytes(values);
+  }
+  return counted;
+}
 
 // Every group's masks must ask for no more values than lie between its start and the next group's.
 std::string check_groups(const PackedMatrix& m, std::uint64_t value_space) {
-  const std::size_t mask_bytes = m.cells * m.mask_bytes;
   std::uint64_t total = 0;
   if (static_cast<std::uint64_t>(m.index[m.groups]) * kCellBytes > value_space)
     return "the index points past the values";
   for (std::size_t g = 0; g < m.groups; ++g) {
     if (m.index[g + 1] < m.index[g]) return "the index is not ascending";
     const std::uint64_t room = static_cast<std::uint64_t>(m.index[g + 1] - m.index[g]) * kCellBytes;
-    const std::uint64_t count = count_bits(m.group_masks(g), mask_bytes);
-    if (count * m.traits().stored_bits > 8 * room)
-      return "a mask has more bits than its group has values";
-    total += count;
+    const Counted counted = count_group(m, g);
+    if (counted.bytes > room) return "a mask has more bits than its group has values";
+    total += counted.values;
   }
   return total == m.nonzeros ? "" : "the masks do not add up to the number of non-zeros";
+}
+
+// Columns that share a scale, 0 where there are none.
+std::uint32_t scale_columns(const Header& h) {
+  if (h.version != kOlderVersion) return h.scale_columns;
+  return traits_of(static_cast<ValueType>(h.value_type)).integer() ? kBlockColumns : 0;
+}
+
+bool scale_columns_are_sound(const Header& h) {
+  const std::uint32_t columns = scale_columns(h);
+  if (!traits_of(static_cast<ValueType>(h.value_type)).integer()) return columns == 0;
+  return columns == 32 || (h.flags != kFlagPlanes && (columns == 64 || columns == 128));
 }
 
 std::string check_header(const Header& h, std::size_t size) {
   if (std::memcmp(h.magic, kMagic, sizeof(kMagic)) != 0)
     return "the block does not start with OWLPACK";
-  if (h.version != kVersion)
-    return "format version " + std::to_string(h.version) + " is not supported (2 is): export again";
-  if (h.value_type < 1 || h.value_type > kValueTypes)
+  if (h.version != kVersion && h.version != kOlderVersion)
+    return "format version " + std::to_string(h.version) +
+           " is not supported (2 and 3 are): export again";
+  if (h.value_type < 1 || h.value_type > kValueTypes ||
+      (h.version == kOlderVersion && h.value_type > static_cast<std::uint32_t>(ValueType::kInt8)))
     return "unknown value type " + std::to_string(h.value_type);
   if (h.flags > kFlagPlanes) return "unknown flags";
   if (h.flags == kFlagPlanes && !traits_of(static_cast<ValueType>(h.value_type)).planes)
     return "only int8 comes in planes";
+  if (!scale_columns_are_sound(h)) return "scales cannot be shared by so many columns";
   if (h.scale_exponent > kMaxScaleExponent) return "the scales' exponent is out of range";
   if (h.group_rows != kGroupRows) return "only groups of 16 rows are supported";
   if (h.rows == 0 || h.cols == 0 || h.rows > kMaxExtent || h.cols > kMaxExtent)
@@ -101,8 +115,10 @@ PackedMatrix describe(const Header& h) {
   m.nonzeros = h.nonzeros;
   m.scale_exponent = h.scale_exponent;
   m.mask_bytes = values / 8;
-  if (traits.scale_columns != 0)
-    m.scale_blocks = divide_up(m.cells * columns, traits.scale_columns);
+  if (const std::uint32_t shared = scale_columns(h); shared != 0) {
+    m.scale_blocks = divide_up(m.cells * columns, shared);
+    m.scale_shift = static_cast<unsigned>(std::countr_zero(shared / kBlockColumns));
+  }
   m.group_bytes = m.storage == Storage::kPlanes ? m.cells / 2 * kCellBytes
                                                 : traits.stored_bytes(m.cells * values);
   return m;

@@ -1,9 +1,9 @@
-// The packed weight format, version 2: one little-endian block of bytes, described in full in
+// The packed weight format, version 3: one little-endian block of bytes, described in full in
 // pack.py.
 //
 // A weight [rows, cols] is cut into groups of 16 output rows; a group is a sequence of *cells*. A
-// cell is 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 int8), 64 bytes once
-// expanded, row-major: one vector register whose every 32-bit lane belongs to one output. So a
+// cell is 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 int8 and int4), 64 bytes
+// once expanded, row-major: one vector register whose every 32-bit lane belongs to one output. So a
 // matrix-vector product keeps 16 outputs in one register and never adds across lanes.
 #pragma once
 
@@ -19,7 +19,7 @@
 
 namespace owl {
 
-enum class ValueType : std::uint32_t { kFp32 = 1, kBf16 = 2, kInt8 = 3 };
+enum class ValueType : std::uint32_t { kFp32 = 1, kBf16 = 2, kInt8 = 3, kInt4 = 4 };
 
 // How values lie: those of set mask bits; all of them; or int8 in two planes, its upper 4 bits in
 // cells, from which alone a product can be had to within some percent, and its lower 4 bits row by
@@ -29,7 +29,7 @@ enum class Storage { kSparse, kDense, kPlanes };
 constexpr std::size_t kGroupRows = 16;
 constexpr std::size_t kCellBytes = 64;
 constexpr std::size_t kBlockCells =
-    8;  // int8: one scale for 8 cells = 32 columns, of activations and of each row
+    8;  // integers: one scale of the activations for 8 cells = 32 columns
 constexpr std::size_t kBlockColumns = 32;
 constexpr std::size_t kLowColumns = 128;  // columns that 64 bytes of the low plane hold
 
@@ -43,8 +43,7 @@ struct ValueTraits {
   ValueType type;
   std::size_t stored_bits;  // of a value in the block
   std::size_t cell_bits;    // of a value in an expanded cell: 8 meet int8 activations, in integers
-  std::size_t scale_columns = 0;  // that share a scale in each row; 0: no scales
-  bool planes = false;            // whether they may lie in planes
+  bool planes = false;      // whether they may lie in planes
 
   // Which is also how many values share one 32-bit lane.
   OWL_INLINE constexpr std::size_t columns_per_cell() const { return 32 / cell_bits; }
@@ -54,6 +53,7 @@ struct ValueTraits {
   OWL_INLINE constexpr std::size_t stored_bytes(std::size_t values) const {
     return stored_bits % 8 == 0 ? values * (stored_bits / 8) : (values * stored_bits + 7) / 8;
   }
+  // Integers have scales.
   OWL_INLINE constexpr bool integer() const { return cell_bits == 8; }
 };
 
@@ -61,11 +61,9 @@ struct ValueTraits {
 constexpr ValueTraits kValueTraits[] = {
     {.type = ValueType::kFp32, .stored_bits = 32, .cell_bits = 32},
     {.type = ValueType::kBf16, .stored_bits = 16, .cell_bits = 16},
-    {.type = ValueType::kInt8,
-     .stored_bits = 8,
-     .cell_bits = 8,
-     .scale_columns = 32,
-     .planes = true},
+    {.type = ValueType::kInt8, .stored_bits = 8, .cell_bits = 8, .planes = true},
+    // In [-8, 7], stored plus 8; in a cell 16 times that, as the upper bits of planes are.
+    {.type = ValueType::kInt4, .stored_bits = 4, .cell_bits = 8},
 };
 constexpr std::size_t kValueTypes = sizeof(kValueTraits) / sizeof(kValueTraits[0]);
 
@@ -77,8 +75,7 @@ constexpr bool traits_are_sound() {
   for (std::size_t i = 0; i < kValueTypes; ++i) {
     const ValueTraits& t = kValueTraits[i];
     if (static_cast<std::size_t>(t.type) != i + 1) return false;
-    if (t.integer() != (t.scale_columns != 0) || t.scale_columns % kBlockColumns != 0) return false;
-    if (t.planes && (t.stored_bits != 8 || t.scale_columns != kBlockColumns)) return false;
+    if (t.planes && (t.stored_bits != 8 || !t.integer())) return false;
   }
   return true;
 }
@@ -93,6 +90,7 @@ struct PackedMatrix {
   std::size_t groups = 0;        // ceil(rows / 16)
   std::size_t cells = 0;         // in each group; a multiple of 4
   std::size_t scale_blocks = 0;  // scales of each row
+  unsigned scale_shift = 0;      // 32 << scale_shift columns share a scale
   std::size_t mask_bytes = 0;    // of a cell, if sparse
   std::size_t group_bytes = 0;   // of a group that is not sparse; with planes, of its upper bits
   std::uint64_t nonzeros = 0;
@@ -102,7 +100,7 @@ struct PackedMatrix {
       nullptr;  // sparse: [groups][cells][2 * pack] bytes, bit = row * pack + column
   const std::uint32_t* index =
       nullptr;  // sparse: [groups + 1], start of a group's values in units of 64 bytes
-  const std::uint8_t* scales = nullptr;  // int8: [groups][scale_blocks][16], see scale_bits
+  const std::uint8_t* scales = nullptr;  // integers: [groups][scale_blocks][16], see scale_bits
   std::uint32_t scale_exponent = 0;
   const std::uint8_t* values = nullptr;  // packed values; 64 readable bytes follow the last
 
@@ -132,13 +130,18 @@ struct PackedMatrix {
     return values + groups * group_bytes + row * low_row_bytes();
   }
 
+  // 16 times one value of a dense int4 weight, or the upper bits of one in planes.
+  OWL_INLINE int upper(std::size_t row, std::size_t column) const {
+    const std::size_t cell = column / 4;
+    const std::uint8_t both =
+        group_values(row / kGroupRows)[cell / 2 * kCellBytes + row % kGroupRows * 4 + column % 4];
+    return 16 * ((both >> cell % 2 * 4 & 15) - 8);
+  }
   // One value of a weight in planes.
   OWL_INLINE int joined(std::size_t row, std::size_t column) const {
-    const std::size_t cell = column / 4, place = column % kLowColumns;
-    const std::uint8_t high =
-        group_values(row / kGroupRows)[cell / 2 * kCellBytes + row % kGroupRows * 4 + column % 4];
+    const std::size_t place = column % kLowColumns;
     const std::uint8_t low = low_row(row)[column / kLowColumns * kCellBytes + place % kCellBytes];
-    return 16 * ((high >> cell % 2 * 4 & 15) - 8) + (low >> place / kCellBytes * 4 & 15) - 8;
+    return upper(row, column) + (low >> place / kCellBytes * 4 & 15) - 8;
   }
 
   // Views a copy of the block instead.

@@ -43,43 +43,89 @@ inline std::size_t set_bits(M mask) {
     return static_cast<std::size_t>(__builtin_popcount(mask));
 }
 
+// 4-bit values for an instruction set that expands bytes, but not halves of them: so many as bytes
+// at a time. For a load of what has just been stored in parts waits until that has reached the
+// cache; here most of it did long before.
+constexpr std::size_t kWidenedBytes = 512;  // of packed values
+constexpr std::size_t kCellNibbles = 32;    // bytes, at most
+
+template <bool Needed>
+struct Widened {
+  alignas(64) std::uint8_t values[2 * kWidenedBytes];
+};
+template <>
+struct Widened<false> {};
+
 // Walks the cells of one row group, expanding each.
 template <class V, class Form>
 struct CellStream {
   static constexpr ValueTraits kTraits = Form::kTraits;
   static constexpr Storage kStorage = Form::kStorage;
+  // Two cells in the halves of 64 bytes.
+  static constexpr bool kPaired =
+      kStorage == Storage::kPlanes || (kStorage == Storage::kDense && kTraits.stored_bits == 4);
+  static constexpr bool kWidens =
+      kStorage == Storage::kSparse && kTraits.stored_bits == 4 && V::kWidens;
 
   const std::uint8_t* mask = nullptr;
   const std::uint8_t* value = nullptr;
+  // Of those that are widened: their bytes, what the first was made of, and where the group ends.
+  std::uint8_t* widened = nullptr;
+  std::uintptr_t first = 0;
+  const std::uint8_t* end = nullptr;
 
   CellStream() = default;
-  CellStream(const PackedMatrix& w, std::size_t group)
+  CellStream(const PackedMatrix& w, std::size_t group, Widened<kWidens>& room)
       : mask(kStorage == Storage::kSparse ? w.group_masks(group) : nullptr),
-        value(w.group_values(group)) {}
+        value(w.group_values(group)) {
+    if constexpr (kWidens) {
+      widened = room.values;
+      end = w.group_values(group + 1);
+    }
+  }
 
-  // Cells come in turn from an even place and from an odd one.
+  // Cells come in turn from an even place and from an odd one; integers as `dot` takes them.
   template <bool Odd>
   typename V::Cell next() {
     if constexpr (kStorage == Storage::kSparse) {
       Mask<kTraits.columns_per_cell()> bits;
       std::memcpy(&bits, mask, sizeof(bits));
       mask += sizeof(bits);
-      const typename V::Cell cell = V::expand(Bits<kTraits.stored_bits>{}, value, bits);
+      const typename V::Cell cell = expand(bits);
       value += kTraits.stored_bytes(set_bits(bits));
-      return cell;
-    } else if constexpr (kStorage == Storage::kPlanes) {
+      return ready(cell);
+    } else if constexpr (kPaired) {
       const typename V::Cell cell = V::template nibbles<Odd>(V::load_cell(value));
       if constexpr (Odd) value += kCellBytes;
-      return cell;
+      return ready(cell);
     } else {
-      static_assert(kStorage == Storage::kDense);
-      const std::uint8_t* from = value;
-      value += kTraits.stored_bytes(kTraits.values_per_cell());
-      if constexpr (kTraits.stored_bits == kTraits.cell_bits)
-        return V::load_cell(from);
-      else
-        return V::expand(Bits<kTraits.stored_bits>{}, from);
+      static_assert(kTraits.stored_bits == kTraits.cell_bits);
+      const typename V::Cell cell = V::load_cell(value);
+      value += kCellBytes;
+      return ready(cell);
     }
+  }
+
+  template <class M>
+  typename V::Cell expand(M bits) {
+    if constexpr (kWidens) {
+      std::size_t at = reinterpret_cast<std::uintptr_t>(value) - first;
+      if (at > kWidenedBytes - kCellNibbles) {
+        V::widen(value, smaller(kWidenedBytes, static_cast<std::size_t>(end - value)), widened);
+        first = reinterpret_cast<std::uintptr_t>(value);
+        at = 0;
+      }
+      return V::expand(Bits<8>{}, widened + 2 * at, bits);
+    } else {
+      return V::expand(Bits<kTraits.stored_bits>{}, value, bits);
+    }
+  }
+
+  static typename V::Cell ready(typename V::Cell cell) {
+    if constexpr (kTraits.integer())
+      return V::bias8(cell);
+    else
+      return cell;
   }
 
   // Called once for every four cells; a prefetch past the end of the block is harmless, it never
@@ -88,7 +134,7 @@ struct CellStream {
     const char* p = reinterpret_cast<const char*>(value) + kPrefetchBytes;
     prefetch(p);
     prefetch(p + 64);
-    if constexpr (kStorage == Storage::kDense || kTraits.stored_bits > 8) {
+    if constexpr (!kPaired && (kStorage == Storage::kDense || kTraits.stored_bits > 8)) {
       prefetch(p + 128);
       prefetch(p + 192);
     }

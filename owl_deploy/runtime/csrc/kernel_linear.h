@@ -123,17 +123,13 @@ OWL_INLINE typename V::I block_sums(Stream& stream, const std::uint8_t* x, std::
   typename V::I c = V::i_set1(0);
   for (std::size_t i = 0; i < cells; i += 4, x += 16) {
     stream.prefetch_ahead();
-    a = V::dot(Bits<8>{}, a, V::bias8(stream.template next<false>()), V::broadcast(x));
-    c = V::dot(Bits<8>{}, c, V::bias8(stream.template next<true>()), V::broadcast(x + 4));
-    a = V::dot(Bits<8>{}, a, V::bias8(stream.template next<false>()), V::broadcast(x + 8));
-    c = V::dot(Bits<8>{}, c, V::bias8(stream.template next<true>()), V::broadcast(x + 12));
+    a = V::dot(Bits<8>{}, a, stream.template next<false>(), V::broadcast(x));
+    c = V::dot(Bits<8>{}, c, stream.template next<true>(), V::broadcast(x + 4));
+    a = V::dot(Bits<8>{}, a, stream.template next<false>(), V::broadcast(x + 8));
+    c = V::dot(Bits<8>{}, c, stream.template next<true>(), V::broadcast(x + 12));
   }
   return V::i_add(a, c);
 }
-
-// Blocks of activations under one scale of the weight.
-template <class Form>
-constexpr std::size_t kBlocksPerScale = Form::kTraits.scale_columns / kBlockColumns;
 
 // A group's scales are few, but far from its values: unforeseen, they would cost a memory latency
 // for each group.
@@ -148,14 +144,15 @@ void matvec_integer(const PackedMatrix& w, std::size_t begin, std::size_t end,
   const auto* scales = reinterpret_cast<const float*>(row + layout.scale_offset);
   const auto* corrections = reinterpret_cast<const std::int32_t*>(row + layout.correction_offset);
   const std::size_t whole = w.cells / kBlockCells;
+  Widened<CellStream<V, Form>::kWidens> room;
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
-    CellStream<V, Form> stream(w, g);
+    CellStream<V, Form> stream(w, g, room);
     const std::uint8_t* weight_scales = w.group_scales(g);
     prefetch_scales(w, g + 2);
     typename V::F total = V::f_set1(0.0F);
     auto add = [&](std::size_t b, typename V::I sum) {
-      const typename V::F scale = V::f_load_scales(
-          weight_scales + b / kBlocksPerScale<Form> * kGroupRows, w.scale_exponent);
+      const typename V::F scale =
+          V::f_load_scales(weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_exponent);
       total = V::f_fma(V::to_float(sum), V::f_mul(scale, V::f_set1(scales[b])), total);
     };
     for (std::size_t b = 0; b < whole; ++b)
@@ -272,8 +269,9 @@ void matvec_float(const PackedMatrix& w, std::size_t begin, std::size_t end,
                   const std::uint8_t* row, float* sums) {
   constexpr Bits<Form::kTraits.cell_bits> width;
   constexpr std::size_t step = activation_bytes<V>(width);
+  Widened<false> room;
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
-    CellStream<V, Form> stream(w, g);
+    CellStream<V, Form> stream(w, g, room);
     typename V::F a = V::f_set1(0.0F), b = a, c = a, d = a;
     const std::uint8_t* x = row;
     for (std::size_t i = 0; i < w.cells; i += 4, x += 4 * step) {
@@ -399,16 +397,13 @@ inline typename V::Cell add_low(const PackedMatrix& w, std::size_t group, std::s
 template <class V, class Form>
 void unpack_cells(const PackedMatrix& w, std::size_t group, std::size_t first, std::size_t cells,
                   std::size_t step, CellStream<V, Form>& stream, std::uint8_t* tile) {
-  auto put = [&](std::size_t c, typename V::Cell cell) {
-    if constexpr (Form::kTraits.integer()) cell = V::bias8(cell);
-    V::store_cell(tile + c * step, cell);
-  };
+  auto put = [&](std::size_t c, typename V::Cell cell) { V::store_cell(tile + c * step, cell); };
   for (std::size_t c = 0; c < cells; c += 2) {
     if constexpr (Form::kStorage == Storage::kPlanes) {
       const typename V::Cell high =
           V::load_cell(w.group_values(group) + (first + c) / 2 * kCellBytes);
-      put(c, add_low<V>(w, group, first + c, V::template nibbles<false>(high)));
-      put(c + 1, add_low<V>(w, group, first + c + 1, V::template nibbles<true>(high)));
+      put(c, V::bias8(add_low<V>(w, group, first + c, V::template nibbles<false>(high))));
+      put(c + 1, V::bias8(add_low<V>(w, group, first + c + 1, V::template nibbles<true>(high))));
     } else {
       put(c, stream.template next<false>());
       put(c + 1, stream.template next<true>());
@@ -417,11 +412,11 @@ void unpack_cells(const PackedMatrix& w, std::size_t group, std::size_t first, s
 }
 
 // Scales of a tile's groups for its blocks of activations from `first` on: [blocks][Groups][16].
-template <class V, class Form>
+template <class V>
 void unpack_scales(const PackedMatrix& w, std::size_t begin, std::size_t groups, std::size_t first,
                    std::size_t cells, float* scales) {
   for (std::size_t b = 0; b < (cells + kBlockCells - 1) / kBlockCells; ++b) {
-    const std::size_t place = (first + b) / kBlocksPerScale<Form> * kGroupRows;
+    const std::size_t place = ((first + b) >> w.scale_shift) * kGroupRows;
     for (std::size_t n = 0; n < groups; ++n)
       V::f_store(scales + (b * V::kPanelGroups + n) * kGroupRows,
                  V::f_load_scales(w.group_scales(begin + n) + place, w.scale_exponent));
@@ -439,7 +434,8 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups,
   std::memset(sums, 0, count * width * sizeof(float));
   if (groups < N) std::memset(scratch, 0, kPanelBlockCells * N * kCellBytes);
   CellStream<V, Form> streams[N];
-  for (std::size_t n = 0; n < groups; ++n) streams[n] = CellStream<V, Form>(w, begin + n);
+  Widened<CellStream<V, Form>::kWidens> rooms[N];
+  for (std::size_t n = 0; n < groups; ++n) streams[n] = CellStream<V, Form>(w, begin + n, rooms[n]);
   for (std::size_t done = 0; done < w.cells; done += kPanelBlockCells) {
     const std::size_t cells = smaller(kPanelBlockCells, w.cells - done);
     for (std::size_t n = 0; n < groups; ++n)
@@ -450,7 +446,7 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups,
       constexpr int M = V::kInt8Rows;
       const std::size_t block = done / kBlockCells;
       alignas(64) float scales[kPanelBlockCells / kBlockCells * N * kGroupRows] = {};
-      unpack_scales<V, Form>(w, begin, groups, block, cells, scales);
+      unpack_scales<V>(w, begin, groups, block, cells, scales);
       for (; m + M <= count; m += M)
         multiply_integer<V, M>(scratch, scales, cells, block, layout, rows + m * stride,
                                x + m * stride, sums + m * width, width);

@@ -33,6 +33,7 @@ struct Neon {
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 4;  // 4 x 4 sums, 4 weights and their halves, in 32 registers
   static constexpr int kInt8Rows = 2;
+  static constexpr bool kWidens = false;
   static constexpr bool kBiased = false;
 
   template <class Operation>
@@ -46,6 +47,11 @@ struct Neon {
   }
   static void store_cell(void* p, const Cell& cell) {
     for (int i = 0; i < 4; ++i) vst1q_u8(static_cast<std::uint8_t*>(p) + 16 * i, cell.v[i]);
+  }
+  template <bool Upper>
+  static uint8x16_t nibble(uint8x16_t v) {
+    if constexpr (!Upper) v = vshlq_n_u8(v, 4);
+    return veorq_u8(vandq_u8(v, vdupq_n_u8(0xf0)), vdupq_n_u8(0x80));
   }
   // A table's indices past the register give zeros.
   static uint8x16_t expand_bytes(const std::uint8_t*& p, std::uint32_t mask) {
@@ -65,6 +71,28 @@ struct Neon {
     const uint8x16_t found = vqtbl1q_u8(vld1q_u8(p), vld1q_u8(kQuads.entry[mask]));
     p += 4 * static_cast<std::size_t>(kCounts.entry[mask]);
     return found;
+  }
+  // 64 values of 4 bits, the first of two in a byte's upper half, as 16 times what they stand for;
+  // then each 16 places of the cell from where their values begin.
+  static Cell expand(Bits<4>, const std::uint8_t* p, std::uint64_t mask) {
+    uint8x16x4_t found;
+    for (int i = 0; i < 2; ++i) {
+      const uint8x16_t both = vld1q_u8(p + 16 * i);
+      const uint8x16x2_t pairs = vzipq_u8(nibble<true>(both), nibble<false>(both));
+      found.val[2 * i] = pairs.val[0];
+      found.val[2 * i + 1] = pairs.val[1];
+    }
+    Cell cell;
+    std::uint8_t before = 0;
+    for (int i = 0; i < 4; ++i) {
+      const auto bits = static_cast<std::uint32_t>(mask >> 16 * i) & 0xffff;
+      const std::uint32_t low = bits & 0xff, high = bits >> 8;
+      const uint8x16_t order =
+          vaddq_u8(vld1q_u8(kLowerHalf.entry[low]), vld1q_u8(kUpperHalf.entry[high]));
+      cell.v[i] = vqtbl4q_u8(found, vaddq_u8(order, vdupq_n_u8(before)));
+      before = static_cast<std::uint8_t>(before + kCounts.entry[low] + kCounts.entry[high]);
+    }
+    return cell;
   }
   static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     Cell cell;
@@ -92,10 +120,7 @@ struct Neon {
   }
   template <bool Upper>
   static Cell nibbles(Cell cell) {
-    for (uint8x16_t& v : cell.v) {
-      if constexpr (!Upper) v = vshlq_n_u8(v, 4);
-      v = veorq_u8(vandq_u8(v, vdupq_n_u8(0xf0)), vdupq_n_u8(0x80));
-    }
+    for (uint8x16_t& v : cell.v) v = nibble<Upper>(v);
     return cell;
   }
   template <bool Upper>

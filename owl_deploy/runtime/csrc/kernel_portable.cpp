@@ -21,6 +21,7 @@ struct Portable {
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 2;
   static constexpr int kInt8Rows = 2;
+  static constexpr bool kWidens = false;
   static constexpr bool kBiased = false;
 
   static Cell load_cell(const void* p) {
@@ -29,6 +30,15 @@ struct Portable {
     return cell;
   }
   static void store_cell(void* p, const Cell& cell) { std::memcpy(p, cell.v, 64); }
+  // The first of two in a byte's upper half.
+  static Cell expand(Bits<4>, const std::uint8_t* p, std::uint64_t mask) {
+    Cell cell{};
+    for (std::size_t i = 0; mask != 0; mask &= mask - 1, ++i)
+      cell.v[__builtin_ctzll(mask)] = nibble(i % 2 == 0 ? p[i / 2] : p[i / 2] << 4);
+    return cell;
+  }
+  // The upper 4 of 8 bits, less 8, times 16.
+  static std::uint8_t nibble(int v) { return static_cast<std::uint8_t>((v & 0xf0) ^ 0x80); }
   template <std::size_t N>
   static Cell expand(Bits<N>, const std::uint8_t* p, std::uint64_t mask) {
     constexpr std::size_t Bytes = N / 8;
@@ -48,7 +58,7 @@ struct Portable {
   // The lower or the upper 4 bits of each byte, less 8, times 16.
   template <bool Upper>
   static Cell nibbles(Cell cell) {
-    for (auto& v : cell.v) v = static_cast<std::uint8_t>(((Upper ? v : v << 4) & 0xf0) ^ 0x80);
+    for (auto& v : cell.v) v = nibble(Upper ? v : v << 4);
     return cell;
   }
   // Adds those bits less 8 themselves.

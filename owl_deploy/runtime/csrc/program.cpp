@@ -14,10 +14,13 @@
 //      softcap
 //   2: as 1, with attention_mask behind sin
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <system_error>
+#include <thread>
 #include <variant>
 #include <vector>
 
@@ -268,6 +271,7 @@ class ProgramKernel {
 
  private:
   static constexpr std::int64_t kMaxWidth = std::int64_t{1} << 28;
+  static constexpr std::size_t kMaxCopiers = 8, kCopyBytes = std::size_t{16} << 20;
   static constexpr std::size_t kMaxRows = std::size_t{1} << 28;
   static constexpr std::size_t kMaxSlotFloats = std::size_t{1} << 40;
 
@@ -279,16 +283,45 @@ class ProgramKernel {
       if (auto* matmul = std::get_if<MatMulStep>(&s)) total += room(matmul->op.weight);
     memory_ = owl::HugeMemory(total);
     std::uint8_t* at = memory_.data();
+    std::vector<Copy> copies;
     for (Step& s : steps_) {
       auto* matmul = std::get_if<MatMulStep>(&s);
       if (matmul == nullptr) continue;
       owl::PackedMatrix& weight = matmul->op.weight;
-      const std::uint8_t* from = weight.data;
-      std::memcpy(at, from, weight.size);
+      for (std::size_t begin = 0; begin < weight.size; begin += kCopyBytes)
+        copies.push_back(
+            {at + begin, weight.data + begin, std::min(kCopyBytes, weight.size - begin)});
       weight.move_to(at);
       at += room(weight);
-      owl::release_file_pages(from, weight.size);
     }
+    run(copies);
+  }
+
+  struct Copy {
+    std::uint8_t* to;
+    const std::uint8_t* from;
+    std::size_t size;
+  };
+
+  // By several threads: most of the time is the system's, which clears each page before its first
+  // use.
+  static void run(const std::vector<Copy>& copies) {
+    std::atomic<std::size_t> next{0};
+    auto work = [&] {
+      for (std::size_t i = next++; i < copies.size(); i = next++) {
+        std::memcpy(copies[i].to, copies[i].from, copies[i].size);
+        owl::release_file_pages(copies[i].from, copies[i].size);
+      }
+    };
+    std::vector<std::thread> others;
+    const std::size_t threads =
+        std::min<std::size_t>({std::thread::hardware_concurrency(), kMaxCopiers, copies.size()});
+    try {
+      for (std::size_t i = 1; i < threads; ++i) others.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads are to be had: these do it
+    }
+    work();
+    for (std::thread& other : others) other.join();
   }
 
   // One run: where values lie this time, and how wide they are.

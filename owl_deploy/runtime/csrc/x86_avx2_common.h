@@ -57,6 +57,10 @@ struct Avx2Common {
   static Cell add_nibbles(Cell cell, Cell v) {
     return {add_nibbles_half<Upper>(cell.lo, v.lo), add_nibbles_half<Upper>(cell.hi, v.hi)};
   }
+  static constexpr bool kWidens = true;
+  static void widen(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+    widen_nibbles(p, size, bytes);
+  }
   static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     return expand_bytes(p, mask);
   }

@@ -30,9 +30,8 @@ struct Avx512Common {
   template <bool Upper>
   static Cell nibbles(Cell v) {
     if constexpr (!Upper) v = _mm512_slli_epi16(v, 4);
-    // (v & 0xf0) ^ 0x80 in one operation
-    return _mm512_ternarylogic_epi32(v, _mm512_set1_epi8(static_cast<char>(0xf0)),
-                                     _mm512_set1_epi8(static_cast<char>(0x80)), 0x6a);
+    return _mm512_xor_si512(_mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xf0))),
+                            _mm512_set1_epi8(static_cast<char>(0x80)));
   }
   // Adds the nibbles less 8 themselves.
   template <bool Upper>

@@ -11,6 +11,7 @@ struct Avx512VnniCommon : Avx512Common {
   static constexpr bool kBiased =
       true;  // VPDPBUSD multiplies unsigned by signed bytes: weights are biased by 128
 
+  static constexpr bool kWidens = false;
   using Avx512Common::dot;
   using Avx512Common::expand;
 
@@ -21,6 +22,16 @@ struct Avx512VnniCommon : Avx512Common {
     Cell cell = load_cell(p);
     __asm__("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(cell) : "Yk"(static_cast<__mmask64>(mask)));
     return cell;
+  }
+  // In one byte and the next, what two halves of a byte hold. The bias that is taken off here, and
+  // put on again for `dot`, costs nothing: compilers see that.
+  static Cell expand(Bits<4>, const std::uint8_t* p, std::uint64_t mask) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
+    const __m512i values = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 12)),
+                                            _mm512_set1_epi8(static_cast<char>(0xf0)));
+    return _mm512_xor_si512(_mm512_mask_expand_epi8(bias, mask, values), bias);
   }
   static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell = load_cell(p);

@@ -51,6 +51,21 @@ inline Halves expand_bytes(const std::uint8_t* p, std::uint64_t mask) {
           expand_bytes_at<32>(third, p + set_bits(mask << 16), mask)};
 }
 
+// Values of 4 bits in `size` bytes, the first of two in a byte's upper half, as 16 times what they
+// stand for. Reads up to 15 bytes more and writes whole registers: `bytes` has room for `size`
+// rounded up to 16.
+inline void widen_nibbles(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+  const __m256i upper = _mm256_set1_epi8(static_cast<char>(0xf0));
+  const __m256i bias = _mm256_set1_epi8(static_cast<char>(0x80));
+  for (std::size_t i = 0; i < size; i += 16) {
+    const __m256i pairs =
+        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+    const __m256i both = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 12));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + 2 * i),
+                       _mm256_xor_si256(_mm256_and_si256(both, upper), bias));
+  }
+}
+
 // Wider values, `lanes` of them in 16 bytes, by the table of their shuffles.
 template <int lanes, class Table>
 inline Halves expand_lanes(const Table& table, const std::uint8_t* p, std::uint32_t mask) {

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from owl_deploy.bench import plots, read_result, table, write_result
+from owl_deploy.bench import decision, plots, read_result, table, write_result
 from owl_deploy.bench.report import render, write_report
 from owl_deploy.cli import app
 from owl_deploy.engines import ENGINES
 from owl_deploy.errors import BadInput
-from tests.unit.bench.made import result
+from tests.unit.bench.made import result, with_code
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 
@@ -76,7 +76,7 @@ def test_wide_ranges_of_perplexity_have_plain_numbers() -> None:
         s.model_copy(update={"perplexity": 900.0}) if s.role == "candidate" else s
         for s in made.subjects
     )
-    picture = plots.trade_off(made.model_copy(update={"subjects": subjects}), "decode@512")
+    picture = plots.trade_off(decision.judge(made.model_copy(update={"subjects": subjects})))
     assert "$" not in picture
     assert {"20", "50", "100"} <= set(re.findall(r">([\d.]+)</text>", picture))
 
@@ -113,13 +113,24 @@ def test_text_and_points_stand_out_in_light_and_dark(page: str) -> None:
             assert contrast(colors[engine.variable], colors["card"]) >= 3
 
 
-def test_pareto() -> None:
-    points = [(10, 20), (20, 20), (30, 30), (5, 10), (25, 40), (20, 20)]
-    assert pareto_points(points) == [(5, 10), (20, 20), (20, 20), (30, 30)]
+def test_the_picture_shows_what_is_judged_by() -> None:
+    judged = decision.judge(with_code(40))
+    picture = plots.trade_off(judged)
+    assert "pass@1, % of 40 (more is better)" in picture
+    page = render([with_code(40)])
+    assert "pass@1 with its standard error against tokens/s" in page
+    assert "<td>70.0 ± 7.3 %</td>" in page
+    assert "pass@1" not in render([with_code(40)], quality_metric="perplexity")
 
 
-def pareto_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [points[index] for index in plots.pareto(points)]
+def test_one_sparsity_makes_no_picture_by_sparsity(page: str) -> None:
+    made = result()
+    same = tuple(
+        s.model_copy(update={"zeros": 0.5 + 0.001 * s.zeros}) if s.zeros else s
+        for s in made.subjects
+    )
+    assert "by the share of zeros" in page
+    assert "by the share of zeros" not in render([made.model_copy(update={"subjects": same})])
 
 
 def test_failures_are_in_the_page_and_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:

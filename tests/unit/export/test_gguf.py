@@ -21,6 +21,12 @@ def test_an_unknown_family_is_bad_input() -> None:
     assert caught.value.hint == "Take another target."
 
 
+def test_a_tokenizer_that_the_converter_misses_is_named() -> None:
+    words = "  File a.py\nValueError: Error: Missing /a b/phi/tokenizer.model\nlast"
+    with pytest.raises(BadInput, match=r"needs tokenizer\.model, which the checkpoint lacks"):
+        _output(say(words), "converter")
+
+
 def test_a_full_disk_is_bad_input() -> None:
     with pytest.raises(BadInput, match="The disk is full"):
         _output(say("OSError: [Errno 28] No space left on device: 'x'"))

@@ -31,8 +31,8 @@ from owl_deploy.export.targets import export
             "'bf16'. It has: fp32, int8, int4; --target owl has bf16.",
         ),
         (
-            {"target": "owl", "precision": "int4"},
-            "'int4'. It has: bf16, int8, fp32; --target onnxruntime has int4.",
+            {"target": "owl", "precision": "Q8_0"},
+            "'Q8_0'. It has: bf16, int8, int4, fp32; --target llama.cpp has Q8_0.",
         ),
         ({"target": "owl", "precision": "int8", "head": "hole"}, "Did you mean 'whole'?"),
         ({"target": "deepsparse", "head": "whole"}, "Only --target owl has a choice of heads."),
@@ -69,10 +69,10 @@ class Built(Exception):
     [
         ("onnxruntime", "fp32", 4),
         ("onnxruntime", "int4", 0.7),
-        # The fp32 copy and what is packed from it are there at the same time.
-        ("owl", "bf16", 6),
-        ("owl", "int8", 5.1),
-        ("owl", "fp32", 8),
+        ("owl", "bf16", 2),
+        ("owl", "int8", 1.1),
+        ("owl", "int4", 0.6),
+        ("owl", "fp32", 4),
     ],
 )
 def test_the_room_that_is_asked_for(

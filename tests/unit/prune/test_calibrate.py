@@ -5,6 +5,7 @@ from torch import nn
 from owl_deploy import hardware
 from owl_deploy.blocks import Activations
 from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.prune import calibrate
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.sparsegpt import factorise
 
@@ -49,6 +50,15 @@ def test_a_pass_for_the_inputs_alone_sees_the_same_and_spares_the_last_product(h
         if hessian:
             upper = [one.of_hessian(name, factorise, 0.01).upper for one in (found, expected)]
             assert torch.equal(*upper)
+
+
+def test_half_of_the_products_makes_the_whole_matrix(monkeypatch):
+    monkeypatch.setattr(calibrate, "_COLUMNS", 4)
+    states = torch.randn(4, 5, 6)
+    _, found, _ = gathered(states, keep=False, hessian=True)
+    rows = states.reshape(-1, 6)
+    made = found.of_hessian("q", torch.clone)
+    torch.testing.assert_close(made, rows.T @ rows)
 
 
 def test_norms_are_those_of_the_definition():

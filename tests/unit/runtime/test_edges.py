@@ -13,7 +13,7 @@ from .conftest import Kernels
 from .test_kernels import TOLERANCE, activations, as_kernels_see, rounding_error
 from .test_pack import sparse_weight
 
-VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8")
+VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8", "int4")
 # Around every width that some kernel has: lanes, cells, blocks of 32, planes of 128 columns, tiles.
 WIDTHS = (*range(1, 21), 31, 32, 33, 63, 64, 65, 66, 127, 128, 129, 191, 193, 255, 256, 257, 259)
 
@@ -123,7 +123,7 @@ def test_the_largest_activations_do_not_overflow_on_the_way(
     block = pack.pack(np.eye(48, 64, dtype=np.float32), values)
     x = np.full((1, 64), 3e38, dtype=np.float32)
     y, _ = kernels.matmul(isa, block, x, 48)
-    np.testing.assert_allclose(y, x[:, :48], rtol=0.01)
+    np.testing.assert_allclose(y, x[:, :48] * np.diagonal(pack.unpack(block)), rtol=0.01)
 
 
 CHOSEN = """
@@ -152,7 +152,7 @@ def with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 def test_owl_isa_chooses_the_kernels_of_a_session(
     kernels: Kernels, isa: str, values: pack.Values, tmp_path
 ) -> None:

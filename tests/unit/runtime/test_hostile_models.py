@@ -32,7 +32,7 @@ MODULE = "tests.unit.runtime.test_hostile_models"
 # for want of memory: neither is the operators' doing.
 EXTENTS = (0, 1, 2, 3, 15, 16, 17, 31, 33, 64, 95, 97, 1000)
 LENGTHS = (-(2**31), -2, -1, 0, 1, 2, 7, 12, 13, 14, 19, 20, 21, 1000, 2**31 - 1)
-VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8")
+VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8", "int4")
 
 _TYPES = {
     TensorProto.FLOAT: np.float32,

@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 from owl_deploy.runtime import pack
 
 from .conftest import Kernels
-from .test_pack import sparse_weight
+from .test_pack import on_grid, sparse_weight
 
+INTEGERS: tuple[pack.Values, ...] = ("int4", "int8")
 TOLERANCE = 2e-6  # of sum |x| |w|: fp32 sums, since the oracle rounds activations as the kernels do
 
 
@@ -26,7 +27,7 @@ def as_kernels_see(x: NDArray[np.float32], values: pack.Values, isa: str) -> NDA
     if values == "bf16" and isa == "avx512":
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
-    if values != "int8":
+    if values not in ("int8", "int4"):
         return x
     padded = np.zeros((x.shape[0], -(-x.shape[1] // 32) * 32), dtype=np.float32)
     padded[:, : x.shape[1]] = x
@@ -43,7 +44,7 @@ def activations(rows: int, cols: int, seed: int = 7) -> NDArray[np.float32]:
 @pytest.mark.parametrize(
     "shape", [(1, 1), (15, 3), (16, 64), (17, 65), (33, 127), (64, 576), (200, 1537)]
 )
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.95, 1.0])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_against_oracle(
@@ -114,7 +115,37 @@ def test_planes_pass_on_what_is_not_a_number(kernels: Kernels, isa: str, bad: fl
     assert np.isnan(kernels.matmul(isa, block, x, 70)[0]).all()
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("shared", [64, 128])
+@pytest.mark.parametrize("cols", [32, 33, 96, 130, 700])
+def test_scales_of_more_columns(
+    kernels: Kernels, isa: str, values: pack.Values, sparse: bool, shared: int, cols: int
+) -> None:
+    block = pack.pack(sparse_weight(50, cols, 0.5), values, sparse, scale_columns=shared)
+    for rows in (1, 5):
+        x = activations(rows, cols)
+        y, _ = kernels.matmul(isa, block, x, 50)
+        assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
+    if not sparse:
+        np.testing.assert_array_equal(kernels.gather(block, 17, cols), pack.unpack(block)[17])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_int4_and_int8_of_one_grid_agree_to_the_last_bit(
+    kernels: Kernels, isa: str, sparse: bool, rows: int
+) -> None:
+    weight, scales = on_grid(70, 203, "int4", 32)
+    x = activations(rows, 203)
+    four, eight = (
+        kernels.matmul(isa, pack.pack(weight, values, sparse, scales=scales), x, 70)[0]
+        for values in INTEGERS
+    )
+    np.testing.assert_array_equal(four, eight)
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 129, 300])
 def test_batches(kernels: Kernels, isa: str, values: pack.Values, rows: int) -> None:
     block = pack.pack(sparse_weight(80, 300, 0.7), values)
@@ -123,7 +154,7 @@ def test_batches(kernels: Kernels, isa: str, values: pack.Values, rows: int) -> 
     assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 150])
 def test_thread_count_changes_no_bit(
     kernels: Kernels, isa: str, values: pack.Values, rows: int
@@ -136,7 +167,7 @@ def test_thread_count_changes_no_bit(
         np.testing.assert_array_equal(again, first)
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 def test_empty_and_full_rows(kernels: Kernels, isa: str, values: pack.Values) -> None:
     weight = sparse_weight(50, 200, 0.7)
     weight[::3] = 0
@@ -148,7 +179,7 @@ def test_empty_and_full_rows(kernels: Kernels, isa: str, values: pack.Values) ->
     assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_infinity_and_nan_propagate(
@@ -160,7 +191,7 @@ def test_infinity_and_nan_propagate(
     y, _ = kernels.matmul(isa, block, x, 40)
     assert not np.isfinite(y[rows - 1]).any()
     assert np.isfinite(y[: rows - 1]).all()
-    if values != "int8":  # int8 has no infinity: its blocks become NaN
+    if values not in ("int8", "int4"):  # integers have no infinity: their blocks become NaN
         np.testing.assert_array_equal(y[rows - 1], np.full(40, bad, dtype=np.float32))
 
 
@@ -173,7 +204,7 @@ def test_denormal_activations_are_harmless(kernels: Kernels, isa: str) -> None:
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul"])
 @pytest.mark.parametrize("outputs", [16, 20, 96])
 @pytest.mark.parametrize("rows", [1, 9])
-@pytest.mark.parametrize("values", ["fp32", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "int8", "int4"])
 def test_gated(
     kernels: Kernels, isa: str, epilogue: str, outputs: int, rows: int, values: pack.Values
 ) -> None:
@@ -205,7 +236,7 @@ def test_norm_residual_and_bias(kernels: Kernels, isa: str, cols: int, rows: int
     )
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "planes"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4", "planes"])
 def test_gather(kernels: Kernels, values: str) -> None:
     planes = values == "planes"
     block = pack.pack(

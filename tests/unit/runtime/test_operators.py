@@ -69,7 +69,7 @@ def test_wrong_width_is_refused(kernels: Kernels) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 70])
 def test_no_thread_count_of_the_session_changes_a_bit(values: pack.Values, rows: int) -> None:
     block = pack.pack(sparse_weight(900, 260, 0.7), values)
@@ -91,7 +91,7 @@ def test_no_rows_give_no_rows() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 def test_no_damaged_weight_crashes_a_session(values: pack.Values) -> None:
     """Each damage is refused by name, or harmless; the header's fields are refused."""
     rng = np.random.default_rng(0)

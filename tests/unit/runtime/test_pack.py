@@ -11,8 +11,9 @@ from owl_deploy.runtime import pack
 from .conftest import Kernels
 
 SHAPES = [(1, 1), (16, 64), (17, 5), (31, 129), (64, 576), (100, 1000)]
-# Relative to the largest value of the row and block: half a step of each type.
-STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254}
+# Relative to the largest value of the row and block: half a step of each type; of int4, what the
+# largest may lose so that the others lose less.
+STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254, "int4": 0.3}
 
 
 def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArray[np.float32]:
@@ -23,7 +24,7 @@ def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArr
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99, 1.0])
 def test_round_trip(
@@ -35,7 +36,7 @@ def test_round_trip(
     back = pack.unpack(block)
     assert (info.rows, info.cols, info.sparse, info.values) == (*shape, sparse, values)
     assert back.shape == weight.shape
-    assert np.array_equal(back == 0, weight == 0) or values == "int8"
+    assert np.array_equal(back == 0, weight == 0) or values in ("int8", "int4")
     assert np.abs(back - weight).max() <= STEP[values] * np.abs(weight).max()
     again = pack.unpack(pack.pack(back, values, sparse))
     assert np.abs(again - back).max() <= STEP[values] * np.abs(weight).max()
@@ -72,6 +73,123 @@ def test_int8_scales_span_the_sizes_of_a_weight_s_rows() -> None:
         assert np.abs(back - scaled).max() <= STEP["int8"] * np.abs(scaled).max()
 
 
+def on_grid(
+    rows: int, cols: int, values: pack.Values, shared: int, sparsity: float = 0.4, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A weight of random integers times scales of the byte's form, and the scales."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, -(-cols // shared))
+    scales = np.ldexp(1 + rng.integers(0, 16, shape) / 16, rng.integers(-9, 5, shape))
+    scales = scales.astype(np.float32)
+    least, largest = pack.TRAITS[values].levels or (0, 0)
+    integers = rng.integers(least, largest + 1, (rows, cols))
+    integers[rng.random((rows, cols)) < sparsity] = 0
+    return integers * scales.repeat(shared, axis=1)[:, :cols], scales
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("shared", pack.SHARED_COLUMNS)
+def test_a_weight_on_a_grid_keeps_it(values: pack.Values, sparse: bool, shared: int) -> None:
+    weight, scales = on_grid(37, 200, values, shared)
+    bf16 = pack.unpack(pack.pack(weight, "bf16"))  # as checkpoints hold it
+    for held in (weight, bf16):
+        block = pack.pack(held, values, sparse, scales=scales, scale_columns=shared)
+        np.testing.assert_array_equal(pack.unpack(block), weight)
+        assert pack.inspect(block).nonzeros == np.count_nonzero(weight)
+
+
+def test_a_weight_off_its_grid_is_refused() -> None:
+    weight, scales = on_grid(37, 64, "int4", 32)
+    for row, column, change in ((3, 40, 0.3), (36, 0, 0.6)):
+        changed = weight.copy()
+        changed[row, column] += np.float32(change) * scales[row, column // 32]
+        with pytest.raises(ValueError, match="does not lie on its grid"):
+            pack.pack(changed, "int4", scales=scales)
+    for bad in (np.nan, np.inf, 8 * scales[0, 0], scales[0, 0] * -9):
+        changed = weight.copy()
+        changed[0, 0] = bad
+        with pytest.raises(ValueError, match=r"does not lie on its grid|infinities or NaN"):
+            pack.pack(changed, "int4", scales=scales)
+    with pytest.raises(ValueError, match="power of two times sixteenths"):
+        pack.pack(weight, "int4", scales=scales * np.float32(1.01))
+    with pytest.raises(ValueError, match="power of two times sixteenths"):
+        pack.pack(weight, "int4", scales=-scales)
+    with pytest.raises(ValueError, match="asks for"):
+        pack.pack(weight, "int4", scales=scales[:, :1])
+    with pytest.raises(ValueError, match="share a scale"):
+        pack.pack(weight, "int4", scale_columns=48)
+    with pytest.raises(ValueError, match="planes"):
+        pack.pack(weight, "int8", sparse=False, planes=True, scale_columns=64)
+
+
+def test_scales_too_small_for_their_weight_s_exponent_are_rounded_up() -> None:
+    scales = np.array([[1.0], [2.0**-30]], dtype=np.float32)
+    back = pack.unpack(pack.pack(np.repeat(7 * scales, 32, axis=1), "int4", scales=scales))
+    np.testing.assert_array_equal(back[0], np.full(32, 7, dtype=np.float32))
+    assert not back[1].any()
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-39, 1e-37, 1e30, 3e38])
+def test_int4_of_the_smallest_and_the_largest(size: float) -> None:
+    weight = np.array([[1, -1, 0.5, 0]], dtype=np.float32) * np.float32(size)
+    back = pack.unpack(pack.pack(weight, "int4"))
+    assert np.isfinite(back).all()
+    assert np.abs(back - weight).max() <= max(0.3 * size, 2e-37)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_int4_scales_lose_less_than_those_that_cut_nothing_off(sparsity: float) -> None:
+    weight = sparse_weight(64, 512, sparsity)
+    peaks = np.abs(weight.reshape(64, -1, 32)).max(axis=2) / 7
+    scales = ((peaks.view(np.int32) + 0x7FFFF) >> 19 << 19).view(np.float32)
+    step = scales.repeat(32, axis=1)
+    whole = np.sum((np.rint(weight / step) * step - weight) ** 2)
+    found = np.sum((pack.unpack(pack.pack(weight, "int4")) - weight) ** 2)
+    assert found < 0.8 * whole
+
+
+def as_version_2(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`block` as it was before its header said how many columns share a scale."""
+    return changed(changed(block, "version", 2), "scale_columns", 0)
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_version_2_is_read(kernels: Kernels, isa: str, values: pack.Values, sparse: bool) -> None:
+    block = pack.pack(sparse_weight(33, 70, 0.5), values, sparse)
+    old = as_version_2(block)
+    np.testing.assert_array_equal(pack.unpack(old), pack.unpack(block))
+    x = np.ones((3, 70), dtype=np.float32)
+    found, wanted = (kernels.matmul(isa, one, x, 33)[0] for one in (old, block))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_version_2_has_no_int4(kernels: Kernels) -> None:
+    refused(kernels, as_version_2(pack.pack(sparse_weight(33, 70, 0.5), "int4")), "value type")
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "bf16"])
+def test_only_so_many_columns_share_a_scale(kernels: Kernels, values: pack.Values) -> None:
+    block = pack.pack(sparse_weight(33, 70, 0.5), values)
+    for shared in (1, 31, 48, 256) + ((32,) if values == "bf16" else (0,)):
+        refused(kernels, changed(block, "scale_columns", shared), "shared by so many")
+
+
+def test_values_of_int4_are_counted_by_cell(kernels: Kernels) -> None:
+    """Each cell's begin on a byte: 64 cells of one value need 64 bytes, not 32."""
+    weight = np.zeros((16, 256), dtype=np.float32)
+    weight[0, ::4] = 1
+    block = pack.pack(np.concatenate((weight, weight)), "int4").copy()
+    info = pack.inspect(block)
+    assert np.diff(block[info.index_offset :][:12].view(np.uint32)).tolist() == [1, 1]
+    block[info.mask_offset + 1] = 1  # of cell 0, which has room for it in its byte
+    refused(kernels, block, "do not add up")
+    kernels.check(changed(block, "nonzeros", 129))
+    block[info.mask_offset + 2] = 1  # and for no third
+    refused(kernels, changed(block, "nonzeros", 130), "more bits")
+
+
 def test_size_at_seventy_percent() -> None:
     weight = sparse_weight(1024, 1024, 0.7)
     bits = {values: pack.pack(weight, values).size / weight.size for values in ("bf16", "int8")}
@@ -88,8 +206,9 @@ def test_every_region_is_aligned() -> None:
 def test_refuses_what_it_cannot_store() -> None:
     with pytest.raises(ValueError, match="two dimensions"):
         pack.pack(np.zeros(3, dtype=np.float32))
-    with pytest.raises(ValueError, match="int8"):
-        pack.pack(np.array([[np.inf]], dtype=np.float32), "int8")
+    for values in ("int8", "int4"):
+        with pytest.raises(ValueError, match="infinities"):
+            pack.pack(np.array([[np.inf]], dtype=np.float32), values)
     for values, sparse in (("bf16", False), ("int8", True)):
         with pytest.raises(ValueError, match="planes"):
             pack.pack(np.ones((2, 2), dtype=np.float32), values, sparse, planes=True)
@@ -147,7 +266,7 @@ def test_gate_and_up_alternate() -> None:
 
 REFUSAL = (
     "block|version|value type|flags|planes|exponent|"
-    "groups of 16|rows|cells|outside|region|index|mask"
+    "groups of 16|rows|cells|outside|region|index|mask|shared"
 )
 HEADER_FIELDS = {
     "version": (8, 4),
@@ -164,12 +283,13 @@ HEADER_FIELDS = {
     "values": (80, 8),
     "total": (88, 8),
     "exponent": (96, 4),
+    "scale_columns": (100, 4),
 }
 
 
 @pytest.mark.parametrize("field", HEADER_FIELDS)
 @pytest.mark.parametrize("value", [0, 1, 63, 2**31, 2**32 - 1, 2**63, 2**64 - 64, 2**64 - 1])
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 def test_hostile_header(kernels: Kernels, field: str, value: int, values: pack.Values) -> None:
     block = pack.pack(sparse_weight(33, 70, 0.5), values).copy()
     offset, width = HEADER_FIELDS[field]
@@ -214,6 +334,9 @@ def refused(kernels: Kernels, block: NDArray[np.uint8], match: str) -> None:
 @pytest.mark.parametrize(
     ("values", "sparse", "planes", "field", "bytes_"),
     [
+        ("int4", True, False, "masks", 3 * 52 * 8),
+        ("int4", False, False, "scales", 3 * 7 * 16),
+        ("int4", False, False, "values", 3 * 26 * 64 + 64),
         # 33 x 200 is 3 groups of 52 cells of int8, of 100 of bf16.
         ("int8", True, False, "masks", 3 * 52 * 8),
         ("bf16", True, False, "masks", 3 * 100 * 4),
@@ -287,11 +410,14 @@ def test_mask_with_too_many_bits(kernels: Kernels) -> None:
 @given(data=st.data())
 def test_fuzzed_blocks_never_read_outside(kernels: Kernels, data: st.DataObject) -> None:
     """Damage is refused, or leaves a block that multiplies inside its bounds (ASan watches)."""
-    values = data.draw(st.sampled_from(["fp32", "bf16", "int8"]))
+    values = data.draw(st.sampled_from(["fp32", "bf16", "int8", "int4"]))
+    shared = data.draw(st.sampled_from(pack.SHARED_COLUMNS))
     rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
     sparse = data.draw(st.booleans())
     planes = values == "int8" and not sparse and data.draw(st.booleans())
-    block = pack.pack(sparse_weight(rows, cols, 0.6), values, sparse, planes=planes).copy()
+    weight = sparse_weight(rows, cols, 0.6)
+    shared = 32 if planes else shared
+    block = pack.pack(weight, values, sparse, planes=planes, scale_columns=shared).copy()
     for _ in range(data.draw(st.integers(1, 8))):
         # Mostly in the header and the index, where it hurts.
         at = data.draw(st.integers(0, min(block.size, 256) - 1) | st.integers(0, block.size - 1))

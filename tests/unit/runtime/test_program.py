@@ -195,7 +195,7 @@ def test_what_a_step_needs_cannot_be_left_out(cut, words):
             run(broken, 1, PAST)
 
 
-@pytest.mark.parametrize("values", ["int8", "bf16"])
+@pytest.mark.parametrize("values", ["int8", "int4", "bf16"])
 def test_thread_count_changes_no_bit(values):
     model, _ = joined(decoder(2, TensorProto.FLOAT16, values))
     first = run(model, 1, PAST, threads=1)[0]

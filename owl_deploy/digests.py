@@ -1,0 +1,49 @@
+"""SHA-256 of files, kept in the cache folder for as long as a file is the one that was read.
+
+A file counts as that while its device and inode, its size, and the times at which its content and
+its inode last changed are what they were; the last of these no program can set. So opening a
+deployment does not read all of it first. What rots on the disk without being written is found by
+`owl verify`, which always reads every byte.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from owl_deploy.artefact import read_object, sha256, write_json
+from owl_deploy.cache import cache_dir, cache_path
+from owl_deploy.errors import OwlError
+
+_LEAST_BYTES = 1 << 24  # a smaller file is read as fast as its record
+# A change within one tick of the file system's clock would leave the times as they are: what has
+# changed just now is not recorded.
+_SETTLED_S = 2.0
+
+
+def digest(path: Path, *, again: bool = False) -> str:
+    """The digest of a file, in hexadecimal; with `again` it is read whatever is known of it."""
+    before = path.stat()
+    if before.st_size < _LEAST_BYTES:
+        return sha256(path)
+    name = f"{before.st_dev:x}-{before.st_ino:x}.json"
+    if not again and (known := _known(name, before)):
+        return known
+    found = sha256(path)
+    after = path.stat()
+    if _state(after) == _state(before) and time.time() - after.st_ctime > _SETTLED_S:
+        with contextlib.suppress(OwlError, OSError):  # a cache that cannot be written costs time
+            write_json(cache_dir("digests") / name, {"state": _state(after), "sha256": found})
+    return found
+
+
+def _state(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _known(name: str, status: os.stat_result) -> str | None:
+    with contextlib.suppress(OwlError, OSError):
+        record = read_object(cache_path() / "digests" / name, "")
+        if record.get("state") == _state(status) and isinstance(record.get("sha256"), str):
+            return str(record["sha256"])
+    return None

@@ -1,0 +1,92 @@
+"""The grid beside a checkpoint: read, found for each weight of the graph, or refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from owl_deploy.errors import BadInput
+from owl_deploy.export import rewrites
+from owl_deploy.export.grid import Grid
+from tests.unit.export.test_rewrites import SILU, rewriter, unpacked
+
+
+def write(folder: Path, names: list[str], shape: tuple[int, ...] = (4, 1), **told: str) -> Path:
+    scales = {f"{name}.weight_scale": torch.full(shape, 0.5) for name in names}
+    save_file(scales, folder / "grid.safetensors", metadata={"bits": "4", "group": "32"} | told)
+    return folder
+
+
+def test_a_checkpoint_without_a_grid(tmp_path: Path) -> None:
+    assert Grid.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "complaint"),
+    [({"bits": "four"}, "no grid|not a grid"), ({"group": "48"}, "48 columns share a scale")],
+)
+def test_what_is_no_grid(tmp_path: Path, told: dict[str, str], complaint: str) -> None:
+    write(tmp_path, ["a"], **told)
+    with pytest.raises(BadInput, match=complaint):
+        Grid.read(tmp_path)
+    (tmp_path / "grid.safetensors").write_bytes(b"nothing")
+    with pytest.raises(BadInput, match="not a grid"):
+        Grid.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bits", "fitting"), [(3, ["int8", "int4"]), (4, ["int8", "int4"]), (8, ["int8"])]
+)
+def test_what_can_hold_it(tmp_path: Path, bits: int, fitting: list[str]) -> None:
+    grid = Grid.read(write(tmp_path, [], bits=str(bits)))
+    assert grid is not None
+    assert [values for values in ("fp32", "bf16", "int8", "int4") if grid.fits(values)] == fitting
+
+
+def test_weights_of_the_graph_are_found_by_their_linears(tmp_path: Path) -> None:
+    block = "model.layers.3"
+    attention = [f"{block}.self_attn.{name}_proj" for name in "qkvo"]
+    grid = Grid.read(write(tmp_path, [*attention, f"{block}.mlp.up_proj"]))
+    assert grid is not None
+    for name, rows in (("attn.qkv", 12), ("attn.o", 4), ("mlp.up", 4)):
+        found = grid.of(f"{block}.{name}_proj.MatMul.weight")
+        assert found is not None
+        assert found.shape == (rows, 1)
+    assert grid.of(f"{block}.mlp.gate_proj.MatMul.weight") is None
+    del grid.scales[attention[1]]
+    assert grid.of(f"{block}.attn.qkv_proj.MatMul.weight") is None
+
+
+def test_gate_and_up_keep_their_grids() -> None:
+    rng = np.random.default_rng(0)
+    scales = {name: np.float32(2.0 ** rng.integers(-5, 0, (20, 1))) for name in "gu"}
+    weights = {
+        name: (rng.integers(-8, 8, (20, 8)) * scale).T.astype(np.float32)
+        for name, scale in scales.items()
+    }
+    graph = rewriter(SILU, weights)
+    graph.precision, graph.grid = "int4", Grid(4, 32, scales)
+    assert rewrites.fuse_gated(graph) == 1
+    both = unpacked(graph, "g+up.packed").reshape(-1, 2, 16, 8)
+    for place, name in enumerate("gu"):
+        np.testing.assert_array_equal(both[:, place].reshape(-1, 8)[:20], weights[name].T)
+    assert graph.on_grid == 1
+
+
+def test_a_weight_off_its_grid_is_named() -> None:
+    weight = np.full((8, 20), 0.3, dtype=np.float32)
+    graph = rewriter([("MatMul", "x w", "a"), ("Neg", "a", "y")], {"w": weight})
+    graph.precision, graph.grid = "int4", Grid(4, 32, {"w": np.ones((20, 1), np.float32)})
+    with pytest.raises(BadInput, match="w cannot be packed: a weight does not lie on its grid"):
+        rewrites.replace_matmuls(graph)
+
+
+@pytest.mark.parametrize(("bits", "kept"), [(8, 0), (4, 1)])
+def test_a_grid_of_more_bits_is_rounded_anew(bits: int, kept: int) -> None:
+    weight = np.arange(160, dtype=np.float32).reshape(8, 20) % 7
+    graph = rewriter([("MatMul", "x w", "a"), ("Neg", "a", "y")], {"w": weight})
+    graph.precision, graph.grid = "int4", Grid(bits, 32, {"w": np.ones((20, 1), np.float32)})
+    rewrites.replace_matmuls(graph)
+    assert graph.on_grid == kept

@@ -1,0 +1,54 @@
+"""What PyTorch computes, whether the model is in memory or one block of it at a time."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from owl_deploy.errors import BadInput
+from owl_deploy.export.source import Source
+from owl_deploy.families import FAMILIES
+from tests import tiny
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_at_a_time_computes_what_the_whole_model_does(tmp_path, family):
+    folder = tiny.write_model(family, tmp_path / "model", dtype=torch.bfloat16)
+    whole, parts = Source(folder), Source(folder)
+    assert whole.model is not None
+    assert "model" not in vars(parts)
+    assert parts.reference.greedy == whole.reference.greedy
+    scale = np.abs(whole.reference.logits).max()
+    np.testing.assert_allclose(
+        parts.reference.logits, whole.reference.logits, rtol=0, atol=1e-5 * scale
+    )
+
+
+def test_no_more_than_a_block_is_in_memory(llama):
+    skeleton = Source(llama).skeleton
+    with skeleton.running() as model:
+        first, second = (block.mlp.up_proj.weight.data_ptr() for block in model.model.layers)
+        assert first == second
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda weight: weight[:-1].clone(), "shapes are not those of"),
+        (None, r"lacks 1 tensors, 'model\.layers\.1\.mlp\.up_proj\.weight'"),
+        (lambda weight: weight * np.nan, "holds NaN"),
+    ],
+)
+def test_weights_that_are_not_the_model_s(llama, tmp_path, change, complaint):
+    copy = shutil.copytree(llama, tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(copy / "model.safetensors")
+    weight = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(weight)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=complaint):
+        _ = Source(copy).reference
