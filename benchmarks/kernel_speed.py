@@ -34,6 +34,7 @@ SIZES: dict[str, list[tuple[int, int]]] = {
     "SmolLM2-135M": [(960, 576), (576, 576), (3072, 576), (576, 1536)],
     "Llama-3.2-1B": [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)],
     "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
+    "cache": [(512, 256)],  # with --megabytes 1: what the instructions take
 }
 VALUES = ("int8", "int4", "bf16", "fp32")
 SPARSITIES = (None, 0.0, 0.5, 0.6, 0.7, 0.8, 0.9)  # None: stored dense, without a mask
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=192, help="of each shape's copies")
     parser.add_argument("--values", nargs="+", choices=VALUES, default=list(VALUES))
     parser.add_argument("--sparsities", nargs="+", type=float, help="besides dense")
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES)[:3])
     parser.add_argument("--plot", type=Path, help="draw time against sparsity into this SVG file")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()

@@ -1,6 +1,7 @@
 """Perplexity of a model pruned by every method with every allocation and structure, as a table.
 
     python benchmarks/prune_quality.py MODEL CALIBRATION EVALUATION -o FILE [--length 2048]
+                                       [--method alps ...] [--setting owl ...] [--sparsity 0.7]
 
 Prunes with `owl prune` and measures with `owl eval`, each in a process of its own; the checkpoint
 is then dropped. FILE holds what is done after every row, and a row that it holds is not repeated:
@@ -9,6 +10,7 @@ run the command again to go on. `--rows N` stops after N rows.
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from typing import Any
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = ("magnitude", "wanda", "wanda --refit", "sparsegpt", "sparsegpt --refit", "alps")
 SETTINGS: dict[str, list[str]] = {
     "uniform": ["--allocation", "uniform"],
     "owl": ["--allocation", "owl"],
@@ -49,19 +51,22 @@ def row(method: str, setting: str, given: argparse.Namespace) -> dict[str, Any]:
     """Prune once and evaluate."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "pruned"
-        command = ["prune", str(given.model), "-o", str(out), "--method", method]
+        command = ["prune", str(given.model), "-o", str(out), "--method", *method.split()]
         command += ["--calibration", str(given.calibration), "--samples", str(given.samples)]
         command += ["--sequence-length", str(given.length), "--dtype", given.dtype]
         asked = SETTINGS[setting]
         if "--structure" not in asked:
-            command += ["--sparsity", "0.7"]
+            command += ["--sparsity", str(given.sparsity)]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         manifest = owl(*command, *asked)
+        cpu_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
         return {
             "method": method,
             "setting": setting,
             "sparsity": manifest["sparsity"]["achieved"],
             "settings": manifest["settings"],
             "prune_seconds": manifest["wall_seconds"],
+            "prune_cpu_seconds": cpu_seconds,
             "perplexity": measure(out, given),
         }
 
@@ -88,10 +93,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16, help="of 2048 tokens, to evaluate on")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--sparsity", type=float, default=0.7, help="where none is in a setting")
+    parser.add_argument("--method", action="append", choices=METHODS, help="repeat. [all]")
+    parser.add_argument("--setting", action="append", choices=SETTINGS, help="repeat. [all]")
     parser.add_argument("--rows", type=int, default=len(METHODS) * len(SETTINGS))
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
-    keys = ("samples", "length", "windows", "dtype")
+    keys = ("samples", "length", "windows", "dtype", "sparsity")
     asked = {key: getattr(given, key) for key in keys}
     result: dict[str, Any] = {"cpu": look().cpu, **asked, "model": given.model.name, "rows": []}
     if given.output.is_file():
@@ -102,8 +110,9 @@ def main() -> None:
         result["dense"] = measure(given.model, given)
         write_json(given.output, result)
     done = {(one["method"], one["setting"]) for one in result["rows"]}
-    methods = sorted(METHODS, key="magnitude".__eq__)  # the least interesting last
-    wanted = [(m, s) for m in methods for s in SETTINGS if (m, s) not in done]
+    methods = sorted(given.method or METHODS, key="magnitude".__eq__)  # the least interesting last
+    settings = given.setting or SETTINGS
+    wanted = [(m, s) for m in methods for s in settings if (m, s) not in done]
     for method, setting in wanted[: given.rows]:
         result["rows"].append(row(method, setting, given))
         write_json(given.output, result)

@@ -104,6 +104,7 @@ def prune(
     spread: options.Spread = None,
     skip: options.Skip = None,
     head_sparsity: options.HeadSparsity = None,
+    refit: options.Refit = None,
     bits: options.Bits = None,
     bits_group: options.BitsGroup = None,
     calibration: options.CalibrationText = None,

@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Statistic = Literal["nothing", "norms", "hessian"]  # of a Linear's inputs
+
 
 class Options(BaseModel):
     """The options of a method: none here; a subclass has a field for each, with a description.
@@ -31,6 +33,18 @@ class SparseGPTOptions(Options):
         default=0.01, gt=0, allow_inf_nan=False, description="share of the mean diagonal"
     )
     preserve_mask: bool = Field(default=False, description="zeros stay zeros")
+
+
+class ALPSOptions(Options):
+    """`dampening`: what is added to the diagonal of the scaled X^T X, which is one.
+
+    `iterations`: of ADMM; with more the support gets a little better.
+    """
+
+    dampening: float = Field(
+        default=0.05, gt=0, allow_inf_nan=False, description="share of the diagonal"
+    )
+    iterations: int = Field(default=20, ge=1, description="of the choice of weights")
 
 
 @dataclass(frozen=True)
@@ -57,15 +71,17 @@ class Method:
     inputs that it asks for. `options`: the type of its own options. `modifier`: SparseML's, or None
     where nothing there does the same; then no recipe can be written that reproduces it. `joint`: a
     function that is given a `prune.grid.Grid` as well, and rounds what it leaves in the same pass;
-    without it what `prune` leaves is rounded. `removes`: whether anything goes.
+    without it what `prune` leaves is rounded. `removes`: whether anything goes. `refits`: whether
+    the values that it leaves need no refit.
     """
 
     prune: str
-    needs: Literal["nothing", "norms", "hessian"]
+    needs: Statistic
     options: type[Options] = Options
     modifier: Modifier | None = None
     joint: str | None = None
     removes: bool = True
+    refits: bool = False
 
 
 # Of methods with the same modifier the first is what a recipe with it means.
@@ -103,6 +119,16 @@ METHODS: dict[str, Method] = {
             },
         ),
         joint="owl_deploy.prune.sparsegpt:joint",
+    ),
+    "alps": Method(
+        "owl_deploy.prune.alps:prune",
+        "hessian",
+        ALPSOptions,
+        Modifier(
+            "SparseGPTModifier",
+            remark="SparseML knows no ALPS: SparseGPT for these layers, another choice of weights.",
+        ),
+        refits=True,
     ),
     "none": Method("owl_deploy.prune.by_score:none", "nothing", removes=False),
 }

@@ -81,6 +81,10 @@ Bits = Annotated[
 BitsGroup = Annotated[
     int | None, Option("--group", help="Columns that share a scale: 32, 64 or 128. [32]")
 ]
+Refit = Annotated[
+    bool | None,
+    Option("--refit", help="Give the weights that are left better values; alps always does."),
+]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Of the draw of windows.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, Option(help="To compute in: auto, float32, bfloat16 or float16.")]

@@ -28,7 +28,7 @@ from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
 from owl_deploy.families import heads
-from owl_deploy.methods import METHODS, Modifier, Options
+from owl_deploy.methods import METHODS, Modifier, Options, Statistic
 
 UNSTRUCTURED = "unstructured"
 RESOLVED = "recipe.yaml"  # in a checkpoint
@@ -47,7 +47,8 @@ class PruneSettings(BaseModel):
     which stays dense without it. `layers`, for the allocation "list": block or Linear name to
     sparsity. `bits`: what survives is rounded to so many, 8, 4 or 3, with one scale for every
     `bits_group` columns of a row, 32, 64 or 128. `options`: the method's own, of the type that its
-    row in `METHODS` names, or a mapping of their names to values.
+    row in `METHODS` names, or a mapping of their names to values. `refit`: whether the weights that
+    are left get the values that suit them best; ALPS does it in any case.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +65,7 @@ class PruneSettings(BaseModel):
     bits: int | None = None
     bits_group: int | None = None
     options: SerializeAsAny[Options] = Options()
+    refit: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -152,14 +154,14 @@ class PruneSettings(BaseModel):
                 )
 
     @property
-    def needs(self) -> Literal["nothing", "norms", "hessian"]:
-        """The statistic of a Linear's inputs that pruning by these settings asks for."""
-        return METHODS[self.method].needs if self.bits is None else "hessian"
-
-    @property
     def group(self) -> tuple[int, int] | None:
         """(N, M) of the structure N:M; None when unstructured."""
         return parse_structure(self.structure)
+
+    @property
+    def needs(self) -> Statistic:
+        """The statistic of a Linear's inputs that the method asks for, or what comes after it."""
+        return "hessian" if self.refit or self.bits else METHODS[self.method].needs
 
 
 def _options(method: str, given: Options | Mapping[str, Any]) -> Options:
@@ -381,6 +383,8 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
         lines.append(f"Of the output head {settings.head_sparsity:.4g}.")
     if modifier.remark:
         lines.append(modifier.remark)
+    if settings.refit:
+        lines.append("SparseML knows no refit of the weights that are left.")
     return lines
 
 

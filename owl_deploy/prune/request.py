@@ -146,9 +146,10 @@ def _windows(
             "Give a text with --calibration.",
         )
     if calibration is None:
+        refit = ", with a refit," if settings.refit else ""
         raise BadInput(
-            f"The method {settings.method} with the allocation {settings.allocation} looks at the "
-            "model's inputs.",
+            f"The method {settings.method}{refit} with the allocation {settings.allocation} looks "
+            "at the model's inputs.",
             "Give a text with --calibration.",
         )
     longest = checkpoint.config.get("max_position_embeddings")

@@ -16,6 +16,7 @@ from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.grid import Grid
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.plan import Plan
+from owl_deploy.prune.refit import refit
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.rounding import finished, round_pruned
 from owl_deploy.prune.store import SCALE, Store
@@ -123,10 +124,12 @@ class Walk:
         group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
         weight = dense.to(self.skeleton.device, torch.float32)
         asked = (weight, inputs, sparsity, group, settings.options)
-        if self.grid and self.joint:
+        if self.grid and self.joint and not settings.refit:
             swept = self.joint(*asked, self.grid)
         else:
             pruned: torch.Tensor = self.method(*asked)
+            if settings.refit and not self.request.method.refits:
+                pruned = refit(weight, pruned, inputs)
             if self.grid is None:
                 return {"weight": pruned.to(dense.device, dense.dtype)}
             swept = round_pruned(weight, pruned, inputs, self.grid)

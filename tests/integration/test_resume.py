@@ -71,7 +71,12 @@ def weights(folder):
 @pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, 30_000])
 @pytest.mark.parametrize(
     "asked",
-    [{"method": "wanda"}, {"method": "sparsegpt"}, {"method": "sparsegpt", "bits": 4}],
+    [
+        {"method": "wanda"},
+        {"method": "sparsegpt"},
+        {"method": "alps"},
+        {"method": "sparsegpt", "bits": 4},
+    ],
     ids=str,
 )
 def test_a_killed_run_resumes_to_the_same_weights(

@@ -32,12 +32,15 @@ def test_the_command_line_has_the_options_of_every_method(monkeypatch):
         pass
 
     found = inspect.signature(command).parameters
-    assert list(found) == ["model", "block_size", "dampening", "preserve_mask", "steps"]
+    own = ["block_size", "dampening", "preserve_mask", "iterations", "steps"]
+    assert list(found) == ["model", *own]
     helps = {name: found[name].default.help for name in list(found)[1:]}
     assert helps == {
         "block_size": "Of sparsegpt: columns a block. [128]",
-        "dampening": "Of sparsegpt: share of the mean diagonal. [0.01] Of own: of a spring. [0.5]",
+        "dampening": "Of sparsegpt: share of the mean diagonal. [0.01] "
+        "Of alps: share of the diagonal. [0.05] Of own: of a spring. [0.5]",
         "preserve_mask": "Of sparsegpt: zeros stay zeros.",
+        "iterations": "Of alps: of the choice of weights. [20]",
         "steps": "Of own: at most. [30]",
     }
     assert found["steps"].annotation is int

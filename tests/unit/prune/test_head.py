@@ -69,7 +69,7 @@ def test_every_method_and_its_recipe(llama, tmp_path, calibration, method, struc
     loaded = recipe.settings(**recipe.load(tmp_path / "out" / "recipe.yaml"))
     assert loaded.head_sparsity == 0.5
     assert loaded.layers == {block["name"]: block["sparsity"] for block in manifest["blocks"]}
-    if method != "wanda-variant":  # which a recipe can only call Wanda
+    if method not in ("wanda-variant", "alps"):  # which a recipe calls Wanda, SparseGPT
         prune(llama, tmp_path / "again", loaded, calibration)
         assert not differing(tmp_path / "out", tmp_path / "again")
 
