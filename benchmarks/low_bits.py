@@ -20,16 +20,17 @@ from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.manifest import CheckpointManifest, read_manifest, versions
 from owl_deploy.partial import is_interrupted
 
+SPARSEGPT = ("--method", "sparsegpt", "--allocation", "uniform")
 FORMATS: dict[str, tuple[str, ...]] = {
     "dense int8": ("--method", "none", "--bits", "8"),
     "dense int4": ("--method", "none", "--bits", "4"),
     "dense int4, groups of 64": ("--method", "none", "--bits", "4", "--group", "64"),
     "dense int3": ("--method", "none", "--bits", "3"),
-    "50 %": ("--method", "sparsegpt", "--sparsity", "0.5"),
-    "50 % int8": ("--method", "sparsegpt", "--sparsity", "0.5", "--bits", "8"),
-    "50 % int4": ("--method", "sparsegpt", "--sparsity", "0.5", "--bits", "4"),
-    "50 % int3": ("--method", "sparsegpt", "--sparsity", "0.5", "--bits", "3"),
-    "60 % int3": ("--method", "sparsegpt", "--sparsity", "0.6", "--bits", "3"),
+    "50 %": (*SPARSEGPT, "--sparsity", "0.5"),
+    "50 % int8": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "8"),
+    "50 % int4": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "4"),
+    "50 % int3": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "3"),
+    "60 % int3": (*SPARSEGPT, "--sparsity", "0.6", "--bits", "3"),
 }
 WINDOW, WINDOWS = 2048, 6
 

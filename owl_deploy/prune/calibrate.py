@@ -1,7 +1,7 @@
 """See what enters a block's Linears while calibration text runs through it."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from owl_deploy.blocks import Seen
 
+_READ = 64.0  # what a running mean counts, in tokens; 8 and infinitely many left a little more loss
 _COLUMNS = 512  # of X^T X at a time: few enough to leave out nearly half, enough for full speed
 
 T = TypeVar("T")
@@ -21,12 +22,23 @@ class InputStatistics:
 
     Linears that are given the same tensor (q, k and v; gate and up) share one statistic, and what
     is made of it. `samples` scales the norms, `hessian` says whether X^T X is gathered (its
-    diagonal then gives the norms) or the squared norms alone.
+    diagonal then gives the norms) or the squared norms alone. The Hessian of those in `read` holds
+    the running means of the inputs, too: attention averages what such a Linear (the values')
+    makes of many tokens, and reads the first ones most. What their errors have in common stays
+    then, and what is theirs alone goes.
     """
 
-    def __init__(self, linears: dict[str, nn.Linear], samples: int, *, hessian: bool) -> None:
+    def __init__(
+        self,
+        linears: dict[str, nn.Linear],
+        samples: int,
+        *,
+        hessian: bool,
+        read: Collection[str] = (),
+    ) -> None:
         self._samples, self._linears, self._hessian = samples, linears, hessian
         self._sums: dict[str, torch.Tensor] = {}
+        self._read = {name: torch.zeros(()) for name in read}  # sums over the running means
         self._leader: dict[str, str] = {}
         self._made: dict[Hashable, Any] = {}
         self._current: list[tuple[torch.Tensor, str]] = []
@@ -69,9 +81,11 @@ class InputStatistics:
         `make` must leave the matrix as it is.
         """
         assert self._hessian, "the method's row does not say that it needs it"
-        key = (self._leader[name], make, arguments)
+        own = name in self._read
+        key = (name if own else self._leader[name], make, arguments)
         if key not in self._made:
-            self._made[key] = make(self._sums[self._leader[name]], *arguments)
+            total = self._sums[self._leader[name]]
+            self._made[key] = make(total + _READ * self._read[name] if own else total, *arguments)
         found: T = self._made[key]
         return found
 
@@ -89,6 +103,10 @@ class InputStatistics:
 
     def _note(self, name: str, tensor: torch.Tensor) -> None:
         """Add `tensor` [..., in], which enters `name`, unless a Linear before it was given it."""
+        if name in self._read:
+            counts = torch.arange(1, tensor.shape[-2] + 1, device=tensor.device).unsqueeze(1)
+            means = (tensor.float().cumsum(-2) / counts).flatten(0, -2)
+            self._read[name] = self._read[name].to(means.device) + means.T @ means
         for seen, leader in self._current:
             if seen is tensor:
                 self._leader[name] = leader

@@ -17,6 +17,8 @@ from owl_deploy.prune.request import Request
 from owl_deploy.prune.sparsities import BlockStatistics
 from owl_deploy.prune.tune import LayerNorms
 
+_VALUES = "v_proj"  # the Linear that attention averages, in every family that does not fuse it
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -81,10 +83,13 @@ def gather(
 ) -> InputStatistics:
     """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`."""
     linears = request.skeleton.linears(index)
+    pruned = request.shape.linears[index]
+    rounded = hessian and request.settings.bits is not None
     inputs = InputStatistics(
-        {key: linears[key] for key in request.shape.linears[index]},
+        {key: linears[key] for key in pruned},
         request.samples,
         hessian=hessian,
+        read=[key for key in pruned if rounded and key.endswith(_VALUES)],
     )
     with inputs.gathering(inputs_only=not keep):
         hidden.through(block, index, advance, keep=keep)

@@ -86,3 +86,24 @@ def test_a_cpu_computes_in_the_stored_dtype_where_it_is_fast_in_it(
     cpu = torch.device("cpu")
     assert hardware.find_dtype("auto", checkpoint, cpu) == expected
     assert hardware.find_dtype("auto", checkpoint, cpu, exact=True) == torch.float32
+
+
+def test_what_attention_reads_counts_the_running_means_too():
+    torch.manual_seed(0)
+    linears = {name: torch.nn.Linear(5, 3) for name in ("q", "v")}
+    inputs = InputStatistics(linears, 2, hessian=True, read=["v"])
+    batches = [torch.randn(2, 7, 5), torch.randn(1, 7, 5)]
+    with inputs.gathering():
+        for x in batches:
+            for linear in linears.values():
+                linear(x)
+    plain, means = torch.zeros(5, 5), torch.zeros(5, 5)
+    for window in torch.cat(batches):
+        for end in range(1, 8):
+            plain += window[end - 1].outer(window[end - 1])
+            mean = window[:end].mean(0)
+            means += mean.outer(mean)
+    for name, expected in (("q", plain), ("v", plain + 64 * means)):
+        found = inputs.of_hessian(name, torch.clone)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(inputs.norm(name), (plain.diagonal() / 2).sqrt(), rtol=1e-4)
