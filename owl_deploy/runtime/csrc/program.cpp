@@ -314,13 +314,14 @@ class ProgramKernel {
       }
     };
     std::vector<std::thread> others;
-    const std::size_t threads =
+    const auto threads =
         std::min<std::size_t>({std::thread::hardware_concurrency(), kMaxCopiers, copies.size()});
     try {
       for (std::size_t i = 1; i < threads; ++i) others.emplace_back(work);
-    } catch (const std::system_error&) {  // no more threads are to be had: these do it
+      work();
+    } catch (const std::system_error&) {
+      work();  // no more threads are to be had: those that there are do it
     }
-    work();
     for (std::thread& other : others) other.join();
   }
 
