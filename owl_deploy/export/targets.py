@@ -123,7 +123,7 @@ TARGETS: dict[str, Target] = {
         precisions={
             "fp32": Precision(4, 1e-3),
             "int8": Precision(1.2),
-            "int4": Precision(0.7),
+            "int4": Precision(0.9),
         },
         engine="onnxruntime",
         purpose="stock onnxruntime-genai, production",

@@ -68,7 +68,7 @@ class Built(Exception):
     ("target", "precision", "bytes_a_weight"),
     [
         ("onnxruntime", "fp32", 4),
-        ("onnxruntime", "int4", 0.7),
+        ("onnxruntime", "int4", 0.9),
         ("owl", "bf16", 2),
         ("owl", "int8", 1.1),
         ("owl", "int4", 0.6),
