@@ -183,7 +183,7 @@ FAMILIES = {
     "qwen3": ("qwen3", {}, 0, "parity"),
     "gemma3": ("gemma3_text", _GEMMA, 0, "parity"),
     "gemma3, other pattern": ("gemma3_text", {}, 1, "llama.cpp makes another model of this one"),
-    "phi3": ("phi3", {}, 4, "tokenizer.model"),  # which its converter needs
+    "phi3": ("phi3", {}, 2, "needs tokenizer.model, which the checkpoint lacks"),
     "gpt_neox": ("gpt_neox", {}, 0, "parity"),
     "opt": ("opt", {}, 2, "does not know 'OPTForCausalLM'"),
 }
