@@ -1,8 +1,4 @@
-"""The grid that a checkpoint's weights were rounded to: scales beside it, which the packing keeps.
-
-`grid.safetensors` has, for each Linear that was rounded, `<its name>.weight_scale` [out,
-ceil(in / group)], and says how many bits an integer has and how many columns share a scale.
-"""
+"""The grid that a checkpoint's weights lie on, for the packing, which keeps it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from owl_deploy.checkpoint import GRID
-from owl_deploy.errors import BadInput
+from owl_deploy.grid import read_grid
 from owl_deploy.runtime import pack
 
-_SUFFIX = ".weight_scale"
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -28,30 +22,12 @@ class Grid:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Grid | None":
-        """The grid of the checkpoint in a folder, None where it has none."""
-        from safetensors import SafetensorError, safe_open
-
-        file = checkpoint / GRID
-        if not file.is_file():
+        """The grid of the checkpoint in a folder, None where it has none (see `read_grid`)."""
+        kept = read_grid(checkpoint)
+        if kept is None:
             return None
-        try:
-            with safe_open(file, "pt") as tensors:
-                told = tensors.metadata() or {}
-                bits, group = int(told["bits"]), int(told["group"])
-                scales = {
-                    name.removesuffix(_SUFFIX): tensors.get_tensor(name).float().numpy()
-                    for name in tensors.keys()  # noqa: SIM118 - no mapping
-                    if name.endswith(_SUFFIX)
-                }
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise BadInput(
-                f"{file} is not a grid: {error}.", "Round the model again, or remove the file."
-            ) from None
-        if group not in pack.SHARED_COLUMNS:
-            raise BadInput(
-                f"In {file} {group} columns share a scale.", "32, 64 or 128 can: round again."
-            )
-        return cls(bits, group, scales)
+        scales = {name: scale.numpy() for name, scale in kept.scales.items()}
+        return cls(kept.bits, kept.group, scales)
 
     def fits(self, values: pack.Values) -> bool:
         """Whether these values can be all the grid's integers."""

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.finetune.survivors import Grid
+from owl_deploy.grid import read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.text import load_text, load_tokenizer, tokenize
 
@@ -81,25 +81,22 @@ class Source:
 
         Raises `BadInput` for scales that are not those of the weights.
         """
-        file = self.folder / GRID
-        if not file.is_file():
+        kept = read_grid(self.folder)
+        if kept is None:
             return {}
         found = {}
-        try:
-            with safe_open(file, "pt") as tensors:
-                told = tensors.metadata()
-                for name in self.matrices[block]:
-                    key = f"{block}.{name}_scale"
-                    if key in tensors.keys():  # noqa: SIM118 - no mapping
-                        grid = Grid(int(told["bits"]), int(told["group"]), tensors.get_tensor(key))
-                        rows, columns = self.checkpoint.shape(f"{block}.{name}")
-                        if list(grid.scales.shape) != [rows, -(-columns // grid.group)]:
-                            raise ValueError(f"{key} does not fit its weight")
-                        found[name.removesuffix(".weight")] = grid
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise BadInput(
-                f"{file} is not the grid of these weights: {error}.", "Round the model again."
-            ) from error
+        for name in self.matrices[block]:
+            linear = f"{block}.{name}".removesuffix(".weight")
+            if linear not in kept.scales:
+                continue
+            grid = Grid(kept.bits, kept.group, kept.scales[linear])
+            rows, columns = self.checkpoint.shape(f"{block}.{name}")
+            if list(grid.scales.shape) != [rows, -(-columns // grid.group)]:
+                raise BadInput(
+                    f"In {self.folder / GRID} {linear}.weight_scale does not fit its weight.",
+                    "Round the model again.",
+                )
+            found[name.removesuffix(".weight")] = grid
         return found
 
     def load(self, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers is untyped

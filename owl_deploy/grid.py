@@ -1,0 +1,60 @@
+"""What the weights of a checkpoint were rounded to, as `grid.safetensors` beside them says.
+
+That file has, for each Linear that was rounded, `<its name>.weight_scale` [out, ceil(in / group)],
+and says how many bits an integer has and how many columns share a scale.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from owl_deploy.checkpoint import GRID
+from owl_deploy.errors import BadInput
+from owl_deploy.runtime.pack import SHARED_COLUMNS
+
+if TYPE_CHECKING:
+    import torch
+
+_SUFFIX = ".weight_scale"
+
+
+@dataclass(frozen=True)
+class KeptGrid:
+    """Integers of `bits` bits; scales [out, ceil(in / group)], float32, by the Linears' names."""
+
+    bits: int
+    group: int
+    scales: "dict[str, torch.Tensor]"
+
+
+def read_grid(checkpoint: Path) -> KeptGrid | None:
+    """The grid of the checkpoint in a folder, None where it has none.
+
+    Raises `BadInput` for a file that is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = checkpoint / GRID
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as tensors:
+            told = tensors.metadata() or {}
+            grid = KeptGrid(
+                int(told["bits"]),
+                int(told["group"]),
+                {
+                    name.removesuffix(_SUFFIX): tensors.get_tensor(name).float()
+                    for name in tensors.keys()  # noqa: SIM118 - no mapping
+                    if name.endswith(_SUFFIX)
+                },
+            )
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BadInput(
+            f"{file} is not a grid: {error}.", "Round the model again, or remove the file."
+        ) from None
+    if grid.group not in SHARED_COLUMNS:
+        raise BadInput(
+            f"In {file} {grid.group} columns share a scale.", "32, 64 or 128 can: round again."
+        )
+    return grid
