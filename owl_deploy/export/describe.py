@@ -35,7 +35,8 @@ def graph(path: Path) -> dict[str, Any]:
     `weights`: for each weight of two axes or more, its shape, values and non-zeros; a quantized one
     counts its codes that stand for zero. `total`, `nonzeros` and `sparsity` (None where nothing was
     counted) are over the weights of the linear layers, the head among them, not the embedding. A
-    deployment that is no ONNX graph has none of all this.
+    deployment that is no ONNX graph has none of all this. `quantization`: that of the products with
+    the fewest bits; others may have more, as their weights say.
     """
     nodes = list(ir.load(path).graph) if path.is_file() else []
     weights: dict[str, dict[str, Any]] = {}
@@ -51,7 +52,9 @@ def graph(path: Path) -> dict[str, Any]:
         "total": values,
         "nonzeros": nonzeros,
         "sparsity": 1 - nonzeros / values if values else None,
-        "quantization": next(filter(None, map(_quantization, nodes)), None),
+        "quantization": min(
+            filter(None, map(_quantization, nodes)), key=lambda found: found["bits"], default=None
+        ),
     }
 
 
