@@ -5,7 +5,8 @@
      "fail": {"op": "load" | "prompt" | "next", "how": "abort"|"hang"|"raise"|"exit"}}
 
 Its clock is its own: a latency of an hour costs a test no time. `noise` is the relative spread
-between processes (a log-normal factor drawn once a process).
+between processes (a log-normal factor drawn once a process). `peak_bytes` is memory that it takes,
+on top of what the process has.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Driver:
         self.behaviour: dict[str, Any] = json.loads(text)
         print("fake engine: loading")  # noqa: T201 - engines print to stdout; it must do no harm
         self._maybe_fail("load")
+        self.taken = np.ones(self.behaviour.get("peak_bytes", 0), np.uint8)
         self.factor = math.exp(random.gauss(0.0, self.behaviour.get("noise", 0.0)))
         self.now += self.behaviour.get("load_s", 0.0)
         self.streams = [self] * asked.streams

@@ -55,7 +55,9 @@ def test_inputs_are_used_and_those_used_exist() -> None:
 def gate(fake: Fake, tmp_path: Path) -> Callable[..., tuple[int, str, str, str]]:
     """Runs the action's script on fake deployments: code, verdict, summary and what was printed."""
     file = tmp_path / "baseline.json"
-    saving = ["bench", str(fake("now")), "-b", str(fake("reference")), "--save-baseline", str(file)]
+    # Beside so much, what a process takes more or less where memory is short is within the margin.
+    now = fake("now", peak_bytes=200_000_000)
+    saving = ["bench", str(now), "-b", str(fake("reference")), "--save-baseline", str(file)]
     assert CliRunner().invoke(app, saving).exit_code == 0
     defaults = {name.upper().replace("-", "_"): about for name, about in ACTION["inputs"].items()}
 
@@ -84,10 +86,8 @@ def test_the_script_passes_what_is_as_it_was_and_writes_the_report(
     gate: Callable[..., tuple[int, str, str, str]], tmp_path: Path
 ) -> None:
     code, verdict, summary, printed = gate()
-    # A process that takes less memory by chance, as they do where memory is short, is no worse.
-    assert code == 0, printed
-    assert verdict in ("OK", "IMPROVED")
-    assert f"## owl bench: {verdict}" in summary
+    assert (code, verdict) == (0, "OK"), printed
+    assert "## owl bench: OK" in summary
     assert (tmp_path / "owl-bench" / "report.html").read_text().startswith("<!doctype html>")
 
 
