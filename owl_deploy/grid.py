@@ -15,7 +15,13 @@ from owl_deploy.runtime.pack import SHARED_COLUMNS
 if TYPE_CHECKING:
     import torch
 
-_SUFFIX = ".weight_scale"
+SCALE = "weight_scale"  # the name of a Linear's scales, beside its weight
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """The least and the largest integer of so many bits; 8 leave out -128, as the engine does."""
+    half = 1 << (bits - 1)
+    return (1 - half if bits == 8 else -half), half - 1
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,9 @@ def read_grid(checkpoint: Path) -> KeptGrid | None:
                 int(told["bits"]),
                 int(told["group"]),
                 {
-                    name.removesuffix(_SUFFIX): tensors.get_tensor(name).float()
+                    name.removesuffix(f".{SCALE}"): tensors.get_tensor(name).float()
                     for name in tensors.keys()  # noqa: SIM118 - no mapping
-                    if name.endswith(_SUFFIX)
+                    if name.endswith(f".{SCALE}")
                 },
             )
     except (SafetensorError, KeyError, ValueError) as error:

@@ -1,5 +1,6 @@
 """The checkpoint that is fine-tuned: checked, loaded, and its mask compared with its manifest."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.finetune.survivors import Grid
-from owl_deploy.grid import read_grid
+from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.text import load_text, load_tokenizer, tokenize
 
@@ -76,12 +77,16 @@ class Source:
                 "Use --method masked, or --method lora without --merge.",
             )
 
+    @functools.cached_property
+    def _grid(self) -> KeptGrid | None:
+        return read_grid(self.folder)
+
     def grids(self, block: str) -> dict[str, Grid]:
         """The grids of the Linears of `block` that were rounded, by their names within it.
 
         Raises `BadInput` for scales that are not those of the weights.
         """
-        kept = read_grid(self.folder)
+        kept = self._grid
         if kept is None:
             return {}
         found = {}
@@ -93,7 +98,7 @@ class Source:
             rows, columns = self.checkpoint.shape(f"{block}.{name}")
             if list(grid.scales.shape) != [rows, -(-columns // grid.group)]:
                 raise BadInput(
-                    f"In {self.folder / GRID} {linear}.weight_scale does not fit its weight.",
+                    f"In {self.folder / GRID} {linear}.{SCALE} does not fit its weight.",
                     "Round the model again.",
                 )
             found[name.removesuffix(".weight")] = grid

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from owl_deploy.grid import limits
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -24,12 +26,6 @@ class Grid:
     bits: int
     group: int
     scales: torch.Tensor
-
-    @property
-    def limits(self) -> tuple[int, int]:
-        """The least and the largest integer; 8 bits leave out -128."""
-        half = int(2 ** (self.bits - 1))
-        return (1 - half if self.bits == 8 else -half), half - 1
 
     def at(self, positions: torch.Tensor, columns: int) -> torch.Tensor:
         """The scales at `positions` of a flat weight with so many columns, float32."""
@@ -81,7 +77,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("weight", dense.to(dtype, copy=True))
         scales = None if grid is None else grid.at(positions, dense.shape[1])
         self.register_buffer("scales", scales)
-        self.limits = (0, 0) if grid is None else grid.limits
+        self.limits = (0, 0) if grid is None else limits(grid.bits)
         self.positions: torch.Tensor
         self.scales: torch.Tensor | None
         self.weight: torch.Tensor

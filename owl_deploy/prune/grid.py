@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from owl_deploy.grid import limits
+
 _CANDIDATES = 20  # codes down from the scale that clips nothing: to 0.4 of it
 _BINADES_ABOVE = 3  # that making up for errors may need, beyond the weight's own largest scale
 _CODES = 256  # that a byte tells apart
@@ -22,13 +24,13 @@ class Grid:
 
     @property
     def lowest(self) -> int:
-        """The least integer; 8 bits leave out -128, as the engine does."""
-        return -127 if self.bits == 8 else -(2 ** (self.bits - 1))
+        """The least integer."""
+        return limits(self.bits)[0]
 
     @property
     def highest(self) -> int:
         """The largest integer."""
-        return int(2 ** (self.bits - 1)) - 1
+        return limits(self.bits)[1]
 
     def groups(self, columns: int) -> int:
         """Scales in a row of so many columns."""

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from owl_deploy.artefact import publish
+from owl_deploy.grid import SCALE
 from owl_deploy.partial import Partial
-
-SCALE = "weight_scale"  # the scales of a rounded weight, in its Linear
 
 
 class Store(Partial):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from owl_deploy.blocks import Activations
+from owl_deploy.grid import SCALE
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.grid import Grid
@@ -19,7 +20,7 @@ from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.refit import refit
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.rounding import finished, round_pruned
-from owl_deploy.prune.store import SCALE, Store
+from owl_deploy.prune.store import Store
 from owl_deploy.recipe import kept
 
 
