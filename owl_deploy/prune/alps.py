@@ -7,8 +7,6 @@ fixed schedule, where the paper's follows the changes of the support: on the Lin
 came to as low an error in fewer iterations.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from owl_deploy.errors import BadInput
@@ -21,81 +19,73 @@ from owl_deploy.prune.calibrate import Inputs
 # iteration weighs what a weight gains by coming back (its gradient) as what one loses by going;
 # below, the choice moves more freely.
 _LOOSE, _TIGHT = 0.1, 1.0
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What ALPS needs of a Linear's inputs; Linears with the same input share one.
-
-    `values` [in], `vectors` [in, in]: of the eigendecomposition of `gram`'s matrix, by which
-    (matrix + penalty)^-1 is two products for any penalty.
-    """
-
-    gram: refit.Gram
-    values: torch.Tensor
-    vectors: torch.Tensor
-
-
-def decompose(hessian: torch.Tensor, dampening: float) -> Basis:
-    """From X^T X [in, in] (any scale); `dampening` as in `refit.gram`.
-
-    Raises `BadInput` when it has values that are no numbers.
-    """
-    found = refit.gram(hessian, dampening)
-    try:
-        values, vectors = torch.linalg.eigh(found.matrix)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # not re-exported
-        raise BadInput(
-            "The inputs of a layer are infinite or no numbers.",
-            "Compute in another --dtype, or look for what is wrong with the weights.",
-        ) from error
-    return Basis(found, values, vectors)
+# Iterations with one penalty, which share a factorisation: 2 leave 0.05 % more of SmolLM2's held-out
+# error than 1, 4 leave 0.4 %, 10 leave 7 %.
+_STAGE = 2
 
 
 def prune(
     weight: torch.Tensor, inputs: Inputs, sparsity: float, group: Group, options: ALPSOptions
 ) -> torch.Tensor:
     """The method, as the table of methods calls it (see `by_score`)."""
-    basis = inputs.of_hessian(decompose, options.dampening)
-    return solved(weight, basis, sparsity, group, options.iterations)
+    gram = inputs.of_hessian(refit.gram, options.dampening)
+    return solved(weight, gram, sparsity, group, options.iterations)
 
 
 def solved(
-    weight: torch.Tensor, basis: Basis, sparsity: float, group: Group, iterations: int
+    weight: torch.Tensor, gram: refit.Gram, sparsity: float, group: Group, iterations: int
 ) -> torch.Tensor:
     """The pruned weight [out, in], float32, of a dense one: support, then values on it.
 
     Unstructured (`group` None): round(sparsity * size) weights go, wherever in the matrix. With
     `group` (N, M): all but N in every M neighbours of a row. Those of inputs that are always zero
-    go besides.
+    go besides. Raises `BadInput` when the inputs hold values that are no numbers.
     """
-    scale, dead = basis.gram.scale, basis.gram.dead
-    target = (weight.float() * scale).masked_fill(dead, 0)
-    start = _admm(target, basis, sparsity, group, iterations).masked_fill(dead, 0)
-    return refit.on_support(target, start, start != 0, basis.gram.matrix) / scale
+    target = (weight.float() * gram.scale).masked_fill(gram.dead, 0)
+    start = _admm(target, gram.matrix, sparsity, group, iterations).masked_fill(gram.dead, 0)
+    return refit.on_support(target, start, start != 0, gram.matrix) / gram.scale
 
 
 def _admm(
-    target: torch.Tensor, basis: Basis, sparsity: float, group: Group, iterations: int
+    target: torch.Tensor, matrix: torch.Tensor, sparsity: float, group: Group, iterations: int
 ) -> torch.Tensor:
     """The sparse copy [out, in] after `iterations`, in the scaled unit (algorithm 1).
 
     With the scaled dual u the sparse copy is d = kept(v + u), and the next dual is what was left
-    out of it: what both become is one matrix, divided by the mask.
+    out of it: what both become is one matrix, divided by the mask. The free copy v minimises
+    tr (v - target) matrix (v - target)^T + penalty ||v - (d - u)||^2: it is the target and the
+    penalty's share of what d - u lacks. That is solved with a Cholesky factor: of a matrix wider
+    than it is high, one takes a sixtieth of the paper's eigendecomposition.
     """
-    pulled = (target @ basis.vectors).mul_(basis.values)  # target @ matrix, in the eigenbasis
-    growth = (_TIGHT / _LOOSE) ** (1 / max(iterations - 1, 1))
     sparse = target.masked_fill(_removed(target, sparsity, group), 0)
     dual = torch.zeros_like(target)
+    stages = range(0, iterations, _STAGE)
+    growth = (_TIGHT / _LOOSE) ** (1 / max(len(stages) - 1, 1))
     penalty = _LOOSE
-    for _ in range(iterations):
-        drawn = (sparse - dual) @ basis.vectors
-        drawn.mul_(penalty).add_(pulled).div_(basis.values + penalty)
-        candidate = torch.addmm(dual, drawn, basis.vectors.T)
-        sparse = candidate.masked_fill(_removed(candidate, sparsity, group), 0)
-        dual = (candidate - sparse).div_(growth)  # it counts in units of the penalty
+    for begun in stages:
+        factor = _factor(matrix, penalty)
+        for _ in range(begun, min(begun + _STAGE, iterations)):
+            lacks = sparse.sub_(dual).sub_(target)
+            free = torch.cholesky_solve(lacks.T, factor).T.mul_(penalty).add_(target)
+            candidate = free.add_(dual)
+            sparse = candidate.masked_fill(_removed(candidate, sparsity, group), 0)
+            dual = candidate.sub_(sparse)
+        dual.div_(growth)  # it counts in units of the penalty
         penalty *= growth
     return sparse
+
+
+def _factor(matrix: torch.Tensor, penalty: float) -> torch.Tensor:
+    """The Cholesky factor [in, in] of matrix + penalty."""
+    raised = matrix.clone()
+    raised.diagonal().add_(penalty)
+    try:
+        return torch.linalg.cholesky(raised)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # not re-exported
+        raise BadInput(
+            "The inputs of a layer are infinite or no numbers.",
+            "Compute in another --dtype, or look for what is wrong with the weights.",
+        ) from error
 
 
 def _removed(candidate: torch.Tensor, sparsity: float, group: Group) -> torch.Tensor:

@@ -48,7 +48,7 @@ def support(weight, hessian, sparsity, group, dampening=0.05, iterations=20):
     dual = torch.zeros_like(weight)
     gone = removed(weight.abs(), sparsity, group)
     for step in range(iterations):
-        penalty = 0.1 * 10 ** (step / max(iterations - 1, 1))
+        penalty = 0.1 * 10 ** (step // 2 / max((iterations + 1) // 2 - 1, 1))
         inverse = torch.linalg.inv(hessian + penalty * torch.eye(len(hessian)))
         free = (weight @ hessian - dual + penalty * sparse) @ inverse
         candidate = free + dual / penalty

@@ -3,7 +3,7 @@ import torch
 
 from owl_deploy.errors import BadInput
 from owl_deploy.methods import SparseGPTOptions
-from owl_deploy.prune import alps, sparsegpt
+from owl_deploy.prune import alps, refit, sparsegpt
 from tests.reference import alps as reference
 
 SETTINGS = [(0.0, None), (0.5, None), (0.7, None), (0.5, (2, 4)), (0.25, (3, 4)), (0.6, (2, 5))]
@@ -22,7 +22,7 @@ def layer():
 
 def solved(layer, sparsity, group, iterations=20):
     weight, hessian = layer
-    return alps.solved(weight, alps.decompose(hessian, 0.05), sparsity, group, iterations)
+    return alps.solved(weight, refit.gram(hessian, 0.05), sparsity, group, iterations)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 20])
@@ -62,10 +62,10 @@ def test_a_dead_input_goes_first(layer):
 
 def test_inputs_that_do_not_correlate_leave_the_largest_scores():
     weight = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.4, 1.5, -0.3, 2.5]])
-    basis = alps.decompose(torch.diag(torch.tensor([1.0, 4.0, 1.0, 0.04])), 0.05)
+    gram = refit.gram(torch.diag(torch.tensor([1.0, 4.0, 1.0, 0.04])), 0.05)
     # Scores, |w| times the norm of the input: 3, 2, 2, 0.1 and 0.4, 3, 0.3, 0.5.
     expected = torch.tensor([[3.0, -1.0, 2.0, 0.0], [0.0, 1.5, 0.0, 0.0]])
-    assert torch.allclose(alps.solved(weight, basis, 0.5, None, 20), expected)
+    assert torch.allclose(alps.solved(weight, gram, 0.5, None, 20), expected)
 
 
 def test_of_two_equal_inputs_one_takes_the_weight_of_both():
@@ -74,8 +74,8 @@ def test_of_two_equal_inputs_one_takes_the_weight_of_both():
     Magnitude keeps the last and either of the others, at its own value.
     """
     columns = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # two tokens
-    basis = alps.decompose(columns.T @ columns, 1e-4)
-    found = alps.solved(torch.tensor([[1.0, 1.0, 1.2]]), basis, 1 / 3, None, 20)
+    gram = refit.gram(columns.T @ columns, 1e-4)
+    found = alps.solved(torch.tensor([[1.0, 1.0, 1.2]]), gram, 1 / 3, None, 20)
     assert sorted(found[0, :2].abs().tolist()) == pytest.approx([0.0, 2.0], abs=1e-3)
     assert float(found[0, 2]) == pytest.approx(1.2, abs=1e-3)
 
@@ -113,4 +113,4 @@ def test_the_scale_of_the_hessian_does_not_matter(layer):
 
 def test_inputs_that_are_no_numbers_get_a_sentence():
     with pytest.raises(BadInput, match="infinite or no numbers"):
-        alps.decompose(torch.full((3, 3), float("nan")), 0.05)
+        solved((torch.ones(2, 3), torch.full((3, 3), float("nan"))), 0.5, None)
