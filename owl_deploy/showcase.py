@@ -1,9 +1,9 @@
 """A model that people deploy, from its package to a decision: what `make showcase` runs.
 
 `python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense, pruned to 50 % in one shot, and
-trained again after that, in each engine and precision that a user would take; judged by HumanEval
-and by perplexity on code that was not calibrated on. Hours on two cores; every step leaves an
-artefact, and what is there is not made again.
+rounded to 4 bits or trained again after that, in each engine and precision that a user would take;
+judged by HumanEval and by perplexity on code that was not calibrated on. Hours on two cores; every
+step leaves an artefact, and what is there is not made again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +51,7 @@ MODEL_IS = (
 )
 _WIDTH = 80
 _OWL: tuple[Road, ...] = tuple(("owl", precision) for precision in TARGETS["owl"].precisions)
+_INT4: Road = ("owl", "int4")
 _RIVALS: tuple[Road, ...] = (
     *(("onnxruntime", precision) for precision in ("int8", "int4")),
     *(("llama.cpp", precision) for precision in ("Q8_0", "Q4_K_M", "Q3_K_M")),
@@ -61,13 +62,15 @@ _RIVALS: tuple[Road, ...] = (
 class Plan:
     """What is made, and how much of it is run.
 
-    `roads`: by "dense", "sparse" and "recovered", the targets and precisions of each. `samples`
+    `roads`: the targets and precisions of the "dense" model, the "sparse" one (by `pruning`), and
+    what was made of that: "rounded" (by `rounding`, with compensation) and "recovered". `samples`
     windows of `length` tokens to prune by; `windows` of `window` to evaluate on; of HumanEval's
     problems each `every`-th, and at most `limit`.
     """
 
     roads: dict[str, tuple[Road, ...]]
     pruning: PruneSettings
+    rounding: PruneSettings
     recovery: FinetuneSettings
     samples: int = 32
     length: int = 512
@@ -105,8 +108,14 @@ def _is_named(pattern: str, model: str, road: Road) -> bool:
 
 
 SHOWCASE = Plan(
-    roads={"dense": (*_OWL, *_RIVALS), "sparse": _OWL, "recovered": (("owl", "int8"),)},
-    pruning=PruneSettings(method="sparsegpt", allocation="owl", sparsity=0.5),
+    roads={
+        "dense": (*_OWL, *_RIVALS),
+        "sparse": tuple(road for road in _OWL if road != _INT4),
+        "rounded": (_INT4,),
+        "recovered": (("owl", "int8"),),
+    },
+    pruning=PruneSettings(method="alps", allocation="owl", sparsity=0.5),
+    rounding=PruneSettings(method="none", bits=4),
     # A quarter of the blocks at a time: 13 GB with the teacher, by reckoning. A chat model that
     # only read code would forget how to answer: half of the loss is the dense one's.
     recovery=FinetuneSettings(
@@ -125,11 +134,7 @@ def tasks(plan: Plan, source: Path, output: Path) -> tuple[Task, ...]:
 
     The problems are run with the user's leave: `main` asks.
     """
-    checkpoints = {
-        "dense": source / MODEL,
-        "sparse": output / "checkpoints" / "sparsegpt-50",
-        "recovered": output / "checkpoints" / "recovered-50",
-    }
+    checkpoints = _checkpoints(plan, source, output)
     exports = [
         Export(
             title=f"Exporting: {model} for {target}, {precision}",
@@ -156,28 +161,46 @@ def tasks(plan: Plan, source: Path, output: Path) -> tuple[Task, ...]:
             pairs=plan.pairs,
         ),
     )
-    return (*_trained(plan, checkpoints, source), *exports, *judged, bench)
+    return (*_made(plan, checkpoints, source), *exports, *judged, bench)
 
 
-def _trained(plan: Plan, checkpoints: dict[str, Path], source: Path) -> Iterator[Task]:
-    """What makes the sparse checkpoints that are deployed."""
-    if plan.roads["sparse"] or plan.roads["recovered"]:
+def _checkpoints(plan: Plan, source: Path, output: Path) -> dict[str, Path]:
+    """Where the checkpoint of each model lies."""
+    share = f"{100 * plan.pruning.sparsity:g}"
+    pruned = f"{plan.pruning.method}-{share}"
+    names = {"sparse": pruned, "rounded": f"{pruned}-int4", "recovered": f"recovered-{share}"}
+    folder = output / "checkpoints"
+    return {"dense": source / MODEL} | {model: folder / name for model, name in names.items()}
+
+
+def _made(plan: Plan, checkpoints: dict[str, Path], source: Path) -> Iterator[Task]:
+    """What makes the checkpoints that are deployed."""
+    text = str(source / CALIBRATION)
+    tokens = f"{plan.samples} windows of {plan.length} tokens of code"
+    calibrated = {"calibration": text, "samples": plan.samples, "sequence_length": plan.length}
+    if any(plan.roads[model] for model in plan.roads if model != "dense"):
         yield Prune(
-            title=f"Pruning: OWL {plan.pruning.sparsity:.0%} with SparseGPT, {plan.samples} "
-            f"windows of {plan.length} tokens of code",
+            title=f"Pruning: {plan.pruning.allocation} {plan.pruning.sparsity:.0%} with "
+            f"{plan.pruning.method}, {tokens}",
             output=checkpoints["sparse"],
             model=checkpoints["dense"],
             settings=plan.pruning,
-            calibration=str(source / CALIBRATION),
-            samples=plan.samples,
-            sequence_length=plan.length,
+            **calibrated,
+        )
+    if plan.roads["rounded"]:
+        yield Prune(
+            title=f"Rounding the weights that are left to {plan.rounding.bits} bits, {tokens}",
+            output=checkpoints["rounded"],
+            model=checkpoints["sparse"],
+            settings=plan.rounding,
+            **calibrated,
         )
     if plan.roads["recovered"]:
         yield Finetune(
             title=f"Training the weights that are left, {plan.recovery.max_minutes:g} minutes",
             output=checkpoints["recovered"],
             checkpoint=checkpoints["sparse"],
-            text=str(source / CALIBRATION),
+            text=text,
             settings=plan.recovery,
             teacher=checkpoints["dense"],
         )

@@ -19,8 +19,8 @@ from owl_deploy.prune.calibrate import Inputs
 # iteration weighs what a weight gains by coming back (its gradient) as what one loses by going;
 # below, the choice moves more freely.
 _LOOSE, _TIGHT = 0.1, 1.0
-# Iterations with one penalty, which share a factorisation: 2 leave 0.05 % more of SmolLM2's held-out
-# error than 1, 4 leave 0.4 %, 10 leave 7 %.
+# Iterations with one penalty, which share a factorisation: on text that was not calibrated on, 2
+# leave 0.05 % more of the error than 1 in SmolLM2's Linears, 4 leave 0.4 %, 10 leave 7 %.
 _STAGE = 2
 
 
@@ -80,12 +80,13 @@ def _factor(matrix: torch.Tensor, penalty: float) -> torch.Tensor:
     raised = matrix.clone()
     raised.diagonal().add_(penalty)
     try:
-        return torch.linalg.cholesky(raised)
+        factor: torch.Tensor = torch.linalg.cholesky(raised)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # not re-exported
         raise BadInput(
             "The inputs of a layer are infinite or no numbers.",
             "Compute in another --dtype, or look for what is wrong with the weights.",
         ) from error
+    return factor
 
 
 def _removed(candidate: torch.Tensor, sparsity: float, group: Group) -> torch.Tensor:

@@ -95,9 +95,11 @@ TINY = showcase.Plan(
     roads={
         "dense": (INT8, ("owl", "int8")),
         "sparse": (("owl", "int8"),),
+        "rounded": (("owl", "int4"),),
         "recovered": (("owl", "int8"),),
     },
     pruning=showcase.SHOWCASE.pruning,
+    rounding=showcase.SHOWCASE.rounding,
     recovery=FinetuneSettings(
         method="masked", max_steps=3, max_minutes=1, sequence_length=64, block_group=1
     ),
@@ -128,15 +130,15 @@ def test_the_showcase_goes_on_where_it_was_killed(
     again = "showcase.tasks(TINY"
     training = output / "checkpoints" / ".recovered-50.owl-partial" / "group-0.json"
     killed_at(training, source, output, again)
-    assert survey(plan)[:2] == ["done", "to do"]
+    assert survey(plan)[:3] == ["done", "done", "to do"]
     answering = output / "deployments" / "sparse-owl-int8" / "measured" / "perplexity.json"
     killed_at(answering, source, output, again)
-    trained = read_manifest(plan[1].output, CheckpointManifest)
+    trained = read_manifest(plan[2].output, CheckpointManifest)
     assert trained is not None
     assert trained.to_json()["finetune"]["resumed"]
     said: list[str] = []
     execute(plan, said.append)
-    assert len(said) in (4, 5)  # perplexity's receipt, HumanEval, the recovered one's, the bench
+    assert len(said) in (6, 7)  # perplexity's receipt, HumanEval, two more models', the bench
     assert set(survey(plan)) == {"done"}
     result = refreshed(read_result(output / "bench"))
     conclude(result, showcase.rows(result), output, showcase.show)
