@@ -223,7 +223,8 @@ Scenarios = Annotated[
     list[str] | None,
     Option(
         "--scenario",
-        help="decode, prefill, generate, throughput; repeatable. [decode, prefill]",
+        help="decode, prefill, generate, throughput, or one such as decode@512x4; repeatable. "
+        "[decode, prefill]",
     ),
 ]
 Context = Annotated[

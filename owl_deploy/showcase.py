@@ -78,8 +78,14 @@ class Plan:
     windows: int = 5
     every: int = 1
     limit: int | None = None
-    contexts: tuple[int, ...] = (512, 4096)
-    prompts: tuple[int, ...] = (512, 2048)
+    scenarios: tuple[str, ...] = (
+        "decode@512",
+        "decode@4096",
+        "decode@512x4",
+        "decode@512x8",
+        "prefill@512",
+        "prefill@2048",
+    )
     pairs: int = 4
 
     def without(self, patterns: Sequence[str]) -> "Plan":
@@ -156,8 +162,7 @@ def tasks(plan: Plan, source: Path, output: Path) -> tuple[Task, ...]:
         plan=BenchPlan(
             candidates=sparse or dense,
             baselines=dense if sparse else (),
-            context=plan.contexts,
-            prompt=plan.prompts,
+            scenarios=plan.scenarios,
             pairs=plan.pairs,
         ),
     )

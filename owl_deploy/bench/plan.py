@@ -1,6 +1,7 @@
 """What a benchmark measures: the user's numbers, fitted to the models, as scenarios."""
 
 import itertools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -11,16 +12,24 @@ from owl_deploy.bench.scenario import KINDS, Scenario
 from owl_deploy.engines import Deployment
 from owl_deploy.errors import BadInput, unknown_name
 
+_KEY = re.compile(
+    rf"(?P<kind>{'|'.join(KINDS)})@(?P<tokens>\d+)(\+(?P<new>\d+))?(x(?P<several>\d+))?"
+)
+_SEVERAL = {"decode": "batch", "throughput": "streams"}  # what x4 in a key counts
+_EXAMPLES = "decode@4096, decode@512x4, prefill@2048, generate@128+64 or throughput@512x2"
+
 
 class BenchPlan(BaseModel):
     """What to measure.
 
     `engines` empty: each deployment in the engine it was made for; else in each of these that opens
-    it. `context`, `prompt`, `batch`, `streams`: tokens attended to in decoding, tokens of a prompt,
-    rows, and streams, one or several each. `new_tokens` an answer's length; `pairs` the rounds,
-    taken up to `looks` times while a comparison is inconclusive; `steps` the tokens decoded,
-    `repeats` the prompts run, in each process. Of `context`, `prompt` and `new_tokens` what nobody
-    gave is a wish, which `fitted` makes smaller for a model that takes less.
+    it. `scenarios`: kinds, of which each number below makes one, or single ones by their keys, such
+    as "decode@512x4". `context`, `prompt`, `batch`, `streams`: tokens attended to in decoding,
+    tokens of a prompt, rows, and streams, one or several each. `new_tokens` an answer's length;
+    `pairs` the rounds, taken up to `looks` times while a comparison is inconclusive; `steps` the
+    tokens decoded, `repeats` the prompts run, in each process. Of `context`, `prompt` and
+    `new_tokens` what nobody gave is a wish, which `fitted` makes smaller for a model that takes
+    less.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +93,9 @@ class BenchPlan(BaseModel):
             "prompt": self._prompts(limit - new, new, takes),
             **({"new_tokens": new} if new else {}),
         }
+        for one in map(self._single, self.scenarios):
+            if one and one.context > limit:
+                raise BadInput(f"--scenario {one.key} is more than {takes}.", "Give a shorter one.")
         changed = {name: value for name, value in fitting.items() if value != getattr(self, name)}
         notes = [
             f"{_option(name)} is {_numbers(value)} instead of {_numbers(getattr(self, name))}: "
@@ -137,7 +149,22 @@ class BenchPlan(BaseModel):
             else self.prompt
         )
 
+    def _single(self, name: str) -> Scenario | None:
+        """The scenario whose key is `name`; None where that is a kind."""
+        found = _KEY.fullmatch(name)
+        if not found:
+            return None
+        kind, several = found["kind"], int(found["several"] or 1)
+        tokens, new = int(found["tokens"]), int(found["new"] or 0)
+        if bool(new) is not (kind == "generate") or (several > 1 and kind not in _SEVERAL):
+            raise BadInput(f"--scenario {name} is none.", f"Give one such as {_EXAMPLES}.")
+        rows = {_SEVERAL[kind]: several} if several > 1 else {}
+        context = tokens if kind in _SEVERAL else self._room(tokens + new)
+        return Scenario(kind=kind, tokens=tokens, context=context, new=new, **rows)
+
     def _scenarios(self, kind: str) -> list[Scenario]:
+        if single := self._single(kind):
+            return [single]
         if kind == "decode":
             pairs = itertools.product(self.batch, self.context)
             return [Scenario(kind=kind, tokens=n, context=n, batch=rows) for rows, n in pairs]

@@ -108,8 +108,7 @@ TINY = showcase.Plan(
     window=512,
     windows=1,
     every=80,
-    contexts=(64, 128),
-    prompts=(32, 64),
+    scenarios=("decode@64", "decode@64x2", "prefill@32"),
     pairs=1,
 )
 

@@ -122,6 +122,9 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_is_timed(
         ({"threads": -1}, "--threads -1"),
         ({"context": (512, 0)}, "--context 0 is too small"),
         ({"new_tokens": 1}, "--new-tokens 1"),
+        ({"scenarios": ("prefill@64x2",)}, "--scenario prefill@64x2 is none"),
+        ({"scenarios": ("generate@64",)}, "--scenario generate@64 is none"),
+        ({"scenarios": ("decode@0",)}, "--context 0 is too small"),
     ],
 )
 def test_bad_plans_get_one_sentence(
@@ -168,6 +171,18 @@ def test_every_scenario_is_measured_in_the_process_that_suits_it(pair: tuple[Pat
     size_bytes = (pair[0] / "fake.json").stat().st_size
     assert rows["decode@128"]["roofline"] == pytest.approx(size_bytes / 10e-3 / 30e9, rel=0.1)
     shown(result)
+
+
+def test_a_scenario_is_given_by_its_key(pair: tuple[Path, Path]) -> None:
+    keys = ("decode@128", "decode@64x4", "prefill@100", "generate@64+32", "throughput@128x3")
+    plan = BenchPlan(candidates=pair, scenarios=(*keys, "decode"), context=(128,))
+    found = plan.described()
+    assert tuple(one.key for one in found) == keys  # "decode" is the first of them again
+    assert [one.session for one in found] == [
+        *((128, 1, 1), (64, 4, 1)),
+        *((128, 1, 1), (128, 1, 1)),  # caches that are there hold the prompt
+        (128, 1, 3),
+    ]
 
 
 def test_more_rounds_are_taken_while_it_is_inconclusive(pair: tuple[Path, Path]) -> None:
@@ -313,6 +328,7 @@ def limited(folder: Path, tokens: int) -> Path:
     ("settings", "message"),
     [
         ({"context": (128, 257)}, "--context 257 is more than the 256 tokens that .*small takes"),
+        ({"scenarios": ("prefill@257",)}, "--scenario prefill@257 is more than the 256 tokens"),
         ({"context": 512, "scenarios": ("throughput",)}, "Give --context 256 or less"),
         ({"prompt": 300}, "--prompt 300 is more than the 256 tokens"),
         ({"prompt": 200, "new_tokens": 57, "scenarios": ("generate",)}, "--prompt 200 and 57 new"),
