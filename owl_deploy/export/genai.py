@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -126,7 +127,7 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
         return
     if _UNSUPPORTED in words:
         raise FamilyNotBuilt(words.strip().splitlines()[-1])
-    refuse_full_disk(words)
+    refuse_no_room("onnxruntime-genai's model builder", returncode, words)
     if returncode == BadInput.exit_code and PACKING in words:
         raise BadInput(*json.loads(last_line(words)))
     if "No module named" in words:
@@ -141,8 +142,18 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
     )
 
 
-def refuse_full_disk(words: str) -> None:
-    """Raise `BadInput` where the output of a process that failed says that the disk is full."""
+def refuse_no_room(what: str, returncode: int, words: str) -> None:
+    """Say what a process that failed had no room for, where that is known.
+
+    Raises `BadInput` where its output says that the disk is full, and `EnvironmentFailed` where it
+    was killed, which is how Linux takes memory back.
+    """
+    if returncode == -signal.SIGKILL:
+        raise EnvironmentFailed(
+            f"{what} was killed, as it happens where memory runs out.",
+            "Free some, or export on a machine with more: int4 for onnxruntime takes some 11 bytes "
+            "a weight.",
+        )
     if any(sign in words for sign in _FULL_DISK):
         raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
 

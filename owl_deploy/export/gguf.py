@@ -18,7 +18,7 @@ from owl_deploy.engines.environment import environment_folder, python_of
 from owl_deploy.engines.registry import get_engine
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.export import parity
-from owl_deploy.export.genai import last_line, refuse_full_disk
+from owl_deploy.export.genai import last_line, refuse_no_room
 from owl_deploy.export.source import Progress, Reference, Source
 
 ENGINE = "llama.cpp"
@@ -123,7 +123,7 @@ def _output(command: list[str], what: str = "Python", way_out: str = "") -> str:
             f"llama.cpp's converter needs {missing[1]}, which the checkpoint lacks.",
             f"Copy it there from the original model. {way_out}".strip(),
         )
-    refuse_full_disk(words)
+    refuse_no_room(f"llama.cpp's {what}", done.returncode, words)
     raise EngineFailed(
         f"llama.cpp's {what} ended with code {done.returncode}: {last_line(words)}", way_out
     )

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.gguf import _output
 
 
@@ -30,6 +30,12 @@ def test_a_tokenizer_that_the_converter_misses_is_named() -> None:
 def test_a_full_disk_is_bad_input() -> None:
     with pytest.raises(BadInput, match="The disk is full"):
         _output(say("OSError: [Errno 28] No space left on device: 'x'"))
+
+
+def test_a_part_that_was_killed_wanted_memory() -> None:
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    with pytest.raises(EnvironmentFailed, match=r"^llama\.cpp's quantizer was killed"):
+        _output(command, "quantizer")
 
 
 def test_any_other_failure_ends_with_its_last_line() -> None:

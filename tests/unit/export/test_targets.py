@@ -171,3 +171,8 @@ def test_a_family_that_the_builder_lacks_is_traced(llama, tmp_path, monkeypatch)
 def test_what_a_failed_builder_means(tmp_path, words, error, complaint):
     with pytest.raises(error, match=complaint):
         genai._check_result(1, words, tmp_path)
+
+
+def test_a_builder_that_was_killed_wanted_memory(tmp_path):
+    with pytest.raises(EnvironmentFailed, match="was killed, as it happens where memory runs out"):
+        genai._check_result(-9, "Progress: 100 %", tmp_path)
