@@ -28,8 +28,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         _Int,
         (_Text, _Data, *[_Size] * 6, _Int, *[_Data] * 4, *[_Float] * 2, *[_Size] * 2, _Data),
     ),
-    # isa, weights, their sizes, their count, threads, repeat, seconds
-    "owl_time_matvec": (_Int, (_Text, _Data, _Data, _Size, _Size, _Size, _Data)),
+    # isa, weights, their sizes, their count, rows, by the way of many, threads, repeat, seconds
+    "owl_time_matmul": (_Int, (_Text, *[_Data] * 2, *[_Size] * 2, _Int, *[_Size] * 2, _Data)),
     # data, size, threads, repeat, seconds
     "owl_time_read": (ctypes.c_uint64, (_Data, _Size, _Size, _Size, _Data)),
 }

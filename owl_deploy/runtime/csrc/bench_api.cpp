@@ -1,5 +1,6 @@
 // Timing loops for benchmarks/kernel_speed.py: the kernels alone and a plain read of memory, on the
 // same threads.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -36,29 +37,49 @@ void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work 
   for (std::thread& thread : others) thread.join();
 }
 
+// Rows times groups [begin, end), whose sums go nowhere.
+void multiply(const owl::Kernels& kernels, const owl::PackedMatrix& w, std::size_t begin,
+              std::size_t end, const owl::ActivationLayout& layout, const std::uint8_t* prepared,
+              std::size_t rows, bool many) {
+  const std::size_t step = many ? kernels.panel_groups : 2;
+  alignas(64) std::uint8_t tile[owl::kPanelScratch];
+  std::vector<float> sums(rows * step * owl::kGroupRows);
+  for (std::size_t g = begin; g < end; g += step) {
+    const std::size_t groups = std::min(step, end - g);
+    if (many)
+      kernels.panel(w, g, groups, layout, prepared, rows, tile, sums.data());
+    else if (rows > 1)
+      kernels.few(w, g, g + groups, layout, prepared, rows, sums.data(), step * owl::kGroupRows);
+    else
+      kernels.matvec(w, g, g + groups, layout, prepared, sums.data());
+  }
+}
+
 }  // namespace
 
-// One row of activations times each of `count` packed weights; seconds [repeat], one for each pass
-// over all of them.
-OWL_EXPORT int owl_time_matvec(const char* isa, const void* const* packed, const std::size_t* sizes,
-                               std::size_t count, std::size_t threads, std::size_t repeat,
-                               double* seconds) {
+// `rows` rows of activations times each of `count` packed weights, by the way of many rows if
+// `many`, else by that of a few; seconds [repeat], one for each pass over all of them.
+OWL_EXPORT int owl_time_matmul(const char* isa, const void* const* packed, const std::size_t* sizes,
+                               std::size_t count, std::size_t rows, int many, std::size_t threads,
+                               std::size_t repeat, double* seconds) {
   const owl::Kernels* kernels = owl_c::kernels_for(isa);
   if (kernels == nullptr) return 1;
+  if (rows == 0 || (many == 0 && rows > owl::kFewRows))
+    return owl_c::fail("so many rows cannot be");
   std::vector<owl::PackedMatrix> weights(count);
   for (std::size_t i = 0; i < count; ++i)
     if (const auto wrong = owl::parse_packed(packed[i], sizes[i], &weights[i]); !wrong.empty())
       return owl_c::fail(wrong);
   const owl::ActivationLayout layout = kernels->layout(weights[0]);
   std::vector<float> x(weights[0].cols, 0.5F);
-  std::vector<std::uint8_t> storage(layout.stride + 64);
-  auto* row = storage.data() + (64 - reinterpret_cast<std::uintptr_t>(storage.data()) % 64);
-  kernels->prepare(weights[0], layout, x.data(), row);
+  std::vector<std::uint8_t> storage(layout.stride * rows + 64);
+  auto* prepared = storage.data() + (64 - reinterpret_cast<std::uintptr_t>(storage.data()) % 64);
+  for (std::size_t m = 0; m < rows; ++m)
+    kernels->prepare(weights[0], layout, x.data(), prepared + m * layout.stride);
   time_passes(threads, repeat, seconds, [&](std::size_t t) {
-    std::vector<float> sums(weights[0].groups * owl::kGroupRows);
     for (const owl::PackedMatrix& w : weights)
-      kernels->matvec(w, w.groups * t / threads, w.groups * (t + 1) / threads, layout, row,
-                      sums.data());
+      multiply(*kernels, w, w.groups * t / threads, w.groups * (t + 1) / threads, layout, prepared,
+               rows, many != 0);
   });
   return 0;
 }

@@ -127,18 +127,19 @@ OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t leng
   op.cache = half_cache != 0 ? owl::CacheType::kFp16 : owl::CacheType::kFp32;
   op.capacity = capacity;
   const std::size_t stride = (heads + 2 * kv_heads) * head_size;
-  const owl::AttentionInput input{qkv,
-                                  qkv + heads * head_size,
-                                  qkv + (heads + kv_heads) * head_size,
-                                  stride,
-                                  stride,
-                                  length,
-                                  past,
-                                  keys,
-                                  values};
+  const owl::AttentionRun run{qkv,
+                              qkv + heads * head_size,
+                              qkv + (heads + kv_heads) * head_size,
+                              stride,
+                              stride,
+                              length,
+                              past,
+                              keys,
+                              values,
+                              out};
   const owl::Pool pool{run_threads, &threads};
   owl::Plan plan(*kernels);
-  plan.add(op, input, out);
+  plan.add(op, {run});
   plan.run(pool);
   return 0;
 }

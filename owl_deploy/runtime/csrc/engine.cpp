@@ -209,7 +209,9 @@ class Run {
 
 constexpr std::size_t kTaskBytes =
     16384;  // weights that a thread takes at least, of a matrix-vector product
-constexpr std::size_t kSumGroups = 64;  // row groups whose sums are kept until they are finished
+constexpr std::size_t kSumGroups =
+    64;  // sums of so many row groups, over all rows, are kept until they are finished
+static_assert(kSumGroups >= 2 * kFewRows);
 constexpr std::size_t kRowChunk = 128;  // activation rows of one task of a matrix-matrix product
 constexpr std::size_t kPrepareRows = 4;
 constexpr std::size_t kScreenSample = 64;  // with a smaller sample every near output counts
@@ -258,30 +260,40 @@ struct LinearStep {
     const PackedMatrix& w = op.weight;
     float sums[kSumGroups * kGroupRows];
     const std::size_t stop = std::min(w.groups, 2 * last);
-    for (std::size_t begin = 2 * first; begin < stop; begin += kSumGroups) {
-      const std::size_t end = std::min(stop, begin + kSumGroups);
-      kernels.matvec(w, begin, end, layout, prepared, sums);
-      kernels.finish(begin, end, sums, 0, 0, 1, output());
+    const std::size_t step = kSumGroups / rows / 2 * 2, stride = step * kGroupRows;
+    for (std::size_t begin = 2 * first; begin < stop; begin += step) {
+      const std::size_t end = std::min(stop, begin + step);
+      if (rows == 1)
+        kernels.matvec(w, begin, end, layout, prepared, sums);
+      else
+        kernels.few(w, begin, end, layout, prepared, rows, sums, stride);
+      kernels.finish(begin, end, sums, stride, 0, rows, output());
     }
   }
 
-  // Of a weight in planes: the largest output of the pairs goes to the first one's place in maxima
-  // [pairs].
+  std::size_t pairs() const { return divide_up(op.weight.groups, 2); }
+
+  // Of a weight in planes: each row's largest output of the pairs goes to the first one's place in
+  // its maxima [rows, pairs()].
   void multiply_and_screen(std::size_t first, std::size_t last, const std::uint8_t* prepared,
                            float* maxima) const {
     multiply_pairs(first, last, prepared);
-    std::fill(maxima + first, maxima + last, -std::numeric_limits<float>::infinity());
     const std::size_t begin = 2 * first * kGroupRows,
                       end = std::min(op.outputs, 2 * last * kGroupRows);
-    if (begin < end) maxima[first] = kernels.largest(y + begin, end - begin);
+    for (std::size_t m = 0; m < rows; ++m, maxima += pairs()) {
+      std::fill(maxima + first, maxima + last, -std::numeric_limits<float>::infinity());
+      if (begin < end) maxima[first] = kernels.largest(output_row(m) + begin, end - begin);
+    }
   }
 
-  // The least output that is near, from the largest and from every 16th output; `sample` has room
-  // for those.
-  float least_near(float largest, float* sample) const {
-    const float least = largest - kScreenMargin;
+  float* output_row(std::size_t row) const { return y + row * op.outputs; }
+
+  // The least output of a row that is near, from its maxima [pairs()] and from every 16th output;
+  // `sample` has room for those.
+  float least_near(std::size_t row, const float* maxima, float* sample) const {
+    const float least = kernels.largest(maxima, pairs()) - kScreenMargin;
     const std::size_t size = op.outputs / kGroupRows, most = size / kScreenShare;
-    for (std::size_t i = 0; i < size; ++i) sample[i] = y[i * kGroupRows];
+    for (std::size_t i = 0; i < size; ++i) sample[i] = output_row(row)[i * kGroupRows];
     const auto near =
         std::count_if(sample, sample + size, [&](float value) { return value >= least; });
     if (size < kScreenSample || static_cast<std::size_t>(near) <= most) return least;
@@ -289,12 +301,14 @@ struct LinearStep {
     return sample[most];
   }
 
+  // Row after row: what one has brought near, the next ones often want too.
   void refine(std::size_t first, std::size_t last, const std::uint8_t* prepared,
-              float least) const {
+              const float* least) const {
     const std::size_t groups = op.weight.groups;
     for (std::size_t i = first; i < last; ++i)
-      kernels.refine(op.weight, i * kScreenGroups, std::min(groups, (i + 1) * kScreenGroups),
-                     layout, prepared, least, y, op.outputs);
+      for (std::size_t m = 0; m < rows; ++m)
+        kernels.refine(op.weight, i * kScreenGroups, std::min(groups, (i + 1) * kScreenGroups),
+                       layout, prepared + m * layout.stride, least[m], output_row(m), op.outputs);
   }
 
   // A gated epilogue needs both halves of a pair of groups.
@@ -337,11 +351,11 @@ void* cache_at(const Attention& op, void* cache, std::size_t head, std::size_t p
          (head * op.capacity + position) * op.head_size * cache_bytes(op.cache);
 }
 
-AttentionSpan span_of(const Attention& op, const AttentionInput& in, std::size_t head) {
+AttentionSpan span_of(const Attention& op, const AttentionRun& run, std::size_t head) {
   AttentionSpan span;
   span.cache = op.cache;
-  span.keys = cache_at(op, in.keys, head, 0);
-  span.values = cache_at(op, in.values, head, 0);
+  span.keys = cache_at(op, run.keys, head, 0);
+  span.values = cache_at(op, run.values, head, 0);
   span.head_size = op.head_size;
   span.heads = op.heads / op.kv_heads;
   span.scale = op.scale;
@@ -349,11 +363,9 @@ AttentionSpan span_of(const Attention& op, const AttentionInput& in, std::size_t
   return span;
 }
 
-struct AttentionStep {
+struct AttentionWork {
   const Kernels& kernels;
   Attention op;
-  AttentionInput in;
-  float* out;
 
   std::size_t shared() const { return op.heads / op.kv_heads; }
   std::size_t width() const { return op.heads * op.head_size; }
@@ -365,78 +377,140 @@ struct AttentionStep {
   }
 
   // Rotates one new position's queries into `q`, and stores its keys and values.
-  void enter(std::size_t s, float* q) const {
-    const std::size_t size = op.head_size, position = in.past + s;
+  void enter(const AttentionRun& run, std::size_t s, float* q) const {
+    const std::size_t size = op.head_size, position = run.past + s;
     alignas(64) float rotated[kMaxHeadSize];
     for (std::size_t h = 0; h < op.heads; ++h) {
-      const float* x = in.q + s * in.q_stride + h * size;
+      const float* x = run.q + s * run.q_stride + h * size;
       if (op.rotary)
         rotate(position, x, q + h * size);
       else
         std::memcpy(q + h * size, x, size * sizeof(float));
     }
     for (std::size_t h = 0; h < op.kv_heads; ++h) {
-      const float* k = in.k + s * in.kv_stride + h * size;
+      const float* k = run.k + s * run.kv_stride + h * size;
       if (op.rotary) {
         rotate(position, k, rotated);
         k = rotated;
       }
-      kernels.store_cache(op.cache, k, size, cache_at(op, in.keys, h, position));
-      kernels.store_cache(op.cache, in.v + s * in.kv_stride + h * size, size,
-                          cache_at(op, in.values, h, position));
+      kernels.store_cache(op.cache, k, size, cache_at(op, run.keys, h, position));
+      kernels.store_cache(op.cache, run.v + s * run.kv_stride + h * size, size,
+                          cache_at(op, run.values, h, position));
+    }
+  }
+};
+
+// A few new positions, of one sequence or of several, each attended to as if it came alone. Tasks
+// are chunks of a sequence's past, one key head after the other, as they lie in memory; a chunk
+// meets all new positions of its sequence.
+struct DecodeStep : AttentionWork {
+  struct Part {
+    AttentionRun run;
+    std::size_t first_query, first_item, first_partial;
+    std::size_t first_chunk, chunks;  // that any of its positions sees
+  };
+  std::vector<Part> parts;
+  std::size_t queries = 0, items = 0, partials = 0;
+
+  DecodeStep(const Kernels& table, const Attention& attention) : AttentionWork{table, attention} {}
+
+  void add(const AttentionRun& run) {
+    const std::size_t first = start(run.past) / kDecodeChunk;
+    const std::size_t chunks = divide_up(run.past + run.length, kDecodeChunk) - first;
+    parts.push_back({run, queries, items, partials, first, chunks});
+    queries += run.length;
+    items += chunks * op.kv_heads;
+    partials += chunks * run.length;
+  }
+
+  // The first position that the one at `position` sees.
+  std::size_t start(std::size_t position) const {
+    return op.window != 0 && position >= op.window ? position + 1 - op.window : 0;
+  }
+  // Results of a chunk: [heads, size] values, then a maximum and a sum for each head.
+  std::size_t partial_floats() const { return width() + 2 * op.heads; }
+  std::size_t floats() const { return queries * width() + partials * partial_floats(); }
+  float* partial(float* memory, std::size_t i) const {
+    return memory + queries * width() + i * partial_floats();
+  }
+
+  const Part& part_of(std::size_t i, std::size_t Part::* first) const {
+    return *(std::upper_bound(parts.begin(), parts.end(), i,
+                              [&](std::size_t at, const Part& part) { return at < part.*first; }) -
+             1);
+  }
+
+  void enter_query(std::size_t i, float* memory) const {
+    const Part& part = part_of(i, &Part::first_query);
+    enter(part.run, i - part.first_query, memory + i * width());
+  }
+
+  const std::uint8_t* keys_of(std::size_t item) const {
+    const Part& part = part_of(item, &Part::first_item);
+    const std::size_t i = item - part.first_item;
+    const std::size_t from = (part.first_chunk + i % part.chunks) * kDecodeChunk;
+    return static_cast<const std::uint8_t*>(cache_at(op, part.run.keys, i / part.chunks, from));
+  }
+
+  void attend_chunk(std::size_t item, float* memory) const {
+    const Part& part = part_of(item, &Part::first_item);
+    const std::size_t i = item - part.first_item, chunk = i % part.chunks, head = i / part.chunks,
+                      h = head * shared();
+    const std::size_t from = (part.first_chunk + chunk) * kDecodeChunk;
+    auto* scratch = task_sums.get<float>(attend_one_scratch(shared()));
+    AttentionSpan span = span_of(op, part.run, head);
+    for (std::size_t s = 0; s < part.run.length; ++s) {
+      const std::size_t position = part.run.past + s;
+      const std::size_t begin = std::max(start(position), from),
+                        end = std::min(position + 1, from + kDecodeChunk);
+      if (begin >= end) continue;
+      if (s + 1 == part.run.length && item + 1 < items) span.next = keys_of(item + 1);
+      const float* q = memory + (part.first_query + s) * width() + h * op.head_size;
+      float* result = partial(memory, part.first_partial + s * part.chunks + chunk);
+      kernels.attend_one(span, q, begin, end, scratch, result + h * op.head_size,
+                         result + width() + h, result + width() + op.heads + h);
     }
   }
 
-  // One new position: tasks are chunks of the past, one key head after the other, as they lie in
-  // memory.
-  std::size_t end() const { return in.past + 1; }
-  std::size_t start() const { return op.window != 0 && end() > op.window ? end() - op.window : 0; }
-  std::size_t first_chunk() const { return start() / kDecodeChunk; }
-  std::size_t chunks() const { return divide_up(end(), kDecodeChunk) - first_chunk(); }
-  // Results of a chunk: [heads, size] values, then a maximum and a sum for each head.
-  std::size_t chunk_floats() const { return width() + 2 * op.heads; }
-
-  const std::uint8_t* keys_of(std::size_t i) const {
-    const std::size_t from = (first_chunk() + i % chunks()) * kDecodeChunk;
-    return static_cast<const std::uint8_t*>(cache_at(op, in.keys, i / chunks(), from));
-  }
-
-  void attend_chunk(std::size_t i, const float* q, float* partial) const {
-    const std::size_t size = op.head_size, chunk = i % chunks(), head = i / chunks(),
-                      h = head * shared();
-    const std::size_t from = (first_chunk() + chunk) * kDecodeChunk;
-    float* result = partial + chunk * chunk_floats();
-    auto* scratch = task_sums.get<float>(attend_one_scratch(shared()));
-    AttentionSpan span = span_of(op, in, head);
-    if (i + 1 < chunks() * op.kv_heads) span.next = keys_of(i + 1);
-    kernels.attend_one(span, q + h * size, std::max(start(), from),
-                       std::min(end(), from + kDecodeChunk), scratch, result + h * size,
-                       result + width() + h, result + width() + op.heads + h);
-  }
-
-  void join(const float* partial) const {
-    const float* maxima = partial + width();
+  void join_query(std::size_t i, float* memory) const {
+    const Part& part = part_of(i, &Part::first_query);
+    const std::size_t s = i - part.first_query, position = part.run.past + s;
+    const std::size_t first = start(position) / kDecodeChunk,
+                      chunks = divide_up(position + 1, kDecodeChunk) - first;
+    const float* result =
+        partial(memory, part.first_partial + s * part.chunks + first - part.first_chunk);
+    const float* maxima = result + width();
     for (std::size_t h = 0; h < op.heads; ++h)
-      kernels.join_chunks(chunks(), chunk_floats(), op.head_size, partial + h * op.head_size,
-                          maxima + h, maxima + op.heads + h, out + h * op.head_size);
+      kernels.join_chunks(chunks, partial_floats(), op.head_size, result + h * op.head_size,
+                          maxima + h, maxima + op.heads + h,
+                          part.run.out + s * width() + h * op.head_size);
   }
+};
 
-  // Many new positions: tasks are blocks of queries by key head.
-  std::size_t blocks() const { return divide_up(in.length, kQueryBlock); }
+// Many new positions of one sequence: tasks are blocks of queries by key head.
+struct PrefillStep : AttentionWork {
+  AttentionRun run;
+  std::size_t at;  // floats of shared memory that others need before its queries
+
+  PrefillStep(const Kernels& table, const Attention& attention, const AttentionRun& positions,
+              std::size_t others)
+      : AttentionWork{table, attention}, run(positions), at(others) {}
+
+  std::size_t blocks() const { return divide_up(run.length, kQueryBlock); }
 
   void enter_block(std::size_t i, float* q) const {
-    for (std::size_t s = i * kQueryBlock; s < std::min(in.length, (i + 1) * kQueryBlock); ++s)
-      enter(s, q + s * width());
+    for (std::size_t s = i * kQueryBlock; s < std::min(run.length, (i + 1) * kQueryBlock); ++s)
+      enter(run, s, q + s * width());
   }
 
   void attend_block(std::size_t i, const float* q) const {
     // The last blocks see the most and are started first, so that threads finish together.
     const std::size_t block = blocks() - 1 - i / op.kv_heads, head = i % op.kv_heads;
-    const std::size_t s = block * kQueryBlock, count = std::min(kQueryBlock, in.length - s);
+    const std::size_t s = block * kQueryBlock, count = std::min(kQueryBlock, run.length - s);
     const std::size_t at = s * width() + head * shared() * op.head_size;
     auto* scratch = task_sums.get<float>(attend_many_scratch(shared()));
-    kernels.attend_many(span_of(op, in, head), q + at, width(), count, in.past + s, op.window,
-                        reinterpret_cast<std::uint8_t*>(scratch), out + at, width());
+    kernels.attend_many(span_of(op, run, head), q + at, width(), count, run.past + s, op.window,
+                        reinterpret_cast<std::uint8_t*>(scratch), run.out + at, width());
   }
 };
 
@@ -492,12 +566,22 @@ class Plan::Steps {
     const LinearStep& step =
         linears_.emplace_back(LinearStep{kernels_, op, x, rows, y, sum, layout});
     row_bytes_ = std::max(row_bytes_, layout.stride * rows);
-    rows == 1 ? add_one_row(step) : add_many_rows(step);
+    rows <= kFewRows ? add_few_rows(step) : add_many_rows(step);
   }
 
-  void add(const Attention& op, const AttentionInput& input, float* out) {
-    const AttentionStep& step = attentions_.emplace_back(AttentionStep{kernels_, op, input, out});
-    input.length == 1 ? add_decode(step) : add_prefill(step);
+  // Short runs enter the cache before long ones, which may follow them in their sequence, and are
+  // attended to after these, which may come before them.
+  void add(const Attention& op, const std::vector<AttentionRun>& runs) {
+    DecodeStep& few = decodes_.emplace_back(kernels_, op);
+    for (const AttentionRun& run : runs)
+      if (run.length <= kFewRows && run.length > 0) few.add(run);
+    extra_floats_ = std::max(extra_floats_, few.floats());
+    const bool alone = few.queries == 1 && runs.size() == 1;
+    if (few.queries > 0 && !alone) add_enter(few);
+    for (const AttentionRun& run : runs)
+      if (run.length > kFewRows)
+        add_prefill(prefills_.emplace_back(kernels_, op, run, few.floats()));
+    if (few.queries > 0) add_decode(few, alone);
   }
 
   void clear(float* out, std::size_t floats) {
@@ -531,14 +615,25 @@ class Plan::Steps {
     return phase;
   }
 
-  void add_one_row(const LinearStep& step) {
+  void add_prepare(const LinearStep* s, std::size_t rows) {
+    add_phase(divide_up(s->rows, rows), [this, s, rows](std::size_t i) {
+      auto* normed = task_sums.get<float>(s->op.weight.cols);
+      for (std::size_t r = i * rows; r < std::min(s->rows, (i + 1) * rows); ++r)
+        s->prepare(r, normed, rows_);
+    });
+  }
+
+  void add_few_rows(const LinearStep& step) {
     const LinearStep* s = &step;
-    extra_floats_ = std::max(extra_floats_, s->op.weight.cols);
+    if (s->rows > 1) add_prepare(s, 1);
     Phase& phase = phases_.emplace_back();
-    phase.count = divide_up(s->op.weight.groups, 2);
+    phase.count = s->pairs();
     phase.grain = divide_up(kTaskBytes, 2 * std::max<std::size_t>(1, group_bytes(s->op.weight)));
     phase.in_runs = true;
-    phase.before = [this, s] { s->prepare(0, extra_, rows_); };
+    if (s->rows == 1) {
+      extra_floats_ = std::max(extra_floats_, s->op.weight.cols);
+      phase.before = [this, s] { s->prepare(0, extra_, rows_); };
+    }
     phase.items = [this, s](std::size_t begin, std::size_t end) {
       s->multiply_pairs(begin, end, rows_);
     };
@@ -550,62 +645,70 @@ class Plan::Steps {
   }
 
   // Outputs from the upper bits first; the lower bits then only for those that come near the
-  // largest.
+  // largest of their row.
   void screen(const LinearStep& step) {
     const LinearStep* s = &step;
     Phase& rough = phases_.back();
-    const std::size_t pairs = rough.count;
-    // A maximum for each, then the least that counts as near, then a sample.
-    extra_floats_ = std::max(extra_floats_, pairs + 1 + s->op.outputs / kGroupRows);
+    // Each row's maxima, then the least that counts as near in it, then a sample.
+    const std::size_t leasts = s->rows * s->pairs(), sample = leasts + s->rows;
+    extra_floats_ = std::max(extra_floats_, sample + s->op.outputs / kGroupRows);
     rough.items = [this, s](std::size_t begin, std::size_t end) {
       s->multiply_and_screen(begin, end, rows_, extra_);
     };
-    rough.after = [this, s, pairs] {
-      extra_[pairs] = s->least_near(kernels_.largest(extra_, pairs), extra_ + pairs + 1);
-    };
+    rough.after = [this, s] { find_leasts(*s); };
     Phase& fine = phases_.emplace_back();
     fine.count = divide_up(s->op.weight.groups, kScreenGroups);
-    fine.items = [this, s, pairs](std::size_t begin, std::size_t end) {
-      s->refine(begin, end, rows_, extra_[pairs]);
+    fine.items = [this, s](std::size_t begin, std::size_t end) {
+      s->refine(begin, end, rows_, extra_ + s->rows * s->pairs());
     };
+  }
+
+  void find_leasts(const LinearStep& step) {
+    float* least = extra_ + step.rows * step.pairs();
+    for (std::size_t m = 0; m < step.rows; ++m)
+      least[m] = step.least_near(m, extra_ + m * step.pairs(), least + step.rows);
   }
 
   void add_many_rows(const LinearStep& step) {
     const LinearStep* s = &step;
-    add_phase(divide_up(s->rows, kPrepareRows), [this, s](std::size_t i) {
-      auto* normed = task_sums.get<float>(s->op.weight.cols);
-      for (std::size_t r = i * kPrepareRows; r < std::min(s->rows, (i + 1) * kPrepareRows); ++r)
-        s->prepare(r, normed, rows_);
-    });
+    add_prepare(s, kPrepareRows);
     add_phase(s->panels() * divide_up(s->rows, s->chunk()),
               [this, s](std::size_t i) { s->multiply_panel(i, rows_); });
   }
 
-  void add_decode(const AttentionStep& step) {
-    const AttentionStep* s = &step;
-    extra_floats_ = std::max(extra_floats_, s->width() + s->chunks() * s->chunk_floats());
-    Phase& phase = add_phase(s->chunks() * s->op.kv_heads, [this, s](std::size_t i) {
-      s->attend_chunk(i, extra_, extra_ + s->width());
-    });
-    phase.in_runs = true;
-    phase.memory = [s](std::size_t i) { return Memory{s->keys_of(i), nullptr}; };
-    phase.before = [this, s] { s->enter(0, extra_); };
-    phase.after = [this, s] { s->join(extra_ + s->width()); };
+  void add_enter(const DecodeStep& step) {
+    const DecodeStep* s = &step;
+    add_phase(s->queries, [this, s](std::size_t i) { s->enter_query(i, extra_); });
   }
 
-  void add_prefill(const AttentionStep& step) {
-    const AttentionStep* s = &step;
-    extra_floats_ = std::max(extra_floats_, s->in.length * s->width());
-    add_phase(s->blocks(), [this, s](std::size_t i) { s->enter_block(i, extra_); });
+  // Of a single position, whoever opens and closes the phase does what comes before and after it.
+  void add_decode(const DecodeStep& step, bool alone) {
+    const DecodeStep* s = &step;
+    Phase& phase = add_phase(s->items, [this, s](std::size_t i) { s->attend_chunk(i, extra_); });
+    phase.in_runs = true;
+    phase.memory = [s](std::size_t i) { return Memory{s->keys_of(i), nullptr}; };
+    if (alone) {
+      phase.before = [this, s] { s->enter_query(0, extra_); };
+      phase.after = [this, s] { s->join_query(0, extra_); };
+    } else {
+      add_phase(s->queries, [this, s](std::size_t i) { s->join_query(i, extra_); });
+    }
+  }
+
+  void add_prefill(const PrefillStep& step) {
+    const PrefillStep* s = &step;
+    extra_floats_ = std::max(extra_floats_, s->at + s->run.length * s->width());
+    add_phase(s->blocks(), [this, s](std::size_t i) { s->enter_block(i, extra_ + s->at); });
     add_phase(s->blocks() * s->op.kv_heads,
-              [this, s](std::size_t i) { s->attend_block(i, extra_); });
+              [this, s](std::size_t i) { s->attend_block(i, extra_ + s->at); });
   }
 
   static constexpr std::size_t kMaxThreads = 256;
 
   const Kernels& kernels_;
   std::deque<LinearStep> linears_;  // deques: phases point into them
-  std::deque<AttentionStep> attentions_;
+  std::deque<DecodeStep> decodes_;
+  std::deque<PrefillStep> prefills_;
   std::vector<Phase> phases_;
   // The calling thread's memory, which all steps use in turn.
   std::size_t row_bytes_ = 0, extra_floats_ = 0;
@@ -619,8 +722,8 @@ Plan::~Plan() = default;
 void Plan::add(const Linear& op, const float* x, std::size_t rows, float* y, float* sum) {
   if (rows > 0) steps_->add(op, x, rows, y, sum);
 }
-void Plan::add(const Attention& op, const AttentionInput& input, float* out) {
-  if (input.length > 0) steps_->add(op, input, out);
+void Plan::add(const Attention& op, const std::vector<AttentionRun>& runs) {
+  steps_->add(op, runs);
 }
 void Plan::clear(float* out, std::size_t floats) { steps_->clear(out, floats); }
 void Plan::run(const Pool& pool) { steps_->run(pool); }

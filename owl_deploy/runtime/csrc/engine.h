@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 
@@ -18,8 +19,8 @@ struct Pool {
 };
 
 // y = epilogue(norm(x + skip) * W^T + bias); everything but x, W and y is optional. With a weight
-// in planes, which takes no epilogue, and one row of x, outputs far below the largest are left as
-// the upper bits give them: see kScreenMargin.
+// in planes, which takes no epilogue, and at most kFewRows rows of x, outputs far below the largest
+// of their row are left as the upper bits give them: see kScreenMargin.
 struct Linear {
   PackedMatrix weight;
   Epilogue epilogue = Epilogue::kNone;
@@ -57,10 +58,10 @@ struct Attention {
   std::size_t capacity = 0;  // positions that keys and values hold
 };
 
-// One sequence. Queries, keys and values of `length` new positions, the first at position `past`,
-// are read at their strides; new keys and values are written into keys/values [kv_heads, capacity,
-// head_size]. out [length, heads * head_size].
-struct AttentionInput {
+// New positions of one sequence. Queries, keys and values of `length` of them, the first at
+// position `past`, are read at their strides; new keys and values are written into keys/values
+// [kv_heads, capacity, head_size]. out [length, heads * head_size].
+struct AttentionRun {
   const float* q;
   const float* k;
   const float* v;
@@ -68,6 +69,7 @@ struct AttentionInput {
   std::size_t length, past;
   void* keys;
   void* values;
+  float* out;
 };
 
 // Steps that follow one another, run by the pool's threads in one go: waking threads for each step
@@ -82,7 +84,8 @@ class Plan {
 
   // x [rows, weight.cols] -> y [rows, outputs]; sum [rows, weight.cols] gets x + skip unless null.
   void add(const Linear& op, const float* x, std::size_t rows, float* y, float* sum);
-  void add(const Attention& op, const AttentionInput& input, float* out);
+  // Runs of one sequence or of several, each sequence's in their order.
+  void add(const Attention& op, const std::vector<AttentionRun>& runs);
   void clear(float* out, std::size_t floats);
   void run(const Pool& pool);
 

@@ -1,5 +1,5 @@
-// Linear layers: activations as each type of weight wants them, one row of them times a weight, and
-// many rows.
+// Linear layers: activations as each type of weight wants them, one row of them times a weight, a
+// few rows, and many.
 #pragma once
 
 #include "kernel_common.h"
@@ -294,6 +294,122 @@ void matvec(const PackedMatrix& w, std::size_t begin, std::size_t end,
       matvec_integer<V, Form>(w, begin, end, layout, row, sums);
     else
       matvec_float<V, Form>(w, begin, end, row, sums);
+  });
+}
+
+// ---- A few rows: a cell is expanded once, and meets all of them -------------------------------
+
+// The next cells of a group. An instruction set with few registers keeps some of them in the
+// first-level cache; what expanding them took is saved all the same.
+template <class V, std::size_t Cells>
+struct CellBlock {
+  typename V::Cell cell[Cells];
+
+  template <class Stream>
+  OWL_INLINE explicit CellBlock(Stream& stream) {
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < Cells; i += 4) {
+      stream.prefetch_ahead();
+      cell[i] = stream.template next<false>();
+      cell[i + 1] = stream.template next<true>();
+      cell[i + 2] = stream.template next<false>();
+      cell[i + 3] = stream.template next<true>();
+    }
+  }
+
+  // Exact integer sums over the cells.
+  OWL_INLINE typename V::I sums(const std::uint8_t* x, std::int32_t correction) const {
+    typename V::I a = V::i_set1(V::kBiased ? correction : 0);
+    typename V::I c = V::i_set1(0);
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < Cells; i += 2) {
+      a = V::dot(Bits<8>{}, a, cell[i], V::broadcast(x + 4 * i));
+      c = V::dot(Bits<8>{}, c, cell[i + 1], V::broadcast(x + 4 * i + 4));
+    }
+    return V::i_add(a, c);
+  }
+
+  // Added to the four sums that one row by itself has.
+  template <std::size_t CellBits>
+  OWL_INLINE void add_to(typename V::F* sums, const std::uint8_t* x) const {
+    constexpr Bits<CellBits> width;
+    typename V::F s[4] = {sums[0], sums[1], sums[2], sums[3]};
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < Cells; ++i)
+      s[i % 4] = V::dot(width, s[i % 4], cell[i], x + i * activation_bytes<V>(width));
+    for (std::size_t i = 0; i < 4; ++i) sums[i] = s[i];
+  }
+};
+
+// Calls work(block, its first cell) for all cells of a group.
+template <class V, class Stream, class Work>
+OWL_INLINE void for_each_block(Stream& stream, std::size_t cells, const Work& work) {
+  const std::size_t whole = cells / kBlockCells * kBlockCells;
+  for (std::size_t c = 0; c < whole; c += kBlockCells) work(CellBlock<V, kBlockCells>(stream), c);
+  if (whole < cells) work(CellBlock<V, kBlockCells / 2>(stream), whole);
+}
+
+// sums [count, stride floats]. Each row's are those of `matvec` to the last bit.
+template <class V, class Form>
+void few_integer(const PackedMatrix& w, std::size_t begin, std::size_t end,
+                 const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
+                 float* sums, std::size_t stride) {
+  Widened<CellStream<V, Form>::kWidens> room;
+  for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
+    CellStream<V, Form> stream(w, g, room);
+    const std::uint8_t* weight_scales = w.group_scales(g);
+    prefetch_scales(w, g + 2);
+    typename V::F total[kFewRows];
+    for (std::size_t m = 0; m < count; ++m) total[m] = V::f_set1(0.0F);
+    for_each_block<V>(stream, w.cells, [&](const auto& block, std::size_t c) OWL_ALWAYS_INLINE {
+      const std::size_t b = c / kBlockCells;
+      const typename V::F weight_scale =
+          V::f_load_scales(weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_exponent);
+      const std::uint8_t* row = rows;
+      for (std::size_t m = 0; m < count; ++m, row += layout.stride) {
+        float scale;
+        std::memcpy(&scale, row + layout.scale_offset + 4 * b, 4);
+        std::int32_t correction = 0;
+        if (V::kBiased) std::memcpy(&correction, row + layout.correction_offset + 4 * b, 4);
+        const typename V::I sum = block.sums(row + b * kBlockColumns, correction);
+        total[m] = V::f_fma(V::to_float(sum), V::f_mul(weight_scale, V::f_set1(scale)), total[m]);
+      }
+    });
+    for (std::size_t m = 0; m < count; ++m) V::f_store(sums + m * stride, total[m]);
+  }
+}
+
+template <class V, class Form>
+void few_float(const PackedMatrix& w, std::size_t begin, std::size_t end,
+               const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
+               float* sums, std::size_t stride) {
+  constexpr std::size_t cell_bits = Form::kTraits.cell_bits;
+  Widened<false> room;
+  for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
+    CellStream<V, Form> stream(w, g, room);
+    typename V::F total[kFewRows][4];
+    for (std::size_t m = 0; m < count; ++m)
+      for (typename V::F& sum : total[m]) sum = V::f_set1(0.0F);
+    for_each_block<V>(stream, w.cells, [&](const auto& block, std::size_t c) OWL_ALWAYS_INLINE {
+      const std::uint8_t* x = rows + c * activation_bytes<V>(Bits<cell_bits>{});
+      for (std::size_t m = 0; m < count; ++m, x += layout.stride)
+        block.template add_to<cell_bits>(total[m], x);
+    });
+    for (std::size_t m = 0; m < count; ++m)
+      V::f_store(sums + m * stride,
+                 V::f_add(V::f_add(total[m][0], total[m][1]), V::f_add(total[m][2], total[m][3])));
+  }
+}
+
+template <class V>
+void few(const PackedMatrix& w, std::size_t begin, std::size_t end, const ActivationLayout& layout,
+         const std::uint8_t* rows, std::size_t count, float* sums, std::size_t stride) {
+  with_form(w, [&](auto form) {
+    using Form = decltype(form);
+    if constexpr (Form::kTraits.integer())
+      few_integer<V, Form>(w, begin, end, layout, rows, count, sums, stride);
+    else
+      few_float<V, Form>(w, begin, end, layout, rows, count, sums, stride);
   });
 }
 

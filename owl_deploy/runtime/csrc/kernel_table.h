@@ -16,6 +16,7 @@ consteval Kernels make_kernels(const char* name) noexcept {
       .layout = activation_layout<V>,
       .prepare = prepare_row<V>,
       .matvec = matvec<V>,
+      .few = few<V>,
       .refine = refine<V>,
       .largest = largest<V>,
       .panel = panel<V>,

@@ -8,6 +8,12 @@
 
 namespace owl {
 
+// So many rows are multiplied one by one with cells expanded once, and so many new positions of a
+// sequence attended to one by one: the bits are those of a row, or position, by itself. Measured
+// with benchmarks/kernel_speed.py --many: from here on the way of many rows is as fast, first for
+// bf16 (at 16 to 32 rows), last for int8 (at 64).
+constexpr std::size_t kFewRows = 16;
+
 enum class Epilogue { kNone = 0, kSiluMul = 1, kGeluMul = 2 };
 
 // How a row of activations is laid out for one weight: values first, then (int8) one fp32 scale and
@@ -59,6 +65,11 @@ struct Kernels {
   // Of a weight in planes only the upper bits count.
   void (*matvec)(const PackedMatrix& w, std::size_t begin, std::size_t end,
                  const ActivationLayout& layout, const std::uint8_t* row, float* sums);
+  // `count` rows, at most kFewRows, times groups [begin, end): sums [count, stride], in each row
+  // what `matvec` makes of it, to the last bit.
+  void (*few)(const PackedMatrix& w, std::size_t begin, std::size_t end,
+              const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
+              float* sums, std::size_t stride);
   // Adds what the lower bits of a weight in planes contribute to those of y [outputs] in groups
   // [begin, end), at most kScreenGroups of them, that are `least` or more.
   void (*refine)(const PackedMatrix& w, std::size_t begin, std::size_t end,

@@ -123,6 +123,7 @@ void AttentionNode::add_sequences(owl::Plan& plan, const AttentionTensors& tenso
   const std::size_t bytes =
       attention.head_size * (attention.cache == owl::CacheType::kFp16 ? 2 : 4);
   const std::size_t sequence_bytes = attention.kv_heads * attention.capacity * bytes;
+  std::vector<owl::AttentionRun> runs;
   for (std::size_t b = 0; b < tensors.batch; ++b) {
     // seqlens_k is each sequence's length less one. Without a mask, a first prompt may be padded on
     // its right only.
@@ -145,19 +146,12 @@ void AttentionNode::add_sequences(owl::Plan& plan, const AttentionTensors& tenso
     for_each_run(mask, length, [&](bool is_token, std::size_t first, std::size_t count) {
       const std::size_t row = b * length + first;
       if (!is_token) return plan.clear(out + row * width, count * width);
-      const owl::AttentionInput input{tensors.q + row * stride,
-                                      k + row * kv_stride,
-                                      v + row * kv_stride,
-                                      stride,
-                                      kv_stride,
-                                      count,
-                                      position,
-                                      own_keys,
-                                      own_values};
-      plan.add(attention, input, out + row * width);
+      runs.push_back({tensors.q + row * stride, k + row * kv_stride, v + row * kv_stride, stride,
+                      kv_stride, count, position, own_keys, own_values, out + row * width});
       position += count;
     });
   }
+  plan.add(attention, runs);
 }
 
 }  // namespace owl_ops

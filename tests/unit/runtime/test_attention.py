@@ -52,7 +52,8 @@ def oracle(
     ("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (5, 1, 48)]
 )
 @pytest.mark.parametrize(
-    ("length", "past"), [(1, 0), (1, 1), (1, 130), (1, 511), (7, 0), (70, 0), (33, 100)]
+    ("length", "past"),
+    [(1, 0), (1, 1), (1, 130), (1, 511), (7, 0), (16, 250), (17, 0), (70, 0), (33, 100)],
 )
 @pytest.mark.parametrize("cache", [np.float32, np.float16])
 def test_against_oracle(
@@ -68,7 +69,7 @@ def test_against_oracle(
     check(kernels, isa, heads, kv_heads, size, length, past, cache)
 
 
-@pytest.mark.parametrize(("length", "past"), [(1, 200), (40, 100)])
+@pytest.mark.parametrize(("length", "past"), [(1, 200), (9, 250), (40, 100)])
 @pytest.mark.parametrize(("softcap", "window"), [(20.0, 0), (0.0, 50), (5.0, 129)])
 def test_softcap_and_window(
     kernels: Kernels, isa: str, length: int, past: int, softcap: float, window: int
@@ -76,9 +77,33 @@ def test_softcap_and_window(
     check(kernels, isa, 6, 2, 64, length, past, np.float32, softcap, window)
 
 
-def test_thread_count_changes_no_bit(kernels: Kernels, isa: str) -> None:
+@pytest.mark.parametrize("length", [2, 5, 16])
+@pytest.mark.parametrize("past", [0, 120, 128, 300])
+@pytest.mark.parametrize("window", [0, 3, 130])
+def test_a_few_positions_at_once_are_those_one_by_one(
+    kernels: Kernels, isa: str, length: int, past: int, window: int
+) -> None:
+    """To the last bit: a text does not depend on how many tokens a step takes."""
+    heads, kv_heads, size, capacity = 6, 2, 32, past + length
+    rng = np.random.default_rng(6)
+    tables = rotary_tables(capacity, size)
+    qkv = rng.standard_normal((length, (heads + 2 * kv_heads) * size)).astype(np.float32)
+    caches = rng.standard_normal((2, kv_heads, capacity, size)).astype(np.float16)
+    together, single = caches.copy(), caches.copy()
+    out = kernels.attention(isa, qkv, *together, heads, past, tables, window=window, threads=3)
+    for s in range(length):
+        alone = kernels.attention(
+            isa, qkv[s : s + 1], *single, heads, past + s, tables, window=window
+        )
+        np.testing.assert_array_equal(out[s], alone[0])
+    np.testing.assert_array_equal(together, single)
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_thread_count_changes_no_bit(kernels: Kernels, isa: str, length: int) -> None:
     outputs = [
-        check(kernels, isa, 9, 3, 64, 1, 400, np.float16, threads=threads) for threads in (1, 2, 5)
+        check(kernels, isa, 9, 3, 64, length, 400, np.float16, threads=threads)
+        for threads in (1, 2, 5)
     ]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     np.testing.assert_array_equal(outputs[0], outputs[2])

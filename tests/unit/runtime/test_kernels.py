@@ -10,6 +10,7 @@ from .conftest import Kernels
 from .test_pack import on_grid, sparse_weight
 
 INTEGERS: tuple[pack.Values, ...] = ("int4", "int8")
+FEW_ROWS = 16  # kFewRows in kernels.h
 TOLERANCE = 2e-6  # of sum |x| |w|: fp32 sums, since the oracle rounds activations as the kernels do
 
 
@@ -97,7 +98,7 @@ def test_one_row_times_planes_is_exact_near_the_largest(
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 65), (70, 127), (501, 160)])
-@pytest.mark.parametrize("rows", [2, 7, 66])
+@pytest.mark.parametrize("rows", [FEW_ROWS + 1, 66])
 def test_many_rows_times_planes(
     kernels: Kernels, isa: str, shape: tuple[int, int], rows: int
 ) -> None:
@@ -108,11 +109,57 @@ def test_many_rows_times_planes(
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
-def test_planes_pass_on_what_is_not_a_number(kernels: Kernels, isa: str, bad: float) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_planes_pass_on_what_is_not_a_number(
+    kernels: Kernels, isa: str, bad: float, rows: int
+) -> None:
     block = pack.pack(sparse_weight(70, 96, 0.0), "int8", sparse=False, planes=True)
-    x = activations(1, 96)
-    x[0, 40] = bad
-    assert np.isnan(kernels.matmul(isa, block, x, 70)[0]).all()
+    x = activations(rows, 96)
+    x[-1, 40] = bad
+    y, _ = kernels.matmul(isa, block, x, 70)
+    assert np.isnan(y[-1]).all()
+    assert np.isfinite(y[:-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "storage"),
+    [(v, s) for v in ("fp32", "bf16", "int8", "int4") for s in ("sparse", "dense")]
+    + [("int8", "planes")],
+)
+@pytest.mark.parametrize(("outputs", "cols"), [(16, 3), (50, 36), (35, 333), (2085, 100)])
+def test_a_row_says_the_same_alone_and_in_company(
+    kernels: Kernels, isa: str, values: pack.Values, storage: str, outputs: int, cols: int
+) -> None:
+    """To the last bit among few rows; of integers, whose sums are exact, among many as well."""
+    planes = storage == "planes"
+    weight = sparse_weight(outputs, cols, 0.5)
+    block = pack.pack(weight, values, storage == "sparse", planes=planes)
+    x, skip = activations(FEW_ROWS + 1, cols, 1), activations(FEW_ROWS + 1, cols, 2)
+    given = {"gamma": activations(1, cols, 3)[0], "bias": activations(1, outputs, 4)[0]}
+    alone = [
+        kernels.matmul(isa, block, x[m : m + 1], outputs, skip=skip[m : m + 1], **given)
+        for m in range(len(x))
+    ]
+    single, single_sum = (np.concatenate(part) for part in zip(*alone, strict=True))
+    for rows in range(2, len(x) + 1):
+        y, total = kernels.matmul(isa, block, x[:rows], outputs, threads=3, skip=skip[:rows], **given)
+        np.testing.assert_array_equal(total, single_sum[:rows])
+        if rows <= FEW_ROWS or (values in INTEGERS and not planes):
+            np.testing.assert_array_equal(y, single[:rows])
+
+
+@pytest.mark.parametrize("rows", [2, 5, FEW_ROWS])
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_a_gated_row_says_the_same_in_company(
+    kernels: Kernels, isa: str, rows: int, values: pack.Values
+) -> None:
+    parts = (sparse_weight(600, 72, 0.5, seed=seed) for seed in (3, 4))
+    block = pack.pack(pack.interleave_gate_up(*parts), values)
+    x = activations(rows, 72)
+    y, _ = kernels.matmul(isa, block, x, 608, threads=2, epilogue="silu_mul")
+    for m in range(rows):
+        alone, _ = kernels.matmul(isa, block, x[m : m + 1], 608, epilogue="silu_mul")
+        np.testing.assert_array_equal(y[m], alone[0])
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])
@@ -123,7 +170,7 @@ def test_scales_of_more_columns(
     kernels: Kernels, isa: str, values: pack.Values, sparse: bool, shared: int, cols: int
 ) -> None:
     block = pack.pack(sparse_weight(50, cols, 0.5), values, sparse, scale_columns=shared)
-    for rows in (1, 5):
+    for rows in (1, 5, 20):
         x = activations(rows, cols)
         y, _ = kernels.matmul(isa, block, x, 50)
         assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
@@ -132,7 +179,7 @@ def test_scales_of_more_columns(
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [1, 6, 20])
 def test_int4_and_int8_of_one_grid_agree_to_the_last_bit(
     kernels: Kernels, isa: str, sparse: bool, rows: int
 ) -> None:
@@ -155,7 +202,7 @@ def test_batches(kernels: Kernels, isa: str, values: pack.Values, rows: int) -> 
 
 
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("rows", [1, 150])
+@pytest.mark.parametrize("rows", [1, 9, 150])
 def test_thread_count_changes_no_bit(
     kernels: Kernels, isa: str, values: pack.Values, rows: int
 ) -> None:
@@ -181,7 +228,7 @@ def test_empty_and_full_rows(kernels: Kernels, isa: str, values: pack.Values) ->
 
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 20])
 def test_infinity_and_nan_propagate(
     kernels: Kernels, isa: str, values: pack.Values, bad: float, rows: int
 ) -> None:
@@ -203,7 +250,7 @@ def test_denormal_activations_are_harmless(kernels: Kernels, isa: str) -> None:
 
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul"])
 @pytest.mark.parametrize("outputs", [16, 20, 96])
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [1, 9, 20])
 @pytest.mark.parametrize("values", ["fp32", "int8", "int4"])
 def test_gated(
     kernels: Kernels, isa: str, epilogue: str, outputs: int, rows: int, values: pack.Values
@@ -222,7 +269,7 @@ def test_gated(
 
 
 @pytest.mark.parametrize("cols", [16, 63, 576])
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [1, 6, 20])
 def test_norm_residual_and_bias(kernels: Kernels, isa: str, cols: int, rows: int) -> None:
     block = pack.pack(sparse_weight(30, cols, 0.5), "fp32")
     x, skip = activations(rows, cols, 1), activations(rows, cols, 2)

@@ -47,4 +47,4 @@ def test_a_failure_speaks_in_the_librarys_words(kernels: Kernels) -> None:
         kernels.matmul("none", block, np.ones((1, 4), dtype=np.float32), 16)
     weights, sizes = (np.array([n], dtype=np.uintp) for n in (block.ctypes.data, block.size - 64))
     with pytest.raises(ValueError, match="the block's length differs"):
-        kernels.call("owl_time_matvec", b"portable", weights, sizes, 1, 1, 1, np.zeros(1))
+        kernels.call("owl_time_matmul", b"portable", weights, sizes, 1, 1, 0, 1, 1, np.zeros(1))

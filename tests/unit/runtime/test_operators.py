@@ -157,7 +157,7 @@ def gather_of(block: NDArray[np.uint8]) -> onnxruntime.InferenceSession:
     return opened(helper.make_model(graph, opset_imports=opsets, ir_version=10))
 
 
-HEADS, KV, SIZE, POSITIONS = 4, 2, 16, 32
+HEADS, KV, SIZE, POSITIONS = 4, 2, 16, 64
 
 
 def attention(mask: str = "") -> onnxruntime.InferenceSession:
@@ -220,7 +220,7 @@ def feeds(**changes: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
         ("total", np.array(-1, dtype=np.int32)),
         ("q", np.ones((1, 1, 16), dtype=np.float32)),
         ("q", np.ones((2, 1, (HEADS + 2 * KV) * SIZE), dtype=np.float32)),
-        ("q", np.ones((1, 40, (HEADS + 2 * KV) * SIZE), dtype=np.float32)),  # beyond the tables
+        ("q", np.ones((1, 70, (HEADS + 2 * KV) * SIZE), dtype=np.float32)),  # beyond the tables
         ("past_k", np.ones((1, KV, 9, SIZE), dtype=np.float32)),
         ("past_k", np.ones((1, KV, 10, 8), dtype=np.float32)),
         ("past_v", np.ones((1, 1, 10, SIZE), dtype=np.float32)),
@@ -262,6 +262,19 @@ def in_parts(
 @pytest.mark.parametrize("parts", [[9], [4, 5], [3, 3, 3], [1] * 9])
 def test_padding_anywhere_changes_no_token(parts: list[int]) -> None:
     masks = ["000011111", "111100000", "110001101", "000000001", "011111110", "111111111"]
+    check_padding(masks, parts)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_short_and_long_runs_of_a_sequence_follow_one_another() -> None:
+    """Up to 16 positions are attended to one by one, more of them in blocks."""
+    masks = ["111" + 2 * ("0" + 20 * "1"), 20 * "1" + "0" + 16 * "1" + 8 * "0", 44 * "0" + "1"]
+    check_padding([*masks, "11" + 17 * "0" + 26 * "1", 45 * "1"], [45])
+    check_padding([45 * "1", 28 * "0" + 17 * "1"], [20, 20, 5])
+
+
+def check_padding(masks: list[str], parts: list[int]) -> None:
+    """Each row's tokens say the same without their padding, in one part."""
     mask = np.array([[int(digit) for digit in row] for row in masks])
     width = (HEADS + 2 * KV) * SIZE
     q = np.random.default_rng(0).standard_normal((*mask.shape, width)).astype(np.float32)
