@@ -1,12 +1,14 @@
 """Time the kernels alone: products from memory, against the read bandwidth of the same run.
 
-python benchmarks/kernel_speed.py [--quick] [--plot FILE.svg] [-o RESULT.json]
+python benchmarks/kernel_speed.py [--quick] [--rows 1 2 4 8 16] [--plot FILE.svg] [-o RESULT.json]
 
 For each matrix size, copies of the matrix that fill 192 MB are multiplied, so that the weights
 come from memory; they lie in huge pages, where the operators put them too. Every round reads memory
 plainly, on as many threads, and then multiplies: `share_of_bandwidth` is the median over rounds of
 the weights' speed over that read's, and `over_dense` that of the time over the dense weight's of
-the same type. Where other work takes the processor away, take many short passes (`--megabytes 64`:
+the same type. `--rows`: rows of activations that meet the weights at once, by the way of a few rows
+or, with `--many`, by that of a prompt; `over_one_row` is the median of the time over one row's.
+Where other work takes the processor away, take many short passes (`--megabytes 64`:
 more than its caches) and their best. `--plot` draws time against sparsity on the first instruction
 set.
 """
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=192, help="of each shape's copies")
     parser.add_argument("--values", nargs="+", choices=VALUES, default=list(VALUES))
     parser.add_argument("--sparsities", nargs="+", type=float, help="besides dense")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1], help="at once; 1 comes along")
+    parser.add_argument("--many", action="store_true", help="two rows and more as a prompt")
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES)[:3])
     parser.add_argument("--plot", type=Path, help="draw time against sparsity into this SVG file")
     parser.add_argument("-o", "--output", type=Path)
@@ -63,10 +67,13 @@ def main() -> None:
     variants = [
         (v, s) for v in arguments.values for s in sparsities if v != "fp32" or s in (None, 0.7)
     ]
+    setting = Setting(
+        *(arguments.megabytes << 20, arguments.threads, arguments.rounds),
+        *(sorted({1, *arguments.rows}), arguments.many),
+    )
     rows: list[dict[str, object]] = []
     for model in arguments.models:
-        size = arguments.megabytes << 20
-        rows += measure(library, model, isas, variants, size, arguments.threads, arguments.rounds)
+        rows += measure(library, model, isas, variants, setting)
     result = {
         "command": " ".join(sys.argv),
         "machine": machine(),
@@ -79,45 +86,61 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
+@dataclass(frozen=True)
+class Setting:
+    """`size` in bytes of each shape's copies; `rows` at once, as those of a prompt if `many`."""
+
+    size: int
+    threads: int
+    rounds: int
+    rows: list[int]
+    many: bool
+
+
 def measure(
     library: Library,
     model: str,
     isas: list[str],
     variants: list[tuple[str, float | None]],
-    size: int,
-    threads: int,
-    rounds: int,
+    setting: Setting,
 ) -> list[dict[str, object]]:
     """All instruction sets, and value types with sparsities, for one model's shapes.
 
     Every round times each of them once, so that a neighbour's busy minute falls on all alike.
     """
     blocks = {variant: [packed(shape, *variant) for shape in SIZES[model]] for variant in variants}
-    memory = huge_memory(size)
+    memory = huge_memory(setting.size)
     memory[:] = 1
-    rows = [Row(model, isa, *variant) for isa in isas for variant in variants]
-    for _ in range(rounds):
+    rows = [
+        Row(model, isa, *variant, at_once)
+        for isa in isas
+        for variant in variants
+        for at_once in setting.rows
+    ]
+    for _ in range(setting.rounds):
         for variant in variants:
             own = [row for row in rows if (row.values, row.sparsity) == variant]
-            reads = [min(time_read(library, memory, threads, 3)) / memory.size for _ in own]
+            reads = [min(time_read(library, memory, setting.threads, 3)) / memory.size for _ in own]
             for row, read in zip(own, reads, strict=True):
                 row.reads.append(read)
                 row.seconds.append(0.0)
             for shape, block in enumerate(blocks[variant]):
-                spread = copies(block, size)
+                spread = copies(block, setting.size)
                 for row in own:
                     # One matrix of each shape.
-                    passes = time_matvec(library, row.isa, spread, threads)
+                    many = setting.many and row.rows > 1
+                    passes = time_matmul(library, row.isa, spread, row.rows, many, setting.threads)
                     row.seconds[-1] += statistics.median(passes) / len(spread)
                     fastest = row.fastest.get(shape, math.inf)
                     row.fastest[shape] = min(fastest, *(p / len(spread) for p in passes))
     elements = sum(rows * cols for rows, cols in SIZES[model])
-    dense = {(row.isa, row.values): row for row in rows if row.sparsity is None}
+    by_kind = {(row.isa, row.values, row.sparsity, row.rows): row for row in rows}
     found = [
         row.summary(
             sum(b.size for b in blocks[row.values, row.sparsity]),
             elements,
-            dense[row.isa, row.values],
+            by_kind[row.isa, row.values, None, row.rows],
+            by_kind[row.isa, row.values, row.sparsity, 1],
         )
         for row in rows
     ]
@@ -134,12 +157,13 @@ class Row:
     isa: str
     values: str
     sparsity: float | None
+    rows: int
     seconds: list[float] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
     fastest: dict[int, float] = field(default_factory=dict)  # of each shape
 
-    def summary(self, size: int, elements: int, dense: "Row") -> dict[str, object]:
-        """Medians, the best, how they compare with the read and with `dense`.
+    def summary(self, size: int, elements: int, dense: "Row", single: "Row") -> dict[str, object]:
+        """Medians, the best, how they compare with the read, `dense`, and a `single` row.
 
         `size` in bytes of all `elements` weights.
         """
@@ -150,6 +174,7 @@ class Row:
             "isa": self.isa,
             "values": self.values,
             "sparsity": self.sparsity,
+            "rows": self.rows,
             "microseconds": round(statistics.median(self.seconds) * 1e6, 1),
             "best_microseconds": round(best * 1e6, 1),
             "megabytes": round(size / 1e6, 2),
@@ -158,21 +183,24 @@ class Row:
             "best_read_bandwidth": round(1e-9 / min(self.reads), 1),
             "bits_a_weight": round(8 * size / elements, 2),
             "picoseconds_a_weight": round(statistics.median(self.seconds) / elements * 1e12, 2),
-            "over_dense": round(
-                statistics.median(
-                    own / other for own, other in zip(self.seconds, dense.seconds, strict=True)
-                ),
-                3,
-            ),
+            "over_dense": round(self.over(dense), 3),
+            "over_one_row": round(self.over(single), 3),
             "share_of_bandwidth": round(statistics.median(shares), 2),
             "best_picoseconds": round(best / elements * 1e12, 2),
             "best_over_best": round(size * min(self.reads) / best, 2),
         }
 
+    def over(self, other: "Row") -> float:
+        """Median over the rounds of the time over another's."""
+        return statistics.median(
+            own / its for own, its in zip(self.seconds, other.seconds, strict=True)
+        )
+
 
 def plot(rows: list[dict[str, object]], file: Path) -> None:
     """Time against sparsity for each model: sparse and dense of each type, the memory bound."""
     isa = rows[0]["isa"]
+    rows = [row for row in rows if row["rows"] == 1]
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     colours = {"int8": "tab:blue", "int4": "tab:green", "bf16": "tab:orange", "fp32": "tab:gray"}
 
@@ -222,15 +250,21 @@ def huge_memory(size_bytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(pages, dtype=np.uint8)
 
 
-def time_matvec(
-    library: Library, isa: str, blocks: list[NDArray[np.uint8]], threads: int
+def time_matmul(
+    library: Library,
+    isa: str,
+    blocks: list[NDArray[np.uint8]],
+    rows: int,
+    many: bool,
+    threads: int,
 ) -> list[float]:
     """Seconds of passes over all `blocks`, all but the first."""
     seconds = np.zeros(4)
     addresses = np.array([block.ctypes.data for block in blocks], dtype=np.uintp)
     lengths = np.array([block.size for block in blocks], dtype=np.uintp)
     places = (addresses, lengths, len(blocks))
-    library.call("owl_time_matvec", isa.encode(), *places, threads, len(seconds), seconds)
+    how = (rows, many, threads, len(seconds))
+    library.call("owl_time_matmul", isa.encode(), *places, *how, seconds)
     return list(seconds[1:])
 
 

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     import onnx
 
 GENAI_CONFIG = "genai_config.json"
+# Set where whoever runs a prompt reads the logits of its last tokens alone (csrc/ops.h).
+LAST_LOGITS = "ai.owl.last_logits"
 _LIBRARIES = (".so", ".dylib", ".dll")
 _LOADED = (".onnx", ".data", ".gguf", *_LIBRARIES)  # not a tokenizer, which people do adapt
 # Session options that choose how the graph runs, and never a file to read or to write.
 _HARMLESS = {
     *("log_id", "log_severity_level", "log_verbosity_level", "graph_optimization_level"),
     *("intra_op_num_threads", "inter_op_num_threads", "enable_cpu_mem_arena", "enable_mem_pattern"),
-    *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"),
+    *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", LAST_LOGITS),
 }
 _EXPORT_AGAIN = "Export again."
 AS_EXPORTED, CHANGED, MISSING = "as exported", "changed", "missing"

@@ -18,6 +18,8 @@ _EPILOGUES = {"": 0, "none": 0, "silu_mul": 1, "gelu_mul": 2}
 _ABSENT = -1
 _INPUT, _SLOT, _OUTPUT = range(3)
 _FLOAT_OUTPUTS = 4  # values other than caches that nodes outside may read
+_MASK = 9  # of CachedAttention's inputs
+LOGITS = "logits"  # the attribute that names the output of the head
 _RANK = 3  # activations are [batch, length, width]
 
 
@@ -40,6 +42,11 @@ def join_programs(
             count += 1
     graph.sort()  # what needs a program's results may have stood among its nodes
     return count
+
+
+def knows_logits(graph: ir.Graph) -> bool:
+    """Whether a program of `graph` ends in its logits, so that it can leave some of them out."""
+    return any(LOGITS in node.attributes for node in graph if node.domain == DOMAIN)
 
 
 def _runs(graph: ir.Graph) -> Iterator[list[ir.Node]]:
@@ -94,10 +101,23 @@ class _Program:
         return ir.node(
             "ProgramFp32" if kinds == {ir.DataType.FLOAT} else "ProgramFp16",
             self.inputs,
-            {"steps": steps, "numbers": numbers, "slots": self.slots or [1]},
+            {
+                **{"steps": steps, "numbers": numbers, "slots": self.slots or [1]},
+                **({LOGITS: logits} if (logits := self._logits()) is not None else {}),
+            },
             domain=DOMAIN,
             outputs=[ir.val(value.name if value else "") for value in self.outputs],
         )
+
+    def _logits(self) -> int | None:
+        """Which output holds logits that only the graph's caller reads, where a mask is known."""
+        if not any(len(node.inputs) > _MASK and node.inputs[_MASK] for node in self.run):
+            return None
+        heads = [node.outputs[0] for node in self.run if node.op_type == "SparseMatMul"]
+        for index, value in enumerate(self.outputs):
+            if value and value in heads and value.is_graph_output() and not value.consumers():
+                return index
+        return None
 
     def _matmul(self, node: ir.Node) -> tuple[list[int], list[float]]:
         x, weight, bias, skip, gamma = (*node.inputs, *[None] * 5)[:5]

@@ -12,16 +12,20 @@ from typing import Any
 
 import onnx_ir as ir
 
-from owl_deploy.engines.loading import GENAI_CONFIG
+from owl_deploy.engines.loading import GENAI_CONFIG, LAST_LOGITS
 from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
 from owl_deploy.export.grid import Grid
+from owl_deploy.export.program import knows_logits
 from owl_deploy.export.rewriter import DOMAIN, Cache, Head, Rewriter
 from owl_deploy.export.rewrites import REPLACEMENTS, REWRITES, drop_unused
 from owl_deploy.runtime import library_path, pack
 
-# Prompts are run in parts of so many tokens: onnxruntime-genai takes the logits of every token of a
-# part, 400 MB for 2048 tokens of a vocabulary of 49152. The kernels' time is the same.
+# onnxruntime-genai takes memory for the logits of each token of a prompt, 400 MB for 2048 tokens
+# of a vocabulary of 49152, and reads the last token's. By LAST_LOGITS the engine knows, and neither
+# computes the others nor touches their memory. Where a graph's head is no part of a program
+# (something follows it: a softcap), prompts are run in parts of so many tokens instead, which
+# onnxruntime-genai does with a single sequence only.
 PROMPT_CHUNK = 128
 
 
@@ -59,14 +63,17 @@ def sparsify(
     rewriter.model.graph.opset_imports[DOMAIN] = 1
     onnx_file.save(rewriter.model, folder)
     shutil.copyfile(library, folder / library.name)
-    _configure(config, folder, library.name)
+    _configure(config, folder, library.name, knows_logits(rewriter.model.graph))
     return {"cache": rewriter.cache, "replaced": counts, **_statistics(rewriter)}
 
 
-def _configure(config: dict[str, Any], destination: Path, library: str) -> None:
+def _configure(config: dict[str, Any], destination: Path, library: str, last_logits: bool) -> None:
     options = config["model"]["decoder"].setdefault("session_options", {})
     options["custom_ops_library"] = library
-    config.setdefault("search", {})["chunk_size"] = PROMPT_CHUNK
+    if last_logits:
+        options[LAST_LOGITS] = "1"
+    else:
+        config.setdefault("search", {})["chunk_size"] = PROMPT_CHUNK
     (destination / GENAI_CONFIG).write_text(json.dumps(config, indent=4) + "\n")
 
 

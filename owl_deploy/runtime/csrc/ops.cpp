@@ -232,6 +232,20 @@ struct CachedAttention : Operator<CachedAttention<CacheElement>, CachedAttention
 using CachedAttentionFp32 = CachedAttention<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT>;
 using CachedAttentionFp16 = CachedAttention<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16>;
 
+Ort::CustomOpDomain make_domain(bool last_logits) {
+  static const SparseMatMul matmul;
+  static const PackedGather gather;
+  static const CachedAttentionFp32 attention_fp32;
+  static const CachedAttentionFp16 attention_fp16;
+  Ort::CustomOpDomain domain("ai.owl");
+  domain.Add(&matmul);
+  domain.Add(&gather);
+  domain.Add(&attention_fp32);
+  domain.Add(&attention_fp16);
+  owl_ops::add_programs(domain, last_logits);
+  return domain;
+}
+
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
@@ -240,23 +254,11 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   if (api == nullptr)  // version 1 has had CreateStatus since the first release
     return base->GetApi(1)->CreateStatus(ORT_FAIL, "ai.owl needs a newer ONNX Runtime");
   Ort::InitApi(api);
-  static const SparseMatMul matmul;
-  static const PackedGather gather;
-  static const CachedAttentionFp32 attention_fp32;
-  static const CachedAttentionFp16 attention_fp16;
   try {
     owl::best_kernels();  // to refuse a wrong OWL_ISA now, with a sentence
-    static Ort::CustomOpDomain domain = [] {
-      Ort::CustomOpDomain d("ai.owl");
-      d.Add(&matmul);
-      d.Add(&gather);
-      d.Add(&attention_fp32);
-      d.Add(&attention_fp16);
-      d.Add(owl_ops::program_fp16());
-      d.Add(owl_ops::program_fp32());
-      return d;
-    }();
-    Ort::UnownedSessionOptions(options).Add(domain);
+    static Ort::CustomOpDomain all = make_domain(false), last = make_domain(true);
+    Ort::UnownedSessionOptions session(options);
+    session.Add(session.GetConfigEntryOrDefault(owl_ops::kLastLogits, "0") == "1" ? last : all);
   } catch (const Ort::Exception& e) {
     return api->CreateStatus(e.GetOrtErrorCode(), e.what());
   } catch (const std::invalid_argument& e) {

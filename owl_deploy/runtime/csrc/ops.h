@@ -165,8 +165,11 @@ void AttentionNode::add_to(owl::Plan& plan, const AttentionTensors& tensors, Out
                 out(attention.heads * attention.head_size));
 }
 
+// An entry of a session's configuration: 1 where nobody reads more of a prompt's logits than those
+// of its last tokens, as onnxruntime-genai does. export/sparse.py writes it.
+constexpr const char* kLastLogits = "ai.owl.last_logits";
+
 // The operators that run others in one go, one for each type of cache.
-const OrtCustomOp* program_fp16();
-const OrtCustomOp* program_fp32();
+void add_programs(Ort::CustomOpDomain& domain, bool last_logits);
 
 }  // namespace owl_ops

@@ -13,6 +13,10 @@
 //      num_heads, kv_num_heads, local_window_size, do_rotary, rotary_interleaved  numbers: scale,
 //      softcap
 //   2: as 1, with attention_mask behind sin
+// `logits`, if given: the output that holds a head's logits. A session whose configuration has
+// kLastLogits gets, of a prompt longer than kFewRows, only those of each sequence's last tokens:
+// the other rows of that output are neither computed nor written, so that their memory, 400 MB for
+// 2048 tokens of a vocabulary of 49152, is never taken.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -251,7 +255,9 @@ class Flow {
 
 class ProgramKernel {
  public:
-  ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache) : cache_(cache) {
+  ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache, bool last_logits)
+      : cache_(cache),
+        logits_(last_logits ? attribute_or<std::int64_t>(info, "logits", kAbsent) : kAbsent) {
     for (const std::int64_t width : info.GetAttributes<std::int64_t>("slots")) {
       require(width > 0 && width <= kMaxWidth, "a slot's width is out of range");
       slot_widths_.push_back((static_cast<std::size_t>(width) + 15) / 16 * 16);
@@ -431,7 +437,26 @@ class ProgramKernel {
       op.skip = activations(s.skip, op.weight.cols);
       op.gamma = vector(s.gamma, op.weight.cols);
       float* sum = result(s.sum, op.weight.cols);
-      plan.add(op, x, rows(), result(s.y, op.outputs), sum);
+      float* y = result(s.y, op.outputs);
+      if (mask_ != nullptr && sum == nullptr && length_ > 1 && rows() > owl::kFewRows &&
+          s.y.place == Value::kOutput && static_cast<std::int64_t>(s.y.index) == kernel_.logits_)
+        return add_last(plan, op, x, y);
+      plan.add(op, x, rows(), y, sum);
+    }
+
+    // Of each sequence by itself, so that it does not depend on the others. Not of the last token
+    // alone: onnxruntime-genai passes over tokens at the end that look like padding.
+    void add_last(owl::Plan& plan, const owl::Linear& whole, const float* x, float* y) const {
+      for (std::size_t b = 0; b < batch_; ++b) {
+        const std::int64_t* mask = mask_ + (b + 1) * total_ - length_;
+        std::size_t end = length_;
+        while (end > 0 && mask[end - 1] == 0) --end;
+        const std::size_t begin = end - std::min(end, owl::kFewRows);
+        const std::size_t row = b * length_ + begin, at = row * whole.weight.cols;
+        owl::Linear op = whole;
+        if (op.skip != nullptr) op.skip += at;
+        plan.add(op, x + at, end - begin, y + row * op.outputs, nullptr);
+      }
     }
 
     void add(owl::Plan& plan, const AttentionStep& s) {
@@ -454,29 +479,37 @@ class ProgramKernel {
             const Value& v = which == 0 ? s.present_key : s.present_value;
             return needed_output(context_, v.index, shape).GetTensorMutableRawData();
           });
+      if (!t.mask) return;
+      mask_ = t.mask.GetTensorData<std::int64_t>();
+      total_ =
+          t.mask.GetTensorTypeAndShapeInfo().GetElementCount() / std::max<std::size_t>(1, batch_);
     }
 
     const ProgramKernel& kernel_;
     OrtKernelContext* raw_;
     Ort::KernelContext context_;
     std::size_t batch_ = 0, length_ = 0;
+    const std::int64_t* mask_ = nullptr;  // [batch, total_], checked by an attention step
+    std::size_t total_ = 0;
     std::vector<Row> slot_now_;
     Row output_now_[kFloatOutputs];
   };
 
   ONNXTensorElementDataType cache_;
+  std::int64_t logits_;  // the output of which only the last rows are wanted
   std::vector<std::size_t> slot_widths_;
   std::vector<Step> steps_;
   owl::HugeMemory memory_;
 };
 
-template <ONNXTensorElementDataType Cache>
+template <ONNXTensorElementDataType Cache, bool LastLogits>
 struct ProgramKernelFor : ProgramKernel {
-  explicit ProgramKernelFor(const Ort::ConstKernelInfo& info) : ProgramKernel(info, Cache) {}
+  explicit ProgramKernelFor(const Ort::ConstKernelInfo& info)
+      : ProgramKernel(info, Cache, LastLogits) {}
 };
 
-template <ONNXTensorElementDataType Cache>
-struct Program : Operator<Program<Cache>, ProgramKernelFor<Cache>> {
+template <ONNXTensorElementDataType Cache, bool LastLogits>
+struct Program : Operator<Program<Cache, LastLogits>, ProgramKernelFor<Cache, LastLogits>> {
   const char* GetName() const {
     return Cache == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? "ProgramFp16" : "ProgramFp32";
   }
@@ -498,15 +531,18 @@ struct Program : Operator<Program<Cache>, ProgramKernelFor<Cache>> {
   int GetVariadicOutputMinArity() const { return 0; }
 };
 
+template <bool LastLogits>
+void add_to(Ort::CustomOpDomain& domain) {
+  static const Program<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, LastLogits> fp16;
+  static const Program<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, LastLogits> fp32;
+  domain.Add(&fp16);
+  domain.Add(&fp32);
+}
+
 }  // namespace
 
-const OrtCustomOp* program_fp16() {
-  static const Program<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16> op;
-  return &op;
-}
-const OrtCustomOp* program_fp32() {
-  static const Program<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT> op;
-  return &op;
+void add_programs(Ort::CustomOpDomain& domain, bool last_logits) {
+  last_logits ? add_to<true>(domain) : add_to<false>(domain);
 }
 
 }  // namespace owl_ops

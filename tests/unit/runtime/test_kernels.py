@@ -142,7 +142,9 @@ def test_a_row_says_the_same_alone_and_in_company(
     ]
     single, single_sum = (np.concatenate(part) for part in zip(*alone, strict=True))
     for rows in range(2, len(x) + 1):
-        y, total = kernels.matmul(isa, block, x[:rows], outputs, threads=3, skip=skip[:rows], **given)
+        y, total = kernels.matmul(
+            isa, block, x[:rows], outputs, threads=3, skip=skip[:rows], **given
+        )
         np.testing.assert_array_equal(total, single_sum[:rows])
         if rows <= FEW_ROWS or (values in INTEGERS and not planes):
             np.testing.assert_array_equal(y, single[:rows])
