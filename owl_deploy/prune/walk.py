@@ -3,7 +3,6 @@
 One block is on the device at a time.
 """
 
-import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,14 +13,11 @@ from owl_deploy.blocks import Activations
 from owl_deploy.grid import SCALE
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
-from owl_deploy.prune.grid import Grid
+from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.plan import Plan
-from owl_deploy.prune.refit import refit
 from owl_deploy.prune.request import Request
-from owl_deploy.prune.rounding import finished, round_pruned
 from owl_deploy.prune.store import Store
-from owl_deploy.recipe import kept
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,7 @@ class Walk:
     ) -> None:
         self.request, self.plan, self.store, self.first = request, plan, store, first
         self.skeleton, self.names = request.skeleton, request.shape.names
-        self.method = pkgutil.resolve_name(request.method.prune)
-        joint = request.method.joint
-        self.joint = pkgutil.resolve_name(joint) if joint else None
-        self.needs = request.settings.needs
-        bits, width = request.settings.bits, request.settings.bits_group
-        self.grid = Grid(bits, width) if bits and width else None
+        self.maker, self.needs = Maker(plan.settings), plan.settings.needs
         self.hidden: Activations | None = None
         self.advance: Advance = lambda _: None
 
@@ -92,9 +83,11 @@ class Walk:
         with self.skeleton.loaded(name, weights) as block:
             statistics = self._block_inputs(block, index)
             for key, sparsity in self.plan.sparsities[index].items():
-                pruned = self._pruned(weights[f"{key}.weight"], Inputs(statistics, key), sparsity)
-                weights |= {f"{key}.{name}": tensor for name, tensor in pruned.items()}
-                linears[key].weight.copy_(pruned["weight"])
+                bits = self.plan.bits_of(index, key)
+                inputs = Inputs(statistics, key)
+                made = self._made(weights[f"{key}.weight"], inputs, sparsity, bits)
+                weights |= {f"{key}.{name}": tensor for name, tensor in made.items()}
+                linears[key].weight.copy_(made["weight"])
             self._pass_on(block, index)
         return weights
 
@@ -114,28 +107,17 @@ class Walk:
             hessian=self.needs == "hessian",
         )
 
-    def _pruned(
-        self, dense: torch.Tensor, inputs: Inputs, sparsity: float
+    def _made(
+        self, dense: torch.Tensor, inputs: Inputs, sparsity: float, bits: int | None
     ) -> dict[str, torch.Tensor]:
         """The "weight" made of `dense` [out, in], where that lies and in its dtype.
 
         Where it is rounded, with its scales, [out, groups]: "weight_scale".
         """
-        settings = self.plan.settings
-        group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
         weight = dense.to(self.skeleton.device, torch.float32)
-        asked = (weight, inputs, sparsity, group, settings.options)
-        if self.grid and self.joint and not settings.refit:
-            swept = self.joint(*asked, self.grid)
-        else:
-            pruned: torch.Tensor = self.method(*asked)
-            if settings.refit and not self.request.method.refits:
-                pruned = refit(weight, pruned, inputs)
-            if self.grid is None:
-                return {"weight": pruned.to(dense.device, dense.dtype)}
-            swept = round_pruned(weight, pruned, inputs, self.grid)
-        rounded, scales = finished(swept, weight, inputs, self.grid)
-        return {"weight": rounded.to(dense.device, dense.dtype), SCALE: scales.to(dense.device)}
+        made = self.maker.make(weight, inputs, sparsity, bits)
+        found = {"weight": made.weight.to(dense.device, dense.dtype)}
+        return found if made.scales is None else found | {SCALE: made.scales.to(dense.device)}
 
     @torch.no_grad()
     def _finish_head(self, name: str) -> Part:
@@ -155,7 +137,7 @@ class Walk:
                 with statistics.gathering():
                     self.skeleton.enter_head(self.request.windows, self.hidden, self.advance)
             dense = self.request.checkpoint.read(self.skeleton.head_weights[0])
-            weights = self._pruned(dense, Inputs(statistics, name), sparsity)
+            weights = self._made(dense, Inputs(statistics, name), sparsity, self.plan.settings.bits)
             self.store.save(name, weights)
         if self.hidden is None:
             self.advance(2 * self.request.samples)

@@ -118,6 +118,16 @@ class PackedInfo:
         return self.groups * -(-columns // shared) * GROUP_ROWS if shared else 0
 
     @property
+    def mask_bytes(self) -> int:
+        """Bytes of the masks of a sparse weight."""
+        return self.groups * self.cells * 2 * self.traits.pack
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index of a sparse weight."""
+        return (self.groups + 1) * 4
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the values of a weight that is neither sparse nor in planes."""
         values = self.groups * self.cells * GROUP_ROWS * self.traits.pack
@@ -189,6 +199,43 @@ def pack(
     return _assemble(kind, extents, (exponent, scale_columns), regions)
 
 
+def stored_bytes(
+    shape: tuple[int, int],
+    values: Values,
+    sparsity: float | None = None,
+    *,
+    planes: bool = False,
+    scale_columns: int = SCALE_COLUMNS,
+) -> int:
+    """The bytes that `pack` needs for a weight of this `shape`, before there is one.
+
+    `sparsity`: the share of zeros of a weight that is packed sparse, None for a dense one. Exact
+    where it is dense; where it is sparse, what is expected of zeros that lie anywhere.
+    """
+    rows, cols = shape
+    traits = TRAITS[values]
+    cells = -(-cols // (4 * traits.pack)) * 4
+    shared = scale_columns if traits.levels else 0
+    nowhere = (0,) * 7
+    info = PackedInfo(values, sparsity is not None, planes, rows, cols, cells, *nowhere, shared)
+    regions = [info.scale_bytes]
+    if sparsity is None:
+        regions.append(info.high_bytes + info.low_bytes if planes else info.dense_bytes)
+    else:
+        regions += [info.mask_bytes, info.index_bytes, _expected_bytes(info, 1 - sparsity)]
+    return _HEADER.size + sum(-(-one // ALIGNMENT) * ALIGNMENT for one in regions) + ALIGNMENT
+
+
+def _expected_bytes(info: PackedInfo, density: float) -> int:
+    """The values' bytes of a sparse weight whose non-zeros lie anywhere."""
+    bits = info.rows * info.cols * density * info.traits.stored_bits
+    if info.traits.stored_bits == 4:
+        # A cell with an odd number of values leaves half a byte: the parity of a binomial.
+        size = GROUP_ROWS * info.traits.pack
+        bits += 4 * info.groups * info.cells * (1 - (1 - 2 * density) ** size) / 2
+    return round(bits / 8 + info.groups * ALIGNMENT / 2)  # half of a group's padding is used
+
+
 def unpack(block: Block) -> NDArray[np.float32]:
     """The weight [rows, cols] that `block` stands for, as fp32."""
     info = inspect(block)
@@ -232,7 +279,6 @@ def inspect(block: Block) -> PackedInfo:
     """Check `block` as the kernels do; returns what its header says, or raises ValueError."""
     info = read_header(block)
     tail = ALIGNMENT
-    cells = info.groups * info.cells
     if not info.sparse:
         whole = info.high_bytes + info.low_bytes if info.planes else info.dense_bytes
         _check_region("values", info.value_offset, whole + tail, block.size)
@@ -244,8 +290,8 @@ def inspect(block: Block) -> PackedInfo:
         raise ValueError("a region that this weight does not have is given a place")
     if info.sparse:
         _check_region("values", info.value_offset, tail, block.size)
-        _check_region("masks", info.mask_offset, cells * 2 * info.traits.pack, block.size)
-        _check_region("index", info.index_offset, (info.groups + 1) * 4, block.size)
+        _check_region("masks", info.mask_offset, info.mask_bytes, block.size)
+        _check_region("index", info.index_offset, info.index_bytes, block.size)
         _check_groups(block, info)
     return info
 
@@ -617,14 +663,13 @@ def _check_region(name: str, offset: int, size_bytes: int, total: int) -> None:
 
 def _masks(block: Block, info: PackedInfo) -> NDArray[np.bool_]:
     """[groups, cells, 16 * pack]"""
-    width = 2 * info.traits.pack
-    raw = block[info.mask_offset :][: info.groups * info.cells * width]
-    bits = np.unpackbits(raw.reshape(info.groups, info.cells, width), axis=-1, bitorder="little")
+    raw = block[info.mask_offset :][: info.mask_bytes].reshape(info.groups, info.cells, -1)
+    bits = np.unpackbits(raw, axis=-1, bitorder="little")
     return bits.astype(bool)
 
 
 def _index(block: Block, info: PackedInfo) -> NDArray[np.int64]:
-    return block[info.index_offset :][: (info.groups + 1) * 4].view(np.uint32).astype(np.int64)
+    return block[info.index_offset :][: info.index_bytes].view(np.uint32).astype(np.int64)
 
 
 def _check_groups(block: Block, info: PackedInfo) -> None:

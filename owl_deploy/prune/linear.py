@@ -1,0 +1,54 @@
+"""What becomes of one Linear: pruned by the method, and rounded where it is asked for."""
+
+import pkgutil
+from dataclasses import dataclass
+
+import torch
+
+from owl_deploy.methods import METHODS
+from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.prune.grid import Grid
+from owl_deploy.prune.refit import refit
+from owl_deploy.prune.rounding import finished, round_pruned
+from owl_deploy.recipe import PruneSettings, kept
+
+
+@dataclass(frozen=True)
+class Made:
+    """The weight [out, in] that is left of a Linear, float32; `scales` where it lies on a grid.
+
+    `scales`: bfloat16 [out, groups].
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+class Maker:
+    """Makes Linears as the settings say: with their method, structure, options and refit."""
+
+    def __init__(self, settings: PruneSettings) -> None:
+        self.settings, self.row = settings, METHODS[settings.method]
+        self.prune = pkgutil.resolve_name(self.row.prune)
+        self.joint = pkgutil.resolve_name(self.row.joint) if self.row.joint else None
+
+    def make(self, dense: torch.Tensor, inputs: Inputs, sparsity: float, bits: int | None) -> Made:
+        """What is left of `dense` [out, in], float32; with `bits` on a grid of so many."""
+        settings = self.settings
+        group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
+        asked = (dense, inputs, sparsity, group, settings.options)
+        if bits is None:
+            return Made(self._pruned(*asked))
+        assert settings.bits_group is not None
+        grid = Grid(bits, settings.bits_group)
+        if self.joint and not settings.refit:
+            swept = self.joint(*asked, grid)
+        else:
+            swept = round_pruned(dense, self._pruned(*asked), inputs, grid)
+        return Made(*finished(swept, dense, inputs, grid))
+
+    def _pruned(self, dense: torch.Tensor, inputs: Inputs, *how: object) -> torch.Tensor:
+        pruned: torch.Tensor = self.prune(dense, inputs, *how)
+        if self.settings.refit and not self.row.refits:
+            pruned = refit(dense, pruned, inputs)
+        return pruned
