@@ -31,9 +31,10 @@ class Statistic:
 class Allocation:
     """One way to divide sparsity over the blocks, or over the Linears.
 
-    `rule`: None where the sparsities are given one by one. `spread`: the default, which its paper
-    takes; 0 where nothing is spread. `statistic`: what the rule looks at (None: nothing). `per`:
-    what gets a sparsity of its own; the Linears of a block share the block's.
+    `rule`: None where the sparsities are given one by one, or follow from a budget. `spread`: the
+    default, which its paper takes; 0 where nothing is spread. `statistic`: what the rule looks at
+    (None: nothing). `per`: what gets a sparsity of its own; the Linears of a block share the
+    block's.
     """
 
     rule: Rule | None
@@ -150,4 +151,5 @@ ALLOCATIONS: dict[str, Allocation] = {
     "linear": Allocation(linear, 0.15),
     "uniform": Allocation(uniform),
     "list": Allocation(None),
+    "budget": Allocation(None, per="Linear"),
 }

@@ -119,6 +119,33 @@ class Skeleton:
         with self._outside_loaded():
             return [self._loss(windows, state) for state in states]
 
+    def loss_gradients(
+        self, windows: torch.Tensor, state: "Activations", seed: int
+    ) -> torch.Tensor:
+        """The gradients of the summed loss by `state`, what left the last block, shaped like it.
+
+        The loss is that of predicting tokens which the model draws itself, one for every place in
+        `windows`: the mean square of such gradients is the Fisher information.
+        """
+        drawing = torch.Generator().manual_seed(seed)
+        gradients = torch.empty_like(state.hidden)
+        with self._outside_loaded():
+            self.model.requires_grad_(False)
+            for place, ids in enumerate(windows.to(self.device)):
+                hidden = state.hidden[place].unsqueeze(0).to(self.device, copy=True)
+                given = _Given(hidden.requires_grad_())
+                with self._blocks_replaced([given] * len(self.blocks)):
+                    left = self.model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[0]
+                by_left = torch.cat(
+                    [
+                        _drawn_gradient(self.model, rows.detach(), drawing)
+                        for rows in torch.split(left[0], _LOGIT_ROWS)
+                    ]
+                )
+                (found,) = torch.autograd.grad(left, hidden, by_left.unsqueeze(0))
+                gradients[place] = found[0].to(gradients.device)
+        return gradients
+
     @torch.no_grad()
     def enter_head(
         self, windows: torch.Tensor, state: "Activations", advance: Callable[[float], None]
@@ -273,19 +300,35 @@ def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transf
     `ids` [length]. Added up in float32 and more, whatever the dtype of the model.
     """
     hidden = model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[0][0, :-1]
-    head, cap = (
-        model.get_output_embeddings(),
-        getattr(model.config, "final_logit_softcapping", None),
-    )
     total = 0.0
     for rows, targets in zip(
         torch.split(hidden, _LOGIT_ROWS), torch.split(ids[1:], _LOGIT_ROWS), strict=True
     ):
-        logits = head(rows).float()
-        if cap is not None:  # of Gemma, between its head and its softmax
-            logits = cap * torch.tanh(logits / cap)
+        logits = _logits(model, rows)
         total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
     return total
+
+
+def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    """The logits [rows, words], float32, of what enters the head [rows, width]."""
+    logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    # Of Gemma, between its head and its softmax.
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _drawn_gradient(
+    model: Any,  # noqa: ANN401
+    hidden: torch.Tensor,
+    drawing: torch.Generator,
+) -> torch.Tensor:
+    """The gradient by `hidden` [rows, width], what enters the head, of the loss of drawn tokens."""
+    logits = _logits(model, hidden.requires_grad_())
+    shares = logits.detach().softmax(dim=-1).cpu()  # the same draw on every device
+    drawn = torch.multinomial(shares, 1, generator=drawing).squeeze(1).to(logits.device)
+    loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+    (found,) = torch.autograd.grad(loss, hidden)
+    return found
 
 
 def _room_for(

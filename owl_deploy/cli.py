@@ -107,6 +107,7 @@ def prune(
     refit: options.Refit = None,
     bits: options.Bits = None,
     bits_group: options.BitsGroup = None,
+    budget: options.Budget = None,
     calibration: options.CalibrationText = None,
     samples: options.Samples = 128,
     sequence_length: options.CalibrationLength = 2048,

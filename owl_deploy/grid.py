@@ -1,9 +1,11 @@
 """What the weights of a checkpoint were rounded to, as `grid.safetensors` beside them says.
 
 That file has, for each Linear that was rounded, `<its name>.weight_scale` [out, ceil(in / group)],
-and says how many bits an integer has and how many columns share a scale.
+and says in its metadata how many columns share a scale (`group`) and how many bits an integer has:
+`bits` where all Linears agree, else `<its name>.bits` for each.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +28,25 @@ def limits(bits: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class KeptGrid:
-    """Integers of `bits` bits; scales [out, ceil(in / group)], float32, by the Linears' names."""
+    """Scales [out, ceil(in / group)], float32, and bits of an integer, by the Linears' names."""
 
-    bits: int
+    bits: dict[str, int]
     group: int
     scales: "dict[str, torch.Tensor]"
+
+
+def write_grid(
+    checkpoint: Path, scales: "dict[str, torch.Tensor]", bits: int | Mapping[str, int], group: int
+) -> None:
+    """Write the grid of the checkpoint in a folder.
+
+    `scales` [out, ceil(in / group)], by the tensors' names; `bits`: of all, or by the Linears'.
+    """
+    from safetensors.torch import save_file
+
+    one = {"bits": bits} if isinstance(bits, int) else {f"{k}.bits": n for k, n in bits.items()}
+    told = {name: str(number) for name, number in (one | {"group": group}).items()}
+    save_file(scales, checkpoint / GRID, metadata=told)
 
 
 def read_grid(checkpoint: Path) -> KeptGrid | None:
@@ -46,15 +62,13 @@ def read_grid(checkpoint: Path) -> KeptGrid | None:
     try:
         with safe_open(file, "pt") as tensors:
             told = tensors.metadata() or {}
-            grid = KeptGrid(
-                int(told["bits"]),
-                int(told["group"]),
-                {
-                    name.removesuffix(f".{SCALE}"): tensors.get_tensor(name).float()
-                    for name in tensors.keys()  # noqa: SIM118 - no mapping
-                    if name.endswith(f".{SCALE}")
-                },
-            )
+            scales = {
+                name.removesuffix(f".{SCALE}"): tensors.get_tensor(name).float()
+                for name in tensors.keys()  # noqa: SIM118 - no mapping
+                if name.endswith(f".{SCALE}")
+            }
+            bits = {name: int(told.get("bits") or told[f"{name}.bits"]) for name in scales}
+            grid = KeptGrid(bits, int(told["group"]), scales)
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(
             f"{file} is not a grid: {error}.", "Round the model again, or remove the file."

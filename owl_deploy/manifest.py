@@ -50,12 +50,31 @@ class Manifest(_Part):
         write_json(folder / MANIFEST, self.to_json())
 
 
+class Cost(_Part):
+    """What a Linear would take in a format, `bits` and `sparsity`, and cost.
+
+    `bytes`: packed. `error`: of its outputs, squared, as a share of their square. `loss`: what the
+    model loses by that, in nats a token.
+    """
+
+    bits: int
+    sparsity: FiniteFloat
+    bytes: int
+    error: FiniteFloat
+    loss: FiniteFloat
+
+
 class Linear(_Part):
-    """The shares of a Linear's weights that were asked to go, and went."""
+    """The shares of a Linear's weights that were asked to go, and went.
+
+    `bits`: what is left was rounded to, if it was. `costs`: what a budget chose from.
+    """
 
     achieved: FiniteFloat
     sparsity: FiniteFloat
     weights: int
+    bits: int | None = None
+    costs: tuple[Cost, ...] | None = None
 
 
 class Block(_Part):
@@ -91,6 +110,7 @@ class Pruning(_Part):
     """The settings that decided what was pruned; those of `recipe.PruneSettings`.
 
     `bits`: what survives is rounded to, with a scale for every `bits_group` columns of a row.
+    `budget`: what the weights may take, by which each Linear got bits and a sparsity of its own.
     """
 
     method: str = ""
@@ -99,6 +119,7 @@ class Pruning(_Part):
     skip: tuple[str, ...] = ()
     bits: int | None = None
     bits_group: int | None = None
+    budget: str | None = None
     options: dict[str, Any] = {}
 
 

@@ -81,6 +81,13 @@ Bits = Annotated[
 BitsGroup = Annotated[
     int | None, Option("--group", help="Columns that share a scale: 32, 64 or 128. [32]")
 ]
+Budget = Annotated[
+    str | None,
+    Option(
+        help="Bits a weight, such as 3.5, or the size of all packed weights, such as 400MB: each "
+        "layer gets the bits and the sparsity that lose least within it. [none]"
+    ),
+]
 Refit = Annotated[
     bool | None,
     Option("--refit", help="Give the weights that are left better values; alps always does."),

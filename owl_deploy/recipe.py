@@ -46,9 +46,12 @@ class PruneSettings(BaseModel):
     Linears that stay dense, by the end of their names. `head_sparsity`: that of the output head,
     which stays dense without it. `layers`, for the allocation "list": block or Linear name to
     sparsity. `bits`: what survives is rounded to so many, 8, 4 or 3, with one scale for every
-    `bits_group` columns of a row, 32, 64 or 128. `options`: the method's own, of the type that its
-    row in `METHODS` names, or a mapping of their names to values. `refit`: whether the weights that
-    are left get the values that suit them best; ALPS does it in any case.
+    `bits_group` columns of a row, 32, 64 or 128. `budget`: what the weights may take, such as "3.5"
+    (bits each, over those that are pruned) or "400MB" (of all that a deployment packs); the
+    allocation "budget" then finds a sparsity and the bits for each Linear. `options`: the method's
+    own, of the type that its row in `METHODS` names, or a mapping of their names to values.
+    `refit`: whether the weights that are left get the values that suit them best; ALPS does it in
+    any case.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +67,7 @@ class PruneSettings(BaseModel):
     layers: dict[str, float] | None = None
     bits: int | None = None
     bits_group: int | None = None
+    budget: str | None = None
     options: SerializeAsAny[Options] = Options()
     refit: bool = False
 
@@ -71,6 +75,8 @@ class PruneSettings(BaseModel):
     @classmethod
     def _fill(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What follows from other values: N:M's sparsity, the allocation's spread, the options."""
+        if values.get("budget") is not None:
+            values = _with_budget(values)
         values = {"method": "wanda", "allocation": "owl"} | values
         for what, table in (("method", METHODS), ("allocation", ALLOCATIONS)):
             if values[what] not in table:
@@ -81,8 +87,10 @@ class PruneSettings(BaseModel):
                 raise BadInput(
                     f"The method {values['method']} removes nothing.", "Give another method."
                 )
-            values |= {"sparsity": 0.0, "allocation": "uniform"}
-        if values.get("bits") is not None:
+            values["sparsity"] = 0.0
+            if values.get("budget") is None:
+                values["allocation"] = "uniform"
+        if values.get("bits") is not None or values.get("budget") is not None:
             values["bits_group"] = values.get("bits_group") or _BITS_GROUPS[0]
         allocation = ALLOCATIONS[values["allocation"]]
         group = parse_structure(values.get("structure", UNSTRUCTURED))
@@ -109,6 +117,8 @@ class PruneSettings(BaseModel):
                 "The allocation 'list' and a list of layers come together, from a recipe.",
                 "Give --recipe, or another --allocation without a recipe.",
             )
+        if self.allocation == "budget" and self.budget is None:
+            raise BadInput("The allocation 'budget' needs one.", "Give --budget.")
         for value in (self.sparsity, self.head_sparsity, *(self.layers or {}).values()):
             if value is not None and not (math.isfinite(value) and 0 <= value < 1):
                 raise BadInput(
@@ -127,19 +137,17 @@ class PruneSettings(BaseModel):
 
     def _check_bits(self) -> None:
         if not METHODS[self.method].removes:
-            if self.bits is None:
+            if not self.rounds:
                 raise BadInput(f"The method {self.method} only rounds.", "Give --bits.")
             if self.head_sparsity:
                 raise BadInput(f"The method {self.method} removes nothing.", "Give another method.")
-        if self.bits is None:
-            if self.bits_group is not None:
-                raise BadInput("--group is of --bits.", "Give --bits as well.")
-            return
+        if not self.rounds and self.bits_group is not None:
+            raise BadInput("--group is of --bits.", "Give --bits as well.")
         for option, value, known in (
             ("--bits", self.bits, _BITS),
             ("--group", self.bits_group, _BITS_GROUPS),
         ):
-            if value not in known:
+            if value is not None and value not in known:
                 raise BadInput(
                     f"{option} {value} is not possible.",
                     f"There are: {', '.join(map(str, known))}.",
@@ -159,9 +167,66 @@ class PruneSettings(BaseModel):
         return parse_structure(self.structure)
 
     @property
+    def rounds(self) -> bool:
+        """Whether what survives is rounded: all of it to `bits`, or as a `budget` finds."""
+        return self.bits is not None or self.budget is not None
+
+    @property
     def needs(self) -> Statistic:
         """The statistic of a Linear's inputs that the method asks for, or what comes after it."""
-        return "hessian" if self.refit or self.bits else METHODS[self.method].needs
+        return "hessian" if self.refit or self.rounds else METHODS[self.method].needs
+
+
+# What a budget decides, and so cannot be given beside it; the value that says nothing.
+_DECIDED: Mapping[str, object] = MappingProxyType(
+    {
+        "bits": None,
+        "structure": UNSTRUCTURED,
+        "layers": None,
+        "head_sparsity": None,
+        "allocation": "budget",
+        "sparsity": None,
+    }
+)
+
+
+def _with_budget(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a pruning to a budget, whose sparsity is known when its plan is made."""
+    budget = str(values["budget"])
+    parse_budget(budget)
+    # A plan's settings come with the sparsity that was found.
+    planned = {"sparsity"} if values.get("allocation") == "budget" else set()
+    for name, nothing in _DECIDED.items():
+        if name not in planned and values.get(name, nothing) not in (None, nothing):
+            raise BadInput(
+                "A budget chooses each Linear's bits and sparsity, and the settings say "
+                f"{name.replace('_', ' ')} as well.",
+                "Give one of the two.",
+            )
+    return (
+        {"method": "sparsegpt", "sparsity": 0.0}
+        | values
+        | {
+            "budget": budget,
+            "allocation": "budget",
+        }
+    )
+
+
+def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes"]]:
+    """A budget's number and unit: "3.5" is in bits a weight, "400MB" (kB, MB, GB) in bytes.
+
+    Raises `BadInput` for what is neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?(kB|MB|GB)?", budget.strip())
+    if match is None or not 0 < float(match[1]) < math.inf:
+        raise BadInput(
+            f"The budget {budget!r} is none.",
+            "It is in bits a weight, such as 3.5, or a size, such as 400MB.",
+        )
+    if match[2] is None:
+        return float(match[1]), "bits"
+    return float(match[1]) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2]], "bytes"
 
 
 def _options(method: str, given: Options | Mapping[str, Any]) -> Options:
@@ -377,8 +442,9 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
         lines.append(f"Outlier multiple (M) {settings.outlier_multiple:g}.")
     if settings.spread:
         lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
-    if settings.bits is not None:
-        lines.append(f"Rounded to {settings.bits} bits as well, which SparseML does another way.")
+    if settings.rounds:
+        bits = settings.bits or "8 and 4"
+        lines.append(f"Rounded to {bits} bits as well, which SparseML does another way.")
     if settings.head_sparsity is not None:
         lines.append(f"Of the output head {settings.head_sparsity:.4g}.")
     if modifier.remark:

@@ -1,5 +1,6 @@
 """The grid that a checkpoint's weights lie on, for the packing, which keeps it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,35 @@ from owl_deploy.grid import read_grid
 from owl_deploy.runtime import pack
 
 _QKV = ("q_proj", "k_proj", "v_proj")
+_FEW = 4  # bits of the narrowest integers that are stored
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What a weight of the graph was rounded to: `scales` [out, ceil(in / group)], and the `bits`
+    of its integers.
+    """
+
+    scales: NDArray[np.float32]
+    bits: int
+
+
+def joined(
+    parts: Sequence[Rounded | None],
+    join: Callable[[Sequence[NDArray[np.float32]]], NDArray[np.float32]],
+) -> Rounded | None:
+    """What weights that become one were rounded to; None where some were not, or other groups."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or len({part.scales.shape[1] for part in known}) > 1:
+        return None
+    return Rounded(join([part.scales for part in known]), max(part.bits for part in known))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales [out, ceil(in / group)] by the name of their Linear; integers of so many `bits`."""
+    """Scales [out, ceil(in / group)] and bits of an integer, by the names of their Linears."""
 
-    bits: int
+    bits: dict[str, int]
     group: int
     scales: dict[str, NDArray[np.float32]]
 
@@ -29,24 +52,32 @@ class Grid:
         scales = {name: scale.numpy() for name, scale in kept.scales.items()}
         return cls(kept.bits, kept.group, scales)
 
-    def fits(self, values: pack.Values) -> bool:
-        """Whether these values can be all the grid's integers."""
-        levels = pack.TRAITS[values].levels
-        return levels is not None and levels[1] + 1 >= 2 ** (self.bits - 1)
+    def holder(self, bits: int, values: pack.Values) -> pack.Values | None:
+        """The type that keeps integers of so many `bits` where `values` are asked for.
 
-    def of(self, initializer: str) -> NDArray[np.float32] | None:
-        """The scales of a weight of the model builder's graph; None where it has none.
+        That type, or int8 beside int4 where other weights of the checkpoint do fit 4 bits: each of
+        them was given its own. None where the weight is to be rounded anew.
+        """
+        levels = pack.TRAITS[values].levels
+        if levels is None:
+            return None
+        if levels[1] + 1 >= 2 ** (bits - 1):
+            return values
+        return "int8" if min(self.bits.values()) <= _FEW else None
+
+    def of(self, initializer: str) -> Rounded | None:
+        """What a weight of the model builder's graph was rounded to; None where it was not.
 
         The builder calls a block's attention `attn`, and joins q, k and v.
         """
         linear = initializer.removesuffix(".weight").removesuffix(".MatMul")
         linear = linear.replace(".attn.", ".self_attn.")
-        if linear in self.scales:
-            return self.scales[linear]
         block, _, last = linear.rpartition(".")
-        parts = [self.scales.get(f"{block}.{name}") for name in _QKV]
-        known = [part for part in parts if part is not None]
-        same = len({part.shape[1] for part in known}) == 1
-        if last != "qkv_proj" or len(known) != len(_QKV) or not same:
+        if last == "qkv_proj" and linear not in self.scales:
+            return joined([self._of(f"{block}.{name}") for name in _QKV], np.concatenate)
+        return self._of(linear)
+
+    def _of(self, linear: str) -> Rounded | None:
+        if linear not in self.scales:
             return None
-        return np.concatenate(known)
+        return Rounded(self.scales[linear], self.bits[linear])

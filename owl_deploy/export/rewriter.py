@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
-from owl_deploy.export.grid import Grid
+from owl_deploy.export.grid import Grid, Rounded
 from owl_deploy.runtime import pack
 
 Cache = Literal["fp16", "fp32"]
@@ -19,8 +19,6 @@ Cache = Literal["fp16", "fp32"]
 Head = Literal["screened", "whole"]
 
 DOMAIN = "ai.owl"
-# Above these shares of non-zeros a weight is stored whole: the mask would cost more than it saves.
-MAX_DENSITY: dict[pack.Values, float] = {"fp32": 0.9, "bf16": 0.85, "int8": 0.8, "int4": 0.7}
 
 
 @dataclass
@@ -53,21 +51,23 @@ class Rewriter:
         may_be_sparse: bool = True,
         planes: bool = False,
         precision: pack.Values | None = None,
-        scales: NDArray[np.float32] | None = None,
+        rounded: Rounded | None = None,
     ) -> ir.Value:
         """The initializer `name` with `weight` [outputs, inputs] packed, sparse if that pays.
 
         A name is packed once. With `planes` as int8, whatever the `precision`, which is that of
-        the others unless it is given. `scales`: the grid's, not for planes.
+        the others unless it is given. `rounded`: what it was rounded to, of no use to planes.
         """
         graph = self.model.graph
         if name not in self.packed:
-            density = int(np.count_nonzero(weight)) / weight.size
-            sparse = may_be_sparse and density <= MAX_DENSITY[self.precision]
             values = "int8" if planes else precision or self.precision
-            if planes or self.grid is None or not self.grid.fits(values):
-                scales = None
-            shared = self.grid.group if self.grid and scales is not None else pack.SCALE_COLUMNS
+            scales, shared = None, pack.SCALE_COLUMNS
+            if self.grid and rounded and not planes:
+                holder = self.grid.holder(rounded.bits, values)
+                if holder is not None:
+                    values, scales, shared = holder, rounded.scales, self.grid.group
+            density = int(np.count_nonzero(weight)) / weight.size
+            sparse = may_be_sparse and density <= pack.MAX_DENSITY[values]
             try:
                 block = pack.pack(
                     *(np.ascontiguousarray(weight), values, sparse),
@@ -85,8 +85,8 @@ class Rewriter:
             graph.register_initializer(ir.val(name, const_value=ir.Tensor(block, name=name)))
         return graph.initializers[name]
 
-    def scales(self, weight: ir.Value | None) -> NDArray[np.float32] | None:
-        """The grid's scales of an initializer, if it has any there."""
+    def rounded(self, weight: ir.Value | None) -> Rounded | None:
+        """What an initializer was rounded to, if it was."""
         return None if self.grid is None or weight is None else self.grid.of(str(weight.name))
 
     def replace(

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from owl_deploy.export import program
+from owl_deploy.export.grid import joined
 from owl_deploy.export.rewriter import Rewriter, are_closed, constant, maker
 from owl_deploy.runtime import pack
 
@@ -34,11 +35,9 @@ def fuse_gated(rewriter: Rewriter) -> int:
         if gate_weight is None or up_weight is None or gate_weight.shape != up_weight.shape:
             continue
         both = pack.interleave_gate_up(gate_weight.T, up_weight.T)
-        parts = [rewriter.scales(matmul.inputs[1]) for matmul in (gate, up)]
-        scales = None
-        if parts[0] is not None and parts[1] is not None:
-            scales = pack.interleave_gate_up(parts[0], parts[1])
-        packed = rewriter.pack(f"{_name(gate.inputs[1])}+up.packed", both, scales=scales)
+        parts = [rewriter.rounded(matmul.inputs[1]) for matmul in (gate, up)]
+        rounded = joined(parts, lambda scales: pack.interleave_gate_up(*scales))
+        packed = rewriter.pack(f"{_name(gate.inputs[1])}+up.packed", both, rounded=rounded)
         attributes = {"epilogue": epilogue, "columns": gate_weight.shape[1]}
         rewriter.replace(nodes, "SparseMatMul", [gate.inputs[0], packed], attributes)
         count += 1
@@ -89,7 +88,7 @@ def replace_matmuls(rewriter: Rewriter) -> int:
             weight.T,
             may_be_sparse=not is_head,
             planes=is_head and rewriter.head == "screened",
-            scales=rewriter.scales(node.inputs[1]),
+            rounded=rewriter.rounded(node.inputs[1]),
         )
         nodes, bias = _match_bias(node, weight.shape[1])
         rewriter.replace(nodes, "SparseMatMul", [node.inputs[0], packed, *bias], {})

@@ -94,7 +94,7 @@ class Source:
             linear = f"{block}.{name}".removesuffix(".weight")
             if linear not in kept.scales:
                 continue
-            grid = Grid(kept.bits, kept.group, kept.scales[linear])
+            grid = Grid(kept.bits[linear], kept.group, kept.scales[linear])
             rows, columns = self.checkpoint.shape(f"{block}.{name}")
             if list(grid.scales.shape) != [rows, -(-columns // grid.group)]:
                 raise BadInput(

@@ -84,7 +84,7 @@ def gather(
     """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`."""
     linears = request.skeleton.linears(index)
     pruned = request.shape.linears[index]
-    rounded = hessian and request.settings.bits is not None
+    rounded = hessian and request.settings.rounds
     inputs = InputStatistics(
         {key: linears[key] for key in pruned},
         request.samples,

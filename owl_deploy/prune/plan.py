@@ -1,12 +1,18 @@
 """What is known before the first block is pruned: how much of each Linear goes, and why."""
 
+from collections.abc import Mapping, Sequence
+
 from pydantic import BaseModel, ConfigDict
 
 from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.manifest import Cost
 from owl_deploy.prune import tune
+from owl_deploy.prune.budget import spend
 from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.prune.formats import Costs
 from owl_deploy.prune.measure import measure
 from owl_deploy.prune.request import Request
+from owl_deploy.prune.sensitivity import measure_costs
 from owl_deploy.prune.sparsities import BlockStatistics, linear_sparsities
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import PruneSettings
@@ -15,8 +21,9 @@ from owl_deploy.recipe import PruneSettings
 class Plan(BaseModel):
     """The settings, tuned if that was asked for, and what follows from them.
 
-    `sparsities`: for each block, its pruned Linears' by name. `statistics`: of each block, where
-    the allocation or tuning looked at any; `trials`: what tuning compared.
+    `sparsities`: for each block, its pruned Linears' by name; `bits` likewise, where a budget gave
+    each its own. `statistics`: of each block, where the allocation or tuning looked at any;
+    `trials`: what tuning compared; `costs`: what a budget chose from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,6 +32,16 @@ class Plan(BaseModel):
     sparsities: list[dict[str, float]]
     statistics: list[BlockStatistics] | None = None
     trials: list[tune.Trial] = []
+    bits: list[dict[str, int]] | None = None
+    costs: Costs | None = None
+
+    def bits_of(self, index: int, linear: str) -> int | None:
+        """What a pruned Linear of block `index` is rounded to, None where it is not."""
+        return self.settings.bits if self.bits is None else self.bits[index][linear]
+
+    def costs_of(self, index: int) -> Mapping[str, Sequence[Cost]]:
+        """What a budget chose from for the Linears of block `index`."""
+        return {} if self.costs is None else self.costs[index]
 
     def outlier_ratio(self, index: int) -> float | None:
         """That of block `index`, in percent, if it was measured; the head has none."""
@@ -41,6 +58,8 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     found = store.read("plan.json")
     if found is not None:
         return Plan.model_validate(found), None
+    if request.settings.budget is not None:
+        return _within_budget(request, store), None
     settings, measured, trials = request.settings, None, []
     if request.tune:
         candidates = tune.candidates(settings)
@@ -63,3 +82,25 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     )
     store.write("plan.json", plan.model_dump(mode="json"))
     return plan, measured.first if measured else None
+
+
+def _within_budget(request: Request, store: Store) -> Plan:
+    """The plan that loses least within the budget."""
+    costs = measure_costs(request, store)
+    chosen = spend(costs, request.room)
+    asked = [{name: one.sparsity for name, one in block.items()} for block in chosen]
+    sizes = [size for own in request.shape.linears for size in own.values()]
+    removed = sum(s * n for s, n in zip(_flat(asked), sizes, strict=True)) / sum(sizes)
+    plan = Plan(
+        settings=request.settings.model_copy(update={"sparsity": removed}),
+        sparsities=asked,
+        bits=[{name: one.bits for name, one in block.items()} for block in chosen],
+        costs=costs,
+    )
+    store.write("plan.json", plan.model_dump(mode="json"))
+    store.forget_measured()
+    return plan
+
+
+def _flat(blocks: list[dict[str, float]]) -> list[float]:
+    return [value for block in blocks for value in block.values()]

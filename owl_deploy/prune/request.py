@@ -1,6 +1,7 @@
 """What is asked of a pruning, checked before any work: which model, how, on what text, where."""
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.hardware import Hardware, find_batch, find_device, find_dtype
 from owl_deploy.manifest import versions
 from owl_deploy.methods import METHODS, Method
-from owl_deploy.prune import tune
+from owl_deploy.prune import budget, tune
 from owl_deploy.prune.sparsities import Shape, select
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
@@ -45,7 +46,8 @@ class Request:
 
     `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
     [samples, length], None where nothing looks at inputs; `held_out`: those that `tune` judges by.
-    `batch`: windows that go through a block together.
+    `batch`: windows that go through a block together. `room`: the bytes that the pruned Linears may
+    take packed; without a budget there is no end to it.
     """
 
     skeleton: Skeleton
@@ -56,6 +58,7 @@ class Request:
     held_out: torch.Tensor | None
     batch: int
     tune: bool
+    room: float = math.inf
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -119,13 +122,14 @@ def check(
     ]
     shape = select(skeleton.names, sizes, settings.skip)
     _check_groups(settings, skeleton, shape)
+    room = math.inf if settings.budget is None else budget.room(settings, skeleton, shape)
     windows = _windows(checkpoint, settings, calibration, tune_allocation=tune_allocation)
     held_out = None
     if tune_allocation and windows is not None:
         windows, held_out = windows[: -tune.HELD_OUT_WINDOWS], windows[-tune.HELD_OUT_WINDOWS :]
     batch = find_batch(hardware.batch_size, windows, skeleton)
     return Request(
-        skeleton, settings, shape, calibration, windows, held_out, batch, tune_allocation
+        skeleton, settings, shape, calibration, windows, held_out, batch, tune_allocation, room
     )
 
 
@@ -140,9 +144,10 @@ def _windows(
     measures = tune_allocation or ALLOCATIONS[settings.allocation].statistic is not None
     if settings.needs == "nothing" and not measures:
         return None
-    if calibration is None and settings.bits is not None:
+    if calibration is None and settings.rounds:
+        bits = f"to {settings.bits} bits" if settings.bits else "within a budget"
         raise BadInput(
-            f"Rounding to {settings.bits} bits looks at the model's inputs.",
+            f"Rounding {bits} looks at the model's inputs.",
             "Give a text with --calibration.",
         )
     if calibration is None:

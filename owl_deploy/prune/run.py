@@ -54,8 +54,11 @@ def prune(
             plan, first = resolve(request, store)
             _write_recipe(request, plan, store)
             parts = Walk(request, plan, store, first).parts()
-            reports = [write.report(p, plan.outlier_ratio(i)) for i, p in enumerate(parts)]
-            write.assemble(request, store)
+            reports = [
+                write.report(part, plan.outlier_ratio(index), plan.costs_of(index))
+                for index, part in enumerate(parts)
+            ]
+            write.assemble(request, plan, store)
             facts = write.describe(request, plan, reports, str(model))
             facts |= {"recipe": origin, "resumed": store.resumed}
             facts["wall_seconds"] = time.perf_counter() - started

@@ -2,7 +2,8 @@
 
 Besides `run.json` the folder holds `plan.json` (what the dense pass measured) and one safetensors
 file a finished block, each written whole or not at all; where weights were rounded, one with their
-scales beside it. A checkpoint of several shards takes the blocks' files as they are, so that the
+scales beside it. Until there is a plan, what was measured of a block for it lies there likewise. A
+checkpoint of several shards takes the blocks' files as they are, so that the
 disk holds them once.
 """
 
@@ -65,13 +66,32 @@ class Store(Partial):
         path = self._scales_path(name)
         return load_file(path) if path.is_file() else {}
 
+    def keep(self, name: str, way: str, found: dict[str, torch.Tensor]) -> None:
+        """Write what the pass `way` has measured of a block, durably."""
+        named = {key: tensor.contiguous() for key, tensor in found.items()}
+        self._write_tensors(named, self.folder / f"{name}.{way}")
+
+    def measured(self, name: str, way: str) -> dict[str, torch.Tensor] | None:
+        """What the pass `way` has measured of a block, or None where it has not come there."""
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{name}.{way}"
+        return load_file(path) if path.is_file() else None
+
+    def forget_measured(self) -> None:
+        """Drop all that was measured, which a plan holds by now."""
+        for path in [*self.folder.glob("*.forward"), *self.folder.glob("*.backward")]:
+            path.unlink()
+
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
-        return (self.folder / "plan.json").is_file()
+        done = (self.folder / "plan.json", *self.folder.glob("*.forward"))
+        return any(path.is_file() for path in done)
 
     def finish(self) -> None:
         """Make the folder, in which the checkpoint now lies, the output; drop what is the run's."""
+        self.forget_measured()
         for path in [*self.folder.glob("*.block"), *self.folder.glob("*.scales")]:
             path.unlink()
         for name in ("run.json", "plan.json"):

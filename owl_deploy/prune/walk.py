@@ -25,12 +25,13 @@ class Part:
     """A finished block, or the head: its tensors, by their names in it, in the checkpoint's dtype.
 
     `linears`: those that may be pruned, name to number of weights; the head is one itself, called
-    "". `sparsities`: what was asked of them.
+    "". `sparsities`: what was asked of them; `bits`: what they are rounded to, if they are.
     """
 
     name: str
     linears: Mapping[str, int]
     sparsities: Mapping[str, float]
+    bits: Mapping[str, int | None]
     tensors: Mapping[str, torch.Tensor]
 
     def weight(self, linear: str) -> torch.Tensor:
@@ -70,8 +71,9 @@ class Walk:
                     self.store.save(name, weights)
                 else:
                     self._replay(index, weights)
-                linears = self.request.shape.linears[index]
-                yield Part(name, linears, self.plan.sparsities[index], weights)
+                linears, asked = self.request.shape.linears[index], self.plan.sparsities[index]
+                bits = {key: self.plan.bits_of(index, key) for key in linears}
+                yield Part(name, linears, asked, bits, weights)
             if head:
                 yield self._finish_head(head)
 
@@ -141,7 +143,8 @@ class Walk:
             self.store.save(name, weights)
         if self.hidden is None:
             self.advance(2 * self.request.samples)
-        return Part(name, {"": weights["weight"].numel()}, {"": sparsity}, weights)
+        bits = self.plan.settings.bits
+        return Part(name, {"": weights["weight"].numel()}, {"": sparsity}, {"": bits}, weights)
 
     def _replay(self, index: int, weights: dict[str, torch.Tensor]) -> None:
         """Bring the hidden states past a block that an earlier run has finished."""

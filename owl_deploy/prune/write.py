@@ -2,22 +2,31 @@
 
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from owl_deploy.checkpoint import GRID, shards, write_compatible
-from owl_deploy.manifest import Block, Linear, Manifest, read_manifest, versions
+from owl_deploy.checkpoint import shards, write_compatible
+from owl_deploy.grid import write_grid
+from owl_deploy.manifest import Block, Cost, Linear, Manifest, read_manifest, versions
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 from owl_deploy.prune.walk import Part
 
 
-def report(part: Part, outlier_ratio: float | None) -> Block:
-    """What was asked of a block, or of the head, and what came out; the ratio is in percent."""
+def report(
+    part: Part,
+    outlier_ratio: float | None,
+    costs: Mapping[str, Sequence[Cost]] = MappingProxyType({}),
+) -> Block:
+    """What was asked of a block, or of the head, and what came out; the ratio is in percent.
+
+    `costs`: of its Linears in each format that a budget chose from, by their names.
+    """
     sizes = part.linears
     zeros = {name: int((part.weight(name) == 0).sum()) for name in sizes}
     asked = {name: part.sparsities.get(name, 0.0) for name in sizes}
@@ -32,14 +41,18 @@ def report(part: Part, outlier_ratio: float | None) -> Block:
         achieved=sum(zeros.values()) / max(total, 1),  # a block may be skipped as a whole
         weights=total,
         linears={
-            name: Linear(sparsity=asked[name], achieved=zeros[name] / size, weights=size)
+            name: Linear.model_validate(
+                {"sparsity": asked[name], "achieved": zeros[name] / size, "weights": size}
+                | ({"bits": part.bits[name]} if part.bits[name] else {})
+                | ({"costs": costs[name]} if name in costs else {})
+            )
             for name, size in sizes.items()
             if name
         },
     )
 
 
-def assemble(request: Request, store: Store) -> None:
+def assemble(request: Request, plan: Plan, store: Store) -> None:
     """Put the finished blocks and the untouched tensors together, as a checkpoint."""
     checkpoint, names, head = request.checkpoint, request.shape.names, request.head
     large = checkpoint.is_large
@@ -58,22 +71,25 @@ def assemble(request: Request, store: Store) -> None:
             elif not key.startswith(blocks):
                 yield key, checkpoint.read(key)
 
-    if request.settings.bits is not None:
-        _write_grid(request, store)
+    if request.settings.rounds:
+        _write_grid(request, plan, store)
     ready = [store.path(name) for name in names] if large else []
     shards(tensors(), store.folder, ready)
     write_compatible(checkpoint, store.folder)
 
 
-def _write_grid(request: Request, store: Store) -> None:
+def _write_grid(request: Request, plan: Plan, store: Store) -> None:
     """The scales of all rounded weights, and what they are scales of."""
-    from safetensors.torch import save_file
-
     names = [*request.shape.names, *([request.head] if request.head else [])]
     scales = {key: value for name in names for key, value in store.scales(name).items()}
     settings = request.settings
-    told = {"bits": str(settings.bits), "group": str(settings.bits_group)}
-    save_file(scales, store.folder / GRID, metadata=told)
+    assert settings.bits_group is not None
+    bits = settings.bits or {
+        f"{block}.{name}": number
+        for block, own in zip(names, plan.bits or (), strict=True)
+        for name, number in own.items()
+    }
+    write_grid(store.folder, scales, bits, settings.bits_group)
 
 
 def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str) -> dict[str, Any]:

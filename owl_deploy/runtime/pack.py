@@ -58,6 +58,8 @@ SCALE_COLUMNS = 32
 SHARED_COLUMNS = (32, 64, 128)  # that may share a scale
 ALIGNMENT = 64
 LOW_COLUMNS = 128  # of the low plane, in 64 bytes
+# Above these shares of non-zeros a weight is best packed whole: the mask costs more than it saves.
+MAX_DENSITY: dict[Values, float] = {"fp32": 0.9, "bf16": 0.85, "int8": 0.8, "int4": 0.7}
 _DENSE, _SPARSE, _PLANES = range(3)
 _HEADER = struct.Struct("<8s4I9Q2I24x")
 _MAX_SCALE_EXPONENT = 254 - 15

@@ -1,0 +1,128 @@
+"""`owl prune --budget`: what the Linears may take together, and the formats that this buys."""
+
+import math
+from collections.abc import Iterator
+
+from owl_deploy.blocks import Skeleton
+from owl_deploy.errors import BadInput
+from owl_deploy.manifest import Cost
+from owl_deploy.prune.formats import Costs, formats, packed_size
+from owl_deploy.prune.knapsack import Option, cheapest
+from owl_deploy.prune.sparsities import Shape
+from owl_deploy.recipe import PruneSettings, parse_budget
+from owl_deploy.runtime import pack
+
+Formats = list[dict[str, Cost]]  # of each block, by the names of its pruned Linears
+
+# What a kernel reads as one weight, and so stands in one format: a gated MLP's two halves.
+_ONE_WEIGHT = ({"gate_proj", "up_proj"},)
+
+
+def room(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> float:
+    """The bytes that the pruned Linears may take packed.
+
+    Raises `BadInput` for a budget that not even the least formats fit, or that the largest do not
+    fill.
+    """
+    assert settings.budget is not None
+    assert settings.bits_group is not None
+    number, unit = parse_budget(settings.budget)
+    shapes = _shapes(skeleton, shape)
+    weights = sum(math.prod(one) for one in shapes)
+    rest = _rest(skeleton, shape) if unit == "bytes" else 0
+    found = number * weights / 8 if unit == "bits" else number - rest
+    known = formats(settings.method)
+    sizes = [
+        [packed_size(one, form, form.sparsity, settings.bits_group) for form in known]
+        for one in shapes
+    ]
+    least, most = sum(map(min, sizes)), sum(map(max, sizes))
+    if least <= found <= most:
+        return found
+    bounds = [
+        f"{8 * one / weights:.3f} bits a weight"
+        if unit == "bits"
+        else f"{(rest + one) / 1e6:.1f}MB"
+        for one in (least, most)
+    ]
+    if found < least:
+        raise BadInput(
+            f"The budget {settings.budget} is below the least that {settings.method} can make of "
+            f"this model, {bounds[0]}.",
+            "Give that or more.",
+        )
+    raise BadInput(
+        f"The budget {settings.budget} is above the most that a budget can buy, {bounds[1]}.",
+        "Give that or less, or export the model as it is.",
+    )
+
+
+def spend(costs: Costs, room: float) -> Formats:
+    """The formats, one for every Linear, that lose least in `room` bytes."""
+    weights = [one for number, block in enumerate(costs) for one in _weights(number, block)]
+    options = [
+        [
+            Option(sum(one.bytes for one in same), sum(one.loss for one in same))
+            for same in zip(*(costs[block][name] for name in names), strict=True)
+        ]
+        for block, names in weights
+    ]
+    found: Formats = [{} for _ in costs]
+    for (block, names), at in zip(weights, cheapest(options, room), strict=True):
+        found[block] |= {name: costs[block][name][at] for name in names}
+    return [{name: own[name] for name in block} for block, own in zip(costs, found, strict=True)]
+
+
+def _weights(number: int, block: dict[str, list[Cost]]) -> Iterator[tuple[int, list[str]]]:
+    """The weights of a block as the engine has them: a Linear, or some that it reads as one."""
+    left = dict.fromkeys(block)
+    while left:
+        first = next(iter(left))
+        parent, _, last = first.rpartition(".")
+        names = {last}.union(*(one for one in _ONE_WEIGHT if last in one))
+        together = [
+            name for name in left if name.rpartition(".")[::2] in {(parent, n) for n in names}
+        ]
+        for name in together:
+            del left[name]
+        yield number, together
+
+
+def _shapes(skeleton: Skeleton, shape: Shape) -> list[tuple[int, int]]:
+    return [
+        (linear.out_features, linear.in_features)
+        for index, own in enumerate(shape.linears)
+        for linear in (skeleton.linears(index)[name] for name in own)
+    ]
+
+
+def _rest(skeleton: Skeleton, shape: Shape) -> int:
+    """The bytes of all else that `owl export --target owl --precision int4` stores: the head in
+    planes, the embedding of a head that is not tied in int8, other Linears in int4, the rest fp32.
+    """
+    pruned = {
+        f"{b}.{name}.weight"
+        for b, own in zip(shape.names, shape.linears, strict=True)
+        for name in own
+    }
+    linears = {
+        f"{block}.{name}.weight"
+        for index, block in enumerate(skeleton.names)
+        for name in skeleton.linears(index)
+    }
+    embedding = f"{skeleton.family.embeddings[0]}.weight"
+    tied = skeleton.model.config.tie_word_embeddings
+    head = embedding if tied else f"{skeleton.family.head}.weight"
+    total = 0
+    for name, size in skeleton.stored_shapes().items():
+        if name in pruned:
+            continue
+        if name == head:
+            total += pack.stored_bytes((size[0], size[1]), "int8", planes=True)
+        elif name == embedding:
+            total += pack.stored_bytes((size[0], size[1]), "int8")
+        elif name in linears:
+            total += pack.stored_bytes((size[0], size[1]), "int4")
+        else:
+            total += 4 * math.prod(size)
+    return total

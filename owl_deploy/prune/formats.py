@@ -1,0 +1,37 @@
+"""The formats that `owl prune --budget` chooses from, and what they take in the engine."""
+
+from dataclasses import dataclass
+
+from owl_deploy.manifest import Cost
+from owl_deploy.methods import METHODS
+from owl_deploy.runtime import pack
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a Linear may be stored: integers of `bits` bits, a share `sparsity` of them removed."""
+
+    bits: int
+    sparsity: float = 0.0
+
+    @property
+    def values(self) -> pack.Values:
+        """The engine's type that holds it."""
+        return "int8" if self.bits == 8 else "int4"
+
+
+# Half of the weights in 8 bits take more than all of them in 4, and lose more.
+FORMATS = (Format(8), Format(4), *(Format(4, sparsity) for sparsity in (0.4, 0.5, 0.6, 0.7)))
+
+Costs = list[dict[str, list[Cost]]]  # of each block, by the names of its pruned Linears
+
+
+def formats(method: str) -> list[Format]:
+    """Those of `FORMATS` that a method makes: one that only rounds makes the dense ones."""
+    return [one for one in FORMATS if METHODS[method].removes or not one.sparsity]
+
+
+def packed_size(shape: tuple[int, int], form: Format, zeros: float, group: int) -> int:
+    """The bytes of a weight [out, in] with this share of zeros, stored as the engine would."""
+    sparse = 1 - zeros <= pack.MAX_DENSITY[form.values]
+    return pack.stored_bytes(shape, form.values, zeros if sparse else None, scale_columns=group)

@@ -1,0 +1,201 @@
+"""What every format of every Linear would cost: in bytes, and in the model's loss.
+
+Two passes over the dense model. The first goes forward, as a pruning does: each block's Linears are
+made in every format, which gives the error of their outputs on the calibration text, tr(D H D^T)
+for the difference D [out, in] that a format makes and H = X^T X. The second goes backward through
+some of the windows and asks what one of these differences, that of dense int4, costs: with the
+gradients G_n [out, in] of the loss of tokens that the model draws itself,
+
+    loss = 1 / (2 tokens) sum_n sum_o (G_n[o] . D[o])^2 nats a token.
+
+That is the second order of the divergence from the dense model, with the Fisher matrix of each
+output's weights whole: the errors of one row belong together (rounding a column is made up for by
+others), and an error that all tokens share, which attention passes on where it averages others out,
+counts as such. Errors of different rows have no reason to agree and are taken as independent, which
+spares the noise of their products. The other formats cost in proportion to their outputs' errors:
+the loss grows linearly in the squared error of a layer, with a coefficient a layer (HIGGS, arXiv
+2411.17525, whose coefficients are measured by adding noise to one layer at a time, in a pass each;
+the backward pass measures those of all layers at once, along errors that are made up for).
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from owl_deploy.blocks import Activations
+from owl_deploy.manifest import Cost
+from owl_deploy.progress import Advance, bar
+from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.prune.formats import Costs, Format, formats, packed_size
+from owl_deploy.prune.linear import Maker
+from owl_deploy.prune.measure import gather
+from owl_deploy.prune.request import Request
+from owl_deploy.prune.store import Store
+
+_TOKENS = 4096  # that the backward pass reads, in whole windows
+_PROBE = Format(4)  # the one whose difference is run backward
+
+
+def measure_costs(request: Request, store: Store) -> Costs:
+    """The costs of the formats that the method can make, of every pruned Linear.
+
+    Finished blocks are durable in the `store`, for a run that resumes.
+    """
+    return _Measuring(request, store).run()
+
+
+class _Measuring:
+    """The two passes; what each leaves of a block is a file of tensors.
+
+    Forward: what `entered` the block in the windows that go backward, and of each Linear the
+    `difference` of the probe and the `measured` [formats, 2]: errors of the outputs, zeros.
+    Backward: the `gradient` by what entered the block, and of each Linear the `loss` of the probe.
+    """
+
+    def __init__(self, request: Request, store: Store) -> None:
+        assert request.windows is not None
+        self.request, self.store, self.skeleton = request, store, request.skeleton
+        self.names, self.linears = request.shape.names, request.shape.linears
+        self.maker = Maker(request.settings)
+        self.formats = formats(request.settings.method)
+        self.windows = request.windows
+        self.back = min(len(self.windows), max(1, _TOKENS // self.windows.shape[1]))
+
+    def run(self) -> Costs:
+        """See `measure_costs`."""
+        hidden = self._forward()
+        self._backward(hidden)
+        return [self._costs(name) for name in self.names]
+
+    @torch.no_grad()
+    def _forward(self) -> Activations:
+        hidden = self.skeleton.embed(self.windows, self.request.batch, self.store.folder)
+        with bar("Measuring formats", len(self.names) * len(self.windows)) as advance:
+            for index, name in enumerate(self.names):
+                if self.store.measured(name, "forward") is None:
+                    entered = hidden.hidden[: self.back].clone()
+                    found = self._forward_block(index, hidden, advance)
+                    self.store.keep(name, "forward", found | {"entered": entered})
+                else:
+                    with self.skeleton.loaded(name) as block:
+                        hidden.through(block, index, advance, keep=True)
+        return hidden
+
+    def _forward_block(
+        self, index: int, hidden: Activations, advance: Advance
+    ) -> dict[str, torch.Tensor]:
+        name, found = self.names[index], {}
+        with self.skeleton.loaded(name) as block:
+            own = {
+                key: self.skeleton.linears(index)[key].weight.float() for key in self.linears[index]
+            }
+            statistics = gather(
+                self.request, block, index, hidden, advance, keep=True, hessian=True
+            )
+            for key, dense in own.items():
+                inputs, measured = Inputs(statistics, key), []
+                for form in self.formats:
+                    left = self.maker.make(dense, inputs, form.sparsity, form.bits).weight
+                    difference = left - dense
+                    measured.append([_share(difference, dense, inputs), _zeros(left)])
+                    if form == _PROBE:
+                        found[f"{key}.difference"] = difference.bfloat16().cpu()
+                found[f"{key}.measured"] = torch.tensor(measured, dtype=torch.float64)
+        return found
+
+    def _backward(self, hidden: Activations) -> None:
+        """Ask what each Linear's difference costs, from the last block to the first."""
+        todo = [
+            index
+            for index, name in enumerate(self.names)
+            if self.store.measured(name, "backward") is None
+        ]
+        if not todo:
+            return
+        hidden.hidden = hidden.hidden[: self.back]
+        with bar("Measuring what counts", len(todo) * self.back) as advance:
+            if todo[-1] + 1 < len(self.names):  # those behind are finished
+                later = self.store.measured(self.names[todo[-1] + 1], "backward")
+                assert later is not None
+                gradient = later["gradient"]
+            else:
+                assert self.request.calibration is not None
+                seed = self.request.calibration.seed
+                gradient = self.skeleton.loss_gradients(self.windows[: self.back], hidden, seed)
+            for index in reversed(todo):
+                losses = self._backward_block(index, gradient, hidden.arguments[index], advance)
+                self.store.keep(self.names[index], "backward", losses | {"gradient": gradient})
+
+    def _backward_block(
+        self,
+        index: int,
+        gradient: torch.Tensor,
+        arguments: Mapping[str, object],
+        advance: Advance,
+    ) -> dict[str, torch.Tensor]:
+        """The losses of one block; the `gradient` becomes that by what enters it."""
+        name, keys = self.names[index], list(self.linears[index])
+        forward = self.store.measured(name, "forward")
+        assert forward is not None
+        device = self.skeleton.device
+        losses = dict.fromkeys(keys, 0.0)
+        with self.skeleton.loaded(name) as block:
+            block.requires_grad_(False)
+            weights = [self.skeleton.linears(index)[key].weight for key in keys]
+            for weight in weights:
+                weight.requires_grad_(True)
+            for place in range(self.back):
+                entered = forward["entered"][place].unsqueeze(0).to(device).requires_grad_()
+                left = block(entered, **arguments)
+                by_left = gradient[place].unsqueeze(0).to(device)
+                by_entered, *by_weight = torch.autograd.grad(left, [entered, *weights], by_left)
+                gradient[place] = by_entered[0].to(gradient.device)
+                for key, one in zip(keys, by_weight, strict=True):
+                    difference = forward[f"{key}.difference"].to(device, torch.float32)
+                    of_rows = (one.float() * difference).sum(dim=1)
+                    losses[key] += of_rows.double().square().sum().item()
+                advance(1)
+        tokens = self.back * self.windows.shape[1]
+        return {
+            f"{key}.loss": torch.tensor(loss / (2 * tokens), dtype=torch.float64)
+            for key, loss in losses.items()
+        }
+
+    def _costs(self, name: str) -> dict[str, list[Cost]]:
+        forward, backward = (self.store.measured(name, way) for way in ("forward", "backward"))
+        assert forward is not None
+        assert backward is not None
+        found: dict[str, list[Cost]] = {}
+        group = self.request.settings.bits_group
+        assert group is not None
+        for key in self.linears[self.names.index(name)]:
+            rows, columns = forward[f"{key}.difference"].shape
+            measured = forward[f"{key}.measured"].tolist()
+            error_of_probe = measured[self.formats.index(_PROBE)][0]
+            rate = backward[f"{key}.loss"].item() / error_of_probe if error_of_probe else 0.0
+            found[key] = [
+                Cost(
+                    bits=form.bits,
+                    sparsity=form.sparsity,
+                    bytes=packed_size((rows, columns), form, zeros, group),
+                    error=error,
+                    loss=rate * error,
+                )
+                for form, (error, zeros) in zip(self.formats, measured, strict=True)
+            ]
+        return found
+
+
+def _share(difference: torch.Tensor, dense: torch.Tensor, inputs: Inputs) -> float:
+    """The squared error of the outputs over the square of the outputs."""
+    hessian = inputs.of_hessian(_itself)
+    of_dense = ((dense @ hessian) * dense).sum().item()
+    return ((difference @ hessian) * difference).sum().item() / of_dense if of_dense else 0.0
+
+
+def _itself(hessian: torch.Tensor) -> torch.Tensor:
+    return hessian
+
+
+def _zeros(weight: torch.Tensor) -> float:
+    return 1 - weight.count_nonzero().item() / weight.numel()
