@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from owl_deploy.grid import read_grid
 from owl_deploy.runtime import pack
 
-_QKV = ("q_proj", "k_proj", "v_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
 _FEW = 4  # bits of the narrowest integers that are stored
 
 
@@ -30,7 +30,7 @@ def joined(
 ) -> Rounded | None:
     """What weights that become one were rounded to; None where some were not, or other groups."""
     known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or len({part.scales.shape[1] for part in known}) > 1:
+    if len(known) < len(parts) or len({part.scales.shape[1] for part in known}) != 1:
         return None
     return Rounded(join([part.scales for part in known]), max(part.bits for part in known))
 
@@ -66,18 +66,22 @@ class Grid:
         return "int8" if min(self.bits.values()) <= _FEW else None
 
     def of(self, initializer: str) -> Rounded | None:
-        """What a weight of the model builder's graph was rounded to; None where it was not.
+        """What a weight of the model builder's graph was rounded to; None where it was not."""
+        linear = _linear(initializer)
+        if linear in self.scales:
+            return Rounded(self.scales[linear], self.bits[linear])
+        return joined(self.parts(initializer), np.concatenate)
 
-        The builder calls a block's attention `attn`, and joins q, k and v.
-        """
-        linear = initializer.removesuffix(".weight").removesuffix(".MatMul")
-        linear = linear.replace(".attn.", ".self_attn.")
-        block, _, last = linear.rpartition(".")
-        if last == "qkv_proj" and linear not in self.scales:
-            return joined([self._of(f"{block}.{name}") for name in _QKV], np.concatenate)
-        return self._of(linear)
+    def parts(self, initializer: str) -> list[Rounded]:
+        """What q, k and v, which the builder joins, were rounded to; empty where not all were."""
+        block, _, last = _linear(initializer).rpartition(".")
+        names = [f"{block}.{name}" for name in QKV]
+        if last != "qkv_proj" or not self.scales.keys() >= set(names):
+            return []
+        return [Rounded(self.scales[name], self.bits[name]) for name in names]
 
-    def _of(self, linear: str) -> Rounded | None:
-        if linear not in self.scales:
-            return None
-        return Rounded(self.scales[linear], self.bits[linear])
+
+def _linear(initializer: str) -> str:
+    """The Linear of a weight of the graph: the builder calls a block's attention `attn`."""
+    linear = initializer.removesuffix(".weight").removesuffix(".MatMul")
+    return linear.replace(".attn.", ".self_attn.")

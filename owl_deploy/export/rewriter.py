@@ -43,6 +43,15 @@ class Rewriter:
         """The nodes of these types, in graph order; safe to edit the graph meanwhile."""
         return [node for node in self.model.graph if node.op_type in kinds]
 
+    def format_of(self, weight: NDArray[np.float32], rounded: Rounded) -> tuple[pack.Values, bool]:
+        """How `pack` stores a weight [outputs, inputs]: in which values, and whether sparse."""
+        values = self._holder(rounded, self.precision) or self.precision
+        return values, _pays(weight, values)
+
+    def _holder(self, rounded: Rounded | None, values: pack.Values) -> pack.Values | None:
+        """What keeps the grid of a weight where `values` are asked for; None: nothing does."""
+        return self.grid.holder(rounded.bits, values) if self.grid and rounded else None
+
     def pack(
         self,
         name: str,
@@ -62,12 +71,11 @@ class Rewriter:
         if name not in self.packed:
             values = "int8" if planes else precision or self.precision
             scales, shared = None, pack.SCALE_COLUMNS
-            if self.grid and rounded and not planes:
-                holder = self.grid.holder(rounded.bits, values)
-                if holder is not None:
-                    values, scales, shared = holder, rounded.scales, self.grid.group
-            density = int(np.count_nonzero(weight)) / weight.size
-            sparse = may_be_sparse and density <= pack.MAX_DENSITY[values]
+            if not planes and (holder := self._holder(rounded, values)):
+                assert rounded is not None
+                assert self.grid is not None
+                values, scales, shared = holder, rounded.scales, self.grid.group
+            sparse = may_be_sparse and _pays(weight, values)
             try:
                 block = pack.pack(
                     *(np.ascontiguousarray(weight), values, sparse),
@@ -84,6 +92,17 @@ class Rewriter:
             self.on_grid += scales is not None
             graph.register_initializer(ir.val(name, const_value=ir.Tensor(block, name=name)))
         return graph.initializers[name]
+
+    def keep(self, name: str, values: NDArray[np.float32]) -> ir.Value:
+        """The initializer `name` with these `values` as they are."""
+        if name not in self.model.graph.initializers:
+            tensor = ir.Tensor(np.ascontiguousarray(values), name=name)
+            self.model.graph.register_initializer(ir.val(name, const_value=tensor))
+        return self.model.graph.initializers[name]
+
+    def parts(self, weight: ir.Value | None) -> list[Rounded]:
+        """What q, k and v were rounded to, where an initializer is all of them."""
+        return [] if self.grid is None or weight is None else self.grid.parts(str(weight.name))
 
     def rounded(self, weight: ir.Value | None) -> Rounded | None:
         """What an initializer was rounded to, if it was."""
@@ -107,6 +126,11 @@ class Rewriter:
         ir.convenience.replace_nodes_and_values(
             self.model.graph, old[-1], old, [new], outputs, new.outputs
         )
+
+
+def _pays(weight: NDArray[np.float32], values: pack.Values) -> bool:
+    """Whether a weight has zeros enough to be stored sparse."""
+    return int(np.count_nonzero(weight)) / weight.size <= pack.MAX_DENSITY[values]
 
 
 def constant(value: ir.Value | None) -> NDArray[np.float32] | None:

@@ -5,15 +5,19 @@ how often it did; what none recognises stays as it was, so a family with an unus
 runs, only slower there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from owl_deploy.export import program
-from owl_deploy.export.grid import joined
-from owl_deploy.export.rewriter import Rewriter, are_closed, constant, maker
+from owl_deploy.export.grid import QKV, Rounded, joined
+from owl_deploy.export.rewriter import DOMAIN, Rewriter, are_closed, constant, maker
 from owl_deploy.runtime import pack
+
+_Floats = NDArray[np.float32]
 
 # What CachedAttention takes of GroupQueryAttention.
 _ATTENTION = {
@@ -75,6 +79,55 @@ def _match_activation(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.
     return None
 
 
+def split_attention(rewriter: Rewriter) -> int:
+    """The one product that makes q, k and v -> one for each, where their formats differ."""
+    count = 0
+    for attention in rewriter.nodes("GroupQueryAttention"):
+        match = _match_joined(rewriter, attention)
+        if match is None:
+            continue
+        nodes, weight, bias, parts = match
+        block = _name(nodes[0].inputs[1]).removesuffix("qkv_proj.MatMul.weight")
+        start = 0
+        for place, (name, part) in enumerate(zip(QKV, parts, strict=True)):
+            columns = slice(start, start := start + len(part.scales))
+            packed = rewriter.pack(f"{block}{name}.packed", weight[:, columns].T, rounded=part)
+            inputs = [nodes[0].inputs[0], packed]
+            if bias is not None:
+                inputs.append(rewriter.keep(f"{block}{name}.bias", bias[columns]))
+            made = ir.node("SparseMatMul", inputs, domain=DOMAIN, name=f"{nodes[0].name}/{name}")
+            made.outputs[0].name = f"{_name(nodes[-1].outputs[0])}/{name}"
+            made.outputs[0].dtype = nodes[-1].outputs[0].dtype
+            rewriter.model.graph.insert_before(attention, made)
+            attention.replace_input_with(place, made.outputs[0])
+        rewriter.model.graph.remove(nodes[::-1], safe=True)
+        count += 1
+    return count
+
+
+def _match_joined(
+    rewriter: Rewriter, attention: ir.Node
+) -> tuple[list[ir.Node], _Floats, _Floats | None, list[Rounded]] | None:
+    """The nodes that make q, k and v of `attention` in one, their weight and bias, and what each
+    part was rounded to: where that is not one format.
+    """
+    entering, *others = attention.inputs[:3]
+    add = maker(entering, "Add")
+    products = [maker(value, "MatMul") for value in (add.inputs if add else [entering])]
+    matmul = next(filter(None, products), None)
+    parts = rewriter.parts(matmul.inputs[1]) if matmul else []
+    weight = constant(matmul.inputs[1]) if matmul and parts else None
+    if matmul is None or weight is None or any(others):
+        return None
+    nodes, bias = _match_bias(matmul, weight.shape[1])
+    if nodes[-1].outputs[0] is not entering or not are_closed([*nodes, attention]):
+        return None
+    ends = np.cumsum([len(part.scales) for part in parts])[:-1]
+    columns = np.split(weight, ends, axis=1)
+    formats = {rewriter.format_of(*one) for one in zip(columns, parts, strict=True)}
+    return (nodes, weight, constant(bias[0]) if bias else None, parts) if len(formats) > 1 else None
+
+
 def replace_matmuls(rewriter: Rewriter) -> int:
     """x W, and x W + bias, -> SparseMatMul."""
     count = 0
@@ -107,33 +160,49 @@ def _match_bias(node: ir.Node, width: int) -> tuple[list[ir.Node], list[ir.Value
 
 
 def fuse_norms(rewriter: Rewriter) -> int:
-    """RMS norm (with its residual addition) -> into the only SparseMatMul that reads it."""
+    """RMS norm (with its residual addition) -> into the SparseMatMul nodes that read it."""
     count = 0
     for norm in rewriter.nodes("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"):
         normed, *others = norm.outputs
         readers = normed.consumers()
         x, *skip, gamma = norm.inputs[: 3 if norm.op_type.startswith("Skip") else 2]
+        total = x if not skip else others[2] if len(others) > 2 else None
         if (
-            len(readers) != 1
+            not readers
             or normed.is_graph_output()
-            or readers[0].op_type != "SparseMatMul"
-            or readers[0].inputs[0] is not normed
+            or any(one.op_type != "SparseMatMul" or one.inputs[0] is not normed for one in readers)
+            or (len(readers) > 1 and not (total and total.name))
             or any(norm.inputs[2 + len(skip) :])  # a bias of the norm itself
             or any(other.name for other in others[:2])
             or norm.attributes.get_int("axis", -1) not in (-1, 2)
         ):
             continue
-        matmul = readers[0]
-        _, packed, *bias = matmul.inputs
-        rewriter.replace(
-            [norm, matmul],
-            "SparseMatMul",
-            [x, packed, *(bias or [None]), *(skip or [None]), gamma],
-            {**matmul.attributes, "epsilon": norm.attributes.get_float("epsilon", 1e-5)},
-            [*matmul.outputs, *others[2:]],
-        )
+        epsilon = norm.attributes.get_float("epsilon", 1e-5)
+        first, *more = [node for node in rewriter.nodes("SparseMatMul") if node in readers]
+        for matmul in more:  # the first one adds, and these norm its sum again
+            _fuse_norm(rewriter, [matmul], [total, None, gamma], epsilon)
+        _fuse_norm(rewriter, [norm, first], [x, *(skip or [None]), gamma], epsilon, others[2:])
         count += 1
     return count
+
+
+def _fuse_norm(
+    rewriter: Rewriter,
+    old: Sequence[ir.Node],
+    entering: Sequence[ir.Value | None],
+    epsilon: float,
+    sums: Sequence[ir.Value] = (),
+) -> None:
+    """The last of `old`, a SparseMatMul, with the norm of what is `entering`: x, skip and gamma."""
+    matmul, (x, skip, gamma) = old[-1], entering
+    _, packed, *bias = matmul.inputs
+    rewriter.replace(
+        old,
+        "SparseMatMul",
+        [x, packed, *(bias or [None]), skip, gamma],
+        {**matmul.attributes, "epsilon": epsilon},
+        [*matmul.outputs, *sums],
+    )
 
 
 def replace_embedding(rewriter: Rewriter) -> int:
@@ -238,6 +307,7 @@ def _name(value: ir.Value | None) -> str:
 # By themselves, operators stay nodes: slower, but the runtime's profile then shows each.
 REPLACEMENTS: tuple[Callable[[Rewriter], int], ...] = (
     fuse_gated,
+    split_attention,
     replace_matmuls,
     fuse_norms,
     replace_embedding,

@@ -18,20 +18,30 @@ the loss grows linearly in the squared error of a layer, with a coefficient a la
 the backward pass measures those of all layers at once, along errors that are made up for).
 """
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
+from owl_deploy.artefact import read_object, write_json
 from owl_deploy.blocks import Activations
+from owl_deploy.cache import cache_dir, cache_path
+from owl_deploy.errors import OwlError
 from owl_deploy.manifest import Cost
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs
-from owl_deploy.prune.formats import Costs, Format, formats, packed_size
+from owl_deploy.prune.formats import FORMATS, Costs, Format, formats, packed_size
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 
+_CACHE = "formats"  # the folder in the cache
+_COSTS: TypeAdapter[Costs] = TypeAdapter(Costs)
 _TOKENS = 4096  # that the backward pass reads, in whole windows
 _PROBE = Format(4)  # the one whose difference is run backward
 
@@ -39,9 +49,24 @@ _PROBE = Format(4)  # the one whose difference is run backward
 def measure_costs(request: Request, store: Store) -> Costs:
     """The costs of the formats that the method can make, of every pruned Linear.
 
-    Finished blocks are durable in the `store`, for a run that resumes.
+    They do not depend on the budget: the cache folder keeps them for the next one. Finished blocks
+    are durable in the `store`, for a run that resumes.
     """
-    return _Measuring(request, store).run()
+    name = f"{_key(request)}.json"
+    with contextlib.suppress(OwlError, OSError, ValidationError, KeyError):
+        return _COSTS.validate_python(read_object(cache_path() / _CACHE / name, "")["costs"])
+    costs = _Measuring(request, store).run()
+    with contextlib.suppress(OwlError, OSError):  # a cache that cannot be written costs time
+        write_json(cache_dir(_CACHE) / name, {"costs": _COSTS.dump_python(costs, mode="json")})
+    return costs
+
+
+def _key(request: Request) -> str:
+    """A digest of all that the costs depend on."""
+    deciding = request.deciding()
+    del deciding["settings"]["budget"]
+    text = json.dumps(deciding | {"formats": [asdict(one) for one in FORMATS]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Measuring:

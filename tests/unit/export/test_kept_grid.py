@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from owl_deploy.errors import BadInput
 from owl_deploy.export import rewrites
 from owl_deploy.export.grid import Grid
+from owl_deploy.grid import write_grid
 from tests.unit.export.test_rewrites import SILU, rewriter, unpacked
 
 
@@ -37,12 +38,32 @@ def test_what_is_no_grid(tmp_path: Path, told: dict[str, str], complaint: str) -
 
 
 @pytest.mark.parametrize(
-    ("bits", "fitting"), [(3, ["int8", "int4"]), (4, ["int8", "int4"]), (8, ["int8"])]
+    ("bits", "holders"),
+    [(3, ["int8", "int4"]), (4, ["int8", "int4"]), (8, ["int8", None])],
 )
-def test_what_can_hold_it(tmp_path: Path, bits: int, fitting: list[str]) -> None:
-    grid = Grid.read(write(tmp_path, [], bits=str(bits)))
+def test_what_can_hold_it(tmp_path: Path, bits: int, holders: list[str | None]) -> None:
+    grid = Grid.read(write(tmp_path, ["a"], bits=str(bits)))
     assert grid is not None
-    assert [values for values in ("fp32", "bf16", "int8", "int4") if grid.fits(values)] == fitting
+    assert [grid.holder(bits, "fp32"), grid.holder(bits, "bf16")] == [None, None]
+    assert [grid.holder(bits, "int8"), grid.holder(bits, "int4")] == holders
+
+
+def test_where_some_fit_in_4_bits_the_others_keep_their_8(tmp_path: Path) -> None:
+    write_grid(
+        tmp_path, {f"{n}.weight_scale": torch.ones(4, 1) for n in "ab"}, {"a": 4, "b": 8}, 32
+    )
+    grid = Grid.read(tmp_path)
+    assert grid is not None
+    assert grid.bits == {"a": 4, "b": 8}
+    assert [grid.holder(bits, "int4") for bits in (4, 8)] == ["int4", "int8"]
+    assert [grid.holder(bits, "int8") for bits in (4, 8)] == ["int8", "int8"]
+    assert grid.holder(8, "bf16") is None
+
+
+def test_a_grid_that_leaves_out_the_bits_of_a_linear(tmp_path: Path) -> None:
+    write_grid(tmp_path, {f"{n}.weight_scale": torch.ones(4, 1) for n in "ab"}, {"a": 4}, 32)
+    with pytest.raises(BadInput, match=r"not a grid: 'b\.bits'"):
+        Grid.read(tmp_path)
 
 
 def test_weights_of_the_graph_are_found_by_their_linears(tmp_path: Path) -> None:
@@ -53,7 +74,8 @@ def test_weights_of_the_graph_are_found_by_their_linears(tmp_path: Path) -> None
     for name, rows in (("attn.qkv", 12), ("attn.o", 4), ("mlp.up", 4)):
         found = grid.of(f"{block}.{name}_proj.MatMul.weight")
         assert found is not None
-        assert found.shape == (rows, 1)
+        assert found.scales.shape == (rows, 1)
+        assert found.bits == 4
     assert grid.of(f"{block}.mlp.gate_proj.MatMul.weight") is None
     del grid.scales[attention[1]]
     assert grid.of(f"{block}.attn.qkv_proj.MatMul.weight") is None
@@ -67,7 +89,7 @@ def test_gate_and_up_keep_their_grids() -> None:
         for name, scale in scales.items()
     }
     graph = rewriter(SILU, weights)
-    graph.precision, graph.grid = "int4", Grid(4, 32, scales)
+    graph.precision, graph.grid = "int4", Grid({"g": 4, "u": 4}, 32, scales)
     assert rewrites.fuse_gated(graph) == 1
     both = unpacked(graph, "g+up.packed").reshape(-1, 2, 16, 8)
     for place, name in enumerate("gu"):
@@ -78,7 +100,7 @@ def test_gate_and_up_keep_their_grids() -> None:
 def test_a_weight_off_its_grid_is_named() -> None:
     weight = np.full((8, 20), 0.3, dtype=np.float32)
     graph = rewriter([("MatMul", "x w", "a"), ("Neg", "a", "y")], {"w": weight})
-    graph.precision, graph.grid = "int4", Grid(4, 32, {"w": np.ones((20, 1), np.float32)})
+    graph.precision, graph.grid = "int4", Grid({"w": 4}, 32, {"w": np.ones((20, 1), np.float32)})
     with pytest.raises(BadInput, match="w cannot be packed: a weight does not lie on its grid"):
         rewrites.replace_matmuls(graph)
 
@@ -87,6 +109,6 @@ def test_a_weight_off_its_grid_is_named() -> None:
 def test_a_grid_of_more_bits_is_rounded_anew(bits: int, kept: int) -> None:
     weight = np.arange(160, dtype=np.float32).reshape(8, 20) % 7
     graph = rewriter([("MatMul", "x w", "a"), ("Neg", "a", "y")], {"w": weight})
-    graph.precision, graph.grid = "int4", Grid(bits, 32, {"w": np.ones((20, 1), np.float32)})
+    graph.precision, graph.grid = "int4", Grid({"w": bits}, 32, {"w": np.ones((20, 1), np.float32)})
     rewrites.replace_matmuls(graph)
     assert graph.on_grid == kept

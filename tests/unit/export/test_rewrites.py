@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from owl_deploy.export import rewrites
+from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head, Rewriter
 from owl_deploy.runtime import pack
 
@@ -225,14 +226,37 @@ def test_a_residual_sum_comes_out_of_the_fused_norm() -> None:
     assert order.index("SparseMatMul") < order.index("Neg")
 
 
+def test_each_of_several_readers_norms_for_itself() -> None:
+    norm = node("SimplifiedLayerNormalization", "x gamma", "n", epsilon=1e-6)
+    graph = after_matmuls([norm, ("MatMul", "n w", "y"), ("MatMul", "n v", "z")], "y z")
+    assert rewrites.fuse_norms(graph) == 1
+    assert [names(fused.inputs) for fused in graph.model.graph] == [
+        ["x", f"{name}.packed", "", "", "gamma"] for name in "wv"
+    ]
+    assert [attributes(n)["epsilon"] for n in graph.model.graph] == pytest.approx([1e-6, 1e-6])
+
+
+def test_only_the_first_of_several_readers_adds() -> None:
+    norm = node(SKIP, "x skip gamma", "n _ _ sum", epsilon=1e-5)
+    readers = [("MatMul", "n w", "y"), ("MatMul", "n v", "z"), ("Neg", "sum", "s")]
+    graph = after_matmuls([norm, *readers], "y z s")
+    assert rewrites.fuse_norms(graph) == 1
+    first, second = (n for n in graph.model.graph if n.op_type == "SparseMatMul")
+    assert names(first.inputs) == ["x", "w.packed", "", "skip", "gamma"]
+    assert names(first.outputs) == ["y", "sum"]
+    assert names(second.inputs) == ["sum", "v.packed", "", "", "gamma"]
+    assert names(second.outputs) == ["z"]
+
+
 @pytest.mark.parametrize(
     ("norm", "more", "outputs"),
     [
         (
             node("SimplifiedLayerNormalization", "x gamma", "n"),
-            [("MatMul", "n v", "z")],
+            [("Neg", "n", "z")],
             "y z",
-        ),  # two readers
+        ),  # read by another operator
+        (node(SKIP, "x skip gamma", "n"), [("MatMul", "n v", "z")], "y z"),  # two, and no sum
         (node("SimplifiedLayerNormalization", "x gamma", "n"), [], "y n"),  # is an output
         (node("SimplifiedLayerNormalization", "x gamma", "n", axis=1), [], "y"),
         (node(SKIP, "x skip gamma beta", "n"), [], "y"),  # with a bias
@@ -285,6 +309,65 @@ def test_other_gathers_are_left_alone(gather: onnx.NodeProto, kind: type) -> Non
     graph = rewriter([gather], {"table": weight(20, 8).astype(kind)})
     assert rewrites.replace_embedding(graph) == 0
     assert kinds(graph) == ["Gather"]
+
+
+# ---- split_attention ---------------------------------------------------------------------------
+
+
+def joined_attention(bits: str, dense: str = "qkv", *, bias: bool = False) -> Rewriter:
+    """q [64], k and v [32 each] of 8 inputs, of so many bits each; those not `dense` are sparse."""
+    parts = {
+        name: 4.0 * (weight(8, rows, density=1.0 if name in dense else 0.3) != 0)
+        for name, rows in {"q": 64, "k": 32, "v": 32}.items()
+    }
+    whole = np.concatenate([parts[name] for name in "qkv"], axis=1).astype(np.float32)
+    name = "model.layers.0.attn.qkv_proj.MatMul.weight"
+    made = [("MatMul", f"x {name}", "p"), ("Add", "p b", "q")]
+    made = made if bias else [("MatMul", f"x {name}", "q")]
+    grouped = node("GroupQueryAttention", GROUPED, "y k1 v1", domain="com.microsoft", **USUAL)
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", 2, "p", 16]) for n in ("k0", "v0")
+    ]
+    weights = {name: whole, "b": np.arange(128, dtype=np.float32)}
+    graph = rewriter([*made, grouped], weights, "y k1 v1", inputs=values)
+    linears = [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
+    scales = [np.ones((rows, 1), np.float32) for rows in (64, 32, 32)]
+    known = {linear: int(n) for linear, n in zip(linears, bits, strict=True)}
+    graph.precision, graph.grid = "int4", Grid(known, 32, dict(zip(linears, scales, strict=True)))
+    return graph
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_q_k_and_v_of_different_bits_are_stored_each_in_its_own(bias: bool) -> None:
+    graph = joined_attention("448", bias=bias)
+    whole = graph.model.graph.initializers["model.layers.0.attn.qkv_proj.MatMul.weight"]
+    dense = whole.const_value.numpy()  # type: ignore[union-attr]
+    assert rewrites.split_attention(graph) == 1
+    *made, grouped = graph.model.graph
+    assert [n.op_type for n in made] == ["SparseMatMul"] * 3
+    assert [n.outputs[0] for n in made] == list(grouped.inputs[:3])
+    start = 0
+    for matmul, bits in zip(made, (4, 4, 8), strict=True):
+        info = graph.packed[str(matmul.inputs[1].name)]
+        part = slice(start, start := start + info.rows)
+        assert info.values == f"int{bits}"
+        np.testing.assert_array_equal(unpacked(graph, matmul.inputs[1].name), dense[:, part].T)
+        if bias:
+            kept = matmul.inputs[2].const_value.numpy()
+            np.testing.assert_array_equal(kept, np.arange(128)[part])
+    assert graph.on_grid == 3
+
+
+@pytest.mark.parametrize(
+    ("bits", "dense", "split"),
+    [("444", "qkv", 0), ("888", "qkv", 0), ("444", "", 0), ("444", "v", 1), ("484", "qkv", 1)],
+)
+def test_only_what_differs_is_split(bits: str, dense: str, split: int) -> None:
+    graph = joined_attention(bits, dense)
+    assert rewrites.split_attention(graph) == split
+    assert rewrites.replace_matmuls(graph) == 1 - split
+    sparse = [info.sparse for info in graph.packed.values()]
+    assert sparse == ([name not in dense for name in "qkv"] if split else [dense == ""])
 
 
 # ---- replace_attention -------------------------------------------------------------------------
