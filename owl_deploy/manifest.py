@@ -64,6 +64,15 @@ class Cost(_Part):
     loss: FiniteFloat
 
 
+class Spent(_Part):
+    """What the formats that a budget chose take packed, and what the model is expected to lose by
+    them, in nats a token.
+    """
+
+    bytes: int
+    loss: FiniteFloat
+
+
 class Linear(_Part):
     """The shares of a Linear's weights that were asked to go, and went.
 
@@ -168,7 +177,8 @@ class CheckpointManifest(Manifest):
     """A checkpoint that was pruned, fine-tuned, or both.
 
     `source`: the model that was pruned, with its own manifest if it had one. `weights`: how many
-    there are in the blocks. `recipe`: the file that the settings came from, with its digest.
+    there are in the blocks. `spent`: of a budget. `recipe`: the file that the settings came from,
+    with its digest.
     """
 
     USE = "It is a checkpoint: owl prune, owl export, owl eval and owl finetune take it."
@@ -186,6 +196,7 @@ class CheckpointManifest(Manifest):
     sparsity: Shares = Shares()
     blocks: tuple[Block, ...] = ()
     head: Block | None = None
+    spent: Spent | None = None
     wall_seconds: FiniteFloat = 0.0
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int | None = None

@@ -123,3 +123,42 @@ def sparsity_by_block(
         axes.set_ylabel("sparsity, % (line)")
 
     return svg(draw, **how)
+
+
+def formats_by_linear(
+    blocks: Sequence[Mapping[str, tuple[int, float]]],
+    **how: Any,  # noqa: ANN401 - `svg` has their types
+) -> str:
+    """The format of every Linear over the model: blocks across, the Linears of a block down.
+
+    `blocks`: the bits and the sparsity, a share, of each block's Linears by name; the more bits
+    are left of a weight, the darker. `how` goes to `svg`.
+    """
+
+    def draw(axes: "Axes") -> None:
+        names = list(dict.fromkeys(name for block in blocks for name in block))
+        left = {kind: kind[0] * (1 - kind[1]) for block in blocks for kind in block.values()}
+        for bits, sparsity in sorted(left, key=lambda kind: -left[kind]):
+            cells = [
+                (x, names.index(name) - 0.45)
+                for x, block in enumerate(blocks)
+                for name, kind in block.items()
+                if kind == (bits, sparsity)
+            ]
+            across, down = zip(*cells, strict=True)
+            removed = f", {sparsity:.0%} removed" if sparsity else ""
+            axes.bar(
+                across,
+                0.9,
+                width=0.9,
+                bottom=down,
+                color=ACCENT,
+                alpha=left[bits, sparsity] / 8,
+                label=f"{bits} bits{removed}",
+            )
+        axes.set_yticks(range(len(names)), [name.rpartition(".")[2] for name in names])
+        axes.invert_yaxis()
+        axes.set_xlabel("block")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    return svg(draw, **how)

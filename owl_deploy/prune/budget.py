@@ -1,7 +1,7 @@
 """`owl prune --budget`: what the Linears may take together, and the formats that this buys."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from owl_deploy.blocks import Skeleton
 from owl_deploy.errors import BadInput
@@ -37,24 +37,27 @@ def room(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> float:
         for one in shapes
     ]
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
-    if least <= found <= most:
-        return found
-    bounds = [
-        f"{8 * one / weights:.3f} bits a weight"
-        if unit == "bits"
-        else f"{(rest + one) / 1e6:.1f}MB"
-        for one in (least, most)
-    ]
     if found < least:
+        told = _told(least, unit, weights, rest, math.ceil)
         raise BadInput(
             f"The budget {settings.budget} is below the least that {settings.method} can make of "
-            f"this model, {bounds[0]}.",
+            f"this model, {told}.",
             "Give that or more.",
         )
-    raise BadInput(
-        f"The budget {settings.budget} is above the most that a budget can buy, {bounds[1]}.",
-        "Give that or less, or export the model as it is.",
-    )
+    if found > most:
+        told = _told(most, unit, weights, rest, math.floor)
+        raise BadInput(
+            f"The budget {settings.budget} is above the most that can be spent, {told}.",
+            "Give that or less, or export the model as it is.",
+        )
+    return found
+
+
+def _told(size: int, unit: str, weights: int, rest: int, whole: Callable[[float], int]) -> str:
+    """The budget of `size` bytes for the pruned Linears, as it would be given."""
+    if unit == "bits":
+        return f"{whole(8000 * size / weights) / 1000:g} (bits a weight)"
+    return f"{whole((rest + size) / 1e3)}kB"
 
 
 def spend(costs: Costs, room: float) -> Formats:
@@ -78,11 +81,9 @@ def _weights(number: int, block: dict[str, list[Cost]]) -> Iterator[tuple[int, l
     left = dict.fromkeys(block)
     while left:
         first = next(iter(left))
-        parent, _, last = first.rpartition(".")
-        names = {last}.union(*(one for one in _ONE_WEIGHT if last in one))
-        together = [
-            name for name in left if name.rpartition(".")[::2] in {(parent, n) for n in names}
-        ]
+        parent, dot, last = first.rpartition(".")
+        ends = {last}.union(*(one for one in _ONE_WEIGHT if last in one))
+        together = [name for name in left if name in {f"{parent}{dot}{end}" for end in ends}]
         for name in together:
             del left[name]
         yield number, together
@@ -97,17 +98,14 @@ def _shapes(skeleton: Skeleton, shape: Shape) -> list[tuple[int, int]]:
 
 
 def _rest(skeleton: Skeleton, shape: Shape) -> int:
-    """The bytes of all else that `owl export --target owl --precision int4` stores: the head in
-    planes, the embedding of a head that is not tied in int8, other Linears in int4, the rest fp32.
+    """The bytes of all else that `owl export --target owl --precision int4` stores.
+
+    The head in planes, the embedding of a head that is not tied in int8, other Linears in int4, and
+    the rest in fp32.
     """
-    pruned = {
-        f"{b}.{name}.weight"
-        for b, own in zip(shape.names, shape.linears, strict=True)
-        for name in own
-    }
     linears = {
-        f"{block}.{name}.weight"
-        for index, block in enumerate(skeleton.names)
+        f"{block}.{name}.weight": name in pruned
+        for index, (block, pruned) in enumerate(zip(shape.names, shape.linears, strict=True))
         for name in skeleton.linears(index)
     }
     embedding = f"{skeleton.family.embeddings[0]}.weight"
@@ -115,7 +113,7 @@ def _rest(skeleton: Skeleton, shape: Shape) -> int:
     head = embedding if tied else f"{skeleton.family.head}.weight"
     total = 0
     for name, size in skeleton.stored_shapes().items():
-        if name in pruned:
+        if linears.get(name):
             continue
         if name == head:
             total += pack.stored_bytes((size[0], size[1]), "int8", planes=True)

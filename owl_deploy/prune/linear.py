@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from owl_deploy.methods import METHODS
+from owl_deploy.methods import METHODS, Options
+from owl_deploy.prune.by_score import Group
 from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.prune.columns import Swept
 from owl_deploy.prune.grid import Grid
 from owl_deploy.prune.refit import refit
 from owl_deploy.prune.rounding import finished, round_pruned
@@ -34,18 +36,31 @@ class Maker:
 
     def make(self, dense: torch.Tensor, inputs: Inputs, sparsity: float, bits: int | None) -> Made:
         """What is left of `dense` [out, in], float32; with `bits` on a grid of so many."""
+        if bits is None:
+            return Made(self._pruned(dense, inputs, *self._how(sparsity)))
+        swept = self.rounded(dense, inputs, sparsity, bits)
+        return Made(*finished(swept, dense, inputs, self._grid(bits)))
+
+    def rounded(self, dense: torch.Tensor, inputs: Inputs, sparsity: float, bits: int) -> Swept:
+        """`dense` [out, in] on a grid of so many `bits`, before it is refined.
+
+        That takes 10 to 20 % off the error of the outputs, in any format, and half of the time.
+        """
+        if self.joint and not self.settings.refit:
+            swept: Swept = self.joint(dense, inputs, *self._how(sparsity), self._grid(bits))
+            return swept
+        pruned = self._pruned(dense, inputs, *self._how(sparsity))
+        return round_pruned(dense, pruned, inputs, self._grid(bits))
+
+    def _how(self, sparsity: float) -> tuple[float, Group, Options]:
+        """The arguments of a method behind the weight and its inputs."""
         settings = self.settings
         group = settings.group and (kept(sparsity, settings.group[1]), settings.group[1])
-        asked = (dense, inputs, sparsity, group, settings.options)
-        if bits is None:
-            return Made(self._pruned(*asked))
-        assert settings.bits_group is not None
-        grid = Grid(bits, settings.bits_group)
-        if self.joint and not settings.refit:
-            swept = self.joint(*asked, grid)
-        else:
-            swept = round_pruned(dense, self._pruned(*asked), inputs, grid)
-        return Made(*finished(swept, dense, inputs, grid))
+        return sparsity, group, settings.options
+
+    def _grid(self, bits: int) -> Grid:
+        assert self.settings.bits_group is not None
+        return Grid(bits, self.settings.bits_group)
 
     def _pruned(self, dense: torch.Tensor, inputs: Inputs, *how: object) -> torch.Tensor:
         pruned: torch.Tensor = self.prune(dense, inputs, *how)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from owl_deploy.allocation import ALLOCATIONS
-from owl_deploy.manifest import Cost
+from owl_deploy.manifest import Cost, Spent
 from owl_deploy.prune import tune
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.calibrate import InputStatistics
@@ -23,7 +23,7 @@ class Plan(BaseModel):
 
     `sparsities`: for each block, its pruned Linears' by name; `bits` likewise, where a budget gave
     each its own. `statistics`: of each block, where the allocation or tuning looked at any;
-    `trials`: what tuning compared; `costs`: what a budget chose from.
+    `trials`: what tuning compared; `costs`: what a budget chose from, and what is `spent` of it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +34,7 @@ class Plan(BaseModel):
     trials: list[tune.Trial] = []
     bits: list[dict[str, int]] | None = None
     costs: Costs | None = None
+    spent: Spent | None = None
 
     def bits_of(self, index: int, linear: str) -> int | None:
         """What a pruned Linear of block `index` is rounded to, None where it is not."""
@@ -88,19 +89,16 @@ def _within_budget(request: Request, store: Store) -> Plan:
     """The plan that loses least within the budget."""
     costs = measure_costs(request, store)
     chosen = spend(costs, request.room)
-    asked = [{name: one.sparsity for name, one in block.items()} for block in chosen]
     sizes = [size for own in request.shape.linears for size in own.values()]
-    removed = sum(s * n for s, n in zip(_flat(asked), sizes, strict=True)) / sum(sizes)
+    each = [one for block in chosen for one in block.values()]
+    removed = sum(one.sparsity * size for one, size in zip(each, sizes, strict=True)) / sum(sizes)
     plan = Plan(
         settings=request.settings.model_copy(update={"sparsity": removed}),
-        sparsities=asked,
+        sparsities=[{name: one.sparsity for name, one in block.items()} for block in chosen],
         bits=[{name: one.bits for name, one in block.items()} for block in chosen],
         costs=costs,
+        spent=Spent(bytes=sum(one.bytes for one in each), loss=sum(one.loss for one in each)),
     )
     store.write("plan.json", plan.model_dump(mode="json"))
     store.forget_measured()
     return plan
-
-
-def _flat(blocks: list[dict[str, float]]) -> list[float]:
-    return [value for block in blocks for value in block.values()]

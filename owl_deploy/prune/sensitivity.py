@@ -120,7 +120,7 @@ class _Measuring:
             for key, dense in own.items():
                 inputs, measured = Inputs(statistics, key), []
                 for form in self.formats:
-                    left = self.maker.make(dense, inputs, form.sparsity, form.bits).weight
+                    left = self.maker.rounded(dense, inputs, form.sparsity, form.bits).weight
                     difference = left - dense
                     measured.append([_share(difference, dense, inputs), _zeros(left)])
                     if form == _PROBE:

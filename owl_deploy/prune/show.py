@@ -1,5 +1,7 @@
 """The table that `owl prune` ends with."""
 
+from collections import Counter
+
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +21,9 @@ def show(manifest: CheckpointManifest, output: str) -> None:
     ranges = [_range(block) for block in manifest.blocks]
     if any(ranges):
         table.add_column("its Linears", justify="right")
+    spent = manifest.spent
+    if spent:
+        table.add_column("its Linears' bits", justify="right")
     table.add_column(f"sparsity (all: {whole.asked:.2f})", width=_BAR_WIDTH)
     for block, of_linears in zip(manifest.blocks, ranges, strict=True):
         ratio = block.outlier_ratio
@@ -28,6 +33,7 @@ def show(manifest: CheckpointManifest, output: str) -> None:
             f"{block.sparsity:.4f}",
             f"{block.achieved:.4f}",
             *([of_linears] if any(ranges) else []),
+            *([_bits(block)] if spent else []),
             Bar(1.0, 0.0, block.sparsity, width=_BAR_WIDTH, color="blue"),
         )
     table.add_section()
@@ -39,10 +45,8 @@ def show(manifest: CheckpointManifest, output: str) -> None:
     console = Console()
     console.print(table)
     _show_tuning(console, manifest)
-    settings = manifest.settings
-    rounded = f"of {settings.bits} bits (groups of {settings.bits_group}) " if settings.bits else ""
     console.print(
-        f"{output}: {manifest.weights / 1e6:.1f} M weights {rounded}in the blocks, "
+        f"{output}: {manifest.weights / 1e6:.1f} M weights {_rounded(manifest)}in the blocks, "
         f"{manifest.wall_seconds:.0f} s, "
         f"peak memory {manifest.peak_memory_bytes / 2**30:.1f} GiB. "
         "The picture is in sparsity.svg.",
@@ -54,6 +58,27 @@ def _range(block: Block) -> str:
     """The least and the most that was asked of a block's Linears, unless all are asked the same."""
     asked = [linear.sparsity for linear in block.linears.values()]
     return f"{min(asked):.2f} to {max(asked):.2f}" if len(set(asked)) > 1 else ""
+
+
+def _bits(block: Block) -> str:
+    """How many of a block's weights have so many bits, such as "4: 80 %, 8: 20 %"."""
+    sizes: Counter[int] = Counter()
+    for linear in block.linears.values():
+        sizes[linear.bits or 0] += linear.weights
+    shares = {bits: size / sum(sizes.values()) for bits, size in sorted(sizes.items())}
+    return ", ".join(f"{bits}: {share:.0%}" for bits, share in shares.items())
+
+
+def _rounded(manifest: CheckpointManifest) -> str:
+    """What the weights were rounded to, as a part of a sentence."""
+    settings, spent = manifest.settings, manifest.spent
+    if spent is not None:
+        return (
+            f"of 4 and 8 bits (groups of {settings.bits_group}), {spent.bytes / 1e6:.1f} MB or "
+            f"{8 * spent.bytes / manifest.weights:.2f} bits a weight packed, expected to lose "
+            f"{spent.loss:.3f} nats a token, "
+        )
+    return f"of {settings.bits} bits (groups of {settings.bits_group}) " if settings.bits else ""
 
 
 def _show_tuning(console: Console, manifest: CheckpointManifest) -> None:

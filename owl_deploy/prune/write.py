@@ -120,6 +120,7 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
         },
         "blocks": blocks,
         "head": reports[-1] if request.head else None,
+        "spent": plan.spent,
         "peak_memory_bytes": peak_kib * 1024,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }

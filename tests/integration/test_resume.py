@@ -39,9 +39,13 @@ def counted(self, *arguments):
     return original(self, *arguments)
 
 setattr(store.Store, name, counted)
-settings = recipe.settings(sparsity=0.6, **json.loads(asked))
+asked = json.loads(asked)
 calibration = Calibration(text, samples=4, sequence_length=48)
-prune(model, Path(output), settings, calibration, tune_allocation=True, resume=bool(resume))
+tune = "budget" not in asked
+prune(
+    model, Path(output), recipe.settings(**asked), calibration,
+    tune_allocation=tune, resume=bool(resume),
+)
 """
 
 
@@ -83,7 +87,8 @@ def test_a_killed_run_resumes_to_the_same_weights(
     model, text_file, tmp_path, asked, shard_bytes, monkeypatch
 ):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
-    settings = recipe.settings(sparsity=0.6, **asked)
+    asked = {"sparsity": 0.6} | asked
+    settings = recipe.settings(**asked)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     prune(model, tmp_path / "whole", settings, calibration, tune_allocation=True)
 
@@ -102,6 +107,29 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert all(whole[name].equal(resumed[name]) for name in whole)
     recipes = [(tmp_path / name / "recipe.yaml").read_text() for name in ("whole", "out")]
     assert recipes[0] == recipes[1]
+
+
+def test_a_budget_resumes_from_each_of_its_passes(model, text_file, tmp_path, monkeypatch):
+    """One block of the forward pass is finished, one of the backward pass, then one is pruned."""
+    asked = {"budget": "3.9", "method": "sparsegpt"}
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache of the whole"))
+    prune(model, tmp_path / "whole", recipe.settings(**asked), calibration)
+
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    killed(model, out, text_file, asked, "keep:1")
+    killed(model, out, text_file, asked, "keep:4", "resume")
+    left = sorted(path.name for path in partial_folder(out).glob("*.*ward"))
+    assert [name.rpartition(".")[2] for name in left] == ["forward"] * 3 + ["backward", "forward"]
+    killed(model, out, text_file, asked, "save:1", "resume")
+    assert not list(partial_folder(out).glob("*.*ward"))  # the plan holds it all
+    prune(model, out, recipe.settings(**asked), calibration, resume=True)
+    whole, resumed = (weights(tmp_path / name) for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+    names = [sorted(path.name for path in (tmp_path / one).iterdir()) for one in ("whole", "out")]
+    assert names[0] == names[1]
 
 
 def test_kill_9_from_outside_at_some_moment(model, text_file, tmp_path):
@@ -123,7 +151,7 @@ def test_kill_9_from_outside_at_some_moment(model, text_file, tmp_path):
 
 def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
     out = tmp_path / "out"
-    killed(model, out, text_file, {"method": "wanda"}, "save:1")
+    killed(model, out, text_file, {"method": "wanda", "sparsity": 0.6}, "save:1")
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     settings = recipe.settings(sparsity=0.6)
     with pytest.raises(BadInput, match=r"An earlier run .* was interrupted"):

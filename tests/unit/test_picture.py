@@ -40,3 +40,18 @@ def test_linears_are_dots_only_where_they_differ():
     assert picture.sparsity_by_block([0.6, 0.8], [None, None], linears=[(0.6, 0.6), ()]) == same
     apart = picture.sparsity_by_block([0.6, 0.8], [None, None], linears=[(0.65, 0.75), ()])
     assert apart.count('id="line2d') == same.count('id="line2d') + 1
+
+
+def test_a_cell_for_every_linear_and_a_line_for_every_format():
+    blocks = [
+        {"attn.q_proj": (8, 0.0), "mlp.up_proj": (4, 0.5)},
+        {"attn.q_proj": (4, 0.0), "mlp.up_proj": (4, 0.5)},
+        {"mlp.up_proj": (8, 0.0)},
+    ]
+    made = picture.formats_by_linear(blocks)
+    for label in ("8 bits", "4 bits", "4 bits, 50% removed", "q_proj", "up_proj", "block"):
+        assert f">{label}<" in made
+    assert ">8 bits, " not in made
+    assert made == picture.formats_by_linear(blocks)
+    cells = re.findall(r"opacity: ?([\d.]+)", made)
+    assert {float(one) for one in cells} >= {0.5, 0.25}

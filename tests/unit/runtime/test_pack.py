@@ -197,6 +197,33 @@ def test_size_at_seventy_percent() -> None:
     assert bits["int8"] == pytest.approx(0.3 + 1 / 8 + 1 / 32, rel=0.01)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (192, 576)])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+def test_the_size_of_a_dense_weight_is_known_before(
+    shape: tuple[int, int], values: pack.Values
+) -> None:
+    weight = sparse_weight(*shape, 0.0)
+    assert pack.stored_bytes(shape, values) == pack.pack(weight, values, sparse=False).size
+    if values in ("int8", "int4"):
+        block = pack.pack(weight, values, sparse=False, scale_columns=128)
+        assert pack.stored_bytes(shape, values, scale_columns=128) == block.size
+    if values == "int8":
+        block = pack.pack(weight, values, sparse=False, planes=True)
+        assert pack.stored_bytes(shape, values, planes=True) == block.size
+
+
+@pytest.mark.parametrize("shape", [(192, 576), (100, 1000), (576, 1536)])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
+def test_the_size_of_a_sparse_weight_is_expected_to_a_hundredth(
+    shape: tuple[int, int], values: pack.Values, sparsity: float
+) -> None:
+    block = pack.pack(sparse_weight(*shape, sparsity), values)
+    zeros = 1 - pack.inspect(block).nonzeros / (shape[0] * shape[1])
+    expected = pack.stored_bytes(shape, values, zeros, scale_columns=32)
+    assert expected == pytest.approx(block.size, rel=0.01)
+
+
 def test_every_region_is_aligned() -> None:
     info = pack.inspect(pack.pack(sparse_weight(100, 77, 0.5), "int8"))
     for offset in (info.mask_offset, info.index_offset, info.scale_offset, info.value_offset):

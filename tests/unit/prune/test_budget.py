@@ -1,0 +1,216 @@
+"""`--budget` through the whole verb, and what the budget comes to in the engine."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from owl_deploy import recipe
+from owl_deploy.checkpoint import WEIGHTS
+from owl_deploy.errors import BadInput
+from owl_deploy.grid import read_grid
+from owl_deploy.manifest import Cost
+from owl_deploy.prune.budget import spend
+from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.runtime import pack
+from tests import tiny
+
+GATED = ("gate_proj", "up_proj")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_llama(
+        tmp_path_factory.mktemp("model") / "model", hidden_size=128, intermediate_size=256
+    )
+
+
+@pytest.fixture(scope="module")
+def calibration(text_file):
+    return Calibration(str(text_file), samples=4, sequence_length=48)
+
+
+def packed(folder):
+    """The bytes of each rounded Linear, packed as the manifest says that it was meant."""
+    grid, weights = read_grid(folder), load_file(folder / WEIGHTS)
+    sizes = {}
+    for name, bits in grid.bits.items():
+        weight = weights[f"{name}.weight"].float().numpy()
+        values = f"int{bits}"
+        sparse = np.count_nonzero(weight) / weight.size <= pack.MAX_DENSITY[values]
+        sizes[name] = pack.pack(
+            weight, values, sparse, scales=grid.scales[name].numpy(), scale_columns=grid.group
+        ).size
+    return sizes
+
+
+@pytest.mark.parametrize("budget", ["2.7", "3.5", "4.6", "7"])
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_the_budget_is_kept(model, tmp_path, calibration, budget, method):
+    settings = recipe.settings(budget=budget, method=method, bits_group=64)
+    manifest = prune(model, tmp_path / "out", settings, calibration)
+    grid = read_grid(tmp_path / "out")
+    told = {
+        f"{block.name}.{name}": linear
+        for block in manifest.blocks
+        for name, linear in block.linears.items()
+    }
+    assert {name: linear.bits for name, linear in told.items()} == grid.bits
+    sizes = packed(tmp_path / "out")
+    assert manifest.spent.bytes == pytest.approx(sum(sizes.values()), rel=0.005)
+    assert 8 * sum(sizes.values()) / manifest.weights <= float(budget) * 1.005
+    assert 8 * sum(sizes.values()) / manifest.weights >= float(budget) * 0.9  # and spent
+    for name, linear in told.items():
+        chosen = [
+            one
+            for one in linear.costs
+            if (one.bits, one.sparsity) == (linear.bits, linear.sparsity)
+        ]
+        assert len(chosen) == 1
+        assert chosen[0].bytes == pytest.approx(sizes[name], rel=0.02)
+        assert linear.achieved >= linear.sparsity - 1e-3
+        if name.endswith("gate_proj"):
+            other = told[name.replace("gate", "up")]
+            assert (linear.bits, linear.sparsity) == (other.bits, other.sparsity)
+    assert (manifest.settings.allocation, manifest.settings.budget) == ("budget", budget)
+    assert manifest.sparsity.asked == pytest.approx(manifest.settings.sparsity)
+
+
+def test_more_bits_lose_less(model, tmp_path, calibration):
+    """What the plan foresees, summed over the Linears."""
+    losses = []
+    for budget in ("3", "4", "5", "6"):
+        settings = recipe.settings(budget=budget)
+        manifest = prune(model, tmp_path / budget, settings, calibration)
+        losses.append(manifest.spent.loss)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 4 * losses[-1] > 0
+
+
+def cost(size, loss, bits=4):
+    return Cost(bits=bits, sparsity=0.0, bytes=size, error=loss, loss=loss)
+
+
+def test_gate_and_up_get_one_format():
+    """down is worth its bytes, gate alone would be, and gate with up is not."""
+    block = {
+        "mlp.gate_proj": [cost(10, 0.0, 8), cost(5, 1.0)],
+        "mlp.up_proj": [cost(10, 0.0, 8), cost(5, 0.1)],
+        "mlp.down_proj": [cost(10, 0.0, 8), cost(5, 0.9)],
+    }
+    chosen = spend([block], 20)
+    assert {name: one.bits for name, one in chosen[0].items()} == {
+        "mlp.gate_proj": 4,
+        "mlp.up_proj": 4,
+        "mlp.down_proj": 8,
+    }
+    assert list(chosen[0]) == list(block)
+
+
+def test_rounding_only_mixes_4_and_8_bits(model, tmp_path, calibration):
+    settings = recipe.settings(budget="6", method="none")
+    manifest = prune(model, tmp_path / "out", settings, calibration)
+    assert manifest.sparsity.asked == 0
+    assert set(read_grid(tmp_path / "out").bits.values()) == {4, 8}
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_the_recipe_says_the_sparsities(model, tmp_path, calibration):
+    manifest = prune(model, tmp_path / "out", recipe.settings(budget="3.2"), calibration)
+    text = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "# Rounded to 8 and 4 bits as well, which SparseML does another way." in text
+    again = recipe.merged(tmp_path / "out", {})
+    assert (again.budget, again.allocation) == (None, "list")
+    asked = {
+        f"{block.name}.{name}": linear.sparsity
+        for block in manifest.blocks
+        for name, linear in block.linears.items()
+    }
+    found = {name: again.layers.get(name, again.layers.get(name[:14])) for name in asked}
+    assert found == asked
+
+
+def test_what_is_skipped_stays(model, tmp_path, calibration):
+    settings = recipe.settings(budget="4.6", skip=("down_proj",))
+    prune(model, tmp_path / "out", settings, calibration)
+    before, after = (load_file(folder / WEIGHTS) for folder in (model, tmp_path / "out"))
+    name = "model.layers.1.mlp.down_proj"
+    assert name not in read_grid(tmp_path / "out").bits
+    assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--budget", "1.5"], "is below the least that sparsegpt can make of this model, 2."),
+        (["--budget", "20kB"], "is below the least that sparsegpt can make of this model, "),
+        (
+            ["--budget", "4", "-m", "none"],
+            "is below the least that none can make of this model, 4.",
+        ),
+        (["--budget", "9"], "is above the most that can be spent, 8."),
+        (["--budget", "1GB"], "is above the most that can be spent, "),
+        (["--budget", "many"], "The budget 'many' is none. It is in bits a weight, such as 3.5"),
+        (["--budget", "0"], "The budget '0' is none."),
+        (["--budget", "400mb"], "The budget '400mb' is none."),
+        (["--budget", "4", "--bits", "4"], "and the settings say bits as well."),
+        (["--budget", "4", "-s", "0.5"], "and the settings say sparsity as well."),
+        (["--budget", "4", "-a", "owl"], "and the settings say allocation as well."),
+        (["--budget", "4", "--structure", "2:4"], "and the settings say structure as well."),
+        (["--budget", "4", "--head-sparsity", "0.5"], "the settings say head sparsity as well."),
+        (["--budget", "4", "--group", "48"], "--group 48 is not possible."),
+        (["--budget", "4", "--tune"], "The allocation 'budget' has nothing to tune."),
+        (["-a", "budget"], "The allocation 'budget' needs one. Give --budget."),
+    ],
+)
+def test_what_is_refused(owl, model, text_file, tmp_path, arguments, complaint):
+    code, _, err = owl("prune", model, "-o", tmp_path / "out", "-c", text_file, *arguments)
+    assert (code, complaint in " ".join(err.split())) == (2, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_needs_calibration(owl, model, tmp_path):
+    code, _, err = owl("prune", model, "-o", tmp_path / "out", "--budget", "4.5")
+    assert code == 2
+    assert "Rounding within a budget looks at the model's inputs. Give a text" in err
+
+
+@pytest.mark.parametrize("unit", ["bits", "bytes"])
+def test_the_least_and_the_most_that_are_said_can_be_had(model, text_file, calibration, unit):
+    from owl_deploy.hardware import ANY_HARDWARE
+    from owl_deploy.prune.request import check
+
+    for budget in ("0.1", "99") if unit == "bits" else ("1kB", "9GB"):
+        with pytest.raises(BadInput) as refused:
+            check(
+                model,
+                recipe.settings(budget=budget),
+                calibration,
+                ANY_HARDWARE,
+                tune_allocation=False,
+            )
+        said = refused.value.message.rpartition(", ")[2].removesuffix(".")
+        settings = recipe.settings(budget=said.partition(" ")[0])
+        check(model, settings, calibration, ANY_HARDWARE, tune_allocation=False)
+
+
+def test_the_command_line(owl, model, text_file, tmp_path):
+    command = ["prune", model, "-o", tmp_path / "out", "-c", text_file, "--samples", 4]
+    command += ["--sequence-length", 48, "--budget", 3.5, "--json"]
+    code, out, _ = owl(*command)
+    assert code == 0
+    told = json.loads(out)
+    assert told["settings"]["budget"] == "3.5"
+    assert {one["bits"] for one in told["blocks"][0]["linears"]["mlp.up_proj"]["costs"]} == {4, 8}
+    code, out, _ = owl(*command[:-1], "--force")
+    assert code == 0
+    assert "its Linears' bits" in out
+    assert "M weights of 4 and 8 bits (groups of 32)" in out
+    assert "bits" in (tmp_path / "out" / "sparsity.svg").read_text()

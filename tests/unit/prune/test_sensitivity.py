@@ -1,0 +1,125 @@
+"""What the formats of each Linear cost, against the definition on a whole model in memory."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+from owl_deploy import recipe
+from owl_deploy.hardware import ANY_HARDWARE
+from owl_deploy.prune import sensitivity
+from owl_deploy.prune.formats import FORMATS, packed_size
+from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.store import Store
+from tests import tiny
+from tests.reference import sensitivity as reference
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "opt"])
+def model(request, tmp_path_factory):
+    return tiny.write_model(request.param, tmp_path_factory.mktemp("model") / request.param)
+
+
+def asked(model, text_file, budget="4", **values):
+    settings = recipe.settings(budget=budget, **values)
+    calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
+    return check(model, settings, calibration, ANY_HARDWARE, tune_allocation=False)
+
+
+def measured(request, folder):
+    """The store after both passes, and the costs."""
+    store = Store(folder / "out", request.deciding(), resume=False, force=True)
+    measuring = sensitivity._Measuring(request, store)
+    return store, measuring.run()
+
+
+def test_the_loss_of_a_difference_is_that_of_its_definition(
+    model, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sensitivity, "_TOKENS", 3 * 48)  # three of the five windows go backward
+    request = asked(model, text_file)
+    store, costs = measured(request, tmp_path)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    assert request.windows is not None
+    for name, block in zip(request.shape.names, costs, strict=True):
+        forward = store.measured(name, "forward")
+        assert forward is not None
+        for key, options in block.items():
+            weight = whole.get_submodule(f"{name}.{key}").weight
+            change = forward[f"{key}.difference"].float()
+            expected = reference.loss_of(whole, weight, change, request.windows[:3], seed=3)
+            assert options[1].loss == pytest.approx(expected, rel=1e-3), (name, key)
+
+
+def test_the_others_cost_in_proportion_to_their_errors(llama, text_file, tmp_path):
+    request = asked(llama, text_file)
+    _, costs = measured(request, tmp_path)
+    for block, linears in zip(costs, request.shape.linears, strict=True):
+        assert block.keys() == linears.keys()
+        for options in block.values():
+            assert [(one.bits, one.sparsity) for one in options] == [
+                (form.bits, form.sparsity) for form in FORMATS
+            ]
+            rate = options[1].loss / options[1].error
+            assert [one.loss for one in options] == pytest.approx(
+                [rate * one.error for one in options]
+            )
+            errors = [one.error for one in options]
+            assert errors == sorted(errors)
+            sizes = [one.bytes for one in options]
+            assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_loss_is_near_the_divergence(text_file, tmp_path):
+    """Summed over the Linears: one by itself is known only as well as some windows tell."""
+    model = tiny.write_model("llama", tmp_path / "model")
+    request = asked(model, text_file)
+    store, costs = measured(request, tmp_path)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    expected = 0.0
+    for name, block in zip(request.shape.names, costs, strict=True):
+        forward = store.measured(name, "forward")
+        assert forward is not None
+        for key in block:
+            weight = whole.get_submodule(f"{name}.{key}").weight
+            change = forward[f"{key}.difference"].float()
+            expected += reference.divergence(whole, weight, change, request.windows)
+    found = sum(options[1].loss for block in costs for options in block.values())
+    assert found == pytest.approx(expected, rel=0.3)
+
+
+def test_what_is_measured_once_is_known_for_other_budgets(llama, text_file, tmp_path, monkeypatch):
+    request = asked(llama, text_file)
+    store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
+    first = sensitivity.measure_costs(request, store)
+    other = dataclasses.replace(
+        request, settings=request.settings.model_copy(update={"budget": "3"})
+    )
+    monkeypatch.setattr(sensitivity, "_Measuring", None)  # not again
+    assert sensitivity.measure_costs(other, store) == first
+    rounder = dataclasses.replace(
+        request, settings=request.settings.model_copy(update={"bits_group": 64})
+    )
+    with pytest.raises(TypeError):
+        sensitivity.measure_costs(rounder, store)
+
+
+def test_a_method_that_removes_nothing_has_the_dense_formats(llama, text_file, tmp_path):
+    _, costs = measured(asked(llama, text_file, "6", method="none"), tmp_path)
+    found = {(one.bits, one.sparsity) for own in costs[0].values() for one in own}
+    assert found == {(8, 0.0), (4, 0.0)}
+
+
+def test_sizes_are_those_of_the_engine():
+    dense, sparse = FORMATS[1], FORMATS[3]
+    assert packed_size((64, 128), dense, 0.2, 32) == 64 * 128 // 2 + 64 * 4 + 128 + 64
+    assert packed_size((64, 128), dense, 0.2, 128) == 64 * 128 // 2 + 64 + 128 + 64
+    assert packed_size((512, 512), sparse, 0.5, 32) < 0.8 * packed_size((512, 512), dense, 0, 32)
+    # Too few zeros for a mask: stored whole.
+    assert packed_size((512, 512), sparse, 0.29, 32) == packed_size((512, 512), dense, 0, 32)
