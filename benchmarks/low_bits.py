@@ -31,6 +31,9 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "50 % int4": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "4"),
     "50 % int3": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "3"),
     "60 % int3": (*SPARSEGPT, "--sparsity", "0.6", "--bits", "3"),
+    "budget 4.25": ("--budget", "4.25"),
+    "budget 3.8": ("--budget", "3.8"),
+    "budget 3.3": ("--budget", "3.3"),
 }
 WINDOW, WINDOWS = 2048, 6
 
@@ -48,8 +51,11 @@ def made(name: str, given: argparse.Namespace) -> Path:
 
 def bits_a_weight(manifest: CheckpointManifest) -> float:
     """What a weight of the blocks takes, on average: a mask of 1 bit if it is sparse, the integers
-    that are not zero, and a byte of scale a group. Weights that were not rounded count 16 bits.
+    that are not zero, and a byte of scale a group. Weights that were not rounded count 16 bits; of
+    a budget, as it was counted.
     """
+    if manifest.spent is not None:
+        return 8 * manifest.spent.bytes / manifest.weights
     settings, zeros = manifest.settings, manifest.sparsity.achieved
     bits = settings.bits or 16
     scale = 8 / settings.bits_group if settings.bits_group else 0.0
