@@ -23,7 +23,7 @@ def show(manifest: CheckpointManifest, output: str) -> None:
         table.add_column("its Linears", justify="right")
     spent = manifest.spent
     if spent:
-        table.add_column("its Linears' bits", justify="right")
+        table.add_column("bits", justify="right")
     table.add_column(f"sparsity (all: {whole.asked:.2f})", width=_BAR_WIDTH)
     for block, of_linears in zip(manifest.blocks, ranges, strict=True):
         ratio = block.outlier_ratio

@@ -104,6 +104,31 @@ def test_int4_on_a_grid_is_what_the_checkpoint_holds(rounded, text_file, tmp_pat
     assert 1 <= len(pieces) <= 8
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # q, k and v without biases, and with
+def test_a_budget_is_what_the_deployment_holds(family, text_file, tmp_path, monkeypatch):
+    """Each Linear in its own format, q, k and v apart; the logits are those of int8 on the grid."""
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 3}
+    model = tiny.write_model(family, tmp_path / "dense", **sizes)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=64)
+    prune(model, tmp_path / "mixed", recipe.settings(budget="400kB"), calibration)
+    manifests = {
+        precision: export(
+            tmp_path / "mixed", tmp_path / precision, target="owl", precision=precision
+        ).to_json()
+        for precision in ("int4", "int8")
+    }
+    four, eight = (manifests[precision]["packing"] for precision in ("int4", "int8"))
+    split = four["replaced"]["split_attention"]
+    assert split > 0
+    assert four["weights_on_grid"] == 12 + 2 * split
+    assert four["replaced"]["fuse_norms"] == eight["replaced"]["fuse_norms"]
+    assert 380e3 < four["packed_bytes"] < 400e3
+    tokens = [3 + n * 7 % 300 for n in range(40)]
+    mixed, whole = (Session(tmp_path / precision).step(tokens) for precision in manifests)
+    assert np.abs(mixed - whole).max() <= 1e-5 * np.abs(whole).max()
+
+
 def test_int4_without_a_grid_is_rounded_to_nearest(pruned, text_file, tmp_path):
     manifest = export(pruned, tmp_path / "out", target="owl", precision="int4").to_json()
     assert manifest["packing"]["weights_on_grid"] == 0

@@ -344,3 +344,35 @@ def test_one_target_needs_no_list(tmp_path):
     found = recipe.load(write(tmp_path, text.replace("SECOND", "WandaPruningModifier")))
     assert found["layers"] == {"model.layers.0": 0.5, "model.layers.1": 0.5}
     assert found["structure"] == "4:8"
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ("3.5", (3.5, "bits")),
+        ("4", (4.0, "bits")),
+        (" .5 ", (0.5, "bits")),
+        ("400MB", (400e6, "bytes")),
+        ("1.5 GB", (1.5e9, "bytes")),
+        ("20kB", (20e3, "bytes")),
+    ],
+)
+def test_a_budget_is_in_bits_or_bytes(budget, expected):
+    assert recipe.parse_budget(budget) == expected
+
+
+@pytest.mark.parametrize("budget", ["", "many", "0", "-1", "3.5x", "400mb", "400MiB", "1e9", "nan"])
+def test_what_is_no_budget(budget):
+    with pytest.raises(BadInput, match="is none"):
+        recipe.settings(budget=budget)
+
+
+def test_the_settings_of_a_plan_to_a_budget_can_be_read_again():
+    asked = recipe.settings(budget=3.5)
+    assert (asked.method, asked.allocation, asked.bits, asked.bits_group) == (
+        *("sparsegpt", "budget"),
+        *(None, 32),
+    )
+    assert (asked.rounds, asked.needs, asked.sparsity) == (True, "hessian", 0)
+    planned = asked.model_copy(update={"sparsity": 0.25})
+    assert recipe.PruneSettings.model_validate(planned.model_dump(mode="json")) == planned

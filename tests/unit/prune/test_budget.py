@@ -1,6 +1,7 @@
 """`--budget` through the whole verb, and what the budget comes to in the engine."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -64,8 +65,9 @@ def test_the_budget_is_kept(model, tmp_path, calibration, budget, method):
     }
     assert {name: linear.bits for name, linear in told.items()} == grid.bits
     sizes = packed(tmp_path / "out")
-    assert manifest.spent.bytes == pytest.approx(sum(sizes.values()), rel=0.005)
-    assert 8 * sum(sizes.values()) / manifest.weights <= float(budget) * 1.005
+    # Refining, which is not measured, sets some more weights to zero.
+    assert 0.96 * manifest.spent.bytes < sum(sizes.values()) < 1.01 * manifest.spent.bytes
+    assert 8 * sum(sizes.values()) / manifest.weights <= float(budget) * 1.01
     assert 8 * sum(sizes.values()) / manifest.weights >= float(budget) * 0.9  # and spent
     for name, linear in told.items():
         chosen = [
@@ -74,7 +76,7 @@ def test_the_budget_is_kept(model, tmp_path, calibration, budget, method):
             if (one.bits, one.sparsity) == (linear.bits, linear.sparsity)
         ]
         assert len(chosen) == 1
-        assert chosen[0].bytes == pytest.approx(sizes[name], rel=0.02)
+        assert chosen[0].bytes == pytest.approx(sizes[name], rel=0.05)
         assert linear.achieved >= linear.sparsity - 1e-3
         if name.endswith("gate_proj"):
             other = told[name.replace("gate", "up")]
@@ -211,6 +213,6 @@ def test_the_command_line(owl, model, text_file, tmp_path):
     assert {one["bits"] for one in told["blocks"][0]["linears"]["mlp.up_proj"]["costs"]} == {4, 8}
     code, out, _ = owl(*command[:-1], "--force")
     assert code == 0
-    assert "its Linears' bits" in out
+    assert re.search(r"\b4: \d+%", out)
     assert "M weights of 4 and 8 bits (groups of 32)" in out
     assert "bits" in (tmp_path / "out" / "sparsity.svg").read_text()
