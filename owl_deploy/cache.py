@@ -1,4 +1,7 @@
-"""The one folder outside its outputs that owl writes: engine environments and the demo's input."""
+"""The one folder outside its outputs that owl writes.
+
+Engine environments, the demo's input, and what takes long to find and may be needed again.
+"""
 
 import os
 from pathlib import Path

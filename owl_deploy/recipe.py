@@ -203,14 +203,8 @@ def _with_budget(values: dict[str, Any]) -> dict[str, Any]:
                 f"{name.replace('_', ' ')} as well.",
                 "Give one of the two.",
             )
-    return (
-        {"method": "sparsegpt", "sparsity": 0.0}
-        | values
-        | {
-            "budget": budget,
-            "allocation": "budget",
-        }
-    )
+    decided = {"budget": budget, "allocation": "budget"}
+    return {"method": "sparsegpt", "sparsity": 0.0} | values | decided
 
 
 def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes"]]:
