@@ -97,7 +97,7 @@ def split_attention(rewriter: Rewriter) -> int:
                 inputs.append(rewriter.keep(f"{block}{name}.bias", bias[columns]))
             made = ir.node("SparseMatMul", inputs, domain=DOMAIN, name=f"{nodes[0].name}/{name}")
             made.outputs[0].name = f"{_name(nodes[-1].outputs[0])}/{name}"
-            made.outputs[0].dtype = nodes[-1].outputs[0].dtype
+            made.outputs[0].dtype = ir.DataType.FLOAT
             rewriter.model.graph.insert_before(attention, made)
             attention.replace_input_with(place, made.outputs[0])
         rewriter.model.graph.remove(nodes[::-1], safe=True)
