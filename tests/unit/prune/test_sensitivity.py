@@ -94,6 +94,30 @@ def test_the_loss_is_near_the_divergence(text_file, tmp_path):
     assert found == pytest.approx(expected, rel=0.3)
 
 
+@pytest.mark.parametrize("kept", [1, 3])  # in the forward pass, and in the one backward
+def test_a_stopped_measurement_goes_on_to_the_same_costs(
+    llama, text_file, tmp_path, monkeypatch, kept
+):
+    request = asked(llama, text_file)
+    _, whole = measured(request, tmp_path / "whole")
+    keep, calls = Store.keep, []
+
+    def stopping(self, *arguments):
+        if len(calls) == kept:
+            raise KeyboardInterrupt
+        calls.append(arguments[:2])
+        keep(self, *arguments)
+
+    monkeypatch.setattr(Store, "keep", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measured(request, tmp_path)
+    monkeypatch.setattr(Store, "keep", keep)
+    store = Store(tmp_path / "out", request.deciding(), resume=True, force=False)
+    assert store.has_work
+    assert sensitivity._Measuring(request, store).run() == whole
+    assert [way for _, way in calls] == ["forward", "forward", "backward"][:kept]
+
+
 def test_what_is_measured_once_is_known_for_other_budgets(llama, text_file, tmp_path, monkeypatch):
     request = asked(llama, text_file)
     store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
