@@ -182,6 +182,8 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     seed: options.SamplingSeed = None,
+    draft: options.DraftFolder = None,
+    draft_tokens: options.DraftTokens = None,
     threads: options.Threads = None,
     trust_library: options.TrustLibrary = False,
     as_json: options.Json = False,
@@ -196,21 +198,13 @@ def generate(
     pieces = []
     text = read_prompt(prompt, prompt_file)
     how: dict[str, Any] = {"chat": chat, "threads": threads, "trust_library": trust_library}
+    how |= {"draft": draft, "draft_tokens": draft_tokens}
     for piece in api.generate(deployment, text, sampling, speed, **how):
         pieces.append(piece)
         if not as_json:
             typer.echo(piece, nl=False)
-    result = {"text": "".join(pieces), **vars(speed), "tokens_per_s": speed.tokens_per_s}
-    _emit(
-        result,
-        as_json,
-        lambda: typer.echo(
-            f"\n{speed.prompt_tokens} tokens read in {speed.first_token_s:.2f} s, then "
-            f"{speed.tokens_per_s:.1f} tokens/s"
-            + ("; the context is full" if speed.context_full else ""),
-            err=True,
-        ),
-    )
+    result = {"text": "".join(pieces), **speed.to_json()}
+    _emit(result, as_json, lambda: _say(f"\n{speed.sentence()}"))
 
 
 @app.command()
@@ -320,6 +314,9 @@ def bench(
     batch: options.Batch = None,
     streams: options.Streams = None,
     new_tokens: options.NewTokens = None,
+    draft: options.BenchDraft = None,
+    draft_tokens: options.DraftTokens = None,
+    prompts: options.Prompts = None,
     threads: options.Threads = None,
     trust_library: options.TrustLibrary = False,
     pairs: options.Pairs = 8,
@@ -349,6 +346,8 @@ def bench(
         given["baselines"] = (*given.get("baselines", ()), *made)
     check_measured((*deployments, *given.get("baselines", ())), quality_metric)
     given.setdefault("looks", CHECK_LOOKS if check else 1)
+    if draft:
+        given.setdefault("scenarios", ("answers",))
     outcome = api.run_gate(
         api.BenchPlan(candidates=tuple(deployments), **given),
         save=save_baseline,

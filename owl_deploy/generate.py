@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from owl_deploy.artefact import read_object
 from owl_deploy.engines import EngineProcess, threads_for
 from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.draft import Draft, open_draft
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.process import DEFAULT_CONTEXT
+from owl_deploy.engines.speculate import Lookup, Proposer, Search, Speculation, Tally
 from owl_deploy.errors import BadInput, EngineFailed
 
 STDIN = "-"
@@ -69,7 +73,8 @@ GREEDY = Sampling()  # the likeliest token, always
 class Speed:
     """What a generation took: seconds to the first token, and after it; tokens made.
 
-    `context_full`: it ended because the model takes no more.
+    `context_full`: it ended because the model takes no more. `draft`: what came of a draft's
+    proposals, where one was given.
     """
 
     prompt_tokens: int = 0
@@ -77,11 +82,30 @@ class Speed:
     first_token_s: float = 0.0
     decode_s: float = 0.0
     context_full: bool = False
+    draft: Tally | None = None
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens a second after the first."""
         return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    def sentence(self) -> str:
+        """What a user is told of it."""
+        said = (
+            f"{self.prompt_tokens} tokens read in {self.first_token_s:.2f} s, then "
+            f"{self.tokens_per_s:.1f} tokens/s"
+        )
+        if self.draft is not None:
+            said += (
+                f"; of {self.draft.proposed} tokens proposed {self.draft.share_accepted:.0%} "
+                f"accepted, {self.draft.tokens_per_step:.2f} tokens a step"
+            )
+        return said + ("; the context is full" if self.context_full else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON values."""
+        draft = self.draft and self.draft.to_json()
+        return {**vars(self), "draft": draft, "tokens_per_s": self.tokens_per_s}
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
@@ -133,20 +157,26 @@ def generate(
     chat: bool = False,
     threads: int | None = None,
     trust_library: bool = False,
+    draft: str | Path | None = None,
+    draft_tokens: int | None = None,
 ) -> Iterator[str]:
     """Yield what `deployment` puts after `prompt`, by `sampling`; `speed` is filled in meanwhile.
 
     Nothing happens, and nothing is refused, before the first piece is asked for.
     With `chat` the prompt is a user's message, put into the model's chat template. `threads`: None
-    for the physical cores; `trust_library`: run operators that the folder brings. Raises `BadInput`
+    for the physical cores; `trust_library`: run operators that the folder brings. `draft`: a
+    deployment with the same tokens that proposes `draft_tokens` tokens at a time, or "lookup" for
+    proposals from the text itself; the text is the deployment's own with or without (speculate.py).
+    Raises `BadInput`
     for a folder that cannot be opened so, for sampling in another engine than onnxruntime-genai,
-    and for a prompt that is too long;
+    for a draft that does not fit, and for a prompt that is too long;
     `EngineFailed` for what onnxruntime-genai stumbles over.
     """
     deployment, speed = Path(deployment), Speed() if speed is None else speed
     threads = threads_for(threads)
     opened = open_deployment(deployment, trust_library=trust_library)
     _check_prompt(prompt)
+    drafting = _draft(opened, draft, draft_tokens, trust_library)
     if opened.folder.engine is not None:
         yield from _in_engine(
             opened, opened.folder.engine.name, prompt, sampling, speed, chat, threads
@@ -164,14 +194,21 @@ def generate(
     from owl_deploy.engines.drivers.onnxruntime import open_genai
 
     try:
-        model = open_genai(str(deployment), threads, library)
+        in_turns = drafting is not None and drafting.deployment is not None
+        model = open_genai(str(deployment), threads, library, takes_turns=in_turns)
         tokenizer = onnxruntime_genai.Tokenizer(model)
         if chat:
             prompt = _in_template(tokenizer, prompt)
         tokens = tokenizer.encode(prompt)
         length = _length(len(tokens), sampling.max_new_tokens, context)
-        generator = _generator(onnxruntime_genai, model, length, sampling)
-        yield from _stream(generator, tokenizer, tokens, speed)
+        if drafting is None:
+            generator = _generator(onnxruntime_genai, model, length, sampling)
+            new = _generated(generator, tokens)
+        else:
+            speculation = _speculation(model, drafting, threads, length, sampling)
+            speed.draft = speculation.tally
+            new = speculation.tokens(tokens.tolist(), length, opened.ends)
+        yield from _stream(new, tokenizer, len(tokens), speed)
         speed.context_full = speed.prompt_tokens + speed.new_tokens >= context
     except RuntimeError as error:  # whatever is wrong, onnxruntime-genai has this one type for it
         reason = str(error).splitlines()[0]
@@ -311,22 +348,60 @@ def _generator(genai: Any, model: Any, length: int, sampling: Sampling) -> Any: 
     return genai.Generator(model, parameters)
 
 
+def _generated(generator: Any, tokens: Any) -> Iterator[int]:  # noqa: ANN401 - without stubs
+    """The tokens that onnxruntime-genai puts after `tokens`."""
+    generator.append_tokens(tokens)
+    while not generator.is_done():
+        generator.generate_next_token()
+        yield int(generator.get_next_tokens()[0])
+
+
+def _draft(
+    opened: Deployment, draft: str | Path | None, tokens: int | None, trust_library: bool
+) -> Draft | None:
+    if draft is not None:
+        return open_draft(opened, draft, tokens, trust_library=trust_library)
+    if tokens is not None:
+        raise BadInput("--draft-tokens is of a draft, and there is none.", "Give --draft too.")
+    return None
+
+
+def _speculation(
+    model: Any,  # noqa: ANN401 - without stubs
+    draft: Draft,
+    threads: int,
+    length: int,
+    sampling: Sampling,
+) -> Speculation:
+    """What generates with `model` and `draft`, whose caches hold `length` tokens."""
+    from owl_deploy.engines.drivers.onnxruntime import Rows, open_genai
+
+    names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+    search = Search(**{name: getattr(sampling, name) for name in names})
+    proposing: Lookup | Proposer = Lookup()
+    if draft.deployment is not None:
+        library = str(draft.deployment.library or "")
+        small = open_genai(str(draft.deployment.path), threads, library, takes_turns=True)
+        proposing = Proposer(Rows(small, length), search)
+    random = np.random.default_rng(sampling.seed)
+    return Speculation(Rows(model, length), proposing, search, draft.tokens, random)
+
+
 def _stream(
-    generator: Any,  # noqa: ANN401
+    new: Iterator[int],
     tokenizer: Any,  # noqa: ANN401
-    tokens: Any,  # noqa: ANN401
+    prompt_tokens: int,
     speed: Speed,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[str]:
+    """The text of `new` tokens, each as it comes."""
     started = clock()
-    generator.append_tokens(tokens)
     stream = tokenizer.create_stream()
-    speed.prompt_tokens = len(tokens)
-    while not generator.is_done():
-        generator.generate_next_token()
+    speed.prompt_tokens = prompt_tokens
+    for token in new:
         now = clock()
         if speed.new_tokens == 0:
             speed.first_token_s = now - started
         speed.new_tokens += 1
         speed.decode_s = now - started - speed.first_token_s
-        yield stream.decode(generator.get_next_tokens()[0])
+        yield stream.decode(token)

@@ -136,6 +136,17 @@ MaxNewTokens = Annotated[
 DoSample = Annotated[
     bool, Option("--do-sample", help="Sample; without it the likeliest token is taken.")
 ]
+DraftFolder = Annotated[
+    str | None,
+    Option(
+        "--draft",
+        help="A deployment with the same tokens that proposes some, for this one to verify; or "
+        "lookup, to find them in the text itself. The text stays the deployment's own.",
+    ),
+]
+DraftTokens = Annotated[
+    int | None, Option(help="Proposed at a time. [3 by a deployment, 7 by lookup]")
+]
 SamplingSeed = Annotated[int | None, Option(min=0, max=SEEDS, help="Of sampling.")]
 
 # --- eval -----------------------------------------------------------------------------------------
@@ -230,8 +241,8 @@ Scenarios = Annotated[
     list[str] | None,
     Option(
         "--scenario",
-        help="decode, prefill, generate, throughput, or one such as decode@512x4; repeatable. "
-        "[decode, prefill]",
+        help="decode, prefill, generate, throughput, answers, or one such as decode@512x4; "
+        "repeatable. [decode, prefill; with --draft answers]",
     ),
 ]
 Context = Annotated[
@@ -241,11 +252,23 @@ Context = Annotated[
 PromptTokens = Annotated[
     list[int] | None, Option(help="Tokens of a prompt; repeatable. [128, or what fits]")
 ]
+Prompts = Annotated[
+    Path | None, Option(help="JSON lines with a prompt each, for answers. [some shipped ones]")
+]
+BenchDraft = Annotated[
+    str | None,
+    Option(
+        "--draft",
+        help="Measure the deployments with a draft, as for generate, against themselves without.",
+    ),
+]
 Batch = Annotated[list[int] | None, Option(help="Rows decoded together; repeatable. [1]")]
 Streams = Annotated[
     list[int] | None, Option(help="Streams at once, for throughput; repeatable. [2]")
 ]
-NewTokens = Annotated[int | None, Option(help="Tokens of an answer, for generate. [64]")]
+NewTokens = Annotated[
+    int | None, Option(help="Tokens of an answer, for generate and answers. [64]")
+]
 Pairs = Annotated[int, Option(help="Rounds; each is a fresh process a deployment.")]
 Looks = Annotated[
     int | None,

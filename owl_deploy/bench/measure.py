@@ -18,7 +18,8 @@ from owl_deploy.bench import machine, result, stats
 from owl_deploy.bench.decision import scores_of
 from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.plan import BenchPlan
-from owl_deploy.bench.result import Block, Result, Role, Sample, Subject
+from owl_deploy.bench.prompts import read_prompts, tokens_of
+from owl_deploy.bench.result import Block, Comparison, Result, Role, Sample, Subject
 from owl_deploy.bench.scenario import Scenario, by_session
 from owl_deploy.engines import (
     Deployment,
@@ -30,6 +31,7 @@ from owl_deploy.engines import (
     python_of,
     threads_for,
 )
+from owl_deploy.engines.draft import open_draft
 from owl_deploy.engines.registry import Engine
 from owl_deploy.errors import BadInput, EngineFailed
 
@@ -92,13 +94,28 @@ def fitted(
     plan.described()  # what is impossible for any model is said first
     entries = entries_of(plan)
     smaller, limits = plan.fitted(deployment for _, deployment in entries)
+    _check_room(smaller, entries)
     return smaller, entries, limits
+
+
+def _check_room(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> None:
+    """Raise `BadInput` for prompts that leave no room for an answer, before anything is timed."""
+    for scenario in plan.described():
+        if scenario.kind == "answers":
+            prompts = read_prompts(plan.prompts)
+            for _, deployment in entries:
+                tokens_of(prompts, deployment, scenario.context - scenario.tokens)
 
 
 def _identities(entries: list[tuple[Subject, Deployment]]) -> list[list[Any]]:
     """What must not have changed for kept samples to count: engines' versions, models' files."""
     return [
-        [subject.model_dump(), installed_version(subject.engine), _modified(deployment.path)]
+        [
+            subject.model_dump(),
+            installed_version(subject.engine),
+            _modified(deployment.path),
+            _modified(Path(subject.draft)) if Path(subject.draft).is_dir() else {},
+        ]
         for subject, deployment in entries
     ]
 
@@ -126,6 +143,7 @@ def conclude(
 ) -> Result:
     """The result that follows from the samples in `subjects`."""
     table = result.statistics(subjects, scenarios, bandwidth)
+    compared = result.comparisons(subjects, scenarios, plan.seed)
     return Result(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         owl_version=__version__,
@@ -136,8 +154,8 @@ def conclude(
         scenarios=scenarios,
         subjects=subjects,
         statistics=table,
-        comparisons=result.comparisons(subjects, scenarios, plan.seed),
-        notes=tuple(_notes(here, subjects, table)),
+        comparisons=compared,
+        notes=(*_notes(here, subjects, table), *_drafts(subjects, compared)),
     )
 
 
@@ -163,6 +181,26 @@ def _notes(
             yield f"{name}: {get_engine(name).licence}"
 
 
+def _drafts(subjects: tuple[Subject, ...], compared: Iterable[Comparison]) -> Iterator[str]:
+    """What came of each draft, and whether it pays, by the first metric."""
+    alone = {subject.path: subject.name for subject in subjects if not subject.draft}
+    for subject in subjects:
+        if not subject.draft or not subject.samples:
+            continue
+        tally, against = subject.samples[-1].draft, alone[subject.path]
+        verdict = next(
+            (one for one in compared if (one.candidate, one.baseline) == (subject.name, against)),
+            None,
+        )
+        pays = {"faster": " It pays.", "slower": " It does not pay: leave it out."}
+        pays |= {"no speed-up": " It does not pay."}
+        yield (
+            f"{subject.name}: of the tokens proposed, {subject.draft_tokens} at a time, "
+            f"{tally['share_accepted']:.0%} were accepted, {tally['tokens_per_step']:.2f} tokens a "
+            f"step.{pays.get(verdict.verdict, '') if verdict else ''}"
+        )
+
+
 def entries_of(plan: BenchPlan) -> list[tuple[Subject, Deployment]]:
     """Each deployment in each of its engines, under a name of its own: candidates first."""
     roles: tuple[tuple[Role, tuple[Path, ...]], ...] = (
@@ -180,10 +218,30 @@ def entries_of(plan: BenchPlan) -> list[tuple[Subject, Deployment]]:
         for engine in _engines_for(deployment, plan.engines)
     ]
     names = _names([(deployment, engine) for _, deployment, engine in chosen])
-    return [
+    entries = [
         (_subject(name, role, deployment, engine), deployment)
         for name, (role, deployment, engine) in zip(names, chosen, strict=True)
     ]
+    return entries if plan.draft is None else list(_with_draft(plan, plan.draft, entries))
+
+
+def _with_draft(
+    plan: BenchPlan, asked: str, entries: list[tuple[Subject, Deployment]]
+) -> Iterator[tuple[Subject, Deployment]]:
+    """Each candidate with the draft, and as a baseline without; the other baselines as they are."""
+    for subject, deployment in entries:
+        if subject.role == "candidate":
+            draft = open_draft(
+                deployment, asked, plan.draft_tokens, trust_library=plan.trust_library
+            )
+            update = {
+                "name": f"{subject.name} with {draft.name}",
+                "draft": draft.place,
+                "draft_tokens": draft.tokens,
+            }
+            yield subject.model_copy(update=update), deployment
+    for subject, deployment in entries:
+        yield subject.model_copy(update={"role": "baseline"}), deployment
 
 
 def _subject(name: str, role: Role, deployment: Deployment, engine: Engine) -> Subject:
@@ -282,6 +340,7 @@ class _Runner:
 
     def _sample(self, subject: Subject, index: int) -> tuple[dict[str, Any], Sample]:
         latencies: dict[str, tuple[float, ...]] = {}
+        drafted: dict[str, float] = {}
         opened: list[tuple[dict[str, Any], int]] = []
         for scenarios in self.sessions:
             context, batch, streams = scenarios[0].session
@@ -294,25 +353,45 @@ class _Runner:
                 timeout_s=self.plan.time_limit_s,
                 batch=batch,
                 streams=streams,
+                draft=subject.draft,
+                draft_tokens=subject.draft_tokens,
             ) as engine:
                 for scenario in scenarios:
-                    latencies |= self._ask(engine, subject, scenario)
+                    found, tally = self._ask(engine, subject, scenario)
+                    latencies, drafted = latencies | found, drafted | tally
                 opened.append((dict(engine.loaded), engine.request("memory")["peak_bytes"]))
         about, peak = opened[0]
         load_s = about.pop("seconds")
-        return about, Sample(round=index, load_s=load_s, peak_bytes=peak, latencies_ms=latencies)
+        sample = Sample(
+            round=index, load_s=load_s, peak_bytes=peak, latencies_ms=latencies, draft=drafted
+        )
+        return about, sample
 
     def _ask(
         self, engine: EngineProcess, subject: Subject, scenario: Scenario
-    ) -> dict[str, tuple[float, ...]]:
-        steps, repeats = self.plan.steps, self.plan.repeats
-        length = scenario.prompt_tokens(steps, repeats)
-        prompt = self._prompt(self.deployments[subject.name], length, scenario.kind == "generate")
-        answer = engine.request(scenario.kind, **scenario.request(prompt, steps, repeats))
+    ) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:
+        """The latencies by metric, and what came of a draft's proposals."""
+        answer = engine.request(scenario.kind, **self._asked(subject, scenario))
         try:
-            return {m.key: tuple(stats.checked(answer[m.answer])) for m in scenario.metrics}
+            times = {m.key: tuple(stats.checked(answer[m.answer])) for m in scenario.metrics}
+            return times, answer.get("draft", {})
         except ValueError as error:
             raise EngineFailed(f"{subject.name} gave no usable times: {error}.") from error
+
+    def _asked(self, subject: Subject, scenario: Scenario) -> dict[str, Any]:
+        """The worker's arguments."""
+        deployment, steps, repeats = (
+            self.deployments[subject.name],
+            self.plan.steps,
+            self.plan.repeats,
+        )
+        if scenario.kind == "answers":
+            room = scenario.context - scenario.tokens
+            prompts = tokens_of(read_prompts(self.plan.prompts), deployment, room)
+            return {"prompts": prompts, "count": scenario.tokens, "ends": deployment.ends}
+        length = scenario.prompt_tokens(steps, repeats)
+        prompt = self._prompt(deployment, length, scenario.kind == "generate")
+        return scenario.request(prompt, steps, repeats)
 
     def _prompt(self, deployment: Deployment, length: int, real: bool) -> list[int]:
         """The same in every process and every engine: random tokens, or a real text's."""

@@ -29,7 +29,8 @@ class BenchPlan(BaseModel):
     `pairs` the rounds, taken up to `looks` times while a comparison is inconclusive; `steps` the
     tokens decoded, `repeats` the prompts run, in each process. Of `context`, `prompt` and
     `new_tokens` what nobody gave is a wish, which `fitted` makes smaller for a model that takes
-    less.
+    less. `draft`: a deployment, or "lookup", that proposes `draft_tokens` at a time to each
+    candidate, which alone is a baseline then; `prompts` a file of what is asked in `answers`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +52,9 @@ class BenchPlan(BaseModel):
     repeats: int = 5
     time_limit_s: float = 600.0
     seed: int = 0
+    draft: str | None = None
+    draft_tokens: int | None = None
+    prompts: Path | None = None
 
     @field_validator("context", "prompt", "batch", "streams", mode="before")
     @classmethod
@@ -71,6 +75,9 @@ class BenchPlan(BaseModel):
             for value in values:
                 if value < least:
                     raise BadInput(f"{name} {value} is too small.", f"It must be {least} or more.")
+        kinds = {name.partition("@")[0] for name in self.scenarios}
+        if self.draft is not None and kinds != {"answers"}:
+            raise BadInput("A draft is measured on real prompts.", "Give --scenario answers alone.")
         found = [each for name in self.scenarios for each in self._scenarios(name)]
         for scenario in found:
             if scenario.prompt_tokens(self.steps, self.repeats) < 1:
@@ -179,6 +186,9 @@ class BenchPlan(BaseModel):
         if kind == "throughput":
             pairs = itertools.product(self.streams, self.context)
             return [Scenario(kind=kind, tokens=n, context=n, streams=m) for m, n in pairs]
+        if kind == "answers":
+            room = self.context[0]
+            return [Scenario(kind=kind, tokens=self.new_tokens, context=room)]
         raise unknown_name("scenario", kind, KINDS)
 
     def _room(self, tokens: int) -> int:

@@ -28,13 +28,15 @@ class _Model(BaseModel):
 class Sample(_Model):
     """One round's fresh processes: what was measured, by metric, in ms.
 
-    Load time and peak memory are those of the first session (scenario.py).
+    Load time and peak memory are those of the first session (scenario.py). `draft`: what came of
+    a draft's proposals, where there is one (engines/speculate.py's `Tally`).
     """
 
     round: int
     load_s: float
     peak_bytes: int
     latencies_ms: dict[str, tuple[float, ...]]
+    draft: dict[str, float] = {}
 
 
 class Block(_Model):
@@ -61,7 +63,8 @@ class Score(_Model):
 class Subject(_Model):
     """A deployment in an engine, and all its samples; `failure` says why there are no more.
 
-    `scores`: by task, as `owl eval` recorded them.
+    `scores`: by task, as `owl eval` recorded them. `draft`: the folder, or "lookup", that proposes
+    `draft_tokens` tokens at a time; its answers, and so its quality, are the deployment's.
     """
 
     name: str
@@ -78,6 +81,8 @@ class Subject(_Model):
     about: dict[str, Any] = {}
     samples: tuple[Sample, ...] = ()
     failure: str | None = None
+    draft: str = ""
+    draft_tokens: int = 0
 
     @property
     def is_sparse(self) -> bool:

@@ -107,6 +107,8 @@ def _run_gate(
 ) -> Outcome:
     if save and check:
         raise BadInput("--save-baseline and --check exclude each other.", "Check first, then save.")
+    if plan.draft and (save or check):
+        raise BadInput("A draft is compared with none, not with a file.", "Leave out --draft.")
     if not 0 < margin < 1:
         raise BadInput(f"--margin {margin} is not between 0 and 1.", "0.05 is five per cent.")
     if not save and not check:

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = Literal["decode", "prefill", "generate", "throughput"]
-KINDS: tuple[Kind, ...] = ("decode", "prefill", "generate", "throughput")
+Kind = Literal["decode", "prefill", "generate", "throughput", "answers"]
+KINDS: tuple[Kind, ...] = ("decode", "prefill", "generate", "throughput", "answers")
 WARMUP_TOKENS, WARMUP_REPEATS, WARMUP_ANSWERS = 8, 2, 1
 STREAM_STEPS = 8  # tokens of each stream in one latency of `throughput`
 
@@ -28,7 +28,8 @@ class Scenario(BaseModel):
     `decode`: one token after another, the last of them attending to `tokens` tokens, in each of
     `batch` rows. `prefill`: a prompt of `tokens` tokens in an empty cache, up to and with the first
     new token. `generate`: an answer of `new` tokens to a prompt of `tokens`. `throughput`: decoding
-    as `decode`, in `streams` streams at once that share the model. Caches are made for `context`.
+    as `decode`, in `streams` streams at once that share the model. `answers`: up to `tokens` tokens
+    after each of some real prompts, until the model ends. Caches are made for `context`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +64,12 @@ class Scenario(BaseModel):
         if self.kind == "throughput":
             title = f"throughput: {self.streams} streams at a context of {self.tokens}, per token"
             return (Metric(self.key, title, "latencies_ms", 1),)
+        if self.kind == "answers":
+            what = f"answers of up to {self.tokens} tokens to real prompts"
+            return (
+                Metric(f"{self.key}:token", f"answers: each later token of {what}", "token_ms", 1),
+                Metric(f"{self.key}:first", f"answers: first token of {what}", "first_ms", 1),
+            )
         what = f"{self.new} tokens after a prompt of {self.tokens}"
         return (
             Metric(f"{self.key}:total", f"generate: {what}", "total_ms", self.new),
@@ -76,7 +83,10 @@ class Scenario(BaseModel):
         return self.context, self.batch, self.streams
 
     def request(self, prompt: list[int], steps: int, repeats: int) -> dict[str, Any]:
-        """The worker's arguments; `prompt` has `prompt_tokens(steps, repeats)` tokens."""
+        """The worker's arguments; `prompt` has `prompt_tokens(steps, repeats)` tokens.
+
+        Not of `answers`, which are asked several.
+        """
         if self.kind == "decode":
             return {"prompt": prompt, "steps": steps, "warmup": WARMUP_TOKENS}
         if self.kind == "prefill":

@@ -57,6 +57,15 @@ class Deployment:
         return told or None
 
     @property
+    def ends(self) -> list[int]:
+        """The tokens that end a text, as far as its settings or its config.json say."""
+        found = self.folder.settings.get("model", {}).get("eos_token_id")
+        config = self.path / "config.json"
+        if found is None and config.is_file():
+            found = read_object(config, "Export again.").get("eos_token_id")
+        return found if isinstance(found, list) else [found] if found is not None else []
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of the checkpoint that was exported, if that was pruned here."""
         source = read_manifest(Path(self.manifest.source.path), CheckpointManifest)

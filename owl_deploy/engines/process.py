@@ -15,6 +15,7 @@ from typing import IO, Any, Self
 
 import psutil
 
+from owl_deploy.engines.drivers.onnxruntime import LOOKUP
 from owl_deploy.engines.environment import python_of
 from owl_deploy.engines.loading import Folder
 from owl_deploy.engines.registry import Engine, get_engine
@@ -52,7 +53,8 @@ class EngineProcess:
     `context` is the tokens that the cache must hold, `timeout_s` the limit of each request; with
     `all_logits` the requests that need the logits of every position can be made; `batch` rows are
     decoded together, `streams` decoders share the model; `trust_library` lets a deployment bring
-    operators of its own (see loading.py). `loaded` is the answer to the load
+    operators of its own (see loading.py); `draft`, a deployment's folder or "lookup", proposes
+    `draft_tokens` tokens at a time (speculate.py). `loaded` is the answer to the load
     request: seconds, version, runtime, isa, threads.
 
     Entering raises `BadInput` for settings that name what must not be loaded, `EnvironmentFailed`
@@ -72,6 +74,8 @@ class EngineProcess:
         batch: int = 1,
         streams: int = 1,
         trust_library: bool = False,
+        draft: str = "",
+        draft_tokens: int = 0,
     ) -> None:
         self.engine: Engine = get_engine(engine)
         self.deployment = deployment
@@ -79,6 +83,7 @@ class EngineProcess:
         self.context = context
         self.timeout_s = timeout_s
         self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}
+        self.draft, self.draft_tokens = draft, draft_tokens
         self.trust_library = trust_library
         self.loaded: dict[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -96,6 +101,7 @@ class EngineProcess:
                 context=self.context,
                 library=str(library.absolute()) if library else "",
                 **self.options,
+                **self._draft_options(),
             )
         except BaseException:
             self.close()
@@ -109,6 +115,19 @@ class EngineProcess:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _draft_options(self) -> dict[str, Any]:
+        if not self.draft:
+            return {}
+        found = {"draft": self.draft, "draft_tokens": self.draft_tokens}
+        if self.draft != LOOKUP:
+            folder = Path(self.draft).absolute()
+            library = Folder(folder).operators(trust=self.trust_library)
+            found |= {
+                "draft": str(folder),
+                "draft_library": str(library.absolute()) if library else "",
+            }
+        return found
 
     def _start(self) -> None:
         python = python_of(self.engine.name)

@@ -15,7 +15,8 @@ and, if its time is not real, `clock() -> seconds`. A decoder has
     extend(tokens) -> [vocab]       run tokens, logits of the last one
     logits(tokens) -> [n, vocab]... run tokens, logits of all of them, in parts
 
-and, if its cache can be gone back to, `mark() -> state` and `back(state)`.
+and, if its cache can be gone back to, `mark() -> state` and `back(state)`; with a draft,
+`restart() -> tally`, which counts from then on.
 
 What is timed, and how, is written here, once: every engine is measured by the same loops.
 """
@@ -44,7 +45,8 @@ class Asked:
 
     `threads` to use; `context`, the tokens that a cache must hold; `library` of operators, if the
     graph needs one; `all_logits`, whether `logits` will be asked for; `batch` rows in each of
-    `streams` decoders.
+    `streams` decoders; `draft`, the folder of a deployment that proposes `draft_tokens` tokens at a
+    time (with `draft_library`), or "lookup".
     """
 
     folder: str
@@ -54,6 +56,9 @@ class Asked:
     all_logits: bool = False
     batch: int = 1
     streams: int = 1
+    draft: str = ""
+    draft_tokens: int = 0
+    draft_library: str = ""
 
 
 class Worker:
@@ -107,6 +112,41 @@ class Worker:
                 token += times[1:]
                 total.append(sum(times))
         return {"first_ms": first, "token_ms": token, "total_ms": total}
+
+    def answers(
+        self, prompts: list[list[int]], count: int, ends: list[int], warm: bool = True
+    ) -> dict[str, Any]:
+        """Time answers of up to `count` tokens to `prompts`, each until one of `ends`, in ms.
+
+        `first_ms` has one figure a prompt; `token_ms` a single one, for each later token of all:
+        with a draft some come at once. `tokens` are the answers; `draft` what came of a draft's
+        proposals, if there is one. `warm`: run the first prompt once more before.
+        """
+        first: list[float] = []
+        answers: list[list[int]] = []
+        later = 0.0
+        if warm:
+            self.decoder.reset()
+            self.decoder.prompt(prompts[0])
+        tally = self.decoder.restart() if hasattr(self.decoder, "restart") else None
+        for prompt in prompts:
+            self.decoder.reset()
+            made: list[int] = []
+            first.append(self._timed(lambda: made.append(self.decoder.prompt(prompt))))  # noqa: B023
+            later += self._timed(lambda: self._finish(made, count, ends))  # noqa: B023
+            answers.append(made)
+        tokens = sum(map(len, answers)) - len(answers)
+        return {
+            "first_ms": first,
+            "token_ms": [later / tokens] if tokens else [],
+            "tokens": answers,
+            "draft": tally.to_json() if tally is not None else {},
+        }
+
+    def _finish(self, made: list[int], count: int, ends: list[int]) -> None:
+        """Put tokens behind those that are made, until there are `count` or one ends the text."""
+        while len(made) < count and made[-1] not in ends:
+            made.append(self.decoder.next())
 
     def throughput(
         self, prompt: list[int], steps: int, repeats: int, warmup: int
@@ -293,7 +333,7 @@ def load_driver(path: str) -> Any:  # noqa: ANN401 - see Worker
 
 
 OPERATIONS = (
-    *("load", "decode", "prefill", "generate", "throughput"),
+    *("load", "decode", "prefill", "generate", "throughput", "answers"),
     *("greedy", "score", "continuations", "memory"),
 )
 

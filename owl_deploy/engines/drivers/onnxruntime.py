@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 GENAI_CONFIG = "genai_config.json"
+LOOKUP = "lookup"  # a draft that is no deployment: the text itself
 PART = (
     512  # tokens a part when all logits are wanted: bounds [part, vocab] and the attention's memory
 )
@@ -21,7 +24,7 @@ class Driver:
     """Opens a deployment in ONNX Runtime; see worker.py for what each method does."""
 
     def __init__(self) -> None:
-        self.streams: list[Genai] | list[Session] = []
+        self.streams: list[Genai] | list[Session] | list[Drafted] = []
 
     def prepare(self) -> None:
         """Import the engine, which is no part of the load time."""
@@ -36,7 +39,9 @@ class Driver:
 
         folder = Path(asked.folder)
         genai = (folder / GENAI_CONFIG).is_file() and not asked.all_logits
-        if genai:
+        if asked.draft:
+            self.streams = [Drafted(asked)]
+        elif genai:
             # The token chosen last is counted, though never run: one more than the model takes.
             length = max(asked.context + 1, model_config(folder)["context_length"])
             over = {"eos_token_id": [], "context_length": length}
@@ -61,13 +66,15 @@ def open_genai(
     threads: int,
     library: str = "",
     part: int | None = None,
+    takes_turns: bool = False,
     **over: Any,  # noqa: ANN401 - without stubs
 ) -> Any:  # noqa: ANN401 - as above
     """A model of onnxruntime-genai; `over` goes over what its config says of the model.
 
     `part`: the tokens of a prompt that are run at once, if not as many as the config says.
     `library`: the operators to load, whatever library the folder names; whoever calls has checked
-    that it names none where this is empty. `owl generate` opens its model here too.
+    that it names none where this is empty. `takes_turns`: with another model, so that the threads
+    of the one must not spin while the other runs. `owl generate` opens its model here too.
     """
     import onnxruntime_genai
 
@@ -75,6 +82,8 @@ def open_genai(
     options: dict[str, Any] = {"intra_op_num_threads": threads}
     if library:
         options["custom_ops_library"] = library
+    if takes_turns:
+        options["session.force_spinning_stop"] = "1"
     overlay = {**over, "decoder": {"session_options": options}}
     search = {"search": {"chunk_size": part}} if part else {}
     config.overlay(json.dumps({"model": overlay, **search}))
@@ -146,6 +155,87 @@ class Genai:
     def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
         """Not to be had: raises `ValueError`."""
         raise ValueError("onnxruntime-genai gives the last logits only: load with all_logits")
+
+
+class Rows:
+    """A decoder in onnxruntime-genai, all of whose logits are read: a `Model` of speculate.py."""
+
+    def __init__(self, model: Any, length: int) -> None:  # noqa: ANN401 - without stubs
+        import onnxruntime_genai
+
+        parameters = onnxruntime_genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=length, do_sample=False)
+        self.generator = onnxruntime_genai.Generator(model, parameters)
+
+    def run(self, tokens: Sequence[int]) -> np.ndarray:
+        """Run `tokens`; return the logits [n, vocab] of all, of a prompt the last."""
+        is_prompt = self.generator.token_count() == 0
+        self.generator.append_tokens(np.array(tokens, np.int32))
+        if is_prompt:
+            last: np.ndarray = self.generator.get_logits()[0]
+            return last
+        rows: np.ndarray = self.generator.get_output("logits")[0]
+        return rows
+
+    def rewind(self, count: int) -> None:
+        """Keep the first `count` tokens."""
+        self.generator.rewind_to(count)
+
+
+class Drafted:
+    """A decoder with a draft beside it, with greedy search: worker.py's `Asked` says of what."""
+
+    def __init__(self, asked: Any) -> None:  # noqa: ANN401 - worker.py's Asked
+        self.length = asked.context + 1  # the token chosen last is counted, though never run
+        takes = max(self.length, model_config(Path(asked.folder))["context_length"])
+        self.most = asked.draft_tokens
+        self.model, self.draft = (
+            open_genai(folder, asked.threads, library, takes_turns=True, context_length=takes)
+            if folder != LOOKUP
+            else None
+            for folder, library in (
+                (asked.folder, asked.library),
+                (asked.draft, asked.draft_library),
+            )
+        )
+        self.speculate = _speculate()
+        self.restart()
+        self.reset()
+
+    def restart(self) -> Any:  # noqa: ANN401 - speculate.py's Tally
+        """Count anew what comes of the proposals."""
+        self.tally = self.speculate.Tally()
+        return self.tally
+
+    def reset(self) -> None:
+        """Empty both caches; the tally goes on."""
+        speculate, choose = self.speculate, self.speculate.Search()
+        draft = speculate.Lookup()
+        if self.draft is not None:
+            draft = speculate.Proposer(Rows(self.draft, self.length), choose)
+        rows = Rows(self.model, self.length)
+        self.speculation = speculate.Speculation(rows, draft, choose, self.most, tally=self.tally)
+
+    def prompt(self, tokens: list[int]) -> int:
+        """Run a prompt; return the likeliest next token."""
+        self.coming = self.speculation.tokens(tokens, self.length)
+        return self.next()
+
+    def next(self) -> int:
+        """Return the next token; the model runs only where the last step's are all returned."""
+        return int(next(self.coming))
+
+
+def _speculate() -> Any:  # noqa: ANN401 - a module
+    """speculate.py, which lies in the folder above; this file is run without the package, too."""
+    path = Path(__file__).parent.parent / "speculate.py"
+    specification = importlib.util.spec_from_file_location("speculate", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["speculate"] = module  # where its dataclasses look for their annotations
+    specification.loader.exec_module(module)
+    return module
 
 
 class Session:

@@ -1,0 +1,99 @@
+"""What may propose tokens to a deployment: a deployment with the same tokens, or the text itself.
+
+How is in speculate.py; here is which, and what cannot be.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from owl_deploy.artefact import read_object
+from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.drivers.onnxruntime import LOOKUP
+from owl_deploy.engines.loading import GENAI_CONFIG
+from owl_deploy.engines.registry import engine_for
+from owl_deploy.errors import BadInput
+
+MOST_TOKENS = 15  # proposed at a time: with the one before them, 16 rows, as the kernels have it
+TOKENS, LOOKUP_TOKENS = 3, 7  # where nobody says how many
+
+
+@dataclass(frozen=True)
+class Draft:
+    """`tokens` are proposed at a time, by `deployment`; None: by looking them up in the text."""
+
+    tokens: int
+    deployment: Deployment | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called beside the deployment that it drafts for."""
+        return LOOKUP if self.deployment is None else self.deployment.path.resolve().name
+
+    @property
+    def place(self) -> str:
+        """What an engine's process is told of it: the folder, or "lookup"."""
+        return LOOKUP if self.deployment is None else str(self.deployment.path)
+
+
+def open_draft(
+    deployment: Deployment, draft: str | Path, tokens: int | None, *, trust_library: bool = False
+) -> Draft:
+    """The draft for `deployment` that a user asks for: a folder, or "lookup".
+
+    `tokens`: None for what usually serves. Raises `BadInput` for a deployment that cannot have one,
+    and for a draft that does not fit it.
+    """
+    if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
+        raise BadInput(f"--draft-tokens {tokens} is impossible.", f"Give 1 to {MOST_TOKENS}.")
+    _check_opens(deployment)
+    if str(draft) == LOOKUP:
+        return Draft(tokens or LOOKUP_TOKENS)
+    path = Path(draft)
+    if not path.exists():
+        raise BadInput(
+            f"The draft {path} does not exist.", f"Give a deployment's folder, or {LOOKUP}."
+        )
+    if path.resolve() == deployment.path.resolve():
+        raise BadInput(
+            f"{path} cannot draft for itself: it would take longer than alone.",
+            f"Give a deployment of it with fewer bits or more zeros, or {LOOKUP}.",
+        )
+    opened = open_deployment(path, trust_library=trust_library)
+    _check_opens(opened)
+    _check_fits(deployment, opened)
+    return Draft(tokens or TOKENS, opened)
+
+
+def _check_opens(deployment: Deployment) -> None:
+    if not deployment.folder.settings:
+        raise BadInput(
+            f"{deployment.path}, made for {engine_for(deployment.target).name}, has no "
+            f"{GENAI_CONFIG}: drafts are for onnxruntime-genai.",
+            "Export the checkpoint with --target owl or onnxruntime.",
+        )
+
+
+def _check_fits(deployment: Deployment, draft: Deployment) -> None:
+    if deployment.vocab != draft.vocab or not _is_same_tokenizer(deployment.path, draft.path):
+        raise BadInput(
+            f"The draft {draft.path} has other tokens than {deployment.path}.",
+            "Give a deployment of the same model, with fewer bits or more zeros.",
+        )
+    takes = deployment.max_context or 0
+    if (draft.max_context or takes) < takes:
+        raise BadInput(
+            f"The draft {draft.path} takes {draft.max_context} tokens, and {deployment.path} "
+            f"takes {takes}.",
+            "Give a deployment of the same model.",
+        )
+
+
+def _is_same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two folders give the same numbers to the same tokens, if they say."""
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    if not all(file.is_file() for file in files):
+        return True
+    if files[0].read_bytes() == files[1].read_bytes():
+        return True
+    first, second = (read_object(file, "Export again.") for file in files)
+    return all(first.get(part) == second.get(part) for part in ("model", "added_tokens"))
