@@ -60,6 +60,7 @@ SMALLER = {
     "generate": "-n 4",
 }
 BENCH = "--context 64 --prompt 32"  # these add to what a page gives
+DRAFTED = "--context 512 --new-tokens 2"  # for prompts that are real
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -118,7 +119,8 @@ def smaller(command: str) -> list[str]:
     verb = words[0]
     if verb == "bench":
         words += [] if "--save-baseline" in words or "--check" in words else ["--pairs", "1"]
-        words += [] if "fake" in Path("deployment").resolve().name else BENCH.split()
+        size = DRAFTED if "--draft" in words else BENCH
+        words += [] if "fake" in Path("deployment").resolve().name else size.split()
     return words + SMALLER.get(verb, "").split()
 
 
