@@ -8,9 +8,8 @@ from pathlib import Path
 
 from owl_deploy.artefact import read_object
 from owl_deploy.engines.deployment import Deployment, open_deployment
-from owl_deploy.engines.drivers.onnxruntime import LOOKUP
 from owl_deploy.engines.loading import GENAI_CONFIG
-from owl_deploy.engines.registry import engine_for
+from owl_deploy.engines.registry import LOOKUP, engine_for
 from owl_deploy.errors import BadInput
 
 MOST_TOKENS = 15  # proposed at a time: with the one before them, 16 rows, as the kernels have it

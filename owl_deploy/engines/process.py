@@ -15,10 +15,9 @@ from typing import IO, Any, Self
 
 import psutil
 
-from owl_deploy.engines.drivers.onnxruntime import LOOKUP
 from owl_deploy.engines.environment import python_of
 from owl_deploy.engines.loading import Folder
-from owl_deploy.engines.registry import Engine, get_engine
+from owl_deploy.engines.registry import LOOKUP, Engine, get_engine
 from owl_deploy.errors import BadInput, EngineFailed
 
 WORKER = Path(__file__).with_name("worker.py")

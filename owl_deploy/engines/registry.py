@@ -7,6 +7,7 @@ from pathlib import Path
 from owl_deploy.errors import unknown_name
 
 MODEL = "model.onnx"
+LOOKUP = "lookup"  # a draft that is no deployment: the text itself (drivers have the word as well)
 _HERE = Path(__file__).parent
 
 
