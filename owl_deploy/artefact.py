@@ -79,6 +79,19 @@ def only_writer(
         yield
 
 
+def wait_for_writer(destination: Path) -> None:
+    """Wait until no run writes `destination`; one that was killed elsewhere counts for a while.
+
+    Raises `BadInput` where its folder cannot be written.
+    """
+    make_folder(destination.absolute().parent)
+    try:
+        with lease(_lock(destination.absolute()), wait=True):
+            pass
+    except OSError as error:
+        raise _not_writable(destination.parent, error) from error
+
+
 def _lock(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.owl-lock")
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,6 +16,9 @@ from typer.core import TyperGroup
 from owl_deploy import __version__, api, options
 from owl_deploy.ending import exit_code
 from owl_deploy.methods import METHODS
+
+if TYPE_CHECKING:
+    from owl_deploy.pipeline import Plan
 
 
 class _Group(TyperGroup):
@@ -389,6 +392,8 @@ def sweep(
     sequence_length: options.SweepLength = None,
     window: options.SweepWindow = None,
     windows: options.SweepWindows = None,
+    ray: options.Ray = None,
+    needs: options.Needs = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
@@ -406,11 +411,23 @@ def sweep(
         lines = [f"{state:8}  {one.title}" for state, one in zip(states, tasks, strict=True)]
         whole = {"tasks": [one.model_dump(mode="json") for one in tasks], "states": states}
         return _emit(whole, as_json, lambda: typer.echo("\n".join(lines)))
-    pipeline.execute(tasks, _say)
+    if ray:
+        _on_cluster(tasks, model, output, ray, needs or [])
+    else:
+        pipeline.execute(tasks, _say)
     result = sweeps.finish(tasks, output)
     rows = sweeps.trade_off(result)
     _emit({"trade_off": rows}, as_json, lambda: show_trade_off(rows, output / sweeps.REPORT))
     sys.exit(4 if result.failures else 0)
+
+
+def _on_cluster(tasks: "Plan", model: Path, output: Path, address: str, needs: list[str]) -> None:
+    """Execute the sweep's tasks on the Ray cluster at `address`."""
+    from owl_deploy.cluster.needs import read_needs
+    from owl_deploy.cluster.run import execute
+
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    execute(tasks, output, address, read_needs(needs), size)
 
 
 @app.command()

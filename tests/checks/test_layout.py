@@ -13,7 +13,7 @@ LAYERS = (
     ("__main__", "schemas", "showcase"),
     ("demo",),
     ("cli",),
-    ("sweep",),
+    ("sweep", "cluster"),
     ("pipeline",),
     ("api",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),

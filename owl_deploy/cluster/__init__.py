@@ -1,0 +1,1 @@
+"""A plan of tasks on a Ray cluster: `owl sweep --ray`."""

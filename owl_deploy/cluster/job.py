@@ -1,0 +1,146 @@
+"""One task of a plan, on the node that it was given: what Ray runs there."""
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ray
+from pydantic import BaseModel, ConfigDict
+
+from owl_deploy.artefact import wait_for_writer, write_text
+from owl_deploy.cluster.nodes import alive, difference, enter, versions
+from owl_deploy.ending import DEFECT
+from owl_deploy.errors import EnvironmentFailed, OwlError, first_line, is_out_of_memory
+from owl_deploy.pipeline import Task, do, state
+
+
+class Record(BaseModel):
+    """How a task stands or ended: on which node, from when to when (UTC, seconds), and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: Literal["running", "done", "failed", "skipped"]
+    title: str
+    said: str = ""
+    code: int = 0  # the exit code of what failed
+    node: str = ""
+    process: int = 0
+    started: float = 0.0
+    ended: float | None = None
+
+    def now(self, state: Literal["done", "failed"], said: str = "", code: int = 0) -> "Record":
+        """The same, ended now."""
+        update = {"state": state, "said": said, "code": code, "ended": time.time()}
+        return self.model_copy(update=update)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a node is told beside the task: the driver's folder, where the log goes (a path without
+    an ending), the cores that the task has, whether those are to be all, the driver's versions.
+    """
+
+    place: Path
+    log: Path
+    cores: int
+    alone: bool
+    versions: dict[str, str]
+
+
+def perform(task: Task, job: Job, *before: Record) -> Record:
+    """Do a task if it is not done, once those `before` it are; how it ended, whatever that is.
+
+    A worker is for one task: what it printed is in the task's log, what it held is given back.
+    """
+    if left := [one for one in before if one.state != "done"]:
+        return skipped(task, left[0])
+    enter(job.place)
+    node = ray.get_runtime_context().get_node_id()
+    record = Record(
+        state="running", title=task.title, node=node, process=os.getpid(), started=time.time()
+    )
+    keep(job.log, record)
+    with logged(job.log.with_suffix(".log")):
+        record = _ended(task, job, record)
+    keep(job.log, record)
+    return record
+
+
+def skipped(task: Task, left: Record) -> Record:
+    """The record of a task that needs what was `left` undone."""
+    why = left.said if left.state == "skipped" else f"it needs what failed: {left.title}"
+    return Record(state="skipped", title=task.title, said=why)
+
+
+def keep(log: Path, record: Record) -> None:
+    """Leave the record of a task beside its log."""
+    write_text(log.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
+
+
+def kept(log: Path) -> Record | None:
+    """The record that a task has left beside its log; None where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return Record.model_validate_json(log.with_suffix(".json").read_text(encoding="utf-8"))
+    return None
+
+
+def _ended(task: Task, job: Job, record: Record) -> Record:
+    try:
+        _refuse_other_node(job, record.node)
+        # Whoever was at it before, and was lost with its node, holds the output for a while.
+        wait_for_writer(task.output)
+        if state(task) != "done":
+            do(_with_threads(task, job.cores))
+    except OwlError as error:
+        return record.now("failed", str(error), error.exit_code)
+    except Exception as error:
+        traceback.print_exception(error)
+        if is_out_of_memory(error):
+            return record.now("failed", "There was not enough memory: see --needs.", 4)
+        return record.now("failed", f"{type(error).__name__}: {first_line(error)}", DEFECT)
+    return record.now("done")
+
+
+def _refuse_other_node(job: Job, node: str) -> None:
+    """Nodes may join after the driver has looked at them all: see `check_alike`."""
+    if differs := difference(versions(), job.versions):
+        raise EnvironmentFailed(f"A node joined that {differs}.")
+    (here,) = (one for one in alive() if one.id == node)
+    if job.alone and here.has.cores > job.cores:
+        raise EnvironmentFailed(
+            f"A larger node joined, {here.name}, on which the benchmark would not be alone.",
+            "Run again.",
+        )
+
+
+def _with_threads(task: Task, cores: int) -> Task:
+    """The task with as many threads as it has cores, if it can be told and was not."""
+    if getattr(task, "threads", cores) is not None:
+        return task
+    return task.model_copy(update={"threads": cores})
+
+
+@contextlib.contextmanager
+def logged(file: Path) -> Iterator[None]:
+    """Add what this process and its children print to `file`, until the block ends."""
+    with (
+        file.open("a", encoding="utf-8", errors="replace", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        sys.__stdout__ and sys.__stdout__.flush()
+        saved = [os.dup(number) for number in (1, 2)]
+        try:
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+            yield
+        finally:
+            for number, before in zip((1, 2), saved, strict=True):
+                os.dup2(before, number)
+                os.close(before)

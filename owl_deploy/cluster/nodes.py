@@ -1,0 +1,193 @@
+"""The nodes of a Ray cluster: joining it, and what has to be alike on all before work begins."""
+
+import contextlib
+import logging
+import os
+import platform
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from owl_deploy import __version__
+from owl_deploy.artefact import write_text
+from owl_deploy.cluster.needs import Need, Node
+from owl_deploy.errors import BadInput, first_line
+
+_ANSWER_S = 300.0  # a node that is busy takes its time to start a process
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Be the driver of a job on the cluster at `address` ("local" makes one) until the block ends.
+
+    Raises `BadInput` where there is no cluster, or Ray does not let this Python join it.
+    """
+    _refuse_silence(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # owl sends nothing anywhere
+    try:
+        own = {"include_dashboard": False} if address == "local" else {}
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _no_cluster(address, first_line(error)) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Refuse an address that nothing listens at: Ray itself tries for five minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise BadInput(f"--ray {address} is no address.", "It is auto, local or HOST:PORT.")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, first_line(error)) from error
+
+
+def _no_cluster(address: str, why: str) -> BadInput:
+    return BadInput(
+        f"owl cannot join a Ray cluster at {address}: {why.rstrip('.')}.",
+        "Start one with `ray start --head`, or use --ray local.",
+    )
+
+
+def alive() -> list[Node]:
+    """The nodes that can take tasks; a head that was started with no CPU is none of them."""
+    return [
+        Node(node["NodeID"], _name(node), _amounts(node["Resources"]))
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
+    ]
+
+
+def _name(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
+
+
+def _amounts(resources: dict[str, float]) -> Need:
+    return Need(int(resources["CPU"]), int(resources.get("memory", 0)), resources.get("GPU", 0.0))
+
+
+def versions() -> dict[str, str]:
+    """The versions here that a result may depend on."""
+    found = {"owl_deploy": __version__, "Python": platform.python_version()}
+    for name in ("torch", "ray"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def difference(there: dict[str, str], here: dict[str, str]) -> str | None:
+    """In words, the first version that differs; None where all agree."""
+    for name, own in here.items():
+        if there.get(name) != own:
+            return f"has {name} {there.get(name, 'none')}, and this machine has {own}"
+    return None
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a node sees: its versions, the marker's text, and those of the inputs that it lacks."""
+
+    versions: dict[str, str]
+    marker: str | None
+    missing: tuple[str, ...] = ()
+
+
+def look(place: Path, marker: Path, sources: Sequence[Path], name: str) -> Sight:
+    """What is seen from the node that this runs on; leaves a file `name` beside the `marker`."""
+    enter(place)
+    text = None
+    with contextlib.suppress(OSError):
+        text = marker.read_text(encoding="utf-8")
+        marker.with_name(name).touch()
+    return Sight(versions(), text, tuple(str(one) for one in sources if not one.exists()))
+
+
+def enter(place: Path) -> None:
+    """Work where the driver does, so that a path means the same; absolute ones do without."""
+    if place.is_dir():
+        os.chdir(place)
+
+
+def check_alike(nodes: Sequence[Node], folder: Path, sources: Sequence[Path]) -> None:
+    """Refuse a cluster with a node of other versions, or that does not see what is shared.
+
+    That is the output `folder`, in which each node has to read and to write, and the `sources`.
+    Raises `BadInput`.
+    """
+    token = secrets.token_hex(8)
+    marker = folder.absolute() / f".owl-shared-{token}"
+    write_text(marker, token)
+    try:
+        for node, sight in zip(nodes, _sights(nodes, marker, sources), strict=True):
+            answered = _answer(marker, node).exists()
+            if why := refusal(sight, versions(), token, answered=answered):
+                message, way_out = why
+                raise BadInput(f"The node {node.name} {message}.", way_out)
+    finally:
+        for path in marker.parent.glob(f"{marker.name}*"):
+            path.unlink(missing_ok=True)
+
+
+def _answer(marker: Path, node: Node) -> Path:
+    return marker.with_name(f"{marker.name}-{node.id}")
+
+
+def _sights(nodes: Sequence[Node], marker: Path, sources: Sequence[Path]) -> Iterator[Sight]:
+    asked = [
+        ray.remote(look)
+        .options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        )
+        .remote(Path.cwd(), marker, tuple(sources), _answer(marker, node).name)
+        for node in nodes
+    ]
+    for node, one in zip(nodes, asked, strict=True):
+        try:
+            yield ray.get(one, timeout=_ANSWER_S)
+        except (RayError, ImportError) as error:
+            raise BadInput(
+                f"The node {node.name} cannot run owl: {first_line(error)}.",
+                "Install the same version of owl-deploy on every node.",
+            ) from error
+
+
+def refusal(
+    sight: Sight, here: dict[str, str], token: str, *, answered: bool
+) -> tuple[str, str] | None:
+    """What is wrong with a node by what it sees, and a way out; None for nothing.
+
+    `here`: the versions of the driver; `token`: what it wrote in the marker; `answered`: whether it
+    sees what the node wrote.
+    """
+    if differs := difference(sight.versions, here):
+        return differs, "Install the same versions on every node."
+    if sight.marker != token or not answered:
+        return (
+            "does not share the output folder with this machine",
+            "Choose one that every node mounts at the same path; object stores are not supported.",
+        )
+    if sight.missing:
+        return (
+            f"does not see {sight.missing[0]}",
+            "Put it where every node sees it, at the same path.",
+        )
+    return None

@@ -1,0 +1,179 @@
+"""The driver: a plan's tasks go to Ray, as soon as it starts, and their ends come back."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, TaskCancelledError
+
+from owl_deploy.artefact import make_folder
+from owl_deploy.cluster import job, nodes
+from owl_deploy.cluster.job import Job, Record
+from owl_deploy.cluster.needs import ROWS, Given, Need, needs_of
+from owl_deploy.cluster.show import Board
+from owl_deploy.errors import OwlError, first_line
+from owl_deploy.pipeline import Plan, Task, needs, survey
+
+RETRIES = 3  # of a task whose worker or node died
+PATIENCE_S = 300.0  # for a node to come back that alone could run a task
+_TICK_S, _STOPPING_S = 1.0, 20.0
+
+
+class Unfinished(OwlError):
+    """Some tasks of a plan failed, or were skipped for that; the exit code is that of the first."""
+
+    def __init__(self, records: dict[int, Record], logs: Path) -> None:
+        failed = [one for _, one in sorted(records.items()) if one.state == "failed"]
+        skipped = sum(one.state == "skipped" for one in records.values())
+        told = "; ".join(f"{one.title}: {one.said}".rstrip(".") for one in failed)
+        also = f", and {skipped} that need them were skipped" if skipped else ""
+        super().__init__(
+            f"{len(failed)} of {len(records)} tasks failed{also}. {told}.",
+            f"The logs are in {logs}; the same command goes on from here.",
+        )
+        self.exit_code = failed[0].code
+
+
+def execute(plan: Plan, folder: Path, address: str, given: Given, model_bytes: int) -> None:
+    """Do what is not done of `plan` on the Ray cluster at `address`, which shares `folder`.
+
+    `given`: see `read_needs`; `model_bytes`: the size of the dense checkpoint. Leaves a log and a
+    record of each task in the folder's `logs`. A task whose worker dies is done again, one that
+    fails stops only those that need it. Raises `BadInput` for what can be known before work begins,
+    `Unfinished` at the end if tasks failed; after Ctrl-C all are cancelled.
+    """
+    todo = [index for index, state in enumerate(survey(plan)) if state != "done"]
+    if not todo:
+        return
+    with nodes.joined(address):
+        there = nodes.alive()
+        kinds = [_kind(plan[index]) for index in todo]
+        wanted = needs_of(kinds, there, given, model_bytes)
+        logs = folder / "logs"
+        make_folder(logs)
+        nodes.check_alike(there, folder, sources(plan))
+        run = _Run(plan, {index: _job(plan[index], folder, wanted) for index in todo}, wanted)
+        with _cancelled_at_the_end(run):
+            run.follow()
+    if any(record.state != "done" for record in run.records.values()):
+        raise Unfinished(run.records, logs)
+
+
+def sources(plan: Plan) -> list[Path]:
+    """The files and folders that the plan reads and does not make."""
+    made = {task.output for task in plan}
+    read = dict.fromkeys(Path(one) for task in plan for one in task.reads() if one)
+    return [path for path in read if path not in made and path.exists()]
+
+
+def _kind(task: Task) -> str:
+    return str(getattr(task, "task"))  # noqa: B009 - each kind has it, and each of a type of its own
+
+
+def _job(task: Task, folder: Path, wanted: dict[str, Need]) -> Job:
+    kind = _kind(task)
+    return Job(
+        place=Path.cwd(),
+        log=log_of(task, folder),
+        cores=wanted[kind].cores,
+        alone=ROWS[kind].alone,
+        versions=nodes.versions(),
+    )
+
+
+def log_of(task: Task, folder: Path) -> Path:
+    """Where the log of a task lies, without an ending: no two have the same."""
+    output = task.output.absolute()
+    if output.is_relative_to(folder.absolute()):
+        output = output.relative_to(folder.absolute())
+    name = "-".join(part for part in output.parts if part != "/")
+    return folder.absolute() / "logs" / name.removesuffix(".json")
+
+
+@dataclass
+class _Run:
+    """The tasks that Ray has, and the records of those that ended."""
+
+    plan: Plan
+    jobs: dict[int, Job]
+    wanted: dict[str, Need]
+    records: dict[int, Record] = field(default_factory=dict)
+    pending: dict[Any, int] = field(default_factory=dict)
+    stuck: dict[int, float] = field(default_factory=dict)  # since when no node can run it
+
+    def follow(self) -> None:
+        """Hand all tasks to Ray, and show how they stand until all have ended."""
+        self._submit()
+        with Board([self.plan[index].title for index in self.jobs]) as board:
+            while self.pending:
+                ready, _ = ray.wait(list(self.pending), timeout=_TICK_S)
+                for reference in sorted(ready, key=self.pending.__getitem__):
+                    index = self.pending.pop(reference)
+                    self.records[index] = self._end(index, reference)
+                    board.tell(self.records[index])
+                running = self._running()
+                self._give_up_stuck(running)
+                board.show(list(self.records.values()), list(running.values()))
+
+    def _submit(self) -> None:
+        perform = ray.remote(job.perform)
+        references: dict[int, Any] = {}
+        waits = needs(self.plan)
+        for index, one in self.jobs.items():
+            task = self.plan[index]
+            one.log.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run
+            references[index] = perform.options(
+                **self.wanted[_kind(task)].options(),
+                name=task.title,
+                max_retries=RETRIES,
+                max_calls=1,
+                scheduling_strategy="SPREAD",
+            ).remote(task, one, *(references[n] for n in waits[index] if n in references))
+        self.pending = {reference: index for index, reference in references.items()}
+
+    def _end(self, index: int, reference: Any) -> Record:  # noqa: ANN401 - Ray's type is generic
+        """How a task ended that Ray has no more."""
+        task = self.plan[index]
+        try:
+            return Record.model_validate(ray.get(reference))
+        except RayError as error:  # its own, or that of one that it needs
+            before = [self.records[n] for n in needs(self.plan)[index] if n in self.records]
+            if left := [one for one in before if one.state != "done"]:
+                return job.skipped(task, left[0])
+            if isinstance(error, TaskCancelledError):
+                why = f"no node that is left has {self.wanted[_kind(task)]}"
+            else:
+                why = f"its worker died, and did so again {RETRIES} times ({first_line(error)})"
+            return Record(state="failed", title=task.title, said=why, code=4)
+
+    def _running(self) -> dict[int, Record]:
+        found = {index: job.kept(self.jobs[index].log) for index in self.pending.values()}
+        return {i: one for i, one in found.items() if one is not None and one.state == "running"}
+
+    def _give_up_stuck(self, running: dict[int, Record]) -> None:
+        """Cancel what waits for a node that has not come back in `PATIENCE_S`."""
+        there = nodes.alive()
+        for reference, index in self.pending.items():
+            need = self.wanted[_kind(self.plan[index])]
+            if index in running or any(need.fits(node) for node in there):
+                self.stuck.pop(index, None)
+            elif time.monotonic() - self.stuck.setdefault(index, time.monotonic()) > PATIENCE_S:
+                ray.cancel(reference)
+
+
+@contextlib.contextmanager
+def _cancelled_at_the_end(run: _Run) -> Iterator[None]:
+    """Cancel what is still there when the block ends, and let it give its outputs back."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("all tasks are cancelled; the same command goes on") from error
+    finally:
+        for reference in run.pending:
+            ray.cancel(reference)
+        if run.pending:
+            ray.wait(list(run.pending), num_returns=len(run.pending), timeout=_STOPPING_S)

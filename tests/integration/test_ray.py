@@ -1,0 +1,160 @@
+"""A plan on a real Ray cluster of two nodes on this machine: `ray.cluster_utils` gives each a raylet."""
+
+import os
+import signal
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+
+from owl_deploy.artefact import sha256, staged_folder
+from owl_deploy.errors import BadInput
+from owl_deploy.manifest import CheckpointManifest
+from owl_deploy.pipeline import Prune, Task, do, survey
+from owl_deploy.recipe import settings
+
+ray = pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
+
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from owl_deploy.cluster import run  # noqa: E402
+from owl_deploy.cluster.job import Record, kept  # noqa: E402
+from owl_deploy.cluster.needs import ROWS, Row  # noqa: E402
+from owl_deploy.cluster.nodes import joined  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+
+class Copy(Task):
+    """A task that takes no time: the text of a file, in an artefact."""
+
+    APART: ClassVar = {"part": True, "dies": True, "alone": True}
+
+    task: Literal["copy", "alone"] = "copy"
+    part: Path
+    dies: Path | None = None  # kills its worker, unless this file is there
+
+    def reads(self):
+        return (self.part,)
+
+    def run(self):
+        if self.dies is not None and not self.dies.exists():
+            self.dies.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("copying", self.part.name)
+        text = (self.part if self.part.is_file() else self.part / "text").read_text()
+        with staged_folder(self.output, force=True) as folder:
+            (folder / "text").write_text(text)
+            CheckpointManifest(source=text).write(folder)
+
+    def agrees(self):
+        return False
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())  # for `tests`, in the workers
+    small = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "memory": 2**31}
+    made = Cluster(initialize_head=True, head_node_args=small)
+    try:
+        made.add_node(**small)
+        yield made
+    finally:
+        made.shutdown()
+
+
+def plan_in(folder: Path, word: Path, model: Path) -> tuple[Task, ...]:
+    def copy(name: str, part: Path, **more: object) -> Copy:
+        return Copy(title=f"Copying {name}", output=folder / "made" / name, part=part, **more)
+
+    first = copy("first", word)
+    killed = copy("killed", word, dies=folder / "killed-once")
+    absent = copy("absent", folder / "absent")
+    after = copy("after", absent.output)
+    alone = copy("alone", first.output, task="alone")
+    prune = Prune(
+        title="Pruning magnitude-50",
+        output=folder / "made" / "pruned",
+        model=model,
+        settings=settings(method="magnitude", allocation="uniform", sparsity=0.5),
+    )
+    return (prune, first, killed, absent, after, alone)
+
+
+def beside(one: Record, other: Record) -> bool:
+    """Whether two tasks were on one node at one time."""
+    assert one.ended
+    assert other.ended
+    return one.node == other.node and one.started < other.ended and other.started < one.ended
+
+
+def test_a_plan_on_a_cluster(cluster, llama, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(ROWS, "copy", Row(cores=1))
+    monkeypatch.setitem(ROWS, "alone", Row(cores=1, alone=True))
+    out, word = tmp_path / "out", tmp_path / "word"
+    (out / "made").mkdir(parents=True)
+    word.write_text("owl")
+    plan = plan_in(out, word, llama)
+    with pytest.raises(BadInput, match=r"No node can prune, which needs 4 cpu.*2 cpu"):
+        run.execute(plan, out, cluster.address, {"prune": {"cores": 4}}, 0)
+
+    with pytest.raises(run.Unfinished) as ended:
+        run.execute(plan, out, cluster.address, {}, 0)
+    assert "1 of 6 tasks failed, and 1 that need them were skipped" in str(ended.value)
+    assert "Copying absent: FileNotFoundError" in str(ended.value)
+    assert ended.value.exit_code == 70
+    assert survey(plan) == ["done", "done", "done", "to do", "to do", "done"]
+    told = capfd.readouterr().err
+    assert "skipped  Copying after: it needs what failed: Copying absent" in told
+
+    records = {task.title.split()[1]: kept(run.log_of(task, out)) for task in plan}
+    assert records.pop("after") is None  # it never began
+    assert {name: one.state for name, one in records.items()} == {
+        **dict.fromkeys(("magnitude-50", "first", "killed", "alone"), "done"),
+        "absent": "failed",
+    }
+    alone = records.pop("alone")
+    assert not any(beside(alone, other) for other in records.values())
+    assert "copying word" in (out / "logs" / "made-first.log").read_text()
+    assert "Traceback" in (out / "logs" / "made-absent.log").read_text()
+
+    (out / "absent").write_text("now")
+    before = {path: path.stat().st_mtime for path in out.glob("made/*/owl.json")}
+    run.execute(plan, out, cluster.address, {}, 0)
+    assert set(survey(plan)) == {"done"}
+    assert {path: path.stat().st_mtime for path in before} == before  # nothing done twice
+    assert sorted(path.name for path in out.rglob(".*")) == []
+
+    here = plan[0].model_copy(update={"output": tmp_path / "here"})
+    do(here)
+    weights = "model.safetensors"
+    assert sha256(plan[0].output / weights) == sha256(here.output / weights)
+
+    # A node that differs, or does not see what is shared, is refused before work begins.
+    fake = tmp_path / "site" / "torch-9.9.9.dist-info"
+    fake.mkdir(parents=True)
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    path = f"{fake.parent}:{os.getcwd()}"
+    cluster.add_node(num_cpus=1, memory=2**31, env_vars={"PYTHONPATH": path})
+    plan = plan_in(tmp_path / "other", word, llama)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(BadInput, match=r"has torch 9\.9\.9, and this machine has"):
+        run.execute(plan, tmp_path / "other", cluster.address, {}, 0)
+    assert set(survey(plan)) == {"to do"}
+    assert not list((tmp_path / "other").glob(".owl-shared*"))
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "cannot join a Ray cluster at 127.0.0.1:1: .*refused"),
+        ("somewhere", "is no address"),
+        ("auto", "Could not find any running Ray instance"),
+    ],
+)
+def test_an_address_where_no_cluster_is(address, words, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
+    with pytest.raises(BadInput, match=words), joined(address):
+        pass
