@@ -59,11 +59,11 @@ class Row:
     alone: bool = False
 
 
-# The memory: `export` holds PyTorch's model and its own in float32 when it compares them, a dense
-# float32 deployment is twice a checkpoint in bfloat16, and `prune` holds one block and its inputs.
+# Rough, to pack nodes by. In float32 a deployment is twice a checkpoint in bfloat16: `evaluate` has
+# it in memory, `export` as it is checked. `prune` holds a block, and what goes into it.
 ROWS = {
-    "prune": Row(cores=4, memory=2, gpus=1),
-    "export": Row(cores=2, memory=6),
+    "prune": Row(cores=4, memory=1, gpus=1),
+    "export": Row(cores=2, memory=3),
     "evaluate": Row(cores=4, memory=3),
     "bench": Row(cores=1, alone=True),
 }

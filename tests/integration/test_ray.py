@@ -1,4 +1,4 @@
-"""A plan on a real Ray cluster of two nodes on this machine: `ray.cluster_utils` gives each a raylet."""
+"""A plan on a real Ray cluster of two nodes, each with a raylet of its own on this machine."""
 
 import os
 import signal
@@ -54,9 +54,9 @@ class Copy(Task):
 @pytest.fixture
 def cluster(monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())  # for `tests`, in the workers
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))  # for `tests`, in the workers
     small = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "memory": 2**31}
-    made = Cluster(initialize_head=True, head_node_args=small)
+    made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     try:
         made.add_node(**small)
         yield made
@@ -135,7 +135,7 @@ def test_a_plan_on_a_cluster(cluster, llama, tmp_path, monkeypatch, capfd):
     fake = tmp_path / "site" / "torch-9.9.9.dist-info"
     fake.mkdir(parents=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
-    path = f"{fake.parent}:{os.getcwd()}"
+    path = f"{fake.parent}:{Path.cwd()}"
     cluster.add_node(num_cpus=1, memory=2**31, env_vars={"PYTHONPATH": path})
     plan = plan_in(tmp_path / "other", word, llama)
     (tmp_path / "other").mkdir()

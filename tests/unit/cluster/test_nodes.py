@@ -1,0 +1,68 @@
+import pytest
+
+pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
+
+from owl_deploy.cluster import nodes
+from owl_deploy.cluster.needs import Need
+from owl_deploy.cluster.nodes import Sight, difference, look, refusal
+
+HERE = {"owl_deploy": "0.1.0", "Python": "3.11.4", "torch": "2.9.0", "ray": "2.60.0"}
+
+
+def test_the_first_version_that_differs_is_told_with_both():
+    assert difference(HERE, HERE) is None
+    told = difference(HERE | {"Python": "3.12.1", "torch": "2.8.0"}, HERE)
+    assert told == "has Python 3.12.1, and this machine has 3.11.4"
+    lacking = {name: value for name, value in HERE.items() if name != "torch"}
+    assert difference(lacking, HERE) == "has torch none, and this machine has 2.9.0"
+    assert nodes.versions().keys() == HERE.keys()
+
+
+@pytest.mark.parametrize(
+    ("sight", "answered", "words"),
+    [
+        (Sight(HERE, "t"), True, None),
+        (Sight(HERE | {"torch": "1"}, "t"), True, "has torch 1"),
+        (Sight(HERE, None), True, "does not share"),
+        (Sight(HERE, "another's"), True, "does not share"),
+        (Sight(HERE, "t"), False, "does not share"),  # it reads, but writes elsewhere
+        (Sight(HERE, "t", ("/m", "/c")), True, "does not see /m"),
+    ],
+)
+def test_a_node_is_refused_for_what_it_sees(sight, answered, words):
+    why = refusal(sight, HERE, "t", answered=answered)
+    assert (why is None) if words is None else (why and words in why[0])
+
+
+def test_a_node_reads_the_marker_answers_and_looks_for_the_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "model").touch()
+    marker = tmp_path / "marker"
+    sources = [nodes.Path("model"), nodes.Path("text")]
+    assert look(tmp_path / "there", marker, sources, "answer").marker is None
+    assert not (tmp_path / "answer").exists()
+    marker.write_text("t")
+    sight = look(tmp_path / "there", marker, sources, "answer")
+    assert (sight.marker, sight.missing) == ("t", ("text",))
+    assert (tmp_path / "answer").exists()
+    assert look(tmp_path / "not there", marker, sources, "answer").marker == "t"
+
+
+def test_only_what_can_take_tasks_is_a_node(monkeypatch):
+    def node(name, alive=True, **resources):
+        return {
+            "NodeID": f"{name}0123456789",
+            "NodeManagerHostname": name,
+            "Alive": alive,
+            "Resources": resources,
+        }
+
+    told = [
+        node("head", memory=5.0),
+        node("dead", alive=False, CPU=4.0),
+        node("card", CPU=4.0, GPU=1.0, memory=7.0),
+    ]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: told)
+    (card,) = nodes.alive()
+    assert (card.name, card.has) == ("card (card0123)", Need(4, 7, 1.0))

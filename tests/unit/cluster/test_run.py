@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
+
+from owl_deploy.cluster import run
+from owl_deploy.cluster.job import Record
+from owl_deploy.cluster.run import Unfinished, execute, log_of, sources
+from owl_deploy.pipeline import Evaluate, do
+from owl_deploy.sweep import SweepPlan, tasks
+from tests.unit.test_pipeline import Join
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model/config.json", "c.txt", "p.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
+    return tasks(Path("model"), Path("out"), SweepPlan(sparsities=(0.5,)), "c.txt", "p.txt")
+
+
+def test_what_every_node_has_to_see_is_what_the_plan_does_not_make(swept):
+    assert sources(swept) == [Path("model"), Path("c.txt"), Path("p.txt")]
+    quality = [task for task in swept if isinstance(task, Evaluate)]
+    named = [task.model_copy(update={"text": "wikitext"}) for task in quality]
+    assert sources(named) == []  # a name of something elsewhere; deployments that are not there
+
+
+def test_each_task_has_a_log_of_its_own(swept):
+    logs = [log_of(task, Path("out")) for task in swept]
+    assert len(set(logs)) == len(logs)
+    assert {log.parent for log in logs} == {Path("out/logs").absolute()}
+    names = [log.name for log in logs]
+    assert names[0] == "checkpoints-wanda-owl-50"
+    assert "deployments-wanda-owl-50-onnxruntime-fp32-measured-perplexity" in names
+
+
+def test_the_end_says_what_failed_and_why():
+    records = {
+        3: Record(state="failed", title="B", said="It broke.", code=4),
+        1: Record(state="failed", title="A", said="No.", code=2),
+        2: Record(state="skipped", title="C", said="it needs what failed: A"),
+        0: Record(state="done", title="D"),
+    }
+    error = Unfinished(records, Path("out/logs"))
+    assert error.exit_code == 2
+    assert str(error) == (
+        "2 of 4 tasks failed, and 1 that need them were skipped. A: No; B: It broke. "
+        "The logs are in out/logs; the same command goes on from here."
+    )
+
+
+def test_a_plan_that_is_done_needs_no_cluster(tmp_path, monkeypatch):
+    (tmp_path / "word").write_text("owl")
+    plan = [Join(title="j", output=tmp_path / "made" / "j", parts=(tmp_path / "word",))]
+    do(plan[0])
+    monkeypatch.setattr(run.nodes, "joined", None)
+    execute(plan, tmp_path, "127.0.0.1:1", {}, 0)
+    with pytest.raises(TypeError):
+        execute([plan[0].model_copy(update={"upper": True})], tmp_path, "127.0.0.1:1", {}, 0)
