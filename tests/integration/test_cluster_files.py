@@ -1,4 +1,4 @@
-"""The files in `examples/cluster` are what the launcher of Ray and KubeRay take, if seen from here."""
+"""The files in `examples/cluster` are such as Ray and KubeRay take, as far as is seen here."""
 
 import json
 import re

@@ -54,6 +54,8 @@ class Copy(Task):
 @pytest.fixture
 def cluster(monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine leaves workers no time
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))  # for `tests`, in the workers
     small = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "memory": 2**31}
     made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
