@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -134,7 +133,6 @@ def logged(file: Path) -> Iterator[None]:
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        sys.__stdout__ and sys.__stdout__.flush()
         saved = [os.dup(number) for number in (1, 2)]
         try:
             for number in (1, 2):

@@ -33,8 +33,12 @@ def joined(address: str) -> Iterator[None]:
     _refuse_silence(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # owl sends nothing anywhere
     try:
-        own = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        ray.init(
+            address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _no_cluster(address, first_line(error)) from error
     try:
@@ -69,7 +73,7 @@ def alive() -> list[Node]:
     """The nodes that can take tasks; a head that was started with no CPU is none of them."""
     return [
         Node(node["NodeID"], _name(node), _amounts(node["Resources"]))
-        for node in ray.nodes()
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, TaskCancelledError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from owl_deploy.artefact import make_folder
 from owl_deploy.cluster import job, nodes
@@ -120,7 +120,7 @@ class _Run:
                 board.show(list(self.records.values()), list(running.values()))
 
     def _submit(self) -> None:
-        perform = ray.remote(job.perform)
+        perform = ray.remote(max_calls=1)(job.perform)  # a process for each: see `perform`
         references: dict[int, Any] = {}
         waits = needs(self.plan)
         for index, one in self.jobs.items():
@@ -130,7 +130,6 @@ class _Run:
                 **self.wanted[_kind(task)].options(),
                 name=task.title,
                 max_retries=RETRIES,
-                max_calls=1,
                 scheduling_strategy="SPREAD",
             ).remote(task, one, *(references[n] for n in waits[index] if n in references))
         self.pending = {reference: index for index, reference in references.items()}
@@ -144,10 +143,7 @@ class _Run:
             before = [self.records[n] for n in needs(self.plan)[index] if n in self.records]
             if left := [one for one in before if one.state != "done"]:
                 return job.skipped(task, left[0])
-            if isinstance(error, TaskCancelledError):
-                why = f"no node that is left has {self.wanted[_kind(task)]}"
-            else:
-                why = f"its worker died, and did so again {RETRIES} times ({first_line(error)})"
+            why = _reason(error, self.wanted[_kind(task)])
             return Record(state="failed", title=task.title, said=why, code=4)
 
     def _running(self) -> dict[int, Record]:
@@ -163,6 +159,14 @@ class _Run:
                 self.stuck.pop(index, None)
             elif time.monotonic() - self.stuck.setdefault(index, time.monotonic()) > PATIENCE_S:
                 ray.cancel(reference)
+
+
+def _reason(error: RayError, need: Need) -> str:
+    if isinstance(error, TaskCancelledError):  # see `_give_up_stuck`
+        return f"no node that is left has {need}"
+    if isinstance(error, RayTaskError):  # its record could not be kept, say
+        return f"{type(error.cause).__name__}: {first_line(error.cause)}"
+    return f"its worker died, and did so again {RETRIES} times ({first_line(error)})"
 
 
 @contextlib.contextmanager

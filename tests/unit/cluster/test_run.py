@@ -4,8 +4,11 @@ import pytest
 
 pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
+from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
+
 from owl_deploy.cluster import run
 from owl_deploy.cluster.job import Record
+from owl_deploy.cluster.needs import Need
 from owl_deploy.cluster.run import Unfinished, execute, log_of, sources
 from owl_deploy.pipeline import Evaluate, do
 from owl_deploy.sweep import SweepPlan, tasks
@@ -60,3 +63,12 @@ def test_a_plan_that_is_done_needs_no_cluster(tmp_path, monkeypatch):
     execute(plan, tmp_path, "127.0.0.1:1", {}, 0)
     with pytest.raises(TypeError):
         execute([plan[0].model_copy(update={"upper": True})], tmp_path, "127.0.0.1:1", {}, 0)
+
+
+def test_why_ray_gave_a_task_up():
+    def reason(error):
+        return run._reason(error, Need(2))
+
+    assert reason(TaskCancelledError()) == "no node that is left has 2 cpu"
+    assert reason(RayTaskError("f", "", OSError("full"))) == "OSError: full"
+    assert reason(WorkerCrashedError()).startswith("its worker died, and did so again 3 times")

@@ -1,0 +1,101 @@
+"""A sweep on a Ray cluster of three nodes, one of which is killed, as is the driver."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from owl_deploy.artefact import sha256
+from tests import tiny
+
+pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
+
+from ray.cluster_utils import Cluster
+
+from owl_deploy.cluster.job import Record
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
+PLAN = """
+methods: [wanda, magnitude, sparsegpt]
+allocations: [uniform]
+sparsities: [0.5, 0.7]
+targets: ["onnxruntime:fp32", "onnxruntime:int8"]
+context: [64]
+prompt: [32]
+pairs: 1
+samples: 4
+sequence_length: 64
+window: 64
+windows: 1
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many for the sweep without Ray
+    head = {"num_cpus": 2, "memory": 2**32, "object_store_memory": 100 * 2**20}
+    made = Cluster(initialize_head=True, head_node_args={**head, "include_dashboard": False})
+    try:
+        made.add_node(**head)
+        yield made
+    finally:
+        made.shutdown()
+
+
+def records(output: Path) -> list[Record]:
+    files = (output / "logs").glob("*.json")
+    return [Record.model_validate_json(file.read_text()) for file in files]
+
+
+def wait_until(reached: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 600
+    while not reached():
+        assert driver.poll() is None, "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_sweep_outlives_a_node_and_its_driver(cluster: Cluster, tmp_path: Path) -> None:
+    tiny.write_llama(tmp_path / "MODEL", max_position_embeddings=2048)
+    (tmp_path / "text").write_text(tiny.text(20000))
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    sweep = f"sweep MODEL -o ray --plan plan.yaml -c text -p text --ray {cluster.address}".split()
+    command = [sys.executable, "-m", "owl_deploy", *sweep]
+    extra = cluster.add_node(num_cpus=2, memory=2**32, object_store_memory=100 * 2**20)
+    output = tmp_path / "ray"
+
+    with subprocess.Popen(command, cwd=tmp_path) as driver:
+        wait_until(lambda: extra.node_id in {record.node for record in records(output)}, driver)
+        cluster.remove_node(extra, allow_graceful=False)
+        wait_until(lambda: len(list(output.glob("checkpoints/*/owl.json"))) >= 3, driver)
+        driver.kill()
+    whole = {path: path.stat().st_mtime_ns for path in output.glob("*/*/measured/task.json")}
+
+    done = subprocess.run(command, cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in whole} == whole
+    assert not [path for path in output.rglob(".*") if "owl" in path.name]
+    (bench,) = (record for record in records(output) if record.title.startswith("Bench"))
+    for other in records(output):
+        if other != bench and other.node == bench.node:
+            assert other.ended is not None
+            assert bench.ended is not None
+            assert other.ended <= bench.started or bench.ended <= other.started
+
+    here = [sys.executable, "-m", "owl_deploy", *sweep[:-2]]
+    here[here.index("ray")] = "here"
+    subprocess.run(here, cwd=tmp_path, check=True)
+    kinds = (
+        "checkpoints/*/*.safetensors",
+        "checkpoints/*/config.json",
+        "checkpoints/*/recipe.yaml",
+    )
+    files = [file for kind in kinds for file in (tmp_path / "here").glob(kind)]
+    assert len(files) >= 12
+    for file in files:
+        assert sha256(file) == sha256(output / file.relative_to(tmp_path / "here")), file
