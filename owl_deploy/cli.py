@@ -404,6 +404,8 @@ def sweep(
     from owl_deploy import sweep as sweeps
     from owl_deploy.bench.table import show_trade_off
 
+    if needs and not ray:
+        raise api.BadInput("--needs is of the tasks on a cluster.", "Say which by --ray.")
     plan = sweeps.read_plan(file, _given(values, sweeps.SweepPlan.model_fields))
     tasks = sweeps.tasks(model, output, plan, calibration, perplexity)
     if dry_run:

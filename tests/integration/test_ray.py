@@ -173,3 +173,15 @@ def test_an_address_where_no_cluster_is(address, words, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
     with pytest.raises(BadInput, match=words), joined(address):
         pass
+
+
+def test_the_command_line_says_it_in_one_sentence(owl, llama, text_file, tmp_path):
+    sweep = ("sweep", llama, "-o", tmp_path / "out", "-c", text_file, "-p", text_file)
+    for more, words in (
+        (("--ray", "127.0.0.1:1"), "cannot join a Ray cluster at 127.0.0.1:1"),
+        (("--ray", "auto", "--needs", "prune=many"), "'many' is not an amount"),
+        (("--needs", "prune=1cpu"), "--needs is of the tasks on a cluster"),
+    ):
+        code, out, err = owl(*sweep, *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert words in err
