@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -162,3 +163,16 @@ def test_json_is_replaced_whole(tmp_path):
         artefact.write_json(path, {"n": float("nan")})
     assert json.loads(path.read_text()) == {"n": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_writer_is_waited_for(tmp_path):
+    output = tmp_path / "made" / "out"
+    artefact.wait_for_writer(output)  # nobody is
+    waiting = threading.Thread(target=artefact.wait_for_writer, args=(output,))
+    with artefact.only_writer(output):
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert list(output.parent.iterdir()) == []
