@@ -11,10 +11,16 @@ from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput
-from owl_deploy.hardware import Hardware, find_batch, find_device, find_dtype
+from owl_deploy.hardware import (
+    Hardware,
+    find_batch,
+    find_device,
+    find_dtype,
+    find_training_dtype,
+)
 from owl_deploy.manifest import versions
 from owl_deploy.methods import METHODS, Method
-from owl_deploy.prune import tune
+from owl_deploy.prune import reconstruct, tune
 from owl_deploy.prune.sparsities import Shape, select
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
@@ -44,8 +50,9 @@ class Request:
     """One pruning of one model.
 
     `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
-    [samples, length], None where nothing looks at inputs; `held_out`: those that `tune` judges by.
-    `batch`: windows that go through a block together.
+    [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning and
+    a reconstruction are judged. `batch`: windows that go through a block together.
+    `training_dtype`: of the products in a reconstruction.
     """
 
     skeleton: Skeleton
@@ -56,6 +63,7 @@ class Request:
     held_out: torch.Tensor | None
     batch: int
     tune: bool
+    training_dtype: torch.dtype = torch.float32
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -93,6 +101,7 @@ class Request:
             "calibration": self.describe_calibration(),
             "device": self.skeleton.device.type,
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
+            "training_dtype": str(self.training_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "batch_size": self.batch,
             "versions": versions(),
@@ -121,11 +130,20 @@ def check(
     _check_groups(settings, skeleton, shape)
     windows = _windows(checkpoint, settings, calibration, tune_allocation=tune_allocation)
     held_out = None
-    if tune_allocation and windows is not None:
-        windows, held_out = windows[: -tune.HELD_OUT_WINDOWS], windows[-tune.HELD_OUT_WINDOWS :]
+    if windows is not None and calibration is not None:
+        windows, held_out = windows[: calibration.samples], windows[calibration.samples :]
     batch = find_batch(hardware.batch_size, windows, skeleton)
+    training_dtype = find_training_dtype(hardware.dtype, device)
     return Request(
-        skeleton, settings, shape, calibration, windows, held_out, batch, tune_allocation
+        skeleton,
+        settings,
+        shape,
+        calibration,
+        windows,
+        held_out,
+        batch,
+        tune_allocation,
+        training_dtype,
     )
 
 
@@ -136,10 +154,14 @@ def _windows(
     *,
     tune_allocation: bool,
 ) -> torch.Tensor | None:
-    """The windows to prune by, and after them those to tune by."""
+    """The windows to prune by, and after them those to judge by."""
     measures = tune_allocation or ALLOCATIONS[settings.allocation].statistic is not None
-    if settings.needs == "nothing" and not measures:
+    if settings.needs == "nothing" and not measures and not settings.reconstruct:
         return None
+    if calibration is None and settings.reconstruct:
+        raise BadInput(
+            "A reconstruction trains what is left on a text.", "Give one with --calibration."
+        )
     if calibration is None and settings.bits is not None:
         raise BadInput(
             f"Rounding to {settings.bits} bits looks at the model's inputs.",
@@ -159,7 +181,10 @@ def _windows(
             "Give a smaller --sequence-length.",
         )
     tokens = tokenize(load_tokenizer(checkpoint.folder), load_text(calibration.source))
-    count = calibration.samples + (tune.HELD_OUT_WINDOWS if tune_allocation else 0)
+    held_out = tune.HELD_OUT_WINDOWS if tune_allocation else 0
+    if settings.reconstruct:
+        held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
+    count = calibration.samples + held_out
     return calibration_windows(tokens, count, calibration.sequence_length, calibration.seed)
 
 

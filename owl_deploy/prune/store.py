@@ -2,12 +2,13 @@
 
 Besides `run.json` the folder holds `plan.json` (what the dense pass measured) and one safetensors
 file a finished block, each written whole or not at all; where weights were rounded, one with their
-scales beside it. A checkpoint of several shards takes the blocks' files as they are, so that the
+scales beside it, and where halves were reconstructed a JSON file of what came of it. A checkpoint of several shards takes the blocks' files as they are, so that the
 disk holds them once.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +66,14 @@ class Store(Partial):
         path = self._scales_path(name)
         return load_file(path) if path.is_file() else {}
 
+    def keep_halves(self, name: str, outcomes: dict[str, Any]) -> None:
+        """Keep what came of a block's reconstruction; before the block is saved, which ends it."""
+        self.write(f"{name}.halves", outcomes)
+
+    def halves(self, name: str) -> dict[str, Any]:
+        """What `keep_halves` was given of a finished block; empty where it was not."""
+        return self.read(f"{name}.halves") or {}
+
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
@@ -72,8 +81,9 @@ class Store(Partial):
 
     def finish(self) -> None:
         """Make the folder, in which the checkpoint now lies, the output; drop what is the run's."""
-        for path in [*self.folder.glob("*.block"), *self.folder.glob("*.scales")]:
-            path.unlink()
+        for ending in ("block", "scales", "halves"):
+            for path in self.folder.glob(f"*.{ending}"):
+                path.unlink()
         for name in ("run.json", "plan.json"):
             (self.folder / name).unlink()
         publish(self.folder, self.output)

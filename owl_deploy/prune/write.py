@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from owl_deploy.checkpoint import GRID, shards, write_compatible
-from owl_deploy.manifest import Block, Linear, Manifest, read_manifest, versions
+from owl_deploy.manifest import Block, Half, Linear, Manifest, read_manifest, versions
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
@@ -25,6 +25,7 @@ def report(part: Part, outlier_ratio: float | None) -> Block:
     whole = next(iter(asked.values()), 0.0)
     if len(set(asked.values())) > 1:
         whole = sum(asked[name] * size for name, size in sizes.items()) / total
+    halves = {name: Half(**asdict(one)) for name, one in part.halves.items()}
     return Block(
         name=part.name,
         outlier_ratio=outlier_ratio,
@@ -36,6 +37,7 @@ def report(part: Part, outlier_ratio: float | None) -> Block:
             for name, size in sizes.items()
             if name
         },
+        **({"halves": halves} if halves else {}),
     )
 
 

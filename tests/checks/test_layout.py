@@ -19,7 +19,7 @@ LAYERS = (
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
     ("engines", "hardware", "adapter", "showcase_input"),
     ("demo_input",),
-    ("blocks", "grid"),
+    ("blocks", "grid", "survivors"),
     ("runtime", "recipe", "checkpoint", "options", "text"),
     ("partial", "families", "allocation", "methods"),
     ("manifest", "digests"),
