@@ -134,14 +134,15 @@ class Reconstruction:
         dtypes = {key: tensor.dtype for key, tensor in weights.items()}
         windows = len(self.training.pruned.hidden)
         units = self.passes / self.epochs * windows / len(self.halves)  # of an epoch
-        best, kept = self._held_out_error(half, index, weights), 0
-        errors = [best]
+        errors, kept = [self._held_out_error(half, index, weights)], 0
         for epoch, _ in enumerate(self._epochs(half, index, student), start=1):
             advance(units)
             tensors, _ = finished(student, dtypes)
             errors.append(self._held_out_error(half, index, tensors))
             if errors[-1] < errors[kept]:
-                weights, kept = {key: tensor.cpu() for key, tensor in tensors.items()}, epoch
+                # A copy: the norms among them are the student's own, and go on training.
+                weights = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+                kept = epoch
             if epoch - kept >= _PATIENCE:
                 advance((self.epochs - epoch) * units)
                 break
