@@ -23,12 +23,12 @@ from owl_deploy.errors import unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
-from owl_deploy.survivors import finished, freeze, nonzero, sparsify
 from owl_deploy.finetune.train import Schedule, last_checkpoint, train
 from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.hardware import find_device, find_training_dtype
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, kept_for_resuming
+from owl_deploy.survivors import finished, freeze, nonzero, sparsify
 
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"

@@ -6,7 +6,7 @@ nothing, so that what enters the block is what would enter that norm.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,7 +76,7 @@ class _Nothing(nn.Module):
 
 
 @contextlib.contextmanager
-def _ending_at(module: nn.Module) -> "Any":  # noqa: ANN401
+def _ending_at(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """End the forward pass where `module` would begin; yield the list that its input comes into."""
     seen: list[torch.Tensor] = []
 

@@ -1,17 +1,17 @@
 """`--reconstruct`: train what is left of a block to give what the dense one gives.
 
-EBFT (arXiv 2402.12419) trains a pruned block against the dense one's output before the next block
-is pruned; "A Free Lunch in LLM Compression" (arXiv 2510.14444) finds that attention and MLP, each by
-itself, are as good. What enters a half here is what the pruned model makes of the text, and its
-target is the dense model's own stream there: so each half makes up for what those before it lost,
-too.
+EBFT (arXiv 2402.12419) trains a pruned block to give the dense one's output, then prunes the next
+one; "A Free Lunch in LLM Compression" (arXiv 2510.14444) finds that attention and MLP, each by
+itself, serve as well. What enters a half here is what the pruned model makes of the text, and its
+target is the dense model's own stream at that place, so that a half makes up for what those before
+it lost, too.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,11 +21,12 @@ from owl_deploy.progress import Advance
 from owl_deploy.prune.halves import Half, Run, halves
 from owl_deploy.survivors import finished, sparse_linears, sparsify
 
-_LEARNING_RATE = 2e-4
-_TOKENS_A_STEP = 1024
+LEARNING_RATE = 2e-4
+TOKENS_A_STEP = 1024
 _TRAINED_FOR_ONE = 8  # windows, for one that is held out
 _PATIENCE = 2  # epochs in which the held-out error may grow
 
+Stream = Literal["pruned", "dense"]
 Tensors = dict[str, torch.Tensor]  # of a block, in the checkpoint's dtypes, by their names in it
 
 
@@ -48,13 +49,13 @@ class Streams:
     pruned: Activations
     dense: Activations
 
-    def batches(self, size: int, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, size: int, order: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What enters and what should come out, float32 on the device, `size` windows at once."""
-        device = self.pruned.device
         for part in order.split(size):
-            yield tuple(  # type: ignore[misc]
-                stream.hidden[part].to(device, torch.float32) for stream in (self.pruned, self.dense)
-            )
+            inputs, target = (one.hidden[part].float() for one in (self.pruned, self.dense))
+            yield inputs.to(self.pruned.device), target.to(self.pruned.device)
 
 
 def held_out_windows(samples: int) -> int:
@@ -66,7 +67,7 @@ def error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The squared error of every token over its target's squared norm, the mean over tokens.
 
     Both are [batch, length, width]. The norm that reads the stream next divides each token by its
-    size; without that the few tokens of huge size, such as a text's first, would be all that counts.
+    size; else the few tokens of huge size, such as a text's first, would be all that counts.
     """
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
 
@@ -91,7 +92,7 @@ class Reconstruction:
     ) -> None:
         self.skeleton, self.epochs, self.dtype = skeleton, epochs, dtype
         self.passes = 3 * epochs  # a backward pass takes two
-        self.step = max(1, _TOKENS_A_STEP // windows[0].shape[1])  # windows
+        self.step = max(1, TOKENS_A_STEP // windows[0].shape[1])  # windows
         self.halves = halves(skeleton.family)
         self.training, self.held_out = (
             Streams(embedded, embedded.copy())
@@ -119,7 +120,7 @@ class Reconstruction:
         """Bring both streams past a block that an earlier run has finished."""
         self.block(index, weights, (), lambda _: None)
 
-    def _pass(self, half: Half, index: int, weights: Tensors, stream: str) -> None:
+    def _pass(self, half: Half, index: int, weights: Tensors, stream: Stream) -> None:
         block = self.skeleton.fill(self.skeleton.names[index], weights)
         for streams in (self.training, self.held_out):
             states: Activations = getattr(streams, stream)
@@ -128,7 +129,7 @@ class Reconstruction:
     def _trained(
         self, half: Half, index: int, weights: Tensors, advance: Advance
     ) -> tuple[Tensors, Outcome]:
-        """The weights of the epoch with the least held-out error; as they were, if none had less."""
+        """The weights of the epoch with the least held-out error, or as they were; and that."""
         name = self.skeleton.names[index]
         student = _student(self.skeleton.fill(name, weights), weights, self.dtype)
         dtypes = {key: tensor.dtype for key, tensor in weights.items()}
@@ -153,9 +154,10 @@ class Reconstruction:
         order = torch.Generator().manual_seed(0)
         windows = len(self.training.pruned.hidden)
         steps = self.epochs * -(-windows // self.step)
-        optimizer = torch.optim.Adam(student.parameters(), lr=_LEARNING_RATE, fused=True)
+        optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, fused=True)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         run = half.of(student)
+        trained = [linear for name, linear in sparse_linears(student) if half.holds(name)]
         for _ in range(self.epochs):
             shuffled = torch.randperm(windows, generator=order)
             with torch.enable_grad():
@@ -164,7 +166,7 @@ class Reconstruction:
                     optimizer.step()
                     optimizer.zero_grad()
                     falling.step()
-                    for _, linear in sparse_linears(student):
+                    for linear in trained:
                         linear.refresh()
             yield
 

@@ -2,8 +2,8 @@
 
 Besides `run.json` the folder holds `plan.json` (what the dense pass measured) and one safetensors
 file a finished block, each written whole or not at all; where weights were rounded, one with their
-scales beside it, and where halves were reconstructed a JSON file of what came of it. A checkpoint of several shards takes the blocks' files as they are, so that the
-disk holds them once.
+scales beside it, and where halves were reconstructed a JSON file of what came of them. A checkpoint
+of several shards takes the blocks' files as they are, so that the disk holds them once.
 """
 
 import os
