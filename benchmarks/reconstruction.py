@@ -60,7 +60,8 @@ def choose(asked: str) -> None:
     rate, tokens, loss, target = asked.split(":")
     reconstruct.LEARNING_RATE, reconstruct.TOKENS_A_STEP = float(rate), int(tokens)
     reconstruct.error = {"relative": RELATIVE, "plain": mean_square}[loss]
-    walk.Reconstruction = {"stream": reconstruct.Reconstruction, "block": OnPruned}[target]
+    kind = {"stream": reconstruct.Reconstruction, "block": OnPruned}[target]
+    setattr(walk, "Reconstruction", kind)  # noqa: B010 - not one of its own names
 
 
 RELATIVE = reconstruct.error

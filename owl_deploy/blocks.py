@@ -83,7 +83,7 @@ class Skeleton:
 
     def fill(self, name: str, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Put `tensors` into the module `name`, on the device and in the computing dtype."""
-        module = self.model.get_submodule(name)
+        module: nn.Module = self.model.get_submodule(name)
         state = {key: value.to(self.device, self.dtype) for key, value in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)

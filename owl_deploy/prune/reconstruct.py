@@ -53,7 +53,7 @@ class Streams:
         self, size: int, order: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What enters and what should come out, float32 on the device, `size` windows at once."""
-        for part in order.split(size):
+        for part in torch.split(order, size):
             inputs, target = (one.hidden[part].float() for one in (self.pruned, self.dense))
             yield inputs.to(self.pruned.device), target.to(self.pruned.device)
 
@@ -108,7 +108,7 @@ class Reconstruction:
         """
         name = self.skeleton.names[index]
         dense = self.skeleton.checkpoint.read_module(name)
-        outcomes = {}
+        outcomes: dict[str, Outcome] = {}
         for half in self.halves:
             self._pass(half, index, dense, "dense")
             if any(map(half.holds, pruned)):
@@ -162,7 +162,8 @@ class Reconstruction:
             shuffled = torch.randperm(windows, generator=order)
             with torch.enable_grad():
                 for inputs, target in self.training.batches(self.step, shuffled):
-                    error(self._output(run, index, inputs), target).backward()
+                    loss = error(self._output(run, index, inputs), target)
+                    loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                     optimizer.zero_grad()
                     falling.step()
