@@ -21,8 +21,10 @@ from owl_deploy.progress import Advance
 from owl_deploy.prune.halves import Half, Run, halves
 from owl_deploy.survivors import finished, sparse_linears, sparsify
 
-LEARNING_RATE = 2e-4
-TOKENS_A_STEP = 1024
+# Of Adam at the start, as a share of the root mean square of what a tensor has left: weights of
+# SmolLM2-135M are twelve times as large as those of Qwen2.5-1.5B, and Adam's steps are absolute.
+LEARNING_RATE = 0.02
+TOKENS_A_STEP = 512
 _TRAINED_FOR_ONE = 8  # windows, for one that is held out
 _PATIENCE = 2  # epochs in which the held-out error may grow
 
@@ -154,7 +156,11 @@ class Reconstruction:
         order = torch.Generator().manual_seed(0)
         windows = len(self.training.pruned.hidden)
         steps = self.epochs * -(-windows // self.step)
-        optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, fused=True)
+        groups = [
+            {"params": [one], "lr": LEARNING_RATE * float(one.detach().square().mean().sqrt())}
+            for one in student.parameters()
+        ]
+        optimizer = torch.optim.Adam(groups, fused=True)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         run = half.of(student)
         trained = [linear for name, linear in sparse_linears(student) if half.holds(name)]

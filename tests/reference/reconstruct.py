@@ -38,19 +38,23 @@ def train(block, half, windows, epochs, learning_rate, arguments):
     """Train the parameters that `half` uses in place, all windows at each step, one an epoch.
 
     `windows`: what enters and what should come out, [n, length, width]. Adam (arXiv 1412.6980,
-    algorithm 1) with a rate that falls linearly to zero. Yields the loss before each step.
+    algorithm 1) with a rate that falls linearly to zero, a share of the root mean square of what a
+    tensor has left at the start. Yields the loss before each step.
     """
     inputs, target = windows
     parameters = [p.requires_grad_() for p in block.parameters()]
     masks = [(p != 0).float() if p.ndim == 2 else torch.ones_like(p) for p in parameters]
     means = [torch.zeros_like(p) for p in parameters]
     squares = [torch.zeros_like(p) for p in parameters]
+    sizes = [
+        (p[m != 0] ** 2).mean().sqrt().detach() for p, m in zip(parameters, masks, strict=True)
+    ]
     for step in range(epochs):
         loss = error(half(block, inputs, arguments), target)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         rate = learning_rate * (1 - step / epochs)
-        for p, gradient, mask, mean, square in zip(
-            parameters, gradients, masks, means, squares, strict=True
+        for p, gradient, mask, mean, square, size in zip(
+            parameters, gradients, masks, means, squares, sizes, strict=True
         ):
             if gradient is None:
                 continue
@@ -59,5 +63,5 @@ def train(block, half, windows, epochs, learning_rate, arguments):
             square.mul_(0.999).add_(0.001 * gradient**2)
             first = mean / (1 - 0.9 ** (step + 1))
             second = square / (1 - 0.999 ** (step + 1))
-            p.data -= rate * first / (second.sqrt() + 1e-8)
+            p.data -= rate * size * first / (second.sqrt() + 1e-8)
         yield float(loss.detach())

@@ -61,9 +61,8 @@ def test_the_windows_that_are_held_out():
 
 
 @pytest.mark.parametrize("family", reference.HALVES)
-def test_two_blocks_against_the_plain_loop(models, family, tmp_path, monkeypatch):
+def test_two_blocks_against_the_plain_loop(models, family, tmp_path):
     """Each half, the streams that lead to it, and the errors that are told."""
-    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 1e-3)
     skeleton = Skeleton(open_checkpoint(str(models[family])), torch.float32, torch.device("cpu"))
     windows = torch.randint(320, (2, 8, 48), generator=torch.Generator().manual_seed(0))
     reconstruction = Reconstruction(
@@ -84,13 +83,21 @@ def test_two_blocks_against_the_plain_loop(models, family, tmp_path, monkeypatch
                 with torch.no_grad():
                     streams[1] = half(block, streams[1], arguments[index])
                 skeleton.fill(name, trained)
-                losses = list(reference.train(block, half, streams, EPOCHS, 1e-3, arguments[index]))
+                losses = list(
+                    reference.train(
+                        block, half, streams, EPOCHS, reconstruct.LEARNING_RATE, arguments[index]
+                    )
+                )
                 assert losses[-1] < losses[0]
                 assert (outcome.epochs, outcome.after < outcome.before) == (EPOCHS, True)
                 with torch.no_grad():
                     streams[0] = half(block, streams[0], arguments[index])
             for key, expected in block.state_dict().items():
-                assert torch.allclose(found[key], expected, atol=2e-5), key
+                # Adam makes whole steps of gradients that are rounding alone; a key's bias has no
+                # others, since a softmax does not see it.
+                if not key.endswith("k_proj.bias"):
+                    change = expected - weights[key]
+                    assert (found[key] - expected).norm() <= 0.02 * change.norm(), key
                 if key.removesuffix(".weight") in linears:
                     assert torch.equal(found[key] == 0, weights[key] == 0)
                     assert not torch.equal(found[key], weights[key])
@@ -129,7 +136,7 @@ def test_the_first_block_keeps_its_mask_and_comes_nearer(
 
 def test_what_gets_worse_is_put_back(models, tmp_path, calibration, monkeypatch):
     _, plain = pruned(models["llama"], tmp_path / "plain", calibration)
-    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 10.0)
+    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 100.0)
     manifest, found = pruned(models["llama"], tmp_path / "out", calibration, reconstruct=EPOCHS)
     for block in manifest["blocks"]:
         for half in block["halves"].values():
