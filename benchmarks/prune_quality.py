@@ -20,7 +20,16 @@ from typing import Any
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 
-METHODS = ("magnitude", "wanda", "wanda --refit", "sparsegpt", "sparsegpt --refit", "alps")
+METHODS = (
+    "magnitude",
+    "wanda",
+    "wanda --refit",
+    "sparsegpt",
+    "sparsegpt --refit",
+    "alps",
+    "sparsegpt --reconstruct 8",
+    "alps --reconstruct 8",
+)
 SETTINGS: dict[str, list[str]] = {
     "uniform": ["--allocation", "uniform"],
     "owl": ["--allocation", "owl"],

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,16 @@ class Skeleton:
 
         Its tensors come from the checkpoint, or are `weights`, keyed as in its state_dict.
         """
-        module = self.model.get_submodule(name)
         tensors = self.checkpoint.read_module(self._stored(name)) if weights is None else weights
+        module = self.fill(name, tensors)
+        try:
+            yield module
+        finally:
+            _release(module)
+
+    def fill(self, name: str, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Put `tensors` into the module `name`, on the device and in the computing dtype."""
+        module: nn.Module = self.model.get_submodule(name)
         state = {key: value.to(self.device, self.dtype) for key, value in tensors.items()}
         try:
             module.load_state_dict(state, assign=True)
@@ -84,11 +92,7 @@ class Skeleton:
                 f"The weights of {name} do not fit config.json: {first_line(error)}",
                 "The checkpoint is incomplete or of another model: get it again.",
             ) from error
-        module.to(self.device)
-        try:
-            yield module
-        finally:
-            _release(module)
+        return module.to(self.device)
 
     @torch.no_grad()
     def embed(self, windows: torch.Tensor, batch: int, scratch: Path) -> "Activations":
@@ -275,7 +279,12 @@ class Activations:
 
     @torch.no_grad()
     def through(
-        self, block: nn.Module, index: int, advance: Callable[[float], None], *, keep: bool
+        self,
+        block: Callable[..., torch.Tensor],
+        index: int,
+        advance: Callable[[float], None],
+        *,
+        keep: bool,
     ) -> None:
         """Run every sample through `block`; with `keep` its outputs become the new hidden states.
 

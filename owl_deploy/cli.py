@@ -108,6 +108,7 @@ def prune(
     skip: options.Skip = None,
     head_sparsity: options.HeadSparsity = None,
     refit: options.Refit = None,
+    reconstruct: options.Reconstruct = None,
     bits: options.Bits = None,
     bits_group: options.BitsGroup = None,
     budget: options.Budget = None,

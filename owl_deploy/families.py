@@ -18,7 +18,9 @@ class Family:
     `backbone` is the module that maps token ids to hidden states; `blocks` the list of decoder
     blocks in it; `embeddings` the modules that run before the first block; `head` what checkpoints
     call the output head; `queries_and_values` the Linears of a block's attention that make them,
-    by the last part of their names: one, where they are fused.
+    by the last part of their names: one, where they are fused. `halves`: in a block, the attention
+    and the norm that the stream enters once the attention has added to it; None where the MLP reads
+    what the attention reads.
     """
 
     backbone: str
@@ -26,6 +28,7 @@ class Family:
     embeddings: tuple[str, ...]
     head: str = "lm_head"
     queries_and_values: tuple[str, ...] = ("q_proj", "v_proj")
+    halves: tuple[str, str] | None = ("self_attn", "post_attention_layernorm")
 
 
 _LLAMA = Family("model", "model.layers", ("model.embed_tokens",))
@@ -35,12 +38,13 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma3_text": _LLAMA,
+    "gemma3_text": replace(_LLAMA, halves=("self_attn", "pre_feedforward_layernorm")),
     "phi3": replace(_LLAMA, queries_and_values=("qkv_proj",)),
     "opt": Family(
         "model.decoder",
         "model.decoder.layers",
         ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+        halves=("self_attn", "final_layer_norm"),
     ),
     "gpt_neox": Family(
         "gpt_neox",
@@ -48,6 +52,7 @@ FAMILIES: dict[str, Family] = {
         ("gpt_neox.embed_in",),
         head="embed_out",
         queries_and_values=("query_key_value",),
+        halves=None,
     ),
 }
 
@@ -72,4 +77,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         error = unknown_name("model family", model_type, FAMILIES)
         error.hint = f"Supported: {', '.join(FAMILIES)}."
         raise error
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    if config.get("do_layer_norm_before", True):
+        return family
+    return replace(family, halves=None)  # OPT-350m has each norm at the end of its half

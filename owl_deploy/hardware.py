@@ -57,6 +57,18 @@ def find_dtype(
     return known[name]
 
 
+def find_training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the products of a training whose parameters, sums and losses are float32.
+
+    `auto` is bfloat16 where the device is fast in it; float16 would need its losses scaled.
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has AVX-512 BF16 or AMX: about twice as fast as float32 then."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -86,10 +86,21 @@ class Linear(_Part):
     costs: tuple[Cost, ...] | None = None
 
 
+class Half(_Part):
+    """A half of a block that was trained to give the dense one's output: its error on held-out text
+    `before` and `after`, as a share of the output's squared norm, the mean over tokens. `epochs`:
+    after how many the weights that were kept stood; 0 where it was put back.
+    """
+
+    before: FiniteFloat
+    after: FiniteFloat
+    epochs: int
+
+
 class Block(_Part):
     """A block of a pruned model, or its head: the shares of its weights that were asked to go and
     went. `outlier_ratio`: in percent, None where the allocation did not ask for it. `linears`: the
-    same of each of its Linears that was pruned, by name.
+    same of each of its Linears that was pruned, by name. `halves`: those that were reconstructed.
     """
 
     name: str
@@ -98,6 +109,7 @@ class Block(_Part):
     outlier_ratio: FiniteFloat | None = None
     weights: int = 0
     linears: dict[str, Linear] = {}
+    halves: dict[str, Half] = {}
 
 
 class Shares(_Part):
@@ -120,6 +132,7 @@ class Pruning(_Part):
 
     `bits`: what survives is rounded to, with a scale for every `bits_group` columns of a row.
     `budget`: what the weights may take, by which each Linear got bits and a sparsity of its own.
+    `reconstruct`: the most epochs for which a half of a block was trained.
     """
 
     method: str = ""
@@ -129,6 +142,7 @@ class Pruning(_Part):
     bits: int | None = None
     bits_group: int | None = None
     budget: str | None = None
+    reconstruct: int | None = None
     options: dict[str, Any] = {}
 
 

@@ -92,6 +92,10 @@ Refit = Annotated[
     bool | None,
     Option("--refit", help="Give the weights that are left better values; alps always does."),
 ]
+Reconstruct = Annotated[
+    int | None,
+    Option(help="Train what is left of each half block to give the dense one's output: epochs."),
+]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Of the draw of windows.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, Option(help="To compute in: auto, float32, bfloat16 or float16.")]

@@ -51,7 +51,8 @@ class PruneSettings(BaseModel):
     allocation "budget" then finds a sparsity and the bits for each Linear. `options`: the method's
     own, of the type that its row in `METHODS` names, or a mapping of their names to values.
     `refit`: whether the weights that are left get the values that suit them best; ALPS does it in
-    any case.
+    any case. `reconstruct`: epochs for which each half of a pruned block is trained to give the
+    dense one's output.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,6 +71,7 @@ class PruneSettings(BaseModel):
     budget: str | None = None
     options: SerializeAsAny[Options] = Options()
     refit: bool = False
+    reconstruct: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +135,11 @@ class PruneSettings(BaseModel):
         if self.head_sparsity is not None and heads() & set(self.skip):
             raise BadInput("--skip names the head, and --head-sparsity prunes it.", "Drop one.")
         self._check_bits()
+        if self.reconstruct and self.rounds:
+            raise BadInput(
+                "--reconstruct would train the weights off the grid of --bits or --budget.",
+                "Reconstruct first, then round what came out: --method none --bits.",
+            )
         return self
 
     def _check_bits(self) -> None:
@@ -445,6 +452,8 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
         lines.append(modifier.remark)
     if settings.refit:
         lines.append("SparseML knows no refit of the weights that are left.")
+    if settings.reconstruct:
+        lines.append("Then reconstructed, half a block at a time, which SparseML does not know.")
     return lines
 
 

@@ -23,12 +23,12 @@ from owl_deploy.errors import unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
-from owl_deploy.finetune.survivors import finished, freeze, nonzero, sparsify
 from owl_deploy.finetune.train import Schedule, last_checkpoint, train
 from owl_deploy.finetune.trainee import Trainee
-from owl_deploy.hardware import multiplies_bfloat16
+from owl_deploy.hardware import find_device, find_training_dtype
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, kept_for_resuming
+from owl_deploy.survivors import finished, freeze, nonzero, sparsify
 
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
@@ -97,7 +97,7 @@ class Run:
             source.refuse_rounded()
         self.targets = _targets(source, settings.target_modules)
         self.windows = source.windows(text, settings.sequence_length)
-        self.dtype = _computing_dtype(settings.dtype)
+        self.dtype = find_training_dtype(settings.dtype, find_device("auto"))
         # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
         half = self.dtype == torch.bfloat16 and source.checkpoint.config.get("dtype") == "bfloat16"
         self.stored = torch.bfloat16 if half else torch.float32
@@ -340,15 +340,6 @@ def _targets(source: Source, asked: tuple[str, ...] | None) -> list[str]:
         if name not in known:
             raise unknown_name("layer", name, sorted(known))
     return list(asked or source.checkpoint.family.queries_and_values)
-
-
-def _computing_dtype(asked: str) -> torch.dtype:
-    """What products are computed in: bfloat16 where the processor has it, since it is faster."""
-    if asked != "auto":
-        return torch.float32 if asked == "float32" else torch.bfloat16
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ import torch
 
 from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
-from owl_deploy.finetune.survivors import Grid
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.survivors import Grid
 from owl_deploy.text import load_text, load_tokenizer, tokenize
 
 _SPARSE_FROM = 0.1  # share of zeros; a dense model's weights, rounded to 4 bits, have fewer

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from owl_deploy.finetune.survivors import sparse_linears
+from owl_deploy.survivors import sparse_linears
 
 
 class Trainee(nn.Module):

@@ -67,9 +67,8 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
         multiples = list(dict.fromkeys(one.outlier_multiple for one in candidates))
         measured = measure(request, multiples, store.folder, keep_norms=True)
         assert request.held_out is not None
-        judge = tune.Judge(
-            request.skeleton, request.shape, measured.norms, request.held_out, store.folder
-        )
+        held_out = request.held_out[: tune.HELD_OUT_WINDOWS]
+        judge = tune.Judge(request.skeleton, request.shape, measured.norms, held_out, store.folder)
         trials = judge.trials(candidates, measured.statistics)
         settings = tune.best(settings, trials)
     elif ALLOCATIONS[settings.allocation].statistic is not None:

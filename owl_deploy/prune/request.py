@@ -12,10 +12,16 @@ from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput
-from owl_deploy.hardware import Hardware, find_batch, find_device, find_dtype
+from owl_deploy.hardware import (
+    Hardware,
+    find_batch,
+    find_device,
+    find_dtype,
+    find_training_dtype,
+)
 from owl_deploy.manifest import versions
 from owl_deploy.methods import METHODS, Method
-from owl_deploy.prune import budget, tune
+from owl_deploy.prune import budget, reconstruct, tune
 from owl_deploy.prune.sparsities import Shape, select
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
@@ -45,9 +51,10 @@ class Request:
     """One pruning of one model.
 
     `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
-    [samples, length], None where nothing looks at inputs; `held_out`: those that `tune` judges by.
-    `batch`: windows that go through a block together. `room`: the bytes that the pruned Linears may
-    take packed; without a budget there is no end to it.
+    [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning and
+    a reconstruction are judged. `batch`: windows that go through a block together. `room`: the
+    bytes that the pruned Linears may take packed; without a budget there is no end to it.
+    `training_dtype`: of the products in a reconstruction.
     """
 
     skeleton: Skeleton
@@ -59,6 +66,7 @@ class Request:
     batch: int
     tune: bool
     room: float = math.inf
+    training_dtype: torch.dtype = torch.float32
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -96,6 +104,7 @@ class Request:
             "calibration": self.describe_calibration(),
             "device": self.skeleton.device.type,
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
+            "training_dtype": str(self.training_dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "batch_size": self.batch,
             "versions": versions(),
@@ -125,11 +134,21 @@ def check(
     room = math.inf if settings.budget is None else budget.room(settings, skeleton, shape)
     windows = _windows(checkpoint, settings, calibration, tune_allocation=tune_allocation)
     held_out = None
-    if tune_allocation and windows is not None:
-        windows, held_out = windows[: -tune.HELD_OUT_WINDOWS], windows[-tune.HELD_OUT_WINDOWS :]
+    if windows is not None and calibration is not None:
+        windows, held_out = windows[: calibration.samples], windows[calibration.samples :]
     batch = find_batch(hardware.batch_size, windows, skeleton)
+    training_dtype = find_training_dtype(hardware.dtype, device)
     return Request(
-        skeleton, settings, shape, calibration, windows, held_out, batch, tune_allocation, room
+        skeleton,
+        settings,
+        shape,
+        calibration,
+        windows,
+        held_out,
+        batch,
+        tune_allocation,
+        room,
+        training_dtype,
     )
 
 
@@ -140,10 +159,14 @@ def _windows(
     *,
     tune_allocation: bool,
 ) -> torch.Tensor | None:
-    """The windows to prune by, and after them those to tune by."""
+    """The windows to prune by, and after them those to judge by."""
     measures = tune_allocation or ALLOCATIONS[settings.allocation].statistic is not None
-    if settings.needs == "nothing" and not measures:
+    if settings.needs == "nothing" and not measures and not settings.reconstruct:
         return None
+    if calibration is None and settings.reconstruct:
+        raise BadInput(
+            "A reconstruction trains what is left on a text.", "Give one with --calibration."
+        )
     if calibration is None and settings.rounds:
         bits = f"to {settings.bits} bits" if settings.bits else "within a budget"
         raise BadInput(
@@ -164,7 +187,10 @@ def _windows(
             "Give a smaller --sequence-length.",
         )
     tokens = tokenize(load_tokenizer(checkpoint.folder), load_text(calibration.source))
-    count = calibration.samples + (tune.HELD_OUT_WINDOWS if tune_allocation else 0)
+    held_out = tune.HELD_OUT_WINDOWS if tune_allocation else 0
+    if settings.reconstruct:
+        held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
+    count = calibration.samples + held_out
     return calibration_windows(tokens, count, calibration.sequence_length, calibration.seed)
 
 

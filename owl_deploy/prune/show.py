@@ -45,6 +45,7 @@ def show(manifest: CheckpointManifest, output: str) -> None:
     console = Console()
     console.print(table)
     _show_tuning(console, manifest)
+    _show_reconstruction(console, manifest)
     console.print(
         f"{output}: {manifest.weights / 1e6:.1f} M weights {_rounded(manifest)}in the blocks, "
         f"{manifest.wall_seconds:.0f} s, "
@@ -90,5 +91,20 @@ def _show_tuning(console: Console, manifest: CheckpointManifest) -> None:
         f"Tuned over {len(trials)} candidates: outlier multiple {best.outlier_multiple:g}, "
         f"spread {best.spread:g}; held-out loss {best.loss:.4f}, "
         f"as asked {trials[0].loss:.4f}.",
+        soft_wrap=True,
+    )
+
+
+def _show_reconstruction(console: Console, manifest: CheckpointManifest) -> None:
+    halves = [half for block in manifest.blocks for half in block.halves.values()]
+    if not halves:
+        return
+    better = [half for half in halves if half.epochs]
+    before, after = (
+        sum(getattr(half, when) for half in halves) / len(halves) for when in ("before", "after")
+    )
+    console.print(
+        f"Reconstructed: {len(better)} of {len(halves)} halves, the others put back; their mean "
+        f"error on held-out text {before:.4f} before, {after:.4f} after.",
         soft_wrap=True,
     )

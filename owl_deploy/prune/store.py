@@ -2,13 +2,14 @@
 
 Besides `run.json` the folder holds `plan.json` (what the dense pass measured) and one safetensors
 file a finished block, each written whole or not at all; where weights were rounded, one with their
-scales beside it. Until there is a plan, what was measured of a block for it lies there likewise. A
-checkpoint of several shards takes the blocks' files as they are, so that the
-disk holds them once.
+scales beside it, and where halves were reconstructed a JSON file of what came of them. Until there
+is a plan, what was measured of a block for it lies there likewise. A checkpoint of several shards
+takes the blocks' files as they are, so that the disk holds them once.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,6 +84,14 @@ class Store(Partial):
         for path in [*self.folder.glob("*.forward"), *self.folder.glob("*.backward")]:
             path.unlink()
 
+    def keep_halves(self, name: str, outcomes: dict[str, Any]) -> None:
+        """Keep what came of a block's reconstruction; before the block is saved, which ends it."""
+        self.write(f"{name}.halves", outcomes)
+
+    def halves(self, name: str) -> dict[str, Any]:
+        """What `keep_halves` was given of a finished block; empty where it was not."""
+        return self.read(f"{name}.halves") or {}
+
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
@@ -92,8 +101,9 @@ class Store(Partial):
     def finish(self) -> None:
         """Make the folder, in which the checkpoint now lies, the output; drop what is the run's."""
         self.forget_measured()
-        for path in [*self.folder.glob("*.block"), *self.folder.glob("*.scales")]:
-            path.unlink()
+        for ending in ("block", "scales", "halves"):
+            for path in self.folder.glob(f"*.{ending}"):
+                path.unlink()
         for name in ("run.json", "plan.json"):
             (self.folder / name).unlink()
         publish(self.folder, self.output)

@@ -4,7 +4,7 @@ One block is on the device at a time.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.plan import Plan
+from owl_deploy.prune.reconstruct import Outcome, Reconstruction
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 
@@ -26,6 +27,7 @@ class Part:
 
     `linears`: those that may be pruned, name to number of weights; the head is one itself, called
     "". `sparsities`: what was asked of them; `bits`: what they are rounded to, if they are.
+    `halves`: those that were reconstructed, by name.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Part:
     sparsities: Mapping[str, float]
     bits: Mapping[str, int | None]
     tensors: Mapping[str, torch.Tensor]
+    halves: Mapping[str, Outcome] = field(default_factory=dict)
 
     def weight(self, linear: str) -> torch.Tensor:
         """The weight of one of its Linears."""
@@ -52,17 +55,18 @@ class Walk:
         self.skeleton, self.names = request.skeleton, request.shape.names
         self.maker, self.needs = Maker(plan.settings), plan.settings.needs
         self.hidden: Activations | None = None
+        self.reconstruction: Reconstruction | None = None
         self.advance: Advance = lambda _: None
 
     def parts(self) -> Iterator[Part]:
         """Every block in model order, then the head if it is pruned; made now where not yet."""
         head = self.request.head
         names = [*self.names, *([head] if head else [])]
-        windows = self.request.windows
-        if self.needs != "nothing" and not all(map(self.store.holds, names)):
-            assert windows is not None
-            self.hidden = self.skeleton.embed(windows, self.request.batch, self.store.folder)
+        if not all(map(self.store.holds, names)):
+            self._embed()
         passes = 2 * len(names) - (self.hidden is not None)
+        if self.reconstruction:
+            passes += len(self.names) * self.reconstruction.passes
         with bar("Pruning", passes * self.request.samples) as self.advance:
             for index, name in enumerate(self.names):
                 weights = self.store.load(name)
@@ -73,9 +77,29 @@ class Walk:
                     self._replay(index, weights)
                 linears, asked = self.request.shape.linears[index], self.plan.sparsities[index]
                 bits = {key: self.plan.bits_of(index, key) for key in linears}
-                yield Part(name, linears, asked, bits, weights)
+                halves = {key: Outcome(**one) for key, one in self.store.halves(name).items()}
+                yield Part(name, linears, asked, bits, weights, halves)
             if head:
                 yield self._finish_head(head)
+
+    def _embed(self) -> None:
+        """Gather what enters the first block, if anything looks at it."""
+        request, epochs = self.request, self.request.settings.reconstruct
+        if epochs:
+            assert request.windows is not None
+            assert request.held_out is not None
+            self.reconstruction = Reconstruction(
+                self.skeleton,
+                (request.windows, request.held_out),
+                batch=request.batch,
+                epochs=epochs,
+                dtype=request.training_dtype,
+                scratch=self.store.folder,
+            )
+            self.hidden = self.reconstruction.training.pruned
+        elif self.needs != "nothing":
+            assert request.windows is not None
+            self.hidden = self.skeleton.embed(request.windows, request.batch, self.store.folder)
 
     @torch.no_grad()
     def _prune_block(self, index: int) -> dict[str, torch.Tensor]:
@@ -90,11 +114,21 @@ class Walk:
                 made = self._made(weights[f"{key}.weight"], inputs, sparsity, bits)
                 weights |= {f"{key}.{name}": tensor for name, tensor in made.items()}
                 linears[key].weight.copy_(made["weight"])
-            self._pass_on(block, index)
+            if self.reconstruction:
+                asked = self.plan.sparsities[index]
+                removed = [key for key, sparsity in asked.items() if sparsity]
+                weights, halves = self.reconstruction.block(index, weights, removed, self.advance)
+                self.store.keep_halves(name, {key: asdict(one) for key, one in halves.items()})
+                self.advance(self.request.samples)
+            else:
+                self._pass_on(block, index)
         return weights
 
     def _block_inputs(self, block: nn.Module, index: int) -> InputStatistics | None:
         if self.hidden is None:
+            return None
+        if self.needs == "nothing":
+            self.advance(self.request.samples)
             return None
         if index == 0 and self.first is not None:
             self.advance(self.request.samples)
@@ -129,7 +163,7 @@ class Walk:
         weights = self.store.load(name)
         if weights is None:
             statistics = None
-            if self.hidden is not None:
+            if self.hidden is not None and self.needs != "nothing":
                 assert self.request.windows is not None
                 statistics = InputStatistics(
                     {name: self.skeleton.head},
@@ -141,7 +175,7 @@ class Walk:
             dense = self.request.checkpoint.read(self.skeleton.head_weights[0])
             weights = self._made(dense, Inputs(statistics, name), sparsity, self.plan.settings.bits)
             self.store.save(name, weights)
-        if self.hidden is None:
+        if self.hidden is None or self.needs == "nothing":
             self.advance(2 * self.request.samples)
         bits = self.plan.settings.bits
         return Part(name, {"": weights["weight"].numel()}, {"": sparsity}, {"": bits}, weights)
@@ -151,7 +185,11 @@ class Walk:
         with self.skeleton.loaded(self.names[index], weights) as block, torch.no_grad():
             if self.hidden is not None:
                 self.advance(self.request.samples)
-            self._pass_on(block, index)
+            if self.reconstruction:
+                self.reconstruction.replay(index, weights)
+                self.advance((1 + self.reconstruction.passes) * self.request.samples)
+            else:
+                self._pass_on(block, index)
 
     def _pass_on(self, block: nn.Module, index: int) -> None:
         """Run the pruned block, for what enters the next one; after the last only a head may."""

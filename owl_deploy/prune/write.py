@@ -11,7 +11,7 @@ import torch
 
 from owl_deploy.checkpoint import shards, write_compatible
 from owl_deploy.grid import write_grid
-from owl_deploy.manifest import Block, Cost, Linear, Manifest, read_manifest, versions
+from owl_deploy.manifest import Block, Cost, Half, Linear, Manifest, read_manifest, versions
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
@@ -34,6 +34,7 @@ def report(
     whole = next(iter(asked.values()), 0.0)
     if len(set(asked.values())) > 1:
         whole = sum(asked[name] * size for name, size in sizes.items()) / total
+    halves = {name: Half(**asdict(one)) for name, one in part.halves.items()}
     return Block(
         name=part.name,
         outlier_ratio=outlier_ratio,
@@ -49,6 +50,7 @@ def report(
             for name, size in sizes.items()
             if name
         },
+        **({"halves": halves} if halves else {}),
     )
 
 

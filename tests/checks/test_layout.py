@@ -17,7 +17,7 @@ LAYERS = (
     ("pipeline",),
     ("api",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
-    ("engines", "hardware", "adapter", "showcase_input"),
+    ("engines", "hardware", "adapter", "showcase_input", "survivors"),
     ("demo_input",),
     ("blocks", "grid"),
     ("runtime", "recipe", "checkpoint", "options", "text"),

@@ -80,6 +80,7 @@ def weights(folder):
         {"method": "sparsegpt"},
         {"method": "alps"},
         {"method": "sparsegpt", "bits": 4},
+        {"method": "wanda", "reconstruct": 2},
     ],
     ids=str,
 )
@@ -90,7 +91,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     asked = {"sparsity": 0.6} | asked
     settings = recipe.settings(**asked)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    prune(model, tmp_path / "whole", settings, calibration, tune_allocation=True)
+    first = prune(model, tmp_path / "whole", settings, calibration, tune_allocation=True).to_json()
 
     out = tmp_path / "out"
     killed(model, out, text_file, asked, "save:1")  # one block is finished
@@ -98,6 +99,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     killed(model, out, text_file, asked, "finish:0", "resume")  # all, but nothing is published
     manifest = prune(model, out, settings, calibration, tune_allocation=True, resume=True).to_json()
     assert manifest["resumed"]
+    assert manifest["blocks"] == first["blocks"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from owl_deploy.finetune.survivors import Grid, SparseLinear, finished, freeze, nonzero, sparsify
+from owl_deploy.survivors import Grid, SparseLinear, finished, freeze, nonzero, sparsify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
