@@ -228,11 +228,7 @@ def test_a_prompt_in_parts_says_the_same(pruned, tmp_path):
         return list(generator.get_sequence(0))
 
     assert greedy(128) == greedy(1000) == greedy(7)
-    # Rows at once take no prompt in parts, though the config of an older export asks for them.
-    file = tmp_path / "out" / "genai_config.json"
-    config = json.loads(file.read_text())
-    config["search"]["chunk_size"] = 128
-    file.write_text(json.dumps(config))
+    # Rows at once take no prompt in parts.
     with EngineProcess("owl", tmp_path / "out", context=310, batch=2) as process:
         answer = process.request("decode", prompt=tokens.tolist(), steps=2, warmup=0)
     assert len(answer["latencies_ms"]) == 2
