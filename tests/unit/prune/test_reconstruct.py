@@ -110,8 +110,9 @@ def test_two_blocks_against_the_plain_loop(models, family, tmp_path):
 @pytest.mark.parametrize("method", ["magnitude", "alps"])
 @pytest.mark.parametrize("family", reference.HALVES)
 def test_the_first_block_keeps_its_mask_and_comes_nearer(
-    models, family, method, tmp_path, calibration
+    models, family, method, tmp_path, calibration, monkeypatch
 ):
+    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 0.002)  # random weights leave less to gain
     _, plain = pruned(models[family], tmp_path / "plain", calibration, method=method)
     manifest, found = pruned(
         models[family], tmp_path / "out", calibration, method=method, reconstruct=EPOCHS
