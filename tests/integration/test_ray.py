@@ -56,7 +56,7 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine leaves workers no time
     monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))  # for `tests`, in the workers
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # `Copy`, in the workers
     made = started()
     try:
         yield made
@@ -150,7 +150,7 @@ def test_a_plan_on_a_cluster(cluster, llama, tmp_path, monkeypatch, capfd):
     fake = tmp_path / "site" / "torch-9.9.9.dist-info"
     fake.mkdir(parents=True)
     (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
-    path = f"{fake.parent}:{Path.cwd()}"
+    path = f"{fake.parent}:{Path(__file__).parent}"
     cluster.add_node(**SMALL, env_vars={"PYTHONPATH": path})
     plan = plan_in(tmp_path / "other", word, llama)
     (tmp_path / "other").mkdir()
