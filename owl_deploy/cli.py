@@ -212,6 +212,23 @@ def generate(
 
 
 @app.command()
+def serve(
+    deployment: options.ServedDeployment,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    waiting: options.Waiting = 16,
+    context: options.ServedContext = 4096,
+    threads: options.Threads = None,
+    trust_library: options.TrustLibrary = False,
+) -> None:
+    """Serve a deployment through OpenAI's HTTP API, until SIGTERM or Ctrl-C."""
+    from owl_deploy.serve.server import serve as run
+
+    how: dict[str, Any] = {"threads": threads, "trust_library": trust_library}
+    run(deployment, host, port, waiting=waiting, context=context, say=_say, **how)
+
+
+@app.command()
 def verify(deployment: options.AnyDeployment, as_json: options.Json = False) -> None:
     """Say what opening a deployment would load, and whether that is what was exported."""
     from owl_deploy.verify import show

@@ -3,10 +3,12 @@
 Through onnxruntime-genai, or, greedily, through the process of an engine that runs no ONNX graphs.
 """
 
+import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,37 +184,80 @@ def generate(
             opened, opened.folder.engine.name, prompt, sampling, speed, chat, threads
         )
         return
-    if not (deployment / GENAI_CONFIG).is_file():
-        raise BadInput(
-            f"{deployment} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
-            "Export the checkpoint with --target owl or onnxruntime.",
-        )
-    context = opened.folder.number("context_length")
-    library = str(opened.library or "")
-    import onnxruntime_genai
+    writer = Writer(opened, threads, drafting=drafting)
+    if chat:
+        prompt = writer.in_template([{"role": "user", "content": prompt}])
+    yield from writer.write(prompt, sampling, speed)
 
-    from owl_deploy.engines.drivers.onnxruntime import open_genai
 
-    try:
-        in_turns = drafting is not None and drafting.deployment is not None
-        model = open_genai(str(deployment), threads, library, takes_turns=in_turns)
-        tokenizer = onnxruntime_genai.Tokenizer(model)
-        if chat:
-            prompt = _in_template(tokenizer, prompt)
-        tokens = tokenizer.encode(prompt)
-        length = _length(len(tokens), sampling.max_new_tokens, context)
-        if drafting is None:
-            generator = _generator(onnxruntime_genai, model, length, sampling)
-            new = _generated(generator, tokens)
-        else:
-            speculation = _speculation(model, drafting, threads, length, sampling)
-            speed.draft = speculation.tally
-            new = speculation.tokens(tokens.tolist(), length, opened.ends)
-        yield from _stream(new, tokenizer, len(tokens), speed)
-        speed.context_full = speed.prompt_tokens + speed.new_tokens >= context
-    except RuntimeError as error:  # whatever is wrong, onnxruntime-genai has this one type for it
-        reason = str(error).splitlines()[0]
-        raise EngineFailed(f"onnxruntime-genai failed with {deployment}: {reason}") from error
+class Writer:
+    """A deployment that stays open in onnxruntime-genai, and writes one text after another.
+
+    `context`: the tokens of a prompt and its answer together, at most; None for all that the model
+    takes; `drafting`: what proposes tokens, if anything. A text that is begun must be done with before the next one. Raises `BadInput` for a
+    folder that onnxruntime-genai cannot open; each method raises `EngineFailed` for what that
+    stumbles over.
+    """
+
+    def __init__(
+        self,
+        opened: Deployment,
+        threads: int,
+        context: int | None = None,
+        drafting: Draft | None = None,
+    ) -> None:
+        self.path, self._ends = opened.path, opened.ends
+        self._threads, self._drafting = threads, drafting
+        if not (self.path / GENAI_CONFIG).is_file():
+            raise BadInput(
+                f"{self.path} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
+                "Export the checkpoint with --target owl or onnxruntime.",
+            )
+        takes = opened.folder.number("context_length")
+        self.context = min(context or takes, takes)
+        import onnxruntime_genai
+
+        from owl_deploy.engines.drivers.onnxruntime import open_genai
+
+        with self._stumbling():
+            in_turns = drafting is not None and drafting.deployment is not None
+            library = str(opened.library or "")
+            self._model = open_genai(str(self.path), threads, library, takes_turns=in_turns)
+            self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
+
+    def in_template(self, messages: list[dict[str, str]]) -> str:
+        """The messages, each a `role` and its `content`, in the model's chat template."""
+        with self._stumbling():
+            text: str = self._tokenizer.apply_chat_template(
+                messages=json.dumps(messages), add_generation_prompt=True
+            )
+        return text
+
+    def write(self, prompt: str, sampling: Sampling, speed: Speed) -> Iterator[str]:
+        """Yield what comes after `prompt`; a piece is empty where a character is not whole yet.
+
+        Raises `BadInput` for a prompt that is too long.
+        """
+        with self._stumbling():
+            tokens = self._tokenizer.encode(prompt)
+            length = _length(len(tokens), sampling.max_new_tokens, self.context)
+            if self._drafting is None:
+                new = _generated(_generator(self._model, length, sampling), tokens)
+            else:
+                drafting = self._drafting
+                speculation = _speculation(self._model, drafting, self._threads, length, sampling)
+                speed.draft = speculation.tally
+                new = speculation.tokens(tokens.tolist(), length, self._ends)
+            yield from _stream(new, self._tokenizer, len(tokens), speed)
+        speed.context_full = speed.prompt_tokens + speed.new_tokens >= self.context
+
+    @contextmanager
+    def _stumbling(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # onnxruntime-genai has this one type for all that is wrong
+            reason = str(error).splitlines()[0]
+            raise EngineFailed(f"onnxruntime-genai failed with {self.path}: {reason}") from error
 
 
 def _check_prompt(prompt: str) -> None:
@@ -298,14 +343,6 @@ def _told(folder: Path, file: str, key: str) -> list[int]:
     return found if isinstance(found, list) else [found] if found is not None else []
 
 
-def _in_template(tokenizer: Any, message: str) -> str:  # noqa: ANN401 - no stubs
-    import json
-
-    messages = json.dumps([{"role": "user", "content": message}])
-    text: str = tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
-    return text
-
-
 def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
     """The tokens of the prompt and the new ones together; raises `BadInput` for too many."""
     room = context - prompt_tokens
@@ -329,7 +366,9 @@ def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
     return prompt_tokens + new_tokens
 
 
-def _generator(genai: Any, model: Any, length: int, sampling: Sampling) -> Any:  # noqa: ANN401
+def _generator(model: Any, length: int, sampling: Sampling) -> Any:  # noqa: ANN401 - no stubs
+    import onnxruntime_genai
+
     options: dict[str, Any] = {
         "max_length": length,
         "do_sample": sampling.do_sample,
@@ -343,9 +382,9 @@ def _generator(genai: Any, model: Any, length: int, sampling: Sampling) -> Any: 
         }
     if sampling.seed is not None:
         options["random_seed"] = sampling.seed
-    parameters = genai.GeneratorParams(model)
+    parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(**options)
-    return genai.Generator(model, parameters)
+    return onnxruntime_genai.Generator(model, parameters)
 
 
 def _generated(generator: Any, tokens: Any) -> Iterator[int]:  # noqa: ANN401 - without stubs

@@ -16,6 +16,7 @@ LAYERS = (
     ("sweep", "cluster"),
     ("pipeline",),
     ("api",),
+    ("serve",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
     ("engines", "hardware", "adapter", "showcase_input", "survivors"),
     ("demo_input",),

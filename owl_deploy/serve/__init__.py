@@ -1,0 +1,4 @@
+"""`owl serve`: a deployment behind the part of OpenAI's HTTP API that people's clients use.
+
+`wire` is the format, `stops` finds strings that end an answer, `server` keeps requests in line.
+"""

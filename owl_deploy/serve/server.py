@@ -1,0 +1,289 @@
+"""The HTTP server: requests in a bounded line, one after another through one open deployment."""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from owl_deploy.engines import threads_for
+from owl_deploy.engines.deployment import open_deployment
+from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.generate import Speed, Writer
+from owl_deploy.serve import wire
+from owl_deploy.serve.stops import Stops
+
+KEY = "OWL_API_KEY"  # from the environment, for everybody on a machine sees command lines
+MOST_BYTES = 2**20  # of a request's body
+GRACE_S = 30  # for answers in the making after SIGTERM
+_LOOK_S = 0.25  # how often a request that waits looks whether its client is still there
+_RETRY_S = 1
+
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
+Texts = AsyncIterator[tuple[str, str | None]]
+
+
+class Line:
+    """One request at a time, in the order in which they came; at most `waiting` wait."""
+
+    def __init__(self, waiting: int) -> None:
+        self._waiting = waiting
+        self._line: list[asyncio.Event] = []
+
+    @asynccontextmanager
+    async def place(self, request: HttpRequest) -> AsyncIterator[None]:
+        """Hold a place, and the turn once it comes.
+
+        Raises `Refused` (429) where the line is full, `ClientDisconnect` once the client is gone.
+        """
+        if len(self._line) > self._waiting:
+            raise wire.Refused(429, "Too many requests wait already.", "rate_limit_exceeded")
+        mine = asyncio.Event()
+        self._line.append(mine)
+        self._line[0].set()
+        try:
+            while not mine.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(mine.wait(), _LOOK_S)
+                await _refuse_the_gone(request)
+            yield
+        finally:
+            self._line.remove(mine)
+            if self._line:
+                self._line[0].set()
+
+
+class Service:
+    """The endpoints over one deployment, called `name`; `key`: what clients must know, if any."""
+
+    def __init__(self, writer: Writer, name: str, waiting: int, key: str | None = None) -> None:
+        self._writer, self._name, self._key = writer, name, key
+        self._line = Line(waiting)
+        # All that the model does is done by one thread: so a step whose client has gone is over
+        # before the next request's first.
+        self._pool = ThreadPoolExecutor(max_workers=1)
+
+    def app(self, hosts: list[str]) -> Starlette:
+        """The application; `hosts`: the names that it answers to, against DNS rebinding."""
+        errors = (wire.Refused, BadInput, EngineFailed, HTTPException, ClientDisconnect, Exception)
+        return Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+                Route("/v1/completions", self._guarded(self._completion), methods=["POST"]),
+            ],
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+            exception_handlers=dict.fromkeys(errors, _said),
+        )
+
+    def _guarded(self, endpoint: Endpoint) -> Endpoint:
+        async def guarded(request: HttpRequest) -> Response:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
+                raise wire.Refused(401, "The API key is missing or wrong.", "invalid_api_key")
+            return await endpoint(request)
+
+        return guarded
+
+    async def _health(self, _: HttpRequest) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _models(self, _: HttpRequest) -> Response:
+        model = {"id": self._name, "object": "model", "created": 0, "owned_by": "owl"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def _chat(self, request: HttpRequest) -> Response:
+        return await self._answer(request, wire.Chat)
+
+    async def _completion(self, request: HttpRequest) -> Response:
+        return await self._answer(request, wire.Completion)
+
+    async def _answer(self, request: HttpRequest, kind: type[wire.Request]) -> Response:
+        asked = wire.parse(kind, await _body(request))
+        if asked.model != self._name:
+            raise wire.Refused(
+                404, f"There is no model {asked.model!r}, but {self._name!r}.", "model_not_found"
+            )
+        speed = Speed()
+        texts = self._texts(request, asked, speed)
+        first = await anext(texts)  # what is wrong with the request comes before any answer
+        if asked.stream:
+            parts = _parts(asked, first, texts, speed)
+            return StreamingResponse(parts, media_type="text/event-stream")
+        text, reason = first
+        async for piece, reason in texts:  # noqa: B007 - the last one is meant
+            text += piece
+        choices = [asked.choice(text, reason, part=False)]
+        body = {**wire.header(asked, part=False), "choices": choices, "usage": wire.usage(speed)}
+        return JSONResponse(body)
+
+    async def _texts(self, request: HttpRequest, asked: wire.Request, speed: Speed) -> Texts:
+        """The answer piece by piece, each with the reason why it ended: None but in the last."""
+        run = asyncio.get_running_loop().run_in_executor
+        async with self._line.place(request):
+            texts = self._write(asked, speed)
+            try:
+                while (found := await run(self._pool, next, texts, None)) is not None:
+                    await _refuse_the_gone(request)
+                    yield found
+            finally:
+                self._pool.submit(texts.close)  # behind a step that is still under way
+
+    def _write(self, asked: wire.Request, speed: Speed) -> Iterator[tuple[str, str | None]]:
+        """The same in the model's own thread; a piece for each token, if only an empty one."""
+        stops, sampling = Stops(asked.stops), asked.sampling()
+        prompt = asked.text(self._writer)
+        for piece in self._writer.write(prompt, sampling, speed):
+            yield stops.feed(piece), None
+            if stops.found:
+                break
+        full = speed.context_full or speed.new_tokens == sampling.max_new_tokens
+        yield stops.rest(), "length" if full and not stops.found else "stop"
+
+
+async def _parts(
+    asked: wire.Request, first: tuple[str, str | None], texts: Texts, speed: Speed
+) -> AsyncIterator[str]:
+    """The server-sent events of a streamed answer."""
+    header = wire.header(asked, part=True)
+    with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+
+    def event(choices: list[dict[str, Any]], **more: Any) -> str:  # noqa: ANN401 - JSON
+        return f"data: {json.dumps({**header, 'choices': choices, **more})}\n\n"
+
+    async def all_texts() -> Texts:
+        yield first
+        async for found in texts:
+            yield found
+
+    if opening := asked.opening():
+        yield event(opening)
+    try:
+        async with aclosing(texts):
+            async for text, reason in all_texts():
+                if text or reason:
+                    yield event([asked.choice(text, reason, part=True)])
+    except (BadInput, EngineFailed) as error:  # too late for a status
+        yield f"data: {json.dumps(_refusal(error).body())}\n\n"
+        return
+    if with_usage:
+        yield event([], usage=wire.usage(speed))
+    yield "data: [DONE]\n\n"
+
+
+async def _refuse_the_gone(request: HttpRequest) -> None:
+    if await request.is_disconnected():
+        raise ClientDisconnect
+
+
+async def _body(request: HttpRequest) -> bytes:
+    """The body, if it is JSON of a bearable size.
+
+    Of another type a browser would send it from any page, and without asking (CORS's preflight).
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise wire.Refused(415, "The body must be application/json.")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BYTES:
+            raise wire.Refused(413, f"The body has more than {MOST_BYTES} bytes.")
+    return bytes(body)
+
+
+def _refusal(error: Exception) -> wire.Refused:
+    """What a client is told of `error`; of an unforeseen one nothing, for the log has it."""
+    if isinstance(error, wire.Refused):
+        return error
+    if isinstance(error, HTTPException):
+        return wire.Refused(error.status_code, error.detail)
+    if isinstance(error, BadInput):
+        return wire.Refused(400, error.message, "context_length_exceeded")
+    return wire.Refused(500, "The server failed.")
+
+
+async def _said(_: HttpRequest, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    refused = _refusal(error)
+    headers = {"Retry-After": str(_RETRY_S)} if refused.status == 429 else None
+    return JSONResponse(refused.body(), refused.status, headers)
+
+
+def serve(
+    deployment: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    waiting: int = 16,
+    context: int = 4096,
+    threads: int | None = None,
+    trust_library: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve `deployment` until SIGTERM or Ctrl-C; answers in the making are finished.
+
+    `port`: 0 for a free one; `say` is told which. `waiting`: requests in line behind the one
+    that is answered; `context`: tokens of a prompt and its answer, at most, for which memory is
+    taken. `threads`, `trust_library`: as in `generate`. Clients must know the key that stands in
+    the environment variable `OWL_API_KEY`, if one does. Raises `BadInput` for a deployment that
+    cannot be opened, for an address that cannot be had, and for one that other machines reach
+    without a key.
+    """
+    key = os.environ.get(KEY)
+    local = _is_loopback(host)
+    if not local and not key:
+        raise BadInput(
+            f"{host} can be reached from other machines, and no key is asked for.",
+            f"Set {KEY} in the environment, or leave out --host.",
+        )
+    listener = _listen(host, port)
+    with listener:
+        opened = open_deployment(Path(deployment), trust_library=trust_library)
+        writer = Writer(opened, threads_for(threads), context)
+        name = Path(deployment).resolve().name
+        hosts = ["localhost", "127.0.0.1", "::1", "[::1]", host] if local else ["*"]
+        app = Service(writer, name, waiting, key).app(hosts)
+        config = uvicorn.Config(
+            app, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S
+        )
+        # uvicorn sends itself the signal that ended it once more: after SIGTERM all is well.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        bound = f"[{host}]" if ":" in host else host
+        say(f"{name} is served at http://{bound}:{listener.getsockname()[1]}/v1")
+        uvicorn.Server(config).run([listener])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise BadInput(
+            f"{host}:{port} cannot be listened at ({error}).", "Give a --port."
+        ) from error

@@ -1,0 +1,206 @@
+"""OpenAI's wire format: what a request asks for, and what answers and errors look like.
+
+Source: the API reference at https://platform.openai.com/docs/api-reference (chat, completions).
+"""
+
+import time
+import uuid
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from owl_deploy.errors import EngineFailed
+from owl_deploy.generate import UNLIMITED, Sampling, Speed, Writer
+
+_SEEDS = 2**31  # onnxruntime-genai's integers
+# What would change an answer and is not done here: refused, but for values that ask for nothing.
+_NOT_DONE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("n", "best_of"), (1,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
+    **dict.fromkeys(("logprobs", "echo", "top_logprobs"), (False,)),
+    **dict.fromkeys(("tools", "functions", "logit_bias"), ([], {})),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+}
+
+
+class Refused(Exception):
+    """A request that is not answered: an HTTP status, and a sentence."""
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Request(BaseModel):
+    """What both kinds of request have in common; None is OpenAI's default."""
+
+    model_config = ConfigDict(extra="allow")  # new clients send what old servers need not know
+
+    whole: ClassVar[str]  # the `object` of an answer, and of a part of one
+    part: ClassVar[str]
+    prefix: ClassVar[str]
+    usual_tokens: ClassVar[int]
+
+    model: str
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    stop: str | list[str] | None = None
+    max_tokens: int | None = Field(None, ge=1, lt=_SEEDS)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=_SEEDS)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1, lt=_SEEDS)  # not OpenAI's, but llama.cpp's and vLLM's
+    seed: int | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The strings that end the answer."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [one for one in given if one]
+
+    def sampling(self) -> Sampling:
+        """How the next token is chosen: a temperature of 0 takes the likeliest."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return Sampling(
+            max_new_tokens=self.max_completion_tokens or self.max_tokens or self.usual_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            top_k=self.top_k or Sampling.top_k,
+            top_p=self.top_p or 1.0,
+            seed=None if self.seed is None else self.seed % _SEEDS,
+        )
+
+    def text(self, writer: Writer) -> str:
+        """The prompt for the model."""
+        raise NotImplementedError
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The choices that a streamed answer begins with, before there is any text."""
+        return []
+
+    def choice(self, text: str, reason: str | None, *, part: bool) -> dict[str, Any]:
+        """The one answer, or a `part` of it; `reason`: why it ended, once it did."""
+        raise NotImplementedError
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(BaseModel):
+    role: str
+    content: str | list[_Part] | None = None
+
+
+class Chat(Request):
+    """POST /v1/chat/completions."""
+
+    whole = "chat.completion"
+    part = "chat.completion.chunk"
+    prefix = "chatcmpl"
+    usual_tokens = UNLIMITED
+
+    messages: list[_Message] = Field(min_length=1)
+
+    def text(self, writer: Writer) -> str:
+        """The messages in the model's chat template; raises `Refused` where that fails."""
+        said = [
+            {
+                "role": one.role,
+                "content": "".join(part.text for part in one.content)
+                if isinstance(one.content, list)
+                else one.content or "",
+            }
+            for one in self.messages
+        ]
+        try:
+            return writer.in_template(said)
+        except EngineFailed as error:
+            raise Refused(
+                400, f"The model's chat template does not take these messages: {error}"
+            ) from error
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Who speaks."""
+        said = {"role": "assistant", "content": ""}
+        return [{"index": 0, "delta": said, "logprobs": None, "finish_reason": None}]
+
+    def choice(self, text: str, reason: str | None, *, part: bool) -> dict[str, Any]:
+        """A message, or what comes to it."""
+        said = {"delta": {"content": text}}
+        if not part:
+            said = {"message": {"role": "assistant", "content": text}}
+        return {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+
+
+class Completion(Request):
+    """POST /v1/completions."""
+
+    whole = part = "text_completion"
+    prefix = "cmpl"
+    usual_tokens = 16
+
+    prompt: str = Field(min_length=1)
+
+    def text(self, writer: Writer) -> str:
+        """The prompt as it is."""
+        return self.prompt
+
+    def choice(self, text: str, reason: str | None, *, part: bool) -> dict[str, Any]:
+        """A text, or what comes to it."""
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+Kind = TypeVar("Kind", bound=Request)
+
+
+def parse(kind: type[Kind], body: bytes) -> Kind:
+    """The request in `body`; raises `Refused` for what is none, or asks for what is not done."""
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise Refused(400, f"{place or 'the body'}: {first['msg']}", param=place or None) from error
+    for name, value in (asked.model_extra or {}).items():
+        if name in _NOT_DONE and value is not None and value not in _NOT_DONE[name]:
+            raise Refused(400, f"{name} is not supported here.", "unsupported_parameter", name)
+    if b"\\u0000" in body:  # onnxruntime-genai would read no further than a NUL character
+        raise Refused(400, "The text has a NUL character.")
+    return asked
+
+
+def usage(speed: Speed) -> dict[str, int]:
+    """Tokens read and made."""
+    made = {"prompt_tokens": speed.prompt_tokens, "completion_tokens": speed.new_tokens}
+    return {**made, "total_tokens": sum(made.values())}
+
+
+def header(asked: Request, *, part: bool) -> dict[str, Any]:
+    """What an answer, and each part of it, begins with."""
+    return {
+        "id": f"{asked.prefix}-{uuid.uuid4().hex}",
+        "object": asked.part if part else asked.whole,
+        "created": int(time.time()),
+        "model": asked.model,
+    }
