@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -37,7 +37,7 @@ _LOOK_S = 0.25  # how often a request that waits looks whether its client is sti
 _RETRY_S = 1
 
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
-Texts = AsyncIterator[tuple[str, str | None]]
+Texts = AsyncGenerator[tuple[str, str | None], None]
 
 
 class Line:
@@ -147,7 +147,9 @@ class Service:
             finally:
                 self._pool.submit(texts.close)  # behind a step that is still under way
 
-    def _write(self, asked: wire.Request, speed: Speed) -> Iterator[tuple[str, str | None]]:
+    def _write(
+        self, asked: wire.Request, speed: Speed
+    ) -> Generator[tuple[str, str | None], None, None]:
         """The same in the model's own thread; a piece for each token, if only an empty one."""
         stops, sampling = Stops(asked.stops), asked.sampling()
         prompt = asked.text(self._writer)
@@ -260,7 +262,7 @@ def serve(
         opened = open_deployment(Path(deployment), trust_library=trust_library)
         writer = Writer(opened, threads_for(threads), context)
         name = Path(deployment).resolve().name
-        hosts = ["localhost", "127.0.0.1", "::1", "[::1]", host] if local else ["*"]
+        hosts = ["localhost", "127.0.0.1", "[::1]", host] if local else ["*"]
         app = Service(writer, name, waiting, key).app(hosts)
         config = uvicorn.Config(
             app, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S

@@ -1,0 +1,288 @@
+"""Requests in line, before a model that goes on only when a test says so."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx2 as httpx
+import openai
+import pytest
+import uvicorn
+
+from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.serve import server, wire
+
+PATIENCE = 60  # seconds: the machine may be busy
+
+
+class FakeWriter:
+    """Says a letter for each `go`; `running`: the prompts whose answers are being made."""
+
+    def __init__(self):
+        self.go = threading.Semaphore(0)
+        self.running, self.seen = [], []
+
+    def in_template(self, messages):
+        if messages[0]["role"] == "nobody":
+            raise EngineFailed("no such role")
+        return "|".join(f"{one['role']}: {one['content']}" for one in messages)
+
+    def write(self, prompt, sampling, speed):
+        if prompt == "too long":
+            raise BadInput("The prompt is too long.", "A hint for the command line.")
+        self.running.append(prompt)
+        self.seen.append((prompt, sampling))
+        try:
+            speed.prompt_tokens = len(prompt)
+            while speed.new_tokens < sampling.max_new_tokens:
+                assert self.go.acquire(timeout=PATIENCE)
+                if prompt == "fails" and speed.new_tokens == 1:
+                    raise EngineFailed("a secret path")
+                speed.new_tokens += 1
+                yield "abcdefghij"[speed.new_tokens - 1]
+        finally:
+            self.running.remove(prompt)
+
+
+@pytest.fixture
+def writer():
+    return FakeWriter()
+
+
+@contextmanager
+def served(writer, waiting=1, key=None):
+    """The service in a thread; its base URL."""
+    app = server.Service(writer, "tiny", waiting, key).app(["127.0.0.1"])
+    running = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    with server._listen("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=running.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            for _ in range(100):
+                writer.go.release()
+            running.should_exit = True
+            thread.join(PATIENCE)
+
+
+@pytest.fixture
+def url(writer):
+    with served(writer) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=PATIENCE) as client:
+        yield client
+
+
+def until(condition):
+    ends = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def ask(client, prompt, n=3, **more):
+    return client.completions.create(model="tiny", prompt=prompt, max_tokens=n, **more)
+
+
+def in_background(call):
+    """A list to which `call`'s result, or its error, is added."""
+    found = []
+
+    def run():
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(error)
+
+    threading.Thread(target=run).start()
+    return found
+
+
+def test_requests_are_answered_one_after_another_and_a_full_line_says_when_to_return(
+    writer, client
+):
+    first = in_background(lambda: ask(client, "first"))
+    until(lambda: writer.running == ["first"])
+    second = in_background(lambda: ask(client.with_options(max_retries=20), "second"))
+    refused = None
+    while refused is None:  # until the second one waits, in whose place this one may come
+        try:
+            ask(client, "third", timeout=0.3)
+        except openai.RateLimitError as error:
+            refused = error
+        except openai.APITimeoutError:
+            pass
+    assert refused.response.headers["retry-after"] == "1"
+    assert refused.code == "rate_limit_exceeded"
+    assert writer.running == ["first"]
+    for _ in range(6):
+        writer.go.release()
+    until(lambda: first and second)
+    assert [found.choices[0].text for found in (*first, *second)] == ["abc", "abc"]
+    assert [prompt for prompt, _ in writer.seen] == ["first", "second"]
+    assert first[0].usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "total_tokens": 8,
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(writer, client, url, stream):
+    body = {"model": "tiny", "prompt": "gone", "max_tokens": 9, "stream": stream}
+    with httpx.Client() as other:
+        writer.go.release()
+        with pytest.raises(httpx.ReadTimeout):
+            other.post(f"{url}/completions", json=body, timeout=1)
+    answer = in_background(lambda: ask(client, "next"))
+    writer.go.release()  # the step that was under way ends, and is the last of its answer
+    until(lambda: writer.running == ["next"])
+    for _ in range(3):
+        writer.go.release()
+    until(lambda: answer)
+    assert answer[0].choices[0].text == "abc"
+
+
+def test_a_client_that_goes_away_while_it_waits_frees_its_place(writer, client):
+    first = in_background(lambda: ask(client, "first"))
+    until(lambda: writer.running == ["first"])
+    with pytest.raises(openai.APITimeoutError):
+        ask(client, "gone", timeout=1)
+    until_free = in_background(lambda: ask(client.with_options(max_retries=9), "next"))
+    for _ in range(6):
+        writer.go.release()
+    until(lambda: first and until_free)
+    assert until_free[0].choices[0].text == "abc"
+    assert [prompt for prompt, _ in writer.seen] == ["first", "next"]
+
+
+def test_a_stream_says_who_speaks_what_it_says_and_why_it_ended(writer, client):
+    for _ in range(9):
+        writer.go.release()
+    parts = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        max_tokens=9,
+        stop="def",
+        seed=2**31 + 5,
+        temperature=0.5,
+        top_p=0.25,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *said, last, usage = list(parts)
+    deltas = [part.choices[0].delta for part in said]
+    assert [delta.role for delta in deltas] == ["assistant", None, None, None]
+    assert "".join(delta.content for delta in deltas) == "abc"
+    assert last.choices[0].finish_reason == "stop"
+    assert (usage.choices, usage.usage.completion_tokens) == ([], 6)
+    ((prompt, sampling),) = writer.seen
+    assert prompt == "user: Hi"
+    assert (sampling.do_sample, sampling.temperature, sampling.top_p) == (True, 0.5, 0.25)
+    assert (sampling.seed, sampling.max_new_tokens) == (5, 9)
+
+
+def test_an_engine_that_fails_is_told_without_its_secrets(writer, client):
+    for stream in (False, True):
+        writer.go.release()
+        writer.go.release()
+        with pytest.raises(openai.APIError) as raised:
+            list(ask(client, "fails", stream=stream))
+        assert "failed" in str(raised.value)
+        assert "secret" not in str(raised.value.body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "code", "complaint"),
+    [
+        ({"model": "other"}, 404, "model_not_found", "tiny"),
+        ({"max_tokens": 0}, 400, None, "max_tokens"),
+        ({"temperature": 3}, 400, None, "temperature"),
+        ({"n": 2}, 400, "unsupported_parameter", "n is not supported"),
+        ({"presence_penalty": 1}, 400, "unsupported_parameter", "presence_penalty"),
+        ({"prompt": "a\0b"}, 400, None, "NUL"),
+        ({"prompt": ["a", "b"]}, 400, None, "prompt"),
+        ({"prompt": ""}, 400, None, "prompt"),
+        ({"prompt": "too long"}, 400, "context_length_exceeded", "too long"),
+        ({"prompt": "a" * 2**21}, 413, None, "bytes"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_request_is_refused_in_openais_shape(client, changes, status, code, complaint):
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.completions.create(**{"model": "tiny", "prompt": "a", "max_tokens": 3} | changes)
+    assert (raised.value.status_code, raised.value.code) == (status, code)
+    assert set(raised.value.body) == {"message", "type", "param", "code"}
+    assert complaint in raised.value.body["message"]
+
+
+def test_what_asks_for_nothing_is_taken(writer, client):
+    writer.go.release()
+    quiet = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me", "stop": []}
+    assert ask(client, "a", 1, **quiet).choices[0].finish_reason == "length"
+
+
+def test_a_template_that_takes_no_such_message_is_the_clients_mistake(client):
+    with pytest.raises(openai.BadRequestError, match="chat template"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "nobody", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
+        ({"content": b"{}", "headers": {"content-type": "text/plain"}}, 415),
+        ({"json": {}, "headers": {"host": "evil.example"}}, 400),
+        ({"json": {"model": "tiny", "prompt": "\ud800"}}, 400),
+    ],
+)
+def test_what_a_browsers_page_could_send_is_refused(url, sent, status):
+    if "json" in sent:
+        sent = {**sent, "content": json.dumps(sent["json"])}
+        del sent["json"]
+        sent["headers"] = {"content-type": "application/json"} | sent.get("headers", {})
+    with httpx.Client() as other:
+        assert other.post(f"{url}/completions", **sent).status_code == status
+        assert other.get(f"{url}/nothing").json()["error"]["type"] == "invalid_request_error"
+        assert "access-control-allow-origin" not in other.get(f"{url}/models").headers
+
+
+def test_a_key_is_asked_for_everywhere_but_for_health(writer):
+    with served(writer, key="right") as url:
+        for key, fits in (("right", True), ("wrong", False), ("", False)):
+            with httpx.Client(headers={"authorization": f"Bearer {key}"}) as other:
+                assert (other.get(f"{url}/models").status_code == 200) == fits
+        with httpx.Client() as other:
+            refused = other.get(f"{url}/models")
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+            assert other.get(url.replace("/v1", "/health")).json() == {"status": "ok"}
+
+
+def test_other_machines_are_let_in_only_with_a_key(monkeypatch, tmp_path):
+    monkeypatch.delenv(server.KEY, raising=False)
+    with pytest.raises(BadInput, match="no key is asked for"):
+        server.serve(tmp_path, "0.0.0.0")
+
+
+def test_an_address_that_is_taken_is_said_in_a_sentence(tmp_path):
+    with server._listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BadInput, match="cannot be listened at"):
+            server.serve(tmp_path, port=port)
+
+
+def test_the_refusals_shape_is_openais():
+    assert wire.Refused(429, "Later.", "full").body() == {
+        "error": {
+            "message": "Later.",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "full",
+        }
+    }
