@@ -194,9 +194,9 @@ class Writer:
     """A deployment that stays open in onnxruntime-genai, and writes one text after another.
 
     `context`: the tokens of a prompt and its answer together, at most; None for all that the model
-    takes; `drafting`: what proposes tokens, if anything. A text that is begun must be done with before the next one. Raises `BadInput` for a
-    folder that onnxruntime-genai cannot open; each method raises `EngineFailed` for what that
-    stumbles over.
+    takes; `drafting`: what proposes tokens, if anything does. A text that is begun must be done
+    with before the next one. Raises `BadInput` for a folder that onnxruntime-genai cannot open;
+    each method raises `EngineFailed` for what that stumbles over.
     """
 
     def __init__(

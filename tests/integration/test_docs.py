@@ -46,6 +46,7 @@ NOT_RUN = {
     r"(python -m venv|\.) \.venv": HERE,
     r"python benchmarks/": LONG,
     r"owl engines install ": LONG,
+    r"owl serve ": "goes on until it is ended: see tests/integration/test_requests.py",
     r"owl (export|bench) .*gguf": COMPILED,
     r"owl sweep ": LONG,
     r"owl .* wikitext$": HUB,

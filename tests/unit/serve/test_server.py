@@ -255,7 +255,7 @@ def test_what_a_browsers_page_could_send_is_refused(url, sent, status):
 
 def test_a_key_is_asked_for_everywhere_but_for_health(writer):
     with served(writer, key="right") as url:
-        for key, fits in (("right", True), ("wrong", False), ("", False)):
+        for key, fits in (("right", True), ("wrong", False), ("righ", False)):
             with httpx.Client(headers={"authorization": f"Bearer {key}"}) as other:
                 assert (other.get(f"{url}/models").status_code == 200) == fits
         with httpx.Client() as other:
