@@ -86,8 +86,8 @@ def until(condition):
         time.sleep(0.02)
 
 
-def ask(client, prompt, n=3, **more):
-    return client.completions.create(model="tiny", prompt=prompt, max_tokens=n, **more)
+def ask(client, prompt, tokens=3, **more):
+    return client.completions.create(model="tiny", prompt=prompt, max_tokens=tokens, **more)
 
 
 def in_background(call):
