@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from owl_deploy import __version__, api, options
 from owl_deploy.ending import exit_code
 from owl_deploy.methods import METHODS
+from owl_deploy.ranks import leads, one_voice
 
 
 class _Group(TyperGroup):
@@ -25,7 +26,9 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             left = str(error) or "finished outputs are untouched"
-            typer.echo(f"owl: interrupted; {left}.", err=True)
+            with one_voice() as speaks:
+                if speaks:
+                    typer.echo(f"owl: interrupted; {left}.", err=True)
             raise typer.Exit(130) from error
 
 
@@ -56,7 +59,9 @@ def _options(
 
 
 def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], object]) -> None:
-    """Print a verb's result: as JSON for machines, else by `show`."""
+    """Print a verb's result: as JSON for machines, else by `show`; the leading process does."""
+    if not leads():
+        return
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:

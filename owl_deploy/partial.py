@@ -13,18 +13,36 @@ from typing import Any
 from owl_deploy.artefact import make_folder, write_json
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
 
+ROUNDING = "rounding"  # of what is asked: what decides no more than in which order sums are made
+
 
 class Partial:
     """The partial result of one run; made by the run that starts it, opened by one that resumes.
 
-    That run is the `only_writer` of `output`. Raises `BadInput` when there is one and `resume` is
-    not asked for (and `force` neither), or when it was started with other arguments.
+    That run is the `only_writer` of `output`; of its processes the one that `leads` writes, and the
+    others read. Raises `BadInput` when there is one and `resume` is not asked for (and `force`
+    neither), or when it was started with other arguments. What `asked` has under `ROUNDING` may
+    differ where the number of processes does, which adds up in another order anyhow.
     """
 
-    def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
+    def __init__(
+        self,
+        output: Path,
+        asked: dict[str, Any],
+        *,
+        resume: bool,
+        force: bool,
+        leads: bool = True,
+    ) -> None:
         output = output.absolute()
         self.output = output
         self.folder = partial_folder(output)
+        self.resumed = resume
+        if leads:
+            self._begin(asked, resume=resume, force=force)
+
+    def _begin(self, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
+        output = self.output
         there = is_interrupted(output)
         if there and not resume and not force:
             raise BadInput(
@@ -39,7 +57,6 @@ class Partial:
         else:
             self._clear()
             write_json(self.folder / "run.json", asked)
-        self.resumed = resume
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -109,6 +126,8 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
 
 def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> None:
     asked = json.loads(json.dumps(asked))
+    if before.get(ROUNDING, {}).get("processes") != asked.get(ROUNDING, {}).get("processes"):
+        before, asked = ({**one, ROUNDING: None} for one in (before, asked))
     differing = _differences(before, asked)
     if differing:
         raise BadInput(

@@ -42,13 +42,12 @@ def measure(
     `scratch` is a folder for states that memory does not hold.
     """
     skeleton, shape = request.skeleton, request.shape
-    assert request.windows is not None
-    hidden = skeleton.embed(request.windows, request.batch, scratch)
+    hidden = skeleton.embed(request.own_windows, request.batch, scratch)
     allocation = ALLOCATIONS[request.settings.allocation]
     statistics: list[BlockStatistics] = []
     norms: list[LayerNorms] = []
     first = None
-    with bar("Measuring outliers", len(shape.names) * request.samples) as advance:
+    with bar("Measuring outliers", len(shape.names) * request.steps) as advance:
         for index, name in enumerate(shape.names):
             with skeleton.loaded(name) as block:
                 inputs = gather(
@@ -61,7 +60,7 @@ def measure(
                     hessian=index == 0 and request.settings.needs == "hessian",
                 )
                 linears = skeleton.linears(index)
-                own = {key: inputs.norm(key) for key in shape.linears[index]}
+                own = inputs.norms(request.ranks)
                 scores = [score.wanda(linears[key].weight.float(), own[key]) for key in own]
                 statistics.append(block_statistics(scores, multiples, allocation))
             if keep_norms:

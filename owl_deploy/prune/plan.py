@@ -38,7 +38,7 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
 
     Made now, with what a dense pass saw enter the first block, which need not be gathered again.
     """
-    found = store.read("plan.json")
+    found = request.ranks.from_leader(lambda: store.read("plan.json"))
     if found is not None:
         return Plan.model_validate(found), None
     settings, measured, trials = request.settings, None, []
@@ -48,7 +48,12 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
         measured = measure(request, multiples, store.folder, keep_norms=True)
         assert request.held_out is not None
         judge = tune.Judge(
-            request.skeleton, request.shape, measured.norms, request.held_out, store.folder
+            request.skeleton,
+            request.shape,
+            measured.norms,
+            request.held_out,
+            store.folder,
+            request.ranks,
         )
         trials = judge.trials(candidates, measured.statistics)
         settings = tune.best(settings, trials)
@@ -61,5 +66,7 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
         statistics=statistics,
         trials=trials,
     )
-    store.write("plan.json", plan.model_dump(mode="json"))
+    plan = request.ranks.from_leader(lambda: plan)  # other nodes' processors may round otherwise
+    if request.ranks.leads:
+        store.write("plan.json", plan.model_dump(mode="json"))
     return plan, measured.first if measured else None

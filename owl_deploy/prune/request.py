@@ -14,8 +14,10 @@ from owl_deploy.errors import BadInput
 from owl_deploy.hardware import Hardware, find_batch, find_device, find_dtype
 from owl_deploy.manifest import versions
 from owl_deploy.methods import METHODS, Method
+from owl_deploy.partial import ROUNDING
 from owl_deploy.prune import tune
 from owl_deploy.prune.sparsities import Shape, select
+from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
 
@@ -45,7 +47,7 @@ class Request:
 
     `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
     [samples, length], None where nothing looks at inputs; `held_out`: those that `tune` judges by.
-    `batch`: windows that go through a block together.
+    `batch`: windows that go through a block together. `ranks`: the processes that share it.
     """
 
     skeleton: Skeleton
@@ -56,6 +58,7 @@ class Request:
     held_out: torch.Tensor | None
     batch: int
     tune: bool
+    ranks: Ranks = ALONE
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -68,9 +71,20 @@ class Request:
         return METHODS[self.settings.method]
 
     @property
+    def own_windows(self) -> torch.Tensor:
+        """This process's part of the windows, where there are any."""
+        assert self.windows is not None
+        return self.ranks.part(self.windows)
+
+    @property
     def samples(self) -> int:
-        """The steps of a pass over a block, as progress counts them."""
+        """The windows of all processes; 1 where there are none."""
         return 1 if self.windows is None else len(self.windows)
+
+    @property
+    def steps(self) -> int:
+        """Those of a pass over a block in this process, as progress counts them."""
+        return 1 if self.windows is None else len(self.own_windows)
 
     @property
     def head(self) -> str | None:
@@ -93,8 +107,11 @@ class Request:
             "calibration": self.describe_calibration(),
             "device": self.skeleton.device.type,
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "batch_size": self.batch,
+            ROUNDING: {
+                "processes": self.ranks.size,
+                "threads": torch.get_num_threads(),
+                "batch_size": self.batch,
+            },
             "versions": versions(),
         }
 
@@ -106,6 +123,7 @@ def check(
     hardware: Hardware,
     *,
     tune_allocation: bool,
+    ranks: Ranks = ALONE,
 ) -> Request:
     """The request, or `BadInput` for whatever can be known to be wrong before any work."""
     if tune_allocation:
@@ -123,9 +141,16 @@ def check(
     held_out = None
     if tune_allocation and windows is not None:
         windows, held_out = windows[: -tune.HELD_OUT_WINDOWS], windows[-tune.HELD_OUT_WINDOWS :]
-    batch = find_batch(hardware.batch_size, windows, skeleton)
+    if windows is not None and len(windows) < ranks.size:
+        raise BadInput(
+            f"There are {ranks.size} processes, and {len(windows)} windows of calibration text.",
+            "Give more --samples, or start fewer processes.",
+        )
+    own = windows if windows is None else ranks.part(windows)
+    # The same everywhere, and so again when the run resumes.
+    batch = min(ranks.gathered(find_batch(hardware.batch_size, own, skeleton)))
     return Request(
-        skeleton, settings, shape, calibration, windows, held_out, batch, tune_allocation
+        skeleton, settings, shape, calibration, windows, held_out, batch, tune_allocation, ranks
     )
 
 

@@ -46,9 +46,7 @@ def assemble(request: Request, store: Store) -> None:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in names if not large else ():
-            weights = store.load(name)
-            assert weights is not None
-            yield from ((f"{name}.{key}", tensor) for key, tensor in weights.items())
+            yield from ((f"{name}.{key}", tensor) for key, tensor in store.load(name).items())
         blocks = tuple(f"{name}." for name in names)
         for key in checkpoint.files:
             # A tied weight may lie there under both names, of which each is written by itself.

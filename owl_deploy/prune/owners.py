@@ -1,0 +1,39 @@
+"""Which process prunes which Linear of a block, so that all are done at about the same time."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+_FACTORISING = 1.0  # what n^3 costs, against out * n^2 of the loop over columns
+
+
+def owners(
+    groups: Sequence[Sequence[str]],
+    linears: Mapping[str, nn.Linear],
+    size: int,
+    *,
+    hessian: bool,
+) -> dict[str, int]:
+    """The rank, below `size`, that prunes each Linear; those of a group go to the same one.
+
+    By cost, the largest first, to the rank that has the least to do by then (Graham's LPT rule, at
+    most 4/3 of the best); of equals the first. `hessian`: whether the method factorises X^T X,
+    which the Linears of a group share.
+    """
+    costs = {tuple(group): _cost([linears[name] for name in group], hessian) for group in groups}
+    busy = [0.0] * size
+    found: dict[str, int] = {}
+    for group in sorted(costs, key=lambda one: -costs[one]):
+        rank = busy.index(min(busy))
+        busy[rank] += costs[group]
+        found |= dict.fromkeys(group, rank)
+    return found
+
+
+def _cost(linears: Sequence[nn.Linear], hessian: bool) -> float:
+    """About how long a group takes, in multiplications; comparable within a method only."""
+    width = linears[0].in_features
+    rows = sum(linear.out_features for linear in linears)
+    if hessian:
+        return _FACTORISING * width**3 + rows * width**2
+    return rows * width
