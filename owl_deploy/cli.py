@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from owl_deploy import __version__, api, options
 from owl_deploy.ending import exit_code
 from owl_deploy.methods import METHODS
-from owl_deploy.ranks import leads, one_voice
+from owl_deploy.ranks import leads, local_rank, one_voice
 
 
 class _Group(TyperGroup):
@@ -49,13 +49,20 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+_SHARED = ("prune", "eval")  # the verbs whose work the processes of torchrun divide
+
+
 @app.callback()
 def _options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
-    pass
+    if local_rank() is not None and ctx.invoked_subcommand not in _SHARED:
+        raise api.BadInput(
+            f"owl {ctx.invoked_subcommand} runs in one process.", "Start it without torchrun."
+        )
 
 
 def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], object]) -> None:

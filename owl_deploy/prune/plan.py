@@ -45,7 +45,7 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     if request.tune:
         candidates = tune.candidates(settings)
         multiples = list(dict.fromkeys(one.outlier_multiple for one in candidates))
-        measured = measure(request, multiples, store.folder, keep_norms=True)
+        measured = measure(request, multiples, store.folder)
         assert request.held_out is not None
         judge = tune.Judge(
             request.skeleton,

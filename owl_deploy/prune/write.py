@@ -93,6 +93,7 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
         "settings": plan.settings.model_dump(mode="json"),
         "tuning": [asdict(trial) for trial in plan.trials] or None,
         "calibration": request.describe_calibration(),
+        "processes": request.ranks.size,
         "device": str(skeleton.device),
         "dtype": str(skeleton.dtype).removeprefix("torch."),
         "weights": total,
