@@ -19,30 +19,16 @@ ROUNDING = "rounding"  # of what is asked: what decides no more than in which or
 class Partial:
     """The partial result of one run; made by the run that starts it, opened by one that resumes.
 
-    That run is the `only_writer` of `output`; of its processes the one that `leads` writes, and the
-    others read. Raises `BadInput` when there is one and `resume` is not asked for (and `force`
-    neither), or when it was started with other arguments. What `asked` has under `ROUNDING` may
-    differ where the number of processes does, which adds up in another order anyhow.
+    That run is the `only_writer` of `output`; other processes of it are sent this object, to read.
+    Raises `BadInput` when there is one and `resume` is not asked for (and `force` neither), or when
+    it was started with other arguments. What `asked` has under `ROUNDING` may differ where the
+    number of processes does, which adds up in another order anyhow.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        asked: dict[str, Any],
-        *,
-        resume: bool,
-        force: bool,
-        leads: bool = True,
-    ) -> None:
+    def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
         output = output.absolute()
         self.output = output
         self.folder = partial_folder(output)
-        self.resumed = resume
-        if leads:
-            self._begin(asked, resume=resume, force=force)
-
-    def _begin(self, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
-        output = self.output
         there = is_interrupted(output)
         if there and not resume and not force:
             raise BadInput(
@@ -57,6 +43,7 @@ class Partial:
         else:
             self._clear()
             write_json(self.folder / "run.json", asked)
+        self.resumed = resume
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():

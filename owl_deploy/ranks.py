@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(minutes=30)  # for the slowest Linear of a block, and for writing the result
+_PATIENCE = timedelta(hours=2)  # for the slowest Linear of a block, and for writing the result
 _A_SENTENCE_S = 10.0  # until another rank has said why the run ends
 
 

@@ -56,7 +56,7 @@ def prune(
             model, settings, calibration, hardware, tune_allocation=tune_allocation, ranks=ranks
         )
         asked = request.deciding()
-        store = Store(output, asked, resume=resume, force=force, leads=ranks.leads)
+        store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
         with kept_for_resuming(store, "use a smaller --batch-size"):
             plan, first = resolve(request, store)
             if ranks.leads:
