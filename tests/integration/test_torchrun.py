@@ -30,8 +30,8 @@ EVERY += [
 ]
 # Weights that go in one model only: scores that tie within rounding. Their values otherwise.
 TIES, CLOSE = 4, 1e-4
-# Of a model's 100,000 weights, where iterations feed differences of rounding: ALPS and the refit. As
-# many go elsewhere in one process with another --batch-size: 60 to 114 of ALPS, 14 to 40 of the refit.
+# Of 100,000 weights, where iterations carry differences of rounding on: ALPS and the refit. As many
+# go elsewhere in one process with another --batch-size: 60 to 114 of ALPS's, 14 to 40 of a refit's.
 SPREAD = 300
 
 
