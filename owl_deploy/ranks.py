@@ -209,7 +209,7 @@ def _told_to_end(_signal: int, _frame: FrameType | None) -> None:
 
 def _ended() -> EnvironmentFailed:
     return EnvironmentFailed(
-        "Another process of this run has ended, or does not answer, so that the run ends.",
+        "Another process of this run has ended or does not answer, or the run was told to end.",
         "torchrun says which one; a pruning that has finished a block goes on with --resume.",
     )
 
