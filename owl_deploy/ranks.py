@@ -142,11 +142,6 @@ def leads() -> bool:
     return _number("RANK", 0) == 0
 
 
-def restarted() -> bool:
-    """Whether torchrun has started all processes again, since one had ended."""
-    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
-
-
 def local_rank() -> int | None:
     """Which of its node's processes this one is; None where it is alone."""
     return _number("LOCAL_RANK", 0) if _number("WORLD_SIZE", 1) > 1 else None

@@ -13,7 +13,7 @@ from typing import Any
 from owl_deploy.artefact import only_writer
 from owl_deploy.hardware import ANY_HARDWARE, Hardware
 from owl_deploy.manifest import CheckpointManifest, versions
-from owl_deploy.partial import is_interrupted, kept_for_resuming
+from owl_deploy.partial import kept_for_resuming
 from owl_deploy.progress import error_console
 from owl_deploy.prune import write
 from owl_deploy.prune.picture import sparsity_svg
@@ -22,7 +22,7 @@ from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.sparsities import resolved_layers
 from owl_deploy.prune.store import Store
 from owl_deploy.prune.walk import Walk
-from owl_deploy.ranks import join, restarted
+from owl_deploy.ranks import join
 from owl_deploy.recipe import RESOLVED, PruneSettings, dump_resolved
 
 
@@ -50,7 +50,6 @@ def prune(
     """
     started, output = time.perf_counter(), Path(output)
     ranks = join(versions())
-    resume = resume or (restarted() and is_interrupted(output))
     with only_writer(output, force, model) if ranks.leads else contextlib.nullcontext():
         request = check(
             model, settings, calibration, hardware, tune_allocation=tune_allocation, ranks=ranks

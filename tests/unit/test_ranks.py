@@ -12,7 +12,6 @@ from owl_deploy.ranks import ALONE, Ranks
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
-    "TORCHELASTIC_RESTART_COUNT": "1",
     "RANK": "5",
     "WORLD_SIZE": "8",
     "LOCAL_RANK": "1",
@@ -55,14 +54,12 @@ def test_torchruns_environment_says_which_process_this_is(monkeypatch):
     free = ranks.psutil.virtual_memory()
     monkeypatch.setattr(ranks.psutil, "virtual_memory", lambda: free)
     assert not ranks.leads()
-    assert ranks.restarted()
     assert ranks.local_rank() == 1
     assert ranks.free_memory() == free.available // 4
     with ranks.one_voice() as speaks:
         assert not speaks
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # a scheduler's variables alone are no group
     assert ranks.leads()
-    assert not ranks.restarted()
     assert ranks.local_rank() is None
     assert ranks.free_memory() == free.available
     assert ranks.join({}) is ALONE
