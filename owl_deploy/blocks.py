@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, first_line
 from owl_deploy.families import Family
+from owl_deploy.ranks import free_memory
 
 _LOGIT_ROWS = 256  # rows of logits at once: 2048 x 150,000 words in float32 would be 1.2 GB
 
@@ -348,7 +348,7 @@ def _room_for(
     size = math.prod(shape) * dtype.itemsize
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
         return torch.empty(shape, dtype=dtype, device=device)
-    if size < psutil.virtual_memory().available / 2:
+    if size < free_memory() / 2:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=scratch, prefix="hidden-") as file:
         # The mapping outlives the name: the space is given back with the tensor, or the process.

@@ -4,6 +4,7 @@ What is written loads in current transformers and in SparseML 1.8 (transformers 
 0.19), which read some keys under older names: `write_compatible` writes both.
 """
 
+import contextlib
 import json
 import math
 import reprlib
@@ -64,8 +65,6 @@ class Checkpoint:
 
     def read(self, name: str) -> "torch.Tensor":
         """The tensor `name`, on the CPU, refused if a value is not finite."""
-        import torch
-
         path = self.files.get(name)
         if path is None:
             raise BadInput(
@@ -73,7 +72,13 @@ class Checkpoint:
                 "The checkpoint is incomplete: get it again.",
             )
         with _open_safetensors(path) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+            return self._read(file, name)
+
+    def _read(self, file: Any, name: str) -> "torch.Tensor":  # noqa: ANN401 - see _open_safetensors
+        import torch
+
+        path = self.files[name]
+        tensor: torch.Tensor = file.get_tensor(name)
         if name.endswith(".weight") and (not tensor.is_floating_point() or tensor.itemsize < 2):
             held = str(tensor.dtype).removeprefix("torch.")
             raise BadInput(
@@ -178,7 +183,13 @@ class Checkpoint:
 
     def read_module(self, prefix: str) -> dict[str, "torch.Tensor"]:
         """All tensors under the module `prefix`, keyed as in its state_dict."""
-        return {name: self.read(f"{prefix}.{name}") for name in self.names(prefix)}
+        whole = {name: f"{prefix}.{name}" for name in self.names(prefix)}
+        with (
+            contextlib.ExitStack() as stack
+        ):  # a file is opened once: its header tells of all tensors
+            files = {self.files[name] for name in whole.values()}
+            opened = {path: stack.enter_context(_open_safetensors(path)) for path in files}
+            return {own: self._read(opened[self.files[name]], name) for own, name in whole.items()}
 
     def load(self, dtype: "torch.dtype") -> Any:  # noqa: ANN401 - transformers is untyped
         """The whole model in memory, on the CPU, for inference: 4 bytes a weight in float32.

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from owl_deploy import __version__, api, options
 from owl_deploy.ending import exit_code
 from owl_deploy.methods import METHODS
+from owl_deploy.ranks import leads, local_rank, one_voice
 
 if TYPE_CHECKING:
     from owl_deploy.pipeline import Plan
@@ -28,7 +29,9 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             left = str(error) or "finished outputs are untouched"
-            typer.echo(f"owl: interrupted; {left}.", err=True)
+            with one_voice() as speaks:
+                if speaks:
+                    typer.echo(f"owl: interrupted; {left}.", err=True)
             raise typer.Exit(130) from error
 
 
@@ -49,17 +52,26 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+_SHARED = ("prune", "eval")  # the verbs whose work the processes of torchrun divide
+
+
 @app.callback()
 def _options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
-    pass
+    if local_rank() is not None and ctx.invoked_subcommand not in _SHARED:
+        raise api.BadInput(
+            f"owl {ctx.invoked_subcommand} runs in one process.", "Start it without torchrun."
+        )
 
 
 def _emit(result: dict[str, Any], as_json: bool, show: Callable[[], object]) -> None:
-    """Print a verb's result: as JSON for machines, else by `show`."""
+    """Print a verb's result: as JSON for machines, else by `show`; the leading process does."""
+    if not leads():
+        return
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:

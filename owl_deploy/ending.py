@@ -23,6 +23,7 @@ from owl_deploy.errors import (
     is_out_of_memory,
     not_installed,
 )
+from owl_deploy.ranks import one_voice
 
 DEFECT, READER_GONE = 70, 141
 # What a system says for itself; other errors of it are a program's.
@@ -91,8 +92,14 @@ def _run(app: Callable[[], object], stdout: _Stdout) -> int:
 
 
 def _say(error: OwlError) -> int:
-    typer.echo(f"owl: {error}", err=True)
+    _echo(str(error))
     return error.exit_code
+
+
+def _echo(sentence: str) -> None:
+    with one_voice() as speaks:
+        if speaks:
+            typer.echo(f"owl: {sentence}", err=True)
 
 
 def _without_stdout(lost: OSError) -> int:
@@ -116,9 +123,8 @@ def _failed(error: Exception) -> int:
         return _say(EnvironmentFailed("There is not enough memory.", "Free some, and run again."))
     if is_full_disk(error) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
         return _say(EnvironmentFailed(f"The system refused: {first_line(error)}."))
-    typer.echo(
-        f"owl: {type(error).__name__}: {first_line(error)}. This is a defect of owl: please report "
-        "it, with what OWL_DEBUG=1 prints.",
-        err=True,
+    _echo(
+        f"{type(error).__name__}: {first_line(error)}. This is a defect of owl: please report it, "
+        "with what OWL_DEBUG=1 prints."
     )
     return DEFECT

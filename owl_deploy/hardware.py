@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.ranks import free_memory, local_rank
 
 _TOKENS_A_BATCH = 1024  # on a CPU more is no faster, and leaves the caches
 
@@ -27,14 +27,29 @@ ANY_HARDWARE = Hardware()
 def find_device(name: str) -> torch.device:
     """The device called `name`; "auto" is a GPU where there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise unknown_name("device", name, ("auto", "cpu", "cuda")) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput("There is no CUDA device that this torch can use.", "Use --device cpu.")
-    return device
+    return device if device.type == "cpu" else _own(device)
+
+
+def _own(device: torch.device) -> torch.device:
+    """The GPU of this process, where torchrun has started several on its node."""
+    place = local_rank()
+    if place is None or device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if place >= count:
+        raise BadInput(
+            f"This node has {count} GPUs, and more processes.",
+            f"Use --nproc-per-node {count}, or --device cpu.",
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
 
 
 def find_dtype(
@@ -88,6 +103,5 @@ def find_batch(given: int | None, windows: torch.Tensor | None, skeleton: Skelet
     if skeleton.device.type == "cuda":
         free = torch.cuda.mem_get_info(skeleton.device)[0]
     else:
-        free = psutil.virtual_memory().available
-        free = min(free, 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
+        free = min(free_memory(), 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
     return max(1, min(len(windows), int(free // 4 // max(sample, 1))))

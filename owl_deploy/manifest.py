@@ -192,7 +192,7 @@ class CheckpointManifest(Manifest):
 
     `source`: the model that was pruned, with its own manifest if it had one. `weights`: how many
     there are in the blocks. `spent`: of a budget. `recipe`: the file that the settings came from,
-    with its digest.
+    with its digest. `processes`: how many pruned it together, by which sums are rounded.
     """
 
     USE = "It is a checkpoint: owl prune, owl export, owl eval and owl finetune take it."
@@ -216,6 +216,7 @@ class CheckpointManifest(Manifest):
     peak_device_memory_bytes: int | None = None
     recipe: dict[str, Any] | None = None
     resumed: bool = False
+    processes: int = 1
     finetune: Finetuning | None = None
 
 

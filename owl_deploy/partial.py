@@ -13,12 +13,16 @@ from typing import Any
 from owl_deploy.artefact import make_folder, write_json
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
 
+ROUNDING = "rounding"  # of what is asked: what decides no more than in which order sums are made
+
 
 class Partial:
     """The partial result of one run; made by the run that starts it, opened by one that resumes.
 
-    That run is the `only_writer` of `output`. Raises `BadInput` when there is one and `resume` is
-    not asked for (and `force` neither), or when it was started with other arguments.
+    That run is the `only_writer` of `output`; other processes of it are sent this object, to read.
+    Raises `BadInput` when there is one and `resume` is not asked for (and `force` neither), or when
+    it was started with other arguments. What `asked` has under `ROUNDING` may differ where the
+    number of processes does, which adds up in another order anyhow.
     """
 
     def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
@@ -109,6 +113,8 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
 
 def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> None:
     asked = json.loads(json.dumps(asked))
+    if before.get(ROUNDING, {}).get("processes") != asked.get(ROUNDING, {}).get("processes"):
+        before, asked = ({**one, ROUNDING: None} for one in (before, asked))
     differing = _differences(before, asked)
     if differing:
         raise BadInput(

@@ -14,13 +14,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from owl_deploy.ranks import leads
+
 Advance = Callable[[float], None]
 LOG_EVERY_S = 30.0  # where there is no terminal to draw a bar on
 
 
 def error_console() -> Console:
-    """A console on stderr, where all progress and remarks go; stdout is for results."""
-    return Console(stderr=True, soft_wrap=False)
+    """A console on stderr, where all progress and remarks go; stdout is for results.
+
+    Of the processes of one run, one speaks.
+    """
+    return Console(stderr=True, soft_wrap=False, quiet=not leads())
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from owl_deploy.adapter import with_adapter
@@ -27,6 +26,7 @@ from owl_deploy.manifest import (
     read_manifest,
 )
 from owl_deploy.progress import bar, error_console
+from owl_deploy.ranks import ALONE, Ranks, free_memory
 from owl_deploy.text import evaluation_windows, load_evaluation_text, load_tokenizer, tokenize
 
 
@@ -90,15 +90,18 @@ def perplexity(
     threads: int | None = None,
     trust_library: bool = False,
     adapter: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """The perplexity of a checkpoint, or of a deployment, on `text` (a SOURCE).
 
     A deployment is evaluated as it runs, in its engine; `hardware` and `blockwise` are for
     checkpoints, `engine` and `threads` for deployments. The value is then kept in a folder that owl
-    wrote, beside its manifest, so that a benchmark can show it beside the speed.
+    wrote, beside its manifest, so that a benchmark can show it beside the speed. The windows of a
+    checkpoint are divided over the `ranks`.
     """
     if is_deployment(folder):
         refuse_adapter(adapter)
+        refuse_ranks(ranks, "A deployment")
         return deployment_perplexity(
             folder,
             text,
@@ -116,6 +119,7 @@ def perplexity(
         hardware=hardware,
         blockwise=blockwise,
         adapter=adapter,
+        ranks=ranks,
     )
 
 
@@ -128,16 +132,24 @@ def checkpoint_perplexity(
     hardware: Hardware = ANY_HARDWARE,
     blockwise: bool | None = None,
     adapter: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """The perplexity of a checkpoint on `text` (a SOURCE), on CPU or CUDA.
 
     With `blockwise` one block is on the device at a time; None: where the model does not fit into
     what is free. With the LoRA adapter in the folder `adapter`, if there is one, it is whole. The
-    losses are added up in float32, whatever the dtype. Raises `BadInput` for a model that is not
-    supported, or a text without one full window.
+    losses are added up in float32, whatever the dtype. Each of the `ranks` takes its part of the
+    windows. Raises `BadInput` for a model that is not supported, or a text without one full window
+    for each rank.
     """
     checkpoint = open_checkpoint(folder)
     windows = windows_of(checkpoint.folder, text, window, limit)
+    if len(windows) < ranks.size:
+        raise BadInput(
+            f"There are {ranks.size} processes, and {len(windows)} windows of text.",
+            "Give a longer text or a shorter --window, or start fewer processes.",
+        )
+    own = ranks.part(windows)
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     if blockwise is None:
@@ -146,11 +158,11 @@ def checkpoint_perplexity(
         if adapter is not None:
             raise BadInput("--adapter and --blockwise exclude each other.", "Leave one out.")
         skeleton = Skeleton(checkpoint, dtype, device)
-        nll = _blockwise_nll(skeleton, windows, find_batch(hardware.batch_size, windows, skeleton))
+        nll = _blockwise_nll(skeleton, own, find_batch(hardware.batch_size, own, skeleton))
     else:
-        nll = _whole_nll(load_model(checkpoint, dtype, device, adapter), windows.to(device))
-    result = from_nll(text, nll, windows)
-    if adapter is None:
+        nll = _whole_nll(load_model(checkpoint, dtype, device, adapter), own.to(device))
+    result = from_nll(text, sum(ranks.gathered(nll)), windows)
+    if adapter is None and ranks.leads:
         computed = {**asdict(result), "dtype": str(dtype).removeprefix("torch.")}
         record(folder, "perplexity", computed)
     return result
@@ -239,12 +251,16 @@ def refuse_adapter(adapter: Path | None) -> None:
         raise BadInput("--adapter goes with a checkpoint; a deployment is as it was exported.")
 
 
+def refuse_ranks(ranks: Ranks, what: str) -> None:
+    """Raise `BadInput` where there are several, for `what`, which they do not share."""
+    if ranks.size > 1:
+        raise BadInput(f"{what} is evaluated by one process.", "Run owl eval without torchrun.")
+
+
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether four fifths of the free memory of `device` hold the weights in `dtype`."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
     return checkpoint.weights() * dtype.itemsize < 0.8 * free
 
 

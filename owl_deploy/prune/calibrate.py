@@ -1,7 +1,7 @@
 """See what enters a block's Linears while calibration text runs through it."""
 
 import contextlib
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from owl_deploy.blocks import Seen
+from owl_deploy.ranks import Ranks
 
 _READ = 64.0  # what a running mean counts, in tokens; 8 and infinitely many left a little more loss
 _COLUMNS = 512  # of X^T X at a time: few enough to leave out nearly half, enough for full speed
@@ -26,6 +27,8 @@ class InputStatistics:
     the running means of the inputs, too: attention averages what such a Linear (the values')
     makes of many tokens, and reads the first ones most. What their errors have in common stays
     then, and what is theirs alone goes.
+
+    What is gathered is of this process's windows; `samples` counts those of all `ranks`.
     """
 
     def __init__(
@@ -70,8 +73,40 @@ class InputStatistics:
 
     def norm(self, name: str) -> torch.Tensor:
         """sqrt(sum over tokens of x_j^2 / samples) for the Linear `name`, [in], float32."""
-        total = self._sums[self._leader[name]]
-        return ((total.diagonal() if self._hessian else total) / self._samples).sqrt().float()
+        return self._root(self._squares(self._leader[name]))
+
+    def norms(self, ranks: Ranks) -> dict[str, torch.Tensor]:
+        """`norm` of every Linear over the tokens of all `ranks`, together."""
+        total = {leader: ranks.summed(self._squares(leader)) for leader in self._sums}
+        return {name: self._root(total[self._leader[name]]) for name in self._linears}
+
+    def groups(self) -> list[list[str]]:
+        """The Linears that share a statistic, in model order."""
+        found: dict[str, list[str]] = {}
+        for name, leader in self._leader.items():
+            found.setdefault(leader, []).append(name)
+        return list(found.values())
+
+    def reduce(self, ranks: Ranks, owners: Mapping[str, int]) -> None:
+        """Add up what the `ranks` have seen, together: of each Linear on its owner, nowhere else.
+
+        `owners`: a rank for each Linear, the same for those of a group.
+        """
+        for group in self.groups():
+            for name in group:
+                if name in self._read:
+                    ranks.reduce(self._read[name], owners[name])
+            leader = group[0]
+            ranks.reduce(self._sums[leader], owners[leader])
+            if owners[leader] != ranks.rank:
+                del self._sums[leader]
+
+    def _squares(self, leader: str) -> torch.Tensor:
+        total = self._sums[leader]
+        return total.diagonal() if self._hessian else total
+
+    def _root(self, squares: torch.Tensor) -> torch.Tensor:
+        return (squares / self._samples).sqrt().float()
 
     def of_hessian(
         self, name: str, make: Callable[[torch.Tensor, *Arguments], T], *arguments: *Arguments

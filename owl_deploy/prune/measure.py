@@ -24,8 +24,8 @@ _VALUES = "v_proj"  # the Linear that attention averages, in every family that d
 class Measured:
     """What one dense pass gives: for each block its statistics and the norms of its inputs.
 
-    `norms`: empty unless they were asked for. `first`: the first block's inputs, which are those
-    of the pruning pass, too; no later block's are.
+    `first`: the first block's inputs, which are those of the pruning pass, too; no later block's
+    are.
     """
 
     statistics: list[BlockStatistics]
@@ -34,21 +34,16 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(
-    request: Request, multiples: Sequence[float], scratch: Path, *, keep_norms: bool = False
-) -> Measured:
+def measure(request: Request, multiples: Sequence[float], scratch: Path) -> Measured:
     """Each block's statistics under the dense model's own activations, for each outlier multiple.
 
     `scratch` is a folder for states that memory does not hold.
     """
     skeleton, shape = request.skeleton, request.shape
-    assert request.windows is not None
-    hidden = skeleton.embed(request.windows, request.batch, scratch)
-    allocation = ALLOCATIONS[request.settings.allocation]
-    statistics: list[BlockStatistics] = []
+    hidden = skeleton.embed(request.own_windows, request.batch, scratch)
     norms: list[LayerNorms] = []
     first = None
-    with bar("Measuring outliers", len(shape.names) * request.samples) as advance:
+    with bar("Measuring outliers", len(shape.names) * request.steps) as advance:
         for index, name in enumerate(shape.names):
             with skeleton.loaded(name) as block:
                 inputs = gather(
@@ -60,15 +55,28 @@ def measure(
                     keep=index + 1 < len(shape.names),
                     hessian=index == 0 and request.settings.needs == "hessian",
                 )
-                linears = skeleton.linears(index)
-                own = {key: inputs.norm(key) for key in shape.linears[index]}
-                scores = [score.wanda(linears[key].weight.float(), own[key]) for key in own]
-                statistics.append(block_statistics(scores, multiples, allocation))
-            if keep_norms:
-                norms.append(own)
+            norms.append(inputs.norms(request.ranks))
             first = first or inputs
     assert first is not None
-    return Measured(statistics, norms, first)
+    return Measured(_statistics(request, norms, multiples), norms, first)
+
+
+def _statistics(
+    request: Request, norms: Sequence[LayerNorms], multiples: Sequence[float]
+) -> list[BlockStatistics]:
+    """Those of every block, by the norms of its inputs; the ranks take turns at the blocks."""
+    skeleton, ranks = request.skeleton, request.ranks
+    allocation = ALLOCATIONS[request.settings.allocation]
+    found: dict[int, BlockStatistics] = {}
+    for index in range(ranks.rank, len(norms), ranks.size):
+        own = norms[index]
+        with skeleton.loaded(skeleton.names[index]):
+            linears = skeleton.linears(index)
+            scores = [score.wanda(linears[key].weight.float(), own[key]) for key in own]
+            found[index] = block_statistics(scores, multiples, allocation)
+    for part in ranks.gathered(found):
+        found |= part
+    return [found[index] for index in range(len(norms))]
 
 
 def gather(

@@ -56,7 +56,7 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
 
     Made now, with what a dense pass saw enter the first block, which need not be gathered again.
     """
-    found = store.read("plan.json")
+    found = request.ranks.from_leader(lambda: store.read("plan.json"))
     if found is not None:
         return Plan.model_validate(found), None
     if request.settings.budget is not None:
@@ -65,10 +65,16 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     if request.tune:
         candidates = tune.candidates(settings)
         multiples = list(dict.fromkeys(one.outlier_multiple for one in candidates))
-        measured = measure(request, multiples, store.folder, keep_norms=True)
+        measured = measure(request, multiples, store.folder)
         assert request.held_out is not None
-        held_out = request.held_out[: tune.HELD_OUT_WINDOWS]
-        judge = tune.Judge(request.skeleton, request.shape, measured.norms, held_out, store.folder)
+        judge = tune.Judge(
+            request.skeleton,
+            request.shape,
+            measured.norms,
+            request.held_out[: tune.HELD_OUT_WINDOWS],
+            store.folder,
+            request.ranks,
+        )
         trials = judge.trials(candidates, measured.statistics)
         settings = tune.best(settings, trials)
     elif ALLOCATIONS[settings.allocation].statistic is not None:
@@ -80,7 +86,9 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
         statistics=statistics,
         trials=trials,
     )
-    store.write("plan.json", plan.model_dump(mode="json"))
+    plan = request.ranks.from_leader(lambda: plan)  # other nodes' processors may round otherwise
+    if request.ranks.leads:
+        store.write("plan.json", plan.model_dump(mode="json"))
     return plan, measured.first if measured else None
 
 

@@ -21,8 +21,10 @@ from owl_deploy.hardware import (
 )
 from owl_deploy.manifest import versions
 from owl_deploy.methods import METHODS, Method
+from owl_deploy.partial import ROUNDING
 from owl_deploy.prune import budget, reconstruct, tune
 from owl_deploy.prune.sparsities import Shape, select
+from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
 
@@ -54,7 +56,7 @@ class Request:
     [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning and
     a reconstruction are judged. `batch`: windows that go through a block together. `room`: the
     bytes that the pruned Linears may take packed; without a budget there is no end to it.
-    `training_dtype`: of the products in a reconstruction.
+    `training_dtype`: of the products in a reconstruction. `ranks`: the processes that share it.
     """
 
     skeleton: Skeleton
@@ -67,6 +69,7 @@ class Request:
     tune: bool
     room: float = math.inf
     training_dtype: torch.dtype = torch.float32
+    ranks: Ranks = ALONE
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -79,9 +82,20 @@ class Request:
         return METHODS[self.settings.method]
 
     @property
+    def own_windows(self) -> torch.Tensor:
+        """This process's part of the windows, where there are any."""
+        assert self.windows is not None
+        return self.ranks.part(self.windows)
+
+    @property
     def samples(self) -> int:
-        """The steps of a pass over a block, as progress counts them."""
+        """The windows of all processes; 1 where there are none."""
         return 1 if self.windows is None else len(self.windows)
+
+    @property
+    def steps(self) -> int:
+        """Those of a pass over a block in this process, as progress counts them."""
+        return 1 if self.windows is None else len(self.own_windows)
 
     @property
     def head(self) -> str | None:
@@ -105,8 +119,11 @@ class Request:
             "device": self.skeleton.device.type,
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             "training_dtype": str(self.training_dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "batch_size": self.batch,
+            ROUNDING: {
+                "processes": self.ranks.size,
+                "threads": torch.get_num_threads(),
+                "batch_size": self.batch,
+            },
             "versions": versions(),
         }
 
@@ -118,6 +135,7 @@ def check(
     hardware: Hardware,
     *,
     tune_allocation: bool,
+    ranks: Ranks = ALONE,
 ) -> Request:
     """The request, or `BadInput` for whatever can be known to be wrong before any work."""
     if tune_allocation:
@@ -136,7 +154,17 @@ def check(
     held_out = None
     if windows is not None and calibration is not None:
         windows, held_out = windows[: calibration.samples], windows[calibration.samples :]
-    batch = find_batch(hardware.batch_size, windows, skeleton)
+    if windows is not None and len(windows) < ranks.size:
+        raise BadInput(
+            f"There are {ranks.size} processes, and {len(windows)} windows of calibration text.",
+            "Give more --samples, or start fewer processes.",
+        )
+    if ranks.size > 1 and (settings.budget or settings.reconstruct):
+        asked = "--budget" if settings.budget else "--reconstruct"
+        raise BadInput(f"{asked} takes one process, and there are {ranks.size}.", "Start one.")
+    own = windows if windows is None else ranks.part(windows)
+    # The same everywhere, and so again when the run resumes.
+    batch = min(ranks.gathered(find_batch(hardware.batch_size, own, skeleton)))
     training_dtype = find_training_dtype(hardware.dtype, device)
     return Request(
         skeleton,
@@ -149,6 +177,7 @@ def check(
         tune_allocation,
         room,
         training_dtype,
+        ranks,
     )
 
 

@@ -5,13 +5,14 @@ allocation looks at scores (`measure`), and one that prunes (`walk`), in which e
 the pruned blocks before it make of the calibration text.
 """
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
 from owl_deploy.artefact import only_writer
 from owl_deploy.hardware import ANY_HARDWARE, Hardware
-from owl_deploy.manifest import CheckpointManifest
+from owl_deploy.manifest import CheckpointManifest, versions
 from owl_deploy.partial import kept_for_resuming
 from owl_deploy.progress import error_console
 from owl_deploy.prune import write
@@ -21,6 +22,7 @@ from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.sparsities import resolved_layers
 from owl_deploy.prune.store import Store
 from owl_deploy.prune.walk import Walk
+from owl_deploy.ranks import join
 from owl_deploy.recipe import RESOLVED, PruneSettings, dump_resolved
 
 
@@ -47,25 +49,37 @@ def prune(
     for whatever can be known to be wrong by then, `EnvironmentFailed` for a full disk or memory.
     """
     started, output = time.perf_counter(), Path(output)
-    with only_writer(output, force, model):
-        request = check(model, settings, calibration, hardware, tune_allocation=tune_allocation)
-        store = Store(output, request.deciding(), resume=resume, force=force)
+    ranks = join(versions())
+    with only_writer(output, force, model) if ranks.leads else contextlib.nullcontext():
+        request = check(
+            model, settings, calibration, hardware, tune_allocation=tune_allocation, ranks=ranks
+        )
+        asked = request.deciding()
+        store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
         with kept_for_resuming(store, "use a smaller --batch-size"):
             plan, first = resolve(request, store)
-            _write_recipe(request, plan, store)
+            if ranks.leads:
+                _write_recipe(request, plan, store)
             parts = Walk(request, plan, store, first).parts()
             reports = [
                 write.report(part, plan.outlier_ratio(index), plan.costs_of(index))
                 for index, part in enumerate(parts)
             ]
-            write.assemble(request, plan, store)
             facts = write.describe(request, plan, reports, str(model))
             facts |= {"recipe": origin, "resumed": store.resumed}
-            facts["wall_seconds"] = time.perf_counter() - started
-            manifest = CheckpointManifest.model_validate(facts)
-            (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
-            manifest.write(store.folder)
-            store.finish()
+            return ranks.from_leader(lambda: _complete(request, plan, store, facts, started))
+
+
+def _complete(
+    request: Request, plan: Plan, store: Store, facts: dict[str, Any], started: float
+) -> CheckpointManifest:
+    """Make the finished blocks the output, with the manifest of these `facts`."""
+    write.assemble(request, plan, store)
+    facts["wall_seconds"] = time.perf_counter() - started
+    manifest = CheckpointManifest.model_validate(facts)
+    (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
+    manifest.write(store.folder)
+    store.finish()
     return manifest
 
 

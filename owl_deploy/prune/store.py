@@ -51,14 +51,12 @@ class Store(Partial):
         except (OSError, SafetensorError):
             return False
 
-    def load(self, name: str) -> dict[str, torch.Tensor] | None:
-        """A finished block's tensors, or None when it is not finished."""
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a block that it holds."""
         from safetensors.torch import load_file
 
-        path = self.path(name)
-        if not self.holds(name):
-            return None
-        return {key.removeprefix(f"{name}."): value for key, value in load_file(path).items()}
+        tensors = load_file(self.path(name))
+        return {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
 
     def scales(self, name: str) -> dict[str, torch.Tensor]:
         """The scales of a finished block's rounded weights, by their whole names."""

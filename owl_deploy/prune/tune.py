@@ -18,6 +18,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import mask, score
 from owl_deploy.prune.sparsities import Shape, Statistics, linear_sparsities
+from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.recipe import PruneSettings, kept
 
 HELD_OUT_WINDOWS = 4
@@ -72,7 +73,8 @@ class Judge:
     """Prunes a model in many ways at once and tells the loss of each on `windows` [n, length].
 
     `norms`: for each block, the dense model's input norms. Weights are chosen by Wanda's score
-    whatever the method is: the order of the candidates hardly depends on it, and it is fast.
+    whatever the method is: the order of the candidates hardly depends on it, and it is fast. The
+    `ranks` share the candidates.
     """
 
     def __init__(
@@ -82,13 +84,26 @@ class Judge:
         norms: Sequence[LayerNorms],
         windows: torch.Tensor,
         scratch: Path,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.skeleton, self.shape, self.norms = skeleton, shape, norms
-        self.windows, self.scratch = windows, scratch
+        self.windows, self.scratch, self.ranks = windows, scratch, ranks
 
     @torch.no_grad()
     def trials(self, settings: Sequence[PruneSettings], statistics: Statistics) -> list[Trial]:
         """One trial for each of `settings`."""
+        own = settings[self.ranks.rank :: self.ranks.size]
+        losses = [0.0] * len(settings)
+        for rank, part in enumerate(self.ranks.gathered(self._losses(own, statistics))):
+            losses[rank :: self.ranks.size] = part
+        return [
+            Trial(one.outlier_multiple, one.spread, loss)
+            for one, loss in zip(settings, losses, strict=True)
+        ]
+
+    def _losses(self, settings: Sequence[PruneSettings], statistics: Statistics) -> list[float]:
+        if not settings:  # more ranks than candidates
+            return []
         found = [linear_sparsities(one, self.shape, statistics) for one in settings]
         start = self.skeleton.embed(self.windows, len(self.windows), self.scratch)
         states = [start.copy() for _ in settings]
@@ -97,11 +112,7 @@ class Judge:
             for index in range(len(self.shape.names)):
                 asked = [blocks[index] for blocks in found]
                 self._run_block(index, asked, settings[0].group, states, advance)
-        losses = self.skeleton.losses(self.windows, states)
-        return [
-            Trial(one.outlier_multiple, one.spread, loss)
-            for one, loss in zip(settings, losses, strict=True)
-        ]
+        return self.skeleton.losses(self.windows, states)
 
     def _run_block(
         self,

@@ -1,6 +1,7 @@
 """The pass that prunes: block after block, each on what the pruned ones before it let through.
 
-One block is on the device at a time.
+One block is on the device at a time. Of several processes each runs its part of the windows through
+it and prunes its part of the Linears (`ranks`); the first writes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather
+from owl_deploy.prune.owners import owners
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.reconstruct import Outcome, Reconstruction
 from owl_deploy.prune.request import Request
@@ -52,7 +54,7 @@ class Walk:
         self, request: Request, plan: Plan, store: Store, first: InputStatistics | None
     ) -> None:
         self.request, self.plan, self.store, self.first = request, plan, store, first
-        self.skeleton, self.names = request.skeleton, request.shape.names
+        self.skeleton, self.names, self.ranks = request.skeleton, request.shape.names, request.ranks
         self.maker, self.needs = Maker(plan.settings), plan.settings.needs
         self.hidden: Activations | None = None
         self.reconstruction: Reconstruction | None = None
@@ -62,25 +64,26 @@ class Walk:
         """Every block in model order, then the head if it is pruned; made now where not yet."""
         head = self.request.head
         names = [*self.names, *([head] if head else [])]
-        if not all(map(self.store.holds, names)):
+        held = self.ranks.from_leader(lambda: set(filter(self.store.holds, names)))
+        if len(held) < len(names):
             self._embed()
         passes = 2 * len(names) - (self.hidden is not None)
         if self.reconstruction:
             passes += len(self.names) * self.reconstruction.passes
-        with bar("Pruning", passes * self.request.samples) as self.advance:
+        with bar("Pruning", passes * self.request.steps) as self.advance:
             for index, name in enumerate(self.names):
-                weights = self.store.load(name)
-                if weights is None:
-                    weights = self._prune_block(index)
-                    self.store.save(name, weights)
-                else:
+                if name in held:
+                    weights = self.store.load(name)
                     self._replay(index, weights)
+                else:
+                    weights = self._prune_block(index)
+                    self._save(name, weights)
                 linears, asked = self.request.shape.linears[index], self.plan.sparsities[index]
                 bits = {key: self.plan.bits_of(index, key) for key in linears}
                 halves = {key: Outcome(**one) for key, one in self.store.halves(name).items()}
                 yield Part(name, linears, asked, bits, weights, halves)
             if head:
-                yield self._finish_head(head)
+                yield self._finish_head(head, stored=head in held)
 
     def _embed(self) -> None:
         """Gather what enters the first block, if anything looks at it."""
@@ -99,7 +102,7 @@ class Walk:
             self.hidden = self.reconstruction.training.pruned
         elif self.needs != "nothing":
             assert request.windows is not None
-            self.hidden = self.skeleton.embed(request.windows, request.batch, self.store.folder)
+            self.hidden = self.skeleton.embed(request.own_windows, request.batch, self.store.folder)
 
     @torch.no_grad()
     def _prune_block(self, index: int) -> dict[str, torch.Tensor]:
@@ -108,30 +111,52 @@ class Walk:
         linears = self.skeleton.linears(index)
         with self.skeleton.loaded(name, weights) as block:
             statistics = self._block_inputs(block, index)
-            for key, sparsity in self.plan.sparsities[index].items():
-                bits = self.plan.bits_of(index, key)
-                inputs = Inputs(statistics, key)
-                made = self._made(weights[f"{key}.weight"], inputs, sparsity, bits)
-                weights |= {f"{key}.{name}": tensor for name, tensor in made.items()}
-                linears[key].weight.copy_(made["weight"])
+            weights |= self._divided(weights, statistics, index)
+            for key in self.plan.sparsities[index]:
+                linears[key].weight.copy_(weights[f"{key}.weight"])
             if self.reconstruction:
                 asked = self.plan.sparsities[index]
                 removed = [key for key, sparsity in asked.items() if sparsity]
                 weights, halves = self.reconstruction.block(index, weights, removed, self.advance)
                 self.store.keep_halves(name, {key: asdict(one) for key, one in halves.items()})
-                self.advance(self.request.samples)
+                self.advance(self.request.steps)
             else:
                 self._pass_on(block, index)
         return weights
+
+    def _divided(
+        self, dense: dict[str, torch.Tensor], statistics: InputStatistics | None, index: int
+    ) -> dict[str, torch.Tensor]:
+        """What becomes of the `dense` tensors of block `index`: each rank prunes its own Linears.
+
+        Those that have one input stay together: they share what is made of its statistic.
+        """
+        asked = self.plan.sparsities[index]
+        groups = statistics.groups() if statistics else [[key] for key in asked]
+        linears = self.skeleton.linears(index)
+        owner = owners(groups, linears, self.ranks.size, hessian=self.needs == "hessian")
+        if statistics:
+            statistics.reduce(self.ranks, owner)
+        own: dict[str, torch.Tensor] = {}
+        for key, sparsity in asked.items():
+            if owner[key] == self.ranks.rank:
+                bits = self.plan.bits_of(index, key)
+                made = self._made(dense[f"{key}.weight"], Inputs(statistics, key), sparsity, bits)
+                own |= {f"{key}.{name}": tensor for name, tensor in made.items()}
+        return self.ranks.merged(own, self.skeleton.device)
+
+    def _save(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+        if self.ranks.leads:
+            self.store.save(name, weights)
 
     def _block_inputs(self, block: nn.Module, index: int) -> InputStatistics | None:
         if self.hidden is None:
             return None
         if self.needs == "nothing":
-            self.advance(self.request.samples)
+            self.advance(self.request.steps)
             return None
         if index == 0 and self.first is not None:
-            self.advance(self.request.samples)
+            self.advance(self.request.steps)
             return self.first
         return gather(
             self.request,
@@ -156,27 +181,32 @@ class Walk:
         return found if made.scales is None else found | {SCALE: made.scales.to(dense.device)}
 
     @torch.no_grad()
-    def _finish_head(self, name: str) -> Part:
+    def _finish_head(self, name: str, *, stored: bool) -> Part:
         """Prune the head, by what the pruned blocks let enter it, unless it is stored."""
         sparsity = self.plan.settings.head_sparsity
         assert sparsity is not None
-        weights = self.store.load(name)
-        if weights is None:
+        if stored:
+            weights = self.store.load(name)
+        else:
             statistics = None
             if self.hidden is not None and self.needs != "nothing":
-                assert self.request.windows is not None
                 statistics = InputStatistics(
                     {name: self.skeleton.head},
                     self.request.samples,
                     hessian=self.needs == "hessian",
                 )
                 with statistics.gathering():
-                    self.skeleton.enter_head(self.request.windows, self.hidden, self.advance)
+                    self.skeleton.enter_head(self.request.own_windows, self.hidden, self.advance)
+                statistics.reduce(self.ranks, {name: 0})
             dense = self.request.checkpoint.read(self.skeleton.head_weights[0])
-            weights = self._made(dense, Inputs(statistics, name), sparsity, self.plan.settings.bits)
-            self.store.save(name, weights)
+            own = {}
+            if self.ranks.leads:
+                bits = self.plan.settings.bits
+                own = self._made(dense, Inputs(statistics, name), sparsity, bits)
+            weights = self.ranks.merged(own, self.skeleton.device)
+            self._save(name, weights)
         if self.hidden is None or self.needs == "nothing":
-            self.advance(2 * self.request.samples)
+            self.advance(2 * self.request.steps)
         bits = self.plan.settings.bits
         return Part(name, {"": weights["weight"].numel()}, {"": sparsity}, {"": bits}, weights)
 
@@ -184,16 +214,16 @@ class Walk:
         """Bring the hidden states past a block that an earlier run has finished."""
         with self.skeleton.loaded(self.names[index], weights) as block, torch.no_grad():
             if self.hidden is not None:
-                self.advance(self.request.samples)
+                self.advance(self.request.steps)
             if self.reconstruction:
                 self.reconstruction.replay(index, weights)
-                self.advance((1 + self.reconstruction.passes) * self.request.samples)
+                self.advance((1 + self.reconstruction.passes) * self.request.steps)
             else:
                 self._pass_on(block, index)
 
     def _pass_on(self, block: nn.Module, index: int) -> None:
         """Run the pruned block, for what enters the next one; after the last only a head may."""
         if self.hidden is None:
-            self.advance(2 * self.request.samples)
+            self.advance(2 * self.request.steps)
         elif index + 1 < len(self.names) or self.request.head:
             self.hidden.through(block, index, self.advance, keep=True)

@@ -61,9 +61,7 @@ def assemble(request: Request, plan: Plan, store: Store) -> None:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in names if not large else ():
-            weights = store.load(name)
-            assert weights is not None
-            yield from ((f"{name}.{key}", tensor) for key, tensor in weights.items())
+            yield from ((f"{name}.{key}", tensor) for key, tensor in store.load(name).items())
         blocks = tuple(f"{name}." for name in names)
         for key in checkpoint.files:
             # A tied weight may lie there under both names, of which each is written by itself.
@@ -113,6 +111,7 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
         "settings": plan.settings.model_dump(mode="json"),
         "tuning": [asdict(trial) for trial in plan.trials] or None,
         "calibration": request.describe_calibration(),
+        "processes": request.ranks.size,
         "device": str(skeleton.device),
         "dtype": str(skeleton.dtype).removeprefix("torch."),
         "weights": total,

@@ -25,7 +25,7 @@ LAYERS = (
     ("partial", "families", "allocation", "methods"),
     ("manifest", "digests"),
     ("artefact", "cache", "ending", "picture", "progress"),
-    ("lease",),
+    ("lease", "ranks"),
     ("errors", "__init__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}

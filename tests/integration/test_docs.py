@@ -37,6 +37,7 @@ SHELL = {"bash", "console", "sh", "shell"}
 HERE = "makes or changes the environment that the tests run in"
 LONG = "takes minutes to hours"
 HUB = "reads the Hugging Face Hub"
+SEVERAL = "starts several processes: see tests/integration/test_torchrun.py"
 COMPILED = "needs an engine that has to be compiled: see tests/integration/test_llama_cpp.py"
 ELSEWHERE = "is run by tests/slow/test_plain.py"
 NOT_RUN = {
@@ -49,6 +50,7 @@ NOT_RUN = {
     r"owl serve ": "goes on until it is ended: see tests/integration/test_requests.py",
     r"owl (export|bench) .*gguf": COMPILED,
     r"owl sweep ": LONG,
+    r"torchrun ": SEVERAL,
     r"owl .* wikitext$": HUB,
     r"owl .* --tasks ": HUB,
     r"(site=|g\+\+ |ln -sf|LD_LIBRARY_PATH=)": ELSEWHERE,
@@ -84,6 +86,8 @@ def reason_not_to_run(command: str) -> str | None:
 def parse(command: str) -> None:
     """Fail for a verb, an option, a make target, an extra or a benchmark that does not exist."""
     words = shlex.split(command.partition(" < ")[0])
+    if words[0] == "torchrun":
+        words = ["owl", *words[words.index("owl_deploy") + 1 :]]
     if words[0] == "owl":
         verb, rest = get_command(app), words[1:]
         while group := getattr(verb, "commands", None):
@@ -248,6 +252,15 @@ def test_what_does_not_exist_is_found(wrong: str) -> None:
 def test_every_exception_is_still_needed() -> None:
     every = [command for page in PAGES for command in commands(page)]
     assert [start for start in NOT_RUN if not any(re.match(start, c) for c in every)] == []
+
+
+def test_the_slurm_script_starts_what_there_is() -> None:
+    script = Path("examples/cluster/torchrun.sbatch")
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    command = re.search(r"\btorchrun \\\n.*", script.read_text(), re.DOTALL)
+    assert command is not None
+    parse(command[0].replace("\\\n", " ").replace('"${resume[@]}"', "--resume"))
 
 
 def test_a_yaml_is_what_it_is_said_to_be(tmp_path: Path) -> None:
