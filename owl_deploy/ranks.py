@@ -199,7 +199,7 @@ def _start() -> None:
 
 
 def _told_to_end(_signal: int, _frame: FrameType | None) -> None:
-    """As at Ctrl-C: nothing on the way takes that for an error of its own and drops what is done."""
+    """End as Ctrl-C does: nothing takes that for an error of its own and drops what is done."""
     raise KeyboardInterrupt("torchrun ended this process, which had finished nothing yet")
 
 
