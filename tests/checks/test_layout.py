@@ -84,6 +84,7 @@ def test_help_is_light():
 # Unit tests that are named for no module of the package, and what they are of.
 NO_MODULE = {
     "bench/test_action.py": "action.yml",
+    "cluster/test_cluster_run.py": "run.py; pytest wants names that no other folder has",
     "export/test_kept_grid.py": "grid.py; pytest wants names that no other folder has",
     "finetune/test_finetune_run.py": "run.py; pytest wants names that no other folder has",
     "prune/test_bits.py": "rounding in several modules, through the whole verb",
