@@ -65,7 +65,7 @@ def total_s(answer: dict[str, Any]) -> float:
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all problems together; the tally of a process goes on, so its last line has it all."""
+    """Of all problems together; each line has its own problem's counts."""
     timed = [line for line in lines if line["draft_s"] > 0 and line["same"]]
     ratios = [math.log(line["alone_s"] / line["draft_s"]) for line in timed]
     counts = {key: sum(line[key] for line in lines) for key in ("steps", "proposed", "accepted")}
