@@ -172,7 +172,8 @@ def test_it_stops_where_it_overfits(models, tmp_path, monkeypatch):
     assert sum(advanced) == pytest.approx(reconstruction.passes / 2)
 
 
-def test_a_half_that_is_skipped_stays_as_it_is(models, tmp_path, calibration):
+def test_a_half_that_is_skipped_stays_as_it_is(models, tmp_path, calibration, monkeypatch):
+    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 0.002)
     attention = [f"{name}_proj" for name in "qkvo"]
     manifest, found = pruned(
         models["llama"], tmp_path / "out", calibration, reconstruct=1, skip=attention
