@@ -3,6 +3,7 @@
 Source: the API reference at https://platform.openai.com/docs/api-reference (chat, completions).
 """
 
+import re
 import time
 import uuid
 from typing import Any, ClassVar, Literal, TypeVar
@@ -13,6 +14,8 @@ from owl_deploy.errors import EngineFailed
 from owl_deploy.generate import UNLIMITED, Sampling, Speed, Writer
 
 _SEEDS = 2**31  # onnxruntime-genai's integers
+# JSON's NUL character; behind a backslash that is one itself, the same letters are text.
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 # What would change an answer and is not done here: refused, but for values that ask for nothing.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("n", "best_of"), (1,)),
@@ -185,7 +188,7 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     for name, value in (asked.model_extra or {}).items():
         if name in _NOT_DONE and value is not None and value not in _NOT_DONE[name]:
             raise Refused(400, f"{name} is not supported here.", "unsupported_parameter", name)
-    if b"\\u0000" in body:  # onnxruntime-genai would read no further than a NUL character
+    if _NUL.search(body):  # onnxruntime-genai would read no further
         raise Refused(400, "The text has a NUL character.")
     return asked
 

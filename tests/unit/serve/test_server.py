@@ -222,6 +222,17 @@ def test_a_bad_request_is_refused_in_openais_shape(client, changes, status, code
     assert complaint in raised.value.body["message"]
 
 
+def test_letters_that_look_like_a_nul_are_text(writer, client):
+    """As they stand in a program's source; in JSON the backslash is one of two."""
+    prompts = ["print('\\u0000')", "\\\\u0000"]
+    writer.go.release(2)
+    for prompt in prompts:
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
+    assert [prompt for prompt, _ in writer.seen] == prompts
+    with pytest.raises(openai.BadRequestError, match="NUL"):
+        client.completions.create(model="tiny", prompt="\\\0", max_tokens=3)
+
+
 def test_what_asks_for_nothing_is_taken(writer, client):
     writer.go.release()
     quiet = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me", "stop": []}
