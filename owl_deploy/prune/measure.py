@@ -42,6 +42,7 @@ def measure(request: Request, multiples: Sequence[float], scratch: Path) -> Meas
     skeleton, shape = request.skeleton, request.shape
     hidden = skeleton.embed(request.own_windows, request.batch, scratch)
     norms: list[LayerNorms] = []
+    statistics: dict[int, BlockStatistics] = {}
     first = None
     with bar("Measuring outliers", len(shape.names) * request.steps) as advance:
         for index, name in enumerate(shape.names):
@@ -55,28 +56,37 @@ def measure(request: Request, multiples: Sequence[float], scratch: Path) -> Meas
                     keep=index + 1 < len(shape.names),
                     hessian=index == 0 and request.settings.needs == "hessian",
                 )
-            norms.append(inputs.norms(request.ranks))
+                norms.append(inputs.norms(request.ranks))
+                if request.ranks.size == 1:  # the block is at hand
+                    statistics[index] = _statistics(request, index, norms[index], multiples)
             first = first or inputs
     assert first is not None
-    return Measured(_statistics(request, norms, multiples), norms, first)
+    if request.ranks.size > 1:
+        statistics = _divided(request, norms, multiples)
+    return Measured([statistics[index] for index in range(len(norms))], norms, first)
 
 
 def _statistics(
+    request: Request, index: int, norms: LayerNorms, multiples: Sequence[float]
+) -> BlockStatistics:
+    """Those of block `index`, which is loaded, by the norms of its inputs."""
+    linears = request.skeleton.linears(index)
+    scores = [score.wanda(linears[key].weight.float(), norm) for key, norm in norms.items()]
+    return block_statistics(scores, multiples, ALLOCATIONS[request.settings.allocation])
+
+
+def _divided(
     request: Request, norms: Sequence[LayerNorms], multiples: Sequence[float]
-) -> list[BlockStatistics]:
-    """Those of every block, by the norms of its inputs; the ranks take turns at the blocks."""
+) -> dict[int, BlockStatistics]:
+    """The statistics of all blocks; the ranks take turns at them, none waiting for another."""
     skeleton, ranks = request.skeleton, request.ranks
-    allocation = ALLOCATIONS[request.settings.allocation]
     found: dict[int, BlockStatistics] = {}
     for index in range(ranks.rank, len(norms), ranks.size):
-        own = norms[index]
         with skeleton.loaded(skeleton.names[index]):
-            linears = skeleton.linears(index)
-            scores = [score.wanda(linears[key].weight.float(), own[key]) for key in own]
-            found[index] = block_statistics(scores, multiples, allocation)
+            found[index] = _statistics(request, index, norms[index], multiples)
     for part in ranks.gathered(found):
         found |= part
-    return [found[index] for index in range(len(norms))]
+    return found
 
 
 def gather(
