@@ -184,9 +184,8 @@ class Checkpoint:
     def read_module(self, prefix: str) -> dict[str, "torch.Tensor"]:
         """All tensors under the module `prefix`, keyed as in its state_dict."""
         whole = {name: f"{prefix}.{name}" for name in self.names(prefix)}
-        with (
-            contextlib.ExitStack() as stack
-        ):  # a file is opened once: its header tells of all tensors
+        with contextlib.ExitStack() as stack:
+            # A file is opened once: its header tells of all tensors.
             files = {self.files[name] for name in whole.values()}
             opened = {path: stack.enter_context(_open_safetensors(path)) for path in files}
             return {own: self._read(opened[self.files[name]], name) for own, name in whole.items()}

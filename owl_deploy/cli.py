@@ -14,9 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from owl_deploy import __version__, api, options
-from owl_deploy.ending import exit_code
+from owl_deploy.ending import echo, exit_code
 from owl_deploy.methods import METHODS
-from owl_deploy.ranks import leads, local_rank, one_voice
+from owl_deploy.ranks import leads, local_rank
 
 if TYPE_CHECKING:
     from owl_deploy.pipeline import Plan
@@ -29,9 +29,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             left = str(error) or "finished outputs are untouched"
-            with one_voice() as speaks:
-                if speaks:
-                    typer.echo(f"owl: interrupted; {left}.", err=True)
+            echo(f"interrupted; {left}.")
             raise typer.Exit(130) from error
 
 

@@ -92,11 +92,12 @@ def _run(app: Callable[[], object], stdout: _Stdout) -> int:
 
 
 def _say(error: OwlError) -> int:
-    _echo(str(error))
+    echo(str(error))
     return error.exit_code
 
 
-def _echo(sentence: str) -> None:
+def echo(sentence: str) -> None:
+    """Say why owl ends, on stderr; of several processes one does."""
     with one_voice() as speaks:
         if speaks:
             typer.echo(f"owl: {sentence}", err=True)
@@ -123,7 +124,7 @@ def _failed(error: Exception) -> int:
         return _say(EnvironmentFailed("There is not enough memory.", "Free some, and run again."))
     if is_full_disk(error) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
         return _say(EnvironmentFailed(f"The system refused: {first_line(error)}."))
-    _echo(
+    echo(
         f"{type(error).__name__}: {first_line(error)}. This is a defect of owl: please report it, "
         "with what OWL_DEBUG=1 prints."
     )

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from owl_deploy.artefact import read_object
 from owl_deploy.engines import EngineProcess, threads_for
-from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.deployment import Deployment, open_deployment, told_numbers
 from owl_deploy.engines.draft import Draft, open_draft
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.process import DEFAULT_CONTEXT
@@ -169,9 +168,8 @@ def generate(
     for the physical cores; `trust_library`: run operators that the folder brings. `draft`: a
     deployment with the same tokens that proposes `draft_tokens` tokens at a time, or "lookup" for
     proposals from the text itself; the text is the deployment's own with or without (speculate.py).
-    Raises `BadInput`
-    for a folder that cannot be opened so, for sampling in another engine than onnxruntime-genai,
-    for a draft that does not fit, and for a prompt that is too long;
+    Raises `BadInput` for a folder that cannot be opened so, for sampling in another engine than
+    onnxruntime-genai, for a draft that does not fit, and for a prompt that is too long;
     `EngineFailed` for what onnxruntime-genai stumbles over.
     """
     deployment, speed = Path(deployment), Speed() if speed is None else speed
@@ -289,7 +287,7 @@ def _in_engine(
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=not chat)
-    told = _told(opened.path, "config.json", "max_position_embeddings")
+    told = told_numbers(opened.path / "config.json", "max_position_embeddings")
     context = opened.max_context or next(iter(told), DEFAULT_CONTEXT)
     length = _length(len(tokens), sampling.max_new_tokens, context)
     room, ends = length - len(tokens), _ends(opened.path, tokenizer)
@@ -332,15 +330,8 @@ def _words(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:  # noqa: ANN
 def _ends(folder: Path, tokenizer: Any) -> set[int]:  # noqa: ANN401
     """The tokens that end a text."""
     files = ("config.json", "generation_config.json")
-    told = [token for name in files for token in _told(folder, name, "eos_token_id")]
+    told = [token for name in files for token in told_numbers(folder / name, "eos_token_id")]
     return {token for token in (tokenizer.eos_token_id, *told) if token is not None}
-
-
-def _told(folder: Path, file: str, key: str) -> list[int]:
-    """The numbers, one or a list, that a JSON file of the folder has for `key`."""
-    path = folder / file
-    found = read_object(path, "Export again.").get(key) if path.is_file() else None
-    return found if isinstance(found, list) else [found] if found is not None else []
 
 
 def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:

@@ -124,7 +124,7 @@ def join(told: Mapping[str, str]) -> Ranks:
 
     `told`: the versions of packages, by name, which have to be the same everywhere: raises
     `BadInput` where they are not. A process joins once, and stays until it ends. Told to end by
-    torchrun, since another has, it then raises `EnvironmentFailed`.
+    torchrun (SIGTERM), since another has, it then raises `KeyboardInterrupt`.
     """
     if _number("WORLD_SIZE", 1) == 1:
         return ALONE

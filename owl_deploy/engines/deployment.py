@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from owl_deploy.artefact import read_object
 from owl_deploy.engines.loading import Folder
@@ -59,11 +60,10 @@ class Deployment:
     @property
     def ends(self) -> list[int]:
         """The tokens that end a text, as far as its settings or its config.json say."""
-        found = self.folder.settings.get("model", {}).get("eos_token_id")
-        config = self.path / "config.json"
-        if found is None and config.is_file():
-            found = read_object(config, "Export again.").get("eos_token_id")
-        return found if isinstance(found, list) else [found] if found is not None else []
+        told = self.folder.settings.get("model", {}).get("eos_token_id")
+        if told is None:
+            return told_numbers(self.path / "config.json", "eos_token_id")
+        return _listed(told)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -107,6 +107,15 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
     if engine_for(target).operators:
         kernels()  # to hear of a wrong OWL_ISA before an engine starts
     return Deployment(path, target, vocab, manifest, library, folder=folder)
+
+
+def told_numbers(file: Path, key: str) -> list[int]:
+    """The numbers, one or a list, that a JSON file has for `key`; none where it is not there."""
+    return _listed(read_object(file, "Export again.").get(key) if file.is_file() else None)
+
+
+def _listed(told: Any) -> list[int]:  # noqa: ANN401 - a JSON value
+    return told if isinstance(told, list) else [told] if told is not None else []
 
 
 def _configured_vocabulary(folder: Folder) -> int:

@@ -151,8 +151,7 @@ def refuse_no_room(what: str, returncode: int, words: str) -> None:
     if returncode == -signal.SIGKILL:
         raise EnvironmentFailed(
             f"{what} was killed, as it happens where memory runs out.",
-            "Free some, or export on a machine with more: int4 for onnxruntime takes some 11 bytes "
-            "a weight.",
+            "Free some, or export on a machine with more.",
         )
     if any(sign in words for sign in _FULL_DISK):
         raise BadInput("The disk is full.", "Free some space, or choose another output folder.")

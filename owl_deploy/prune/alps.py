@@ -76,7 +76,11 @@ def _admm(
 
 
 def _factor(matrix: torch.Tensor, penalty: float) -> torch.Tensor:
-    """The Cholesky factor [in, in] of matrix + penalty."""
+    """The Cholesky factor [in, in] of matrix + penalty.
+
+    Linears that share an input make it anew: it takes less time than two of their products with
+    the matrix, and one of each penalty would take much memory.
+    """
     raised = matrix.clone()
     raised.diagonal().add_(penalty)
     try:
