@@ -16,7 +16,6 @@ set.
 import argparse
 import json
 import math
-import mmap
 import platform
 import statistics
 import sys
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from owl_deploy.picture import plain_log_scale, svg
 from owl_deploy.runtime import library_path, pack
 from owl_deploy.runtime.native import Library
+from owl_deploy.runtime.timing import copies, huge_memory, time_matmul
 
 # (outputs, inputs) of the blocks' linear layers.
 SIZES: dict[str, list[tuple[int, int]]] = {
@@ -129,7 +129,9 @@ def measure(
                 for row in own:
                     # One matrix of each shape.
                     many = setting.many and row.rows > 1
-                    passes = time_matmul(library, row.isa, spread, row.rows, many, setting.threads)
+                    passes = time_matmul(
+                        library, row.isa, spread, row.rows, many=many, threads=setting.threads
+                    )
                     row.seconds[-1] += statistics.median(passes) / len(spread)
                     fastest = row.fastest.get(shape, math.inf)
                     row.fastest[shape] = min(fastest, *(p / len(spread) for p in passes))
@@ -232,40 +234,6 @@ def packed(shape: tuple[int, int], values: str, sparsity: float | None) -> NDArr
     if sparsity:
         weight[rng.random(shape, dtype=np.float32) < sparsity] = 0
     return pack.pack(weight, values, sparsity is not None)  # type: ignore[arg-type]
-
-
-def copies(block: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:
-    """Copies of a packed weight that fill `size` bytes, as the operators hold them in memory."""
-    count = max(1, size // block.size)
-    memory = huge_memory(count * block.size).reshape(count, block.size)
-    memory[:] = block
-    return list(memory)
-
-
-def huge_memory(size_bytes: int) -> NDArray[np.uint8]:
-    """Memory in huge pages, where the system gives them."""
-    pages = mmap.mmap(-1, size_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, dtype=np.uint8)
-
-
-def time_matmul(
-    library: Library,
-    isa: str,
-    blocks: list[NDArray[np.uint8]],
-    rows: int,
-    many: bool,
-    threads: int,
-) -> list[float]:
-    """Seconds of passes over all `blocks`, all but the first."""
-    seconds = np.zeros(4)
-    addresses = np.array([block.ctypes.data for block in blocks], dtype=np.uintp)
-    lengths = np.array([block.size for block in blocks], dtype=np.uintp)
-    places = (addresses, lengths, len(blocks))
-    how = (rows, many, threads, len(seconds))
-    library.call("owl_time_matmul", isa.encode(), *places, *how, seconds)
-    return list(seconds[1:])
 
 
 def time_read(

@@ -54,7 +54,8 @@ class Cost(_Part):
     """What a Linear would take in a format, `bits` and `sparsity`, and cost.
 
     `bytes`: packed. `error`: of its outputs, squared, as a share of their square. `loss`: what the
-    model loses by that, in nats a token.
+    model loses by that, in nats a token. `microseconds`: what a token's product takes here, where
+    the budget was of time.
     """
 
     bits: int
@@ -62,15 +63,18 @@ class Cost(_Part):
     bytes: int
     error: FiniteFloat
     loss: FiniteFloat
+    microseconds: FiniteFloat | None = None
 
 
 class Spent(_Part):
     """What the formats that a budget chose take packed, and what the model is expected to lose by
-    them, in nats a token.
+    them, in nats a token. `speed_up`: of its weights' products over dense int8's on the machine
+    that pruned, where the budget asked for one.
     """
 
     bytes: int
     loss: FiniteFloat
+    speed_up: FiniteFloat | None = None
 
 
 class Linear(_Part):

@@ -214,17 +214,21 @@ def _with_budget(values: dict[str, Any]) -> dict[str, Any]:
     return {"method": "sparsegpt", "sparsity": 0.0} | values | decided
 
 
-def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes"]]:
-    """A budget's number and unit: "3.5" is in bits a weight, "400MB" (kB, MB, GB) in bytes.
+def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes", "times"]]:
+    """A budget's number and unit.
 
-    Raises `BadInput` for what is neither.
+    "3.5" is in bits a weight, "400MB" (kB, MB, GB) in bytes, "1.5x" how many times as fast. Raises
+    `BadInput` for what is none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?(kB|MB|GB)?", budget.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?(kB|MB|GB|x)?", budget.strip())
     if match is None or not 0 < float(match[1]) < math.inf:
         raise BadInput(
             f"The budget {budget!r} is none.",
-            "It is in bits a weight, such as 3.5, or a size, such as 400MB.",
+            "It is in bits a weight, such as 3.5, a size, such as 400MB, or a gain in speed over "
+            "int8, such as 1.5x.",
         )
+    if match[2] == "x":
+        return float(match[1]), "times"
     if match[2] is None:
         return float(match[1]), "bits"
     return float(match[1]) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2]], "bytes"

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from owl_deploy.blocks import Skeleton
 from owl_deploy.errors import BadInput
 from owl_deploy.manifest import Cost
+from owl_deploy.prune.clock import Clock, measure, room_in_time, weight_size
 from owl_deploy.prune.formats import Costs, formats, packed_size
 from owl_deploy.prune.knapsack import Option, cheapest
 from owl_deploy.prune.sparsities import Shape
@@ -18,16 +20,35 @@ Formats = list[dict[str, Cost]]  # of each block, by the names of its pruned Lin
 _ONE_WEIGHT = ({"gate_proj", "up_proj"},)
 
 
-def room(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> float:
-    """The bytes that the pruned Linears may take packed.
+@dataclass(frozen=True)
+class Room:
+    """What the pruned Linears may take together: bytes, or with a `clock` seconds a token."""
+
+    limit: float
+    clock: Clock | None = None
+
+
+def room(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> Room:
+    """What a budget leaves to the pruned Linears.
 
     Raises `BadInput` for a budget that not even the least formats fit, or that the largest do not
-    fill.
+    fill; `EnvironmentFailed` for one of speed without the engine's library.
     """
+    assert settings.budget is not None
+    number, unit = parse_budget(settings.budget)
+    shapes = _shapes(skeleton, shape)
+    if unit == "times":
+        clock = measure(settings, skeleton, shape)
+        return Room(room_in_time(clock, shapes, settings.budget, number), clock)
+    return Room(_room_in_bytes(settings, skeleton, shape, shapes))
+
+
+def _room_in_bytes(
+    settings: PruneSettings, skeleton: Skeleton, shape: Shape, shapes: list[tuple[int, int]]
+) -> float:
     assert settings.budget is not None
     assert settings.bits_group is not None
     number, unit = parse_budget(settings.budget)
-    shapes = _shapes(skeleton, shape)
     weights = sum(math.prod(one) for one in shapes)
     rest = _rest(skeleton, shape) if unit == "bytes" else 0
     found = number * weights / 8 if unit == "bits" else number - rest
@@ -60,18 +81,23 @@ def _told(size: int, unit: str, weights: int, rest: int, whole: Callable[[float]
     return f"{whole((rest + size) / 1e3)}kB"
 
 
-def spend(costs: Costs, room: float) -> Formats:
-    """The formats, one for every Linear, that lose least in `room` bytes."""
+def spend(costs: Costs, limit: float, *, time: bool = False) -> Formats:
+    """The formats, one for every Linear, that lose least in `limit` bytes; with `time`, in so many
+    microseconds.
+    """
     weights = [one for number, block in enumerate(costs) for one in _weights(number, block)]
     options = [
         [
-            Option(sum(one.bytes for one in same), sum(one.loss for one in same))
+            Option(
+                sum((one.microseconds or 0.0) if time else one.bytes for one in same),
+                sum(one.loss for one in same),
+            )
             for same in zip(*(costs[block][name] for name in names), strict=True)
         ]
         for block, names in weights
     ]
     found: Formats = [{} for _ in costs]
-    for (block, names), at in zip(weights, cheapest(options, room), strict=True):
+    for (block, names), at in zip(weights, cheapest(options, limit), strict=True):
         found[block] |= {name: costs[block][name][at] for name in names}
     return [{name: own[name] for name in block} for block, own in zip(costs, found, strict=True)]
 
@@ -91,7 +117,7 @@ def _weights(number: int, block: dict[str, list[Cost]]) -> Iterator[tuple[int, l
 
 def _shapes(skeleton: Skeleton, shape: Shape) -> list[tuple[int, int]]:
     return [
-        (linear.out_features, linear.in_features)
+        weight_size(linear)
         for index, own in enumerate(shape.linears)
         for linear in (skeleton.linears(index)[name] for name in own)
     ]

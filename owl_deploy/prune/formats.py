@@ -31,7 +31,12 @@ def formats(method: str) -> list[Format]:
     return [one for one in FORMATS if METHODS[method].removes or not one.sparsity]
 
 
+def is_sparse(form: Format, zeros: float) -> bool:
+    """Whether the engine packs a weight with this share of zeros sparse in this format."""
+    return 1 - zeros <= pack.MAX_DENSITY[form.values]
+
+
 def packed_size(shape: tuple[int, int], form: Format, zeros: float, group: int) -> int:
     """The bytes of a weight [out, in] with this share of zeros, stored as the engine would."""
-    sparse = 1 - zeros <= pack.MAX_DENSITY[form.values]
-    return pack.stored_bytes(shape, form.values, zeros if sparse else None, scale_columns=group)
+    sparsity = zeros if is_sparse(form, zeros) else None
+    return pack.stored_bytes(shape, form.values, sparsity, scale_columns=group)

@@ -9,6 +9,7 @@ from owl_deploy.manifest import Cost, Spent
 from owl_deploy.prune import tune
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.prune.clock import Clock
 from owl_deploy.prune.formats import Costs
 from owl_deploy.prune.measure import measure
 from owl_deploy.prune.request import Request
@@ -92,10 +93,24 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     return plan, measured.first if measured else None
 
 
+def _spent(chosen: list[Cost], clock: Clock | None) -> Spent:
+    size, loss = sum(one.bytes for one in chosen), sum(one.loss for one in chosen)
+    if clock is None:
+        return Spent(bytes=size, loss=loss)
+    seconds = sum(one.microseconds or 0.0 for one in chosen) / 1e6
+    return Spent(bytes=size, loss=loss, speed_up=clock.speed_up(seconds))
+
+
 def _within_budget(request: Request, store: Store) -> Plan:
     """The plan that loses least within the budget."""
+    assert request.room is not None
+    limit, clock = request.room.limit, request.room.clock
     costs = measure_costs(request, store)
-    chosen = spend(costs, request.room)
+    if clock is None:
+        chosen = spend(costs, limit)
+    else:
+        costs = clock.timed(costs, request.skeleton)
+        chosen = spend(costs, 1e6 * limit, time=True)
     sizes = [size for own in request.shape.linears for size in own.values()]
     each = [one for block in chosen for one in block.values()]
     removed = sum(one.sparsity * size for one, size in zip(each, sizes, strict=True)) / sum(sizes)
@@ -104,7 +119,7 @@ def _within_budget(request: Request, store: Store) -> Plan:
         sparsities=[{name: one.sparsity for name, one in block.items()} for block in chosen],
         bits=[{name: one.bits for name, one in block.items()} for block in chosen],
         costs=costs,
-        spent=Spent(bytes=sum(one.bytes for one in each), loss=sum(one.loss for one in each)),
+        spent=_spent(each, clock),
     )
     store.write("plan.json", plan.model_dump(mode="json"))
     store.forget_measured()

@@ -1,7 +1,6 @@
 """What is asked of a pruning, checked before any work: which model, how, on what text, where."""
 
 import hashlib
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,8 @@ class Request:
 
     `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
     [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning and
-    a reconstruction are judged. `batch`: windows that go through a block together. `room`: the
-    bytes that the pruned Linears may take packed; without a budget there is no end to it.
+    a reconstruction are judged. `batch`: windows that go through a block together. `room`: what a
+    budget leaves to the pruned Linears, where there is one.
     `training_dtype`: of the products in a reconstruction. `ranks`: the processes that share it.
     """
 
@@ -67,7 +66,7 @@ class Request:
     held_out: torch.Tensor | None
     batch: int
     tune: bool
-    room: float = math.inf
+    room: budget.Room | None = None
     training_dtype: torch.dtype = torch.float32
     ranks: Ranks = ALONE
 
@@ -149,7 +148,7 @@ def check(
     ]
     shape = select(skeleton.names, sizes, settings.skip)
     _check_groups(settings, skeleton, shape)
-    room = math.inf if settings.budget is None else budget.room(settings, skeleton, shape)
+    room = None if settings.budget is None else budget.room(settings, skeleton, shape)
     windows = _windows(checkpoint, settings, calibration, tune_allocation=tune_allocation)
     held_out = None
     if windows is not None and calibration is not None:

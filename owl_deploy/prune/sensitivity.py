@@ -57,7 +57,10 @@ def measure_costs(request: Request, store: Store) -> Costs:
         return _COSTS.validate_python(read_object(cache_path() / _CACHE / name, "")["costs"])
     costs = _Measuring(request, store).run()
     with contextlib.suppress(OwlError, OSError):  # a cache that cannot be written costs time
-        write_json(cache_dir(_CACHE) / name, {"costs": _COSTS.dump_python(costs, mode="json")})
+        write_json(
+            cache_dir(_CACHE) / name,
+            {"costs": _COSTS.dump_python(costs, mode="json", exclude_unset=True)},
+        )
     return costs
 
 

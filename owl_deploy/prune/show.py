@@ -74,10 +74,11 @@ def _rounded(manifest: CheckpointManifest) -> str:
     """What the weights were rounded to, as a part of a sentence."""
     settings, spent = manifest.settings, manifest.spent
     if spent is not None:
+        speed = f"{spent.speed_up:.2f}x dense int8's speed, " if spent.speed_up else ""
         return (
             f"of 4 and 8 bits (groups of {settings.bits_group}), {spent.bytes / 1e6:.1f} MB or "
-            f"{8 * spent.bytes / manifest.weights:.2f} bits a weight packed, expected to lose "
-            f"{spent.loss:.3f} nats a token, "
+            f"{8 * spent.bytes / manifest.weights:.2f} bits a weight packed, {speed}expected to "
+            f"lose {spent.loss:.3f} nats a token, "
         )
     return f"of {settings.bits} bits (groups of {settings.bits_group}) " if settings.bits else ""
 

@@ -161,6 +161,8 @@ def test_what_is_skipped_stays(model, tmp_path, calibration):
         (["--budget", "1GB"], "is above the most that can be spent, "),
         (["--budget", "many"], "The budget 'many' is none. It is in bits a weight, such as 3.5"),
         (["--budget", "0"], "The budget '0' is none."),
+        (["--budget", "1x"], "The budget 1x is no gain over dense int8, which takes no pruning."),
+        (["--budget", "50x"], "is more than this machine's kernels gain on this model, "),
         (["--budget", "400mb"], "The budget '400mb' is none."),
         (["--budget", "4", "--bits", "4"], "and the settings say bits as well."),
         (["--budget", "4", "-s", "0.5"], "and the settings say sparsity as well."),
@@ -216,3 +218,22 @@ def test_the_command_line(owl, model, text_file, tmp_path):
     assert re.search(r"\b4: \d+%", out)
     assert "M weights of 4 and 8 bits (groups of 32)" in out
     assert "bits" in (tmp_path / "out" / "sparsity.svg").read_text()
+
+
+def test_a_gain_in_speed_is_kept(model, tmp_path, calibration):
+    settings = recipe.settings(budget="1.3x")
+    manifest = prune(model, tmp_path / "out", settings, calibration)
+    linears = [one for block in manifest.blocks for one in block.linears.values()]
+    took = []
+    for linear in linears:
+        [chosen] = [
+            one
+            for one in linear.costs
+            if (one.bits, one.sparsity) == (linear.bits, linear.sparsity)
+        ]
+        assert chosen.microseconds > 0
+        took.append(chosen.microseconds)
+    assert manifest.spent.speed_up >= 1.3
+    slower = sum(max(one.microseconds for one in linear.costs) for linear in linears)
+    assert slower > sum(took)
+    assert read_grid(tmp_path / "out").bits  # and it is a checkpoint as any other

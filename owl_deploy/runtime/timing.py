@@ -1,0 +1,75 @@
+"""How long the kernels take over a packed weight that comes from memory."""
+
+import math
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl_deploy.runtime import pack
+from owl_deploy.runtime.native import Library
+
+_FILL = 192 << 20  # bytes of copies: more than caches hold
+_WEIGHTS = 1 << 22  # of a matrix that is timed; of a larger one, so many in whole rows
+
+
+def from_memory(
+    library: Library,
+    shape: tuple[int, int],
+    values: pack.Values,
+    sparsity: float | None,
+    *,
+    scale_columns: int,
+    threads: int,
+) -> float:
+    """Seconds of a product with one row of activations, of a random weight [out, in].
+
+    `sparsity`: the share of zeros of a weight that is packed sparse, None for a dense one. The best
+    of three passes over copies that fill more than the caches. A larger matrix is taken to take as
+    much longer as it has rows more.
+    """
+    rows, cols = shape
+    taken = min(rows, math.ceil(_WEIGHTS / cols))
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((taken, cols), dtype=np.float32)
+    if sparsity is not None:
+        weight[rng.random(weight.shape, dtype=np.float32) < sparsity] = 0
+    block = pack.pack(weight, values, sparsity is not None, scale_columns=scale_columns)
+    blocks = copies(block, _FILL)
+    passes = time_matmul(library, library.best_isa(), blocks, 1, many=False, threads=threads)
+    return min(passes) / len(blocks) * rows / taken
+
+
+def copies(block: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:
+    """Copies of a packed weight that fill `size` bytes, as the operators hold them in memory."""
+    count = max(1, size // block.size)
+    memory = huge_memory(count * block.size).reshape(count, block.size)
+    memory[:] = block
+    return list(memory)
+
+
+def huge_memory(size_bytes: int) -> NDArray[np.uint8]:
+    """Memory in huge pages, where the system gives them."""
+    pages = mmap.mmap(-1, size_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype=np.uint8)
+
+
+def time_matmul(
+    library: Library,
+    isa: str,
+    blocks: list[NDArray[np.uint8]],
+    rows: int,
+    *,
+    many: bool,
+    threads: int,
+) -> list[float]:
+    """Seconds of passes over all `blocks`, all but the first."""
+    seconds = np.zeros(4)
+    addresses = np.array([block.ctypes.data for block in blocks], dtype=np.uintp)
+    lengths = np.array([block.size for block in blocks], dtype=np.uintp)
+    places = (addresses, lengths, len(blocks))
+    how = (rows, many, threads, len(seconds))
+    library.call("owl_time_matmul", isa.encode(), *places, *how, seconds)
+    return list(seconds[1:])

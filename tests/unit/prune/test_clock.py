@@ -1,0 +1,70 @@
+"""What a gain in speed leaves to the pruned Linears, by hand."""
+
+import pytest
+import torch
+
+from owl_deploy import recipe
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.manifest import Cost
+from owl_deploy.prune import clock
+from owl_deploy.prune.budget import spend
+from owl_deploy.prune.clock import Clock, room_in_time
+from owl_deploy.prune.formats import Format
+
+SIZE = (4, 8)
+INT8, INT4, HALF = Format(8), Format(4), Format(4, 0.5)
+# Two pruned Linears, an output head of 2 s, and one Linear that stays: 3 s in int8, 1 s in int4.
+TIMES = {(SIZE, INT8): 10.0, (SIZE, INT4): 6.0, (SIZE, HALF): 4.0}
+CLOCK = Clock(each=TIMES, whole=2 + 2 * 10 + 3, rest=2 + 1)
+
+
+def test_the_room_of_a_gain():
+    assert CLOCK.room(1.25) == pytest.approx(17)  # 25 / 1.25 - 3
+    assert CLOCK.speed_up(17) == pytest.approx(1.25)
+    assert room_in_time(CLOCK, [SIZE, SIZE], "1.25x", 1.25) == pytest.approx(17)
+
+
+@pytest.mark.parametrize(
+    ("times", "complaint"),
+    [
+        (1.0, "no gain over dense int8"),
+        (2.3, "more than this machine's kernels gain on this model, 2.27x"),  # 25 / 11
+    ],
+)
+def test_what_cannot_be_had(times, complaint):
+    with pytest.raises(BadInput, match=complaint):
+        room_in_time(CLOCK, [SIZE, SIZE], f"{times}x", times)
+
+
+def test_time_is_spent_and_not_bytes():
+    """A format that is smaller and slower is not taken to be faster."""
+    small = Cost(bits=4, sparsity=0.5, bytes=1, error=0, loss=0.2, microseconds=9.0)
+    fast = Cost(bits=4, sparsity=0.0, bytes=5, error=0, loss=0.1, microseconds=4.0)
+    block = {"q": [small, fast]}
+    assert spend([block], 5, time=True)[0]["q"] == fast
+    assert spend([block], 4)[0]["q"] == small
+
+
+class _Skeleton:
+    head = torch.nn.Linear(16, 64, bias=False)
+
+    def linears(self, index):
+        return {"a": torch.nn.Linear(16, 32), "b": torch.nn.Linear(16, 32)}
+
+
+def test_real_kernels_are_timed():
+    from owl_deploy.prune.sparsities import Shape
+
+    shape = Shape(["block"], [{"a": 512}])
+    found = clock.measure(recipe.settings(budget="1.2x"), _Skeleton(), shape)
+    assert set(found.each) == {((32, 16), form) for form in clock.formats("sparsegpt")}
+    assert all(0 < took < 1 for took in found.each.values())
+    assert 0 < found.rest < found.whole
+
+
+def test_without_the_library(monkeypatch, tmp_path):
+    from owl_deploy.prune.sparsities import Shape
+
+    monkeypatch.setenv("OWL_RUNTIME_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(EnvironmentFailed, match="is missing"):
+        clock.measure(recipe.settings(budget="1.2x"), _Skeleton(), Shape(["block"], [{"a": 512}]))
