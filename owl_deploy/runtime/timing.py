@@ -10,6 +10,7 @@ from owl_deploy.runtime import pack
 from owl_deploy.runtime.native import Library
 
 _FILL = 192 << 20  # bytes of copies: more than caches hold
+_COPIES = 4096  # at most: of the smallest weights, which no cache is too small for
 _WEIGHTS = 1 << 22  # of a matrix that is timed; of a larger one, so many in whole rows
 
 
@@ -35,7 +36,7 @@ def from_memory(
     if sparsity is not None:
         weight[rng.random(weight.shape, dtype=np.float32) < sparsity] = 0
     block = pack.pack(weight, values, sparsity is not None, scale_columns=scale_columns)
-    blocks = copies(block, _FILL)
+    blocks = copies(block, min(_FILL, _COPIES * block.size))
     passes = time_matmul(library, library.best_isa(), blocks, 1, many=False, threads=threads)
     return min(passes) / len(blocks) * rows / taken
 
