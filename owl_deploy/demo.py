@@ -6,7 +6,7 @@ whose result is in the output folder already are not repeated.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -284,7 +284,7 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
 
 
 def conclude(
-    result: Result,
+    results: Sequence[Result],
     table: list[dict[str, Any]],
     output: Path,
     show: Callable[[Result, list[dict[str, Any]]], None],
@@ -292,11 +292,12 @@ def conclude(
 ) -> None:
     """Leave the table and the report in the folder `output`, `show` the table, say where it is.
 
-    `max_loss`: as for `owl report`.
+    `results`: the report has all of them, the table is the first one's. `max_loss`: as for `owl
+    report`.
     """
     write_json(output / "table.json", table)
-    write_report([result], output / "report.html", max_loss=max_loss)
-    show(result, table)
+    write_report(results, output / "report.html", max_loss=max_loss)
+    show(results[0], table)
     error_console().print(f"The report: {output}/report.html", style="dim")
 
 
@@ -314,7 +315,7 @@ def main(
         made = tasks(plan, source, output, has_owl=has_owl)
         execute(made, say)
         result = read_result(made[-1].output)
-        conclude(result, rows(result, plan), output, show)
+        conclude([result], rows(result, plan), output, show)
     except OwlError as error:
         typer.echo(f"demo: {error}", err=True)
         raise typer.Exit(error.exit_code) from error

@@ -24,6 +24,7 @@ from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
 from owl_deploy.engines import engine_for
 from owl_deploy.engines.loading import digest as file_digest
+from owl_deploy.engines.registry import LOOKUP
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import (
@@ -317,7 +318,9 @@ class Bench(Task):
     @override
     def reads(self) -> tuple[Path | str, ...]:
         deployments = (*self.plan.candidates, *self.plan.baselines)
-        return (*deployments, *(measurement_file(one, "perplexity") for one in deployments))
+        draft = () if self.plan.draft in (None, LOOKUP) else (Path(self.plan.draft),)
+        measured = (measurement_file(one, "perplexity") for one in deployments)
+        return (*deployments, *draft, *measured)
 
     @override
     def run(self) -> None:
@@ -331,7 +334,8 @@ class Bench(Task):
     def agrees(self) -> bool:
         result = api.read_result(self.output)
         names = [Path(subject.path).name for subject in result.subjects]
-        asked = [path.name for path in (*self.plan.candidates, *self.plan.baselines)]
+        twice = 2 if self.plan.draft else 1  # with the draft, and without
+        asked = [path.name for path in (*self.plan.candidates * twice, *self.plan.baselines)]
         return result.pairs == self.plan.pairs and sorted(names) == sorted(asked)
 
 

@@ -2,8 +2,9 @@
 
 `python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense, pruned to 50 % in one shot, and
 rounded to 4 bits or trained again after that, in each engine and precision that a user would take;
-judged by HumanEval and by perplexity on code that was not calibrated on. Hours on two cores; every
-step leaves an artefact, and what is there is not made again.
+beside them its sister of 0.5B, which is a rival of all that, and a draft for the dense one. Judged
+by HumanEval and by perplexity on code that was not calibrated on. Hours on two cores; every step
+leaves an artefact, and what is there is not made again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from owl_deploy.artefact import write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import HUMANEVAL, judge, read_loss, refreshed, sentence
 from owl_deploy.bench.scenario import KINDS
-from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense
+from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense, short
 from owl_deploy.demo_input import CALIBRATION, EVALUATION
 from owl_deploy.errors import BadInput, EnvironmentFailed, OwlError, not_installed
 from owl_deploy.evaluate.sandbox import require_sandbox
@@ -43,7 +44,7 @@ from owl_deploy.pipeline import (
 from owl_deploy.progress import error_console
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.runtime import library_path
-from owl_deploy.showcase_input import MODEL, showcase_input
+from owl_deploy.showcase_input import MODEL, SISTER, showcase_input, sister_input
 
 MODEL_IS = (
     "The model is Qwen2.5-Coder-1.5B-Instruct, from a GGUF file in 4 bits (Q4_K_M), expanded: what "
@@ -63,7 +64,8 @@ class Plan:
     """What is made, and how much of it is run.
 
     `roads`: the targets and precisions of the "dense" model, the "sparse" one (by `pruning`), and
-    what was made of that: "rounded" (by `rounding`, with compensation) and "recovered". `samples`
+    what was made of that: "rounded" (by `rounding`, with compensation) and "recovered"; and of the
+    smaller model, "sister", dense and rounded likewise. `samples`
     windows of `length` tokens to prune by; `windows` of `window` to evaluate on; of HumanEval's
     problems each `every`-th, and at most `limit`.
     """
@@ -119,6 +121,7 @@ SHOWCASE = Plan(
         "sparse": tuple(road for road in _OWL if road != _INT4),
         "rounded": (_INT4,),
         "recovered": (("owl", "int8"),),
+        "sister": (_INT4,),
     },
     pruning=PruneSettings(method="alps", allocation="owl", sparsity=0.5),
     rounding=PruneSettings(method="none", bits=4),
@@ -135,8 +138,9 @@ SHOWCASE = Plan(
 )
 
 
-def tasks(plan: Plan, source: Path, output: Path) -> tuple[Task, ...]:
-    """What makes the showcase in `output` from the `showcase_input` in `source`; the bench is last.
+def tasks(plan: Plan, source: Path, sister: Path, output: Path) -> tuple[Task, ...]:
+    """What makes the showcase in `output` from the `showcase_input` in `source` and the
+    `sister_input` in `sister`; the bench is last.
 
     The problems are run with the user's leave: `main` asks.
     """
@@ -156,6 +160,7 @@ def tasks(plan: Plan, source: Path, output: Path) -> tuple[Task, ...]:
     folders = [export.output for export in exports]
     dense = tuple(folder for folder in folders if folder.name.startswith("dense"))
     sparse = tuple(folder for folder in folders if folder not in dense)
+    drafts = _drafts(plan, output / "drafts", {export.output.name: export for export in exports})
     bench = Bench(
         title=f"Benchmarking {len(folders)} deployments, {plan.pairs} rounds of fresh processes",
         output=output / "bench",
@@ -166,24 +171,58 @@ def tasks(plan: Plan, source: Path, output: Path) -> tuple[Task, ...]:
             pairs=plan.pairs,
         ),
     )
-    return (*_made(plan, checkpoints, source), *exports, *judged, bench)
+    return (*_made(plan, checkpoints, source, sister), *exports, *judged, *drafts, bench)
+
+
+def _drafts(plan: Plan, output: Path, exports: dict[str, Export]) -> Iterator[Bench]:
+    """What the sister proposes to the dense model in the engine that takes drafts."""
+    draft = exports.get("-".join(("sister", *_INT4)))
+    drafted = tuple(
+        exports[name].output
+        for precision in ("int8", "int4")
+        if (name := f"dense-owl-{precision}") in exports
+    )
+    if draft and drafted:
+        yield Bench(
+            title="Benchmarking drafts by the smaller sister",
+            output=output,
+            plan=BenchPlan(
+                candidates=drafted,
+                scenarios=("answers",),
+                draft=str(draft.output),
+                pairs=plan.pairs,
+            ),
+        )
 
 
 def _checkpoints(plan: Plan, source: Path, output: Path) -> dict[str, Path]:
     """Where the checkpoint of each model lies."""
     share = f"{100 * plan.pruning.sparsity:g}"
     pruned = f"{plan.pruning.method}-{share}"
-    names = {"sparse": pruned, "rounded": f"{pruned}-int4", "recovered": f"recovered-{share}"}
+    names = {
+        "sparse": pruned,
+        "rounded": f"{pruned}-int4",
+        "recovered": f"recovered-{share}",
+        "sister": "sister-int4",
+    }
     folder = output / "checkpoints"
     return {"dense": source / MODEL} | {model: folder / name for model, name in names.items()}
 
 
-def _made(plan: Plan, checkpoints: dict[str, Path], source: Path) -> Iterator[Task]:
+def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) -> Iterator[Task]:
     """What makes the checkpoints that are deployed."""
     text = str(source / CALIBRATION)
     tokens = f"{plan.samples} windows of {plan.length} tokens of code"
     calibrated = {"calibration": text, "samples": plan.samples, "sequence_length": plan.length}
-    if any(plan.roads[model] for model in plan.roads if model != "dense"):
+    if plan.roads["sister"]:
+        yield Prune(
+            title=f"Rounding the smaller sister to {plan.rounding.bits} bits, {tokens}",
+            output=checkpoints["sister"],
+            model=sister / SISTER,
+            settings=plan.rounding,
+            **calibrated,
+        )
+    if any(plan.roads[model] for model in ("sparse", "rounded", "recovered")):
         yield Prune(
             title=f"Pruning: {plan.pruning.allocation} {plan.pruning.sparsity:.0%} with "
             f"{plan.pruning.method}, {tokens}",
@@ -261,13 +300,22 @@ def rows(result: Result) -> list[dict[str, Any]]:
     return found
 
 
-def show(result: Result, table: list[dict[str, Any]], max_loss: float | None = None) -> None:
-    """Print what to deploy, tables of 80 columns, the machine, and what they mean."""
+def show(
+    result: Result,
+    table: list[dict[str, Any]],
+    max_loss: float | None = None,
+    drafts: Sequence[Result] = (),
+) -> None:
+    """Print what to deploy, tables of 80 columns, what drafts bring, the machine, and what all of
+    it means.
+    """
     console = Console(highlight=False)
     console.print(sentence(judge(result), max_loss), soft_wrap=True, markup=False)
     for view in _tables([row["deployment"] for row in table], _columns(result, table)):
         console.print()
         console.print(view)
+    for line in (line for measured in drafts for line in _gains(measured)):
+        console.print(f"\n{line}", soft_wrap=True, markup=False)
     console.print(
         f"\n{result.machine.cpu}, {result.threads} threads. pass@1: of {table[0]['problems']} of "
         "HumanEval's problems, greedy, in %, with its standard error; ppl: perplexity on code that "
@@ -275,6 +323,18 @@ def show(result: Result, table: list[dict[str, Any]], max_loss: float | None = N
         "that, in the same engine, with a 90 % interval; prompt: seconds for so many tokens; peak: "
         f"of resident memory. {MODEL_IS}"
     )
+
+
+def _gains(drafted: Result) -> Iterator[str]:
+    """What each deployment gains by the draft, with its own answers."""
+    first = drafted.scenarios[0].metrics[0].key
+    compared = {one.candidate: one for one in drafted.comparisons if one.scenario == first}
+    for subject in drafted.subjects:
+        if subject.draft and subject.samples:
+            yield (
+                f"{subject.name}: {short(compared[subject.name])} as fast, with the same answers; "
+                f"{subject.samples[-1].draft['share_accepted']:.0%} of the draft's tokens accepted."
+            )
 
 
 def _columns(result: Result, table: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -401,12 +461,15 @@ def main(
         plan = plan.without(skip or ())
         prepare(plan, say)
         say("Input: Qwen2.5-Coder-1.5B-Instruct and Python sources")
-        made = tasks(plan, showcase_input(), output)
+        sister = sister_input() if plan.roads["sister"] else Path()
+        made = tasks(plan, showcase_input(), sister, output)
         execute(made, say)
         say.took()
         show_steps(made, output)
-        result = refreshed(read_result(made[-1].output))
-        conclude(result, rows(result), output, partial(show, max_loss=loss), loss)
+        *drafts, result = (read_result(one.output) for one in made if isinstance(one, Bench))
+        result = refreshed(result)
+        shown = partial(show, drafts=drafts, max_loss=loss)
+        conclude([result, *drafts], rows(result), output, shown, loss)
     except OwlError as error:
         typer.echo(f"showcase: {error}", err=True)
         raise typer.Exit(error.exit_code) from error

@@ -24,7 +24,7 @@ from tests.unit.bench import made
 
 
 def planned(plan: showcase.Plan = showcase.SHOWCASE) -> tuple[Task, ...]:
-    return showcase.tasks(plan, Path("input"), Path("out"))
+    return showcase.tasks(plan, Path("input"), Path("sister"), Path("out"))
 
 
 def test_every_deployment_is_judged_before_it_is_benched() -> None:
@@ -32,7 +32,7 @@ def test_every_deployment_is_judged_before_it_is_benched() -> None:
     kinds = [type(task) for task in plan]
     count = sum(map(len, showcase.SHOWCASE.roads.values()))
     numbers = [kinds.count(kind) for kind in (Prune, Finetune, Export, Evaluate, RunTasks, Bench)]
-    assert numbers == [2, 1, count, count, count, 1]
+    assert numbers == [3, 1, count, count, count, 2]
     assert len({task.output for task in plan}) == len(plan)
     assert PLAN.validate_json(PLAN.dump_json(plan)) == plan
     before = needs(plan)
@@ -63,8 +63,8 @@ def test_the_owl_engine_is_there_in_every_precision() -> None:
         (["recovered"], {"recovered-owl-int8"}, {Finetune}),
         (["sparse"], {"sparse-owl-int8"}, set()),
         (
-            ["sparse", "rounded", "recovered"],
-            {"sparse-owl-int8", "rounded-owl-int4", "recovered-owl-int8"},
+            ["sparse", "rounded", "recovered", "sister"],
+            {"sparse-owl-int8", "rounded-owl-int4", "recovered-owl-int8", "sister-owl-int4"},
             {Prune, Finetune},
         ),
         (["*-fp32"], {"dense-owl-fp32", "sparse-owl-fp32"}, set()),
@@ -82,6 +82,21 @@ def test_what_is_skipped_is_not_made(
     bench = plan[-1]
     assert isinstance(bench, Bench)
     assert {path.name for path in (*bench.plan.candidates, *bench.plan.baselines)} == left
+
+
+def test_the_sister_drafts_for_the_dense_model() -> None:
+    [*_, drafts, bench] = planned()
+    assert isinstance(drafts, Bench)
+    assert isinstance(bench, Bench)
+    names = [path.name for path in drafts.plan.candidates]
+    assert names == ["dense-owl-int8", "dense-owl-int4"]
+    assert Path(drafts.plan.draft or "").name == "sister-owl-int4"
+    assert Path(drafts.plan.draft or "") in drafts.reads()
+    assert drafts.plan.described()
+    without = planned(showcase.SHOWCASE.without(["sister"]))
+    assert sum(isinstance(task, Bench) for task in without) == 1
+    without = planned(showcase.SHOWCASE.without(["dense-owl-int*"]))
+    assert sum(isinstance(task, Bench) for task in without) == 1
 
 
 @pytest.mark.parametrize(
