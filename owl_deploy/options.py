@@ -155,7 +155,7 @@ DraftFolder = Annotated[
     ),
 ]
 DraftTokens = Annotated[
-    int | None, Option(help="Proposed at a time. [3 by a deployment, 7 by lookup]")
+    int | None, Option(help="Proposed at a time. [more while they are accepted, up to 15]")
 ]
 SamplingSeed = Annotated[int | None, Option(min=0, max=SEEDS, help="Of sampling.")]
 

@@ -194,8 +194,9 @@ def _drafts(subjects: tuple[Subject, ...], compared: Iterable[Comparison]) -> It
         )
         pays = {"faster": " It pays.", "slower": " It does not pay: leave it out."}
         pays |= {"no speed-up": " It does not pay."}
+        at_a_time = f", {subject.draft_tokens} at a time," if subject.draft_tokens else ""
         yield (
-            f"{subject.name}: of the tokens proposed, {subject.draft_tokens} at a time, "
+            f"{subject.name}: of the tokens proposed{at_a_time} "
             f"{tally['share_accepted']:.0%} were accepted, {tally['tokens_per_step']:.2f} tokens a "
             f"step.{pays.get(verdict.verdict, '') if verdict else ''}"
         )

@@ -29,8 +29,9 @@ class BenchPlan(BaseModel):
     `pairs` the rounds, taken up to `looks` times while a comparison is inconclusive; `steps` the
     tokens decoded, `repeats` the prompts run, in each process. Of `context`, `prompt` and
     `new_tokens` what nobody gave is a wish, which `fitted` makes smaller for a model that takes
-    less. `draft`: a deployment, or "lookup", that proposes `draft_tokens` at a time to each
-    candidate, which alone is a baseline then; `prompts` a file of what is asked in `answers`.
+    less. `draft`: a deployment, or "lookup", that proposes `draft_tokens` at a time (None: as many
+    as pay) to each candidate, which alone is a baseline then; `prompts` a file of what is asked in
+    `answers`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

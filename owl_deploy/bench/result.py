@@ -64,7 +64,8 @@ class Subject(_Model):
     """A deployment in an engine, and all its samples; `failure` says why there are no more.
 
     `scores`: by task, as `owl eval` recorded them. `draft`: the folder, or "lookup", that proposes
-    `draft_tokens` tokens at a time; its answers, and so its quality, are the deployment's.
+    `draft_tokens` tokens at a time, 0 for as many as pay; its answers, and so its quality, are the
+    deployment's.
     """
 
     name: str

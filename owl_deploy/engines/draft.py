@@ -10,15 +10,15 @@ from owl_deploy.artefact import read_object
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import LOOKUP, engine_for
+from owl_deploy.engines.speculate import MOST_TOKENS
 from owl_deploy.errors import BadInput
-
-MOST_TOKENS = 15  # proposed at a time: with the one before them, 16 rows, as the kernels have it
-TOKENS, LOOKUP_TOKENS = 3, 7  # where nobody says how many
 
 
 @dataclass(frozen=True)
 class Draft:
-    """`tokens` are proposed at a time, by `deployment`; None: by looking them up in the text."""
+    """`tokens` are proposed at a time, 0 for as many as pay (speculate.py), by `deployment`; None:
+    by looking them up in the text.
+    """
 
     tokens: int
     deployment: Deployment | None = None
@@ -39,14 +39,14 @@ def open_draft(
 ) -> Draft:
     """The draft for `deployment` that a user asks for: a folder, or "lookup".
 
-    `tokens`: None for what usually serves. Raises `BadInput` for a deployment that cannot have one,
+    `tokens`: None for as many as pay. Raises `BadInput` for a deployment that cannot have one,
     and for a draft that does not fit it.
     """
     if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
         raise BadInput(f"--draft-tokens {tokens} is impossible.", f"Give 1 to {MOST_TOKENS}.")
     _check_opens(deployment)
     if str(draft) == LOOKUP:
-        return Draft(tokens or LOOKUP_TOKENS)
+        return Draft(tokens or 0)
     path = Path(draft)
     if not path.exists():
         raise BadInput(
@@ -60,7 +60,7 @@ def open_draft(
     opened = open_deployment(path, trust_library=trust_library)
     _check_opens(opened)
     _check_fits(deployment, opened)
-    return Draft(tokens or TOKENS, opened)
+    return Draft(tokens or 0, opened)
 
 
 def _check_opens(deployment: Deployment) -> None:

@@ -53,8 +53,8 @@ class EngineProcess:
     `all_logits` the requests that need the logits of every position can be made; `batch` rows are
     decoded together, `streams` decoders share the model; `trust_library` lets a deployment bring
     operators of its own (see loading.py); `draft`, a deployment's folder or "lookup", proposes
-    `draft_tokens` tokens at a time (speculate.py). `loaded` is the answer to the load
-    request: seconds, version, runtime, isa, threads.
+    `draft_tokens` tokens at a time, 0 for as many as pay (speculate.py). `loaded` is the answer to
+    the load request: seconds, version, runtime, isa, threads.
 
     Entering raises `BadInput` for settings that name what must not be loaded, `EnvironmentFailed`
     when the engine is not installed, and `EngineFailed`, with

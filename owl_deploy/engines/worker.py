@@ -46,7 +46,7 @@ class Asked:
     `threads` to use; `context`, the tokens that a cache must hold; `library` of operators, if the
     graph needs one; `all_logits`, whether `logits` will be asked for; `batch` rows in each of
     `streams` decoders; `draft`, the folder of a deployment that proposes `draft_tokens` tokens at a
-    time (with `draft_library`), or "lookup".
+    time, 0 for as many as pay (with `draft_library`), or "lookup".
     """
 
     folder: str

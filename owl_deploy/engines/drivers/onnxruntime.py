@@ -188,7 +188,7 @@ class Drafted:
     def __init__(self, asked: Any) -> None:  # noqa: ANN401 - worker.py's Asked
         self.length = asked.context + 1  # the token chosen last is counted, though never run
         takes = max(self.length, model_config(Path(asked.folder))["context_length"])
-        self.most = asked.draft_tokens
+        self.count = asked.draft_tokens
         self.model, self.draft = (
             open_genai(folder, asked.threads, library, takes_turns=True, context_length=takes)
             if folder != LOOKUP
@@ -214,7 +214,7 @@ class Drafted:
         if self.draft is not None:
             draft = speculate.Proposer(Rows(self.draft, self.length), choose)
         rows = Rows(self.model, self.length)
-        self.speculation = speculate.Speculation(rows, draft, choose, self.most, tally=self.tally)
+        self.speculation = speculate.Speculation(rows, draft, choose, self.count, tally=self.tally)
 
     def prompt(self, tokens: list[int]) -> int:
         """Run a prompt; return the likeliest next token."""

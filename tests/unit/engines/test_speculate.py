@@ -54,7 +54,7 @@ def speculation(target, draft, most, search=None, seed=0):
     return Speculation(target, proposing, search, most, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 7, 15])
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 15])
 @pytest.mark.parametrize("echo", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_the_likeliest_text_is_the_models_own(most, echo, penalty):
@@ -120,6 +120,17 @@ def test_steps_make_what_the_draft_agrees_to():
     assert made.tally.steps == len(wanted)
     assert made.tally.made == sum(wanted)
     assert 0 < made.tally.share_accepted < 1
+
+
+def test_as_many_are_proposed_as_are_accepted():
+    """Five, and two more after a step that is accepted whole, up to 15; one less after another."""
+    target = Table(0)
+    list(speculation(target, Table(0), 0).tokens(PROMPT, len(PROMPT) + 85))
+    assert target.runs == [len(PROMPT), 6, 8, 10, 12, 14, 16, 16, 2]  # the last as room is left
+    target, draft = Table(0), Table(0)
+    draft.logits = lambda text: -target.logits(text)
+    list(speculation(target, draft, 0).tokens(PROMPT, len(PROMPT) + 20))
+    assert target.runs[1:9] == [6, 5, 4, 3, 2, 2, 2, 2]
 
 
 def test_a_draft_goes_on_from_what_was_accepted():
