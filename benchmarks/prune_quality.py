@@ -2,9 +2,10 @@
 
     python benchmarks/prune_quality.py MODEL CALIBRATION EVALUATION -o FILE [--length 2048]
                                        [--method alps ...] [--setting owl ...] [--sparsity 0.7]
+                                       [--keep FOLDER]
 
 Prunes with `owl prune` and measures with `owl eval`, each in a process of its own; the checkpoint
-is then dropped. FILE holds what is done after every row, and a row that it holds is not repeated:
+is then dropped, or kept in FOLDER. FILE holds what is done after every row, and a row that it holds is not repeated:
 run the command again to go on. `--rows N` stops after N rows.
 """
 
@@ -59,7 +60,7 @@ def measure(model: Path, given: argparse.Namespace) -> float:
 def row(method: str, setting: str, given: argparse.Namespace) -> dict[str, Any]:
     """Prune once and evaluate."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "pruned"
+        out = given.keep / f"{method} {setting}" if given.keep else Path(scratch) / "pruned"
         command = ["prune", str(given.model), "-o", str(out), "--method", *method.split()]
         command += ["--calibration", str(given.calibration), "--samples", str(given.samples)]
         command += ["--sequence-length", str(given.length), "--dtype", given.dtype]
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.7, help="where none is in a setting")
     parser.add_argument("--method", action="append", choices=METHODS, help="repeat. [all]")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="repeat. [all]")
+    parser.add_argument("--keep", type=Path, help="folder for the checkpoints")
     parser.add_argument("--rows", type=int, default=len(METHODS) * len(SETTINGS))
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
