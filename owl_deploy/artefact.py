@@ -172,11 +172,7 @@ def publish(staging: Path, destination: Path) -> None:
             f"Another run took {destination} over, since this one stood still.", "Run again."
         )
     for path in [*staging.rglob("*"), staging]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _to_disk(path)
     if os.path.lexists(destination):
         _exchange(staging, destination)
         shutil.rmtree(staging)
@@ -218,21 +214,37 @@ def _remove_stale(destination: Path, *, folders: bool) -> None:
                 shutil.rmtree(path)
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`; the file that the block writes there becomes it, safely on disk.
+
+    `path` holds the old or the new content, never a part.
+    """
+    _remove_stale(path, folders=False)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        _to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8; `path` holds the old or the new content, never a part.
 
     Half a letter, which a path may hold, becomes a question mark.
     """
-    _remove_stale(path, folders=False)
-    temporary = _temporary(path)
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value

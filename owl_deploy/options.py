@@ -14,7 +14,7 @@ from owl_deploy.methods import METHODS
 
 SEEDS = 2**31 - 1  # the largest that every library takes
 _CORES = "Of an engine. [the physical cores]"
-_SOURCE = "a file, wikitext, c4, ptb, or hf:N:C:S:COL."
+_SOURCE = "a file, a folder, a pattern, wikitext, c4, ptb, or hf:N:C:S:COL."
 
 # --- of several verbs -----------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ Adapter = Annotated[
 # --- finetune -------------------------------------------------------------------------------------
 
 Trained = Annotated[str, Argument(help="A checkpoint: a Hugging Face model folder.")]
-TrainingText = Annotated[str, Option("--text", help=f"To train on: {_SOURCE}")]
+TrainingText = Annotated[list[str], Option("--text", help=f"To train on; repeat: {_SOURCE}")]
 TrainingMethod = Annotated[
     str, Option("--method", "-m", help="lora, or masked: the weights that are left.")
 ]

@@ -36,6 +36,7 @@ from owl_deploy.manifest import (
 )
 from owl_deploy.partial import is_interrupted
 from owl_deploy.recipe import PruneSettings
+from owl_deploy.text import source_files
 
 State = Literal["done", "to do", "outdated"]
 # What people deploy when they do not prune: targets and precisions.
@@ -100,7 +101,7 @@ class Prune(Task):
 
     @override
     def reads(self) -> tuple[Path | str, ...]:
-        return (self.model, self.calibration or "")
+        return (self.model, *_text_inputs(self.calibration or ""))
 
     @override
     def run(self) -> None:
@@ -151,7 +152,7 @@ class Finetune(Task):
 
     @override
     def reads(self) -> tuple[Path | str, ...]:
-        return (self.checkpoint, self.text, self.teacher or "")
+        return (self.checkpoint, *_text_inputs(self.text), self.teacher or "")
 
     @override
     def run(self) -> None:
@@ -250,7 +251,7 @@ class Evaluate(Measurement):
 
     @override
     def reads(self) -> tuple[Path | str, ...]:
-        return (self.model, self.known or self.text)
+        return (self.model, *([self.known] if self.known else _text_inputs(self.text)))
 
     @override
     def run(self) -> None:
@@ -344,6 +345,11 @@ _Any = Prune | Finetune | Export | Evaluate | RunTasks | Bench
 PLAN: TypeAdapter[tuple[_Any, ...]] = TypeAdapter(
     tuple[Annotated[_Any, Field(discriminator="task")], ...]
 )
+
+
+def _text_inputs(source: str) -> list[Path | str]:
+    """The files that a SOURCE names; its name where there are none."""
+    return [*source_files(source)] or [source]
 
 
 def digest(source: Path | str) -> str:

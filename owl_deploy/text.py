@@ -1,14 +1,19 @@
-"""Calibration and evaluation text: a local file, or a named data set of the Hub."""
+"""Text to calibrate, train and evaluate on: local files, or a named data set of the Hub."""
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.errors import BadInput
+from owl_deploy.progress import error_console
 
 if TYPE_CHECKING:
     import torch
+
+
+SEPARATOR = "\n\n"  # between documents
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class _Part:
     config: str | None
     split: str
     column: str
-    separator: str = "\n\n"
+    separator: str = SEPARATOR
     documents: int | None = None
     revision: str | None = None
 
@@ -45,10 +50,11 @@ _EVALUATION_WINDOWS = {"c4": 256}  # at most so many; of the other texts all
 
 
 def load_text(source: str) -> str:
-    """The text of a SOURCE to prune or train on: a UTF-8 file, or a data set of the Hub.
+    """The text of a SOURCE to prune or train on, its documents joined by a blank line.
 
-    That is a name from the table, of which the training part is read, or
-    hf:NAME:CONFIG:SPLIT:COLUMN. Documents are joined by a blank line. Raises `BadInput`.
+    A SOURCE is a UTF-8 file; a folder, of which all files are read that are UTF-8 text and not
+    hidden; a pattern with *, ? or ** for such files; a name from the table, of which the training
+    part is read from the Hub; or hf:NAME:CONFIG:SPLIT:COLUMN. Raises `BadInput`.
     """
     return _load(source, _TRAINING)
 
@@ -63,25 +69,74 @@ def load_evaluation_text(source: str) -> tuple[str, int | None]:
     return _load(source, _EVALUATION), _EVALUATION_WINDOWS.get(source) if named else None
 
 
-def _load(source: str, names: Mapping[str, _Part]) -> str:
+def training_documents(source: str) -> list[Path | str]:
+    """The documents of a SOURCE to prune or train on: files, or what is no file, as its text."""
+    return _documents(source, _TRAINING)
+
+
+def read_document(document: Path | str) -> str:
+    """The text of a document; raises `BadInput` for a file that is not UTF-8."""
+    if isinstance(document, str):
+        return document
+    try:
+        return document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{document} is not UTF-8 text ({error.reason}).") from error
+
+
+def source_files(source: str) -> list[Path]:
+    """The files that a SOURCE names, sorted and none twice; none where it is no file's name."""
     path = Path(source)
+    if not source:  # which is a path of the working folder
+        return []
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{source} is not UTF-8 text ({error.reason}).") from error
+        return [path]
+    pattern = f"{glob.escape(source)}/**" if path.is_dir() else source
+    found = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - not the hidden
+    return list({one.resolve(): one for one in found if one.is_file()}.values())
+
+
+def _load(source: str, names: Mapping[str, _Part]) -> str:
+    return SEPARATOR.join(map(read_document, _documents(source, names)))
+
+
+def _documents(source: str, names: Mapping[str, _Part]) -> list[Path | str]:
+    if Path(source).is_file():
+        return [Path(source)]
     if source in names:
-        return _load_dataset(names[source])
+        return [_load_dataset(names[source])]
     if source.startswith("hf:"):
         parts = source.split(":")[1:]
         if len(parts) != 4 or not all(parts):
             raise BadInput(f"{source!r} is not of the form hf:NAME:CONFIG:SPLIT:COLUMN.")
         name, config, split, column = parts
-        return _load_dataset(_Part(name, config, split, column, documents=_STREAMED_DOCUMENTS))
-    raise BadInput(
-        f"There is no text file {source!r}.",
-        f"Give a UTF-8 file, one of {', '.join(names)}, or hf:NAME:CONFIG:SPLIT:COLUMN.",
-    )
+        return [_load_dataset(_Part(name, config, split, column, documents=_STREAMED_DOCUMENTS))]
+    found: list[Path | str] = list(_texts(source))
+    if not found:
+        raise BadInput(
+            f"There is no text file {source!r}.",
+            "Give a UTF-8 file, a folder or a pattern of such files, one of "
+            f"{', '.join(names)}, or hf:NAME:CONFIG:SPLIT:COLUMN.",
+        )
+    return found
+
+
+def _texts(source: str) -> list[Path]:
+    """Of the files that a folder or a pattern names those that are text; says what is left out."""
+    files = source_files(source)
+    texts = list(filter(_is_text, files))
+    if len(texts) < len(files):
+        error_console().print(
+            f"{source}: {len(texts)} of {len(files)} files are UTF-8 text; the others are left out."
+        )
+    return texts
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return "\0" not in path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
 
 
 def _load_dataset(part: _Part) -> str:
@@ -139,7 +194,7 @@ def tokenize(
 def calibration_windows(
     tokens: "torch.Tensor", samples: int, length: int, seed: int
 ) -> "torch.Tensor":
-    """Draw `samples` windows without overlap from `tokens`, as ids [samples, length].
+    """Draw `samples` windows without overlap from `tokens`, as int64 ids [samples, length].
 
     Their order is random by `seed`. Raises `BadInput` when the text is too short for them.
     """
@@ -152,7 +207,7 @@ def calibration_windows(
             "Give a longer text, fewer --samples, or a smaller --sequence-length.",
         )
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
-    return tokens[: available * length].view(available, length)[chosen]
+    return tokens[: available * length].view(available, length)[chosen].long()
 
 
 def evaluation_windows(tokens: "torch.Tensor", length: int, limit: int | None) -> "torch.Tensor":

@@ -9,7 +9,7 @@ import math
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,23 @@ from owl_deploy.survivors import finished, freeze, nonzero, sparsify
 
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
+_HASHED = 1024  # windows at once: the text is larger than memory, perhaps
 _CARRIED = ("sparsity.svg", GRID)  # what else of the source still tells the truth
 
 
 def finetune(
     model: str | Path,
     output: str | Path,
-    text: str,
+    text: str | Sequence[str],
     settings: FinetuneSettings | dict[str, Any],
     *,
     teacher: str | None = None,
     force: bool = False,
     resume: bool = False,
 ) -> CheckpointManifest | AdapterManifest:
-    """Fine-tune the checkpoint `model` on `text` (a SOURCE) into the folder `output`.
+    """Fine-tune the checkpoint `model` on `text` into the folder `output`.
 
+    `text`: a SOURCE (see `text.load_text`), or several, which are read one after another.
     `settings`, or only those that are given, as a dict: what is None there gets its method's own
     default. `teacher`: a dense checkpoint to learn from as well. The result is an adapter in PEFT's
     format, or, masked, a checkpoint whose zeros are exactly those of `model`: that is checked
@@ -86,9 +88,14 @@ class Run:
     """One fine-tuning of one checkpoint: what is asked, on what text, computed in what."""
 
     def __init__(
-        self, source: Source, settings: FinetuneSettings, text: str, teacher: str | None
+        self,
+        source: Source,
+        settings: FinetuneSettings,
+        text: str | Sequence[str],
+        teacher: str | None,
     ) -> None:
-        self.source, self.settings, self.text, self.teacher = source, settings, text, teacher
+        self.source, self.settings, self.teacher = source, settings, teacher
+        self.text = [text] if isinstance(text, str) else list(text)
         self.sparse_result = settings.method == "masked" or settings.merge is not None
         if self.sparse_result:
             flag = "--merge masked" if settings.merge else "--method masked"
@@ -96,7 +103,7 @@ class Run:
         if settings.merge:
             source.refuse_rounded()
         self.targets = _targets(source, settings.target_modules)
-        self.windows = source.windows(text, settings.sequence_length)
+        self.windows = source.windows(self.text, settings.sequence_length)
         self.dtype = find_training_dtype(settings.dtype, find_device("auto"))
         # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
         half = self.dtype == torch.bfloat16 and source.checkpoint.config.get("dtype") == "bfloat16"
@@ -131,9 +138,10 @@ class Run:
     def _describe_text(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for part in self.windows:
-            digest.update(part.numpy().tobytes())
+            for some in torch.split(part, _HASHED):
+                digest.update(some.long().numpy().tobytes())
         return {
-            "source": self.text,
+            "source": self.text[0] if len(self.text) == 1 else self.text,
             "windows": len(self.windows[0]),
             "held_out_windows": len(self.windows[1]),
             "token_ids_sha256": digest.hexdigest(),

@@ -1,6 +1,7 @@
 """The checkpoint that is fine-tuned: checked, loaded, and its mask compared with its manifest."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.survivors import Grid
-from owl_deploy.text import load_text, load_tokenizer, tokenize
+from owl_deploy.text import load_tokenizer
+from owl_deploy.tokens import load_tokens
 
 _SPARSE_FROM = 0.1  # share of zeros; a dense model's weights, rounded to 4 bits, have fewer
 _HELD_OUT = (20, 8)  # one window in so many, and so many at most, for the held-out loss
@@ -108,10 +110,11 @@ class Source:
         """The model, frozen, in `dtype`."""
         return self.checkpoint.load(dtype)
 
-    def windows(self, text: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows to train on and held-out ones from the text's end, ids [windows, length].
+    def windows(self, text: Sequence[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows to train on and held-out ones from the text's end, int32 ids [windows, length].
 
-        Raises `BadInput` for a text with fewer than two windows, or a model that takes less.
+        `text`: SOURCEs. Raises `BadInput` for a text with fewer than two windows, or a model that
+        takes less.
         """
         longest = self.checkpoint.config.get("max_position_embeddings")
         if longest and length > longest:
@@ -119,7 +122,7 @@ class Source:
                 f"The model takes {longest} tokens, not {length}.",
                 "Give a smaller --sequence-length.",
             )
-        tokens = tokenize(load_tokenizer(self.folder), load_text(text))
+        tokens = load_tokens(self.folder, text)
         count = len(tokens) // length
         if count < 2:
             raise BadInput(

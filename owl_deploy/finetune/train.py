@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from owl_deploy.errors import BadInput
@@ -113,14 +114,30 @@ def _trainer(
     trainer = transformers.Trainer(
         model=trainee,
         args=arguments,
-        train_dataset=[{"input_ids": ids, "labels": ids} for ids in windows[0]],
-        eval_dataset=[{"input_ids": ids, "labels": ids} for ids in windows[1]],
+        train_dataset=_Windows(windows[0]),
+        eval_dataset=_Windows(windows[1]),
         data_collator=transformers.default_data_collator,
         optimizers=(optimizer, scheduler),
         callbacks=[clock],
     )
     trainer.remove_callback(transformers.PrinterCallback)  # stdout is for results
     return trainer
+
+
+class _Windows(Dataset[dict[str, torch.Tensor]]):
+    """Windows of a text, int [windows, length], as what the model takes; each read when its turn
+    comes, in the order that the Trainer draws by its seed.
+    """
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self._ids[index].long()
+        return {"input_ids": ids, "labels": ids}
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

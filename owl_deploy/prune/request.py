@@ -25,15 +25,16 @@ from owl_deploy.prune import budget, reconstruct, tune
 from owl_deploy.prune.sparsities import Shape, select
 from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.recipe import PruneSettings
-from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
+from owl_deploy.text import calibration_windows
+from owl_deploy.tokens import load_tokens
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The text that the model is run on: `samples` windows of `sequence_length` tokens.
 
-    `source`: a text file, "wikitext", "c4", "ptb", or "hf:NAME:CONFIG:SPLIT:COLUMN". `seed`: of the
-    draw of windows. Raises `BadInput` for fewer than one window, or than two tokens.
+    `source`: a SOURCE (see `text.load_text`). `seed`: of the draw of windows. Raises `BadInput` for
+    fewer than one window, or than two tokens.
     """
 
     source: str
@@ -214,7 +215,7 @@ def _windows(
             f"The model takes {longest} tokens, not {calibration.sequence_length}.",
             "Give a smaller --sequence-length.",
         )
-    tokens = tokenize(load_tokenizer(checkpoint.folder), load_text(calibration.source))
+    tokens = load_tokens(checkpoint.folder, [calibration.source])
     held_out = tune.HELD_OUT_WINDOWS if tune_allocation else 0
     if settings.reconstruct:
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))

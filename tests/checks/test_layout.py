@@ -20,7 +20,7 @@ LAYERS = (
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
     ("engines", "hardware", "adapter", "showcase_input", "survivors"),
     ("demo_input",),
-    ("blocks", "grid"),
+    ("blocks", "grid", "tokens"),
     ("runtime", "recipe", "checkpoint", "options", "text"),
     ("partial", "families", "allocation", "methods"),
     ("manifest", "digests"),

@@ -80,7 +80,7 @@ def test_a_killed_run_resumes_to_the_same_losses(owl, sparse, text_file, tmp_pat
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--sequence-length", "400", "--text", "SHORT"], "needs two"),
+        (["--sequence-length", "400", "SHORT"], "needs two"),
         (["--sequence-length", "1024"], "takes 512 tokens, not 1024"),
         (["--method", "mask"], "Did you mean 'masked'?"),
         (["--merge", "all"], "Unknown merge"),
@@ -101,8 +101,9 @@ def test_a_killed_run_resumes_to_the_same_losses(owl, sparse, text_file, tmp_pat
 def test_impossible_options(owl, sparse, text_file, tmp_path, options, complaint):
     short = tmp_path / "short.txt"
     short.write_text("A text that is shorter than a window.")
-    given = [short if option == "SHORT" else option for option in options]
-    code, _, err = owl(*arguments(sparse, text_file, tmp_path / "out"), *given)
+    text = short if "SHORT" in options else text_file
+    given = [option for option in options if option != "SHORT"]
+    code, _, err = owl(*arguments(sparse, text, tmp_path / "out"), *given)
     assert (code, complaint in err) == (2, True), err
     assert list(tmp_path.iterdir()) == [short]
 

@@ -1,0 +1,108 @@
+"""The tokens of a text, made once: the cache folder keeps those of a long one.
+
+They lie there under a digest of the text and the tokenizer, and are read through a memory map.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from owl_deploy.artefact import replaced
+from owl_deploy.cache import cache_dir, cache_path
+from owl_deploy.digests import digest
+from owl_deploy.errors import OwlError
+from owl_deploy.progress import Advance, bar
+from owl_deploy.text import (
+    SEPARATOR,
+    load_tokenizer,
+    read_document,
+    tokenize,
+    training_documents,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_CACHE = "tokens"  # the folder in the cache
+_LEAST_BYTES = 1 << 20  # a shorter text is tokenized in a second
+
+
+def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
+    """What the tokenizer in `folder` makes of the SOURCEs to prune or train on: int32 [tokens].
+
+    Their documents (see `text.load_text`) stand one after another as they are named, a file that is
+    named twice once, and a blank line after each but the last. Raises `BadInput`.
+    """
+    named = [one for source in sources for one in training_documents(source)]
+    documents = list({_identity(one): one for one in named}.values())
+    tokenizer = load_tokenizer(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or sum(map(_size, documents)) < _LEAST_BYTES:
+        return _tokenized(tokenizer, documents)
+    maker = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    digests = list(map(_digest, documents))
+    name = f"{_key(maker, digests)}.npy"
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
+        return _mapped(cache_path() / _CACHE / name)
+    tokens = _tokenized(tokenizer, documents)
+    if list(map(_digest, documents)) != digests:  # changed meanwhile
+        return tokens
+    import numpy
+
+    with contextlib.suppress(OwlError, OSError):  # a cache that cannot be written costs time
+        path = cache_dir(_CACHE) / name
+        with replaced(path) as temporary, temporary.open("wb") as file:
+            numpy.save(file, tokens.numpy())
+        return _mapped(path)
+    return tokens
+
+
+def _identity(document: Path | str) -> Path | str:
+    return document.resolve() if isinstance(document, Path) else document
+
+
+def _size(document: Path | str) -> int:
+    return document.stat().st_size if isinstance(document, Path) else len(document)
+
+
+def _digest(document: Path | str) -> str:
+    if isinstance(document, Path):
+        return digest(document)
+    return hashlib.sha256(document.encode()).hexdigest()
+
+
+def _key(maker: str, digests: Sequence[str]) -> str:
+    """A digest of all that the tokens depend on."""
+    parts = (version("tokenizers"), maker, SEPARATOR, *digests)
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
+
+
+def _mapped(path: Path) -> "torch.Tensor":
+    """The tokens in a file; what is written into them stays in memory."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.load(path, mmap_mode="c"))
+
+
+def _tokenized(tokenizer: Any, documents: Sequence[Path | str]) -> "torch.Tensor":  # noqa: ANN401
+    """The tokens of the documents, [tokens]."""
+    import torch
+
+    parts = []
+    with _progress(sum(map(_size, documents))) as advance:
+        for number, document in enumerate(documents):
+            end = SEPARATOR if number + 1 < len(documents) else ""
+            parts.append(tokenize(tokenizer, read_document(document) + end).int())
+            advance(_size(document) / 1e6)
+    return torch.cat(parts)
+
+
+def _progress(size: int) -> contextlib.AbstractContextManager[Advance]:
+    """A bar over the megabytes of a text; of a short one, none."""
+    if size < _LEAST_BYTES:
+        return contextlib.nullcontext(lambda _: None)
+    return bar("Tokenizing", size / 1e6)
