@@ -50,7 +50,7 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-_SHARED = ("prune", "eval")  # the verbs whose work the processes of torchrun divide
+_SHARED = ("prune", "eval", "finetune")  # the verbs whose work the processes of torchrun divide
 
 
 @app.callback()

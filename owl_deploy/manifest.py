@@ -179,7 +179,10 @@ class Step(_Part):
 
 
 class Finetuning(_Part):
-    """What a fine-tuning did. `tokens`: that it read; `teacher`: the dense model, if any."""
+    """What a fine-tuning did. `tokens`: that it read; `teacher`: the dense model, if any.
+
+    `processes`: how many shared it.
+    """
 
     checkpoint: TrainedOn
     settings: Training
@@ -187,6 +190,7 @@ class Finetuning(_Part):
     steps: int
     seconds: FiniteFloat
     tokens: int
+    processes: int = 1
     held_out_loss: HeldOutLoss
     curve: tuple[Step, ...]
 

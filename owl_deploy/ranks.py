@@ -206,7 +206,7 @@ def _told_to_end(_signal: int, _frame: FrameType | None) -> None:
 def _ended() -> EnvironmentFailed:
     return EnvironmentFailed(
         "Another process of this run has ended or does not answer.",
-        "torchrun says which one; a pruning that has finished a block goes on with --resume.",
+        "torchrun says which one; a run that has kept something goes on with --resume.",
     )
 
 
@@ -219,6 +219,18 @@ def _talking() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise _ended() from error
+
+
+@contextlib.contextmanager
+def talking() -> Iterator[None]:
+    """Make a sentence of another rank's end, where a library talks to it that computes as well."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).lower()
+        if any(backend in words for backend in ("gloo", "nccl")):
+            raise _ended() from error
+        raise
 
 
 def _refuse_unlike(told: list[dict[str, str]]) -> None:

@@ -2,24 +2,30 @@
 
 What is trained lies in the Trainer's checkpoints beside the output, in `.NAME.owl-partial`, so that
 a run that was stopped resumes; with block groups each finished group is kept as well.
+
+Under torchrun each process reads windows of its own and the gradients are averaged (torch's
+DistributedDataParallel): every process then has the same weights, and the first one writes.
 """
 
+import contextlib
+import functools
 import hashlib
 import math
+import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from owl_deploy import adapter
 from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish
 from owl_deploy.checkpoint import GRID, shards, write_compatible
-from owl_deploy.errors import unknown_name
+from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
@@ -28,11 +34,16 @@ from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.hardware import find_device, find_training_dtype
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, kept_for_resuming
+from owl_deploy.ranks import ALONE, Ranks, join
 from owl_deploy.survivors import finished, freeze, nonzero, sparsify
+
+T = TypeVar("T")
 
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
 _HASHED = 1024  # windows at once: the text is larger than memory, perhaps
+# What `accelerate launch` sets to shard a model, which this does not do.
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 _CARRIED = ("sparsity.svg", GRID)  # what else of the source still tells the truth
 
 
@@ -53,27 +64,29 @@ def finetune(
     default. `teacher`: a dense checkpoint to learn from as well. The result is an adapter in PEFT's
     format, or, masked, a checkpoint whose zeros are exactly those of `model`: that is checked
     before it appears. `force` replaces an output that is there; `resume` continues a run that was
-    stopped. Returns the manifest. Raises `BadInput` before any work for what can be known to be
-    wrong by then, and `EnvironmentFailed` for a full disk or memory.
+    stopped, in as many processes. Under torchrun all of its processes call this and share the work.
+    Returns the manifest. Raises `BadInput` before any work for what can be known to be wrong by
+    then, and `EnvironmentFailed` for a full disk or memory.
     """
     complete, output = resolved(settings, teacher is not None), Path(output)
-    with only_writer(output, force, model):
-        run = Run(Source(model), complete, text, teacher)
-        run.check_disk(output.absolute().parent, copies=1 if resume else 2)
-        partial = _Unfinished(output, run.asked(), resume=resume, force=force)
+    _refuse_sharding()
+    ranks = join(_versions())
+    with only_writer(output, force, model) if ranks.leads else contextlib.nullcontext():
+        run = Run(Source(model), complete, text, teacher, ranks)
+        partial = ranks.from_leader(lambda: run.begin(output, resume=resume, force=force))
         with kept_for_resuming(partial, "use a smaller --batch-size or --block-group"):
-            staging = partial.folder / "output"
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            outcome = run.execute(partial, staging)
+            outcome = run.execute(partial)
             done = run.describe(outcome, resumed=partial.resumed)
-            manifest = run.manifest(done)
-            svg = learning_curve_svg(done.curve)
-            (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
-            manifest.write(staging)
-            publish(staging, output.absolute())
-        partial.discard()
-    return manifest
+            return ranks.from_leader(lambda: run.complete(partial, done))
+
+
+def _refuse_sharding() -> None:
+    if any(os.environ.get(name, "").lower() in ("true", "1") for name in _SHARDING):
+        raise BadInput(
+            "owl finetune divides the windows over the processes, and does not shard the model "
+            "(FSDP, DeepSpeed).",
+            "Use torchrun, and where the model does not fit --block-group.",
+        )
 
 
 class _Unfinished(Partial):
@@ -85,7 +98,10 @@ class _Unfinished(Partial):
 
 
 class Run:
-    """One fine-tuning of one checkpoint: what is asked, on what text, computed in what."""
+    """One fine-tuning of one checkpoint: what is asked, on what text, computed in what.
+
+    `ranks`: the processes that share it; each makes one.
+    """
 
     def __init__(
         self,
@@ -93,8 +109,10 @@ class Run:
         settings: FinetuneSettings,
         text: str | Sequence[str],
         teacher: str | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.source, self.settings, self.teacher = source, settings, teacher
+        self.ranks = ranks
         self.text = [text] if isinstance(text, str) else list(text)
         self.sparse_result = settings.method == "masked" or settings.merge is not None
         if self.sparse_result:
@@ -103,7 +121,9 @@ class Run:
         if settings.merge:
             source.refuse_rounded()
         self.targets = _targets(source, settings.target_modules)
-        self.windows = source.windows(self.text, settings.sequence_length)
+        length = settings.sequence_length
+        self.windows = _leader_first(ranks, lambda: source.windows(self.text, length))
+        self._check_ranks()
         self.dtype = find_training_dtype(settings.dtype, find_device("auto"))
         # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
         half = self.dtype == torch.bfloat16 and source.checkpoint.config.get("dtype") == "bfloat16"
@@ -111,6 +131,41 @@ class Run:
         self._teacher_model = None
         if teacher is not None:
             self._teacher_model = load_teacher(source, teacher, self.dtype)
+
+    def _check_ranks(self) -> None:
+        """Refuse processes that would have nothing to read, or that read different things."""
+        if len(self.windows[0]) < self.ranks.size:
+            raise BadInput(
+                f"There are {self.ranks.size} processes, and {len(self.windows[0])} windows.",
+                "Give a longer text or a smaller --sequence-length, or start fewer processes.",
+            )
+        if self.ranks.size == 1:
+            return
+        seen = self.ranks.gathered((self.source.checkpoint.identity(), self._describe_text()))
+        for what, of_ranks in zip(("model", "text"), zip(*seen, strict=True), strict=True):
+            if any(one != of_ranks[0] for one in of_ranks):
+                raise BadInput(
+                    f"The {what} is not the same for all processes of this run.",
+                    "Give every node the same files.",
+                )
+
+    def begin(self, output: Path, *, resume: bool, force: bool) -> "_Unfinished":
+        """The leader's: where the run keeps what is done; `BadInput` where it cannot begin."""
+        self.check_disk(output.absolute().parent, copies=1 if resume else 2)
+        return _Unfinished(output, self.asked(), resume=resume, force=force)
+
+    def complete(
+        self, partial: "_Unfinished", done: Finetuning
+    ) -> CheckpointManifest | AdapterManifest:
+        """The leader's: make what was written the output, with its manifest."""
+        staging = _staging(partial)
+        manifest = self.manifest(done)
+        svg = learning_curve_svg(done.curve)
+        (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
+        manifest.write(staging)
+        publish(staging, partial.output)
+        partial.discard()
+        return manifest
 
     def asked(self) -> dict[str, Any]:
         """What decides the result: a run that resumes must be asked the same."""
@@ -121,6 +176,7 @@ class Run:
             "teacher": self.teacher,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "processes": self.ranks.size,
             "versions": _versions(),
         }
 
@@ -147,8 +203,12 @@ class Run:
             "token_ids_sha256": digest.hexdigest(),
         }
 
-    def execute(self, partial: Partial, staging: Path) -> dict[str, Any]:
-        """Train, and write weights or adapter to `staging`; the outcome, as for the manifest."""
+    def execute(self, partial: Partial) -> dict[str, Any]:
+        """Train, and let the leader write weights or adapter; the outcome, as for the manifest."""
+        staging = _staging(partial)
+        if self.ranks.leads:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
         model = self.source.load(self.stored)
         if self.settings.method == "masked":
             tensors, outcome = self._masked(model, partial)
@@ -170,8 +230,7 @@ class Run:
         count = sum(parameter.numel() for parameter in trainee.trained().values())
         kept = 0
         if self.settings.merge is None:
-            adapted.save_pretrained(str(staging), save_embedding_layers=False)
-            (staging / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
+            self._write_adapter(adapted, staging)
         else:
             tensors, kept = merged(self.source, adapter.deltas(adapted))
             self._write_checkpoint(tensors, staging)
@@ -190,13 +249,15 @@ class Run:
         count = kept = 0
         for index, start in enumerate(starts):
             names = self.source.blocks[start : start + size]
-            if partial.read(f"group-{index}.json") is None:
+            read = functools.partial(partial.read, f"group-{index}.json")
+            if self.ranks.from_leader(read) is None:
                 self._train_group(model, names, partial, index, len(starts))
             own = _load(partial.folder / f"group-{index}.safetensors")
             for name in names:
                 freeze(model.get_submodule(name), _within(own, name), self.stored)
-            done = partial.read(f"group-{index}.json")
-            tensors |= own
+            done = self.ranks.from_leader(read)
+            if self.ranks.leads:
+                tensors |= own
             curve += _shifted(done["curve"], curve)
             count += done["parameters_trained"]
             kept += done["kept_off_zero"]
@@ -210,12 +271,27 @@ class Run:
         index: int,
         groups: int,
     ) -> None:
-        from safetensors.torch import save_file
-
         for name in names:
             sparsify(model.get_submodule(name), self.dtype, self.source.grids(name))
         trainee = self._trainee(model)
         curve = self._train(trainee, partial, index, groups)
+        count = sum(one.numel() for one in trainee.trained().values())
+        if self.ranks.leads:
+            done = {"curve": curve, "parameters_trained": count}
+            self._keep_group(model, names, partial, index, done)
+        self.ranks.gathered(None)  # what the leader has kept is there for all
+
+    def _keep_group(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        names: list[str],
+        partial: Partial,
+        index: int,
+        done: dict[str, Any],
+    ) -> None:
+        """The leader's: write the trained blocks `names`, and what was `done`."""
+        from safetensors.torch import save_file
+
         tensors: dict[str, torch.Tensor] = {}
         lost = 0
         checkpoint = self.source.checkpoint
@@ -225,12 +301,8 @@ class Run:
             tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in own.items()}
             lost += kept
         save_file(tensors, partial.folder / f"group-{index}.safetensors")
-        done = {
-            "curve": curve,
-            "parameters_trained": sum(one.numel() for one in trainee.trained().values()),
-            "kept_off_zero": lost,
-        }
-        partial.write(f"group-{index}.json", done)  # the group counts as finished from here on
+        # The group counts as finished from here on.
+        partial.write(f"group-{index}.json", done | {"kept_off_zero": lost})
         shutil.rmtree(partial.folder / f"group-{index}")
 
     def _trainee(self, model: Any) -> Trainee:  # noqa: ANN401 - transformers is untyped
@@ -258,15 +330,23 @@ class Run:
             schedule,
             partial.folder / f"group-{index}",
             f"Fine-tuning{part}",
+            self.ranks,
         )
 
     @property
     def _steps_a_pass(self) -> int:
-        windows_a_step = self.settings.batch_size * self.settings.gradient_accumulation
-        return math.ceil(len(self.windows[0]) / windows_a_step)
+        windows = self.settings.batch_size * self.settings.gradient_accumulation * self.ranks.size
+        return math.ceil(len(self.windows[0]) / windows)
+
+    def _write_adapter(self, adapted: Any, staging: Path) -> None:  # noqa: ANN401
+        if self.ranks.leads:
+            adapted.save_pretrained(str(staging), save_embedding_layers=False)
+            (staging / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
 
     def _write_checkpoint(self, tensors: dict[str, torch.Tensor], staging: Path) -> None:
-        """Write the trained `tensors` and the untouched ones, and check every zero."""
+        """The leader's: write the trained `tensors` and the others, and check every zero."""
+        if not self.ranks.leads:
+            return
         checkpoint = self.source.checkpoint
 
         def all_tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -300,6 +380,7 @@ class Run:
             "text": self._describe_text(),
             "teacher": self.teacher,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "processes": self.ranks.size,
             "steps": len(losses),
             "seconds": curve[-1]["seconds"],
             "tokens": curve[-1]["tokens"],
@@ -348,6 +429,20 @@ def _targets(source: Source, asked: tuple[str, ...] | None) -> list[str]:
         if name not in known:
             raise unknown_name("layer", name, sorted(known))
     return list(asked or source.checkpoint.family.queries_and_values)
+
+
+def _staging(partial: Partial) -> Path:
+    return partial.folder / "output"
+
+
+def _leader_first(ranks: Ranks, make: Callable[[], T]) -> T:
+    """Together: what `make` gives; the leader's fills the cache that the others then find."""
+    if ranks.leads:
+        made = make()
+        ranks.gathered(None)
+        return made
+    ranks.gathered(None)
+    return make()
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.progress import Advance, bar
+from owl_deploy.ranks import ALONE, Ranks, talking
 
 _COMPLETE = "complete"  # a file in every checkpoint that was written to its end
 _EVALUATIONS = 4  # along the way and at the end, besides the one at the start
@@ -47,20 +48,23 @@ def train(
     schedule: Schedule,
     folder: Path,
     description: str,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Train `trainee` in place on `windows` (to train on, held out), resuming from `folder`.
+
+    All `ranks` call it with the same, and end with the same weights: each takes a batch in turn.
 
     Returns the learning curve: one row a step (`step`, `seconds`, `tokens` read so far, `loss`,
     `learning_rate`) or a held-out evaluation (`step`, `seconds`, `tokens`, `eval_loss`), losses in
     nats a token. With a time limit the learning rate falls with the time, so only a training by
     steps resumes to the same losses.
     """
-    before = last_checkpoint(folder)
+    before = ranks.from_leader(lambda: last_checkpoint(folder))
     total = 100.0 if schedule.seconds else float(schedule.steps)
     with bar(description, total) as advance:
-        clock = _Clock(schedule, trainee, lambda share: advance(share * total))
+        clock = _Clock(schedule, trainee, lambda share: advance(share * total), ranks)
         trainer = _trainer(trainee, windows, settings, clock, folder, fresh=before is None)
-        with clock.interruptible():
+        with clock.interruptible(), talking():
             trainer.train(resume_from_checkpoint=None if before is None else str(before))
     if clock.interrupted:
         raise KeyboardInterrupt
@@ -92,7 +96,8 @@ def _trainer(
         output_dir=str(folder),
         max_steps=clock.schedule.steps,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        # Where the last batch is filled up with other windows, which count then, batches of one.
+        per_device_eval_batch_size=1 if clock.ranks.size > 1 else settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         seed=settings.seed,
         use_cpu=not on_gpu,
@@ -106,6 +111,8 @@ def _trainer(
         save_total_limit=2,  # the last one stays whole while the next is written
         disable_tqdm=True,
         report_to="none",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # the weights: each rank makes the same of the same survivors
     )
     optimizer = torch.optim.AdamW(
         trainee.trained().values(), lr=settings.learning_rate or 0.0, weight_decay=0.0, fused=True
@@ -143,17 +150,31 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
 class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Says when to evaluate, save and stop; keeps the time, that of earlier runs included."""
 
-    def __init__(self, schedule: Schedule, trainee: Trainee, advance: Advance) -> None:
+    def __init__(
+        self, schedule: Schedule, trainee: Trainee, advance: Advance, ranks: Ranks = ALONE
+    ) -> None:
         self.schedule, self.trainee, self._advance = schedule, trainee, advance
-        self.interrupted = False
+        self.ranks = ranks
+        self.interrupted = False  # as the ranks agreed
+        self._told = False  # to this process
         self._done = 0.0  # share
         self._evaluations = _EVALUATIONS
         self._began: float | None = None
-        self._saved = time.monotonic()
+        self._agreed = 0.0
+        self._saved = 0.0
 
     def seconds(self) -> float:
-        """How long the training has gone, without what a kill lost."""
+        """How long the training has gone, without what a kill lost; as the ranks last agreed."""
+        return self._agreed if self.ranks.size > 1 else self._own_seconds()
+
+    def _own_seconds(self) -> float:
         return 0.0 if self._began is None else time.monotonic() - self._began
+
+    def _agree(self) -> None:
+        """Together: take the leader's time, and whether any process was told to end."""
+        of_ranks = self.ranks.gathered((self._own_seconds(), self._told))
+        self._agreed = of_ranks[0][0]
+        self.interrupted = any(told for _, told in of_ranks)
 
     def rate(self, warmup: float) -> Callable[[int], float]:
         """The learning rate's factor by the step: up within the share `warmup`, then down to 0."""
@@ -167,15 +188,19 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C end the step and save; the second is as it was."""
+        """Let the first Ctrl-C end the step and save; the second is as it was.
+
+        Not so in a group: the terminal sends one, and torchrun another.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.getsignal(signal.SIGINT)
 
         def interrupt(_signal: int, _frame: FrameType | None) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, before)
+            self._told = True
+            if self.ranks.size == 1:
+                signal.signal(signal.SIGINT, before)
 
         signal.signal(signal.SIGINT, interrupt)
         try:
@@ -183,36 +208,44 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
-        """Go on from where an earlier run's log ends."""
+    def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Go on from where an earlier run's log ends; let dropout differ between ranks."""
         before = state.log_history[-1]["seconds"] if state.log_history else 0.0
         self._began = time.monotonic() - before
+        self._agree()
+        self._saved = self.seconds()
+        if self.ranks.rank:  # the leader's is the seed itself, as where it is alone
+            torch.manual_seed(args.seed + self.ranks.rank)
         self._move(state.global_step)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """The survivors have changed: so do the weights they are part of."""
         self.trainee.refresh()
+        self._agree()  # before the learning rate moves with the time
 
     def on_evaluate(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
         """The one at the start tells how many a time limit has room for."""
+        self._agree()
         if state.global_step == 0 and self.schedule.seconds:
             room = int(_EVALUATING * self.schedule.seconds / max(self.seconds(), 1e-3))
             self._evaluations = max(1, min(_EVALUATIONS, room))
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Decide what comes after this step."""
+        self._agree()
         evaluated = int(self._done * self._evaluations)
         self._move(state.global_step)
         over = self._done >= 1
         control.should_evaluate = over or int(self._done * self._evaluations) > evaluated
         control.should_training_stop = over or self.interrupted
         if over:
-            self.interrupted = False
-        elif self.interrupted or time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.interrupted = self._told = False
+        elif self.interrupted or self.seconds() - self._saved > _SAVE_SECONDS:
             control.should_save = True
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: Any, **_: Any) -> None:  # noqa: ANN401
         """Note the time; stop at a loss that is no number."""
+        self._agree()
         state.log_history[-1]["seconds"] = round(self.seconds(), 3)
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if not math.isfinite(loss):
@@ -223,8 +256,10 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
         """Mark the checkpoint as whole: a kill may have come while one was written."""
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-        self._saved = time.monotonic()
+        self._agree()  # all have written their part
+        if self.ranks.leads:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        self._saved = self.seconds()
 
     def _move(self, steps: int) -> None:
         done = min(1.0, self.schedule.progress(steps, self.seconds()))

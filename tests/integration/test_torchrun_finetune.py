@@ -1,0 +1,129 @@
+"""One fine-tuning in several processes: the model of one, resumed to the same bits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from owl_deploy import recipe
+from owl_deploy.prune.run import prune
+from owl_deploy.tokens import load_tokens
+from tests import divided
+
+# Ends the second process as it writes its part of the second checkpoint.
+KILLED = """
+import os
+import sys
+from owl_deploy import cli, ranks
+from owl_deploy.finetune import train
+
+train._SAVE_SECONDS = 0.0
+saved, save = 0, train._Clock.on_save
+
+def counted(self, *arguments, **more):
+    global saved
+    saved += 1
+    if saved == 3 and not ranks.leads():
+        os.kill(os.getpid(), 9)
+    save(self, *arguments, **more)
+
+train._Clock.on_save = counted
+sys.argv[0] = "owl"
+cli.main()
+"""
+MASKED = ("--method", "masked", "--block-group", 1, "--max-steps", 8)
+LORA = ("--merge", "masked", "--dropout", 0, "--max-steps", 4)
+CLOSE = 1e-4  # of the largest weight of a tensor
+
+
+@pytest.fixture(scope="module")
+def sparse(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse") / "sparse"
+    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.6)
+    prune(llama, folder, settings, None)
+    return folder
+
+
+def command(sparse, text_file, output, batch, *how):
+    options = ("--sequence-length", 32, "--batch-size", batch, "--gradient-accumulation", 2)
+    how += ("--learning-rate", 0.01, "--dtype", "float32")
+    return ("finetune", sparse, "-o", output, "--text", text_file, *options, *how)
+
+
+def curve(output):
+    rows = json.loads((output / "owl.json").read_text())["finetune"]["curve"]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("how", [MASKED, LORA], ids=["masked", "lora"])
+def test_two_processes_train_the_model_of_one(owl, sparse, text_file, tmp_path, how, llama):
+    how += ("--teacher", llama)
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, _, err = owl(*command(sparse, text_file, one, 4, *how))
+    assert code == 0, err
+    done = divided.torchrun(2, "owl_deploy", *command(sparse, text_file, two, 2, *how))
+    assert done.returncode == 0, done.stderr
+    elsewhere, most = divided.difference(one, two)
+    assert (elsewhere, most < CLOSE) == (0, True), most
+    assert not load_file(one / "model.safetensors").keys() ^ load_file(two / "model.safetensors")
+    for alone, shared in zip(curve(one), curve(two), strict=True):
+        assert shared == pytest.approx(alone, rel=1e-4)
+    assert json.loads((two / "owl.json").read_text())["finetune"]["processes"] == 2
+    assert done.stdout.count("held-out loss") == 1
+
+
+def killed(folder, arguments):
+    script = folder / "killed.py"
+    script.write_text(KILLED)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, script]
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, [*launcher, *arguments])],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bits(
+    owl, sparse, text_file, tmp_path
+):
+    how = ("--method", "masked", "--max-steps", 5)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    done = divided.torchrun(2, "owl_deploy", *command(sparse, text_file, whole, 1, *how))
+    assert done.returncode == 0, done.stderr
+    asked = command(sparse, text_file, out, 1, *how)
+    ended = killed(tmp_path, asked)
+    assert ended.returncode != 0
+    assert ended.stderr.count("owl: Another process of this run has ended") == 1, ended.stderr
+    assert not out.exists()
+    code, _, err = owl(*asked, "--resume")
+    assert (code, "processes was 2, now 1" in " ".join(err.split())) == (2, True), err
+    done = divided.torchrun(2, "owl_deploy", *asked, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert divided.difference(whole, out) == (0, 0.0)
+    assert curve(whole) == curve(out)
+
+
+def test_more_processes_than_windows_end_with_one_sentence(sparse, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The river ran past the mill and under the old stone bridge. " * 8)
+    length = len(load_tokens(sparse, [str(text)])) // 3  # two windows, and one that is held out
+    asked = ("finetune", sparse, "-o", tmp_path / "out", "--text", text)
+    asked += ("--sequence-length", length)
+    done = divided.torchrun(4, "owl_deploy", *asked)
+    assert done.returncode != 0
+    assert done.stderr.count("owl: ") == 1
+    assert "There are 4 processes, and 2 windows" in done.stderr
+    assert list(tmp_path.iterdir()) == [text]
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_sharded_model_is_refused(owl, sparse, text_file, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    code, _, err = owl(*command(sparse, text_file, tmp_path / "out", 1))
+    assert (code, "does not shard the model" in " ".join(err.split())) == (2, True), err
+    assert list(tmp_path.iterdir()) == []
