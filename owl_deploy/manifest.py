@@ -181,7 +181,7 @@ class Step(_Part):
 class Finetuning(_Part):
     """What a fine-tuning did. `tokens`: that it read; `teacher`: the dense model, if any.
 
-    `processes`: how many shared it.
+    `tokens_per_second`: in its steps, evaluations left out. `processes`: how many shared it.
     """
 
     checkpoint: TrainedOn
@@ -190,6 +190,7 @@ class Finetuning(_Part):
     steps: int
     seconds: FiniteFloat
     tokens: int
+    tokens_per_second: FiniteFloat | None = None
     processes: int = 1
     held_out_loss: HeldOutLoss
     curve: tuple[Step, ...]

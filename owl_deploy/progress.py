@@ -28,9 +28,15 @@ def error_console() -> Console:
     return Console(stderr=True, soft_wrap=False, quiet=not leads())
 
 
+def _nothing() -> str:
+    return ""
+
+
 @contextlib.contextmanager
-def bar(description: str, total: float) -> Iterator[Advance]:
+def bar(description: str, total: float, note: Callable[[], str] = _nothing) -> Iterator[Advance]:
     """Show a bar until the block ends; yield the function that moves it by some units of `total`.
+
+    `note` is asked for what stands behind the time left, a speed perhaps.
 
     Without a terminal a line is printed every half minute, with what is done and the time left,
     and one at the end with the time it took.
@@ -43,18 +49,19 @@ def bar(description: str, total: float) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(description, total=total, note="")
         if console.is_terminal:
-            yield lambda units: progress.advance(task, units)
+            yield lambda units: progress.update(task, advance=units, note=note())
             return
-        yield _log_lines(progress, console)
+        yield _log_lines(progress, console, note)
         ended = "done in" if progress.finished else "stopped after"
         console.print(f"{description}: {ended} {progress.tasks[0].elapsed or 0.0:.1f} s")
 
 
-def _log_lines(progress: Progress, console: Console) -> Advance:
+def _log_lines(progress: Progress, console: Console, note: Callable[[], str]) -> Advance:
     """Move the one task of `progress`, and tell of it in lines of a log."""
     told = time.monotonic()
 
@@ -65,10 +72,11 @@ def _log_lines(progress: Progress, console: Console) -> Advance:
         if progress.finished or time.monotonic() - told < LOG_EVERY_S:
             return
         told = time.monotonic()
+        said = note()
         done, total, elapsed = task.completed, task.total or 0.0, task.elapsed or 0.0
         console.print(
             f"{task.description}: {done:g} of {total:g}, {elapsed:.0f} s, "
-            f"{elapsed * (total - done) / done:.0f} s left",
+            f"{elapsed * (total - done) / done:.0f} s left" + (f", {said}" if said else ""),
             highlight=False,
         )
 

@@ -29,7 +29,7 @@ from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
-from owl_deploy.finetune.train import Schedule, last_checkpoint, train
+from owl_deploy.finetune.train import Schedule, last_checkpoint, tokens_per_second, train
 from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.hardware import find_device, find_training_dtype
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
@@ -384,6 +384,7 @@ class Run:
             "steps": len(losses),
             "seconds": curve[-1]["seconds"],
             "tokens": curve[-1]["tokens"],
+            "tokens_per_second": round(tokens_per_second(curve), 1),
             "held_out_loss": {"before": held_out[0], "after": held_out[-1]},
             "training_loss": {"first": losses[0], "last": losses[-1]},
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

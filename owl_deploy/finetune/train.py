@@ -1,11 +1,12 @@
 """One training by the transformers Trainer, with our clock, our bar and our checkpoints' marks."""
 
 import contextlib
+import itertools
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -61,8 +62,9 @@ def train(
     """
     before = ranks.from_leader(lambda: last_checkpoint(folder))
     total = 100.0 if schedule.seconds else float(schedule.steps)
-    with bar(description, total) as advance:
-        clock = _Clock(schedule, trainee, lambda share: advance(share * total), ranks)
+    speed = _Speed()
+    with bar(description, total, speed.note) as advance:
+        clock = _Clock(schedule, trainee, lambda share: advance(share * total), ranks, speed)
         trainer = _trainer(trainee, windows, settings, clock, folder, fresh=before is None)
         with clock.interruptible(), talking():
             trainer.train(resume_from_checkpoint=None if before is None else str(before))
@@ -121,8 +123,8 @@ def _trainer(
     trainer = transformers.Trainer(
         model=trainee,
         args=arguments,
-        train_dataset=_Windows(windows[0]),
-        eval_dataset=_Windows(windows[1]),
+        train_dataset=Windows(windows[0]),
+        eval_dataset=Windows(windows[1]),
         data_collator=transformers.default_data_collator,
         optimizers=(optimizer, scheduler),
         callbacks=[clock],
@@ -131,7 +133,7 @@ def _trainer(
     return trainer
 
 
-class _Windows(Dataset[dict[str, torch.Tensor]]):
+class Windows(Dataset[dict[str, torch.Tensor]]):
     """Windows of a text, int [windows, length], as what the model takes; each read when its turn
     comes, in the order that the Trainer draws by its seed.
     """
@@ -147,14 +149,55 @@ class _Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
+class _Speed:
+    """The tokens a second of the steps since this process began; evaluations are left out."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._seconds = 0.0
+        self._since: tuple[int, float] | None = None
+
+    def begin(self, tokens: int) -> None:
+        """A step begins; `tokens`: that were read before it."""
+        self._since = tokens, time.monotonic()
+
+    def end(self, tokens: int) -> None:
+        """The step is over."""
+        if self._since is not None:
+            self._tokens += tokens - self._since[0]
+            self._seconds += time.monotonic() - self._since[1]
+
+    def note(self) -> str:
+        """In words, for a progress bar; nothing before the first step."""
+        return f"{self._tokens / self._seconds:.0f} tokens/s" if self._seconds else ""
+
+
+def tokens_per_second(curve: Sequence[Mapping[str, Any]]) -> float:
+    """What the steps of a learning curve read, over the time that they took.
+
+    A row's time is that since the row before it: those of evaluations are left out.
+    """
+    seconds = [
+        row["seconds"] - before["seconds"]
+        for before, row in itertools.pairwise(({"seconds": 0.0}, *curve))
+        if "loss" in row
+    ]
+    return float(curve[-1]["tokens"] / max(sum(seconds), 1e-3))
+
+
 class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Says when to evaluate, save and stop; keeps the time, that of earlier runs included."""
 
     def __init__(
-        self, schedule: Schedule, trainee: Trainee, advance: Advance, ranks: Ranks = ALONE
+        self,
+        schedule: Schedule,
+        trainee: Trainee,
+        advance: Advance,
+        ranks: Ranks = ALONE,
+        speed: "_Speed | None" = None,
     ) -> None:
         self.schedule, self.trainee, self._advance = schedule, trainee, advance
-        self.ranks = ranks
+        self.ranks, self.speed = ranks, speed or _Speed()
         self.interrupted = False  # as the ranks agreed
         self._told = False  # to this process
         self._done = 0.0  # share
@@ -218,6 +261,10 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
             torch.manual_seed(args.seed + self.ranks.rank)
         self._move(state.global_step)
 
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Start to measure the speed."""
+        self.speed.begin(state.num_input_tokens_seen)
+
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """The survivors have changed: so do the weights they are part of."""
         self.trainee.refresh()
@@ -232,6 +279,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Decide what comes after this step."""
+        self.speed.end(state.num_input_tokens_seen)
         self._agree()
         evaluated = int(self._done * self._evaluations)
         self._move(state.global_step)

@@ -168,7 +168,7 @@ def test_other_arguments_are_refused_by_name(sparse, text_file, tmp_path, monkey
 def test_what_came_out_exports_and_is_reported(owl, sparse, text_file, tmp_path):
     command = arguments(sparse, text_file, tmp_path / "out", "--method", "masked")
     code, out, _ = owl(*command, "--max-steps", 2)
-    assert (code, "masked, 2 steps" in out) == (0, True)
+    assert (code, "masked, 2 steps" in out, " tokens/s; " in out) == (0, True, True)
     assert owl("report", tmp_path / "out", "-o", tmp_path / "page.html")[0] == 0
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 1

@@ -18,6 +18,17 @@ def test_a_log_hears_of_a_long_step(capsys, monkeypatch):
     ]
 
 
+def test_a_log_hears_a_note_once_there_is_one(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    notes = iter(["", "90 tokens/s"])
+    with progress.bar("Training", 3, lambda: next(notes)) as advance:
+        for _ in range(3):
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith("left") for line in lines] == [True, False, False]
+    assert lines[1].endswith(" left, 90 tokens/s")
+
+
 def test_a_short_step_is_one_line(capsys):
     with progress.bar("Reading", 2) as advance:
         advance(1)

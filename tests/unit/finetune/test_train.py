@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from owl_deploy.errors import BadInput
+from owl_deploy.finetune import train as training
 from owl_deploy.finetune.settings import resolved
 from owl_deploy.finetune.source import Source
-from owl_deploy.finetune.train import Schedule, _Clock, train
+from owl_deploy.finetune.train import Schedule, _Clock, tokens_per_second, train
 from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.survivors import sparse_linears, sparsify
 from tests.reference import finetune as reference
@@ -60,7 +61,7 @@ def test_evaluating_takes_a_part_of_the_time(limit, took, evaluations):
     for step in range(1, 101):
         if limit:
             clock._began = time.monotonic() - limit * step / 100
-        clock.on_step_end(None, SimpleNamespace(global_step=step), control)
+        clock.on_step_end(None, SimpleNamespace(global_step=step, num_input_tokens_seen=0), control)
         asked += control.should_evaluate
     assert asked == evaluations
 
@@ -106,6 +107,28 @@ def test_the_clock_ends_a_training_and_its_learning_rate(models, tmp_path):
     assert rates == sorted(rates, reverse=True)
     assert curve[-1]["seconds"] >= 1
     assert "eval_loss" in curve[-1]
+
+
+def test_the_speed_leaves_evaluations_out():
+    curve = [
+        {"step": 0, "seconds": 5.0, "tokens": 0, "eval_loss": 3.0},
+        {"step": 1, "seconds": 7.0, "tokens": 100, "loss": 3.0},
+        {"step": 2, "seconds": 8.0, "tokens": 200, "loss": 3.0},
+        {"step": 2, "seconds": 9.5, "tokens": 200, "eval_loss": 3.0},
+        {"step": 3, "seconds": 11.5, "tokens": 300, "loss": 3.0},
+    ]
+    assert tokens_per_second(curve) == 300 / (2 + 1 + 2)
+
+
+def test_the_bar_tells_the_speed_of_its_steps(monkeypatch):
+    now = iter([10.0, 12.0, 50.0, 51.0])
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(now))
+    speed = training._Speed()
+    assert speed.note() == ""
+    for before, after in ((1000, 1100), (1100, 1300)):
+        speed.begin(before)
+        speed.end(after)
+    assert speed.note() == "100 tokens/s"
 
 
 def test_a_loss_that_is_no_number_is_an_error(models, tmp_path):
