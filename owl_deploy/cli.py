@@ -304,6 +304,7 @@ def finetune(
     teacher: options.Teacher = None,
     temperature: options.LogitTemperature = None,
     teacher_weight: options.TeacherWeight = None,
+    feature_weight: options.FeatureWeight = None,
     max_steps: options.MaxSteps = None,
     max_minutes: options.MaxMinutes = None,
     learning_rate: options.LearningRate = None,

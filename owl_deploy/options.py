@@ -208,6 +208,10 @@ LogitTemperature = Annotated[
     float | None, Option(help="Of the teacher's and the student's logits. [1]")
 ]
 TeacherWeight = Annotated[float | None, Option(help="The teacher's share in the loss. [0.5]")]
+FeatureWeight = Annotated[
+    float | None,
+    Option(help="Of the squared errors of the blocks' outputs against the teacher's. [0]"),
+]
 MaxSteps = Annotated[int | None, Option(help="Steps of the optimizer. [one pass over the text]")]
 MaxMinutes = Annotated[float | None, Option(help="Stop then, if the steps are not over before.")]
 LearningRate = Annotated[float | None, Option(help="At its highest. [lora 1e-4, masked 5e-4]")]

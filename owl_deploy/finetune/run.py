@@ -16,11 +16,13 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from owl_deploy import adapter
 from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish
@@ -30,7 +32,7 @@ from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
 from owl_deploy.finetune.train import Schedule, last_checkpoint, tokens_per_second, train
-from owl_deploy.finetune.trainee import Trainee
+from owl_deploy.finetune.trainee import Distillation, Trainee
 from owl_deploy.hardware import find_device, find_training_dtype
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, kept_for_resuming
@@ -128,9 +130,10 @@ class Run:
         # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
         half = self.dtype == torch.bfloat16 and source.checkpoint.config.get("dtype") == "bfloat16"
         self.stored = torch.bfloat16 if half else torch.float32
-        self._teacher_model = None
+        self._teacher: tuple[Any, list[nn.Module]] | None = None
         if teacher is not None:
-            self._teacher_model = load_teacher(source, teacher, self.dtype)
+            like = settings.feature_weight is not None
+            self._teacher = load_teacher(source, teacher, self.dtype, like=like)
 
     def _check_ranks(self) -> None:
         """Refuse processes that would have nothing to read, or that read different things."""
@@ -306,13 +309,19 @@ class Run:
         shutil.rmtree(partial.folder / f"group-{index}")
 
     def _trainee(self, model: Any) -> Trainee:  # noqa: ANN401 - transformers is untyped
-        return Trainee(
-            model,
-            self._teacher_model,
-            dtype=self.dtype,
-            temperature=self.settings.temperature or 1.0,
-            weight=self.settings.teacher_weight or 0.0,
-        )
+        return Trainee(model, self._distillation(model), dtype=self.dtype)
+
+    def _distillation(self, model: Any) -> Distillation | None:  # noqa: ANN401
+        if self._teacher is None:
+            return None
+        teacher, blocks = self._teacher
+        settings = self.settings
+        how = Distillation(teacher, settings.temperature or 1.0, settings.teacher_weight or 0.0)
+        if settings.feature_weight is None:
+            return how
+        plain = model.get_base_model() if settings.method == "lora" else model
+        own = [plain.get_submodule(name) for name in self.source.blocks]
+        return replace(how, feature_weight=settings.feature_weight, blocks=blocks, of_student=own)
 
     def _train(
         self, trainee: Trainee, partial: Partial, index: int, groups: int

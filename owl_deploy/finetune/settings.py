@@ -22,10 +22,11 @@ class FinetuneSettings(BaseModel):
     of `sequence_length` tokens go through the model at once, `gradient_accumulation` such batches
     before a step. `max_steps`: None is one pass over the text; `max_minutes` ends a run before it.
     `warmup`: share of the run in which the learning rate rises; then it falls linearly to 0.
-    `block_group`: blocks trained at a time (masked), all when None. `temperature` and
-    `teacher_weight` (the distillation loss's share) need a teacher. `rank`, `alpha`, `dropout`,
-    `target_modules`: LoRA's; no modules: the attention's query and value. `dtype`: what the matrix
-    products are computed in; what is trained is float32.
+    `block_group`: blocks trained at a time (masked), all when None. `temperature`,
+    `teacher_weight` (the distillation loss's share) and `feature_weight` (of the squared errors of
+    the blocks' outputs, each over its square; none when None) need a teacher. `rank`, `alpha`,
+    `dropout`, `target_modules`: LoRA's; no modules: the attention's query and value. `dtype`: what
+    the matrix products are computed in; what is trained is float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class FinetuneSettings(BaseModel):
     block_group: int | None = None
     temperature: float | None = None
     teacher_weight: float | None = None
+    feature_weight: float | None = None
     rank: int | None = None
     alpha: int | None = None
     dropout: float | None = None
@@ -71,6 +73,7 @@ class FinetuneSettings(BaseModel):
             "max_minutes": 0,
             "block_group": 1,
             "temperature": 0,
+            "feature_weight": 0,
             "rank": 1,
             "alpha": 1,
         }
@@ -101,7 +104,7 @@ def resolved(values: FinetuneSettings | dict[str, Any], teacher: bool) -> Finetu
     if teacher:
         filled |= {"temperature": 1.0, "teacher_weight": 0.5}
     else:
-        _refuse(asked, ("temperature", "teacher_weight"), "needs a --teacher.")
+        _refuse(asked, ("temperature", "teacher_weight", "feature_weight"), "needs a --teacher.")
     given = {name: value for name, value in asked.model_dump().items() if value is not None}
     return FinetuneSettings(**(filled | given))
 

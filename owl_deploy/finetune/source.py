@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
@@ -148,9 +149,24 @@ class Source:
                     )
 
 
-def load_teacher(student: Source, model: str, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    """The teacher, frozen, in `dtype`; `BadInput` when its vocabulary is not the student's."""
+def load_teacher(
+    student: Source, model: str, dtype: torch.dtype, *, like: bool = False
+) -> tuple[Any, list[nn.Module]]:
+    """The teacher, frozen, in `dtype`, and its blocks.
+
+    Raises `BadInput` when its vocabulary is not the student's and, where it has to be `like` it,
+    when it has other blocks.
+    """
     teacher = open_checkpoint(model)
+    shapes = [
+        (len(one.blocks), one.config.get("hidden_size")) for one in (student.checkpoint, teacher)
+    ]
+    if like and shapes[0] != shapes[1]:
+        raise BadInput(
+            f"--feature-weight compares blocks, and the teacher has {shapes[1][0]} of width "
+            f"{shapes[1][1]}, the student {shapes[0][0]} of width {shapes[0][1]}.",
+            "Give the dense model this one was pruned from, or leave --feature-weight out.",
+        )
     sizes = [one.config.get("vocab_size") for one in (student.checkpoint, teacher)]
     words = [load_tokenizer(one.folder).get_vocab() for one in (student.checkpoint, teacher)]
     if sizes[0] != sizes[1] or words[0] != words[1]:
@@ -159,4 +175,5 @@ def load_teacher(student: Source, model: str, dtype: torch.dtype) -> Any:  # noq
             f"({sizes[1]} entries and {sizes[0]}).",
             "A teacher must read the same tokens: give the dense model this one was pruned from.",
         )
-    return teacher.load(dtype)
+    loaded = teacher.load(dtype)
+    return loaded, [loaded.get_submodule(name) for name in teacher.blocks]

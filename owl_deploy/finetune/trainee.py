@@ -1,6 +1,8 @@
 """What the Trainer trains: a model that gives its own loss, with a teacher beside it if asked."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,27 +11,42 @@ from torch import nn
 from owl_deploy.survivors import sparse_linears
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher, and what is learnt from it.
+
+    The loss gets the share `weight` of the distillation loss of logits over `temperature`, and
+    `feature_weight` times the feature loss, between `blocks` of the teacher and `of_student`, as
+    many.
+    """
+
+    teacher: Any
+    temperature: float = 1.0
+    weight: float = 0.0
+    feature_weight: float = 0.0
+    blocks: Sequence[nn.Module] = ()
+    of_student: Sequence[nn.Module] = ()
+
+
 class Trainee(nn.Module):
     """A causal language model whose state is what it trains, and nothing else.
 
     `dtype`: what matrix products are computed in (torch's autocast); sums and losses are float32.
-    In training the loss is (1 - `weight`) times the cross-entropy plus `weight` times the
-    distillation loss; in evaluation, and without a teacher, the cross-entropy alone.
+    In training with a `distillation` the loss is (1 - its weight) times the cross-entropy plus
+    what it says; in evaluation, and without one, the cross-entropy alone.
     """
 
     def __init__(
         self,
         model: Any,  # noqa: ANN401 - transformers is untyped
-        teacher: Any = None,  # noqa: ANN401
+        distillation: Distillation | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        temperature: float = 1.0,
-        weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
-        self.teacher = teacher
-        self.dtype, self.temperature, self.weight = dtype, temperature, weight
+        self.teacher = None if distillation is None else distillation.teacher
+        self.distillation, self.dtype = distillation, dtype
 
     def train(self, mode: bool = True) -> "Trainee":
         """Switch the student's dropout; the teacher never drops anything."""
@@ -40,14 +57,22 @@ class Trainee(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The mean loss, in nats a predicted token; ids and labels: [batch, length], the same."""
+        if self.distillation is not None and self.training:
+            return {"loss": self._distilled(self.distillation, input_ids, labels)}
         logits = self._logits(self.model, input_ids)
+        return {"loss": nn.functional.cross_entropy(logits, labels[:, 1:].flatten())}
+
+    def _distilled(
+        self, how: Distillation, input_ids: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        with _outputs(how.of_student) as own:
+            logits = self._logits(self.model, input_ids)
+        with _outputs(how.blocks) as theirs, torch.no_grad():
+            wanted = self._logits(how.teacher, input_ids)
         loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
-        if self.teacher is not None and self.training:
-            with torch.no_grad():
-                wanted = self._logits(self.teacher, input_ids)
-            distilled = distillation_loss(logits, wanted, self.temperature)
-            loss = (1 - self.weight) * loss + self.weight * distilled
-        return {"loss": loss}
+        distilled = distillation_loss(logits, wanted, how.temperature)
+        loss = (1 - how.weight) * loss + how.weight * distilled
+        return loss + how.feature_weight * feature_loss(own, theirs) if own else loss
 
     def _logits(self, model: Any, ids: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
         """What predicts ids[:, 1:], as float32 [batch * (length - 1), vocabulary]."""
@@ -83,6 +108,33 @@ class Trainee(nn.Module):
         """Bring the sparse layers' weights up to date, after the optimizer's step."""
         for _, sparse in sparse_linears(self.model):
             sparse.refresh()
+
+
+@contextlib.contextmanager
+def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that gets the hidden states that leave each block, [batch, length, width]."""
+    found: list[torch.Tensor] = []
+
+    def note(_block: nn.Module, _inputs: object, left: Any) -> None:  # noqa: ANN401
+        found.append(left[0] if isinstance(left, tuple) else left)
+
+    handles = [block.register_forward_hook(note) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def feature_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """SquareHead (arXiv 2310.06927): the squared error of each block's output over its square.
+
+    Summed over the blocks; both are [batch, length, width] a block. The scale makes early blocks,
+    whose outputs are small, count as later ones do.
+    """
+    pairs = [(own.float(), wanted.float()) for own, wanted in zip(student, teacher, strict=True)]
+    shares = [(own - wanted).square().mean() / wanted.square().mean() for own, wanted in pairs]
+    return torch.stack(shares).sum()
 
 
 def distillation_loss(

@@ -88,6 +88,7 @@ def test_a_killed_run_resumes_to_the_same_losses(owl, sparse, text_file, tmp_pat
         (["--method", "masked", "--rank", "4"], "--rank belongs to --method lora"),
         (["--block-group", "1"], "--block-group belongs to --method masked"),
         (["--temperature", "2"], "--temperature needs a --teacher"),
+        (["--feature-weight", "1"], "--feature-weight needs a --teacher"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--learning-rate", "nan"], "--learning-rate must be above 0"),
         (["--max-minutes", "-1"], "--max-minutes must be above 0"),

@@ -1,5 +1,7 @@
 """Fine-tuning the plain way: dense weights, and every gradient multiplied by the mask."""
 
+import copy
+
 import torch
 
 
@@ -35,3 +37,30 @@ def train_under_a_mask(model, blocks, window, steps, learning_rate):
 def merge_under_the_mask(weight, a, b, scale):
     """(W + scale B A) where W is not zero; weight [out, in], a [rank, in], b [out, rank]."""
     return (weight + scale * (b @ a)) * (weight != 0)
+
+
+def block_errors(student, teacher, blocks, ids):
+    """For each of the `blocks` |student's output - teacher's|^2 / |teacher's|^2, over all tokens.
+
+    A block's output is found by cutting the model off behind it: what follows is left out, and the
+    norm that comes last becomes nothing.
+    """
+
+    def output(model, count):
+        cut = copy.deepcopy(model)
+        path, _, _ = blocks[0].rpartition(".")
+        layers = cut.get_submodule(path)
+        cut.set_submodule(path, torch.nn.ModuleList(layers[:count]))
+        parent = cut.get_submodule(path.rpartition(".")[0])
+        for name in ("norm", "final_layer_norm"):
+            if hasattr(parent, name):
+                setattr(parent, name, torch.nn.Identity())
+        cut.config.num_hidden_layers = parent.config.num_hidden_layers = count
+        with torch.no_grad():
+            return cut.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    errors = []
+    for count in range(1, len(blocks) + 1):
+        own, wanted = output(student, count), output(teacher, count)
+        errors.append(float((own - wanted).pow(2).sum() / wanted.pow(2).sum()))
+    return errors

@@ -224,3 +224,29 @@ def test_a_teacher_with_another_vocabulary(models, text_file, tmp_path):
     tiny.write_tokenizer(same_size, vocabulary=300)
     with pytest.raises(BadInput, match="another vocabulary"):
         finetune(sparse, tmp_path / "out", str(text_file), QUICK, teacher=str(same_size))
+
+
+def test_blocks_are_compared_with_a_teacher_that_has_as_many(models, text_file, tmp_path):
+    dense, sparse = models("llama")
+    other = tiny.write_llama(tmp_path / "other", num_hidden_layers=3)
+    values = QUICK | {"feature_weight": 1.0}
+    with pytest.raises(BadInput, match="teacher has 3 of width 64, the student 2"):
+        finetune(sparse, tmp_path / "out", str(text_file), values, teacher=str(other))
+    for how in ({"method": "masked", "block_group": 1}, {"merge": "masked"}):
+        done = finetune(
+            sparse, tmp_path / "out", str(text_file), values | how, teacher=str(dense), force=True
+        )
+        assert done.finetune.held_out_loss.after < done.finetune.held_out_loss.before
+
+
+def test_several_texts_are_one_after_another(models, text_file, tmp_path):
+    _, sparse = models("llama")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "more.txt").write_text(tiny.text(2000))
+    texts = [str(text_file), str(folder)]
+    manifest = finetune(sparse, tmp_path / "out", texts, QUICK | {"method": "masked"}).to_json()
+    one = finetune(sparse, tmp_path / "one", texts[0], QUICK | {"method": "masked"}).to_json()
+    told, alone = (each["finetune"]["text"] for each in (manifest, one))
+    assert (told["source"], alone["source"]) == (texts, texts[0])
+    assert told["windows"] > 1.4 * alone["windows"]

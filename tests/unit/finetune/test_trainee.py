@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from owl_deploy.finetune.trainee import Trainee, distillation_loss
+from owl_deploy.finetune.source import Source, load_teacher
+from owl_deploy.finetune.trainee import Distillation, Trainee, distillation_loss, feature_loss
+from tests.reference import finetune as reference
 
 
 class Fixed(torch.nn.Module):
@@ -34,7 +36,7 @@ def test_distillation_by_hand(temperature, expected):
 
 
 def test_the_teacher_weighs_in_training_only():
-    trainee = Trainee(Fixed([0.0, math.log(3)]), Fixed([0.0, 0.0]), weight=0.25)
+    trainee = Trainee(Fixed([0.0, math.log(3)]), Distillation(Fixed([0.0, 0.0]), weight=0.25))
     ids = torch.tensor([[0, 1, 1]])
     cross_entropy = -math.log(3 / 4)
     divergence = 0.5 * math.log(4 / 3)
@@ -44,6 +46,31 @@ def test_the_teacher_weighs_in_training_only():
 
 
 def test_the_teacher_drops_nothing():
-    trainee = Trainee(Fixed([0.0]), Fixed([0.0])).train()
+    trainee = Trainee(Fixed([0.0]), Distillation(Fixed([0.0]))).train()
     assert trainee.model.training
     assert not trainee.teacher.training
+
+
+def test_the_feature_loss_by_hand():
+    # errors 1 and 0 of squares 4 and 1; then 3 of square 1, three times over
+    student = [torch.tensor([[[3.0], [1.0]]]), torch.full((1, 3, 1), 4.0)]
+    teacher = [torch.tensor([[[2.0], [1.0]]]), torch.ones(1, 3, 1)]
+    assert float(feature_loss(student, teacher)) == pytest.approx(1 / 5 + 9)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_blocks_learn_from_the_teachers_blocks(models, family):
+    dense, sparse = models(family)
+    source = Source(sparse)
+    model = source.load(torch.float32)
+    teacher, blocks = load_teacher(source, str(dense), torch.float32, like=True)
+    own = [model.get_submodule(name) for name in source.blocks]
+    ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(5))
+    how = Distillation(teacher, 1.0, 0.25, 0.5, blocks, own)
+    found = Trainee(model, how).train()(ids, ids)["loss"].detach()
+    without = Trainee(model, Distillation(teacher, 1.0, 0.25)).train()(ids, ids)["loss"].detach()
+    expected = reference.block_errors(model, teacher, source.blocks, ids)
+    assert len(expected) == 2
+    assert min(expected) > 1e-4
+    assert float(found - without) == pytest.approx(0.5 * sum(expected), rel=1e-4)
+    assert not any(block._forward_hooks for block in (*own, *blocks))
