@@ -305,6 +305,7 @@ def finetune(
     temperature: options.LogitTemperature = None,
     teacher_weight: options.TeacherWeight = None,
     feature_weight: options.FeatureWeight = None,
+    teacher_top: options.TeacherTop = None,
     max_steps: options.MaxSteps = None,
     max_minutes: options.MaxMinutes = None,
     learning_rate: options.LearningRate = None,

@@ -212,6 +212,10 @@ FeatureWeight = Annotated[
     float | None,
     Option(help="Of the squared errors of the blocks' outputs against the teacher's. [0]"),
 ]
+TeacherTop = Annotated[
+    int | None,
+    Option(help="Its likeliest tokens that count, kept on disk where windows repeat. [all]"),
+]
 MaxSteps = Annotated[int | None, Option(help="Steps of the optimizer. [one pass over the text]")]
 MaxMinutes = Annotated[float | None, Option(help="Stop then, if the steps are not over before.")]
 LearningRate = Annotated[float | None, Option(help="At its highest. [lora 1e-4, masked 5e-4]")]

@@ -28,6 +28,7 @@ from owl_deploy import adapter
 from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish
 from owl_deploy.checkpoint import GRID, shards, write_compatible
 from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.finetune.logits import TeacherCache, cache_bytes
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.source import Source, load_teacher
@@ -130,6 +131,10 @@ class Run:
         # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
         half = self.dtype == torch.bfloat16 and source.checkpoint.config.get("dtype") == "bfloat16"
         self.stored = torch.bfloat16 if half else torch.float32
+        self._cache: TeacherCache | None = None
+        vocabulary = source.checkpoint.config.get("vocab_size", 0)
+        if settings.teacher_top is not None and settings.teacher_top >= vocabulary:
+            raise BadInput(f"--teacher-top must be below the vocabulary's {vocabulary} entries.")
         self._teacher: tuple[Any, list[nn.Module]] | None = None
         if teacher is not None:
             like = settings.feature_weight is not None
@@ -189,10 +194,30 @@ class Run:
         A checkpoint takes its size, and its trained tensors lie beside it meanwhile, from an
         earlier run perhaps: hence `copies`. An adapter takes little.
         """
-        if not self.sparse_result:
-            return
-        files = set(self.source.checkpoint.files.values())
-        check_room(folder, copies * sum(path.stat().st_size for path in files), "The result")
+        needed = 0
+        if self.sparse_result:
+            files = set(self.source.checkpoint.files.values())
+            needed = copies * sum(path.stat().st_size for path in files)
+            check_room(folder, needed, "The result")
+        if cache := self._cache_bytes * self.ranks.size:
+            check_room(
+                folder, needed + cache, "The teacher's cache for --teacher-top, and the result,"
+            )
+
+    @property
+    def _cache_bytes(self) -> int:
+        """What a process keeps of the teacher; nothing where no window comes again."""
+        top = self.settings.teacher_top
+        steps = self.settings.max_steps or self._steps_a_pass
+        if top is None or (self._groups == 1 and steps <= self._steps_a_pass):
+            return 0
+        windows, length = self.windows[0].shape
+        return cache_bytes(windows, length - 1, top)
+
+    @property
+    def _groups(self) -> int:
+        blocks = len(self.source.blocks)
+        return math.ceil(blocks / (self.settings.block_group or blocks))
 
     def _describe_text(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -212,6 +237,10 @@ class Run:
         if self.ranks.leads:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
+        if self._cache_bytes:
+            windows, length = self.windows[0].shape
+            name, top = f"teacher-{self.ranks.rank}", self.settings.teacher_top or 0
+            self._cache = TeacherCache(partial.folder, name, windows, length - 1, top)
         model = self.source.load(self.stored)
         if self.settings.method == "masked":
             tensors, outcome = self._masked(model, partial)
@@ -316,7 +345,13 @@ class Run:
             return None
         teacher, blocks = self._teacher
         settings = self.settings
-        how = Distillation(teacher, settings.temperature or 1.0, settings.teacher_weight or 0.0)
+        how = Distillation(
+            teacher,
+            settings.temperature or 1.0,
+            settings.teacher_weight or 0.0,
+            top=settings.teacher_top,
+            cache=self._cache,
+        )
         if settings.feature_weight is None:
             return how
         plain = model.get_base_model() if settings.method == "lora" else model

@@ -24,9 +24,11 @@ class FinetuneSettings(BaseModel):
     `warmup`: share of the run in which the learning rate rises; then it falls linearly to 0.
     `block_group`: blocks trained at a time (masked), all when None. `temperature`,
     `teacher_weight` (the distillation loss's share) and `feature_weight` (of the squared errors of
-    the blocks' outputs, each over its square; none when None) need a teacher. `rank`, `alpha`,
-    `dropout`, `target_modules`: LoRA's; no modules: the attention's query and value. `dtype`: what
-    the matrix products are computed in; what is trained is float32.
+    the blocks' outputs, each over its square; none when None) need a teacher, as does
+    `teacher_top`: so many of its likeliest tokens count each for itself, all when None, and are
+    kept on disk where windows come again. `rank`, `alpha`, `dropout`, `target_modules`: LoRA's; no
+    modules: the attention's query and value. `dtype`: what the matrix products are computed in;
+    what is trained is float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +47,7 @@ class FinetuneSettings(BaseModel):
     temperature: float | None = None
     teacher_weight: float | None = None
     feature_weight: float | None = None
+    teacher_top: int | None = None
     rank: int | None = None
     alpha: int | None = None
     dropout: float | None = None
@@ -74,6 +77,7 @@ class FinetuneSettings(BaseModel):
             "block_group": 1,
             "temperature": 0,
             "feature_weight": 0,
+            "teacher_top": 1,
             "rank": 1,
             "alpha": 1,
         }
@@ -101,10 +105,17 @@ def resolved(values: FinetuneSettings | dict[str, Any], teacher: bool) -> Finetu
         _refuse(asked, ("block_group",), "belongs to --method masked.")
     else:
         _refuse(asked, ("merge", *_LORA, "target_modules"), "belongs to --method lora.")
+    if asked.teacher_top is not None and asked.feature_weight is not None:
+        raise BadInput(
+            "--teacher-top keeps what the teacher says, and --feature-weight asks for its blocks' "
+            "outputs in every step.",
+            "Leave one of them out.",
+        )
     if teacher:
         filled |= {"temperature": 1.0, "teacher_weight": 0.5}
     else:
-        _refuse(asked, ("temperature", "teacher_weight", "feature_weight"), "needs a --teacher.")
+        needing = ("temperature", "teacher_weight", "feature_weight", "teacher_top")
+        _refuse(asked, needing, "needs a --teacher.")
     given = {name: value for name, value in asked.model_dump().items() if value is not None}
     return FinetuneSettings(**(filled | given))
 

@@ -146,7 +146,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         ids = self._ids[index].long()
-        return {"input_ids": ids, "labels": ids}
+        return {"input_ids": ids, "labels": ids, "windows": torch.tensor(index)}
 
 
 class _Speed:

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from owl_deploy.finetune.logits import (
+    Likeliest,
+    TeacherCache,
+    cut_distillation_loss,
+    likeliest,
+)
 from owl_deploy.survivors import sparse_linears
 
 
@@ -15,7 +21,8 @@ from owl_deploy.survivors import sparse_linears
 class Distillation:
     """A teacher, and what is learnt from it.
 
-    The loss gets the share `weight` of the distillation loss of logits over `temperature`, and
+    The loss gets the share `weight` of the distillation loss of logits over `temperature`, with
+    `top` of the teacher's `top` likeliest tokens, which `cache` keeps if it is there; and
     `feature_weight` times the feature loss, between `blocks` of the teacher and `of_student`, as
     many.
     """
@@ -26,6 +33,8 @@ class Distillation:
     feature_weight: float = 0.0
     blocks: Sequence[nn.Module] = ()
     of_student: Sequence[nn.Module] = ()
+    top: int | None = None
+    cache: TeacherCache | None = None
 
 
 class Trainee(nn.Module):
@@ -55,24 +64,60 @@ class Trainee(nn.Module):
             self.teacher.eval()
         return self
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The mean loss, in nats a predicted token; ids and labels: [batch, length], the same."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        windows: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The mean loss, in nats a predicted token; ids and labels: [batch, length], the same.
+
+        `windows`: the windows' numbers [batch], for the teacher's cache.
+        """
         if self.distillation is not None and self.training:
-            return {"loss": self._distilled(self.distillation, input_ids, labels)}
+            return {"loss": self._distilled(self.distillation, input_ids, labels, windows)}
         logits = self._logits(self.model, input_ids)
         return {"loss": nn.functional.cross_entropy(logits, labels[:, 1:].flatten())}
 
     def _distilled(
-        self, how: Distillation, input_ids: torch.Tensor, labels: torch.Tensor
+        self,
+        how: Distillation,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        windows: torch.Tensor | None,
     ) -> torch.Tensor:
         with _outputs(how.of_student) as own:
             logits = self._logits(self.model, input_ids)
-        with _outputs(how.blocks) as theirs, torch.no_grad():
-            wanted = self._logits(how.teacher, input_ids)
+        with _outputs(how.blocks) as theirs:
+            distilled = self._of_logits(how, logits, input_ids, windows)
         loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
-        distilled = distillation_loss(logits, wanted, how.temperature)
         loss = (1 - how.weight) * loss + how.weight * distilled
         return loss + how.feature_weight * feature_loss(own, theirs) if own else loss
+
+    def _of_logits(
+        self,
+        how: Distillation,
+        logits: torch.Tensor,
+        input_ids: torch.Tensor,
+        windows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if how.top is None:
+            with torch.no_grad():
+                wanted = self._logits(how.teacher, input_ids)
+            return distillation_loss(logits, wanted, how.temperature)
+        with torch.no_grad():
+            cut = self._likeliest(how, how.top, input_ids, windows)
+        return cut_distillation_loss(logits, cut, how.temperature)
+
+    def _likeliest(
+        self, how: Distillation, top: int, input_ids: torch.Tensor, windows: torch.Tensor | None
+    ) -> Likeliest:
+        def ask(places: torch.Tensor) -> Likeliest:
+            return likeliest(self._logits(how.teacher, input_ids[places]), top, how.temperature)
+
+        if how.cache is None or windows is None:
+            return ask(torch.arange(len(input_ids), device=input_ids.device))
+        return how.cache.of(windows, ask)
 
     def _logits(self, model: Any, ids: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
         """What predicts ids[:, 1:], as float32 [batch * (length - 1), vocabulary]."""

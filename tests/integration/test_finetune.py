@@ -89,6 +89,8 @@ def test_a_killed_run_resumes_to_the_same_losses(owl, sparse, text_file, tmp_pat
         (["--block-group", "1"], "--block-group belongs to --method masked"),
         (["--temperature", "2"], "--temperature needs a --teacher"),
         (["--feature-weight", "1"], "--feature-weight needs a --teacher"),
+        (["--teacher-top", "8"], "--teacher-top needs a --teacher"),
+        (["--teacher-top", "8", "--feature-weight", "1"], "Leave one of them out"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--learning-rate", "nan"], "--learning-rate must be above 0"),
         (["--max-minutes", "-1"], "--max-minutes must be above 0"),

@@ -250,3 +250,54 @@ def test_several_texts_are_one_after_another(models, text_file, tmp_path):
     told, alone = (each["finetune"]["text"] for each in (manifest, one))
     assert (told["source"], alone["source"]) == (texts, texts[0])
     assert told["windows"] > 1.4 * alone["windows"]
+
+
+def test_a_cache_of_the_teacher_changes_nothing(models, text_file, tmp_path, monkeypatch):
+    dense, sparse = models("llama")
+    values = QUICK | {"method": "masked", "block_group": 1, "teacher_top": 8, "max_steps": 8}
+    asked, made = [], module.TeacherCache.of
+
+    def counted(self, windows, make):
+        def noted(places):
+            asked.extend(windows[places].tolist())
+            return make(places)
+
+        return made(self, windows, noted)
+
+    monkeypatch.setattr(module.TeacherCache, "of", counted)
+    kept = finetune(sparse, tmp_path / "kept", str(text_file), values, teacher=str(dense))
+    assert len(asked) == len(set(asked)) == 4 * 4  # the second group reads what the first did
+    monkeypatch.setattr(module.Run, "_cache_bytes", 0)
+    again = finetune(sparse, tmp_path / "again", str(text_file), values, teacher=str(dense))
+    assert losses(kept) == losses(again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "kept"]
+
+
+def test_no_room_for_the_teachers_cache(models, text_file, tmp_path, monkeypatch):
+    dense, sparse = models("llama")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    monkeypatch.setattr(module.Run, "execute", lambda *_: 1 / 0)
+    values = QUICK | {"teacher_top": 300, "max_steps": 10**6}
+    with pytest.raises(BadInput, match=r"The teacher's cache .* the disk has 0\.0 GiB left"):
+        finetune(sparse, tmp_path / "out", str(text_file), values, teacher=str(dense))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError):  # in one pass nothing comes again
+        finetune(
+            sparse,
+            tmp_path / "out",
+            str(text_file),
+            QUICK | {"teacher_top": 300},
+            teacher=str(dense),
+        )
+
+
+def test_more_of_the_teachers_tokens_than_there_are(models, text_file, tmp_path):
+    dense, sparse = models("llama")
+    with pytest.raises(BadInput, match="below the vocabulary's 320"):
+        finetune(
+            sparse,
+            tmp_path / "out",
+            str(text_file),
+            QUICK | {"teacher_top": 320},
+            teacher=str(dense),
+        )
