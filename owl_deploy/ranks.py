@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _PATIENCE = timedelta(hours=2)  # for the slowest Linear of a block, and for writing the result
 _A_SENTENCE_S = 10.0  # until another rank has said why the run ends
@@ -79,6 +80,15 @@ class Ranks:
         with _talking():
             torch.distributed.all_gather_object(found, value)
         return found
+
+    def shared(self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+        """Together: what `do` makes of each of the `items`, the same on all ranks, in their order.
+
+        `do` is called once, with every `size`-th of them: neighbours are often alike in what they
+        cost.
+        """
+        found = self.gathered(list(do(items[self.rank :: self.size])))
+        return [found[index % self.size][index // self.size] for index in range(len(items))]
 
     def from_leader(self, make: Callable[[], T]) -> T:
         """Together: what `make`, which the leader alone calls, gives there."""
@@ -206,7 +216,8 @@ def _told_to_end(_signal: int, _frame: FrameType | None) -> None:
 def _ended() -> EnvironmentFailed:
     return EnvironmentFailed(
         "Another process of this run has ended or does not answer.",
-        "torchrun says which one; a run that has kept something goes on with --resume.",
+        "torchrun says which one; a run that has kept something goes on with --resume, and answers "
+        "to tasks are kept.",
     )
 
 

@@ -33,17 +33,19 @@ def asked(model: Path, text: Path, output: Path, **settings: Any) -> dict[str, A
 def run(one: dict[str, Any]) -> None:
     """Do what one object asks, in this process or together with the others.
 
-    With `window`: measure the perplexity, into the file `output`. With `killed`, [rank, count]:
+    With `window`: measure the perplexity, or as the rest says, into the file `output`. With `killed`, [rank, count]:
     that process ends by SIGKILL as it talks to the others for the count-th time. With `unlike`: all
     but the first say that they have that version of torch.
     """
+    if "killed" in one:
+        _kill_later(*one["killed"])
     if "window" in one:
-        (found,) = evaluate([one["model"]], Asked(text=one["text"], window=one["window"]))
+        apart = ("model", "output", "killed")
+        asked = Asked(**{name: value for name, value in one.items() if name not in apart})
+        (found,) = evaluate([one["model"]], asked)
         if ranks.leads():
             Path(one["output"]).write_text(json.dumps(found.to_json()))
         return
-    if "killed" in one:
-        _kill_later(*one["killed"])
     if "unlike" in one and not ranks.leads():
         told = pruning.versions() | {"torch": one["unlike"]}
         pruning.versions = lambda: told

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -19,6 +20,7 @@ from lm_eval.api.task import ConfigurableTask
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.sandbox import judge, require_sandbox
 from owl_deploy.progress import bar
+from owl_deploy.ranks import ALONE, Ranks
 
 NAME = "humaneval"
 PASS_AT_1 = "pass@1"
@@ -53,6 +55,7 @@ class HumanEval(ConfigurableTask):  # type: ignore[misc] # the harness has no ty
 
     def __init__(self) -> None:
         self.chat = False
+        self._ranks = ALONE
         self.answers: list[Answer] = []
         self._passed: dict[str, bool] = {}
         super().__init__(
@@ -71,9 +74,12 @@ class HumanEval(ConfigurableTask):  # type: ignore[misc] # the harness has no ty
             }
         )
 
-    def for_model(self, chat: bool, window: int) -> None:
-        """Ask as a model with a chat template is asked, or as one without, that sees `window`."""
-        self.chat = chat
+    def for_model(self, chat: bool, window: int, ranks: Ranks = ALONE) -> None:
+        """Ask as a model with a chat template is asked, or as one without, that sees `window`.
+
+        The `ranks` share the running of the programs.
+        """
+        self.chat, self._ranks = chat, ranks
         text, until = _ASKED[chat]
         most = min(_LONGEST, window // 2)
         self.set_config(key="doc_to_text", value=text)
@@ -90,15 +96,19 @@ class HumanEval(ConfigurableTask):  # type: ignore[misc] # the harness has no ty
     def apply_filters(self) -> None:
         """Called when all answers are there: run the programs that they make."""
         super().apply_filters()
-        self.answers = []
-        with bar("Running the programs", len(self.instances)) as advance:
-            for instance in self.instances:
+        self.answers = self._ranks.shared(self.instances, self._judged)
+        self._passed = {answer.problem: answer.passed for answer in self.answers}
+
+    def _judged(self, instances: Sequence[Any]) -> list[Answer]:
+        found = []
+        with bar("Running the programs", len(instances)) as advance:
+            for instance in instances:
                 problem, text = instance.doc, instance.resps[0]
                 program = (program_of if self.chat else continued)(problem, text)
                 outcome = judge(program, problem["test"], problem["entry_point"])
-                self.answers.append(Answer(problem["task_id"], text, **asdict(outcome)))
+                found.append(Answer(problem["task_id"], text, **asdict(outcome)))
                 advance(1)
-        self._passed = {answer.problem: answer.passed for answer in self.answers}
+        return found
 
     def process_results(self, doc: dict[str, Any], _results: list[str]) -> dict[str, float]:
         """Whether the answer to `doc` passed, as 0 or 1."""

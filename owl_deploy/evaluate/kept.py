@@ -16,11 +16,13 @@ class KeptAnswers:
 
     What the file has already is not generated again. `model` is the harness's, `batch` how many
     answers it makes at once, `key` what they depend on; `forget` when they are in a result.
+    Each of several processes, by its `rank`, writes a file of its own, and reads those of all.
     """
 
-    def __init__(self, model: Any, batch: int, key: object) -> None:  # noqa: ANN401 - no types
+    def __init__(self, model: Any, batch: int, key: object, rank: int = 0) -> None:  # noqa: ANN401 - no types
         self._model, self._batch = model, batch
-        self._file = cache_dir("eval", "answers") / f"{_digest(key)}.jsonl"
+        self._folder, self._name = cache_dir("eval", "answers"), _digest(key)
+        self._file = self._folder / f"{self._name}{f'-{rank}' if rank else ''}.jsonl"
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._model, name)
@@ -44,17 +46,22 @@ class KeptAnswers:
         return [answers[key] for key in keys]
 
     def forget(self) -> None:
-        """Remove the file: the next evaluation begins anew."""
-        self._file.unlink(missing_ok=True)
+        """Remove the files, of all processes: the next evaluation begins anew."""
+        for file in self._files():
+            file.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._name}*.jsonl"))
 
     def _read(self) -> dict[str, str]:
-        if not self._file.is_file():
-            return {}
-        whole = self._file.read_bytes()
-        kept, _, cut = whole.rpartition(b"\n")  # a run that was killed may have written half a line
-        if cut:
-            self._file.write_bytes(kept + b"\n" if kept else b"")
-        return dict(json.loads(line) for line in kept.splitlines())
+        answers: dict[str, str] = {}
+        for file in self._files():
+            kept, _, cut = file.read_bytes().rpartition(b"\n")
+            # A run that was killed may have left half a line; another process may be at it now.
+            if cut and file == self._file:
+                file.write_bytes(kept + b"\n" if kept else b"")
+            answers |= dict(json.loads(line) for line in kept.splitlines())
+        return answers
 
 
 def state_of(folder: Path) -> list[list[Any]]:

@@ -101,7 +101,6 @@ def perplexity(
     """
     if is_deployment(folder):
         refuse_adapter(adapter)
-        refuse_ranks(ranks, "A deployment")
         return deployment_perplexity(
             folder,
             text,
@@ -249,12 +248,6 @@ def refuse_adapter(adapter: Path | None) -> None:
     """Raise `BadInput` if there is one, for a deployment."""
     if adapter is not None:
         raise BadInput("--adapter goes with a checkpoint; a deployment is as it was exported.")
-
-
-def refuse_ranks(ranks: Ranks, what: str) -> None:
-    """Raise `BadInput` where there are several, for `what`, which they do not share."""
-    if ranks.size > 1:
-        raise BadInput(f"{what} is evaluated by one process.", "Run owl eval without torchrun.")
 
 
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:

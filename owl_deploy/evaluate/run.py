@@ -8,12 +8,12 @@ from typing import Any
 from owl_deploy.engines import threads_for
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate import zero_shot
-from owl_deploy.evaluate.perplexity import Perplexity, perplexity, refuse_ranks
+from owl_deploy.evaluate.perplexity import Perplexity, is_deployment, perplexity
 from owl_deploy.evaluate.zero_shot import TaskResult
 from owl_deploy.hardware import ANY_HARDWARE, Hardware
 from owl_deploy.manifest import versions
 from owl_deploy.progress import error_console
-from owl_deploy.ranks import join
+from owl_deploy.ranks import Ranks, join
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
     if asked.text is None and not asked.tasks:
         raise BadInput("Nothing says what to evaluate by.", "Give --perplexity TEXT or --tasks.")
     ranks = join(versions())
+    _refuse_deployments(folders, ranks)
     threads = threads_for(asked.threads)
     tasks = None
     if asked.tasks:
-        refuse_ranks(ranks, "What is asked by --tasks")
         tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path, asked.allow_code)
     found = []
     for folder in map(Path, folders):
@@ -112,6 +112,17 @@ def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
                 threads=threads,
                 trust_library=asked.trust_library,
                 adapter=asked.adapter,
+                ranks=ranks,
             )
         found.append(Evaluation(str(folder), loss, results))
     return found
+
+
+def _refuse_deployments(folders: Sequence[str | Path], ranks: Ranks) -> None:
+    """Before any work: an engine is one process, which has the machine's cores to itself."""
+    for folder in map(Path, folders):
+        if ranks.size > 1 and is_deployment(folder):
+            raise BadInput(
+                f"{folder} is a deployment, which one process evaluates in its engine.",
+                "Run owl eval without torchrun.",
+            )

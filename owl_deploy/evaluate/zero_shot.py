@@ -24,8 +24,10 @@ from owl_deploy.evaluate.perplexity import (
     record,
     refuse_adapter,
 )
+from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
 from owl_deploy.progress import bar
+from owl_deploy.ranks import ALONE, Ranks, leads
 from owl_deploy.text import load_tokenizer
 
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -68,6 +70,16 @@ class Tasks:
     own: bool
 
 
+@contextlib.contextmanager
+def _one_speaks() -> Iterator[None]:
+    """Keep the harness's and its libraries' progress bars to the process that speaks."""
+    if leads():
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
 def require_harness() -> None:
     """Prepare the harness."""
     # Read when these are imported: a metric from the Hub would be code from the Hub.
@@ -81,6 +93,7 @@ def require_harness() -> None:
     lm_eval.caching.cache.PATH = str(folder)
 
 
+@_one_speaks()
 def load_tasks(names: Sequence[str], path: Path | None = None, allow_code: bool = False) -> Tasks:
     """The tasks called `names`, with their data; "paper" is the paper's seven.
 
@@ -123,7 +136,6 @@ def load_tasks(names: Sequence[str], path: Path | None = None, allow_code: bool 
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)  # the harness's own
     return Tasks(loaded, own or path is not None)
 
 
@@ -148,6 +160,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:  # noqa: ANN401 - the harn
     return found
 
 
+@_one_speaks()
 def evaluate_tasks(
     folder: Path,
     tasks: Tasks,
@@ -160,13 +173,14 @@ def evaluate_tasks(
     threads: int | None = None,
     trust_library: bool = False,
     adapter: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, TaskResult]:
     """Run `tasks` on a checkpoint, or on a deployment as it runs; results by task name.
 
     `limit`: only so many documents of each; `every` n: only each n-th. `window`: what the model
     sees at most; longer contexts are cut on the left. `hardware` and `adapter` are for checkpoints,
     `engine` and `threads` for deployments. Beside a folder that owl wrote lie its results without
-    an adapter.
+    an adapter. Of several `ranks` each answers for its documents, by a checkpoint.
     Raises `BadInput` for what cannot be run.
     """
     if limit is not None and limit < 1:
@@ -177,11 +191,12 @@ def evaluate_tasks(
         raise BadInput("--window is too small.", "A window needs two tokens at least.")
     with _opened(folder, window, hardware, engine, threads, trust_library, adapter) as opened:
         key = [state_of(folder), adapter and state_of(adapter), opened.by, opened.window]
-        model = KeptAnswers(opened.model, opened.batch, key)
+        kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
+        model = SharedModel(kept, ranks)
         try:
             results = {
                 name: result
-                for group in _groups(tasks, opened)
+                for group in _groups(tasks, opened, ranks)
                 for name, result in _run(model, group, (limit, every), opened).items()
             }
         except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
@@ -189,9 +204,10 @@ def evaluate_tasks(
                 f"The harness could not run these tasks on {folder} ({_first_line(error)}).",
                 "Is --window large enough for their continuations?",
             ) from error
-    if adapter is None:
+    if adapter is None and ranks.leads:
         record(folder, "tasks", {name: asdict(one) for name, one in results.items()}, add=True)
-    model.forget()
+    ranks.gathered(None)  # nobody reads or writes answers any more
+    kept.forget()
     return results
 
 
@@ -207,7 +223,7 @@ class _Group:
     cached: bool
 
 
-def _groups(tasks: Tasks, opened: "_Opened") -> list[_Group]:
+def _groups(tasks: Tasks, opened: "_Opened", ranks: Ranks) -> list[_Group]:
     """HumanEval is asked by chat where the model has a template for that; the others never."""
     from owl_deploy.evaluate.humaneval import HumanEval
 
@@ -215,7 +231,7 @@ def _groups(tasks: Tasks, opened: "_Opened") -> list[_Group]:
     code = {name: task for name, task in every.items() if isinstance(task, HumanEval)}
     chat = opened.model.tokenizer.chat_template is not None
     for task in code.values():
-        task.for_model(chat, opened.window)
+        task.for_model(chat, opened.window, ranks)
     others = {name: task for name, task in every.items() if name not in code}
     # One's own files change under the same name.
     found = [_Group(tasks.loaded | {"tasks": others}, False, not tasks.own)] if others else []
@@ -233,6 +249,8 @@ def _run(
 
     limit, every = chosen
     tasks = group.loaded["tasks"]
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=1234)  # the harness's own; each model gets the same examples
     samples = None
     if every > 1:
         samples = {n: [*range(0, len(t.eval_docs), every)][:limit] for n, t in tasks.items()}

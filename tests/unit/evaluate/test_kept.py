@@ -53,6 +53,22 @@ def test_a_run_that_was_ended_asks_only_for_the_rest(cache: Path) -> None:
     assert second.asked == ["c", "d", "e"]
 
 
+def test_processes_write_apart_and_read_what_any_has_kept(cache: Path) -> None:
+    KeptAnswers(Model(), 1, "key", rank=0).generate_until(REQUESTS[:2])
+    KeptAnswers(Model(), 1, "key", rank=2).generate_until(REQUESTS[3:])
+    (other,) = cache.glob("*-2.jsonl")
+    half = other.read_bytes() + b'["half'
+    other.write_bytes(half)  # that process is at it
+    model = Model()
+    answers = KeptAnswers(model, 1, "key", rank=1)
+    assert answers.generate_until(REQUESTS) == list("ABCDE")
+    assert model.asked == ["c"]
+    assert other.read_bytes() == half
+    assert len(list(cache.iterdir())) == 3
+    answers.forget()
+    assert not list(cache.iterdir())
+
+
 def test_answers_to_other_questions_are_not_taken() -> None:
     KeptAnswers(Model(), 1, "key").generate_until(REQUESTS)
     for key, requests in (

@@ -1,0 +1,47 @@
+"""A model of lm-evaluation-harness that several processes ask together."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from owl_deploy.ranks import Ranks
+
+
+class SharedModel:
+    """The harness's `model`, which every rank has, answering on each the requests of its documents.
+
+    All ranks ask for all requests, in one order, and get all answers: to the harness it is one
+    process. That is the second of the two ways that its model class names. The first, to give a
+    document to each rank as requests are built, draws other few-shot examples than one process.
+    """
+
+    def __init__(self, model: Any, ranks: Ranks) -> None:  # noqa: ANN401 - the harness has no types
+        self._model, self._ranks = model, ranks
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._model, name)
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """As the harness has it."""
+        return self._shared(requests, self._model.loglikelihood)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """As the harness has it."""
+        return self._shared(requests, self._model.loglikelihood_rolling)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """As the harness has it."""
+        return self._shared(requests, self._model.generate_until)
+
+    def _shared(
+        self, requests: Sequence[Any], answer: Callable[[list[Any]], Sequence[Any]]
+    ) -> list[Any]:
+        by_document = itertools.groupby(requests, lambda one: (one.task_name, one.doc_id))
+        documents = [list(own) for _, own in by_document]  # with one context, which is read once
+
+        def answered(mine: Sequence[list[Any]]) -> list[list[Any]]:
+            flat = [request for document in mine for request in document]
+            answers = iter(answer(flat) if flat else ())
+            return [list(itertools.islice(answers, len(document))) for document in mine]
+
+        return list(itertools.chain.from_iterable(self._ranks.shared(documents, answered)))
