@@ -20,6 +20,7 @@ from owl_deploy.ranks import leads, local_rank
 
 if TYPE_CHECKING:
     from owl_deploy.pipeline import Plan
+    from owl_deploy.record import Record
 
 
 class _Group(TyperGroup):
@@ -433,6 +434,7 @@ def sweep(
     from owl_deploy import pipeline
     from owl_deploy import sweep as sweeps
     from owl_deploy.bench.table import show_trade_off
+    from owl_deploy.record import Unfinished
 
     if needs and not ray:
         raise api.BadInput("--needs is of the tasks on a cluster.", "Say which by --ray.")
@@ -443,23 +445,31 @@ def sweep(
         lines = [f"{state:8}  {one.title}" for state, one in zip(states, tasks, strict=True)]
         whole = {"tasks": [one.model_dump(mode="json") for one in tasks], "states": states}
         return _emit(whole, as_json, lambda: typer.echo("\n".join(lines)))
-    if ray:
-        _on_cluster(tasks, model, output, ray, needs or [])
-    else:
-        pipeline.execute(tasks, _say)
-    result = sweeps.finish(tasks, output)
-    rows = sweeps.trade_off(result)
-    _emit({"trade_off": rows}, as_json, lambda: show_trade_off(rows, output / sweeps.REPORT))
-    sys.exit(4 if result.failures else 0)
+    execute = (
+        _on_cluster(model, output, ray, needs or [])
+        if ray
+        else lambda some: pipeline.attempt(some, _say)
+    )
+    result, left = sweeps.run(tasks, output, execute)
+    if result:
+        rows = sweeps.trade_off(result)
+        whole = {"trade_off": rows, "left": [one.model_dump(mode="json") for one in left]}
+        _emit(whole, as_json, lambda: show_trade_off(rows, output / sweeps.REPORT))
+    if left:
+        raise Unfinished(left, len(tasks), output / ("logs" if ray else sweeps.REPORT))
+    sys.exit(4 if result and result.failures else 0)
 
 
-def _on_cluster(tasks: "Plan", model: Path, output: Path, address: str, needs: list[str]) -> None:
-    """Execute the sweep's tasks on the Ray cluster at `address`."""
+def _on_cluster(
+    model: Path, output: Path, address: str, needs: list[str]
+) -> "Callable[[Plan], dict[int, Record]]":
+    """What executes a sweep's tasks on the Ray cluster at `address`."""
     from owl_deploy.cluster.needs import read_needs
     from owl_deploy.cluster.run import execute
 
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    execute(tasks, output, address, read_needs(needs), size)
+    given = read_needs(needs)
+    return lambda plan: execute(plan, output, address, given, size)
 
 
 @app.command()

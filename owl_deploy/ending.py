@@ -25,9 +25,15 @@ from owl_deploy.errors import (
 )
 from owl_deploy.ranks import one_voice
 
-DEFECT, READER_GONE = 70, 141
+READER_GONE = 141
 # What a system says for itself; other errors of it are a program's.
 _OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+
+
+class Defect(OwlError):
+    """What owl did not foresee: exit code 70."""
+
+    exit_code = 70
 
 
 class _Stdout:
@@ -84,10 +90,8 @@ def _run(app: Callable[[], object], stdout: _Stdout) -> int:
         app()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except OwlError as error:
-        return _say(error)
     except Exception as error:
-        return 0 if error is stdout.lost else _failed(error)
+        return 0 if error is stdout.lost else _say(explained(error))
     return 0
 
 
@@ -114,18 +118,19 @@ def _without_stdout(lost: OSError) -> int:
     )
 
 
-def _failed(error: Exception) -> int:
-    """Say what stopped a command that did not say it itself."""
+def explained(error: Exception) -> OwlError:
+    """What stopped a command, as the error that says it, where it does not so itself."""
+    if isinstance(error, OwlError):
+        return error
     if os.environ.get("OWL_DEBUG"):
         traceback.print_exception(error)
     if missing := not_installed(error):
-        return _say(missing)
+        return missing
     if is_out_of_memory(error):
-        return _say(EnvironmentFailed("There is not enough memory.", "Free some, and run again."))
+        return EnvironmentFailed("There is not enough memory.", "Free some, and run again.")
     if is_full_disk(error) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
-        return _say(EnvironmentFailed(f"The system refused: {first_line(error)}."))
-    echo(
-        f"{type(error).__name__}: {first_line(error)}. This is a defect of owl: please report it, "
-        "with what OWL_DEBUG=1 prints."
+        return EnvironmentFailed(f"The system refused: {first_line(error)}.")
+    return Defect(
+        f"{type(error).__name__}: {first_line(error)}.",
+        "This is a defect of owl: please report it, with what OWL_DEBUG=1 prints.",
     )
-    return DEFECT

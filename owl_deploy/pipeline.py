@@ -22,6 +22,7 @@ from owl_deploy import api
 from owl_deploy.artefact import MANIFEST, MEASURED, make_folder, read_object, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
+from owl_deploy.ending import explained
 from owl_deploy.engines import engine_for
 from owl_deploy.engines.loading import digest as file_digest
 from owl_deploy.engines.registry import LOOKUP
@@ -36,6 +37,7 @@ from owl_deploy.manifest import (
 )
 from owl_deploy.partial import is_interrupted
 from owl_deploy.recipe import PruneSettings
+from owl_deploy.record import Record, skipped
 from owl_deploy.text import source_files
 
 State = Literal["done", "to do", "outdated"]
@@ -429,6 +431,26 @@ def execute(plan: Plan, say: Callable[[str], object]) -> None:
         if found != "done":
             say(task.title if found == "to do" else f"{task.title}, again: it is another's result")
             do(task)
+
+
+def attempt(plan: Plan, say: Callable[[str], object]) -> dict[int, Record]:
+    """`execute` all of the plan that can be done, whatever fails.
+
+    Returns the records of what is left, by its number in the plan; `say` is told each failure.
+    """
+    left: dict[int, Record] = {}
+    for index, before in enumerate(needs(plan)):
+        title = plan[index].title
+        if lost := [left[number] for number in before if number in left]:
+            left[index] = skipped(title, lost[0])
+            continue
+        try:
+            execute(plan[index : index + 1], say)
+        except Exception as error:
+            why = explained(error)
+            left[index] = Record(state="failed", title=title, said=str(why), code=why.exit_code)
+            say(f"{title} failed: {why}")
+    return left
 
 
 def dense_exports(

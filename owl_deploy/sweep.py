@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from owl_deploy.bench.result import Result
 from owl_deploy.errors import BadInput, invalid
 from owl_deploy.export.targets import precision_of
 from owl_deploy.manifest import measurement_file
-from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, dense_exports
+from owl_deploy.pipeline import Bench, Evaluate, Export, Plan, Prune, Task, dense_exports
 from owl_deploy.recipe import PruneSettings, read_yaml
+from owl_deploy.record import Record
 
 REPORT = "report.html"
 
@@ -102,8 +104,15 @@ def tasks(
     candidates = [task for task in made if isinstance(task, Export)]
     dense = dense_exports(model, roads, output / "deployments")
     quality = [_evaluate(task.output, text, plan) for task in (*candidates, *dense)]
-    bench = _bench([one.output for one in candidates], [one.output for one in dense], output, plan)
-    return (*made, *dense, *quality, bench)
+    bench = BenchPlan(
+        candidates=tuple(one.output for one in candidates),
+        baselines=tuple(one.output for one in dense),
+        scenarios=plan.scenarios,
+        **plan.model_dump(include={"context", "prompt"}, exclude_unset=True),
+        threads=plan.threads,
+        pairs=plan.pairs,
+    )
+    return (*made, *dense, *quality, _bench(bench, output))
 
 
 def _export(checkpoint: Path, output: Path, road: tuple[str, str]) -> Export:
@@ -128,28 +137,54 @@ def _evaluate(deployment: Path, text: str, plan: SweepPlan) -> Evaluate:
     )
 
 
-def _bench(candidates: list[Path], dense: list[Path], output: Path, plan: SweepPlan) -> Bench:
+def _bench(bench: BenchPlan, output: Path) -> Bench:
     """The benchmark of all, in a folder of its own."""
-    bench = BenchPlan(
-        candidates=tuple(candidates),
-        baselines=tuple(dense),
-        scenarios=plan.scenarios,
-        **plan.model_dump(include={"context", "prompt"}, exclude_unset=True),
-        threads=plan.threads,
-        pairs=plan.pairs,
-    )
     bench.described()  # to hear now what is wrong with it
     identity = json.dumps(bench.model_dump(mode="json"), sort_keys=True)
     name = f"bench-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    title = f"Benchmarking {len(candidates) + len(dense)} deployments"
+    title = f"Benchmarking {len(bench.candidates) + len(bench.baselines)} deployments"
     return Bench(title=title, output=output / name, plan=bench)
 
 
-def finish(plan: tuple[Task, ...], output: Path) -> Result:
-    """The result of the executed `plan`, and its report in `output`."""
-    result = api.read_result(plan[-1].output)
-    write_report([result], output / REPORT)
-    return result
+def run(
+    plan: Plan, output: Path, execute: Callable[[Plan], Mapping[int, Record]]
+) -> tuple[Result | None, list[Record]]:
+    """Do the `plan` by `execute`, and write the report in `output`; the result, and what failed.
+
+    `execute` returns the records of what it could not do, by its number in the plan it was given.
+    The deployments that are whole are benchmarked without the others; no result where none is.
+    """
+    left, last = dict(execute(plan)), len(plan) - 1
+    if left and (rest := without(plan, left, output)):
+        (bench,) = (*execute(rest).values(), None)[:1]
+        left.pop(last)
+        if bench:
+            left[last] = bench
+        plan = rest
+    records = [record for _, record in sorted(left.items())]
+    result = None if last in left else api.read_result(plan[-1].output)
+    write_report([result] if result else [], output / REPORT, left=records)
+    return result, records
+
+
+def without(plan: Plan, lost: Container[int], output: Path) -> Plan | None:
+    """The `plan` without the tasks whose numbers are `lost`: a benchmark of what is whole.
+
+    None where no candidate is, or nothing but the benchmark is lost.
+    """
+    *made, bench = plan
+    assert isinstance(bench, Bench)
+    gone = [task for number, task in enumerate(made) if number in lost]
+    folders = {one.output for one in gone if isinstance(one, Export)}
+    folders |= {one.model for one in gone if isinstance(one, Evaluate)}
+    roles = {
+        name: tuple(one for one in getattr(bench.plan, name) if one not in folders)
+        for name in ("candidates", "baselines")
+    }
+    if not gone or not roles["candidates"]:
+        return None
+    kept = [task for task in made if task not in gone]
+    return (*kept, _bench(bench.plan.model_copy(update=roles), output))
 
 
 def trade_off(result: Result) -> list[dict[str, Any]]:

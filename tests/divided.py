@@ -33,7 +33,7 @@ def asked(model: Path, text: Path, output: Path, **settings: Any) -> dict[str, A
 def run(one: dict[str, Any]) -> None:
     """Do what one object asks, in this process or together with the others.
 
-    With `window`: measure the perplexity, or as the rest says, into the file `output`. With `killed`, [rank, count]:
+    With `window`: evaluate as the rest says, into the file `output`. With `killed`, [rank, count]:
     that process ends by SIGKILL as it talks to the others for the count-th time. With `unlike`: all
     but the first say that they have that version of torch.
     """

@@ -16,6 +16,7 @@ from owl_deploy.bench.scenario import Metric
 from owl_deploy.bench.table import headline
 from owl_deploy.engines.registry import ENGINES
 from owl_deploy.errors import BadInput
+from owl_deploy.record import Record
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -29,14 +30,15 @@ def write_report(
     curves: Sequence[tuple[str, str]] = (),
     max_loss: float | None = None,
     quality_metric: str | None = None,
+    left: Sequence[Record] = (),
 ) -> None:
     """Write the page for `results` to the file `path`; raises `BadInput` if that cannot be.
 
     `curves`: learning curves of fine-tunings, each a caption and an SVG. `max_loss`: the share of
     quality that may go in the choice of what to deploy, and `quality_metric` what quality that is
-    (decision.py).
+    (decision.py). `left`: tasks that failed, or were skipped for that.
     """
-    page = render(results, curves, max_loss, quality_metric)
+    page = render(results, curves, max_loss, quality_metric, left)
     if not path.absolute().parent.is_dir():
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
     try:
@@ -50,6 +52,7 @@ def render(
     curves: Sequence[tuple[str, str]] = (),
     max_loss: float | None = None,
     quality_metric: str | None = None,
+    left: Sequence[Record] = (),
 ) -> str:
     """The page, as HTML; the arguments as in `write_report`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -69,6 +72,7 @@ def render(
     return pages.get_template("report.html.j2").render(
         pages=[_page(result, max_loss, quality_metric) for result in results],
         curves=curves,
+        left=[(one.title, one.state, one.said) for one in left],
         plots=plots,
         blocks=_blocks,
         inks=inks,

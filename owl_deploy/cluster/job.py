@@ -7,36 +7,15 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import ray
-from pydantic import BaseModel, ConfigDict
 
 from owl_deploy.artefact import wait_for_writer, write_text
 from owl_deploy.cluster.nodes import alive, difference, enter, versions
-from owl_deploy.ending import DEFECT
-from owl_deploy.errors import EnvironmentFailed, OwlError, first_line, is_out_of_memory
+from owl_deploy.ending import explained
+from owl_deploy.errors import EnvironmentFailed, is_out_of_memory
 from owl_deploy.pipeline import Task, do, state
-
-
-class Record(BaseModel):
-    """How a task stands or ended: on which node, from when to when (UTC, seconds), and why."""
-
-    model_config = ConfigDict(frozen=True)
-
-    state: Literal["running", "done", "failed", "skipped"]
-    title: str
-    said: str = ""
-    code: int = 0  # the exit code of what failed
-    node: str = ""
-    process: int = 0
-    started: float = 0.0
-    ended: float | None = None
-
-    def now(self, state: Literal["done", "failed"], said: str = "", code: int = 0) -> "Record":
-        """The same, ended now."""
-        update = {"state": state, "said": said, "code": code, "ended": time.time()}
-        return self.model_copy(update=update)
+from owl_deploy.record import Record, skipped
 
 
 @dataclass(frozen=True)
@@ -58,7 +37,7 @@ def perform(task: Task, job: Job, *before: Record) -> Record:
     A worker is for one task: what it printed is in the task's log, what it held is given back.
     """
     if left := [one for one in before if one.state != "done"]:
-        return skipped(task, left[0])
+        return skipped(task.title, left[0])
     enter(job.place)
     node = ray.get_runtime_context().get_node_id()
     record = Record(
@@ -69,12 +48,6 @@ def perform(task: Task, job: Job, *before: Record) -> Record:
         record = _ended(task, job, record)
     keep(job.log, record)
     return record
-
-
-def skipped(task: Task, left: Record) -> Record:
-    """The record of a task that needs what was `left` undone."""
-    why = left.said if left.state == "skipped" else f"it needs what failed: {left.title}"
-    return Record(state="skipped", title=task.title, said=why)
 
 
 def keep(log: Path, record: Record) -> None:
@@ -96,13 +69,13 @@ def _ended(task: Task, job: Job, record: Record) -> Record:
         wait_for_writer(task.output)
         if state(task) != "done":
             do(_with_threads(task, job.cores))
-    except OwlError as error:
-        return record.now("failed", str(error), error.exit_code)
     except Exception as error:
-        traceback.print_exception(error)
+        why = explained(error)
+        if why is not error:
+            traceback.print_exception(error)
         if is_out_of_memory(error):
-            return record.now("failed", "There was not enough memory: see --needs.", 4)
-        return record.now("failed", f"{type(error).__name__}: {first_line(error)}", DEFECT)
+            why = EnvironmentFailed("There was not enough memory.", "See --needs.")
+        return record.now("failed", str(why), why.exit_code)
     return record.now("done")
 
 

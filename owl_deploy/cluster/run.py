@@ -12,43 +12,34 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from owl_deploy.artefact import make_folder
 from owl_deploy.cluster import job, nodes
-from owl_deploy.cluster.job import Job, Record
+from owl_deploy.cluster.interrupt import asking_once
+from owl_deploy.cluster.job import Job
 from owl_deploy.cluster.needs import ROWS, Given, Need, needs_of
 from owl_deploy.cluster.show import Board
-from owl_deploy.errors import OwlError, first_line
+from owl_deploy.errors import first_line
 from owl_deploy.pipeline import Plan, Task, needs, survey
+from owl_deploy.progress import error_console
+from owl_deploy.record import Record, skipped
 
 RETRIES = 3  # of a task whose worker or node died
 PATIENCE_S = 300.0  # for a node to come back that alone could run a task
 _TICK_S, _STOPPING_S = 1.0, 20.0
 
 
-class Unfinished(OwlError):
-    """Some tasks of a plan failed, or were skipped for that; the exit code is that of the first."""
-
-    def __init__(self, records: dict[int, Record], logs: Path) -> None:
-        failed = [one for _, one in sorted(records.items()) if one.state == "failed"]
-        skipped = sum(one.state == "skipped" for one in records.values())
-        told = "; ".join(f"{one.title}: {one.said}".rstrip(".") for one in failed)
-        also = f", and {skipped} that need them were skipped" if skipped else ""
-        super().__init__(
-            f"{len(failed)} of {len(records)} tasks failed{also}. {told}.",
-            f"The logs are in {logs}; the same command goes on from here.",
-        )
-        self.exit_code = failed[0].code
-
-
-def execute(plan: Plan, folder: Path, address: str, given: Given, model_bytes: int) -> None:
+def execute(
+    plan: Plan, folder: Path, address: str, given: Given, model_bytes: int
+) -> dict[int, Record]:
     """Do what is not done of `plan` on the Ray cluster at `address`, which shares `folder`.
 
     `given`: see `read_needs`; `model_bytes`: the size of the dense checkpoint. Leaves a log and a
     record of each task in the folder's `logs`. A task whose worker dies is done again, one that
-    fails stops only those that need it. Raises `BadInput` for what can be known before work begins,
-    `Unfinished` at the end if tasks failed; after Ctrl-C all are cancelled.
+    fails stops only those that need it: the records of what is left, by its number in the plan, are
+    returned. Raises `BadInput` for what can be known before work begins. Ctrl-C cancels all; on a
+    terminal it asks once.
     """
     todo = [index for index, state in enumerate(survey(plan)) if state != "done"]
     if not todo:
-        return
+        return {}
     with nodes.joined(address):
         there = nodes.alive()
         kinds = [_kind(plan[index]) for index in todo]
@@ -59,8 +50,7 @@ def execute(plan: Plan, folder: Path, address: str, given: Given, model_bytes: i
         run = _Run(plan, {index: _job(plan[index], folder, wanted) for index in todo}, wanted)
         with _cancelled_at_the_end(run):
             run.follow()
-    if any(record.state != "done" for record in run.records.values()):
-        raise Unfinished(run.records, logs)
+    return {index: one for index, one in sorted(run.records.items()) if one.state != "done"}
 
 
 def sources(plan: Plan) -> list[Path]:
@@ -108,7 +98,9 @@ class _Run:
     def follow(self) -> None:
         """Hand all tasks to Ray, and show how they stand until all have ended."""
         self._submit()
-        with Board([self.plan[index].title for index in self.jobs]) as board:
+        console = error_console()
+        titles = [self.plan[index].title for index in self.jobs]
+        with Board(titles, console) as board, asking_once(console):
             while self.pending:
                 ready, _ = ray.wait(list(self.pending), timeout=_TICK_S)
                 for reference in sorted(ready, key=self.pending.__getitem__):
@@ -142,7 +134,7 @@ class _Run:
         except RayError as error:  # its own, or that of one that it needs
             before = [self.records[n] for n in needs(self.plan)[index] if n in self.records]
             if left := [one for one in before if one.state != "done"]:
-                return job.skipped(task, left[0])
+                return skipped(task.title, left[0])
             why = _reason(error, self.wanted[_kind(task)])
             return Record(state="failed", title=task.title, said=why, code=4)
 

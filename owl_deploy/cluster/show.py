@@ -10,8 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from owl_deploy.cluster.job import Record
-from owl_deploy.progress import error_console
+from owl_deploy.record import Record
 
 _COLUMNS = ("running", "waiting", "done", "failed", "skipped")
 
@@ -19,9 +18,8 @@ _COLUMNS = ("running", "waiting", "done", "failed", "skipped")
 class Board:
     """Shows the tasks of a plan, by their `titles`, until the block ends."""
 
-    def __init__(self, titles: Sequence[str], console: Console | None = None) -> None:
-        self._titles = titles
-        self._console = console or error_console()
+    def __init__(self, titles: Sequence[str], console: Console) -> None:
+        self._titles, self._console = titles, console
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "Board":

@@ -23,7 +23,7 @@ LAYERS = (
     ("blocks", "grid", "tokens"),
     ("runtime", "recipe", "checkpoint", "options", "text"),
     ("partial", "families", "allocation", "methods"),
-    ("manifest", "digests"),
+    ("manifest", "digests", "record"),
     ("artefact", "cache", "ending", "picture", "progress"),
     ("lease", "ranks"),
     ("errors", "__init__"),

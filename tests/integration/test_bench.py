@@ -20,6 +20,7 @@ from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.export.targets import export
+from owl_deploy.record import Unfinished
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 150).tolist()
 ENGINES = [("onnxruntime", "onnxruntime"), ("onnxruntime", "deepsparse"), ("deepsparse",) * 2]
@@ -224,6 +225,25 @@ def test_a_sweep_of_a_real_model_is_whole_and_never_repeats(
     other = [word if word != "0.5" else "0.6" for word in line]
     states = json.loads(CliRunner().invoke(app, [*other, "--dry-run"]).stdout)["states"]
     assert [states.count(one) for one in ("done", "to do")] == [6, 7]  # the dense ones are there
+
+    # A row that fails does not stop the others, and the report has it.
+    strange = output / "checkpoints" / "magnitude-owl-60"
+    strange.mkdir()
+    (strange / "mine").touch()
+    last = CliRunner().invoke(app, other)
+    assert isinstance(last.exception, Unfinished)
+    assert last.exception.exit_code == 2
+    assert "1 of 13 tasks failed, and 2 that need them were skipped" in str(last.exception)
+    told = json.loads(last.stdout)
+    assert {row["deployment"] for row in told["trade_off"]} == {
+        *("wanda-owl-60-onnxruntime-fp32", "dense-onnxruntime-fp32"),
+        *("dense-onnxruntime-int8", "dense-onnxruntime-int4"),
+    }
+    assert [one["state"] for one in told["left"]] == ["failed", "skipped", "skipped"]
+    page = (output / "report.html").read_text()
+    assert "What is missing" in page
+    assert f"{strange} was not written by owl" in page
+    assert [path.name for path in strange.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "deepsparse"])

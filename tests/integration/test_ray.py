@@ -18,9 +18,10 @@ ray = pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from owl_deploy.cluster import run  # noqa: E402
-from owl_deploy.cluster.job import Record, kept  # noqa: E402
+from owl_deploy.cluster.job import kept  # noqa: E402
 from owl_deploy.cluster.needs import ROWS, Row  # noqa: E402
 from owl_deploy.cluster.nodes import joined  # noqa: E402
+from owl_deploy.record import Record  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
@@ -114,11 +115,10 @@ def test_a_plan_on_a_cluster(cluster, llama, tmp_path, monkeypatch, capfd):
     with pytest.raises(BadInput, match=r"No node can prune, which needs 4 cpu.*2 cpu"):
         run.execute(plan, out, cluster.address, {"prune": {"cores": 4}}, 0)
 
-    with pytest.raises(run.Unfinished) as ended:
-        run.execute(plan, out, cluster.address, {}, 0)
-    assert "1 of 6 tasks failed, and 1 that need them were skipped" in str(ended.value)
-    assert "Copying absent: FileNotFoundError" in str(ended.value)
-    assert ended.value.exit_code == 70
+    left = run.execute(plan, out, cluster.address, {}, 0)
+    assert {index: one.state for index, one in left.items()} == {3: "failed", 4: "skipped"}
+    assert left[3].said.startswith("FileNotFoundError")
+    assert left[3].code == 70
     assert survey(plan) == ["done", "done", "done", "to do", "to do", "done"]
     told = capfd.readouterr().err
     assert "skipped  Copying after: it needs what failed: Copying absent" in told
@@ -136,7 +136,7 @@ def test_a_plan_on_a_cluster(cluster, llama, tmp_path, monkeypatch, capfd):
 
     (out / "absent").write_text("now")
     before = {path: path.stat().st_mtime for path in out.glob("made/*/owl.json")}
-    run.execute(plan, out, cluster.address, {}, 0)
+    assert run.execute(plan, out, cluster.address, {}, 0) == {}
     assert set(survey(plan)) == {"done"}
     assert {path: path.stat().st_mtime for path in before} == before  # nothing done twice
     assert sorted(path.name for path in out.rglob(".*")) == []

@@ -15,7 +15,7 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from ray.cluster_utils import Cluster
 
-from owl_deploy.cluster.job import Record
+from owl_deploy.record import Record
 
 pytestmark = [
     pytest.mark.slow,

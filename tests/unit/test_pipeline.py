@@ -25,6 +25,7 @@ from owl_deploy.pipeline import (
     Finetune,
     Prune,
     Task,
+    attempt,
     dense_exports,
     digest,
     do,
@@ -277,6 +278,27 @@ def test_dense_baselines_are_made_once_for_a_checkpoint(tmp_path, monkeypatch):
 def test_nothing_is_planned_beside_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(BadInput, match="does not exist"):
         sweep.tasks(tmp_path, tmp_path / "no" / "out", sweep.SweepPlan(), "t", "t")
+
+
+def test_what_fails_stops_only_what_needs_it(word, tmp_path):
+    absent = Join(title="absent", output=tmp_path / "made" / "absent", parts=(tmp_path / "no",))
+    after = Join(title="after", output=tmp_path / "made" / "after", parts=(absent.output,))
+    last = Join(title="last", output=tmp_path / "made" / "last", parts=(after.output, word))
+    plan = (absent, after, *chain(word, tmp_path), last)
+    with pytest.raises(FileNotFoundError):
+        done(plan)
+    said = []
+    left = attempt(plan, said.append)
+    assert {index: one.state for index, one in left.items()} == {
+        **{0: "failed", 1: "skipped", 4: "skipped"}
+    }
+    assert (left[0].title, left[0].code) == ("absent", 70)
+    assert left[0].said.startswith("FileNotFoundError: ")
+    assert left[4].said == "it needs what failed: absent"
+    assert said == ["absent", f"absent failed: {left[0].said}", "first", "second"]
+    (tmp_path / "no").write_text("now")
+    assert attempt(plan, said.append) == {}
+    assert survey(plan) == ["done"] * 5
 
 
 def test_the_executor_tells_what_is_made_again(word, tmp_path):

@@ -4,8 +4,8 @@ import pytest
 
 from owl_deploy.bench.table import show_trade_off
 from owl_deploy.errors import BadInput
-from owl_deploy.pipeline import needs
-from owl_deploy.sweep import SweepPlan, read_plan, tasks, trade_off
+from owl_deploy.pipeline import Bench, attempt, needs
+from owl_deploy.sweep import SweepPlan, read_plan, run, tasks, trade_off, without
 from tests.unit.bench import made
 
 PLAN = SweepPlan(sparsities=(0.5, 0.7), pairs=4, scenarios=("decode",))
@@ -45,6 +45,41 @@ def test_a_wider_sweep_plans_the_same_and_more(checkpoint: Path) -> None:
     narrow, wide = (tasks(checkpoint, output, plan, "c", "p") for plan in (PLAN, wider))
     assert set(narrow[:-1]) < set(wide)
     assert narrow[-1].output != wide[-1].output  # another benchmark
+
+
+def test_what_is_lost_is_benchmarked_without(checkpoint: Path) -> None:
+    output = checkpoint.parent / "out"
+    whole = tasks(checkpoint, output, PLAN, "c", "p")
+
+    def rest(*lost: int) -> tuple[list[str], list[str]]:
+        kept = without(whole, lost, output)
+        assert kept is not None
+        bench = kept[-1]
+        assert isinstance(bench, Bench)
+        folders = (*bench.plan.candidates, *bench.plan.baselines)
+        return [task.title for task in kept], [folder.name for folder in folders]
+
+    titles = [task.title for task in whole]
+    mine = ["wanda-owl-50-onnxruntime-fp32", "wanda-owl-70-onnxruntime-fp32"]
+    dense = [f"dense-onnxruntime-{precision}" for precision in ("fp32", "int8", "int4")]
+    one_less = "Benchmarking 4 deployments"
+    # A pruning, and what it took along; an evaluation; a dense one.
+    assert rest(0, 1, 7, 12) == ([*titles[2:7], *titles[8:12], one_less], [mine[1], *dense])
+    assert rest(8, 12) == ([*titles[:8], *titles[9:12], one_less], [mine[0], *dense])
+    assert rest(6, 11, 12) == ([*titles[:6], *titles[7:11], one_less], [*mine, *dense[:2]])
+    assert without(whole, (1, 3, 7, 8, 12), output) is None
+    assert without(whole, (12,), output) is None
+
+
+def test_where_nothing_is_whole_the_report_says_why(checkpoint: Path) -> None:
+    output = checkpoint.parent / "out"
+    plan = tasks(checkpoint, output, PLAN, "c", "p")
+    result, left = run(plan, output, lambda some: attempt(some, list))
+    assert result is None
+    assert {record.title for record in left} == {task.title for task in plan}
+    page = (output / "report.html").read_text()
+    assert "Nothing was measured." in page
+    assert "it needs what failed: Pruning wanda-owl-50" in page
 
 
 def test_a_target_without_a_precision_has_its_own(checkpoint: Path) -> None:

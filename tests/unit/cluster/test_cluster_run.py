@@ -7,9 +7,8 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 
 from owl_deploy.cluster import run
-from owl_deploy.cluster.job import Record
 from owl_deploy.cluster.needs import Need
-from owl_deploy.cluster.run import Unfinished, execute, log_of, sources
+from owl_deploy.cluster.run import execute, log_of, sources
 from owl_deploy.pipeline import Evaluate, do
 from owl_deploy.sweep import SweepPlan, tasks
 from tests.unit.test_pipeline import Join
@@ -38,21 +37,6 @@ def test_each_task_has_a_log_of_its_own(swept):
     names = [log.name for log in logs]
     assert names[0] == "checkpoints-wanda-owl-50"
     assert "deployments-wanda-owl-50-onnxruntime-fp32-measured-perplexity" in names
-
-
-def test_the_end_says_what_failed_and_why():
-    records = {
-        3: Record(state="failed", title="B", said="It broke.", code=4),
-        1: Record(state="failed", title="A", said="No.", code=2),
-        2: Record(state="skipped", title="C", said="it needs what failed: A"),
-        0: Record(state="done", title="D"),
-    }
-    error = Unfinished(records, Path("out/logs"))
-    assert error.exit_code == 2
-    assert str(error) == (
-        "2 of 4 tasks failed, and 1 that need them were skipped. A: No; B: It broke. "
-        "The logs are in out/logs; the same command goes on from here."
-    )
 
 
 def test_a_plan_that_is_done_needs_no_cluster(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from rich.console import Console
 
-from owl_deploy.cluster.job import Record
 from owl_deploy.cluster.show import Board, table
+from owl_deploy.record import Record
 
 TITLES = ("Pruning a", "Pruning b", "Exporting a", "Exporting b", "Benchmarking 2 deployments")
 ENDED = (
