@@ -227,6 +227,7 @@ def serve(
     deployment: options.ServedDeployment,
     host: options.Host = "127.0.0.1",
     port: options.Port = 8000,
+    batch: options.ServedBatch = 8,
     waiting: options.Waiting = 16,
     context: options.ServedContext = 4096,
     threads: options.Threads = None,
@@ -236,7 +237,8 @@ def serve(
     from owl_deploy.serve.server import serve as run
 
     how: dict[str, Any] = {"threads": threads, "trust_library": trust_library}
-    run(deployment, host, port, waiting=waiting, context=context, say=_say, **how)
+    how |= {"batch": batch, "waiting": waiting, "context": context}
+    run(deployment, host, port, say=_say, **how)
 
 
 @app.command()

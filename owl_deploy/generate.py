@@ -7,9 +7,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,16 @@ class Sampling:
             if not fits:
                 raise BadInput(f"{name} {value} is impossible.")
 
+    @property
+    def shared(self) -> "Sampling | None":
+        """What texts that are written in one batch have in common; None for what goes alone.
+
+        A seed's text would depend on its company, and a penalty would see the padding.
+        """
+        if self.repetition_penalty != 1 or (self.do_sample and self.seed is not None):
+            return None
+        return replace(self, max_new_tokens=None) if self.do_sample else GREEDY
+
 
 GREEDY = Sampling()  # the likeliest token, always
 
@@ -84,6 +94,13 @@ class Speed:
     decode_s: float = 0.0
     context_full: bool = False
     draft: Tally | None = None
+
+    def count(self, elapsed_s: float) -> None:
+        """One more token, `elapsed_s` after the prompt was begun."""
+        if self.new_tokens == 0:
+            self.first_token_s = elapsed_s
+        self.new_tokens += 1
+        self.decode_s = elapsed_s - self.first_token_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -107,6 +124,26 @@ class Speed:
         """All of it, as JSON values."""
         draft = self.draft and self.draft.to_json()
         return {**vars(self), "draft": draft, "tokens_per_s": self.tokens_per_s}
+
+
+@dataclass(eq=False)
+class Row:
+    """A text to be written: its `tokens`, at first the prompt's, and the `length` they may come to.
+
+    `speed` is filled in meanwhile. `ended`: set once the text has its last token, or by whoever
+    wants no more of it.
+    """
+
+    tokens: list[int]
+    length: int
+    sampling: Sampling
+    speed: Speed = field(default_factory=Speed)
+    ended: bool = False
+
+    @property
+    def room(self) -> int:
+        """How many tokens may come yet."""
+        return self.length - len(self.tokens)
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
@@ -190,12 +227,13 @@ def generate(
 
 
 class Writer:
-    """A deployment that stays open in onnxruntime-genai, and writes one text after another.
+    """A deployment that stays open in onnxruntime-genai, and writes one batch after another.
 
     `context`: the tokens of a prompt and its answer together, at most; None for all that the model
-    takes; `drafting`: what proposes tokens, if anything does. A text that is begun must be done
-    with before the next one. Raises `BadInput` for a folder that onnxruntime-genai cannot open;
-    each method raises `EngineFailed` for what that stumbles over.
+    takes; `drafting`: what proposes tokens, if anything does; `batch`: the texts that are written
+    together, at most. What is begun must be done with before the next. Raises `BadInput` for a
+    folder that onnxruntime-genai cannot open; each method raises `EngineFailed` for what that
+    stumbles over.
     """
 
     def __init__(
@@ -204,6 +242,7 @@ class Writer:
         threads: int,
         context: int | None = None,
         drafting: Draft | None = None,
+        batch: int = 1,
     ) -> None:
         self.path, self._ends = opened.path, opened.ends
         self._threads, self._drafting = threads, drafting
@@ -214,6 +253,11 @@ class Writer:
             )
         takes = opened.folder.number("context_length")
         self.context = min(context or takes, takes)
+        pad = opened.folder.settings["model"].get("pad_token_id")
+        # Prompts that are run in parts, as the settings may ask for, go alone.
+        in_parts = "chunk_size" in opened.folder.settings.get("search", {})
+        self.batch = 1 if in_parts or pad is None else batch
+        self._pad = pad or 0
         import onnxruntime_genai
 
         from owl_deploy.engines.drivers.onnxruntime import open_genai
@@ -232,23 +276,77 @@ class Writer:
             )
         return text
 
+    def row(self, prompt: str, sampling: Sampling, speed: Speed) -> Row:
+        """What is to be written after `prompt`; raises `BadInput` for one that is too long."""
+        with self._stumbling():
+            tokens = self._tokenizer.encode(prompt).tolist()
+        speed.prompt_tokens = len(tokens)
+        length = _length(len(tokens), sampling.max_new_tokens, self.context)
+        return Row(tokens, length, sampling, speed)
+
+    def takes(self, rows: Sequence[Row]) -> bool:
+        """Whether `rows` can be written together: few enough, and their tokens chosen alike."""
+        shared = {row.sampling.shared for row in rows}
+        alike = len(rows) == 1 or (len(shared) == 1 and None not in shared)
+        return len(rows) <= self.batch and alike
+
     def write(self, prompt: str, sampling: Sampling, speed: Speed) -> Iterator[str]:
         """Yield what comes after `prompt`; a piece is empty where a character is not whole yet.
 
         Raises `BadInput` for a prompt that is too long.
         """
+        row = self.row(prompt, sampling, speed)
+        if self._drafting is None:
+            for pieces in self.write_together([row]):
+                yield pieces[0]
+            return
         with self._stumbling():
-            tokens = self._tokenizer.encode(prompt)
-            length = _length(len(tokens), sampling.max_new_tokens, self.context)
-            if self._drafting is None:
-                new = _generated(_generator(self._model, length, sampling), tokens)
-            else:
-                drafting = self._drafting
-                speculation = _speculation(self._model, drafting, self._threads, length, sampling)
-                speed.draft = speculation.tally
-                new = speculation.tokens(tokens.tolist(), length, self._ends)
-            yield from _stream(new, self._tokenizer, len(tokens), speed)
+            speculation = _speculation(
+                self._model, self._drafting, self._threads, row.length, sampling
+            )
+            speed.draft = speculation.tally
+            started, stream = time.perf_counter(), self._tokenizer.create_stream()
+            for token in speculation.tokens(row.tokens, row.length, self._ends):
+                speed.count(time.perf_counter() - started)
+                yield stream.decode(token)
         speed.context_full = speed.prompt_tokens + speed.new_tokens >= self.context
+
+    def write_together(self, rows: Sequence[Row]) -> Iterator[dict[int, str]]:
+        """Yield step by step what comes in each of `rows`, by its number, until all have ended.
+
+        `takes` must be true of them. The pieces are as `write` has them. A row that has ended is
+        run on with the others, unheard. Rows lose room to the padding beside the longest: those
+        that need it are begun anew, with all their tokens, once that one has filled the context.
+        """
+        with self._stumbling():
+            started = time.perf_counter()
+            streams = [self._tokenizer.create_stream() for _ in rows]
+            while going := [number for number, row in enumerate(rows) if not row.ended]:
+                for tokens in self._steps([rows[number] for number in going]):
+                    elapsed_s = time.perf_counter() - started
+                    chosen = dict(zip(going, tokens, strict=True))
+                    live = [number for number in going if not rows[number].ended]
+                    for number in live:
+                        self._add(chosen[number], rows[number], elapsed_s)
+                    yield {number: streams[number].decode(chosen[number]) for number in live}
+
+    def _steps(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+        """The next token of each row, until all have ended or the longest fills the context."""
+        ids = np.full((len(rows), max(len(row.tokens) for row in rows)), self._pad, np.int32)
+        for padded, row in zip(ids, rows, strict=True):  # on the right, as onnxruntime-genai has it
+            padded[: len(row.tokens)] = row.tokens
+        length = min(ids.shape[1] + max(row.room for row in rows), self.context)
+        generator = _generator(self._model, length, rows[0].sampling, len(rows))
+        generator.append_tokens(ids)
+        while not generator.is_done() and not all(row.ended for row in rows):
+            generator.generate_next_token()
+            yield generator.get_next_tokens().tolist()
+
+    def _add(self, token: int, row: Row, elapsed_s: float) -> None:
+        row.tokens.append(token)
+        row.speed.count(elapsed_s)
+        row.speed.context_full = len(row.tokens) >= self.context
+        row.ended |= token in self._ends or not row.room
 
     @contextmanager
     def _stumbling(self) -> Iterator[None]:
@@ -305,11 +403,8 @@ def _greedy(
     started = time.perf_counter()
     while speed.new_tokens < count:
         answer = process.request("greedy", tokens=tokens, count=1, fresh=not speed.new_tokens)
-        now, tokens = time.perf_counter(), answer["tokens"]
-        if speed.new_tokens == 0:
-            speed.first_token_s = now - started
-        speed.new_tokens += 1
-        speed.decode_s = now - started - speed.first_token_s
+        tokens = answer["tokens"]
+        speed.count(time.perf_counter() - started)
         if tokens[0] in ends:
             return
         yield tokens[0]
@@ -358,10 +453,11 @@ def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
     return prompt_tokens + new_tokens
 
 
-def _generator(model: Any, length: int, sampling: Sampling) -> Any:  # noqa: ANN401 - no stubs
+def _generator(model: Any, length: int, sampling: Sampling, rows: int) -> Any:  # noqa: ANN401
     import onnxruntime_genai
 
     options: dict[str, Any] = {
+        "batch_size": rows,
         "max_length": length,
         "do_sample": sampling.do_sample,
         "repetition_penalty": sampling.repetition_penalty,
@@ -377,14 +473,6 @@ def _generator(model: Any, length: int, sampling: Sampling) -> Any:  # noqa: ANN
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(**options)
     return onnxruntime_genai.Generator(model, parameters)
-
-
-def _generated(generator: Any, tokens: Any) -> Iterator[int]:  # noqa: ANN401 - without stubs
-    """The tokens that onnxruntime-genai puts after `tokens`."""
-    generator.append_tokens(tokens)
-    while not generator.is_done():
-        generator.generate_next_token()
-        yield int(generator.get_next_tokens()[0])
 
 
 def _draft(
@@ -416,23 +504,3 @@ def _speculation(
         proposing = Proposer(Rows(small, length), search)
     random = np.random.default_rng(sampling.seed)
     return Speculation(Rows(model, length), proposing, search, draft.tokens, random)
-
-
-def _stream(
-    new: Iterator[int],
-    tokenizer: Any,  # noqa: ANN401
-    prompt_tokens: int,
-    speed: Speed,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[str]:
-    """The text of `new` tokens, each as it comes."""
-    started = clock()
-    stream = tokenizer.create_stream()
-    speed.prompt_tokens = prompt_tokens
-    for token in new:
-        now = clock()
-        if speed.new_tokens == 0:
-            speed.first_token_s = now - started
-        speed.new_tokens += 1
-        speed.decode_s = now - started - speed.first_token_s
-        yield stream.decode(token)

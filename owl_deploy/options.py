@@ -129,7 +129,10 @@ GenaiDeployment = Annotated[Path, Argument(help="A deployment for owl, onnxrunti
 ServedDeployment = Annotated[Path, Argument(help="A deployment for owl or onnxruntime.")]
 Host = Annotated[str, Option(help="The address to listen at; OWL_API_KEY must be set for others'.")]
 Port = Annotated[int, Option(min=0, max=65535, help="The port; 0 takes a free one.")]
-Waiting = Annotated[int, Option(min=0, help="Requests in line behind the one that is answered.")]
+ServedBatch = Annotated[
+    int, Option(min=1, help="Requests that wait are answered together, up to so many.")
+]
+Waiting = Annotated[int, Option(min=0, help="Requests in line behind those that are answered.")]
 ServedContext = Annotated[int, Option(min=2, help="Tokens of a prompt and its answer, at most.")]
 AnyDeployment = Annotated[Path, Argument(help="A deployment, also one that others made.")]
 Prompt = Annotated[str | None, Argument(help="What the model continues; - reads it from stdin.")]

@@ -1,4 +1,5 @@
 """`owl serve`: a deployment behind the part of OpenAI's HTTP API that people's clients use.
 
-`wire` is the format, `stops` finds strings that end an answer, `server` keeps requests in line.
+`wire` is the format, `stops` finds strings that end an answer, `line` answers what waits in
+batches, `server` has the endpoints.
 """

@@ -1,4 +1,4 @@
-"""The HTTP server: requests in a bounded line, one after another through one open deployment."""
+"""The HTTP server: OpenAI's endpoints before a line of requests for one open deployment."""
 
 import asyncio
 import hmac
@@ -7,9 +7,8 @@ import json
 import os
 import signal
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,48 +25,21 @@ from starlette.routing import Route
 from owl_deploy.engines import threads_for
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.generate import Speed, Writer
+from owl_deploy.generate import Row, Speed, Writer
 from owl_deploy.serve import wire
-from owl_deploy.serve.stops import Stops
+from owl_deploy.serve.line import Answer, Asked, Line, Part
 
 KEY = "OWL_API_KEY"  # from the environment, for everybody on a machine sees command lines
 MOST_BYTES = 2**20  # of a request's body
 GRACE_S = 30  # for answers in the making after SIGTERM
 _LOOK_S = 0.25  # how often a request that waits looks whether its client is still there
 _RETRY_S = 1
+# Rows beyond the eighth cost a step of the kernels for few rows nearly their whole time again, and
+# everybody in a batch waits for its slowest step.
+BATCH = 8
 
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
-Texts = AsyncGenerator[tuple[str, str | None], None]
-
-
-class Line:
-    """One request at a time, in the order in which they came; at most `waiting` wait."""
-
-    def __init__(self, waiting: int) -> None:
-        self._waiting = waiting
-        self._line: list[asyncio.Event] = []
-
-    @asynccontextmanager
-    async def place(self, request: HttpRequest) -> AsyncIterator[None]:
-        """Hold a place, and the turn once it comes.
-
-        Raises `Refused` (429) where the line is full, `ClientDisconnect` once the client is gone.
-        """
-        if len(self._line) > self._waiting:
-            raise wire.Refused(429, "Too many requests wait already.", "rate_limit_exceeded")
-        mine = asyncio.Event()
-        self._line.append(mine)
-        self._line[0].set()
-        try:
-            while not mine.is_set():
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(mine.wait(), _LOOK_S)
-                await _refuse_the_gone(request)
-            yield
-        finally:
-            self._line.remove(mine)
-            if self._line:
-                self._line[0].set()
+Texts = AsyncGenerator[Part, None]
 
 
 class Service:
@@ -75,10 +47,7 @@ class Service:
 
     def __init__(self, writer: Writer, name: str, waiting: int, key: str | None = None) -> None:
         self._writer, self._name, self._key = writer, name, key
-        self._line = Line(waiting)
-        # All that the model does is done by one thread: so a step whose client has gone is over
-        # before the next request's first.
-        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._line = Line(writer, waiting)
 
     def app(self, hosts: list[str]) -> Starlette:
         """The application; `hosts`: the names that it answers to, against DNS rebinding."""
@@ -137,32 +106,32 @@ class Service:
 
     async def _texts(self, request: HttpRequest, asked: wire.Request, speed: Speed) -> Texts:
         """The answer piece by piece, each with the reason why it ended: None but in the last."""
-        run = asyncio.get_running_loop().run_in_executor
-        async with self._line.place(request):
-            texts = self._write(asked, speed)
-            try:
-                while (found := await run(self._pool, next, texts, None)) is not None:
-                    await _refuse_the_gone(request)
-                    yield found
-            finally:
-                self._pool.submit(texts.close)  # behind a step that is still under way
 
-    def _write(
-        self, asked: wire.Request, speed: Speed
-    ) -> Generator[tuple[str, str | None], None, None]:
-        """The same in the model's own thread; a piece for each token, if only an empty one."""
-        stops, sampling = Stops(asked.stops), asked.sampling()
-        prompt = asked.text(self._writer)
-        for piece in self._writer.write(prompt, sampling, speed):
-            yield stops.feed(piece), None
-            if stops.found:
-                break
-        full = speed.context_full or speed.new_tokens == sampling.max_new_tokens
-        yield stops.rest(), "length" if full and not stops.found else "stop"
+        def prepare() -> Row:
+            return self._writer.row(asked.text(self._writer), asked.sampling(), speed)
+
+        with self._line.place(Asked(prepare, asked.stops, request.is_disconnected)) as answer:
+            reason = None
+            while reason is None:
+                text, reason = await _next_part(answer)
+                yield text, reason
+
+
+async def _next_part(answer: Answer) -> Part:
+    """What comes next; raises what the answer failed with, or that the client is gone."""
+    found = None
+    while found is None:
+        with suppress(TimeoutError):
+            found = await asyncio.wait_for(answer.parts.get(), _LOOK_S)
+        if await answer.asked.is_gone():
+            raise ClientDisconnect
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 async def _parts(
-    asked: wire.Request, first: tuple[str, str | None], texts: Texts, speed: Speed
+    asked: wire.Request, first: Part, texts: Texts, speed: Speed
 ) -> AsyncIterator[str]:
     """The server-sent events of a streamed answer."""
     header = wire.header(asked, part=True)
@@ -189,11 +158,6 @@ async def _parts(
     if with_usage:
         yield event([], usage=wire.usage(speed))
     yield "data: [DONE]\n\n"
-
-
-async def _refuse_the_gone(request: HttpRequest) -> None:
-    if await request.is_disconnected():
-        raise ClientDisconnect
 
 
 async def _body(request: HttpRequest) -> bytes:
@@ -235,6 +199,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
+    batch: int = BATCH,
     waiting: int = 16,
     context: int = 4096,
     threads: int | None = None,
@@ -243,12 +208,12 @@ def serve(
 ) -> None:
     """Serve `deployment` until SIGTERM or Ctrl-C; answers in the making are finished.
 
-    `port`: 0 for a free one; `say` is told which. `waiting`: requests in line behind the one
-    that is answered; `context`: tokens of a prompt and its answer, at most, for which memory is
-    taken. `threads`, `trust_library`: as in `generate`. Clients must know the key that stands in
-    the environment variable `OWL_API_KEY`, if one does. Raises `BadInput` for a deployment that
-    cannot be opened, for an address that cannot be had, and for one that other machines reach
-    without a key.
+    `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered together,
+    at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its answer,
+    at most: a batch takes memory for `batch` times as many. `threads`, `trust_library`: as in
+    `generate`. Clients must know the key that stands in the environment variable `OWL_API_KEY`, if
+    one does. Raises `BadInput` for a deployment that cannot be opened, for an address that cannot
+    be had, and for one that other machines reach without a key.
     """
     key = os.environ.get(KEY)
     local = _is_loopback(host)
@@ -260,7 +225,7 @@ def serve(
     listener = _listen(host, port)
     with listener:
         opened = open_deployment(Path(deployment), trust_library=trust_library)
-        writer = Writer(opened, threads_for(threads), context)
+        writer = Writer(opened, threads_for(threads), context, batch=batch)
         name = Path(deployment).resolve().name
         hosts = ["localhost", "127.0.0.1", "[::1]", host] if local else ["*"]
         app = Service(writer, name, waiting, key).app(hosts)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -27,24 +28,31 @@ def deployment(tmp_path_factory):
     return folder / "tiny"
 
 
-@pytest.fixture
-def process(deployment):
+@contextmanager
+def serving(deployment, *options):
+    """`owl serve` as a process, and a client of it."""
     command = [sys.executable, "-m", "owl_deploy", "serve", deployment, "--port", "0", "-t", "1"]
     env = os.environ | {"OWL_API_KEY": KEY}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
-        yield process
-        process.kill()
+    with subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
+        try:
+            url = process.stderr.readline().split()[-1]
+            assert url.startswith("http://127.0.0.1:"), process.stderr.read()
+            with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120) as client:
+                yield process, client
+        finally:
+            process.kill()
 
 
 @pytest.fixture
-def client(process):
-    url = process.stderr.readline().split()[-1]
-    assert url.startswith("http://127.0.0.1:"), process.stderr.read()
-    with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120) as client:
-        yield client
+def served(deployment):
+    with serving(deployment) as found:
+        yield found
 
 
-def test_a_deployment_answers_as_owl_generate_does_and_ends_on_sigterm(deployment, process, client):
+def test_a_deployment_answers_as_owl_generate_does_and_ends_on_sigterm(deployment, served):
+    process, client = served
     assert [model.id for model in client.models.list()] == ["tiny"]
     prompt, greedy = "The river ran", {"model": "tiny", "temperature": 0}
     text = "".join(generate(deployment, prompt, Sampling(max_new_tokens=12), threads=1))

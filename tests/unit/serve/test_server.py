@@ -11,43 +11,57 @@ import pytest
 import uvicorn
 
 from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.generate import Row
 from owl_deploy.serve import server, wire
 
 PATIENCE = 60  # seconds: the machine may be busy
 
 
 class FakeWriter:
-    """Says a letter for each `go`; `running`: the prompts whose answers are being made."""
+    """Says a letter in each row for each `go`; `seen`: prompts and sampling, a list a batch."""
 
-    def __init__(self):
+    def __init__(self, batch=1):
+        self.batch = batch
         self.go = threading.Semaphore(0)
-        self.running, self.seen = [], []
+        self.rows, self.seen = {}, []
+
+    @property
+    def running(self):
+        """The prompts whose answers are being made."""
+        return [prompt for prompt, row in self.rows.items() if not row.ended]
 
     def in_template(self, messages):
         if messages[0]["role"] == "nobody":
             raise EngineFailed("no such role")
         return "|".join(f"{one['role']}: {one['content']}" for one in messages)
 
-    def write(self, prompt, sampling, speed):
+    def row(self, prompt, sampling, speed):
         if prompt == "too long":
             raise BadInput("The prompt is too long.", "A hint for the command line.")
-        self.running.append(prompt)
-        self.seen.append((prompt, sampling))
-        try:
-            speed.prompt_tokens = len(prompt)
-            while speed.new_tokens < sampling.max_new_tokens:
-                assert self.go.acquire(timeout=PATIENCE)
-                if prompt == "fails" and speed.new_tokens == 1:
+        speed.prompt_tokens = len(prompt)
+        return Row([prompt], 1 + sampling.max_new_tokens, sampling, speed)
+
+    def takes(self, rows):
+        return len(rows) <= self.batch and len({row.sampling.shared for row in rows}) == 1
+
+    def write_together(self, rows):
+        self.rows = {row.tokens[0]: row for row in rows}
+        self.seen.append([(row.tokens[0], row.sampling) for row in rows])
+        while self.running:
+            live = [number for number, row in enumerate(rows) if not row.ended]
+            assert self.go.acquire(timeout=PATIENCE)
+            for row in (rows[number] for number in live):
+                if row.tokens[0] == "fails" and row.speed.new_tokens == 1:
                     raise EngineFailed("a secret path")
-                speed.new_tokens += 1
-                yield "abcdefghij"[speed.new_tokens - 1]
-        finally:
-            self.running.remove(prompt)
+                row.tokens.append("abcdefghij"[row.speed.new_tokens])
+                row.speed.count(0.0)
+                row.ended |= not row.room
+            yield {number: rows[number].tokens[-1] for number in live}
 
 
 @pytest.fixture
-def writer():
-    return FakeWriter()
+def writer(request):
+    return FakeWriter(getattr(request, "param", 1))
 
 
 @contextmanager
@@ -90,6 +104,10 @@ def ask(client, prompt, tokens=3, **more):
     return client.completions.create(model="tiny", prompt=prompt, max_tokens=tokens, **more)
 
 
+def prompts_of(writer):
+    return [[prompt for prompt, _ in batch] for batch in writer.seen]
+
+
 def in_background(call):
     """A list to which `call`'s result, or its error, is added."""
     found = []
@@ -125,12 +143,117 @@ def test_requests_are_answered_one_after_another_and_a_full_line_says_when_to_re
         writer.go.release()
     until(lambda: first and second)
     assert [found.choices[0].text for found in (*first, *second)] == ["abc", "abc"]
-    assert [prompt for prompt, _ in writer.seen] == ["first", "second"]
+    assert prompts_of(writer) == [["first"], ["second"]]
     assert first[0].usage.model_dump(exclude_none=True) == {
         "prompt_tokens": 5,
         "completion_tokens": 3,
         "total_tokens": 8,
     }
+
+
+def all_ask(writer, client, prompts, **more):
+    """Ask while a first request is being answered, so that all of them wait; then answer that."""
+    first = in_background(lambda: ask(client, "first"))
+    until(lambda: writer.running == ["first"])
+    answers = {}
+    for prompt in prompts:
+        how = more.get(prompt, {})
+        answers[prompt] = in_background(lambda prompt=prompt, how=how: ask(client, prompt, **how))
+        time.sleep(0.3)  # they come in this order
+    writer.go.release(3)
+    until(lambda: first)
+    return answers
+
+
+@pytest.mark.parametrize("writer", [4], indirect=True)
+def test_what_waits_is_answered_together_each_to_its_own_end(writer):
+    with served(writer, waiting=8) as url, openai.OpenAI(base_url=url, api_key="-") as client:
+        how = {"short": {"tokens": 1}, "stops": {"tokens": 9, "stop": "cd"}, "long": {"tokens": 6}}
+        answers = all_ask(writer, client, how, **how)
+        writer.go.release(1)
+        until(lambda: answers["short"])
+        assert writer.running == ["stops", "long"]
+        writer.go.release(3)
+        until(lambda: answers["stops"])
+        assert writer.running == ["long"]
+        writer.go.release(2)
+        until(lambda: answers["long"])
+    said = {name: found[0].choices[0] for name, found in answers.items()}
+    assert {name: (one.text, one.finish_reason) for name, one in said.items()} == {
+        "short": ("a", "length"),
+        "stops": ("ab", "stop"),
+        "long": ("abcdef", "length"),
+    }
+    assert answers["stops"][0].usage.completion_tokens == 4
+    assert prompts_of(writer) == [["first"], ["short", "stops", "long"]]
+
+
+@pytest.mark.parametrize("writer", [2], indirect=True)
+def test_a_batch_is_of_the_first_that_waits_and_those_that_fit_it(writer):
+    with served(writer, waiting=8) as url, openai.OpenAI(base_url=url, api_key="-") as client:
+        greedy, seeded = {"temperature": 0}, {"seed": 1}
+        how = {"a": greedy, "b": {}, "c": greedy | seeded, "d": greedy, "e": seeded, "f": {}}
+        answers = all_ask(writer, client, how, **how)
+        writer.go.release(99)
+        until(lambda: all(answers.values()))
+    assert prompts_of(writer) == [["first"], ["a", "c"], ["b", "f"], ["d"], ["e"]]
+
+
+@pytest.mark.parametrize("writer", [3], indirect=True)
+def test_a_client_that_goes_away_does_not_hold_its_batch(writer):
+    with served(writer, waiting=8) as url, openai.OpenAI(base_url=url, api_key="-") as client:
+        gone = client.with_options(max_retries=0, timeout=2)
+        first = in_background(lambda: ask(client, "first"))
+        until(lambda: writer.running == ["first"])
+        left = in_background(lambda: ask(gone, "gone", 9))
+        stays = in_background(lambda: ask(client, "stays", 2))
+        time.sleep(0.5)
+        writer.go.release(4)
+        until(lambda: left)
+        assert isinstance(left[0], openai.APITimeoutError)
+        until(lambda: writer.running == ["stays"])
+        writer.go.release(1)
+        until(lambda: first and stays)
+    assert stays[0].choices[0].text == "ab"
+    assert sorted(prompts_of(writer)[1]) == ["gone", "stays"]
+
+
+@pytest.mark.parametrize("writer", [3], indirect=True)
+def test_all_in_a_batch_that_fails_are_told_and_the_next_one_is_answered(writer):
+    with served(writer, waiting=8) as url:
+        client = openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=PATIENCE)
+        how = {"short": {"tokens": 1}, "fails": {"tokens": 3}, "too long": {}, "other": {}}
+        answers = all_ask(writer, client, how, **how)
+        writer.go.release(2)
+        until(lambda: all(answers.values()))
+        assert answers["short"][0].choices[0].text == "a"
+        assert isinstance(answers["too long"][0], openai.BadRequestError)
+        for name in ("fails", "other"):
+            assert isinstance(answers[name][0], openai.InternalServerError)
+        writer.go.release(3)
+        assert ask(client, "next").choices[0].text == "abc"
+        client.close()
+    assert prompts_of(writer)[1:] == [["short", "fails", "other"], ["next"]]
+
+
+@pytest.mark.parametrize("writer", [4], indirect=True)
+def test_those_who_were_answered_together_are_waited_for(writer):
+    """Asked anew at once, they are one batch again and not the quickest of them alone."""
+    with served(writer, waiting=8) as url, openai.OpenAI(base_url=url, api_key="-") as client:
+
+        def twice(prompt):
+            return ask(client, prompt), ask(client, prompt)
+
+        first = in_background(lambda: ask(client, "first"))
+        until(lambda: writer.running == ["first"])
+        all_twice = [in_background(lambda one=one: twice(one)) for one in ("a", "b", "c")]
+        time.sleep(0.5)
+        writer.go.release(6)
+        until(lambda: len(writer.seen) == 3)
+        writer.go.release(99)
+        until(lambda: first and all(all_twice))
+    assert [len(batch) for batch in writer.seen[:2]] == [1, 3]
+    assert len(writer.seen[2]) > 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -159,7 +282,7 @@ def test_a_client_that_goes_away_while_it_waits_frees_its_place(writer, client):
         writer.go.release()
     until(lambda: first and until_free)
     assert until_free[0].choices[0].text == "abc"
-    assert [prompt for prompt, _ in writer.seen] == ["first", "next"]
+    assert prompts_of(writer) == [["first"], ["next"]]
 
 
 def test_a_stream_says_who_speaks_what_it_says_and_why_it_ended(writer, client):
@@ -182,7 +305,7 @@ def test_a_stream_says_who_speaks_what_it_says_and_why_it_ended(writer, client):
     assert "".join(delta.content for delta in deltas) == "abc"
     assert last.choices[0].finish_reason == "stop"
     assert (usage.choices, usage.usage.completion_tokens) == ([], 6)
-    ((prompt, sampling),) = writer.seen
+    (((prompt, sampling),),) = writer.seen
     assert prompt == "user: Hi"
     assert (sampling.do_sample, sampling.temperature, sampling.top_p) == (True, 0.5, 0.25)
     assert (sampling.seed, sampling.max_new_tokens) == (5, 9)
@@ -228,7 +351,7 @@ def test_letters_that_look_like_a_nul_are_text(writer, client):
     writer.go.release(2)
     for prompt in prompts:
         client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
-    assert [prompt for prompt, _ in writer.seen] == prompts
+    assert prompts_of(writer) == [[prompt] for prompt in prompts]
     with pytest.raises(openai.BadRequestError, match="NUL"):
         client.completions.create(model="tiny", prompt="\\\0", max_tokens=3)
 

@@ -1,0 +1,157 @@
+"""Texts that `owl serve` writes together, with the real engines: each is what it is alone."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from owl_deploy.engines.deployment import open_deployment
+from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.export.targets import export
+from owl_deploy.generate import UNLIMITED, Sampling, Speed, Writer
+from owl_deploy.runtime import library_path
+from tests import tiny
+from tests.integration.test_requests import serving
+
+try:
+    library_path()
+except EnvironmentFailed as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+CONTEXT = 256
+PROMPTS = {  # tokens of a tiny model's byte-like text: from one to most of the context
+    "T": 8,
+    "The river ran": 20,
+    "The river ran past the mill and under the bridge. " * 2: 30,
+    "A clock": 1,
+    "Snow fell on the hills. " * 4: UNLIMITED,
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "dense"
+    changes = {"num_hidden_layers": 2, "max_position_embeddings": CONTEXT}
+    return tiny.write_llama(folder, eos_token_id=2, **changes)  # which it never says below
+
+
+@pytest.fixture(scope="module", params=["owl:int8", "owl:fp32", "onnxruntime:fp32"])
+def deployment(request, dense):
+    target, precision = request.param.split(":")
+    folder = dense.parent / request.param.replace(":", "-")
+    export(dense, folder, target=target, precision=precision)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def writer(deployment):
+    return Writer(open_deployment(deployment), 1, batch=8)
+
+
+def asked(writer, sampling=None):
+    greedy = Sampling()
+    return [
+        writer.row(prompt, replace(sampling or greedy, max_new_tokens=new), Speed())
+        for prompt, new in PROMPTS.items()
+    ]
+
+
+def together(writer, rows):
+    assert writer.takes(rows)
+    texts = [""] * len(rows)
+    for pieces in writer.write_together(rows):
+        for number, piece in pieces.items():
+            texts[number] += piece
+    return texts
+
+
+def test_every_text_is_what_it_is_alone(writer):
+    rows, alone = asked(writer), asked(writer)
+    texts = together(writer, rows)
+    assert texts == [together(writer, [row])[0] for row in alone]
+    for row, single in zip(rows, alone, strict=True):
+        assert row.speed.new_tokens == single.speed.new_tokens
+        assert row.speed.context_full == single.speed.context_full
+    assert [row.speed.new_tokens for row in rows[:4]] == [8, 20, 30, 1]
+    assert len(set(texts)) == len(texts)
+
+
+def test_a_text_that_nobody_wants_ends_and_the_others_go_on(writer):
+    rows, heard = asked(writer)[:3], [0, 0, 0]
+    for pieces in writer.write_together(rows):
+        for number in pieces:
+            heard[number] += 1
+        rows[2].ended |= heard[2] == 5
+    assert heard == [8, 20, 5]
+
+
+def test_sampled_texts_share_a_batch_and_are_drawn_each_for_itself(writer):
+    sampling = Sampling(do_sample=True, max_new_tokens=24)
+    rows = [writer.row("The river ran", sampling, Speed()) for _ in range(8)]
+    assert len(set(together(writer, rows))) > 4
+
+
+@pytest.mark.parametrize(
+    ("sampling", "other", "fits"),
+    [
+        (Sampling(), Sampling(temperature=0.5, seed=3), True),  # the likeliest token, both
+        (Sampling(), Sampling(do_sample=True), False),
+        (Sampling(do_sample=True), Sampling(do_sample=True, top_k=5), False),
+        (Sampling(do_sample=True, seed=1), Sampling(do_sample=True, seed=1), False),
+        (Sampling(repetition_penalty=1.2), Sampling(repetition_penalty=1.2), False),
+    ],
+)
+def test_what_is_chosen_otherwise_shares_no_batch(writer, sampling, other, fits):
+    rows = [
+        writer.row("A clock", replace(one, max_new_tokens=4), Speed()) for one in (sampling, other)
+    ]
+    assert writer.takes(rows) is fits
+    assert writer.takes(rows[:1])
+    assert writer.takes(rows[1:])
+
+
+def test_who_needs_the_room_of_the_padding_is_begun_anew(writer):
+    def asked():
+        long = writer.row("Snow fell. " * 16, Sampling(max_new_tokens=9), Speed())
+        return [long, writer.row("T", Sampling(max_new_tokens=UNLIMITED), Speed())]
+
+    rows = asked()
+    assert len(rows[0].tokens) > CONTEXT // 3
+    texts = together(writer, rows)
+    assert [len(row.tokens) for row in rows] == [rows[0].length, CONTEXT]
+    assert rows[1].speed.context_full
+    assert texts == [together(writer, [row])[0] for row in asked()]
+
+
+def test_prompts_that_are_run_in_parts_go_alone(deployment, tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for file in deployment.iterdir():
+        if file.name not in ("owl.json", "genai_config.json"):
+            shutil.copy(file, folder)
+    config = json.loads((deployment / "genai_config.json").read_text())
+    config["search"]["chunk_size"] = 8
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    writer = Writer(open_deployment(folder, trust_library=True), 1, batch=8)
+    rows = asked(writer)
+    assert not writer.takes(rows[:2])
+    assert together(writer, [rows[1]])[0]
+
+
+def test_clients_at_once_get_what_each_gets_alone(dense):
+    folder = dense.parent / "owl-int8"
+    if not folder.exists():
+        export(dense, folder, target="owl", precision="int8")
+    with serving(folder) as (_, client):
+
+        def ask(prompt):
+            return client.completions.create(
+                model=folder.name, prompt=prompt, max_tokens=20, temperature=0, stream=False
+            ).choices[0]
+
+        alone = [ask(prompt) for prompt in PROMPTS]
+        with ThreadPoolExecutor(15) as pool:
+            for _ in range(2):
+                assert list(pool.map(ask, [*PROMPTS] * 3)) == alone * 3
