@@ -58,13 +58,14 @@ class Load:
     words: int = 60
     leave: float = 0.0
     seed: int = 0
+    key: str = "none"
 
 
 async def client(load: Load, number: int, until: float, tally: Tally) -> None:
     """Ask one request after another until `until`, on the monotonic clock."""
     generator = random.Random(f"{load.seed}-{number}")
-    limits = {"timeout": TIMEOUT_S, "headers": {"authorization": "Bearer none"}}
-    async with httpx.AsyncClient(**limits) as connection:
+    headers = {"authorization": f"Bearer {load.key}"}
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, headers=headers) as connection:
         while time.monotonic() < until:
             prompt = " ".join(generator.choices(WORDS, k=load.words))
             leaves = generator.random() < load.leave

@@ -72,10 +72,10 @@ def test_every_text_is_what_it_is_alone(writer):
     texts = together(writer, rows)
     assert texts == [together(writer, [row])[0] for row in alone]
     for row, single in zip(rows, alone, strict=True):
-        assert row.speed.new_tokens == single.speed.new_tokens
+        assert row.tokens == single.tokens
         assert row.speed.context_full == single.speed.context_full
     assert [row.speed.new_tokens for row in rows[:4]] == [8, 20, 30, 1]
-    assert len(set(texts)) == len(texts)
+    assert len(set(texts)) > 2  # a random model's tokens are often no whole character
 
 
 def test_a_text_that_nobody_wants_ends_and_the_others_go_on(writer):
@@ -122,7 +122,9 @@ def test_who_needs_the_room_of_the_padding_is_begun_anew(writer):
     texts = together(writer, rows)
     assert [len(row.tokens) for row in rows] == [rows[0].length, CONTEXT]
     assert rows[1].speed.context_full
-    assert texts == [together(writer, [row])[0] for row in asked()]
+    alone = asked()
+    assert texts == [together(writer, [row])[0] for row in alone]
+    assert [row.tokens for row in rows] == [row.tokens for row in alone]
 
 
 def test_prompts_that_are_run_in_parts_go_alone(deployment, tmp_path):
