@@ -17,8 +17,10 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -177,6 +179,9 @@ def served(arguments: argparse.Namespace) -> Iterator[tuple[str, str, psutil.Pro
             line = process.stderr.readline()
             if " at http" not in line:
                 raise SystemExit(line + process.stderr.read())
+            # A pipe that nobody reads fills, and then a server that has something to say stops.
+            said_later = (process.stderr, sys.stderr)
+            threading.Thread(target=shutil.copyfileobj, args=said_later, daemon=True).start()
             name = arguments.deployment.resolve().name
             yield line.split()[-1], name, psutil.Process(process.pid)
         finally:

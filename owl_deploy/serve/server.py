@@ -155,6 +155,8 @@ async def _parts(
     except (BadInput, EngineFailed) as error:  # too late for a status
         yield f"data: {json.dumps(_refusal(error).body())}\n\n"
         return
+    except ClientDisconnect:  # no error of ours, and nobody reads what it would say
+        return
     if with_usage:
         yield event([], usage=wire.usage(speed))
     yield "data: [DONE]\n\n"
