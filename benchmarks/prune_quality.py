@@ -5,8 +5,8 @@
                                        [--keep FOLDER]
 
 Prunes with `owl prune` and measures with `owl eval`, each in a process of its own; the checkpoint
-is then dropped, or kept in FOLDER. FILE holds what is done after every row, and a row that it holds is not repeated:
-run the command again to go on. `--rows N` stops after N rows.
+is then dropped, or kept in FOLDER. FILE holds what is done after every row, and a row that it holds
+is not repeated: run the command again to go on. `--rows N` stops after N rows.
 """
 
 import argparse
