@@ -232,12 +232,15 @@ def serve(
     context: options.ServedContext = 4096,
     threads: options.Threads = None,
     trust_library: options.TrustLibrary = False,
+    draft: options.DraftFolder = None,
+    draft_tokens: options.DraftTokens = None,
 ) -> None:
     """Serve a deployment through OpenAI's HTTP API, until SIGTERM or Ctrl-C."""
     from owl_deploy.serve.server import serve as run
 
     how: dict[str, Any] = {"threads": threads, "trust_library": trust_library}
     how |= {"batch": batch, "waiting": waiting, "context": context}
+    how |= {"draft": draft, "draft_tokens": draft_tokens}
     run(deployment, host, port, say=_say, **how)
 
 

@@ -214,7 +214,7 @@ def generate(
     threads = threads_for(threads)
     opened = open_deployment(deployment, trust_library=trust_library)
     _check_prompt(prompt)
-    drafting = _draft(opened, draft, draft_tokens, trust_library)
+    drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
     if opened.folder.engine is not None:
         yield from _in_engine(
             opened, opened.folder.engine.name, prompt, sampling, speed, chat, threads
@@ -230,10 +230,10 @@ class Writer:
     """A deployment that stays open in onnxruntime-genai, and writes one batch after another.
 
     `context`: the tokens of a prompt and its answer together, at most; None for all that the model
-    takes; `drafting`: what proposes tokens, if anything does; `batch`: the texts that are written
-    together, at most. What is begun must be done with before the next. Raises `BadInput` for a
-    folder that onnxruntime-genai cannot open; each method raises `EngineFailed` for what that
-    stumbles over.
+    takes; `drafting`: what proposes tokens to a text that is written alone; `batch`: the texts that
+    are written together, at most. What is begun must be done with before the next. Raises
+    `BadInput` for a folder that onnxruntime-genai cannot open; each method raises `EngineFailed`
+    for what that stumbles over.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class Writer:
         batch: int = 1,
     ) -> None:
         self.path, self._ends = opened.path, opened.ends
-        self._threads, self._drafting = threads, drafting
+        self._drafting = drafting
         if not (self.path / GENAI_CONFIG).is_file():
             raise BadInput(
                 f"{self.path} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
@@ -266,6 +266,7 @@ class Writer:
             in_turns = drafting is not None and drafting.deployment is not None
             library = str(opened.library or "")
             self._model = open_genai(str(self.path), threads, library, takes_turns=in_turns)
+            self._draft = _open_draft(drafting, threads)
             self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
 
     def in_template(self, messages: list[dict[str, str]]) -> str:
@@ -295,21 +296,8 @@ class Writer:
 
         Raises `BadInput` for a prompt that is too long.
         """
-        row = self.row(prompt, sampling, speed)
-        if self._drafting is None:
-            for pieces in self.write_together([row]):
-                yield pieces[0]
-            return
-        with self._stumbling():
-            speculation = _speculation(
-                self._model, self._drafting, self._threads, row.length, sampling
-            )
-            speed.draft = speculation.tally
-            started, stream = time.perf_counter(), self._tokenizer.create_stream()
-            for token in speculation.tokens(row.tokens, row.length, self._ends):
-                speed.count(time.perf_counter() - started)
-                yield stream.decode(token)
-        speed.context_full = speed.prompt_tokens + speed.new_tokens >= self.context
+        for pieces in self.write_together([self.row(prompt, sampling, speed)]):
+            yield pieces[0]
 
     def write_together(self, rows: Sequence[Row]) -> Iterator[dict[int, str]]:
         """Yield step by step what comes in each of `rows`, by its number, until all have ended.
@@ -332,6 +320,9 @@ class Writer:
 
     def _steps(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """The next token of each row, until all have ended or the longest fills the context."""
+        if self._drafting is not None and len(rows) == 1:
+            yield from self._drafted_steps(rows[0], self._drafting)
+            return
         ids = np.full((len(rows), max(len(row.tokens) for row in rows)), self._pad, np.int32)
         for padded, row in zip(ids, rows, strict=True):  # on the right, as onnxruntime-genai has it
             padded[: len(row.tokens)] = row.tokens
@@ -341,6 +332,24 @@ class Writer:
         while not generator.is_done() and not all(row.ended for row in rows):
             generator.generate_next_token()
             yield generator.get_next_tokens().tolist()
+
+    def _drafted_steps(self, row: Row, drafting: Draft) -> Iterator[list[int]]:
+        """The next token of a row that goes alone, with the draft."""
+        from owl_deploy.engines.drivers.onnxruntime import Rows
+
+        names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+        search = Search(**{name: getattr(row.sampling, name) for name in names})
+        proposing: Lookup | Proposer = Lookup()
+        if self._draft is not None:
+            proposing = Proposer(Rows(self._draft, row.length), search)
+        random = np.random.default_rng(row.sampling.seed)
+        rows = Rows(self._model, row.length)
+        speculation = Speculation(rows, proposing, search, drafting.tokens, random)
+        row.speed.draft = speculation.tally
+        for token in speculation.tokens(list(row.tokens), row.length, self._ends):
+            yield [token]
+            if row.ended:
+                return
 
     def _add(self, token: int, row: Row, elapsed_s: float) -> None:
         row.tokens.append(token)
@@ -475,9 +484,10 @@ def _generator(model: Any, length: int, sampling: Sampling, rows: int) -> Any:  
     return onnxruntime_genai.Generator(model, parameters)
 
 
-def _draft(
+def chosen_draft(
     opened: Deployment, draft: str | Path | None, tokens: int | None, trust_library: bool
 ) -> Draft | None:
+    """The draft that a user asks for, if any; raises `BadInput` as `open_draft` does."""
     if draft is not None:
         return open_draft(opened, draft, tokens, trust_library=trust_library)
     if tokens is not None:
@@ -485,22 +495,11 @@ def _draft(
     return None
 
 
-def _speculation(
-    model: Any,  # noqa: ANN401 - without stubs
-    draft: Draft,
-    threads: int,
-    length: int,
-    sampling: Sampling,
-) -> Speculation:
-    """What generates with `model` and `draft`, whose caches hold `length` tokens."""
-    from owl_deploy.engines.drivers.onnxruntime import Rows, open_genai
+def _open_draft(drafting: Draft | None, threads: int) -> Any:  # noqa: ANN401 - without stubs
+    """The model that proposes, open; None where none does."""
+    from owl_deploy.engines.drivers.onnxruntime import open_genai
 
-    names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-    search = Search(**{name: getattr(sampling, name) for name in names})
-    proposing: Lookup | Proposer = Lookup()
-    if draft.deployment is not None:
-        library = str(draft.deployment.library or "")
-        small = open_genai(str(draft.deployment.path), threads, library, takes_turns=True)
-        proposing = Proposer(Rows(small, length), search)
-    random = np.random.default_rng(sampling.seed)
-    return Speculation(Rows(model, length), proposing, search, draft.tokens, random)
+    if drafting is None or drafting.deployment is None:
+        return None
+    library = str(drafting.deployment.library or "")
+    return open_genai(str(drafting.deployment.path), threads, library, takes_turns=True)

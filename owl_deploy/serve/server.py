@@ -25,7 +25,7 @@ from starlette.routing import Route
 from owl_deploy.engines import threads_for
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.generate import Row, Speed, Writer
+from owl_deploy.generate import Row, Speed, Writer, chosen_draft
 from owl_deploy.serve import wire
 from owl_deploy.serve.line import Answer, Asked, Line, Part
 
@@ -34,8 +34,7 @@ MOST_BYTES = 2**20  # of a request's body
 GRACE_S = 30  # for answers in the making after SIGTERM
 _LOOK_S = 0.25  # how often a request that waits looks whether its client is still there
 _RETRY_S = 1
-# Rows beyond the eighth cost a step of the kernels for few rows nearly their whole time again, and
-# everybody in a batch waits for its slowest step.
+# Each row adds a little to a step, and everybody in a batch waits for its longest answer.
 BATCH = 8
 
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
@@ -206,16 +205,19 @@ def serve(
     context: int = 4096,
     threads: int | None = None,
     trust_library: bool = False,
+    draft: str | Path | None = None,
+    draft_tokens: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve `deployment` until SIGTERM or Ctrl-C; answers in the making are finished.
 
     `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered together,
     at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its answer,
-    at most: a batch takes memory for `batch` times as many. `threads`, `trust_library`: as in
-    `generate`. Clients must know the key that stands in the environment variable `OWL_API_KEY`, if
-    one does. Raises `BadInput` for a deployment that cannot be opened, for an address that cannot
-    be had, and for one that other machines reach without a key.
+    at most: a batch takes memory for `batch` times as many. `threads`, `trust_library`, `draft`,
+    `draft_tokens`: as in `generate`; only a request that is answered alone has the draft. Clients
+    must know the key that stands in the environment variable `OWL_API_KEY`, if one does. Raises
+    `BadInput` for a deployment that cannot be opened, for a draft that does not fit it, for an
+    address that cannot be had, and for one that other machines reach without a key.
     """
     key = os.environ.get(KEY)
     local = _is_loopback(host)
@@ -227,7 +229,8 @@ def serve(
     listener = _listen(host, port)
     with listener:
         opened = open_deployment(Path(deployment), trust_library=trust_library)
-        writer = Writer(opened, threads_for(threads), context, batch=batch)
+        drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
+        writer = Writer(opened, threads_for(threads), context, drafting, batch)
         name = Path(deployment).resolve().name
         hosts = ["localhost", "127.0.0.1", "[::1]", host] if local else ["*"]
         app = Service(writer, name, waiting, key).app(hosts)

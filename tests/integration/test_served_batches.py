@@ -10,7 +10,7 @@ import pytest
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
-from owl_deploy.generate import UNLIMITED, Sampling, Speed, Writer
+from owl_deploy.generate import UNLIMITED, Sampling, Speed, Writer, chosen_draft
 from owl_deploy.runtime import library_path
 from tests import tiny
 from tests.integration.test_requests import serving
@@ -157,3 +157,36 @@ def test_clients_at_once_get_what_each_gets_alone(dense):
         with ThreadPoolExecutor(15) as pool:
             for _ in range(2):
                 assert list(pool.map(ask, [*PROMPTS] * 3)) == alone * 3
+
+
+@pytest.mark.parametrize("draft", ["int4", "lookup"])
+def test_a_request_alone_has_the_draft_and_the_answers_are_the_same(dense, draft, tmp_path):
+    folder = tmp_path / "int8"
+    export(dense, folder, target="owl", precision="int8")
+    if draft != "lookup":
+        export(dense, tmp_path / draft, target="owl", precision=draft)
+        draft = tmp_path / draft
+    opened = open_deployment(folder)
+    drafted = Writer(opened, 1, drafting=chosen_draft(opened, draft, None, False), batch=8)
+    alone = Writer(opened, 1, batch=8)
+    for prompt in PROMPTS:
+        texts = []
+        for writer in (alone, drafted):
+            row = writer.row(prompt, Sampling(max_new_tokens=40), Speed())
+            texts.append(together(writer, [row]))
+            assert (row.speed.draft is None) is (writer is alone)
+        assert texts[0] == texts[1]
+    rows = asked(drafted)
+    assert together(drafted, rows) == together(alone, asked(alone))
+    assert all(row.speed.draft is None for row in rows)
+
+
+def test_a_drafted_answer_ends_where_nobody_hears_it(dense, tmp_path):
+    folder = tmp_path / "int8"
+    export(dense, folder, target="owl", precision="int8")
+    opened = open_deployment(folder)
+    writer = Writer(opened, 1, drafting=chosen_draft(opened, "lookup", 3, False))
+    row = writer.row("The river ran", Sampling(max_new_tokens=40), Speed())
+    for step, _ in enumerate(writer.write_together([row])):
+        row.ended = step == 2
+    assert row.speed.new_tokens == 3
