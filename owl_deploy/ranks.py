@@ -214,6 +214,8 @@ def _told_to_end(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _ended() -> EnvironmentFailed:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already, and has said why
     return EnvironmentFailed(
         "Another process of this run has ended or does not answer.",
         "torchrun says which one; a run that has kept something goes on with --resume, and answers "

@@ -114,7 +114,6 @@ def _trainer(
         disable_tqdm=True,
         report_to="none",
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # the weights: each rank makes the same of the same survivors
     )
     optimizer = torch.optim.AdamW(
         trainee.trained().values(), lr=settings.learning_rate or 0.0, weight_decay=0.0, fused=True

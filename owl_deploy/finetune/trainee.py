@@ -130,6 +130,15 @@ class Trainee(nn.Module):
         """The parameters that train, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """All but what trains: torch's DistributedDataParallel, whose name this is, sends no more.
+
+        Each rank has the rest from the same files, and makes the same weights of the survivors.
+        """
+        named = (*self.named_parameters(), *self.named_buffers())
+        return [name for name, one in named if not one.requires_grad]
+
     def state_dict(self, **_: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
         """What trains: the rest is in the checkpoint that the run started from."""
         return {name: parameter.detach() for name, parameter in self.trained().items()}

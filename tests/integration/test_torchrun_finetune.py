@@ -98,7 +98,10 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bits(
     asked = command(sparse, text_file, out, 1, *how)
     ended = killed(tmp_path, asked)
     assert ended.returncode != 0
-    assert ended.stderr.count("owl: Another process of this run has ended") == 1, ended.stderr
+    # Either the connection says it first, or torchrun.
+    assert ended.stderr.count("owl: ") == 1, ended.stderr
+    assert "--resume" in ended.stderr
+    assert "Warning: " not in ended.stderr
     assert not out.exists()
     code, _, err = owl(*asked, "--resume")
     assert (code, "processes was 2, now 1" in " ".join(err.split())) == (2, True), err

@@ -78,6 +78,8 @@ def test_there_is_nothing_but_survivors_to_optimize(models):
     with_gradient = [p for p in trainee.parameters() if p.grad is not None]
     assert sum(p.grad.numel() for p in with_gradient) == nonzeros
     assert sum(one.numel() for one in trainee.state_dict().values()) == nonzeros
+    names = {name for name, _ in (*trainee.named_parameters(), *trainee.named_buffers())}
+    assert names - set(trainee._ddp_params_and_buffers_to_ignore) == trainee.trained().keys()
 
 
 def test_bfloat16_products_keep_float32_weights(models, tmp_path):
