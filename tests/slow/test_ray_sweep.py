@@ -1,5 +1,9 @@
-"""A sweep on a Ray cluster of three nodes, one of which is killed, as is the driver."""
+"""Sweeps on real Ray clusters: a node and the driver are killed, and Ctrl-C is pressed."""
 
+import os
+import pty
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +19,7 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from ray.cluster_utils import Cluster
 
+from owl_deploy.cluster.interrupt import QUESTION
 from owl_deploy.record import Record
 
 pytestmark = [
@@ -62,6 +67,45 @@ def wait_until(reached: Callable[[], bool], driver: subprocess.Popen[bytes]) -> 
         assert driver.poll() is None, "it ended before"
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def wait_for(terminal: int, reached: Callable[[bytes], bool]) -> None:
+    """Read what `terminal` shows until it is what was to be reached, or the end is."""
+    shown, deadline = b"", time.monotonic() + 1800
+    while not reached(shown):
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.5)[0]:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:  # Linux's word for the end of a terminal
+                assert reached(shown), shown
+                return
+
+
+def test_ctrl_c_on_a_terminal_asks_once_and_then_cancels_all(tmp_path: Path) -> None:
+    tiny.write_llama(tmp_path / "MODEL", max_position_embeddings=2048)
+    (tmp_path / "text").write_text(tiny.text(20000))
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    sweep = ["sweep", "MODEL", "-o", "out", "--plan", "plan.yaml"]
+    sweep += ["-c", "text", "-p", "text", "--ray", "local"]
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, "-m", "owl_deploy", *sweep])
+
+    def states() -> list[str]:
+        return [record.state for record in records(tmp_path / "out")]
+
+    wait_for(terminal, lambda _: "running" in states())
+    os.write(terminal, b"\x03")
+    wait_for(terminal, lambda shown: QUESTION.encode() in shown)
+    wait_for(terminal, lambda _: states().count("done") >= 2)
+    assert "failed" not in states()
+    os.write(terminal, b"\x03")
+    wait_for(terminal, lambda shown: b"interrupted; all tasks are cancelled" in shown)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    os.close(terminal)
 
 
 def test_a_sweep_outlives_a_node_and_its_driver(cluster: Cluster, tmp_path: Path) -> None:
