@@ -169,6 +169,9 @@ def readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
     tiny.write_llama(folder / "MODEL")
     (folder / "text.txt").write_text(tiny.text())
     (folder / "held-out.txt").write_text(tiny.text(2000))
+    for name in ("src/one.py", "notes/old/one.md"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(tiny.text(1000))
     (folder / "examples").symlink_to(ROOT / "examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OWL_CACHE", str(folder / "cache"))
