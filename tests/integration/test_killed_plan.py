@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from owl_deploy.bench.decision import refreshed
 from owl_deploy.demo import CALIBRATION, EVALUATION, MODEL, Plan, Variant, conclude, rows, tasks
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, measurement, read_manifest
-from owl_deploy.pipeline import RunTasks, execute, survey
+from owl_deploy.pipeline import RunTasks, Task, execute, survey
 from owl_deploy.recipe import PruneSettings
 from tests import tiny
 
@@ -97,6 +99,7 @@ TINY = showcase.Plan(
         "sparse": (("owl", "int8"),),
         "rounded": (("owl", "int4"),),
         "recovered": (("owl", "int8"),),
+        "sister": (("owl", "int4"),),
     },
     pruning=showcase.SHOWCASE.pruning,
     rounding=showcase.SHOWCASE.rounding,
@@ -113,36 +116,46 @@ TINY = showcase.Plan(
 )
 
 
+def made(plan: showcase.Plan, source: Path, output: Path) -> tuple[Task, ...]:
+    """The showcase's tasks, whose sister lies beside its model."""
+    return showcase.tasks(plan, source, source, output)
+
+
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="no Bubblewrap")
 def test_the_showcase_goes_on_where_it_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
     source, output = tmp_path / "input", tmp_path / "out"
-    tiny.write_llama(source / showcase.MODEL, max_position_embeddings=2048, hidden_size=128)
+    shape = {"max_position_embeddings": 2048, "hidden_size": 128}
+    for name in (showcase.MODEL, showcase.SISTER):
+        tiny.write_llama(source / name, **shape)
     for name in (CALIBRATION, EVALUATION):
         (source / name).write_text(tiny.text(20000))
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "busy_cores", lambda seconds: 0.0)
     monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 30.0)
-    plan = showcase.tasks(TINY, source, output)
-    again = "showcase.tasks(TINY"
+    plan, again = made(TINY, source, output), "made(TINY"
     training = output / "checkpoints" / ".recovered-50.owl-partial" / "group-0.json"
     killed_at(training, source, output, again)
-    assert survey(plan)[:3] == ["done", "done", "to do"]
+    assert survey(plan)[:4] == ["done", "done", "done", "to do"]
     answering = output / "deployments" / "sparse-owl-int8" / "measured" / "perplexity.json"
     killed_at(answering, source, output, again)
-    trained = read_manifest(plan[2].output, CheckpointManifest)
+    trained = read_manifest(plan[3].output, CheckpointManifest)
     assert trained is not None
     assert trained.to_json()["finetune"]["resumed"]
     said: list[str] = []
     execute(plan, said.append)
-    assert len(said) in (6, 7)  # perplexity's receipt, HumanEval, two more models', the bench
+    # Perplexity's receipt, HumanEval, three more models', the drafts, the bench.
+    assert len(said) in (9, 10)
     assert set(survey(plan)) == {"done"}
-    result = refreshed(read_result(output / "bench"))
-    conclude(result, showcase.rows(result), output, showcase.show)
+    result, drafts = refreshed(read_result(output / "bench")), read_result(output / "drafts")
+    shown_with = partial(showcase.show, drafts=[drafts])
+    conclude([result, drafts], showcase.rows(result), output, shown_with)
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines()[1:])) <= 80
+    gains = re.findall(r"^dense-owl-int8 with .*: .* as fast, with the same answers; ", shown, re.M)
+    assert len(gains) == 1
+    assert max(map(len, shown.partition(gains[0])[0].splitlines()[1:])) <= 80
     assert {row["problems"] for row in showcase.rows(result)} == {3}
     showcase.show_steps(plan, output)
     took = json.loads((output / "steps.json").read_text())
@@ -150,7 +163,7 @@ def test_the_showcase_goes_on_where_it_was_killed(
     assert all(time > 0 for title, time in took.items() if not title.startswith("Perplexity"))
     assert "<figure>" in (output / "report.html").read_text()
     # Other problems are asked anew, and nothing else is done again.
-    others = showcase.tasks(replace(TINY, every=60), source, output)
+    others = made(replace(TINY, every=60), source, output)
     states = dict(zip((type(task) for task in others), survey(others), strict=True))
     assert states[RunTasks] == "outdated"
     assert {state for kind, state in states.items() if kind is not RunTasks} == {"done"}
