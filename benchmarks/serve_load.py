@@ -31,6 +31,7 @@ import httpx2 as httpx
 import numpy as np
 import psutil
 
+from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 
 WORDS = ("river", "mill", "clock", "snow", "hills", "wind", "lantern", "letter", "stone", "road")
@@ -223,7 +224,7 @@ def main() -> None:
             print(said(rows[-1]), flush=True)
     result = {"command": " ".join(sys.argv), "machine": look().model_dump(), "rows": rows}
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.output, result)
     if any(row["errors"] for row in rows):
         raise SystemExit(1)
 

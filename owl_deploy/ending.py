@@ -8,9 +8,12 @@ program that SIGPIPE ended. 70 (sysexits.h: EX_SOFTWARE) for what owl did not fo
 import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TextIO, cast
 
 import typer
@@ -134,3 +137,26 @@ def explained(error: Exception) -> OwlError:
         f"{type(error).__name__}: {first_line(error)}.",
         "This is a defect of owl: please report it, with what OWL_DEBUG=1 prints.",
     )
+
+
+@contextlib.contextmanager
+def on_interrupt(act: Callable[[], object], *, once: bool = True) -> Iterator[None]:
+    """Until the block ends Ctrl-C calls `act`; with `once` the first does, and the next is as ever.
+
+    Outside the main thread, which alone gets signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(_signal: int, _frame: FrameType | None) -> None:
+        if once:
+            signal.signal(signal.SIGINT, before)
+        act()
+
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -204,8 +204,8 @@ def generate(
     With `chat` the prompt is a user's message, put into the model's chat template. `threads`: None
     for the physical cores; `trust_library`: run operators that the folder brings. `draft`: a
     deployment with the same tokens that proposes `draft_tokens` at a time (None: as many as pay),
-    or "lookup" for
-    proposals from the text itself; the text is the deployment's own with or without (speculate.py).
+    or "lookup" for proposals from the text itself; the text is the deployment's own with or without
+    (speculate.py).
     Raises `BadInput` for a folder that cannot be opened so, for sampling in another engine than
     onnxruntime-genai, for a draft that does not fit, and for a prompt that is too long;
     `EngineFailed` for what onnxruntime-genai stumbles over.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,9 +66,9 @@ class Plan:
 
     `roads`: the targets and precisions of the "dense" model, the "sparse" one (by `pruning`), and
     what was made of that: "rounded" (by `rounding`, with compensation) and "recovered"; and of the
-    smaller model, "sister", dense and rounded likewise. `samples`
-    windows of `length` tokens to prune by; `windows` of `window` to evaluate on; of HumanEval's
-    problems each `every`-th, and at most `limit`.
+    smaller model, "sister", dense and rounded likewise. `samples` windows of `length` tokens to
+    prune by; `windows` of `window` to evaluate on; of HumanEval's problems each `every`-th, and at
+    most `limit`.
     """
 
     roads: dict[str, tuple[Road, ...]]
@@ -160,7 +161,7 @@ def tasks(plan: Plan, source: Path, sister: Path, output: Path) -> tuple[Task, .
     folders = [export.output for export in exports]
     dense = tuple(folder for folder in folders if folder.name.startswith("dense"))
     sparse = tuple(folder for folder in folders if folder not in dense)
-    drafts = _drafts(plan, output / "drafts", {export.output.name: export for export in exports})
+    drafts = _drafts(plan, folders, output / "drafts")
     bench = Bench(
         title=f"Benchmarking {len(folders)} deployments, {plan.pairs} rounds of fresh processes",
         output=output / "bench",
@@ -174,14 +175,11 @@ def tasks(plan: Plan, source: Path, sister: Path, output: Path) -> tuple[Task, .
     return (*_made(plan, checkpoints, source, sister), *exports, *judged, *drafts, bench)
 
 
-def _drafts(plan: Plan, output: Path, exports: dict[str, Export]) -> Iterator[Bench]:
+def _drafts(plan: Plan, folders: Sequence[Path], output: Path) -> Iterator[Bench]:
     """What the sister proposes to the dense model in the engine that takes drafts."""
-    draft = exports.get("-".join(("sister", *_INT4)))
-    drafted = tuple(
-        exports[name].output
-        for precision in ("int8", "int4")
-        if (name := f"dense-owl-{precision}") in exports
-    )
+    made = {folder.name: folder for folder in folders}
+    draft = made.get("sister-owl-int4")
+    drafted = tuple(made[name] for name in ("dense-owl-int8", "dense-owl-int4") if name in made)
     if draft and drafted:
         yield Bench(
             title="Benchmarking drafts by the smaller sister",
@@ -189,7 +187,7 @@ def _drafts(plan: Plan, output: Path, exports: dict[str, Export]) -> Iterator[Be
             plan=BenchPlan(
                 candidates=drafted,
                 scenarios=("answers",),
-                draft=str(draft.output),
+                draft=str(draft),
                 pairs=plan.pairs,
             ),
         )
@@ -314,7 +312,7 @@ def show(
     for view in _tables([row["deployment"] for row in table], _columns(result, table)):
         console.print()
         console.print(view)
-    for line in (line for measured in drafts for line in _gains(measured)):
+    for line in chain.from_iterable(map(_gains, drafts)):
         console.print(f"\n{line}", soft_wrap=True, markup=False)
     console.print(
         f"\n{result.machine.cpu}, {result.threads} threads. pass@1: of {table[0]['problems']} of "

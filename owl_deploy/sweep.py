@@ -156,9 +156,8 @@ def run(
     """
     left, last = dict(execute(plan)), len(plan) - 1
     if left and (rest := without(plan, left, output)):
-        (bench,) = (*execute(rest).values(), None)[:1]
         left.pop(last)
-        if bench:
+        if bench := next(iter(execute(rest).values()), None):  # all else of it is whole
             left[last] = bench
         plan = rest
     records = [record for _, record in sorted(left.items())]

@@ -23,6 +23,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sparse(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That checkpoint, 60 % of it pruned by magnitude; tests read it and never write into it."""
+    from owl_deploy import recipe
+    from owl_deploy.prune.run import prune
+
+    folder = tmp_path_factory.mktemp("sparse") / "sparse"
+    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.6)
+    prune(llama, folder, settings, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text long enough for a few windows of some hundred tokens."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

@@ -2,11 +2,11 @@
 
 import contextlib
 import signal
-import threading
 from collections.abc import Iterator
-from types import FrameType
 
 from rich.console import Console
+
+from owl_deploy.ending import on_interrupt
 
 QUESTION = "Ctrl-C again cancels all tasks; without it they go on."
 
@@ -15,20 +15,11 @@ QUESTION = "Ctrl-C again cancels all tasks; without it they go on."
 def asking_once(console: Console) -> Iterator[None]:
     """Until the block ends the first Ctrl-C only asks, on `console`; the next is as it always is.
 
-    Where `console` is no terminal nobody could answer, and the first is as it always is.
+    Where `console` is no terminal nobody could answer, and the first is as it always is; so it is
+    where Ctrl-C is ignored.
     """
-    usual = signal.getsignal(signal.SIGINT)
-    here = threading.current_thread() is threading.main_thread()
-    if not (console.is_terminal and here and callable(usual)):
+    if not (console.is_terminal and callable(signal.getsignal(signal.SIGINT))):
         yield
         return
-
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, usual)
-        console.print(QUESTION)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
+    with on_interrupt(lambda: console.print(QUESTION)):
         yield
-    finally:
-        signal.signal(signal.SIGINT, usual)

@@ -3,13 +3,10 @@
 import contextlib
 import itertools
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from owl_deploy.ending import on_interrupt
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.finetune.trainee import Trainee
@@ -234,21 +232,12 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
         Not so in a group: the terminal sends one, and torchrun another.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
 
-        def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        def tell() -> None:
             self._told = True
-            if self.ranks.size == 1:
-                signal.signal(signal.SIGINT, before)
 
-        signal.signal(signal.SIGINT, interrupt)
-        try:
+        with on_interrupt(tell, once=self.ranks.size == 1):
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
         """Go on from where an earlier run's log ends; let dropout differ between ranks."""

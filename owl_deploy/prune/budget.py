@@ -36,19 +36,18 @@ def room(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> Room:
     """
     assert settings.budget is not None
     number, unit = parse_budget(settings.budget)
-    shapes = _shapes(skeleton, shape)
     if unit == "times":
         clock = measure(settings, skeleton, shape)
+        shapes = _shapes(skeleton, shape)
         return Room(room_in_time(clock, shapes, settings.budget, number), clock)
-    return Room(_room_in_bytes(settings, skeleton, shape, shapes))
+    return Room(_room_in_bytes(number, unit, settings, skeleton, shape))
 
 
 def _room_in_bytes(
-    settings: PruneSettings, skeleton: Skeleton, shape: Shape, shapes: list[tuple[int, int]]
+    number: float, unit: str, settings: PruneSettings, skeleton: Skeleton, shape: Shape
 ) -> float:
-    assert settings.budget is not None
     assert settings.bits_group is not None
-    number, unit = parse_budget(settings.budget)
+    shapes = _shapes(skeleton, shape)
     weights = sum(math.prod(one) for one in shapes)
     rest = _rest(skeleton, shape) if unit == "bytes" else 0
     found = number * weights / 8 if unit == "bits" else number - rest

@@ -13,6 +13,7 @@ import torch
 from owl_deploy.blocks import Skeleton
 from owl_deploy.engines import default_threads
 from owl_deploy.errors import BadInput
+from owl_deploy.manifest import Cost
 from owl_deploy.progress import bar
 from owl_deploy.prune.formats import Costs, Format, formats, is_sparse
 from owl_deploy.prune.sparsities import Shape
@@ -46,20 +47,20 @@ class Clock:
 
     def timed(self, costs: Costs, skeleton: Skeleton) -> Costs:
         """The `costs`, with what each format takes."""
-        return [
-            {
-                name: [
-                    one.model_copy(
-                        update={"microseconds": 1e6 * self.each[weight_size(linears[name]), form]}
-                    )
-                    for one in options
-                    for form in [Format(one.bits, one.sparsity)]
-                ]
-                for name, options in block.items()
-            }
-            for index, block in enumerate(costs)
-            for linears in [skeleton.linears(index)]
-        ]
+        found: Costs = []
+        for index, block in enumerate(costs):
+            linears = skeleton.linears(index)
+            found.append(
+                {
+                    name: [self._timed(one, weight_size(linears[name])) for one in options]
+                    for name, options in block.items()
+                }
+            )
+        return found
+
+    def _timed(self, cost: Cost, size: Size) -> Cost:
+        seconds = self.each[size, Format(cost.bits, cost.sparsity)]
+        return cost.model_copy(update={"microseconds": 1e6 * seconds})
 
 
 def measure(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> Clock:

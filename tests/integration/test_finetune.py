@@ -36,14 +36,6 @@ cli.main()
 """
 
 
-@pytest.fixture(scope="module")
-def sparse(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sparse") / "sparse"
-    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.6)
-    prune(llama, folder, settings, None)
-    return folder
-
-
 def arguments(sparse, text_file, output, *more):
     options = ("--sequence-length", 32, "--batch-size", 2, "--gradient-accumulation", 2)
     return ("finetune", sparse, "-o", output, "--text", text_file, *options, *more)

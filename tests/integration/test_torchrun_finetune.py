@@ -8,8 +8,6 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from owl_deploy import recipe
-from owl_deploy.prune.run import prune
 from owl_deploy.tokens import load_tokens
 from tests import divided
 
@@ -37,14 +35,6 @@ cli.main()
 MASKED = ("--method", "masked", "--block-group", 1, "--max-steps", 8)
 LORA = ("--merge", "masked", "--dropout", 0, "--max-steps", 4)
 CLOSE = 1e-4  # of the largest weight of a tensor
-
-
-@pytest.fixture(scope="module")
-def sparse(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sparse") / "sparse"
-    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.6)
-    prune(llama, folder, settings, None)
-    return folder
 
 
 def command(sparse, text_file, output, batch, *how):
