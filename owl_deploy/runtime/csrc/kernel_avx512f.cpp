@@ -9,7 +9,8 @@ namespace owl {
 namespace {
 
 struct Avx512f : Avx512Common {
-  using Half = float;  // bf16 weights meet fp32 activations
+  static constexpr bool kAsksFar = false;  // its sums of integers take longer than memory
+  using Half = float;                      // bf16 weights meet fp32 activations
   static constexpr bool kBiased = false;
 
   using Avx512Common::dot;

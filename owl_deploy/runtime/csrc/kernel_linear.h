@@ -122,7 +122,7 @@ OWL_INLINE typename V::I block_sums(Stream& stream, const std::uint8_t* x, std::
   typename V::I a = V::i_set1(V::kBiased ? correction : 0);
   typename V::I c = V::i_set1(0);
   for (std::size_t i = 0; i < cells; i += 4, x += 16) {
-    stream.prefetch_ahead();
+    stream.template prefetch_ahead<false>();
     a = V::dot(Bits<8>{}, a, stream.template next<false>(), V::broadcast(x));
     c = V::dot(Bits<8>{}, c, stream.template next<true>(), V::broadcast(x + 4));
     a = V::dot(Bits<8>{}, a, stream.template next<false>(), V::broadcast(x + 8));
@@ -275,7 +275,7 @@ void matvec_float(const PackedMatrix& w, std::size_t begin, std::size_t end,
     typename V::F a = V::f_set1(0.0F), b = a, c = a, d = a;
     const std::uint8_t* x = row;
     for (std::size_t i = 0; i < w.cells; i += 4, x += 4 * step) {
-      stream.prefetch_ahead();
+      stream.template prefetch_ahead<false>();
       a = V::dot(width, a, stream.template next<false>(), x);
       b = V::dot(width, b, stream.template next<true>(), x + step);
       c = V::dot(width, c, stream.template next<false>(), x + 2 * step);
@@ -309,7 +309,7 @@ struct CellBlock {
   OWL_INLINE explicit CellBlock(Stream& stream) {
 #pragma GCC unroll 8
     for (std::size_t i = 0; i < Cells; i += 4) {
-      stream.prefetch_ahead();
+      stream.template prefetch_ahead<true>();
       cell[i] = stream.template next<false>();
       cell[i + 1] = stream.template next<true>();
       cell[i + 2] = stream.template next<false>();
@@ -461,7 +461,7 @@ inline void multiply_integer(const std::uint8_t* tile, const float* tile_scales,
     const std::size_t block = smaller(kBlockCells, cells - done);
     for (std::size_t c = 0; c < block; ++c, tile += N * kCellBytes, x += 4) {
       typename V::Cell w[N];
-      for (int n = 0; n < N; ++n) w[n] = V::load_cell(tile + n * kCellBytes);
+      for (int n = 0; n < N; ++n) w[n] = V::held_cell(tile + n * kCellBytes);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
@@ -521,6 +521,7 @@ void unpack_cells(const PackedMatrix& w, std::size_t group, std::size_t first, s
       put(c, V::bias8(add_low<V>(w, group, first + c, V::template nibbles<false>(high))));
       put(c + 1, V::bias8(add_low<V>(w, group, first + c + 1, V::template nibbles<true>(high))));
     } else {
+      if (c % 4 == 0) stream.template prefetch_ahead<true>();
       put(c, stream.template next<false>());
       put(c + 1, stream.template next<true>());
     }

@@ -30,6 +30,7 @@ struct Neon {
     uint8x16_t v[4];
   };
   using Half = float;
+  static constexpr bool kAsksFar = false;
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 4;  // 4 x 4 sums, 4 weights and their halves, in 32 registers
   static constexpr int kInt8Rows = 2;
@@ -41,6 +42,7 @@ struct Neon {
     return {{operation(0), operation(1), operation(2), operation(3)}};
   }
 
+  static Cell held_cell(const void* p) { return load_cell(p); }
   static Cell load_cell(const void* p) {
     const auto* q = static_cast<const std::uint8_t*>(p);
     return {{vld1q_u8(q), vld1q_u8(q + 16), vld1q_u8(q + 32), vld1q_u8(q + 48)}};

@@ -18,12 +18,14 @@ struct Portable {
     std::uint8_t v[64];
   };
   using Half = float;
+  static constexpr bool kAsksFar = false;
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 2;
   static constexpr int kInt8Rows = 2;
   static constexpr bool kWidens = false;
   static constexpr bool kBiased = false;
 
+  static Cell held_cell(const void* p) { return load_cell(p); }
   static Cell load_cell(const void* p) {
     Cell cell;
     std::memcpy(cell.v, p, 64);

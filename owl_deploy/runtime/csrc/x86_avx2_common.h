@@ -17,6 +17,7 @@ struct Avx2Common {
   using I = Halves;
   using Cell = Halves;
   using Half = float;
+  static constexpr bool kAsksFar = false;
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 4;  // 4 x 2 sums, 2 weights and their halves, in 16 registers
 
@@ -25,6 +26,7 @@ struct Avx2Common {
     std::memcpy(&v, p, 4);
     return v;
   }
+  static Cell held_cell(const void* p) { return load_cell(p); }
   static Cell load_cell(const void* p) {
     const auto* q = static_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};

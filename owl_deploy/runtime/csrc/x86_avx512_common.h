@@ -15,6 +15,7 @@ struct Avx512Common {
   using F = __m512;
   using I = __m512i;
   using Cell = __m512i;
+  static constexpr bool kAsksFar = true;
   static constexpr std::size_t kPanelGroups = 4;
   static constexpr int kFloatRows = 6;  // 6 x 4 sums, 4 weights: 28 of 32 registers
   static constexpr int kInt8Rows = 3;   // 3 x 4 integer and as many float sums
@@ -25,6 +26,13 @@ struct Avx512Common {
     return v;
   }
   static Cell load_cell(const void* p) { return _mm512_loadu_si512(p); }
+  // To stay in its register: GCC would load it again for each row that it meets, and loads of 64
+  // bytes would then take longer than the products.
+  static Cell held_cell(const void* p) {
+    Cell cell = load_cell(p);
+    __asm__("" : "+v"(cell));
+    return cell;
+  }
   static void store_cell(void* p, Cell v) { _mm512_storeu_si512(p, v); }
   static Cell broadcast(const std::uint8_t* x) { return _mm512_set1_epi32(load32(x)); }
   template <bool Upper>
