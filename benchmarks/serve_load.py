@@ -4,8 +4,9 @@
         [--new-tokens 64] [--words 60] [--leave 0.1] [--threads N] [--batch 8] [--waiting 16]
     python benchmarks/serve_load.py --url http://127.0.0.1:8080/v1 --model NAME --pid PID
 
-Each client asks again as soon as it has its answer, greedily and streamed; prompts have other words
-from their first on, so that no cache helps. Per number of clients: requests and tokens a second;
+What `owl bench --scenario requests` does not do: minutes of load, clients that leave, memory. Each
+client asks again as soon as it has its answer, greedily and streamed; prompts have other words from
+their first on, so that no cache helps. Per number of clients: requests and tokens a second;
 p50 and p99 of the time to the first text and between texts, in ms; errors; refusals (429, upon
 which a client waits as it is told); the server's resident memory before and after. `--leave`: the
 share of the requests whose client goes away within the answer. Clients take a core's share, too.
@@ -14,7 +15,6 @@ share of the requests whose client goes away within the answer. Clients take a c
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -23,112 +23,36 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
 import numpy as np
 import psutil
 
 from owl_deploy.artefact import write_json
+from owl_deploy.bench.clients import Load, ask_all
 from owl_deploy.bench.machine import look
-
-WORDS = ("river", "mill", "clock", "snow", "hills", "wind", "lantern", "letter", "stone", "road")
-TIMEOUT_S = 600.0
+from owl_deploy.bench.prompts import WORDS
 
 
-@dataclass
-class Tally:
-    """What all clients saw: seconds to the first text and between texts; counts."""
-
-    first_s: list[float] = field(default_factory=list)
-    between_s: list[float] = field(default_factory=list)
-    answered: int = 0
-    tokens: int = 0
-    left: int = 0
-    refused: int = 0
-    errors: list[str] = field(default_factory=list)
+def prompts(words: int, seconds: float, seed: int = 0) -> Iterator[str]:
+    """Prompts of so many words each, for so many seconds."""
+    generator, until = random.Random(seed), time.monotonic() + seconds
+    while time.monotonic() < until:
+        yield " ".join(generator.choices(WORDS, k=words))
 
 
-@dataclass(frozen=True)
-class Load:
-    """What each client asks of `model` at `url`."""
-
-    url: str
-    model: str
-    new_tokens: int = 64
-    words: int = 60
-    leave: float = 0.0
-    seed: int = 0
-    key: str = "none"
-
-
-async def client(load: Load, number: int, until: float, tally: Tally) -> None:
-    """Ask one request after another until `until`, on the monotonic clock."""
-    generator = random.Random(f"{load.seed}-{number}")
-    headers = {"authorization": f"Bearer {load.key}"}
-    async with httpx.AsyncClient(timeout=TIMEOUT_S, headers=headers) as connection:
-        while time.monotonic() < until:
-            prompt = " ".join(generator.choices(WORDS, k=load.words))
-            leaves = generator.random() < load.leave
-            try:
-                await ask(connection, load, prompt, leaves, tally)
-            except (httpx.HTTPError, ValueError, KeyError) as error:
-                tally.errors.append(f"{type(error).__name__}: {error}")
-
-
-async def ask(
-    connection: httpx.AsyncClient, load: Load, prompt: str, leaves: bool, tally: Tally
-) -> None:
-    """One request; the client `leaves` after the first text."""
-    body = {
-        "model": load.model,
-        "prompt": prompt,
-        "max_tokens": load.new_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    last = started = time.monotonic()
-    async with connection.stream("POST", f"{load.url}/completions", json=body) as answer:
-        if answer.status_code == 429:
-            tally.refused += 1
-            await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
-            return
-        answer.raise_for_status()
-        heard = usage = 0
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            part, now = json.loads(line.removeprefix("data: ")), time.monotonic()
-            usage = (part.get("usage") or {}).get("completion_tokens", usage)
-            if part["choices"] and part["choices"][0]["text"]:
-                (tally.between_s if heard else tally.first_s).append(now - last)
-                last, heard = now, heard + 1
-                if leaves:
-                    tally.left += 1
-                    return
-        if last == started and not usage:
-            raise ValueError("an answer without a token")
-        tally.answered += 1
-        tally.tokens += usage or heard
-
-
-async def measure(
-    load: Load, clients: int, seconds: float, server: psutil.Process
+def measure(
+    load: Load, clients: int, asked: Iterator[str], server: psutil.Process
 ) -> dict[str, Any]:
-    """`clients` at once for `seconds`, and what they saw."""
-    tally, before, started = Tally(), server.memory_info().rss, time.monotonic()
-    await asyncio.gather(
-        *(client(load, number, started + seconds, tally) for number in range(clients))
-    )
-    wall_s = time.monotonic() - started
+    """What `clients` at once saw until there was nothing more to ask."""
+    before = server.memory_info().rss
+    tally = asyncio.run(ask_all(load, clients, asked))
     return {
         "clients": clients,
-        "seconds": wall_s,
-        "requests_per_s": tally.answered / wall_s,
-        "tokens_per_s": tally.tokens / wall_s,
+        "seconds": tally.wall_s,
+        "requests_per_s": tally.answered / tally.wall_s,
+        "tokens_per_s": tally.tokens / tally.wall_s,
         "first_ms": percentiles(tally.first_s),
         "between_ms": percentiles(tally.between_s),
         "answered": tally.answered,
@@ -217,10 +141,11 @@ def main() -> None:
     """Measure each number of clients, after an unmeasured request."""
     arguments, rows = parsed(), []
     with served(arguments) as (url, model, server):
-        load = Load(url, model, arguments.new_tokens, arguments.words, arguments.leave)
-        asyncio.run(measure(load, 1, 0.1, server))
+        load = Load(url, model, arguments.new_tokens, arguments.leave)
+        measure(load, 1, prompts(arguments.words, 0.1), server)
         for clients in arguments.clients:
-            rows.append(asyncio.run(measure(load, clients, arguments.seconds, server)))
+            asked = prompts(arguments.words, arguments.seconds)
+            rows.append(measure(load, clients, asked, server))
             print(said(rows[-1]), flush=True)
     result = {"command": " ".join(sys.argv), "machine": look().model_dump(), "rows": rows}
     if arguments.output:

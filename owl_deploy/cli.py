@@ -352,6 +352,7 @@ def bench(
     prompt: options.PromptTokens = None,
     batch: options.Batch = None,
     streams: options.Streams = None,
+    clients: options.Clients = None,
     new_tokens: options.NewTokens = None,
     draft: options.BenchDraft = None,
     draft_tokens: options.DraftTokens = None,

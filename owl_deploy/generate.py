@@ -34,7 +34,7 @@ class Sampling:
     """Search options, by their names in onnxruntime-genai and transformers.
 
     `max_new_tokens`: None for `DEFAULT_NEW_TOKENS`, or as many as the context has room for;
-    `UNLIMITED` for all that it has room for.
+    `UNLIMITED` for all that it has room for. `ignore_eos`: no token that ends a text is chosen.
     """
 
     max_new_tokens: int | None = None
@@ -44,6 +44,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         new = self.max_new_tokens
@@ -74,7 +75,8 @@ class Sampling:
         """
         if self.repetition_penalty != 1 or (self.do_sample and self.seed is not None):
             return None
-        return replace(self, max_new_tokens=None) if self.do_sample else GREEDY
+        alike = self if self.do_sample else Sampling(ignore_eos=self.ignore_eos)
+        return replace(alike, max_new_tokens=None)
 
 
 GREEDY = Sampling()  # the likeliest token, always
@@ -130,14 +132,15 @@ class Speed:
 class Row:
     """A text to be written: its `tokens`, at first the prompt's, and the `length` they may come to.
 
-    `speed` is filled in meanwhile. `ended`: set once the text has its last token, or by whoever
-    wants no more of it.
+    `speed` is filled in meanwhile. `ends`: tokens that end it before. `ended`: set once the text
+    has its last token, or by whoever wants no more of it.
     """
 
     tokens: list[int]
     length: int
     sampling: Sampling
     speed: Speed = field(default_factory=Speed)
+    ends: list[int] = field(default_factory=list)
     ended: bool = False
 
     @property
@@ -283,7 +286,8 @@ class Writer:
             tokens = self._tokenizer.encode(prompt).tolist()
         speed.prompt_tokens = len(tokens)
         length = _length(len(tokens), sampling.max_new_tokens, self.context)
-        return Row(tokens, length, sampling, speed)
+        ends = [] if sampling.ignore_eos else self._ends
+        return Row(tokens, length, sampling, speed, ends)
 
     def takes(self, rows: Sequence[Row]) -> bool:
         """Whether `rows` can be written together: few enough, and their tokens chosen alike."""
@@ -346,7 +350,7 @@ class Writer:
         rows = Rows(self._model, row.length)
         speculation = Speculation(rows, proposing, search, drafting.tokens, random)
         row.speed.draft = speculation.tally
-        for token in speculation.tokens(list(row.tokens), row.length, self._ends):
+        for token in speculation.tokens(list(row.tokens), row.length, row.ends):
             yield [token]
             if row.ended:
                 return
@@ -355,7 +359,7 @@ class Writer:
         row.tokens.append(token)
         row.speed.count(elapsed_s)
         row.speed.context_full = len(row.tokens) >= self.context
-        row.ended |= token in self._ends or not row.room
+        row.ended |= token in row.ends or not row.room
 
     @contextmanager
     def _stumbling(self) -> Iterator[None]:
@@ -398,7 +402,8 @@ def _in_engine(
     told = told_numbers(opened.path / "config.json", "max_position_embeddings")
     context = opened.max_context or next(iter(told), DEFAULT_CONTEXT)
     length = _length(len(tokens), sampling.max_new_tokens, context)
-    room, ends = length - len(tokens), _ends(opened.path, tokenizer)
+    room = length - len(tokens)
+    ends = set() if sampling.ignore_eos else _ends(opened.path, tokenizer)
     speed.prompt_tokens = len(tokens)
     with EngineProcess(engine, opened.path, threads=threads, context=length) as process:
         yield from _words(_greedy(process, tokens, room, ends, speed), tokenizer)
@@ -468,6 +473,7 @@ def _generator(model: Any, length: int, sampling: Sampling, rows: int) -> Any:  
     options: dict[str, Any] = {
         "batch_size": rows,
         "max_length": length,
+        "min_length": length if sampling.ignore_eos else 0,
         "do_sample": sampling.do_sample,
         "repetition_penalty": sampling.repetition_penalty,
     }

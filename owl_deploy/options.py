@@ -262,8 +262,8 @@ Scenarios = Annotated[
     list[str] | None,
     Option(
         "--scenario",
-        help="decode, prefill, generate, throughput, answers, or one such as decode@512x4; "
-        "repeatable. [decode, prefill; with --draft answers]",
+        help="decode, prefill, generate, throughput, answers, requests, or one such as "
+        "decode@512x4; repeatable. [decode, prefill; with --draft answers]",
     ),
 ]
 Context = Annotated[
@@ -287,8 +287,12 @@ Batch = Annotated[list[int] | None, Option(help="Rows decoded together; repeatab
 Streams = Annotated[
     list[int] | None, Option(help="Streams at once, for throughput; repeatable. [2]")
 ]
+Clients = Annotated[
+    list[int] | None,
+    Option(help="Clients at once of a server, for requests; repeatable. [1, 4, 16]"),
+]
 NewTokens = Annotated[
-    int | None, Option(help="Tokens of an answer, for generate and answers. [64]")
+    int | None, Option(help="Tokens of an answer, for generate, answers and requests. [64]")
 ]
 Pairs = Annotated[int, Option(help="Rounds; each is a fresh process a deployment.")]
 Looks = Annotated[

@@ -4,8 +4,10 @@ A round measures every deployment once; the next goes through them backwards (A 
 machine that warms up or slows down does so to all alike. One engine runs at a time.
 """
 
+import asyncio
 import contextlib
 import datetime
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,17 +20,19 @@ from owl_deploy.bench import machine, result, stats
 from owl_deploy.bench.decision import scores_of
 from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.plan import BenchPlan
-from owl_deploy.bench.prompts import read_prompts, tokens_of
+from owl_deploy.bench.prompts import other_words, read_prompts, tokens_of
 from owl_deploy.bench.result import Block, Comparison, Result, Role, Sample, Subject
 from owl_deploy.bench.scenario import Scenario, by_session
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
+    ServerProcess,
     engine_for,
     get_engine,
     installed_version,
     open_deployment,
     python_of,
+    server_of,
     threads_for,
 )
 from owl_deploy.engines.draft import open_draft
@@ -94,13 +98,17 @@ def fitted(
     plan.described()  # what is impossible for any model is said first
     entries = entries_of(plan)
     smaller, limits = plan.fitted(deployment for _, deployment in entries)
-    _check_room(smaller, entries)
+    _check_prompts(smaller, entries)
     return smaller, entries, limits
 
 
-def _check_room(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> None:
-    """Raise `BadInput` for prompts that leave no room for an answer, before anything is timed."""
+def _check_prompts(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> None:
+    """Raise `BadInput` for prompts that no engine could answer, before anything is timed."""
     for scenario in plan.described():
+        if scenario.is_served:
+            for subject, deployment in entries:
+                server_of(subject.engine)
+                next(other_words(deployment, scenario.tokens, plan.seed))
         if scenario.kind == "answers":
             prompts = read_prompts(plan.prompts)
             for _, deployment in entries:
@@ -297,6 +305,16 @@ def _names(pairs: list[tuple[Deployment, Engine]]) -> list[str]:
     ]
 
 
+def _times(
+    subject: Subject, scenario: Scenario, answer: dict[str, Any]
+) -> dict[str, tuple[float, ...]]:
+    """The latencies by metric; raises `EngineFailed` for what are none."""
+    try:
+        return {m.key: tuple(stats.checked(answer[m.answer])) for m in scenario.metrics}
+    except ValueError as error:
+        raise EngineFailed(f"{subject.name} gave no usable times: {error}.") from error
+
+
 class _Runner:
     """Takes samples."""
 
@@ -344,23 +362,10 @@ class _Runner:
         drafted: dict[str, float] = {}
         opened: list[tuple[dict[str, Any], int]] = []
         for scenarios in self.sessions:
-            context, batch, streams = scenarios[0].session
-            with self.opener(
-                subject.engine,
-                Path(subject.path),
-                threads=self.threads,
-                trust_library=self.plan.trust_library,
-                context=context,
-                timeout_s=self.plan.time_limit_s,
-                batch=batch,
-                streams=streams,
-                draft=subject.draft,
-                draft_tokens=subject.draft_tokens,
-            ) as engine:
-                for scenario in scenarios:
-                    found, tally = self._ask(engine, subject, scenario)
-                    latencies, drafted = latencies | found, drafted | tally
-                opened.append((dict(engine.loaded), engine.request("memory")["peak_bytes"]))
+            if scenarios[0].is_served:
+                opened.append(self._served(subject, scenarios, latencies))
+            else:
+                opened.append(self._opened(subject, scenarios, latencies, drafted))
         about, peak = opened[0]
         load_s = about.pop("seconds")
         sample = Sample(
@@ -368,16 +373,83 @@ class _Runner:
         )
         return about, sample
 
-    def _ask(
-        self, engine: EngineProcess, subject: Subject, scenario: Scenario
-    ) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:
-        """The latencies by metric, and what came of a draft's proposals."""
-        answer = engine.request(scenario.kind, **self._asked(subject, scenario))
-        try:
-            times = {m.key: tuple(stats.checked(answer[m.answer])) for m in scenario.metrics}
-            return times, answer.get("draft", {})
-        except ValueError as error:
-            raise EngineFailed(f"{subject.name} gave no usable times: {error}.") from error
+    def _opened(
+        self,
+        subject: Subject,
+        scenarios: tuple[Scenario, ...],
+        latencies: dict[str, tuple[float, ...]],
+        drafted: dict[str, float],
+    ) -> tuple[dict[str, Any], int]:
+        """Fill in what an engine takes for one session; returns what it says, and its peak."""
+        context, batch, streams = scenarios[0].session
+        with self.opener(
+            subject.engine,
+            Path(subject.path),
+            threads=self.threads,
+            trust_library=self.plan.trust_library,
+            context=context,
+            timeout_s=self.plan.time_limit_s,
+            batch=batch,
+            streams=streams,
+            draft=subject.draft,
+            draft_tokens=subject.draft_tokens,
+        ) as engine:
+            for scenario in scenarios:
+                answer = engine.request(scenario.kind, **self._asked(subject, scenario))
+                latencies |= _times(subject, scenario, answer)
+                drafted |= answer.get("draft", {})
+            return dict(engine.loaded), engine.request("memory")["peak_bytes"]
+
+    def _served(
+        self,
+        subject: Subject,
+        scenarios: tuple[Scenario, ...],
+        latencies: dict[str, tuple[float, ...]],
+    ) -> tuple[dict[str, Any], int]:
+        """As `_opened`, of an engine's server."""
+        context, _, clients = scenarios[0].session
+        with ServerProcess(
+            subject.engine,
+            Path(subject.path),
+            rows=clients,
+            context=context,
+            threads=self.threads,
+            timeout_s=self.plan.time_limit_s,
+            trust_library=self.plan.trust_library,
+        ) as server:
+            for scenario in scenarios:
+                latencies |= _times(subject, scenario, self._answers(subject, scenario, server))
+            return dict(server.loaded), server.peak_bytes
+
+    def _answers(
+        self, subject: Subject, scenario: Scenario, server: ServerProcess
+    ) -> dict[str, list[float]]:
+        """What clients see of a server, in ms, once each of them has had an answer.
+
+        `answer_ms`: the time in which one of `new` tokens is made, over all clients; a shorter
+        answer counts for as many as it has.
+        """
+        from owl_deploy.bench.clients import Load, ask_all
+
+        texts = other_words(self.deployments[subject.name], scenario.tokens, self.plan.seed)
+        load = Load(server.url, server.model, scenario.new)
+        for repeats in (1, self.plan.repeats):
+            prompts = list(itertools.islice(texts, repeats * scenario.streams))
+            asking = ask_all(load, scenario.streams, iter(prompts))
+            try:
+                tally = asyncio.run(asyncio.wait_for(asking, self.plan.time_limit_s))
+            except TimeoutError as error:
+                late = f"did not answer within {self.plan.time_limit_s:g} s"
+                raise EngineFailed(f"{subject.name}'s server {late}.") from error
+            if tally.refused:
+                tally.errors.append("429 Too Many Requests")
+            if tally.errors:
+                raise EngineFailed(f"{subject.name}'s server failed: {tally.errors[0]}.")
+        return {
+            "answer_ms": [1e3 * tally.wall_s * scenario.new / tally.tokens],
+            "first_ms": [1e3 * seconds for seconds in tally.first_s],
+            "text_ms": [1e3 * seconds for seconds in tally.between_s],
+        }
 
     def _asked(self, subject: Subject, scenario: Scenario) -> dict[str, Any]:
         """The worker's arguments."""

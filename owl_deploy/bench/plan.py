@@ -15,8 +15,13 @@ from owl_deploy.errors import BadInput, unknown_name
 _KEY = re.compile(
     rf"(?P<kind>{'|'.join(KINDS)})@(?P<tokens>\d+)(\+(?P<new>\d+))?(x(?P<several>\d+))?"
 )
-_SEVERAL = {"decode": "batch", "throughput": "streams"}  # what x4 in a key counts
-_EXAMPLES = "decode@4096, decode@512x4, prefill@2048, generate@128+64 or throughput@512x2"
+# What x4 in a key counts.
+_SEVERAL = {"decode": "batch", "throughput": "streams", "requests": "streams"}
+_ANSWERING = {"generate", "requests"}  # so many new tokens after a prompt of so many
+_EXAMPLES = (
+    "decode@4096, decode@512x4, prefill@2048, generate@128+64, throughput@512x2 or "
+    "requests@128+64x8"
+)
 
 
 class BenchPlan(BaseModel):
@@ -25,9 +30,10 @@ class BenchPlan(BaseModel):
     `engines` empty: each deployment in the engine it was made for; else in each of these that opens
     it. `scenarios`: kinds, of which each number below makes one, or single ones by their keys, such
     as "decode@512x4". `context`, `prompt`, `batch`, `streams`: tokens attended to in decoding,
-    tokens of a prompt, rows, and streams, one or several each. `new_tokens` an answer's length;
-    `pairs` the rounds, taken up to `looks` times while a comparison is inconclusive; `steps` the
-    tokens decoded, `repeats` the prompts run, in each process. Of `context`, `prompt` and
+    tokens of a prompt, rows, streams, and clients of a server, which takes as many requests at
+    once, one or several each. `new_tokens` an answer's length; `pairs` the rounds, taken up to
+    `looks` times while a comparison is inconclusive; `steps` the tokens decoded, `repeats` the
+    prompts run, in each process (of a server: by each client). Of `context`, `prompt` and
     `new_tokens` what nobody gave is a wish, which `fitted` makes smaller for a model that takes
     less. `draft`: a deployment, or "lookup", that proposes `draft_tokens` at a time (None: as many
     as pay) to each candidate, which alone is a baseline then; `prompts` a file of what is asked in
@@ -44,6 +50,7 @@ class BenchPlan(BaseModel):
     prompt: tuple[int, ...] = (128,)
     batch: tuple[int, ...] = (1,)
     streams: tuple[int, ...] = (2,)
+    clients: tuple[int, ...] = (1, 4, 16)
     new_tokens: int = 64
     threads: int | None = None
     trust_library: bool = False
@@ -57,7 +64,7 @@ class BenchPlan(BaseModel):
     draft_tokens: int | None = None
     prompts: Path | None = None
 
-    @field_validator("context", "prompt", "batch", "streams", mode="before")
+    @field_validator("context", "prompt", "batch", "streams", "clients", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:  # noqa: ANN401 - before validation
         return (value,) if isinstance(value, int) else value
@@ -69,6 +76,7 @@ class BenchPlan(BaseModel):
             ("--prompt", self.prompt, 1),
             ("--batch", self.batch, 1),
             ("--streams", self.streams, 1),
+            ("--clients", self.clients, 1),
             ("--new-tokens", (self.new_tokens,), 2),
             ("--pairs", (self.pairs,), 1),
             ("--looks", (self.looks,), 1),
@@ -128,7 +136,7 @@ class BenchPlan(BaseModel):
 
     def _new_tokens(self, limit: int, takes: str) -> int:
         """The tokens of an answer; 0 where none is generated."""
-        if "generate" not in self.scenarios:
+        if _ANSWERING.isdisjoint(self.scenarios):
             return 0
         if "new_tokens" not in self.model_fields_set:
             given = "prompt" in self.model_fields_set
@@ -142,7 +150,7 @@ class BenchPlan(BaseModel):
         return self.new_tokens
 
     def _prompts(self, room: int, new: int, takes: str) -> tuple[int, ...]:
-        reads = not {"prefill", "generate"}.isdisjoint(self.scenarios)
+        reads = not {"prefill", *_ANSWERING}.isdisjoint(self.scenarios)
         if reads and max(self.prompt) > room and "prompt" in self.model_fields_set:
             longest = f"--prompt {max(self.prompt)}"
             raise BadInput(
@@ -164,10 +172,11 @@ class BenchPlan(BaseModel):
             return None
         kind, several = found["kind"], int(found["several"] or 1)
         tokens, new = int(found["tokens"]), int(found["new"] or 0)
-        if bool(new) is not (kind == "generate") or (several > 1 and kind not in _SEVERAL):
+        wrong = bool(new) is not (kind in _ANSWERING) or several < 1
+        if wrong or (several > 1 and kind not in _SEVERAL):
             raise BadInput(f"--scenario {name} is none.", f"Give one such as {_EXAMPLES}.")
-        rows = {_SEVERAL[kind]: several} if several > 1 else {}
-        context = tokens if kind in _SEVERAL else self._room(tokens + new)
+        rows = {_SEVERAL[kind]: several} if kind in _SEVERAL else {}
+        context = tokens if kind in ("decode", "throughput") else self._room(tokens + new)
         return Scenario(kind=kind, tokens=tokens, context=context, new=new, **rows)
 
     def _scenarios(self, kind: str) -> list[Scenario]:
@@ -183,6 +192,12 @@ class BenchPlan(BaseModel):
             return [
                 Scenario(kind=kind, tokens=n, context=self._room(n + new), new=new)
                 for n in self.prompt
+            ]
+        if kind == "requests":
+            new, pairs = self.new_tokens, itertools.product(self.clients, self.prompt)
+            return [
+                Scenario(kind=kind, tokens=n, context=self._room(n + new), new=new, streams=m)
+                for m, n in pairs
             ]
         if kind == "throughput":
             pairs = itertools.product(self.streams, self.context)

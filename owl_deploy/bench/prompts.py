@@ -1,10 +1,18 @@
 """What deployments are asked where it matters what they answer: a draft's luck depends on it."""
 
+import bisect
 import json
+import random
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from owl_deploy.engines import Deployment
 from owl_deploy.errors import BadInput
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _FUNCTION = '''def summarize(rows):
     """Return the count, the sum and the largest of the amounts in rows."""
@@ -23,6 +31,7 @@ _SHIPPED = (
     "Question: Why does bread rise when it is baked with yeast?\nAnswer:",
     "To set up a new laptop for the team, follow these steps:\n1.",
 )
+WORDS = sorted(set(re.findall("[A-Za-z]{3,}", " ".join(_SHIPPED))))
 
 
 def read_prompts(file: Path | None) -> tuple[str, ...]:
@@ -45,12 +54,7 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
 
 def tokens_of(prompts: tuple[str, ...], deployment: Deployment, room: int) -> list[list[int]]:
     """The prompts in a deployment's tokens; raises `BadInput` for more than `room` of them."""
-    from tokenizers import Tokenizer
-
-    file = deployment.path / "tokenizer.json"
-    if not file.is_file():
-        raise BadInput(f"{deployment.path} has no {file.name} to read prompts with.")
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = _tokenizer(deployment)
     found: list[list[int]] = [tokenizer.encode(prompt).ids for prompt in prompts]
     longest = max(map(len, found))
     if longest > room:
@@ -60,3 +64,31 @@ def tokens_of(prompts: tuple[str, ...], deployment: Deployment, room: int) -> li
             "Give a larger --context, or fewer --new-tokens.",
         )
     return found
+
+
+def other_words(deployment: Deployment, tokens: int, seed: int) -> Iterator[str]:
+    """Endless prompts, each of as many words as `tokens` tokens hold, drawn anew for each.
+
+    So no cache of what prompts begin with helps. The same for all that have one tokenizer. Raises
+    `BadInput` where `tokens` hold none, and as `tokens_of` does.
+    """
+    tokenizer, generator = _tokenizer(deployment), random.Random(seed)
+
+    def count(words: int) -> int:
+        return len(tokenizer.encode(" ".join(drawn[:words])).ids)
+
+    while True:
+        drawn = generator.choices(WORDS, k=tokens)
+        words = bisect.bisect_right(range(tokens + 1), tokens, key=count) - 1
+        if words < 1:
+            raise BadInput(f"--prompt {tokens} is too small for a word.", "Take 16 or more.")
+        yield " ".join(drawn[:words])
+
+
+def _tokenizer(deployment: Deployment) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    file = deployment.path / "tokenizer.json"
+    if not file.is_file():
+        raise BadInput(f"{deployment.path} has no {file.name} to read prompts with.")
+    return Tokenizer.from_file(str(file))

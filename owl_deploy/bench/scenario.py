@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = Literal["decode", "prefill", "generate", "throughput", "answers"]
-KINDS: tuple[Kind, ...] = ("decode", "prefill", "generate", "throughput", "answers")
+Kind = Literal["decode", "prefill", "generate", "throughput", "answers", "requests"]
+KINDS: tuple[Kind, ...] = (*("decode", "prefill", "generate", "throughput", "answers", "requests"),)
 WARMUP_TOKENS, WARMUP_REPEATS, WARMUP_ANSWERS = 8, 2, 1
 STREAM_STEPS = 8  # tokens of each stream in one latency of `throughput`
 
@@ -29,7 +29,9 @@ class Scenario(BaseModel):
     `batch` rows. `prefill`: a prompt of `tokens` tokens in an empty cache, up to and with the first
     new token. `generate`: an answer of `new` tokens to a prompt of `tokens`. `throughput`: decoding
     as `decode`, in `streams` streams at once that share the model. `answers`: up to `tokens` tokens
-    after each of some real prompts, until the model ends. Caches are made for `context`.
+    after each of some real prompts, until the model ends. `requests`: as many clients as
+    `streams` ask the engine's server at once, each again as soon as it has its answer of `new`
+    tokens to a prompt of `tokens`. Caches are made for `context`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +45,7 @@ class Scenario(BaseModel):
 
     @property
     def key(self) -> str:
-        """Its name in a result: "decode@512", "decode@512x4", "generate@128+64"."""
+        """Its name in a result: "decode@512", "decode@512x4", "requests@128+64x8"."""
         several = self.batch * self.streams
         return (
             f"{self.kind}@{self.tokens}"
@@ -71,11 +73,25 @@ class Scenario(BaseModel):
                 Metric(f"{self.key}:first", f"answers: first token of {what}", "first_ms", 1),
             )
         what = f"{self.new} tokens after a prompt of {self.tokens}"
+        if self.kind == "requests":
+            what = f"{what}, {self.streams} clients"
+            return (
+                Metric(
+                    f"{self.key}:answer", f"requests: an answer of {what}", "answer_ms", self.new
+                ),
+                Metric(f"{self.key}:first", f"requests: first text of {what}", "first_ms", 1),
+                Metric(f"{self.key}:text", f"requests: each later text of {what}", "text_ms", 1),
+            )
         return (
             Metric(f"{self.key}:total", f"generate: {what}", "total_ms", self.new),
             Metric(f"{self.key}:first", f"generate: first token of {what}", "first_ms", 1),
             Metric(f"{self.key}:token", f"generate: each later token of {what}", "token_ms", 1),
         )
+
+    @property
+    def is_served(self) -> bool:
+        """Whether an engine's server is asked, and not the engine itself."""
+        return self.kind == "requests"
 
     @property
     def session(self) -> tuple[int, int, int]:
@@ -85,7 +101,7 @@ class Scenario(BaseModel):
     def request(self, prompt: list[int], steps: int, repeats: int) -> dict[str, Any]:
         """The worker's arguments; `prompt` has `prompt_tokens(steps, repeats)` tokens.
 
-        Not of `answers`, which are asked several.
+        Not of `answers` and `requests`, which are asked several.
         """
         if self.kind == "decode":
             return {"prompt": prompt, "steps": steps, "warmup": WARMUP_TOKENS}
@@ -112,6 +128,7 @@ class Scenario(BaseModel):
 
 def by_session(scenarios: tuple[Scenario, ...]) -> Iterator[tuple[Scenario, ...]]:
     """The scenarios that share a process, in order."""
-    sessions = dict.fromkeys(scenario.session for scenario in scenarios)
-    for session in sessions:
-        yield tuple(scenario for scenario in scenarios if scenario.session == session)
+    sessions: dict[tuple[bool, tuple[int, int, int]], list[Scenario]] = {}
+    for scenario in scenarios:
+        sessions.setdefault((scenario.is_served, scenario.session), []).append(scenario)
+    yield from map(tuple, sessions.values())

@@ -11,9 +11,11 @@ from owl_deploy.engines.environment import (
     list_engines,
     python_of,
     remove,
+    server_of,
 )
 from owl_deploy.engines.process import EngineProcess, default_threads, threads_for
 from owl_deploy.engines.registry import ENGINES, Engine, Ink, engine_for, get_engine
+from owl_deploy.engines.server import ServerProcess
 
 __all__ = [
     "ENGINES",
@@ -21,6 +23,7 @@ __all__ = [
     "Engine",
     "EngineProcess",
     "Ink",
+    "ServerProcess",
     "default_threads",
     "engine_for",
     "get_engine",
@@ -31,5 +34,6 @@ __all__ = [
     "open_deployment",
     "python_of",
     "remove",
+    "server_of",
     "threads_for",
 ]

@@ -65,6 +65,22 @@ def python_of(name: str) -> Path:
     return Path(sys.executable) if engine.lock is None else _python(environment_folder(engine))
 
 
+def server_of(name: str) -> list[str]:
+    """What starts an engine's server, without its options.
+
+    Raises `BadInput` for an engine that has none, `EnvironmentFailed` when it is not installed.
+    """
+    server = get_engine(name).server
+    if server is None:
+        serving = ", ".join(engine.name for engine in ENGINES.values() if engine.server)
+        raise BadInput(f"The engine {name!r} has no server.", f"Those that have one: {serving}.")
+    python = python_of(name)
+    if server.program is None:
+        return [str(python)]
+    (packages,) = python.parent.parent.glob("lib/python*/site-packages")
+    return [str(packages / server.program)]
+
+
 def install(name: str, progress: Progress = lambda _: None) -> Path:
     """Make the environment of the engine called `name`, unless it is there; returns its folder.
 
@@ -90,9 +106,12 @@ def install(name: str, progress: Progress = lambda _: None) -> Path:
 
 
 def _pinned(engine: Engine) -> str:
-    """The digest of what the engine's environment is made from."""
-    locks = [engine.lock, engine.build.lock if engine.build else None]
-    return "+".join(artefact.sha256(lock) for lock in locks if lock is not None)
+    """What the engine's environment is made from: digests of files, and a compiler's options."""
+    files, options = [engine.lock], list[str]()
+    if build := engine.build:
+        files += [build.lock, *(instead for _, instead in build.replaced)]
+        options += build.options
+    return "+".join([*(artefact.sha256(file) for file in files if file is not None), *options])
 
 
 def _fill(engine: Engine, folder: Path, progress: Progress) -> None:
@@ -119,18 +138,20 @@ def _compile(build: Build, folder: Path, progress: Progress) -> None:
     fetch = ("download", "--no-binary=:all:", "-d", str(source), "-r", str(build.lock))
     _pip(folder, *fetch, "--no-deps", "--no-build-isolation", progress=progress)
     (archive,) = source.glob("*.tar.gz")
+    with tarfile.open(archive) as held:
+        held.extractall(source, filter="data")
+    archive.unlink()
+    tree = source / archive.name.removesuffix(".tar.gz")
+    for path, instead in build.replaced:
+        shutil.copyfile(instead, tree / path)
     options = " ".join((*build.options, os.environ.get("CMAKE_ARGS", "")))
-    arguments = ("-v", "--no-deps", "--no-build-isolation", str(archive))
+    arguments = ("-v", "--no-deps", "--no-build-isolation", str(tree))
     progress("compiling, which takes minutes")
     _pip(folder, "install", *arguments, progress=_steps(progress), CMAKE_ARGS=options)
-    with tarfile.open(archive) as held:
-        top = f"{archive.name.removesuffix('.tar.gz')}/"
-        wanted = tuple(f"{top}{path}" for path in build.kept)
-        members = [one for one in held.getmembers() if one.name.startswith(wanted)]
-        for member in members:
-            member.name = member.name.removeprefix(top)
-        held.extractall(source, members, filter="data")
-    archive.unlink()
+    for path in build.kept:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(tree / path, source / path)
+    shutil.rmtree(tree)
 
 
 def _steps(progress: Progress) -> Progress:

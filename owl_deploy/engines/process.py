@@ -46,66 +46,17 @@ def default_threads() -> int:
     return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or allowed or 1))
 
 
-class EngineProcess:
-    """A deployment opened by an engine in a fresh process, for the length of a `with` block.
+class Child:
+    """A process that an engine runs in, with all that it starts.
 
-    `context` is the tokens that the cache must hold, `timeout_s` the limit of each request; with
-    `all_logits` the requests that need the logits of every position can be made; `batch` rows are
-    decoded together, `streams` decoders share the model; `trust_library` lets a deployment bring
-    operators of its own (see loading.py); `draft`, a deployment's folder or "lookup", proposes
-    `draft_tokens` tokens at a time, 0 for as many as pay (speculate.py). `loaded` is the answer to
-    the load request: seconds, version, runtime, isa, threads.
-
-    Entering raises `BadInput` for settings that name what must not be loaded, `EnvironmentFailed`
-    when the engine is not installed, and `EngineFailed`, with
-    the engine's own last words, when it refuses the model, aborts, or takes too long.
+    Nothing of it is left after `close`.
     """
 
-    def __init__(
-        self,
-        engine: str,
-        deployment: Path,
-        *,
-        threads: int | None = None,
-        context: int = DEFAULT_CONTEXT,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        all_logits: bool = False,
-        batch: int = 1,
-        streams: int = 1,
-        trust_library: bool = False,
-        draft: str = "",
-        draft_tokens: int = 0,
-    ) -> None:
+    def __init__(self, engine: str, deployment: Path) -> None:
         self.engine: Engine = get_engine(engine)
         self.deployment = deployment
-        self.threads = threads_for(threads)
-        self.context = context
-        self.timeout_s = timeout_s
-        self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}
-        self.draft, self.draft_tokens = draft, draft_tokens
-        self.trust_library = trust_library
-        self.loaded: dict[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
-        self._pending = b""
-
-    def __enter__(self) -> Self:
-        library = Folder(self.deployment).operators(trust=self.trust_library)
-        try:
-            self._start()
-            self.loaded = self.request(
-                "load",
-                folder=str(self.deployment.absolute()),
-                threads=self.threads,
-                context=self.context,
-                library=str(library.absolute()) if library else "",
-                **self.options,
-                **self._draft_options(),
-            )
-        except BaseException:
-            self.close()
-            raise
-        return self
 
     def __exit__(
         self,
@@ -115,71 +66,16 @@ class EngineProcess:
     ) -> None:
         self.close()
 
-    def _draft_options(self) -> dict[str, Any]:
-        if not self.draft:
-            return {}
-        found = {"draft": self.draft, "draft_tokens": self.draft_tokens}
-        if self.draft != LOOKUP:
-            folder = Path(self.draft).absolute()
-            library = Folder(folder).operators(trust=self.trust_library)
-            found |= {
-                "draft": str(folder),
-                "draft_library": str(library.absolute()) if library else "",
-            }
-        return found
-
-    def _start(self) -> None:
-        python = python_of(self.engine.name)
-        environment = {**os.environ, "NM_DISABLE_ANALYTICS": "True"}
+    def _spawn(self, command: list[str], environment: dict[str, str], pipe: int) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [str(python), "-I", str(WORKER), str(self.engine.driver), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            command,
+            stdin=pipe,
+            stdout=pipe,
             stderr=self._stderr,
             env=environment,
             start_new_session=True,  # a group of its own: to end all of it, and Ctrl-C is ours
         )
-
-    def request(self, op: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
-        """Ask the worker for one operation (worker.py lists them) and return its answer.
-
-        Raises `EngineFailed` when it answers with an error, dies, or exceeds the time limit; after
-        the last two the process is gone.
-        """
-        assert self._process is not None, "use EngineProcess in a with block"
-        assert self._process.stdin is not None
-        line = json.dumps({"op": op, **arguments}).encode() + b"\n"
-        try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death(op) from None
-        answer = self._read_answer(op)
-        if not answer.pop("ok"):
-            raise EngineFailed(f"{self._who()} failed in {op!r}: {answer['error']}.")
-        return answer
-
-    def _read_answer(self, op: str) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + self.timeout_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._pending:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    self._kill()
-                    raise EngineFailed(
-                        f"{self._who()} did not finish {op!r} within {self.timeout_s:g} s.",
-                        "It was ended. Give it more time, or a smaller model or context.",
-                    )
-                part = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not part:
-                    raise self._death(op)
-                self._pending += part
-        line, self._pending = self._pending.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
     def _death(self, op: str) -> EngineFailed:
         """The error for a process that ended without an answer."""
@@ -225,3 +121,120 @@ class EngineProcess:
         if self._stderr is not None:
             self._stderr.close()
             self._stderr = None
+
+
+class EngineProcess(Child):
+    """A deployment opened by an engine in a fresh process, for the length of a `with` block.
+
+    `context` is the tokens that the cache must hold, `timeout_s` the limit of each request; with
+    `all_logits` the requests that need the logits of every position can be made; `batch` rows are
+    decoded together, `streams` decoders share the model; `trust_library` lets a deployment bring
+    operators of its own (see loading.py); `draft`, a deployment's folder or "lookup", proposes
+    `draft_tokens` tokens at a time, 0 for as many as pay (speculate.py). `loaded` is the answer to
+    the load request: seconds, version, runtime, isa, threads.
+
+    Entering raises `BadInput` for settings that name what must not be loaded, `EnvironmentFailed`
+    when the engine is not installed, and `EngineFailed`, with
+    the engine's own last words, when it refuses the model, aborts, or takes too long.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        deployment: Path,
+        *,
+        threads: int | None = None,
+        context: int = DEFAULT_CONTEXT,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        all_logits: bool = False,
+        batch: int = 1,
+        streams: int = 1,
+        trust_library: bool = False,
+        draft: str = "",
+        draft_tokens: int = 0,
+    ) -> None:
+        super().__init__(engine, deployment)
+        self.threads = threads_for(threads)
+        self.context = context
+        self.timeout_s = timeout_s
+        self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}
+        self.draft, self.draft_tokens = draft, draft_tokens
+        self.trust_library = trust_library
+        self.loaded: dict[str, Any] = {}
+        self._pending = b""
+
+    def __enter__(self) -> Self:
+        library = Folder(self.deployment).operators(trust=self.trust_library)
+        try:
+            self._start()
+            self.loaded = self.request(
+                "load",
+                folder=str(self.deployment.absolute()),
+                threads=self.threads,
+                context=self.context,
+                library=str(library.absolute()) if library else "",
+                **self.options,
+                **self._draft_options(),
+            )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _draft_options(self) -> dict[str, Any]:
+        if not self.draft:
+            return {}
+        found = {"draft": self.draft, "draft_tokens": self.draft_tokens}
+        if self.draft != LOOKUP:
+            folder = Path(self.draft).absolute()
+            library = Folder(folder).operators(trust=self.trust_library)
+            found |= {
+                "draft": str(folder),
+                "draft_library": str(library.absolute()) if library else "",
+            }
+        return found
+
+    def _start(self) -> None:
+        python = python_of(self.engine.name)
+        command = [str(python), "-I", str(WORKER), str(self.engine.driver), str(os.getpid())]
+        self._spawn(command, {**os.environ, "NM_DISABLE_ANALYTICS": "True"}, subprocess.PIPE)
+
+    def request(self, op: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
+        """Ask the worker for one operation (worker.py lists them) and return its answer.
+
+        Raises `EngineFailed` when it answers with an error, dies, or exceeds the time limit; after
+        the last two the process is gone.
+        """
+        assert self._process is not None, "use EngineProcess in a with block"
+        assert self._process.stdin is not None
+        line = json.dumps({"op": op, **arguments}).encode() + b"\n"
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death(op) from None
+        answer = self._read_answer(op)
+        if not answer.pop("ok"):
+            raise EngineFailed(f"{self._who()} failed in {op!r}: {answer['error']}.")
+        return answer
+
+    def _read_answer(self, op: str) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + self.timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._pending:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    self._kill()
+                    raise EngineFailed(
+                        f"{self._who()} did not finish {op!r} within {self.timeout_s:g} s.",
+                        "It was ended. Give it more time, or a smaller model or context.",
+                    )
+                part = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not part:
+                    raise self._death(op)
+                self._pending += part
+        line, self._pending = self._pending.split(b"\n", 1)
+        answer: dict[str, Any] = json.loads(line)
+        return answer

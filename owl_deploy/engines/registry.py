@@ -25,13 +25,32 @@ class Build:
     """What is compiled for this processor, once the wheels of an environment's lock are there.
 
     `lock` pins the one source distribution; `module` is what it is imported as; `options` go to
-    CMake; of its source, the paths in `kept` stay, in the folder `source` of the environment.
+    CMake; `replaced`: files of its source, and what stands in their place; of that source, the
+    paths in `kept` stay, in the folder `source` of the environment.
     """
 
     lock: Path
     module: str
     options: tuple[str, ...] = ()
+    replaced: tuple[tuple[str, Path], ...] = ()
     kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Server:
+    """How an engine serves a deployment by OpenAI's API, at /v1, with its state at /health.
+
+    `program`: a file in the folder of its Python's packages, or else that Python itself. `options`
+    come after it, in which {deployment}, {port}, {threads}, {rows} (requests at once), {context}
+    (tokens of a prompt and its answer) and {cache} (`rows` times as many) stand for what is asked;
+    `trusting` does for a deployment with operators of its own that is trusted. `unset`: beginnings
+    of the names of environment variables that would change what it does.
+    """
+
+    options: tuple[str, ...]
+    program: str | None = None
+    trusting: tuple[str, ...] = ()
+    unset: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Engine:
     has it), with what is then compiled in `build`; `targets` the deployments that it opens, the one
     made for it first. `model_file`: what tells those from other folders; where it is no ONNX graph,
     their config.json gives the size of the vocabulary, or else `vocabulary` is it. `operators`:
-    whether they carry this package's.
+    whether they carry this package's. `server`: how it answers over HTTP (None: not at all).
     `least_context` and `spare_context`: the smallest cache, in tokens, that it takes, and how many
     more than it computes rightly. `skips_zeros`: whether pruned weights can make it faster.
     `evaluated_in`: the engine that evaluates its deployments faster, if not itself.
@@ -60,6 +79,7 @@ class Engine:
     operators: bool = False
     lock: Path | None = None
     build: Build | None = None
+    server: Server | None = None
     pythons: tuple[str, ...] = ()
     least_context: int = 0
     spare_context: int = 0
@@ -76,6 +96,15 @@ class Engine:
         return max(tokens + self.spare_context, self.least_context)
 
 
+_OWL_SERVE = Server(
+    options=(
+        *("-m", "owl_deploy", "serve", "{deployment}", "--port", "{port}"),
+        *("--batch", "{rows}", "--waiting", "{rows}"),
+        *("--context", "{context}", "--threads", "{threads}"),
+    ),
+    trusting=("--trust-library",),
+    unset=("OWL_API_KEY",),
+)
 # Okabe and Ito's colours, told apart by all eyes, darker or lighter where a page needs it.
 _ENGINES = (
     Engine(
@@ -102,6 +131,7 @@ _ENGINES = (
         targets=("onnxruntime", "deepsparse"),
         licence="MIT: any use.",
         ink=Ink("#b84e00", "#ff9a52", "s"),
+        server=_OWL_SERVE,
     ),
     Engine(
         name="owl",
@@ -110,6 +140,7 @@ _ENGINES = (
         targets=("owl",),
         licence="Apache-2.0 (our operators) in onnxruntime-genai (MIT): any use.",
         ink=Ink("#007d5a", "#3ccfa0", "D"),
+        server=_OWL_SERVE,
         operators=True,
         skips_zeros=True,
     ),
@@ -125,14 +156,35 @@ _ENGINES = (
         build=Build(
             lock=_HERE / "locks" / "llama.cpp-source.txt",
             module="llama_cpp",
-            # For text alone; its default is this processor's instructions.
-            options=("-DLLAVA_BUILD=OFF", "-DMTMD_BUILD=OFF", "-DGGML_NATIVE=ON"),
+            # For text alone; its default is this processor's instructions. The server, without its
+            # page and TLS, finds the libraries beside it.
+            options=(
+                *("-DLLAVA_BUILD=OFF", "-DMTMD_BUILD=OFF", "-DGGML_NATIVE=ON"),
+                *("-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_TOOLS_INSTALL=ON"),
+                *("-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF"),
+                *("-DCMAKE_INSTALL_LIBDIR=lib", "-DCMAKE_INSTALL_RPATH=$ORIGIN/../lib"),
+            ),
+            replaced=(
+                (
+                    "vendor/llama.cpp/tools/CMakeLists.txt",
+                    _HERE / "locks" / "llama.cpp-tools.cmake",
+                ),
+            ),
             # The converter from checkpoints to GGUF, which the wheel leaves out.
             kept=(
                 "vendor/llama.cpp/convert_hf_to_gguf.py",
                 "vendor/llama.cpp/conversion",
                 "vendor/llama.cpp/gguf-py/gguf",
             ),
+        ),
+        server=Server(
+            program="bin/llama-server",
+            options=(
+                *("--model", "{deployment}/model.gguf", "--port", "{port}"),
+                *("--parallel", "{rows}", "--ctx-size", "{cache}"),
+                *("--threads", "{threads}", "--offline", "--fit", "off"),
+            ),
+            unset=("LLAMA_",),
         ),
         # The converter needs torch and transformers: it runs in the Python that has owl, and takes
         # compiled packages from the environment, which must be of the same version.

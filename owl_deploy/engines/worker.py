@@ -1,7 +1,9 @@
 """The process an engine runs in: JSON requests on stdin, JSON answers on stdout, one a line.
 
 Started as `python -I worker.py DRIVER.py PARENT_PID` with the Python of the engine's environment,
-which may be as old as 3.8: no import of owl_deploy here. A driver has one class, `Driver`, with
+which may be as old as 3.8: no import of owl_deploy here. (Started as `worker.py PROGRAM PARENT_PID
+ARGUMENT...` it becomes that program, an engine's server, which then ends with its parent as well.)
+A driver has one class, `Driver`, with
 
     prepare()                       import the engine
     load(asked: Asked) -> dict      open the model; its version, isa, ...
@@ -261,7 +263,7 @@ class Worker:
 
         From the kernel's high-water mark: `ru_maxrss` also counts the parent that forked us.
         """
-        return {"peak_bytes": _peak_bytes()}
+        return {"peak_bytes": peak_bytes()}
 
 
 def likelihoods(parts: Iterable[np.ndarray], following: list[int]) -> tuple[list[float], bool]:
@@ -294,9 +296,10 @@ def in_threads(decoders: list[Any], steps: int) -> None:
         list(pool.map(run, decoders))
 
 
-def _peak_bytes() -> int:
+def peak_bytes(process: str = "self") -> int:
+    """The kernel's high-water mark of the resident memory of `process`, a number."""
     try:
-        with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123 - as old as 3.8
+        with open(f"/proc/{process}/status", encoding="ascii") as status:  # noqa: PTH123 - as old as 3.8
             for line in status:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
@@ -352,9 +355,11 @@ def answer(worker: Worker, line: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer requests until stdin ends."""
-    driver, parent = sys.argv[1:]
+    """Answer requests until stdin ends, or become a server."""
+    driver, parent, *arguments = sys.argv[1:]
     die_with_parent(int(parent))
+    if arguments:
+        os.execv(driver, [driver, *arguments])
     answers = private_stdout()
     worker = Worker(load_driver(driver))
     for line in sys.stdin:

@@ -73,6 +73,7 @@ class Request(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, lt=_SEEDS)  # not OpenAI's, but llama.cpp's and vLLM's
     seed: int | None = None
+    ignore_eos: bool | None = None  # theirs as well
 
     @property
     def stops(self) -> list[str]:
@@ -90,6 +91,7 @@ class Request(BaseModel):
             top_k=self.top_k or Sampling.top_k,
             top_p=self.top_p or 1.0,
             seed=None if self.seed is None else self.seed % _SEEDS,
+            ignore_eos=bool(self.ignore_eos),
         )
 
     def text(self, writer: Writer) -> str:

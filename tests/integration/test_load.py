@@ -1,11 +1,10 @@
 """More clients than `owl serve` has places for, some of whom go away: benchmarks/serve_load.py."""
 
-import asyncio
-
 import psutil
 import pytest
 
-from benchmarks.serve_load import Load, measure, said
+from benchmarks.serve_load import measure, prompts, said
+from owl_deploy.bench.clients import Load
 from owl_deploy.export.targets import export
 from tests import tiny
 from tests.integration.test_requests import KEY, serving
@@ -24,9 +23,9 @@ def deployment(tmp_path_factory):
 
 def test_many_clients_see_no_error_and_the_server_does_not_grow(deployment):
     with serving(deployment, "--batch", "4", "--waiting", "2") as (process, client):
-        load = Load(str(client.base_url).rstrip("/"), "tiny", 8, words=6, leave=0.2, key=KEY)
+        load = Load(str(client.base_url).rstrip("/"), "tiny", 8, leave=0.2, key=KEY)
         server = psutil.Process(process.pid)
-        rows = [asyncio.run(measure(load, CLIENTS, SECONDS, server)) for _ in range(3)]
+        rows = [measure(load, CLIENTS, prompts(6, SECONDS), server) for _ in range(3)]
         process.terminate()
         assert process.stderr.read() == ""  # clients that go away are nothing to tell
     for row in rows:
@@ -41,8 +40,8 @@ def test_many_clients_see_no_error_and_the_server_does_not_grow(deployment):
 
 def test_what_a_server_refuses_for_good_is_an_error(deployment):
     with serving(deployment) as (process, client):
-        load = Load(str(client.base_url).rstrip("/"), "another", key=KEY)
-        row = asyncio.run(measure(load, 1, 0.2, psutil.Process(process.pid)))
+        load = Load(str(client.base_url).rstrip("/"), "another", 8, key=KEY)
+        row = measure(load, 1, prompts(6, 0.2), psutil.Process(process.pid))
     assert row["errors"] > 0
     assert "404" in row["error"]
     assert row["answered"] == 0
