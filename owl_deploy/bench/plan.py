@@ -17,6 +17,7 @@ _KEY = re.compile(
 )
 # What x4 in a key counts.
 _SEVERAL = {"decode": "batch", "throughput": "streams", "requests": "streams"}
+_ATTENDING = {"decode", "throughput"}  # to so many tokens
 _ANSWERING = {"generate", "requests"}  # so many new tokens after a prompt of so many
 _EXAMPLES = (
     "decode@4096, decode@512x4, prefill@2048, generate@128+64, throughput@512x2 or "
@@ -90,7 +91,8 @@ class BenchPlan(BaseModel):
         found = [each for name in self.scenarios for each in self._scenarios(name)]
         for scenario in found:
             if scenario.prompt_tokens(self.steps, self.repeats) < 1:
-                raise BadInput(f"--context {scenario.tokens} is too small.", "Take 64 or more.")
+                name = "--context" if scenario.kind in _ATTENDING else "--prompt"
+                raise BadInput(f"{name} {scenario.tokens} is too small.", "Take 64 or more.")
         return tuple(dict.fromkeys(found))
 
     def fitted(self, deployments: Iterable[Deployment]) -> tuple[Self, tuple[str, ...]]:
@@ -109,22 +111,23 @@ class BenchPlan(BaseModel):
             "prompt": self._prompts(limit - new, new, takes),
             **({"new_tokens": new} if new else {}),
         }
-        for one in map(self._single, self.scenarios):
+        changed = {name: value for name, value in fitting.items() if value != getattr(self, name)}
+        smaller = self.model_copy(update=changed)
+        for one in map(smaller._single, self.scenarios):
             if one and one.context > limit:
                 raise BadInput(f"--scenario {one.key} is more than {takes}.", "Give a shorter one.")
-        changed = {name: value for name, value in fitting.items() if value != getattr(self, name)}
         notes = [
             f"{_option(name)} is {_numbers(value)} instead of {_numbers(getattr(self, name))}: "
             f"{path} takes {limit} tokens."
             for name, value in changed.items()
             if name not in self.model_fields_set and (name != "context" or self._decodes)
         ]
-        return self.model_copy(update=changed), tuple(notes)
+        return smaller, tuple(notes)
 
     @property
     def _decodes(self) -> bool:
         """Whether a scenario attends to `context` tokens; else that is only the caches' size."""
-        return not {"decode", "throughput"}.isdisjoint(self.scenarios)
+        return not _ATTENDING.isdisjoint(self.scenarios)
 
     def _contexts(self, limit: int, takes: str) -> tuple[int, ...]:
         if self._decodes and max(self.context) > limit and "context" in self.model_fields_set:
@@ -176,7 +179,7 @@ class BenchPlan(BaseModel):
         if wrong or (several > 1 and kind not in _SEVERAL):
             raise BadInput(f"--scenario {name} is none.", f"Give one such as {_EXAMPLES}.")
         rows = {_SEVERAL[kind]: several} if kind in _SEVERAL else {}
-        context = tokens if kind in ("decode", "throughput") else self._room(tokens + new)
+        context = tokens if kind in _ATTENDING else self._room(tokens + new)
         return Scenario(kind=kind, tokens=tokens, context=context, new=new, **rows)
 
     def _scenarios(self, kind: str) -> list[Scenario]:

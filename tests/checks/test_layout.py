@@ -85,6 +85,7 @@ def test_help_is_light():
 NO_MODULE = {
     "bench/test_action.py": "action.yml",
     "cluster/test_cluster_run.py": "run.py; pytest wants names that no other folder has",
+    "engines/test_engine_server.py": "server.py; pytest wants names that no other folder has",
     "export/test_kept_grid.py": "grid.py; pytest wants names that no other folder has",
     "finetune/test_finetune_run.py": "run.py; pytest wants names that no other folder has",
     "prune/test_bits.py": "rounding in several modules, through the whole verb",

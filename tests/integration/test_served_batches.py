@@ -87,6 +87,28 @@ def test_a_text_that_nobody_wants_ends_and_the_others_go_on(writer):
     assert heard == [8, 20, 5]
 
 
+def test_a_text_goes_on_past_its_ends_where_that_is_asked(deployment, writer, tmp_path):
+    """The tokens that it says most are made its ends, which it then must not choose."""
+    tokens = [
+        token for row in asked(writer) if together(writer, [row]) for token in row.tokens[-8:]
+    ]
+    ends = sorted(set(tokens), key=tokens.count)[-2:]
+    folder = changed(deployment, tmp_path / "ends", "model", eos_token_id=ends)
+    opened = open_deployment(folder, trust_library=True)
+    forced = Sampling(ignore_eos=True)
+    for drafting in (None, chosen_draft(opened, "lookup", None, False)):
+        ending = Writer(opened, 1, batch=8, drafting=drafting)
+        short, whole = asked(ending)[:3], asked(ending, forced)[:3]
+        assert not ending.takes([short[0], whole[0]])
+        for rows in ([[row] for row in (*short, *whole)]) if drafting else (short, whole):
+            together(ending, rows)
+        assert sum(row.speed.new_tokens for row in short) < 8 + 20 + 30
+        assert [row.speed.new_tokens for row in whole] == [8, 20, 30]
+        alone = asked(ending, forced)[:3]
+        assert [together(ending, [row])[0] != "" for row in alone] == [True] * 3
+        assert [row.tokens for row in alone] == [row.tokens for row in whole]
+
+
 def test_sampled_texts_share_a_batch_and_are_drawn_each_for_itself(writer):
     sampling = Sampling(do_sample=True, max_new_tokens=24)
     rows = [writer.row("The river ran", sampling, Speed()) for _ in range(8)]
@@ -127,15 +149,20 @@ def test_who_needs_the_room_of_the_padding_is_begun_anew(writer):
     assert [row.tokens for row in rows] == [row.tokens for row in alone]
 
 
-def test_prompts_that_are_run_in_parts_go_alone(deployment, tmp_path):
-    folder = tmp_path / "parts"
+def changed(deployment, folder, part, **settings):
+    """A copy of a deployment with other settings, as a stranger's."""
     folder.mkdir()
     for file in deployment.iterdir():
         if file.name not in ("owl.json", "genai_config.json"):
             shutil.copy(file, folder)
     config = json.loads((deployment / "genai_config.json").read_text())
-    config["search"]["chunk_size"] = 8
+    config[part] |= settings
     (folder / "genai_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_prompts_that_are_run_in_parts_go_alone(deployment, tmp_path):
+    folder = changed(deployment, tmp_path / "parts", "search", chunk_size=8)
     writer = Writer(open_deployment(folder, trust_library=True), 1, batch=8)
     rows = asked(writer)
     assert not writer.takes(rows[:2])

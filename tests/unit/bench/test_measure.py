@@ -358,6 +358,7 @@ def test_what_a_model_does_not_take_is_refused_before_an_engine_starts(
         (256, {"scenarios": ("prefill",)}, ["prefill@128"], []),
         (256, {"scenarios": ("throughput",)}, ["throughput@256x2"], ["--context is 256"]),
         (256, {"scenarios": ("generate",)}, ["generate@128+64"], []),
+        (256, {"scenarios": ("generate@128+64",)}, ["generate@128+64"], []),
         (100, {"scenarios": ("generate",)}, ["generate@50+50"], ["--prompt is 50 instead of 128"]),
         (
             256,
