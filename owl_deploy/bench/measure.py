@@ -48,6 +48,7 @@ _SHIPPED_TEXT = (
     "carried none, and yet it moved against the wind; he drew it in the margin, and left the line "
     "for its name empty. "
 )
+_SHARED = "requests: the clients ran on the servers' cores, and took their share of all of them."
 
 
 def is_decided(found: Result) -> bool:
@@ -163,7 +164,11 @@ def conclude(
         subjects=subjects,
         statistics=table,
         comparisons=compared,
-        notes=(*_notes(here, subjects, table), *_drafts(subjects, compared)),
+        notes=(
+            *_notes(here, subjects, table),
+            *_drafts(subjects, compared),
+            *([_SHARED] if any(scenario.is_served for scenario in scenarios) else []),
+        ),
     )
 
 

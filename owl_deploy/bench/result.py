@@ -188,7 +188,7 @@ def statistics(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """For each metric and each subject that was measured: latencies in ms, and tokens/s.
 
-    For decoding also `read_gb_per_s`, the model's bytes over the latency, and `roofline`, its share
+    For answers to requests also `requests_per_s`, and for decoding `read_gb_per_s`, the model's bytes over the latency, and `roofline`, its share
     of a plain read. Above 1, the engine does not read all of the file: it skips zeros.
     """
     table: dict[str, dict[str, dict[str, float]]] = {}
@@ -199,6 +199,8 @@ def statistics(
                 if metric.key.startswith("decode"):
                     row["read_gb_per_s"] = subject.size_bytes / row["median_ms"] / 1e6
                     row["roofline"] = row["read_gb_per_s"] / read_gb_per_s
+                if metric.answer == "answer_ms":
+                    row["requests_per_s"] = 1e3 / row["median_ms"]
                 table.setdefault(metric.key, {})[subject.name] = row
     return table
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
@@ -150,6 +151,22 @@ def test_bench_and_report(owl, deployments, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "--llama-cpp: #" in page
     assert "var(--llama-cpp)" in page
+
+
+@needs_engine
+def test_its_server_answers_several_at_once(owl, deployments, tmp_path):
+    bench = ("bench", deployments / "Q4_0", "--baseline", deployments / "Q8_0", "--pairs", 1)
+    code, out, err = owl(*bench, "--scenario", "requests@40+8x3", "--json")
+    assert code == 0, err
+    for subject in json.loads(out)["subjects"]:
+        (sample,) = subject["samples"]
+        assert len(sample["latencies_ms"]["requests@40+8x3:first"]) == 15
+    with engines.ServerProcess("llama.cpp", deployments / "Q8_0", rows=2, context=64) as server:
+        body = {"prompt": "The river ran", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(f"{server.url}/completions", json.dumps(body).encode())
+        with urllib.request.urlopen(request) as answer:
+            usage = json.load(answer)["usage"]
+    assert usage["completion_tokens"] == 12
 
 
 @needs_engine

@@ -23,5 +23,6 @@ def test_it_is_built_and_what_it_exports_is_checked(
     about = export(llama, tmp_path / "out", target="llama.cpp", precision="Q4_K_M").to_json()
     assert about["parity"]["runs"]["llama.cpp reading"]["relative_difference"] < 1
     bench = [sys.executable, "-m", "owl_deploy", "bench", tmp_path / "out", "--pairs", "1"]
-    small = ["--context", "64", "--prompt", "16", "-o", tmp_path / "result"]
+    small = ["--context", "64", "--prompt", "16", "--new-tokens", "8", "--clients", "2"]
+    small += ["--scenario", "decode", "--scenario", "requests"]
     subprocess.run([*bench, *small], check=True)
