@@ -34,7 +34,8 @@ class Sampling:
     """Search options, by their names in onnxruntime-genai and transformers.
 
     `max_new_tokens`: None for `DEFAULT_NEW_TOKENS`, or as many as the context has room for;
-    `UNLIMITED` for all that it has room for. `ignore_eos`: no token that ends a text is chosen.
+    `UNLIMITED` for all that it has room for. `ignore_eos`: no token that ends a text is
+    chosen, or with a draft it ends none.
     """
 
     max_new_tokens: int | None = None

@@ -53,28 +53,34 @@ async def ask_all(load: Load, clients: int, prompts: Iterator[str]) -> Tally:
 
     A client that is refused with 429 waits as it is told. Other errors are counted.
     """
-    tally, started = Tally(), time.monotonic()
-    await asyncio.gather(*(_client(load, number, prompts, tally) for number in range(clients)))
-    tally.wall_s = time.monotonic() - started
+    headers = {"authorization": f"Bearer {load.key}"}
+    limits = httpx.Limits(max_connections=None)
+    tally = Tally()
+    # The environment may name a proxy, and what that takes is not to be measured.
+    async with httpx.AsyncClient(
+        timeout=_TIMEOUT_S, headers=headers, limits=limits, trust_env=False
+    ) as connections:
+        started = time.monotonic()
+        asking = (_client(connections, load, number, prompts, tally) for number in range(clients))
+        await asyncio.gather(*asking)
+        tally.wall_s = time.monotonic() - started
     return tally
 
 
-async def _client(load: Load, number: int, prompts: Iterator[str], tally: Tally) -> None:
+async def _client(
+    connections: httpx.AsyncClient, load: Load, number: int, prompts: Iterator[str], tally: Tally
+) -> None:
     generator = random.Random(number)
-    headers = {"authorization": f"Bearer {load.key}"}
-    # The environment may name a proxy, and what that takes is not to be measured.
-    options: dict[str, Any] = {"timeout": _TIMEOUT_S, "headers": headers, "trust_env": False}
-    async with httpx.AsyncClient(**options) as connection:
-        for prompt in prompts:
-            leaves = generator.random() < load.leave
-            try:
-                await _ask(connection, load, prompt, leaves, tally)
-            except (httpx.HTTPError, ValueError, KeyError) as error:
-                tally.errors.append(f"{type(error).__name__}: {error}")
+    for prompt in prompts:
+        leaves = generator.random() < load.leave
+        try:
+            await _ask(connections, load, prompt, leaves, tally)
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            tally.errors.append(f"{type(error).__name__}: {error}")
 
 
 async def _ask(
-    connection: httpx.AsyncClient, load: Load, prompt: str, leaves: bool, tally: Tally
+    connections: httpx.AsyncClient, load: Load, prompt: str, leaves: bool, tally: Tally
 ) -> None:
     """One request; the client `leaves` after the first text."""
     body = {
@@ -89,7 +95,7 @@ async def _ask(
         "cache_prompt": False,
     }
     last = time.monotonic()
-    async with connection.stream("POST", f"{load.url}/completions", json=body) as answer:
+    async with connections.stream("POST", f"{load.url}/completions", json=body) as answer:
         if answer.status_code == httpx.codes.TOO_MANY_REQUESTS:
             tally.refused += 1
             await asyncio.sleep(float(answer.headers.get("retry-after", 1)))

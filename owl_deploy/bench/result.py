@@ -188,8 +188,9 @@ def statistics(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """For each metric and each subject that was measured: latencies in ms, and tokens/s.
 
-    For answers to requests also `requests_per_s`, and for decoding `read_gb_per_s`, the model's bytes over the latency, and `roofline`, its share
-    of a plain read. Above 1, the engine does not read all of the file: it skips zeros.
+    For answers to requests also `requests_per_s`, and for decoding `read_gb_per_s`, the model's
+    bytes over the latency, and `roofline`, its share of a plain read. Above 1, the engine does not
+    read all of the file: it skips zeros.
     """
     table: dict[str, dict[str, dict[str, float]]] = {}
     for metric in metrics_of(scenarios):

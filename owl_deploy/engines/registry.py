@@ -183,6 +183,8 @@ _ENGINES = (
                 *("--model", "{deployment}/model.gguf", "--port", "{port}"),
                 *("--parallel", "{rows}", "--ctx-size", "{cache}"),
                 *("--threads", "{threads}", "--offline", "--fit", "off"),
+                # Nothing is kept of a prompt: no two begin alike, and copies take time.
+                *("--cache-ram", "0", "--no-cache-prompt"),
             ),
             unset=("LLAMA_",),
         ),

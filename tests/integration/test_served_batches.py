@@ -89,24 +89,38 @@ def test_a_text_that_nobody_wants_ends_and_the_others_go_on(writer):
 
 def test_a_text_goes_on_past_its_ends_where_that_is_asked(deployment, writer, tmp_path):
     """The tokens that it says most are made its ends, which it then must not choose."""
-    tokens = [
-        token for row in asked(writer) if together(writer, [row]) for token in row.tokens[-8:]
-    ]
-    ends = sorted(set(tokens), key=tokens.count)[-2:]
-    folder = changed(deployment, tmp_path / "ends", "model", eos_token_id=ends)
-    opened = open_deployment(folder, trust_library=True)
-    forced = Sampling(ignore_eos=True)
-    for drafting in (None, chosen_draft(opened, "lookup", None, False)):
-        ending = Writer(opened, 1, batch=8, drafting=drafting)
-        short, whole = asked(ending)[:3], asked(ending, forced)[:3]
-        assert not ending.takes([short[0], whole[0]])
-        for rows in ([[row] for row in (*short, *whole)]) if drafting else (short, whole):
-            together(ending, rows)
-        assert sum(row.speed.new_tokens for row in short) < 8 + 20 + 30
-        assert [row.speed.new_tokens for row in whole] == [8, 20, 30]
-        alone = asked(ending, forced)[:3]
-        assert [together(ending, [row])[0] != "" for row in alone] == [True] * 3
-        assert [row.tokens for row in alone] == [row.tokens for row in whole]
+    rows = asked(writer)[:3]
+    together(writer, rows)
+    said = [token for row in rows for token in row.tokens[-row.speed.new_tokens :]]
+    ends = sorted(set(said), key=said.count)[-2:]
+    opened = open_deployment(
+        changed(deployment, tmp_path / "ends", "model", eos_token_id=ends), trust_library=True
+    )
+    ending = Writer(opened, 1, batch=8)
+    short, whole = asked(ending)[:3], asked(ending, Sampling(ignore_eos=True))[:3]
+    assert not ending.takes([short[0], whole[0]])
+    together(ending, short)
+    assert sum(row.speed.new_tokens for row in short) < len(said)
+    together(ending, whole)
+    assert [row.speed.new_tokens for row in whole] == [8, 20, 30]
+    assert not any(set(ends) & set(row.tokens[-row.speed.new_tokens :]) for row in whole)
+    for row, single in zip(whole, asked(ending, Sampling(ignore_eos=True)), strict=False):
+        together(ending, [single])
+        assert single.tokens == row.tokens
+
+
+def test_a_draft_goes_on_past_the_ends_too(deployment, writer, tmp_path):
+    row = asked(writer)[2]
+    together(writer, [row])
+    ends = row.tokens[-row.speed.new_tokens :][:1]
+    opened = open_deployment(
+        changed(deployment, tmp_path / "ends", "model", eos_token_id=ends), trust_library=True
+    )
+    drafting = Writer(opened, 1, drafting=chosen_draft(opened, "lookup", None, False))
+    short, whole = (asked(drafting, Sampling(ignore_eos=one))[2] for one in (False, True))
+    for each in (short, whole):
+        together(drafting, [each])
+    assert (short.speed.new_tokens, whole.speed.new_tokens) == (1, 30)
 
 
 def test_sampled_texts_share_a_batch_and_are_drawn_each_for_itself(writer):

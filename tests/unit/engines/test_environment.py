@@ -117,7 +117,14 @@ def compiled(engine: registry.Engine, tmp_path: Path, monkeypatch: pytest.Monkey
         archive.add(top, top.name)
     lock = tmp_path / "source.txt"
     lock.write_text(f"{tmp_path}/own_engine-1.5.tar.gz\n")
-    build = registry.Build(lock, module="own", options=("-DA=B",), kept=("vendor/tools",))
+    (tmp_path / "other.txt").write_text("in its place")
+    build = registry.Build(
+        lock,
+        module="own",
+        options=("-DA=B",),
+        replaced=(("vendor/other.py", tmp_path / "other.txt"),),
+        kept=("vendor/tools", "vendor/other.py"),
+    )
     row = replace(engine, package="own-engine", build=build)
     monkeypatch.setitem(registry.ENGINES, "own", row)
     return lock
@@ -130,9 +137,30 @@ def test_what_is_compiled_is_installed_and_its_tools_kept(compiled: Path) -> Non
     assert environment.installed_version("own") == "1.5"
     ask = [environment.python_of("own"), "-c", "import own; print(own.options)"]
     assert subprocess.check_output(ask, text=True).split() == ["-DA=B"]
-    kept = [path.name for path in (folder / "source").rglob("*") if path.is_file()]
-    assert kept == ["convert.py"]
-    compiled.write_text(compiled.read_text() + "# another\n")
+    kept = {path.name: path for path in (folder / "source").rglob("*") if path.is_file()}
+    assert kept.keys() == {"convert.py", "other.py"}
+    assert kept["other.py"].read_text() == "in its place"
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("changed", ["source.txt", "other.txt", "options"])
+def test_what_is_to_be_compiled_otherwise_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    row = registry.ENGINES["own"]
+    assert row.build is not None
+    folder = environment.environment_folder(row)
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").touch()
+    marker = {"lock": environment._pinned(row), "version": "1.5"}
+    (folder / environment.MARKER).write_text(json.dumps(marker))
+    assert environment.is_installed("own")
+    if changed == "options":
+        build = replace(row.build, options=("-DA=C",))
+        monkeypatch.setitem(registry.ENGINES, "own", replace(row, build=build))
+    else:
+        file = tmp_path / changed
+        file.write_text(file.read_text() + "# another\n")
     assert not environment.is_installed("own")
 
 
