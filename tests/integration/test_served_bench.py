@@ -35,8 +35,9 @@ def test_both_servers_are_measured_and_reported(owl, deployments, tmp_path, monk
     assert list(result["statistics"]) == KEYS
     for subject in result["subjects"]:
         (sample,) = subject["samples"]
-        assert [len(sample["latencies_ms"][key]) for key in KEYS[:2]] == [1, 10]
-        # Not less than 7 texts an answer, unless a text waits for the rest of a character.
+        assert len(sample["latencies_ms"][KEYS[0]]) == 1
+        # A random model's tokens are often no whole character, of which no text comes.
+        assert 0 < len(sample["latencies_ms"][KEYS[1]]) <= 10
         assert 0 < len(sample["latencies_ms"][KEYS[2]]) <= 10 * 7
         assert sample["peak_bytes"] > 10e6
         assert "2 requests at once" in subject["about"]["through"]

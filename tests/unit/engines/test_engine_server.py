@@ -50,16 +50,19 @@ def test_a_server_is_started_as_its_row_says_and_nothing_of_it_is_left(
 
 
 @pytest.mark.parametrize(
-    ("fails", "message"),
-    [("end", r"ended with code 1 in 'serve'.*no such model"), ("hang", "not ready .* within 1 s")],
+    ("fails", "timeout_s", "message"),
+    [
+        ("end", 60, r"ended with code 1 in 'serve'.*no such model"),
+        ("hang", 1, "not ready .* within 1 s"),
+    ],
 )
 def test_a_server_that_does_not_come_is_said_in_a_sentence(
-    folder: Path, fails: str, message: str
+    folder: Path, fails: str, timeout_s: float, message: str
 ) -> None:
     (folder / "server.json").write_text(json.dumps({"fails": fails}))
     with (
         pytest.raises(EngineFailed, match=message),
-        ServerProcess("fake", folder, rows=1, context=8, timeout_s=1),
+        ServerProcess("fake", folder, rows=1, context=8, timeout_s=timeout_s),
     ):
         pass
     assert psutil.Process().children(recursive=True) == []
