@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -19,14 +19,17 @@ from safetensors.torch import load_file
 from owl_deploy import ranks, recipe
 from owl_deploy.ending import exit_code
 from owl_deploy.evaluate.run import Asked, evaluate
+from owl_deploy.hardware import Hardware
 from owl_deploy.prune import run as pruning
+from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
 
 SAMPLES, LENGTH = 5, 48  # which no two or three processes share evenly
 
 
 def asked(model: Path, text: Path, output: Path, **settings: Any) -> dict[str, Any]:
-    """One pruning, as JSON. Of `settings`, `tune` and `resume` are not the recipe's."""
+    """One pruning, as JSON. Of `settings`, `tune`, `resume` and `batch` (windows) are not the
+    recipe's."""
     return {"model": str(model), "text": str(text), "output": str(output), "settings": settings}
 
 
@@ -35,10 +38,13 @@ def run(one: dict[str, Any]) -> None:
 
     With `window`: evaluate as the rest says, into the file `output`. With `killed`, [rank, count]:
     that process ends by SIGKILL as it talks to the others for the count-th time. With `unlike`: all
-    but the first say that they have that version of torch.
+    but the first say that they have that version of torch. With `times`, from here on: what the
+    last process reads counts so many times, a fault for the comparison to find.
     """
     if "killed" in one:
         _kill_later(*one["killed"])
+    if "times" in one:
+        _count_last_rank(one["times"])
     if "window" in one:
         apart = ("model", "output", "killed")
         asked = Asked(**{name: value for name, value in one.items() if name not in apart})
@@ -51,8 +57,9 @@ def run(one: dict[str, Any]) -> None:
         pruning.versions = lambda: told
     settings = {"sparsity": 0.6} | one["settings"]
     how = {"tune_allocation": settings.pop("tune", False), "resume": settings.pop("resume", False)}
+    hardware = Hardware(batch_size=settings.pop("batch", None))
     calibration = Calibration(one["text"], SAMPLES, LENGTH)
-    prune(one["model"], one["output"], recipe.settings(**settings), calibration, **how)
+    prune(one["model"], one["output"], recipe.settings(**settings), calibration, hardware, **how)
 
 
 def _kill_later(rank: int, count: int) -> None:
@@ -66,6 +73,17 @@ def _kill_later(rank: int, count: int) -> None:
         return talking()
 
     ranks._talking = counted
+
+
+def _count_last_rank(times: float) -> None:
+    if ranks.local_rank() != int(os.environ["LOCAL_WORLD_SIZE"]) - 1:
+        return
+    add = InputStatistics._add
+
+    def weighed(self: InputStatistics, name: str, rows: torch.Tensor) -> None:
+        add(self, name, rows * times**0.5)
+
+    InputStatistics._add = weighed
 
 
 def torchrun(processes: int, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -91,19 +109,38 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in files for name, value in load_file(file).items()}
 
 
-def difference(a: Path, b: Path) -> tuple[int, float]:
-    """How many weights are zero in one of two checkpoints only; what the others differ by at most,
-    as a share of the largest of their tensor."""
+class Apart(NamedTuple):
+    """How far a checkpoint is from another.
+
+    `elsewhere`: weights that are zero in one only; `rows`: those that hold such; `off`: the most
+    that a weight of the other rows differs, as a share of the largest of its tensor; `moved`: the
+    norm of the difference of all weights, as a share of the norm of all.
+    """
+
+    elsewhere: int
+    rows: int
+    off: float
+    moved: float
+
+
+SAME = Apart(0, 0, 0.0, 0.0)
+
+
+def difference(a: Path, b: Path) -> Apart:
+    """How far checkpoint `b` is from `a`."""
     one, other = weights(a), weights(b)
     assert one.keys() == other.keys()
-    elsewhere, most = 0, 0.0
-    for name, x in one.items():
-        y = other[name]
+    elsewhere, rows, most, squares, whole = 0, 0, 0.0, 0.0, 0.0
+    for name, tensor in one.items():
+        x, y = (each.double().reshape(-1, each.shape[-1]) for each in (tensor, other[name]))
         differs = (x == 0) != (y == 0)
-        elsewhere += int(differs.sum())
-        off = (x.double() - y.double()).abs().masked_fill(differs, 0).max() / x.abs().max()
+        swapped = differs.any(dim=1, keepdim=True)
+        elsewhere, rows = elsewhere + int(differs.sum()), rows + int(swapped.sum())
+        off = (x - y).abs().masked_fill(swapped, 0).max() / x.abs().max()
         most = max(most, float(off))
-    return elsewhere, most
+        squares += float((x - y).square().sum())
+        whole += float(x.square().sum())
+    return Apart(elsewhere, rows, most, (squares / whole) ** 0.5)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -56,8 +56,8 @@ def test_two_processes_train_the_model_of_one(owl, sparse, text_file, tmp_path, 
     assert code == 0, err
     done = divided.torchrun(2, "owl_deploy", *command(sparse, text_file, two, 2, *how))
     assert done.returncode == 0, done.stderr
-    elsewhere, most = divided.difference(one, two)
-    assert (elsewhere, most < CLOSE) == (0, True), most
+    apart = divided.difference(one, two)
+    assert (apart.elsewhere, apart.off < CLOSE) == (0, True), apart
     assert not load_file(one / "model.safetensors").keys() ^ load_file(two / "model.safetensors")
     for alone, shared in zip(curve(one), curve(two), strict=True):
         assert shared == pytest.approx(alone, rel=1e-4)
@@ -97,7 +97,7 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bits(
     assert (code, "processes was 2, now 1" in " ".join(err.split())) == (2, True), err
     done = divided.torchrun(2, "owl_deploy", *asked, "--resume")
     assert done.returncode == 0, done.stderr
-    assert divided.difference(whole, out) == (0, 0.0)
+    assert divided.difference(whole, out) == divided.SAME
     assert curve(whole) == curve(out)
 
 
