@@ -321,6 +321,7 @@ def finetune(
     warmup: options.Warmup = 0.05,
     seed: options.TrainingSeed = 0,
     block_group: options.BlockGroup = None,
+    shard: options.Shard = False,
     rank: options.Rank = None,
     alpha: options.Alpha = None,
     dropout: options.Dropout = None,

@@ -232,6 +232,9 @@ TrainingSeed = Annotated[
 BlockGroup = Annotated[
     int | None, Option(help="masked: train so many blocks at a time, to save memory.")
 ]
+Shard = Annotated[
+    bool, Option("--shard", help="Divide the model over the processes (FSDP2), to save memory.")
+]
 Rank = Annotated[int | None, Option(help="LoRA's. [8]")]
 Alpha = Annotated[int | None, Option(help="LoRA's. [16]")]
 Dropout = Annotated[float | None, Option(help="LoRA's. [0.05]")]

@@ -34,28 +34,28 @@ class Grid:
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight.T, differentiated by x and by the weights at `positions`, which are `values`."""
+    """x @ weight.T with the weight of `layer`, differentiated by x and by its `values`."""
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - torch gives it no type
         x: torch.Tensor,
-        values: torch.Tensor,
-        weight: torch.Tensor,
-        positions: torch.Tensor,
+        _values: torch.Tensor,
+        layer: "SparseLinear",
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, positions)
-        return nn.functional.linear(x, weight)
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.whole())
 
     @staticmethod
     def backward(
         ctx: Any,  # noqa: ANN401
         gradient: torch.Tensor,
-    ) -> tuple[torch.Tensor | None, torch.Tensor, None, None]:
-        x, weight, positions = ctx.saved_tensors
-        by_x = gradient @ weight if ctx.needs_input_grad[0] else None
+    ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        by_x = gradient @ ctx.layer.whole() if ctx.needs_input_grad[0] else None
         dense = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # [out, in], dropped at once
-        return by_x, dense.flatten().index_select(0, positions).float(), None, None
+        return by_x, dense.flatten().index_select(0, ctx.layer.positions).float(), None
 
 
 class SparseLinear(nn.Module):
@@ -65,7 +65,7 @@ class SparseLinear(nn.Module):
     they stand in the flat weight. `weight`: [out, in], what inputs are multiplied by, in the
     computing dtype; `refresh` brings it up to date after a step. With a `grid` the weight is what
     `values` are rounded to, and their gradients are those of what they are rounded to (the
-    straight-through estimator, arXiv 1308.3432).
+    straight-through estimator, arXiv 1308.3432). `weight` is None after `divide`.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, grid: Grid | None = None) -> None:
@@ -78,23 +78,46 @@ class SparseLinear(nn.Module):
         scales = None if grid is None else grid.at(positions, dense.shape[1])
         self.register_buffer("scales", scales)
         self.limits = (0, 0) if grid is None else limits(grid.bits)
+        self.shape, self.dtype = dense.shape, dtype
         self.positions: torch.Tensor
         self.scales: torch.Tensor | None
-        self.weight: torch.Tensor
+        self.weight: torch.Tensor | None
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] to [..., out], in the computing dtype."""
         y: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x.to(self.weight.dtype), self.values, self.weight, self.positions
+            x.to(self.dtype), self.values, self
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def divide(self) -> None:
+        """Hold parameters only, which FSDP can divide over processes, as it does no buffer.
+
+        The weight is then made for each product, from what FSDP has gathered.
+        """
+        self.weight = None
+        for name in ("positions", "scales"):
+            tensor = self._buffers.pop(name)
+            kept = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, kept)
+
+    def whole(self) -> torch.Tensor:
+        """The weight [out, in] that inputs are multiplied by."""
+        return self._filled(self._rounded(), self.dtype) if self.weight is None else self.weight
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Put `values` into the weight that inputs are multiplied by."""
-        flat = self.weight.view(-1)
-        flat.index_copy_(0, self.positions.long(), self._rounded().to(flat.dtype))
+        if self.weight is not None:
+            flat = self.weight.view(-1)
+            flat.index_copy_(0, self.positions.long(), self._rounded().to(flat.dtype))
+
+    def _filled(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A weight [out, in] with `values` for its survivors."""
+        weight = torch.zeros(self.shape, dtype=dtype, device=values.device)
+        weight.view(-1).index_copy_(0, self.positions.long(), values.to(dtype))
+        return weight
 
     def _rounded(self) -> torch.Tensor:
         """The survivors as they count: on their grid, and no zero, if they have one."""
@@ -109,9 +132,7 @@ class SparseLinear(nn.Module):
         """The whole weight [out, in] in `dtype`, and how many survivors were kept off zero."""
         values = self._rounded()
         kept, count = nonzero(values.to(dtype), values)
-        weight = torch.zeros_like(self.weight, dtype=dtype)
-        weight.view(-1).index_copy_(0, self.positions.long(), kept)
-        return weight, count
+        return self._filled(kept, dtype), count
 
 
 def nonzero(values: torch.Tensor, signs: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -165,7 +186,7 @@ def finished(
 def freeze(block: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Give `block` plain Linears again, and `tensors`, in `dtype`; nothing in it trains."""
     for name, sparse in list(sparse_linears(block)):
-        rows, columns = sparse.weight.shape
+        rows, columns = sparse.shape
         linear = nn.Linear(columns, rows, bias=sparse.bias is not None, device="meta")
         block.set_submodule(name, linear)
     block.load_state_dict({name: one.to(dtype) for name, one in tensors.items()}, assign=True)

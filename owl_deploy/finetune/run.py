@@ -31,6 +31,7 @@ from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.finetune.logits import TeacherCache, cache_bytes
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
+from owl_deploy.finetune.shard import gather_trained, shard, whole
 from owl_deploy.finetune.source import Source, load_teacher
 from owl_deploy.finetune.train import Schedule, last_checkpoint, tokens_per_second, train
 from owl_deploy.finetune.trainee import Distillation, Trainee
@@ -86,9 +87,8 @@ def finetune(
 def _refuse_sharding() -> None:
     if any(os.environ.get(name, "").lower() in ("true", "1") for name in _SHARDING):
         raise BadInput(
-            "owl finetune divides the windows over the processes, and does not shard the model "
-            "(FSDP, DeepSpeed).",
-            "Use torchrun, and where the model does not fit --block-group.",
+            "owl finetune does not shard a model as accelerate is configured to (FSDP, DeepSpeed).",
+            "Use torchrun, and where the model does not fit --shard.",
         )
 
 
@@ -127,6 +127,11 @@ class Run:
         length = settings.sequence_length
         self.windows = _leader_first(ranks, lambda: source.windows(self.text, length))
         self._check_ranks()
+        if settings.shard and ranks.size == 1:
+            raise BadInput(
+                "--shard divides the model over processes, and there is one.",
+                "Start several with torchrun, or use --block-group where the model does not fit.",
+            )
         self.dtype = find_training_dtype(settings.dtype, find_device("auto"))
         # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
         half = self.dtype == torch.bfloat16 and source.checkpoint.config.get("dtype") == "bfloat16"
@@ -260,6 +265,7 @@ class Run:
         trainee = self._trainee(adapted)
         curve = self._train(trainee, partial, 0, 1)
         count = sum(parameter.numel() for parameter in trainee.trained().values())
+        gather_trained(adapted)
         kept = 0
         if self.settings.merge is None:
             self._write_adapter(adapted, staging)
@@ -285,7 +291,7 @@ class Run:
             if self.ranks.from_leader(read) is None:
                 self._train_group(model, names, partial, index, len(starts))
             own = _load(partial.folder / f"group-{index}.safetensors")
-            for name in names:
+            for name in names if index + 1 < len(starts) else ():
                 freeze(model.get_submodule(name), _within(own, name), self.stored)
             done = self.ranks.from_leader(read)
             if self.ranks.leads:
@@ -308,9 +314,8 @@ class Run:
         trainee = self._trainee(model)
         curve = self._train(trainee, partial, index, groups)
         count = sum(one.numel() for one in trainee.trained().values())
-        if self.ranks.leads:
-            done = {"curve": curve, "parameters_trained": count}
-            self._keep_group(model, names, partial, index, done)
+        done = {"curve": curve, "parameters_trained": count}
+        self._keep_group(model, names, partial, index, done)
         self.ranks.gathered(None)  # what the leader has kept is there for all
 
     def _keep_group(
@@ -321,24 +326,40 @@ class Run:
         index: int,
         done: dict[str, Any],
     ) -> None:
-        """The leader's: write the trained blocks `names`, and what was `done`."""
+        """Together: write the trained blocks `names`, and what was `done`; the leader does."""
         from safetensors.torch import save_file
 
         tensors: dict[str, torch.Tensor] = {}
         lost = 0
         checkpoint = self.source.checkpoint
         for name in names:
-            dtypes = {key: tensor.dtype for key, tensor in checkpoint.read_module(name).items()}
-            own, kept = finished(model.get_submodule(name), dtypes)
-            tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in own.items()}
-            lost += kept
+            block = model.get_submodule(name)
+            with whole(block):
+                if not self.ranks.leads:
+                    continue
+                dtypes = {key: tensor.dtype for key, tensor in checkpoint.read_module(name).items()}
+                own, kept = finished(block, dtypes)
+                for key, tensor in own.items():  # a copy: the block is divided again
+                    tensors[f"{name}.{key}"] = tensor.to("cpu", copy=True)
+                lost += kept
+        if not self.ranks.leads:
+            return
         save_file(tensors, partial.folder / f"group-{index}.safetensors")
         # The group counts as finished from here on.
         partial.write(f"group-{index}.json", done | {"kept_off_zero": lost})
         shutil.rmtree(partial.folder / f"group-{index}")
 
     def _trainee(self, model: Any) -> Trainee:  # noqa: ANN401 - transformers is untyped
-        return Trainee(model, self._distillation(model), dtype=self.dtype)
+        if self.settings.shard:
+            shard(model, self._blocks(model))
+            if self._teacher is not None:
+                shard(*self._teacher)
+        how = self._distillation(model)
+        return Trainee(model, how, dtype=self.dtype, sharded=self.settings.shard)
+
+    def _blocks(self, model: Any) -> list[nn.Module]:  # noqa: ANN401
+        plain = model.get_base_model() if self.settings.method == "lora" else model
+        return [plain.get_submodule(name) for name in self.source.blocks]
 
     def _distillation(self, model: Any) -> Distillation | None:  # noqa: ANN401
         if self._teacher is None:
@@ -354,8 +375,7 @@ class Run:
         )
         if settings.feature_weight is None:
             return how
-        plain = model.get_base_model() if settings.method == "lora" else model
-        own = [plain.get_submodule(name) for name in self.source.blocks]
+        own = self._blocks(model)
         return replace(how, feature_weight=settings.feature_weight, blocks=blocks, of_student=own)
 
     def _train(

@@ -28,7 +28,7 @@ class FinetuneSettings(BaseModel):
     `teacher_top`: so many of its likeliest tokens count each for itself, all when None, and are
     kept on disk where windows come again. `rank`, `alpha`, `dropout`, `target_modules`: LoRA's; no
     modules: the attention's query and value. `dtype`: what the matrix products are computed in;
-    what is trained is float32.
+    what is trained is float32. `shard`: divide the model over the processes, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +53,7 @@ class FinetuneSettings(BaseModel):
     dropout: float | None = None
     target_modules: tuple[str, ...] | None = None
     dtype: str = "auto"
+    shard: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -105,6 +106,17 @@ def resolved(values: FinetuneSettings | dict[str, Any], teacher: bool) -> Finetu
         _refuse(asked, ("block_group",), "belongs to --method masked.")
     else:
         _refuse(asked, ("merge", *_LORA, "target_modules"), "belongs to --method lora.")
+    if asked.shard and asked.block_group is not None:
+        raise BadInput(
+            "--shard divides all blocks over the processes, --block-group takes some at a time.",
+            "Leave one of them out.",
+        )
+    if asked.shard and asked.teacher_top is not None:
+        raise BadInput(
+            "--teacher-top asks the teacher where a window is new, and with --shard all processes "
+            "have to ask it together.",
+            "Leave one of them out.",
+        )
     if asked.teacher_top is not None and asked.feature_weight is not None:
         raise BadInput(
             "--teacher-top keeps what the teacher says, and --feature-weight asks for its blocks' "

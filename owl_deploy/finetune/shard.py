@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint
+import torch.distributed
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -64,12 +66,12 @@ class Shards(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
         """Together: write."""
-        torch.distributed.checkpoint.save(self._state(), checkpoint_id=_folder(args, state))
+        save(self._state(), checkpoint_id=_folder(args, state))
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
         """Together: read, where the run goes on from a checkpoint."""
         if state.global_step:
-            torch.distributed.checkpoint.load(self._state(), checkpoint_id=_folder(args, state))
+            load(self._state(), checkpoint_id=_folder(args, state))
 
     def _state(self) -> dict[str, Any]:
         """What trains and Adam's state of it, the tensors themselves: reading writes into them."""

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from owl_deploy.ending import on_interrupt
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
+from owl_deploy.finetune.shard import Shards
 from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.progress import Advance, bar
 from owl_deploy.ranks import ALONE, Ranks, talking
@@ -117,6 +118,9 @@ def _trainer(
         trainee.trained().values(), lr=settings.learning_rate or 0.0, weight_decay=0.0, fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, clock.rate(settings.warmup))
+    callbacks: list[TrainerCallback] = [clock]
+    if settings.shard:
+        callbacks.insert(0, Shards(trainee, optimizer))  # before the clock marks what is written
     trainer = transformers.Trainer(
         model=trainee,
         args=arguments,
@@ -124,7 +128,7 @@ def _trainer(
         eval_dataset=Windows(windows[1]),
         data_collator=transformers.default_data_collator,
         optimizers=(optimizer, scheduler),
-        callbacks=[clock],
+        callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)  # stdout is for results
     return trainer

@@ -42,7 +42,8 @@ class Trainee(nn.Module):
 
     `dtype`: what matrix products are computed in (torch's autocast); sums and losses are float32.
     In training with a `distillation` the loss is (1 - its weight) times the cross-entropy plus
-    what it says; in evaluation, and without one, the cross-entropy alone.
+    what it says; in evaluation, and without one, the cross-entropy alone. `sharded`: whether the
+    model is (see `shard`), whose state is then written elsewhere.
     """
 
     def __init__(
@@ -51,9 +52,12 @@ class Trainee(nn.Module):
         distillation: Distillation | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        # The Trainer's name: it then leaves devices and gradients to the model.
+        self.is_distributed_loading_by_transformers = sharded
         self.teacher = None if distillation is None else distillation.teacher
         self.distillation, self.dtype = distillation, dtype
 
@@ -141,6 +145,8 @@ class Trainee(nn.Module):
 
     def state_dict(self, **_: Any) -> dict[str, Any]:  # type: ignore[override]  # noqa: ANN401
         """What trains: the rest is in the checkpoint that the run started from."""
+        if self.is_distributed_loading_by_transformers:
+            return {}
         return {name: parameter.detach() for name, parameter in self.trained().items()}
 
     def load_state_dict(
@@ -152,7 +158,8 @@ class Trainee(nn.Module):
         """Take back what `state_dict` gave."""
         del assign
         found = super().load_state_dict(state_dict, strict=False)
-        lost = [name for name in self.trained() if name not in state_dict]
+        wanted = self.state_dict()
+        lost = [name for name in wanted if name not in state_dict]
         if lost or found.unexpected_keys:
             raise RuntimeError(f"the saved state lacks {lost} or has {found.unexpected_keys}")
         self.refresh()

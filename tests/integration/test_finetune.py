@@ -83,6 +83,8 @@ def test_a_killed_run_resumes_to_the_same_losses(owl, sparse, text_file, tmp_pat
         (["--feature-weight", "1"], "--feature-weight needs a --teacher"),
         (["--teacher-top", "8"], "--teacher-top needs a --teacher"),
         (["--teacher-top", "8", "--feature-weight", "1"], "Leave one of them out"),
+        (["--shard", "--teacher-top", "8"], "have to ask it together"),
+        (["--shard", "--method", "masked", "--block-group", "1"], "--block-group takes some"),
         (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--learning-rate", "nan"], "--learning-rate must be above 0"),
         (["--max-minutes", "-1"], "--max-minutes must be above 0"),

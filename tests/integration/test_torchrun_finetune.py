@@ -8,6 +8,9 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from owl_deploy import recipe
+from owl_deploy.checkpoint import GRID
+from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.tokens import load_tokens
 from tests import divided
 
@@ -34,6 +37,28 @@ cli.main()
 """
 MASKED = ("--method", "masked", "--block-group", 1, "--max-steps", 8)
 LORA = ("--merge", "masked", "--dropout", 0, "--max-steps", 4)
+WHOLE = ("--method", "masked", "--max-steps", 8, "--feature-weight", 0.5)
+# Counts what each process holds at the end of a step: weights, gradients none any more, Adam's.
+HOLDING = """
+import pathlib
+import sys
+from torch.distributed.tensor import DTensor
+from owl_deploy import cli
+from owl_deploy.finetune import train
+
+end = train._Clock.on_step_end
+
+def counted(self, args, state, control, optimizer, **more):
+    held = [*self.trainee.parameters(), *self.trainee.buffers()]
+    held += [one for moments in optimizer.state.values() for one in moments.values()]
+    local = [one.to_local() if isinstance(one, DTensor) else one for one in held]
+    name = pathlib.Path(sys.argv[0]).with_name(f"held-{self.ranks.rank}")
+    name.write_text(str(sum(one.nbytes for one in local)))
+    end(self, args, state, control, **more)
+
+train._Clock.on_step_end = counted
+cli.main()
+"""
 CLOSE = 1e-4  # of the largest weight of a tensor
 
 
@@ -48,14 +73,22 @@ def curve(output):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("how", [MASKED, LORA], ids=["masked", "lora"])
-def test_two_processes_train_the_model_of_one(owl, sparse, text_file, tmp_path, how, llama):
+@pytest.mark.parametrize(
+    ("how", "divided_by"),
+    [(MASKED, ()), (LORA, ()), (WHOLE, ("--shard",)), (LORA, ("--shard",))],
+    ids=["masked", "lora", "masked sharded", "lora sharded"],
+)
+def test_two_processes_train_the_model_of_one(
+    owl, sparse, text_file, tmp_path, how, divided_by, llama
+):
     how += ("--teacher", llama)
     one, two = tmp_path / "one", tmp_path / "two"
     code, _, err = owl(*command(sparse, text_file, one, 4, *how))
     assert code == 0, err
-    done = divided.torchrun(2, "owl_deploy", *command(sparse, text_file, two, 2, *how))
+    asked = command(sparse, text_file, two, 2, *how, *divided_by)
+    done = divided.torchrun(2, "owl_deploy", *asked)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     apart = divided.difference(one, two)
     assert (apart.elsewhere, apart.off < CLOSE) == (0, True), apart
     assert not load_file(one / "model.safetensors").keys() ^ load_file(two / "model.safetensors")
@@ -65,9 +98,9 @@ def test_two_processes_train_the_model_of_one(owl, sparse, text_file, tmp_path, 
     assert done.stdout.count("held-out loss") == 1
 
 
-def killed(folder, arguments):
-    script = folder / "killed.py"
-    script.write_text(KILLED)
+def by_script(folder, content, arguments):
+    script = folder / "script.py"
+    script.write_text(content)
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, script]
     return subprocess.run(
         [sys.executable, "-m", *map(str, [*launcher, *arguments])],
@@ -78,15 +111,20 @@ def killed(folder, arguments):
     )
 
 
+@pytest.mark.parametrize(
+    ("sharded", "alone"),
+    [((), "processes was 2, now 1"), (("--shard",), "divides the model over processes")],
+    ids=["copies", "sharded"],
+)
 def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bits(
-    owl, sparse, text_file, tmp_path
+    owl, sparse, text_file, tmp_path, sharded, alone
 ):
-    how = ("--method", "masked", "--max-steps", 5)
+    how = ("--method", "masked", "--max-steps", 5, *sharded)
     whole, out = tmp_path / "whole", tmp_path / "out"
     done = divided.torchrun(2, "owl_deploy", *command(sparse, text_file, whole, 1, *how))
     assert done.returncode == 0, done.stderr
     asked = command(sparse, text_file, out, 1, *how)
-    ended = killed(tmp_path, asked)
+    ended = by_script(tmp_path, KILLED, asked)
     assert ended.returncode != 0
     # Either the connection says it first, or torchrun.
     assert ended.stderr.count("owl: ") == 1, ended.stderr
@@ -94,11 +132,40 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bits(
     assert "Warning: " not in ended.stderr
     assert not out.exists()
     code, _, err = owl(*asked, "--resume")
-    assert (code, "processes was 2, now 1" in " ".join(err.split())) == (2, True), err
+    assert (code, alone in " ".join(err.split())) == (2, True), err
     done = divided.torchrun(2, "owl_deploy", *asked, "--resume")
     assert done.returncode == 0, done.stderr
     assert divided.difference(whole, out) == divided.SAME
     assert curve(whole) == curve(out)
+
+
+def test_a_sharded_process_holds_half_of_what_one_with_a_copy_does(
+    sparse, text_file, tmp_path, llama
+):
+    held = {}
+    for name, how in (("copies", ()), ("sharded", ("--shard",))):
+        out = tmp_path / name
+        how += ("--method", "masked", "--max-steps", 2, "--teacher", llama)
+        done = by_script(tmp_path, HOLDING, command(sparse, text_file, out, 1, *how))
+        assert done.returncode == 0, done.stderr
+        held[name] = [int((tmp_path / f"held-{rank}").read_text()) for rank in (0, 1)]
+    for copy, part in zip(held["copies"], held["sharded"], strict=True):
+        assert part < 0.5 * copy  # less than half: the weights of products are not kept either
+
+
+def test_a_rounded_checkpoint_keeps_its_grid_when_sharded(llama, text_file, tmp_path):
+    rounded, out = tmp_path / "rounded", tmp_path / "out"
+    calibration = Calibration(str(text_file), samples=4, sequence_length=32)
+    prune(llama, rounded, recipe.settings(method="wanda", sparsity=0.5, bits=4), calibration)
+    how = ("--method", "masked", "--max-steps", 3)
+    copies = command(rounded, text_file, tmp_path / "copies", 2, *how)
+    assert divided.torchrun(2, "owl_deploy", *copies).returncode == 0
+    done = divided.torchrun(2, "owl_deploy", *command(rounded, text_file, out, 2, *how, "--shard"))
+    assert done.returncode == 0, done.stderr
+    assert (rounded / GRID).read_bytes() == (out / GRID).read_bytes()
+    assert divided.difference(rounded, out).off > CLOSE  # it has trained
+    apart = divided.difference(tmp_path / "copies", out)  # which keeps to the grid: tested there
+    assert (apart.elsewhere, apart.off < CLOSE) == (0, True), apart
 
 
 def test_more_processes_than_windows_end_with_one_sentence(sparse, tmp_path):
@@ -118,5 +185,11 @@ def test_more_processes_than_windows_end_with_one_sentence(sparse, tmp_path):
 def test_a_sharded_model_is_refused(owl, sparse, text_file, tmp_path, monkeypatch, name):
     monkeypatch.setenv(name, "true")
     code, _, err = owl(*command(sparse, text_file, tmp_path / "out", 1))
-    assert (code, "does not shard the model" in " ".join(err.split())) == (2, True), err
+    assert (code, "does not shard a model" in " ".join(err.split())) == (2, True), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_not_divided_over_one_process(owl, sparse, text_file, tmp_path):
+    code, _, err = owl(*command(sparse, text_file, tmp_path / "out", 1), "--shard")
+    assert (code, "Start several with torchrun" in " ".join(err.split())) == (2, True), err
     assert list(tmp_path.iterdir()) == []
