@@ -4,7 +4,8 @@ What is trained lies in the Trainer's checkpoints beside the output, in `.NAME.o
 a run that was stopped resumes; with block groups each finished group is kept as well.
 
 Under torchrun each process reads windows of its own and the gradients are averaged (torch's
-DistributedDataParallel): every process then has the same weights, and the first one writes.
+DistributedDataParallel): every process then has the same weights, and the first one writes. A
+model that no process can hold is divided over them (`shard`).
 """
 
 import contextlib

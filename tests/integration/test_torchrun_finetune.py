@@ -37,7 +37,7 @@ cli.main()
 """
 MASKED = ("--method", "masked", "--block-group", 1, "--max-steps", 8)
 LORA = ("--merge", "masked", "--dropout", 0, "--max-steps", 4)
-WHOLE = ("--method", "masked", "--max-steps", 8, "--feature-weight", 0.5)
+WHOLE = ("--method", "masked", "--max-steps", 8)
 # Counts what each process holds at the end of a step: weights, gradients none any more, Adam's.
 HOLDING = """
 import pathlib
@@ -139,18 +139,20 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bits(
     assert curve(whole) == curve(out)
 
 
-def test_a_sharded_process_holds_half_of_what_one_with_a_copy_does(
+def test_a_sharded_process_holds_half_and_trains_what_one_with_a_copy_does(
     sparse, text_file, tmp_path, llama
 ):
     held = {}
     for name, how in (("copies", ()), ("sharded", ("--shard",))):
         out = tmp_path / name
-        how += ("--method", "masked", "--max-steps", 2, "--teacher", llama)
+        how += ("--method", "masked", "--max-steps", 2, "--teacher", llama, "--feature-weight", 1)
         done = by_script(tmp_path, HOLDING, command(sparse, text_file, out, 1, *how))
         assert done.returncode == 0, done.stderr
         held[name] = [int((tmp_path / f"held-{rank}").read_text()) for rank in (0, 1)]
     for copy, part in zip(held["copies"], held["sharded"], strict=True):
         assert part < 0.5 * copy  # less than half: the weights of products are not kept either
+    apart = divided.difference(tmp_path / "copies", tmp_path / "sharded")
+    assert (apart.elsewhere, apart.off < CLOSE) == (0, True), apart
 
 
 def test_a_rounded_checkpoint_keeps_its_grid_when_sharded(llama, text_file, tmp_path):
