@@ -54,8 +54,8 @@ async def ask_all(load: Load, clients: int, prompts: Iterator[str]) -> Tally:
     A client that is refused with 429 waits as it is told. Other errors are counted.
     """
     headers = {"authorization": f"Bearer {load.key}"}
-    # A connection for each request: llama.cpp's server ends one with the stream that it carried, and
-    # who asks again at once may still find it open.
+    # A connection for each request: llama.cpp's server ends one with the stream that it carried,
+    # and who asks again at once may still find it open.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     tally = Tally()
     # The environment may name a proxy, and what that takes is not to be measured.
