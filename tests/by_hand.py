@@ -2,9 +2,9 @@
 
 FOLDER/server.json says how it behaves: `first_s` and `between_s` before texts; `texts` in an answer
 instead of as many as asked; `usage`: whether it counts them; `fails`: "end", "hang" (before it
-listens), "refuse" (each client's first request, 429), "status" (500), "error" (within an answer) or
-"break" (off). What the last one was started with and asked is kept in
-FOLDER/asked.jsonl.
+listens), "refuse" (the first three requests, 429), "status" (500), "error" (within an answer) or
+"break" (off). As llama.cpp's server does, it ends a connection that has carried an answer, and has
+not said so. What the last one was started with and asked is kept in FOLDER/asked.jsonl.
 """
 
 import json
@@ -23,7 +23,8 @@ class Handler(BaseHTTPRequestHandler):
     folder: Path
     says: dict
     lock = threading.Lock()
-    refused = frozenset()
+    refused = 0
+    used = False
 
     def do_GET(self):
         self.status(200 if self.path == "/health" else 404)
@@ -31,11 +32,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         fails = self.says.get("fails")
+        if self.used:
+            self.close_connection = True
+            return
         with self.lock:
-            first = self.client_address not in self.refused
-            Handler.refused = self.refused | {self.client_address}
+            refuses = fails == "refuse" and self.refused < 3
+            Handler.refused += refuses
             note(self.folder, body | {"path": self.path, "key": self.headers["authorization"]})
-        if fails == "refuse" and first:
+        if refuses:
             self.status(429, ("retry-after", "0.01"))
         elif fails == "status":
             self.status(500)
@@ -52,8 +56,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, tokens, fails):
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
-        self.send_header("connection", "close")
+        self.send_header("transfer-encoding", "chunked")
         self.end_headers()
+        self.used = True
         texts = self.says.get("texts", tokens)
         for number in range(texts):
             time.sleep(self.says.get("between_s" if number else "first_s", 0))
@@ -64,10 +69,14 @@ class Handler(BaseHTTPRequestHandler):
             usage = {"prompt_tokens": 1, "completion_tokens": texts}
             self.event(choices=[], usage=usage)
         if fails != "break":
-            self.wfile.write(b"data: [DONE]\n\n")
+            self.chunk("data: [DONE]\n\n")
+        self.chunk("")
 
     def event(self, **part):
-        self.wfile.write(f"data: {json.dumps(part)}\n\n".encode())
+        self.chunk(f"data: {json.dumps(part)}\n\n")
+
+    def chunk(self, text):
+        self.wfile.write(f"{len(text):x}\r\n{text}\r\n".encode())
 
     def log_message(self, *_):
         pass

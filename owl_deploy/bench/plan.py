@@ -190,14 +190,9 @@ class BenchPlan(BaseModel):
             return [Scenario(kind=kind, tokens=n, context=n, batch=rows) for rows, n in pairs]
         if kind == "prefill":
             return [Scenario(kind=kind, tokens=n, context=self._room(n)) for n in self.prompt]
-        if kind == "generate":
-            new = self.new_tokens
-            return [
-                Scenario(kind=kind, tokens=n, context=self._room(n + new), new=new)
-                for n in self.prompt
-            ]
-        if kind == "requests":
-            new, pairs = self.new_tokens, itertools.product(self.clients, self.prompt)
+        if kind in _ANSWERING:
+            clients = self.clients if kind == "requests" else (1,)
+            new, pairs = self.new_tokens, itertools.product(clients, self.prompt)
             return [
                 Scenario(kind=kind, tokens=n, context=self._room(n + new), new=new, streams=m)
                 for m, n in pairs

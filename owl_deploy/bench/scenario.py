@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 Kind = Literal["decode", "prefill", "generate", "throughput", "answers", "requests"]
-KINDS: tuple[Kind, ...] = (*("decode", "prefill", "generate", "throughput", "answers", "requests"),)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 WARMUP_TOKENS, WARMUP_REPEATS, WARMUP_ANSWERS = 8, 2, 1
 STREAM_STEPS = 8  # tokens of each stream in one latency of `throughput`
 
