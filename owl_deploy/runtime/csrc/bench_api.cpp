@@ -49,7 +49,8 @@ void multiply(const owl::Kernels& kernels, const owl::PackedMatrix& w, std::size
     if (many)
       kernels.panel(w, g, groups, layout, prepared, rows, tile, sums.data());
     else if (rows > 1)
-      kernels.few(w, g, g + groups, layout, prepared, rows, sums.data(), step * owl::kGroupRows);
+      owl::few_in_passes(kernels, w, g, g + groups, layout, prepared, rows, sums.data(),
+                         step * owl::kGroupRows);
     else
       kernels.matvec(w, g, g + groups, layout, prepared, sums.data());
   }
@@ -64,8 +65,7 @@ OWL_EXPORT int owl_time_matmul(const char* isa, const void* const* packed, const
                                std::size_t repeat, double* seconds) {
   const owl::Kernels* kernels = owl_c::kernels_for(isa);
   if (kernels == nullptr) return 1;
-  if (rows == 0 || (many == 0 && rows > owl::kFewRows))
-    return owl_c::fail("so many rows cannot be");
+  if (rows == 0) return owl_c::fail("there are no rows");
   std::vector<owl::PackedMatrix> weights(count);
   for (std::size_t i = 0; i < count; ++i)
     if (const auto wrong = owl::parse_packed(packed[i], sizes[i], &weights[i]); !wrong.empty())

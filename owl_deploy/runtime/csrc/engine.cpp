@@ -210,8 +210,8 @@ class Run {
 constexpr std::size_t kTaskBytes =
     16384;  // weights that a thread takes at least, of a matrix-vector product
 constexpr std::size_t kSumGroups =
-    64;  // sums of so many row groups, over all rows, are kept until they are finished
-static_assert(kSumGroups >= 2 * kFewRows);
+    96;  // sums of so many row groups, over all rows, are kept until they are finished
+static_assert(kSumGroups >= 2 * kPassRows);
 constexpr std::size_t kRowChunk = 128;  // activation rows of one task of a matrix-matrix product
 constexpr std::size_t kPrepareRows = 4;
 constexpr std::size_t kScreenSample = 64;  // with a smaller sample every near output counts
@@ -230,6 +230,12 @@ struct LinearStep {
   float* y;
   float* sum;
   ActivationLayout layout;
+
+  // Integers' sums are exact, so that a row says the same either way. Only a few rows are screened.
+  bool are_few() const {
+    const bool pass = op.weight.traits().integer() && op.weight.storage != Storage::kPlanes;
+    return rows <= (pass ? kPassRows : kFewRows);
+  }
 
   void normalise(std::size_t row, float* out) const {
     const std::size_t cols = op.weight.cols;
@@ -266,7 +272,7 @@ struct LinearStep {
       if (rows == 1)
         kernels.matvec(w, begin, end, layout, prepared, sums);
       else
-        kernels.few(w, begin, end, layout, prepared, rows, sums, stride);
+        few_in_passes(kernels, w, begin, end, layout, prepared, rows, sums, stride);
       kernels.finish(begin, end, sums, stride, 0, rows, output());
     }
   }
@@ -566,7 +572,7 @@ class Plan::Steps {
     const LinearStep& step =
         linears_.emplace_back(LinearStep{kernels_, op, x, rows, y, sum, layout});
     row_bytes_ = std::max(row_bytes_, layout.stride * rows);
-    rows <= kFewRows ? add_few_rows(step) : add_many_rows(step);
+    step.are_few() ? add_few_rows(step) : add_many_rows(step);
   }
 
   // Short runs enter the cache before long ones, which may follow them in their sequence, and are

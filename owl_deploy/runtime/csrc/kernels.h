@@ -14,6 +14,10 @@ namespace owl {
 // the cache: the way of many rows becomes the faster one at 8 to 16 rows for fp32, 16 to 32 for
 // bf16, 32 to 64 for int8 and int4, with AVX-512 as with AVX2; for planes at none up to 64.
 constexpr std::size_t kFewRows = 16;
+// Up to so many rows meet integers in passes of a few, see `few_in_passes`. Measured on Zen 4
+// (docs/benchmarks.md): that takes 0.7 to 1.0 of the other way's time, but with AVX2 1.0 to 1.1 for
+// sparse int4.
+constexpr std::size_t kPassRows = 48;
 
 enum class Epilogue { kNone = 0, kSiluMul = 1, kGeluMul = 2 };
 
@@ -109,6 +113,18 @@ struct Kernels {
                       const float* maxima, const float* sums, float* out);
   void (*store_cache)(CacheType type, const float* x, std::size_t size, void* cache);
 };
+
+// `count` rows times groups [begin, end), sums as of `few`: in even passes of at most kFewRows,
+// with so few groups that they are still in the cache for the next pass.
+inline void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std::size_t begin,
+                          std::size_t end, const ActivationLayout& layout, const std::uint8_t* rows,
+                          std::size_t count, float* sums, std::size_t stride) {
+  const std::size_t passes = (count + kFewRows - 1) / kFewRows;
+  const std::size_t most = (count + passes - 1) / passes;
+  for (std::size_t m = 0; m < count; m += most)
+    kernels.few(w, begin, end, layout, rows + m * layout.stride,
+                count - m < most ? count - m : most, sums + m * stride, stride);
+}
 
 constexpr std::size_t kPanelBlockCells =
     64;  // cells unpacked at a time: the tile stays in the first-level cache

@@ -10,7 +10,7 @@ from .conftest import Kernels
 from .test_pack import on_grid, sparse_weight
 
 INTEGERS: tuple[pack.Values, ...] = ("int4", "int8")
-FEW_ROWS = 16  # kFewRows in kernels.h
+FEW_ROWS, PASS_ROWS = 16, 48  # kFewRows, kPassRows in kernels.h
 TOLERANCE = 2e-6  # of sum |x| |w|: fp32 sums, since the oracle rounds activations as the kernels do
 
 
@@ -134,24 +134,30 @@ def test_a_row_says_the_same_alone_and_in_company(
     planes = storage == "planes"
     weight = sparse_weight(outputs, cols, 0.5)
     block = pack.pack(weight, values, storage == "sparse", planes=planes)
-    x, skip = activations(FEW_ROWS + 1, cols, 1), activations(FEW_ROWS + 1, cols, 2)
+    exact = values in INTEGERS and not planes
+    some = [*range(2, FEW_ROWS + 2)]
+    if exact:
+        some += [2 * FEW_ROWS + 1, PASS_ROWS, PASS_ROWS + 1]
+    x, skip = activations(some[-1], cols, 1), activations(some[-1], cols, 2)
     given = {"gamma": activations(1, cols, 3)[0], "bias": activations(1, outputs, 4)[0]}
     alone = [
         kernels.matmul(isa, block, x[m : m + 1], outputs, skip=skip[m : m + 1], **given)
         for m in range(len(x))
     ]
     single, single_sum = (np.concatenate(part) for part in zip(*alone, strict=True))
-    for rows in range(2, len(x) + 1):
+    for rows in some:
         y, total = kernels.matmul(
             isa, block, x[:rows], outputs, threads=3, skip=skip[:rows], **given
         )
         np.testing.assert_array_equal(total, single_sum[:rows])
-        if rows <= FEW_ROWS or (values in INTEGERS and not planes):
+        if rows <= FEW_ROWS or exact:
             np.testing.assert_array_equal(y, single[:rows])
 
 
-@pytest.mark.parametrize("rows", [2, 5, FEW_ROWS])
-@pytest.mark.parametrize("values", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("values", "rows"),
+    [(v, r) for v in ("fp32", "int8") for r in (2, 5, FEW_ROWS)] + [("int8", PASS_ROWS)],
+)
 def test_a_gated_row_says_the_same_in_company(
     kernels: Kernels, isa: str, rows: int, values: pack.Values
 ) -> None:
