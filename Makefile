@@ -18,9 +18,11 @@ demo-full: $(RUNNABLE) runtime
 showcase: $(INSTALLED) runtime
 	$(BIN)/python -m owl_deploy.showcase --allow-code --output showcase $(ARGS)
 
+# A process a core, four at most: each holds torch, and what a file's tests share is made once.
+BESIDE := -n auto --maxprocesses 4 --dist loadfile
 test: $(INSTALLED) runtime
 	$(BIN)/owl engines install deepsparse
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE)
 
 # The sparse engine's library. Without a compiler or ONNX Runtime's header the rest works all the same;
 # without Bubblewrap no program that a model wrote is run.

@@ -101,9 +101,13 @@ def served(arguments: argparse.Namespace) -> Iterator[tuple[str, str, psutil.Pro
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         try:
-            line = process.stderr.readline()
-            if " at http" not in line:
-                raise SystemExit(line + process.stderr.read())
+            before = []  # a server may have something to say before it says where it is
+            for line in process.stderr:
+                if " at http" in line:
+                    break
+                before.append(line)
+            else:
+                raise SystemExit("".join(before))
             # A pipe that nobody reads fills, and then a server that has something to say stops.
             said_later = (process.stderr, sys.stderr)
             threading.Thread(target=shutil.copyfileobj, args=said_later, daemon=True).start()

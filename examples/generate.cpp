@@ -42,6 +42,7 @@ static void check(OgaResult* result) {
 
 int main(int argc, char** argv) {
   if (argc < 3 || argc > 4) return std::fprintf(stderr, "usage: %s DEPLOYMENT PROMPT [THREADS]\n", argv[0]), 2;
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // else its builds report to Microsoft
   // Without a number ONNX Runtime takes one thread on some virtual machines of two cores. The physical cores
   // are best: half of hardware_concurrency() where each runs two threads.
   std::string threads = argc == 4 ? argv[3] : std::to_string(std::thread::hardware_concurrency());

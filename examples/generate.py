@@ -16,6 +16,7 @@ def main(folder: str, prompt: str, threads: int, max_new_tokens: int = 64) -> No
     Without a number of threads ONNX Runtime takes one on some virtual machines of two cores. The
     physical cores are best: half of what `os.cpu_count` says where each runs two threads.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else its builds report to Microsoft
     config = og.Config(folder)
     options = {"session_options": {"intra_op_num_threads": threads}}
     config.overlay(json.dumps({"model": {"decoder": options}}))
