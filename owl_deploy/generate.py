@@ -20,7 +20,14 @@ from owl_deploy.engines.deployment import Deployment, open_deployment, told_numb
 from owl_deploy.engines.draft import Draft, open_draft
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.process import DEFAULT_CONTEXT
-from owl_deploy.engines.speculate import Lookup, Proposer, Search, Speculation, Tally
+from owl_deploy.engines.speculate import (
+    Lookup,
+    Proposer,
+    Search,
+    Speculation,
+    Tally,
+    share_of,
+)
 from owl_deploy.errors import BadInput, EngineFailed
 
 STDIN = "-"
@@ -345,11 +352,13 @@ class Writer:
         names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
         search = Search(**{name: getattr(row.sampling, name) for name in names})
         proposing: Lookup | Proposer = Lookup()
-        if self._draft is not None:
+        share = 0.0
+        if drafting.deployment is not None:
             proposing = Proposer(Rows(self._draft, row.length), search)
+            share = share_of(drafting.deployment.path, self.path)
         random = np.random.default_rng(row.sampling.seed)
         rows = Rows(self._model, row.length)
-        speculation = Speculation(rows, proposing, search, drafting.tokens, random)
+        speculation = Speculation(rows, proposing, search, drafting.tokens, random, share=share)
         row.speed.draft = speculation.tally
         for token in speculation.tokens(list(row.tokens), row.length, row.ends):
             yield [token]

@@ -157,9 +157,7 @@ DraftFolder = Annotated[
         "lookup, to find them in the text itself. The text stays the deployment's own.",
     ),
 ]
-DraftTokens = Annotated[
-    int | None, Option(help="Proposed at a time. [more while they are accepted, up to 15]")
-]
+DraftTokens = Annotated[int | None, Option(help="Proposed at a time. [as many as pay, up to 15]")]
 SamplingSeed = Annotated[int | None, Option(min=0, max=SEEDS, help="Of sampling.")]
 
 # --- eval -----------------------------------------------------------------------------------------

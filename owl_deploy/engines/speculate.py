@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +28,12 @@ import numpy as np
 LONGEST_MATCH = 16  # tokens of a text's end that tell two places of it apart
 LEAST_MATCH = 2  # fewer are found anywhere, and foretell little
 MOST_TOKENS = 15  # proposed at a time: with the one before them, 16 rows, as the kernels have it
-FIRST_TOKENS = 5  # where nobody says how many
+# Of a step's time, what one more row takes: of the 1.5B in docs/benchmarks.md some 0.11 in int8 and
+# 0.15 in int4, with AVX-512.
+ROW_SHARE = 0.125
+_FIRST = (4.0, 1.0)  # tokens accepted and refused that are taken for seen at first
+_KEEP = 0.9  # of what was seen, when more is
+_RETRY = 8  # steps without a proposal, until one is tried again
 
 
 class Model(Protocol):
@@ -217,6 +223,56 @@ def accept(
     return [*made, choice(len(made)).draw(random)]
 
 
+def most_worth(chance: float, cost: float) -> int:
+    """How many tokens to propose, each accepted with the probability `chance`, to be fastest.
+
+    `cost`: what proposing and verifying one takes, as a share of a step with none. The number n is
+    that which makes the most tokens a time, (1 + p + ... + p^n) / (1 + n cost), as in theorem 3.8
+    of arXiv 2211.17192, where verifying is for free. 0: a draft does not pay.
+    """
+    made = most = 1.0
+    best = 0
+    for count in range(1, MOST_TOKENS + 1):
+        made += chance**count
+        if made / (1 + cost * count) > most:
+            most, best = made / (1 + cost * count), count
+    return best
+
+
+def share_of(draft: Path, model: Path) -> float:
+    """What a step of a deployment takes of another's: as its weights do, which each step reads."""
+    sizes = [
+        sum(file.stat().st_size for file in folder.glob("*.onnx*")) for folder in (draft, model)
+    ]
+    return sizes[0] / sizes[1]
+
+
+class Pace:
+    """How many tokens to propose at a time, by what came of those before, the latest most of all.
+
+    Not by the clock: a seed gives the same text again. `share`: of a step of the model, what one of
+    the draft takes.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._cost = share + ROW_SHARE
+        self._accepted, self._refused = _FIRST
+        self._idle = 0
+
+    def next(self) -> int:
+        """For the next step."""
+        chance = self._accepted / (self._accepted + self._refused)
+        count = most_worth(chance, self._cost)
+        self._idle = 0 if count else self._idle + 1
+        return count or int(self._idle % _RETRY == 0)
+
+    def tell(self, proposed: int, accepted: int) -> None:
+        """What came of a step's tokens; behind one that is refused none is looked at."""
+        if proposed:
+            self._accepted = _KEEP * self._accepted + accepted
+            self._refused = _KEEP * self._refused + (accepted < proposed)
+
+
 @dataclass
 class Tally:
     """What came of a draft: steps of the model behind the prompt, and what they made.
@@ -249,10 +305,8 @@ class Tally:
 class Speculation:
     """Generates with a model and a draft; `count` tokens are proposed at a time.
 
-    A `count` of 0: some at first, two more after a step in which all of them were accepted, and one
-    less after another, as transformers' assisted generation does it. Where each is accepted with
-    the probability p, that settles where about a third of the steps are accepted whole: two tokens
-    at p = 0.6, five at 0.8, ten at 0.9.
+    A `count` of 0: as many as pay (`Pace`), where a step of the draft takes `share` of a step of
+    the model.
     """
 
     model: Model
@@ -260,10 +314,11 @@ class Speculation:
     choose: Chooser
     count: int
     random: np.random.Generator = field(default_factory=np.random.default_rng)
+    share: float = 0.0
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        self._next = self.count or FIRST_TOKENS
+        self._pace = Pace(self.share)
 
     def tokens(
         self, prompt: Sequence[int], length: int, ends: Collection[int] = ()
@@ -286,7 +341,8 @@ class Speculation:
     def _step(self, text: list[int], length: int) -> list[int]:
         """The tokens after `text`, of which the last alone is not in the model's cache."""
         room = length - len(text) - 1  # the step itself makes one
-        tokens, drawn_from = self.draft.propose(text, min(self._next, room), self.random)
+        count = min(self.count or self._pace.next(), room)
+        tokens, drawn_from = self.draft.propose(text, count, self.random)
         rows = self.model.run([text[-1], *tokens])
         made = accept(
             tokens,
@@ -296,9 +352,7 @@ class Speculation:
         )
         if len(made) <= len(tokens):
             self.model.rewind(len(text) + len(made) - 1)
-        if tokens and not self.count:
-            grown = self._next + 2 if len(made) > len(tokens) else self._next - 1
-            self._next = min(max(grown, 1), MOST_TOKENS)
+        self._pace.tell(len(tokens), len(made) - 1)
         self.tally.steps += 1
         self.tally.proposed += len(tokens)
         self.tally.accepted += len(made) - 1

@@ -199,6 +199,9 @@ class Drafted:
             )
         )
         self.speculate = _speculate()
+        self.share = 0.0
+        if asked.draft != LOOKUP:
+            self.share = self.speculate.share_of(Path(asked.draft), Path(asked.folder))
         self.restart()
         self.reset()
 
@@ -214,7 +217,9 @@ class Drafted:
         if self.draft is not None:
             draft = speculate.Proposer(Rows(self.draft, self.length), choose)
         rows = Rows(self.model, self.length)
-        self.speculation = speculate.Speculation(rows, draft, choose, self.count, tally=self.tally)
+        self.speculation = speculate.Speculation(
+            rows, draft, choose, self.count, tally=self.tally, share=self.share
+        )
 
     def prompt(self, tokens: list[int]) -> int:
         """Run a prompt; return the likeliest next token."""

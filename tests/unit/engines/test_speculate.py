@@ -122,15 +122,55 @@ def test_steps_make_what_the_draft_agrees_to():
     assert 0 < made.tally.share_accepted < 1
 
 
-def test_as_many_are_proposed_as_are_accepted():
-    """Five, and two more after a step that is accepted whole, up to 15; one less after another."""
+@pytest.mark.parametrize(
+    ("chance", "cost", "count"),
+    [
+        (1.0, 0.5, 15),  # (1 + n) / (1 + n / 2) grows with n
+        (0.0, 0.1, 0),
+        (0.5, 0.125, 2),  # 1.5 / 1.125 = 1.33, 1.75 / 1.25 = 1.4, 1.875 / 1.375 = 1.36
+        (0.8, 0.75, 1),  # 1.8 / 1.75 = 1.03, 2.44 / 2.5 = 0.98
+        (0.7, 0.75, 0),  # 1.7 / 1.75 = 0.97
+    ],
+)
+def test_as_many_are_worth_proposing_by_hand(chance, cost, count):
+    assert speculate.most_worth(chance, cost) == count
+
+
+def test_as_many_are_proposed_as_pay():
+    """All that may be while all are accepted, and one in eight steps where none is."""
     target = Table(0)
-    list(speculation(target, Table(0), 0).tokens(PROMPT, len(PROMPT) + 85))
-    assert target.runs == [len(PROMPT), 6, 8, 10, 12, 14, 16, 16, 2]  # the last as room is left
+    list(speculation(target, Table(0), 0).tokens(PROMPT, len(PROMPT) + 100))
+    proposed = [run - 1 for run in target.runs[1:-1]]  # the last as room is left
+    assert proposed == sorted(proposed)
+    assert proposed[-1] == 15
     target, draft = Table(0), Table(0)
     draft.logits = lambda text: -target.logits(text)
-    list(speculation(target, draft, 0).tokens(PROMPT, len(PROMPT) + 20))
-    assert target.runs[1:9] == [6, 5, 4, 3, 2, 2, 2, 2]
+    list(speculation(target, draft, 0).tokens(PROMPT, len(PROMPT) + 60))
+    proposed = [run - 1 for run in target.runs[1:]]
+    first = proposed.index(0)
+    assert 0 < first < 16
+    assert sorted(proposed[:first], reverse=True) == proposed[:first]
+    assert proposed[first : first + 24] == 3 * [*7 * [0], 1]
+
+
+def test_a_draft_that_takes_long_proposes_less():
+    """Of steps in which a token is accepted as often."""
+    steps = {}
+    for share in (0.0, 0.2, 0.6):
+        pace = speculate.Pace(share)
+        for _ in range(30):
+            pace.tell(3, 2)
+        steps[share] = pace.next()
+    assert steps[0.0] > steps[0.2] > steps[0.6] == 0
+
+
+def test_the_share_is_that_of_the_weights(tmp_path):
+    for name, size in (("draft", 30), ("model", 120)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(b"0" * (size // 2))
+        (tmp_path / name / "model.onnx.data").write_bytes(b"0" * (size // 2))
+        (tmp_path / name / "tokenizer.json").write_bytes(b"0" * 500)
+    assert speculate.share_of(tmp_path / "draft", tmp_path / "model") == 0.25
 
 
 def test_a_draft_goes_on_from_what_was_accepted():
