@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -85,20 +85,30 @@ def perform(task: Task, share: Share, place: Path) -> None:
     there = store.stored(share.name)
     if there is not None and agree(there.asked, asked):
         return
-    mirror = Mirror(share.own("work"), place)
-    mirror.enter()
+    root = share.own("work")
+    with lease(root.with_name(f".{root.name}.owl-lock"), wait=True):  # nodes may have one cache
+        mirror = Mirror(root, place)
+        mirror.enter()
+        _fill(mirror, store, share, reads)
+        moved = mirror.moved(task)
+        wait_for_writer(moved.output)
+        # A run that was killed before its receipt has not told its paths either.
+        if not moved.receipt.is_file() or state(moved) != "done":
+            do(moved, lambda: mirror.told(moved))
+        _publish(store, share.name, moved, asked)
+        os.chdir("/")
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _fill(
+    mirror: "Mirror", store: Store, share: Share, reads: Sequence[tuple[str, Stored | None]]
+) -> None:
+    """Put what a task `reads` into the mirror; raises as `check_room` and `Store.fetch`."""
     _check_room(share.name, [known for _, known in reads if known is not None])
     for (path, known), (_, name) in zip(reads, share.reads, strict=True):
         if known is not None:
             way_out = store.again(name) if isinstance(name, str) else _STORE_AGAIN
             mirror.fill(path, known, partial(_cached, store, way_out))
-    moved = mirror.moved(task)
-    wait_for_writer(moved.output)
-    if state(moved) != "done":
-        do(moved, lambda: mirror.told(moved))
-    _publish(store, share.name, moved, asked)
-    os.chdir("/")
-    shutil.rmtree(mirror.root, ignore_errors=True)
 
 
 def _found(store: Store, known: Stored | str | None) -> Stored | None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from fsspec import available_protocols
 from fsspec.callbacks import Callback
@@ -102,6 +103,10 @@ class Store:
             )
         if scheme not in available_protocols():
             raise unknown_name("scheme in --store", scheme, available_protocols())
+        if urlsplit(address).password:  # which would be in every log
+            raise BadInput(
+                "--store has a password in it.", "Give it as the scheme's package looks for it."
+            )
         self._is_local = scheme in ("file", "local")
         self.address = address.rstrip("/")
         more = {"auto_mkdir": True} if self._is_local else {}
