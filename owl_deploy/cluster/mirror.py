@@ -83,7 +83,7 @@ def perform(task: Task, share: Share, place: Path) -> None:
     reads = [(one, _found(store, known)) for one, known in share.reads]
     asked = task.asked([one if known is None else known.digest for one, known in reads])
     there = store.stored(share.name)
-    if there is not None and agree(there.asked, asked):
+    if there is not None and there.is_whole and agree(there.asked, asked):
         return
     root = share.own("work")
     with lease(root.with_name(f".{root.name}.owl-lock"), wait=True):  # nodes may have one cache
@@ -129,7 +129,13 @@ def _publish(store: Store, name: str, task: Task, asked: dict[str, Any]) -> None
         files = [path for path in files if not path.name.startswith(".")]
     contents = contents_of(base, files)
     store.publish(
-        name, base, contents, is_folder=is_folder, digest=digest(task.output), asked=asked
+        name,
+        base,
+        contents,
+        is_folder=is_folder,
+        digest=digest(task.output),
+        asked=asked,
+        is_whole=task.is_whole(),
     )
     for path, content in contents.items():  # for later tasks of this node
         kept = cache_dir("store", "files") / content.sha256

@@ -64,7 +64,8 @@ class Stored(BaseModel):
 
     `files`: by their paths in the folder, or beside the file, that it is. `digest`: what those who
     read it know it by (`pipeline.digest`). `asked`: what decides it (`Task.asked`); an input has
-    neither that nor a `version`.
+    neither that nor a `version`. `is_whole`: whether its task is done; a benchmark in which an
+    engine failed is not.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -75,6 +76,7 @@ class Stored(BaseModel):
     digest: str
     files: dict[str, File]
     asked: dict[str, Any] = {}
+    is_whole: bool = True
 
     @model_validator(mode="after")
     def _stay_within(self) -> Self:
@@ -216,6 +218,7 @@ class Store:
         is_folder: bool,
         digest: str,
         asked: dict[str, Any],
+        is_whole: bool = True,
     ) -> Stored:
         """Store the files of an artefact, which lie in `base`, and at last its marker (`Stored`).
 
@@ -223,7 +226,7 @@ class Store:
         others may be reading it.
         """
         before = self.stored(name)
-        if before is not None and before.asked == asked:
+        if before is not None and before.is_whole and before.asked == asked:
             return before
         version = version_of(contents)
         files = {
@@ -233,10 +236,15 @@ class Store:
         for path, file in files.items():
             self.put(base / path, file.key)
         stored = Stored(
-            version=version, is_folder=is_folder, digest=digest, files=files, asked=asked
+            version=version,
+            is_folder=is_folder,
+            digest=digest,
+            files=files,
+            asked=asked,
+            is_whole=is_whole,
         )
         self.write(f"{name}/{MARKER}", stored.model_dump_json(indent=2) + "\n")
-        if before is not None and before.version != version:  # of other settings or other inputs
+        if before is not None and before.version != version:  # of other settings or inputs, say
             self.remove(f"{name}/{before.version}")
         return stored
 

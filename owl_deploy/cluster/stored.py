@@ -36,7 +36,7 @@ class StoredPlan:
             name = self._made[task.output]
             found = self._found[name] = self.store.stored(name)
             ready = all(states[number] == "done" for number in before)
-            if found is None:
+            if found is None or not found.is_whole:
                 states.append("to do")
             elif ready and agree(found.asked, task.asked(self._digests(task))):
                 states.append("done")

@@ -96,6 +96,20 @@ def test_what_is_there_is_not_done_again(store, driver, monkeypatch):
     assert store.stored("made/first") == marker
 
 
+def test_what_is_not_whole_is_published_and_done_again(store, driver, monkeypatch):
+    plan = plan_in(driver)
+    told = shares(store, plan, driver)
+    with monkeypatch.context() as patch:  # as a benchmark in which an engine failed
+        patch.setattr(Join, "is_whole", lambda self: False)
+        perform(plan[0], told[0], driver)
+    os.chdir(driver)
+    stored = StoredPlan(store, plan, Path("out"))
+    assert (store.stored("made/first").is_whole, stored.survey()[0]) == (False, "to do")
+    perform(plan[0], told[0], driver)
+    os.chdir(driver)
+    assert (store.stored("made/first").is_whole, stored.survey()[0]) == (True, "done")
+
+
 def test_what_was_fetched_is_not_fetched_again(store, driver, tmp_path, monkeypatch):
     plan = plan_in(driver)
     told = shares(store, plan, driver)

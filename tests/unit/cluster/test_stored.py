@@ -89,7 +89,8 @@ def test_inputs_are_stored_once(store, plan, capsys):
 def test_results_are_copied_and_addresses_left(store, plan, tmp_path, capsys):
     do(store, plan, [0])
     bench = Bench(title="b", output=Path("out/bench"), plan=BenchPlan(candidates=(Path("x"),)))
-    write_result(made.result(), tmp_path / "made")
+    result = made.result()
+    write_result(result, tmp_path / "made")
     contents = contents_of(tmp_path / "made", (tmp_path / "made").iterdir())
     store.publish(
         "bench", tmp_path / "made", contents, is_folder=True, digest="d", asked={"a": "b"}
@@ -97,7 +98,7 @@ def test_results_are_copied_and_addresses_left(store, plan, tmp_path, capsys):
     for _ in range(2):
         StoredPlan(store, (*plan, bench), Path("out")).take_results()
         assert sorted(path.name for path in Path("out").iterdir()) == ["bench", ADDRESSES]
-        assert read_result(Path("out/bench")) == made.result()
+        assert read_result(Path("out/bench")) == result
         places = json.loads(Path("out", ADDRESSES).read_text())
         assert list(places) == ["made/first"]
         first = store.stored("made/first")
