@@ -175,10 +175,14 @@ class _Run:
             return Record(state="failed", title=task.title, said=why, code=4)
 
     def _running(self) -> dict[int, Record]:
+        """The records of the tasks that run; one whose node is lost says so no more."""
         if self.stored is not None:
-            return self.stored.running({n: self.jobs[n].log.name for n in self.pending.values()})
-        found = {index: job.kept(self.jobs[index].log) for index in self.pending.values()}
-        return {i: one for i, one in found.items() if one is not None and one.state == "running"}
+            found = self.stored.running({n: self.jobs[n].log.name for n in self.pending.values()})
+        else:
+            kept = {index: job.kept(self.jobs[index].log) for index in self.pending.values()}
+            found = {index: one for index, one in kept.items() if one is not None}
+        there = {node.id for node in nodes.alive()}
+        return {i: one for i, one in found.items() if one.state == "running" and one.node in there}
 
     def _give_up_stuck(self, running: dict[int, Record]) -> None:
         """Cancel what waits for a node that has not come back in `PATIENCE_S`."""

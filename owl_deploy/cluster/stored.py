@@ -97,22 +97,22 @@ class StoredPlan:
         self.store.remove(*(key for key in keys if key in there))
 
     def running(self, logs: dict[int, str]) -> dict[int, Record]:
-        """The records of those tasks that run, as of some seconds ago; `logs`: of all pending."""
+        """The records of tasks that run, as of some seconds ago; `logs`: of all that may."""
         if time.monotonic() - self._looked > _LOOK_S:
             self._looked = time.monotonic()
             with contextlib.suppress(OwlError):
-                self._look(logs)
+                self._running = self._look(logs)
         return {index: one for index, one in self._running.items() if index in logs}
 
-    def _look(self, logs: dict[int, str]) -> None:
+    def _look(self, logs: dict[int, str]) -> dict[int, Record]:
+        keys = {index: f"{LOGS}/{log}.json" for index, log in logs.items()}
         there = self.store.sizes(LOGS)
-        for index, log in logs.items():
-            key = f"{LOGS}/{log}.json"
-            if key in there and index not in self._running:
+        found = {}
+        for index, key in keys.items():
+            if key in there:
                 with contextlib.suppress(ValidationError):
-                    record = Record.model_validate_json(self.store.read(key) or "")
-                    if record.state == "running":
-                        self._running[index] = record
+                    found[index] = Record.model_validate_json(self.store.read(key) or "")
+        return {index: one for index, one in found.items() if one.state == "running"}
 
     def take_log(self, log: Path, record: Record) -> None:
         """Keep the record of a task beside its log, and what it has printed in it."""
