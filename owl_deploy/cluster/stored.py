@@ -136,12 +136,13 @@ class StoredPlan:
             elif stored.is_folder:
                 places[name] = self.store.place(f"{name}/{stored.version}")
         write_json(self._folder / ADDRESSES, places)
-        error_console().print(
-            f"Checkpoints and deployments lie in {self.store.address}; "
-            f"{self._folder / ADDRESSES} says where each does.",
-            highlight=False,
-            soft_wrap=True,
-        )
+        if places:
+            error_console().print(
+                f"Checkpoints and deployments lie in {self.store.address}; "
+                f"{self._folder / ADDRESSES} says where each does.",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _take(self, task: Task, name: str, stored: Stored) -> None:
         """Copy an artefact to its place, unless that holds it."""
