@@ -20,7 +20,7 @@ from owl_deploy import __version__
 from owl_deploy.artefact import write_text
 from owl_deploy.cluster.needs import Need, Node
 from owl_deploy.cluster.store import Store
-from owl_deploy.errors import BadInput, EnvironmentFailed, OwlError, first_line
+from owl_deploy.errors import BadInput, OwlError, first_line
 
 _ANSWER_S = 300.0  # a node that is busy takes its time to start a process
 
@@ -166,13 +166,13 @@ def check_alike(nodes: Sequence[Node], folder: Path, sources: Sequence[Path]) ->
 
 
 def check_store(nodes: Sequence[Node], store: Store) -> None:
-    """As `check_alike`, where each node has to read and to write a store. Raises `BadInput`."""
+    """As `check_alike`, where each node has to read and to write a store.
+
+    Raises `BadInput`, and as `Store` does.
+    """
     token = secrets.token_hex(8)
     marker = f".owl-shared-{token}"
-    try:
-        store.write(marker, token)
-    except EnvironmentFailed as error:
-        raise BadInput(error.message, error.hint) from error
+    store.write(marker, token)
     try:
         for node, sight in _sights(nodes, look_in_store, (store.address, marker), marker):
             answered = store.read(f"{marker}-{node.id}") is not None

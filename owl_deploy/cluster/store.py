@@ -94,7 +94,8 @@ class Store:
     """A folder of a file system that fsspec knows; its `address` means the same on every node.
 
     Raises `BadInput` for an address that is none, and `EnvironmentFailed` where a package is
-    missing, and in every method where the store refuses.
+    missing. Every method raises the one where there is no such bucket, or no right to it, and the
+    other for whatever else the store refuses.
     """
 
     def __init__(self, address: str) -> None:
@@ -261,7 +262,10 @@ class Store:
         except Exception as error:
             if is_full_disk(error):
                 raise
-            raise EnvironmentFailed(
+            # No such bucket, no right to it; whatever else there is broke on the way.
+            asked_wrongly = isinstance(error, FileNotFoundError | PermissionError)
+            kind = BadInput if asked_wrongly else EnvironmentFailed
+            raise kind(
                 f"The store {self.address} cannot be used "
                 f"({type(error).__name__}: {first_line(error).rstrip('.')}).",
                 "Check the address, and what this machine may do there.",
