@@ -111,14 +111,19 @@ def _leased(destination: Path) -> Iterator[None]:
         yield
 
 
-def check_room(folder: Path, needed: float, what: str) -> None:
-    """Refuse `what` when its `needed` bytes do not fit on the disk of `folder`, before any work."""
+def check_room(
+    folder: Path, needed: float, what: str, else_where: str = "choose another output folder"
+) -> None:
+    """Refuse `what` when its `needed` bytes do not fit on the disk of `folder`, before any work.
+
+    `else_where`: what to do if no space can be freed.
+    """
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BadInput(
             f"{what} needs up to {needed / 2**30:.1f} GiB, and the disk has "
             f"{free / 2**30:.1f} GiB left.",
-            "Free some space, or choose another output folder.",
+            f"Free some space, or {else_where}.",
         )
 
 

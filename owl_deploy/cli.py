@@ -19,7 +19,7 @@ from owl_deploy.methods import METHODS
 from owl_deploy.ranks import leads, local_rank
 
 if TYPE_CHECKING:
-    from owl_deploy.pipeline import Plan
+    from owl_deploy.pipeline import Plan, State
     from owl_deploy.record import Record
 
 
@@ -431,6 +431,7 @@ def sweep(
     window: options.SweepWindow = None,
     windows: options.SweepWindows = None,
     ray: options.Ray = None,
+    store: options.Store = None,
     needs: options.Needs = None,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -445,15 +446,17 @@ def sweep(
 
     if needs and not ray:
         raise api.BadInput("--needs is of the tasks on a cluster.", "Say which by --ray.")
+    if store and not ray:
+        raise api.BadInput("--store is for the nodes of a cluster.", "Say which by --ray.")
     plan = sweeps.read_plan(file, _given(values, sweeps.SweepPlan.model_fields))
     tasks = sweeps.tasks(model, output, plan, calibration, perplexity)
     if dry_run:
-        states = pipeline.survey(tasks)
+        states = _stored(tasks, output, store) if store else pipeline.survey(tasks)
         lines = [f"{state:8}  {one.title}" for state, one in zip(states, tasks, strict=True)]
         whole = {"tasks": [one.model_dump(mode="json") for one in tasks], "states": states}
         return _emit(whole, as_json, lambda: typer.echo("\n".join(lines)))
     execute = (
-        _on_cluster(model, output, ray, needs or [])
+        _on_cluster(model, output, ray, needs or [], store)
         if ray
         else lambda some: pipeline.attempt(some, _say)
     )
@@ -467,8 +470,16 @@ def sweep(
     sys.exit(4 if result and result.failures else 0)
 
 
+def _stored(tasks: "Plan", output: Path, store: str) -> "list[State]":
+    """How the tasks stand by what lies in a store."""
+    from owl_deploy.cluster.store import Store
+    from owl_deploy.cluster.stored import StoredPlan
+
+    return StoredPlan(Store(store), tasks, output).survey()
+
+
 def _on_cluster(
-    model: Path, output: Path, address: str, needs: list[str]
+    model: Path, output: Path, address: str, needs: list[str], store: str | None
 ) -> "Callable[[Plan], dict[int, Record]]":
     """What executes a sweep's tasks on the Ray cluster at `address`."""
     from owl_deploy.cluster.needs import read_needs
@@ -476,7 +487,7 @@ def _on_cluster(
 
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     given = read_needs(needs)
-    return lambda plan: execute(plan, output, address, given, size)
+    return lambda plan: execute(plan, output, address, given, size, store)
 
 
 @app.command()

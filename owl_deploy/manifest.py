@@ -101,16 +101,24 @@ class Half(_Part):
     epochs: int
 
 
-class Block(_Part):
-    """A block of a pruned model, or its head: the shares of its weights that were asked to go and
-    went. `outlier_ratio`: in percent, None where the allocation did not ask for it. `linears`: the
-    same of each of its Linears that was pruned, by name. `halves`: those that were reconstructed.
+class BlockShares(_Part):
+    """A block of a pruned model: the shares of its weights that were asked to go and went.
+
+    `outlier_ratio`: in percent, None where the allocation did not ask for it.
     """
 
     name: str
     achieved: FiniteFloat
     sparsity: FiniteFloat
     outlier_ratio: FiniteFloat | None = None
+
+
+class Block(BlockShares):
+    """A block of a pruned model, or its head: the shares of its weights that were asked to go and
+    went. `outlier_ratio`: in percent, None where the allocation did not ask for it. `linears`: the
+    same of each of its Linears that was pruned, by name. `halves`: those that were reconstructed.
+    """
+
     weights: int = 0
     linears: dict[str, Linear] = {}
     halves: dict[str, Half] = {}
@@ -255,12 +263,13 @@ class Weight(_Part):
 
 
 class Source(_Part):
-    """The checkpoint that was exported, and the short fields of its manifest."""
+    """The checkpoint that was exported, the short fields of its manifest, and of its blocks."""
 
     path: str = ""
     model_type: str = ""
     parameters: int = 0
     manifest: dict[str, Any] | None = None
+    blocks: tuple[BlockShares, ...] = ()
 
 
 class Parity(_Part):

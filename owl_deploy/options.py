@@ -348,6 +348,14 @@ Ray = Annotated[
         "machine. [here, one after the other]",
     ),
 ]
+Store = Annotated[
+    str | None,
+    Option(
+        metavar="ADDRESS",
+        help="Where the artefacts go on --ray, such as s3://BUCKET/FOLDER, if the nodes share no "
+        "folder; results are copied to --output. [the output folder]",
+    ),
+]
 Needs = Annotated[
     list[str] | None,
     Option(

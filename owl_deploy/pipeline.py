@@ -80,13 +80,14 @@ class Task(BaseModel):
         """Whether there is an output, of this task or an earlier one."""
         return self.proof.is_file()
 
-    def asked(self) -> dict[str, Any]:
-        """What decides the result, wherever the files lie."""
+    def asked(self, inputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """What decides the result, wherever the files lie.
+
+        `inputs`: the digests of what it reads, where that does not lie here.
+        """
         apart = {"title": True, "output": True, **self.APART}
-        return {
-            "asked": self.model_dump(mode="json", exclude=apart),
-            "inputs": [digest(one) for one in self.reads()],
-        }
+        digests = [digest(one) for one in self.reads()] if inputs is None else list(inputs)
+        return {"asked": self.model_dump(mode="json", exclude=apart), "inputs": digests}
 
 
 class Prune(Task):
@@ -126,7 +127,7 @@ class Prune(Task):
         asked = self.settings.model_dump(mode="json") | self.model_dump(
             include={"samples", "sequence_length"}
         )
-        return _same(told, asked)
+        return agree(told, asked)
 
 
 def _go_on(output: Path, make: Callable[[bool], object]) -> None:
@@ -179,7 +180,7 @@ class Finetune(Task):
             return False
         told = manifest.finetune.settings.model_dump(mode="json")
         given = self.settings.model_dump(mode="json", exclude_none=True)
-        return _same(told, given) and (manifest.finetune.teacher is None) == (self.teacher is None)
+        return agree(told, given) and (manifest.finetune.teacher is None) == (self.teacher is None)
 
 
 class Export(Task):
@@ -377,23 +378,27 @@ def state(task: Task) -> State:
     if task.receipt.is_file():
         receipt = read_object(task.receipt, "Delete it.")
         if receipt.pop("result", None) == digest(task.proof):
-            return "done" if _same(receipt, task.asked()) else "outdated"
+            return "done" if agree(receipt, task.asked()) else "outdated"
     # Made by an earlier version, by hand, or by a run that was killed before it left a receipt.
     return "done" if task.agrees() else "outdated"
 
 
-def _same(kept: Any, asked: Any) -> bool:  # noqa: ANN401 - JSON
+def agree(kept: Any, asked: Any) -> bool:  # noqa: ANN401 - JSON
     """Whether what was kept and what is asked agree in all that both versions of owl know."""
     if isinstance(kept, dict) and isinstance(asked, dict):
-        return all(_same(kept[name], asked[name]) for name in kept.keys() & asked.keys())
+        return all(agree(kept[name], asked[name]) for name in kept.keys() & asked.keys())
     return bool(kept == asked)
 
 
-def do(task: Task) -> None:
-    """Run a task, whatever its state; raises as its verb does."""
+def do(task: Task, made: Callable[[], object] = lambda: None) -> None:
+    """Run a task, whatever its state; raises as its verb does.
+
+    `made` is called once the output is there, before its receipt is written.
+    """
     make_folder(task.output.parent)
     asked, started = task.asked(), time.monotonic()
     task.run()
+    made()
     seconds = round(time.monotonic() - started, 1)
     make_folder(task.receipt.parent)
     write_json(task.receipt, {"result": digest(task.proof), "seconds": seconds, **asked})

@@ -11,6 +11,8 @@ from pathlib import Path
 import ray
 
 from owl_deploy.artefact import wait_for_writer, write_text
+from owl_deploy.cluster import mirror
+from owl_deploy.cluster.mirror import Share
 from owl_deploy.cluster.nodes import alive, difference, enter, versions
 from owl_deploy.ending import explained
 from owl_deploy.errors import EnvironmentFailed, is_out_of_memory
@@ -21,7 +23,8 @@ from owl_deploy.record import Record, skipped
 @dataclass(frozen=True)
 class Job:
     """What a node is told beside the task: the driver's folder, where the log goes (a path without
-    an ending), the cores that the task has, whether those are to be all, the driver's versions.
+    an ending), the cores that the task has, whether those are to be all, the driver's versions; its
+    share of a store where there is one, and then the log goes there.
     """
 
     place: Path
@@ -29,6 +32,7 @@ class Job:
     cores: int
     alone: bool
     versions: dict[str, str]
+    share: Share | None = None
 
 
 def perform(task: Task, job: Job, *before: Record) -> Record:
@@ -38,16 +42,25 @@ def perform(task: Task, job: Job, *before: Record) -> Record:
     """
     if left := [one for one in before if one.state != "done"]:
         return skipped(task.title, left[0])
-    enter(job.place)
+    if job.share is None:
+        enter(job.place)
     node = ray.get_runtime_context().get_node_id()
     record = Record(
         state="running", title=task.title, node=node, process=os.getpid(), started=time.time()
     )
-    keep(job.log, record)
-    with logged(job.log.with_suffix(".log")):
+    _tell(job, record)
+    log = job.log if job.share is None else job.share.own("logs")
+    with logged(log.with_suffix(".log")):
         record = _ended(task, job, record)
-    keep(job.log, record)
+    _tell(job, record)
     return record
+
+
+def _tell(job: Job, record: Record) -> None:
+    if job.share is None:
+        keep(job.log, record)
+    else:
+        job.share.tell(record)
 
 
 def keep(log: Path, record: Record) -> None:
@@ -65,10 +78,14 @@ def kept(log: Path) -> Record | None:
 def _ended(task: Task, job: Job, record: Record) -> Record:
     try:
         _refuse_other_node(job, record.node)
-        # Whoever was at it before, and was lost with its node, holds the output for a while.
-        wait_for_writer(task.output)
-        if state(task) != "done":
-            do(_with_threads(task, job.cores))
+        task = _with_threads(task, job.cores)
+        if job.share is not None:
+            mirror.perform(task, job.share, job.place)
+        else:
+            # Whoever was at it before, and was lost with its node, holds the output for a while.
+            wait_for_writer(task.output)
+            if state(task) != "done":
+                do(task)
     except Exception as error:
         why = explained(error)
         if why is not error:

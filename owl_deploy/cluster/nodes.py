@@ -6,7 +6,7 @@ import os
 import platform
 import secrets
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from owl_deploy import __version__
 from owl_deploy.artefact import write_text
 from owl_deploy.cluster.needs import Need, Node
-from owl_deploy.errors import BadInput, first_line
+from owl_deploy.cluster.store import Store
+from owl_deploy.errors import BadInput, OwlError, first_line
 
 _ANSWER_S = 300.0  # a node that is busy takes its time to start a process
 
@@ -107,11 +108,15 @@ def difference(there: dict[str, str], here: dict[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Sight:
-    """What a node sees: its versions, the marker's text, and those of the inputs that it lacks."""
+    """What a node sees: its versions, the marker's text, and those of the inputs that it lacks.
+
+    `refused`: what it was told instead of the marker's text, where that is in a store.
+    """
 
     versions: dict[str, str]
     marker: str | None
     missing: tuple[str, ...] = ()
+    refused: str = ""
 
 
 def look(place: Path, marker: Path, sources: Sequence[Path], name: str) -> Sight:
@@ -122,6 +127,17 @@ def look(place: Path, marker: Path, sources: Sequence[Path], name: str) -> Sight
         text = marker.read_text(encoding="utf-8")
         marker.with_name(name).touch()
     return Sight(versions(), text, tuple(str(one) for one in sources if not one.exists()))
+
+
+def look_in_store(address: str, marker: str, name: str) -> Sight:
+    """As `look`, of a store: the `marker` and the `name` are objects there."""
+    try:
+        store = Store(address)
+        text = store.read(marker)
+        store.write(name, "")
+    except OwlError as error:
+        return Sight(versions(), None, refused=str(error))
+    return Sight(versions(), text)
 
 
 def enter(place: Path) -> None:
@@ -140,33 +156,53 @@ def check_alike(nodes: Sequence[Node], folder: Path, sources: Sequence[Path]) ->
     marker = folder.absolute() / f".owl-shared-{token}"
     write_text(marker, token)
     try:
-        for node, sight in zip(nodes, _sights(nodes, marker, sources), strict=True):
-            answered = _answer(marker, node).exists()
-            if why := refusal(sight, versions(), token, answered=answered):
-                message, way_out = why
-                raise BadInput(f"The node {node.name} {message}.", way_out)
+        shown = (Path.cwd(), marker, tuple(sources))
+        for node, sight in _sights(nodes, look, shown, marker.name):
+            answered = marker.with_name(f"{marker.name}-{node.id}").exists()
+            _refuse(node, refusal(sight, versions(), token, answered=answered))
     finally:
         for path in marker.parent.glob(f"{marker.name}*"):
             path.unlink(missing_ok=True)
 
 
-def _answer(marker: Path, node: Node) -> Path:
-    return marker.with_name(f"{marker.name}-{node.id}")
+def check_store(nodes: Sequence[Node], store: Store) -> None:
+    """As `check_alike`, where each node has to read and to write a store.
+
+    Raises `BadInput`, and as `Store` does.
+    """
+    token = secrets.token_hex(8)
+    marker = f".owl-shared-{token}"
+    store.write(marker, token)
+    try:
+        for node, sight in _sights(nodes, look_in_store, (store.address, marker), marker):
+            answered = store.read(f"{marker}-{node.id}") is not None
+            _refuse(node, refusal(sight, versions(), token, answered=answered, store=store.address))
+    finally:
+        store.remove(marker, *(f"{marker}-{node.id}" for node in nodes))
 
 
-def _sights(nodes: Sequence[Node], marker: Path, sources: Sequence[Path]) -> Iterator[Sight]:
+def _refuse(node: Node, why: tuple[str, str] | None) -> None:
+    if why is not None:
+        message, way_out = why
+        raise BadInput(f"The node {node.name} {message}.", way_out)
+
+
+def _sights(
+    nodes: Sequence[Node], look: Callable[..., Sight], shown: tuple[Any, ...], name: str
+) -> Iterator[tuple[Node, Sight]]:
+    """What each node sees that does `look` at what is `shown`; it answers by `name` and its id."""
     asked = [
         ray.remote(look)
         .options(
             num_cpus=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
         )
-        .remote(Path.cwd(), marker, tuple(sources), _answer(marker, node).name)
+        .remote(*shown, f"{name}-{node.id}")
         for node in nodes
     ]
     for node, one in zip(nodes, asked, strict=True):
         try:
-            yield ray.get(one, timeout=_ANSWER_S)
+            yield node, ray.get(one, timeout=_ANSWER_S)
         except (RayError, ImportError) as error:
             raise BadInput(
                 f"The node {node.name} cannot run owl: {first_line(error)}.",
@@ -175,19 +211,26 @@ def _sights(nodes: Sequence[Node], marker: Path, sources: Sequence[Path]) -> Ite
 
 
 def refusal(
-    sight: Sight, here: dict[str, str], token: str, *, answered: bool
+    sight: Sight, here: dict[str, str], token: str, *, answered: bool, store: str | None = None
 ) -> tuple[str, str] | None:
     """What is wrong with a node by what it sees, and a way out; None for nothing.
 
     `here`: the versions of the driver; `token`: what it wrote in the marker; `answered`: whether it
-    sees what the node wrote.
+    sees what the node wrote; `store`: where that is in one.
     """
     if differs := difference(sight.versions, here):
         return differs, "Install the same versions on every node."
+    if sight.refused:
+        return f"cannot use the store: {sight.refused.rstrip('.')}", ""
+    if (sight.marker != token or not answered) and store is not None:
+        return (
+            f"does not share {store} with this machine",
+            "Choose a store that means the same on every node.",
+        )
     if sight.marker != token or not answered:
         return (
             "does not share the output folder with this machine",
-            "Choose one that every node mounts at the same path; object stores are not supported.",
+            "Choose one that every node mounts at the same path, or a --store.",
         )
     if sight.missing:
         return (

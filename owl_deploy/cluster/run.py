@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from owl_deploy.cluster.interrupt import asking_once
 from owl_deploy.cluster.job import Job
 from owl_deploy.cluster.needs import ROWS, Given, Need, needs_of
 from owl_deploy.cluster.show import Board
+from owl_deploy.cluster.store import Store
+from owl_deploy.cluster.stored import StoredPlan
 from owl_deploy.errors import first_line
 from owl_deploy.pipeline import Plan, Task, needs, survey
 from owl_deploy.progress import error_console
@@ -27,9 +29,17 @@ _TICK_S, _STOPPING_S = 1.0, 20.0
 
 
 def execute(
-    plan: Plan, folder: Path, address: str, given: Given, model_bytes: int
+    plan: Plan,
+    folder: Path,
+    address: str,
+    given: Given,
+    model_bytes: int,
+    store: str | None = None,
 ) -> dict[int, Record]:
     """Do what is not done of `plan` on the Ray cluster at `address`, which shares `folder`.
+
+    With a `store`, the address of one, the cluster shares that instead: what is done lies there,
+    and results are copied to `folder` at the end.
 
     `given`: see `read_needs`; `model_bytes`: the size of the dense checkpoint. Leaves a log and a
     record of each task in the folder's `logs`. A task whose worker dies is done again, one that
@@ -37,17 +47,37 @@ def execute(
     returned. Raises `BadInput` for what can be known before work begins. Ctrl-C cancels all; on a
     terminal it asks once.
     """
-    todo = [index for index, state in enumerate(survey(plan)) if state != "done"]
-    if not todo:
-        return {}
+    stored = None if store is None else StoredPlan(Store(store), plan, folder)
+    states = survey(plan) if stored is None else stored.survey()
+    todo = [index for index, state in enumerate(states) if state != "done"]
+    left = _execute(plan, todo, folder, address, given, model_bytes, stored) if todo else {}
+    if stored is not None:
+        stored.take_results()
+    return left
+
+
+def _execute(
+    plan: Plan,
+    todo: list[int],
+    folder: Path,
+    address: str,
+    given: Given,
+    model_bytes: int,
+    stored: StoredPlan | None,
+) -> dict[int, Record]:
     with nodes.joined(address):
         there = nodes.alive()
         kinds = [_kind(plan[index]) for index in todo]
         wanted = needs_of(kinds, there, given, model_bytes)
-        logs = folder / "logs"
-        make_folder(logs)
-        nodes.check_alike(there, folder, sources(plan))
-        run = _Run(plan, {index: _job(plan[index], folder, wanted) for index in todo}, wanted)
+        make_folder(folder / "logs")
+        jobs = {index: _job(plan[index], folder, wanted) for index in todo}
+        if stored is None:
+            nodes.check_alike(there, folder, sources(plan))
+        else:
+            nodes.check_store(there, stored.store)
+            shares = stored.shares(todo, [one.log.name for one in jobs.values()])
+            jobs = {index: replace(one, share=shares[index]) for index, one in jobs.items()}
+        run = _Run(plan, jobs, wanted, stored)
         with _cancelled_at_the_end(run):
             run.follow()
     return {index: one for index, one in sorted(run.records.items()) if one.state != "done"}
@@ -91,6 +121,7 @@ class _Run:
     plan: Plan
     jobs: dict[int, Job]
     wanted: dict[str, Need]
+    stored: StoredPlan | None = None
     records: dict[int, Record] = field(default_factory=dict)
     pending: dict[Any, int] = field(default_factory=dict)
     stuck: dict[int, float] = field(default_factory=dict)  # since when no node can run it
@@ -114,6 +145,8 @@ class _Run:
     def _submit(self) -> None:
         perform = ray.remote(max_calls=1)(job.perform)  # a process for each: see `perform`
         references: dict[int, Any] = {}
+        if self.stored is not None:
+            self.stored.forget([one.log.name for one in self.jobs.values()])
         waits = needs(self.plan)
         for index, one in self.jobs.items():
             task = self.plan[index]
@@ -130,7 +163,10 @@ class _Run:
         """How a task ended that Ray has no more."""
         task = self.plan[index]
         try:
-            return Record.model_validate(ray.get(reference))
+            record = Record.model_validate(ray.get(reference))
+            if self.stored is not None and record.started:
+                self.stored.take_log(self.jobs[index].log, record)
+            return record
         except RayError as error:  # its own, or that of one that it needs
             before = [self.records[n] for n in needs(self.plan)[index] if n in self.records]
             if left := [one for one in before if one.state != "done"]:
@@ -139,8 +175,14 @@ class _Run:
             return Record(state="failed", title=task.title, said=why, code=4)
 
     def _running(self) -> dict[int, Record]:
-        found = {index: job.kept(self.jobs[index].log) for index in self.pending.values()}
-        return {i: one for i, one in found.items() if one is not None and one.state == "running"}
+        """The records of the tasks that run; one whose node is lost says so no more."""
+        if self.stored is not None:
+            found = self.stored.running({n: self.jobs[n].log.name for n in self.pending.values()})
+        else:
+            kept = {index: job.kept(self.jobs[index].log) for index in self.pending.values()}
+            found = {index: one for index, one in kept.items() if one is not None}
+        there = {node.id for node in nodes.alive()}
+        return {i: one for i, one in found.items() if one.state == "running" and one.node in there}
 
     def _give_up_stuck(self, running: dict[int, Record]) -> None:
         """Cancel what waits for a node that has not come back in `PATIENCE_S`."""

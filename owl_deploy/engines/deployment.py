@@ -9,7 +9,7 @@ from owl_deploy.engines.loading import Folder
 from owl_deploy.engines.registry import MODEL, engine_for, known_targets
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.manifest import (
-    Block,
+    BlockShares,
     CheckpointManifest,
     DeploymentManifest,
     measurement,
@@ -66,8 +66,11 @@ class Deployment:
         return _listed(told)
 
     @property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[BlockShares, ...]:
         """The blocks of the checkpoint that was exported, if that was pruned here."""
+        if self.manifest.source.blocks:
+            return self.manifest.source.blocks
+        # Exported by an earlier version.
         source = read_manifest(Path(self.manifest.source.path), CheckpointManifest)
         return source.blocks if source else ()
 

@@ -15,7 +15,7 @@ from owl_deploy.export import describe, genai, gguf, parity, traced
 from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
-from owl_deploy.manifest import DeploymentManifest, versions
+from owl_deploy.manifest import BlockShares, DeploymentManifest, versions
 from owl_deploy.runtime import kernels, library_path
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
@@ -267,11 +267,18 @@ def _source_summary(source: Source) -> dict[str, Any]:
     """Where the deployment comes from: the folder, and what its manifest says of the pruning."""
     whole = source.manifest.to_json() if source.manifest else {}
     told = {key: value for key, value in whole.items() if _is_short(value)}
+    # For whoever has the deployment and not the checkpoint, a node that benches it, say.
+    shares = BlockShares.model_fields
+    blocks = [
+        {key: value for key, value in block.items() if key in shares}
+        for block in whole.get("blocks", ())
+    ]
     return {
         "path": str(source.folder),
         "model_type": source.config["model_type"],
         "parameters": sum(map(math.prod, source.skeleton.stored_shapes().values())),
         "manifest": told or None,
+        **({"blocks": blocks} if blocks else {}),
     }
 
 

@@ -123,6 +123,9 @@ def test_sparsity_of_what_was_exported(owl, llama, text_file, tmp_path):
     zeros = 1 - sum(row["nonzeros"] for row in blocks) / sum(row["values"] for row in blocks)
     assert zeros == pytest.approx(0.7, abs=1e-3)
     assert manifest["source"]["manifest"]["kind"] == "checkpoint"
+    told = json.loads((pruned / artefact.MANIFEST).read_text())["blocks"]
+    short = ("name", "achieved", "sparsity", "outlier_ratio")
+    assert manifest["source"]["blocks"] == [{key: one[key] for key in short} for one in told]
 
 
 def lose_tensor(folder):

@@ -1,5 +1,6 @@
 """A plan on a real Ray cluster of two nodes, each with a raylet of its own on this machine."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -29,11 +30,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 class Copy(Task):
     """A task that takes no time: the text of a file, in an artefact."""
 
-    APART: ClassVar = {"part": True, "dies": True, "alone": True}
+    APART: ClassVar = {"part": True, "dies": True, "alone": True, "apart": True}
 
     task: Literal["copy", "alone"] = "copy"
     part: Path
     dies: Path | None = None  # kills its worker, unless this file is there
+    apart: bool = False  # it sees no folder but those of its node's cache
 
     def reads(self):
         return (self.part,)
@@ -43,6 +45,10 @@ class Copy(Task):
             self.dies.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         print("copying", self.part.name)
+        if self.apart:
+            own = Path(os.environ["OWL_CACHE"], "store", "work")
+            for path in (Path.cwd(), self.part.absolute(), self.output.absolute()):
+                assert path.is_relative_to(own), path
         text = (self.part if self.part.is_file() else self.part / "text").read_text()
         with staged_folder(self.output, force=True) as folder:
             (folder / "text").write_text(text)
@@ -52,37 +58,46 @@ class Copy(Task):
         return False
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine leaves workers no time
-    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # `Copy`, in the workers
-    made = started()
-    try:
-        yield made
-    finally:
-        made.shutdown()
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # else a busy machine leaves workers no time
+        patch.setenv("RAY_prestart_worker_first_driver", "0")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # `Copy`, in the workers
+        patch.setitem(ROWS, "copy", Row(cores=1))
+        patch.setitem(ROWS, "alone", Row(cores=1, alone=True))
+        made = started(tmp_path_factory.mktemp("caches"))
+        try:
+            yield made
+        finally:
+            made.shutdown()
 
 
 SMALL = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "memory": 2**31}
 
 
-def started(attempts=3):
-    """Two nodes; Ray gives each half a minute to start, which a busy machine may not have."""
+def started(caches, attempts=3):
+    """Two nodes, each with a cache of its own, in `caches`.
+
+    Ray gives each half a minute to start, which a busy machine may not have.
+    """
+    first, second = ({"OWL_CACHE": str(caches / name)} for name in ("one", "two"))
+    head = {**SMALL, "include_dashboard": False, "env_vars": first}
     try:
-        made = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
-        made.add_node(**SMALL)
+        made = Cluster(initialize_head=True, head_node_args=head)
+        made.add_node(**SMALL, env_vars=second)
     except Exception:
         if attempts == 1:
             raise
-        return started(attempts - 1)
+        return started(caches, attempts - 1)
     return made
 
 
-def plan_in(folder: Path, word: Path, model: Path) -> tuple[Task, ...]:
+def plan_in(folder: Path, word: Path, model: Path, **every: object) -> tuple[Task, ...]:
     def copy(name: str, part: Path, **more: object) -> Copy:
-        return Copy(title=f"Copying {name}", output=folder / "made" / name, part=part, **more)
+        output = folder / "made" / name
+        return Copy(title=f"Copying {name}", output=output, part=part, **every, **more)
 
     first = copy("first", word)
     killed = copy("killed", word, dies=folder / "killed-once")
@@ -105,9 +120,80 @@ def beside(one: Record, other: Record) -> bool:
     return one.node == other.node and one.started < other.ended and other.started < one.ended
 
 
-def test_a_plan_on_a_cluster(cluster, llama, tmp_path, monkeypatch, capfd):
-    monkeypatch.setitem(ROWS, "copy", Row(cores=1))
-    monkeypatch.setitem(ROWS, "alone", Row(cores=1, alone=True))
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "cannot join a Ray cluster at 127.0.0.1:1: .*refused"),
+        ("somewhere", "is no address"),
+        ("auto", "Could not find any running Ray instance"),
+    ],
+)
+def test_an_address_where_no_cluster_is(address, words, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
+    with pytest.raises(BadInput, match=words), joined(address):
+        pass
+
+
+def test_the_command_line_says_it_in_one_sentence(owl, llama, text_file, tmp_path):
+    sweep = ("sweep", llama, "-o", tmp_path / "out", "-c", text_file, "-p", text_file)
+    for more, words in (
+        (("--ray", "127.0.0.1:1"), "cannot join a Ray cluster at 127.0.0.1:1"),
+        (("--ray", "auto", "--needs", "prune=many"), "'many' is not an amount"),
+        (("--needs", "prune=1cpu"), "--needs is of the tasks on a cluster"),
+        (("--store", "s3://bucket"), "--store is for the nodes of a cluster"),
+        (("--ray", "auto", "--store", "bucket"), "--store bucket is no address"),
+        (("--ray", "auto", "--store", "s33://b"), "Did you mean 's3'"),
+    ):
+        code, out, err = owl(*sweep, *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert words in err
+
+
+# Those with a cluster come last: while it runs, `auto` is that one.
+
+
+def test_nodes_that_share_a_store_alone(cluster, llama, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    word, store = Path("word"), f"file://{tmp_path}/store"
+    word.write_text("owl")
+    prune, first, killed, _, _, alone = plan_in(Path("out"), word, llama, apart=True)
+    plan = (prune, first, killed, alone)
+    with pytest.raises(BadInput, match=r"does not share memory://nowhere with this machine"):
+        run.execute(plan, Path("out"), cluster.address, {}, 0, "memory://nowhere")
+
+    def execute():
+        return run.execute(plan, Path("out"), cluster.address, {}, 0, store)
+
+    assert execute() == {}
+    assert sorted(path.name for path in Path("out").iterdir()) == ["logs", "store.json"]
+    places = {name: Path(one[7:]) for name, one in json.loads(read("out/store.json")).items()}
+    assert (places["made/alone"] / "text").read_text() == "owl"
+    assert "copying word" in read("out/logs/made-first.log")
+    assert {kept(run.log_of(task, Path("out"))).state for task in plan} == {"done"}
+    here = prune.model_copy(update={"output": tmp_path / "here"})
+    do(here)
+    for name in ("model.safetensors", "config.json", "recipe.yaml"):
+        assert sha256(places["made/pruned"] / name) == sha256(here.output / name)
+
+    markers = {path: path.stat().st_mtime_ns for path in Path("store").rglob("stored.json")}
+    assert len(markers) == 4
+    Path("store", "made", "alone", "stored.json").unlink()
+    capfd.readouterr()
+    assert execute() == {}
+    assert "Copying first" not in (told := capfd.readouterr().err)
+    assert "done     Copying alone" in told
+    changed = {path for path, time in markers.items() if path.stat().st_mtime_ns != time}
+    assert [path.parent.name for path in changed] == ["alone"]
+    assert not [path for path in Path("store").rglob("*") if "owl-" in path.name]
+
+
+def read(path):
+    return Path(path).read_text()
+
+
+def test_a_plan_on_a_cluster(cluster, llama, tmp_path, capfd):
     out, word = tmp_path / "out", tmp_path / "word"
     (out / "made").mkdir(parents=True)
     word.write_text("owl")
@@ -158,30 +244,3 @@ def test_a_plan_on_a_cluster(cluster, llama, tmp_path, monkeypatch, capfd):
         run.execute(plan, tmp_path / "other", cluster.address, {}, 0)
     assert set(survey(plan)) == {"to do"}
     assert not list((tmp_path / "other").glob(".owl-shared*"))
-
-
-@pytest.mark.parametrize(
-    ("address", "words"),
-    [
-        ("127.0.0.1:1", "cannot join a Ray cluster at 127.0.0.1:1: .*refused"),
-        ("somewhere", "is no address"),
-        ("auto", "Could not find any running Ray instance"),
-    ],
-)
-def test_an_address_where_no_cluster_is(address, words, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
-    with pytest.raises(BadInput, match=words), joined(address):
-        pass
-
-
-def test_the_command_line_says_it_in_one_sentence(owl, llama, text_file, tmp_path):
-    sweep = ("sweep", llama, "-o", tmp_path / "out", "-c", text_file, "-p", text_file)
-    for more, words in (
-        (("--ray", "127.0.0.1:1"), "cannot join a Ray cluster at 127.0.0.1:1"),
-        (("--ray", "auto", "--needs", "prune=many"), "'many' is not an amount"),
-        (("--needs", "prune=1cpu"), "--needs is of the tasks on a cluster"),
-    ):
-        code, out, err = owl(*sweep, *more)
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert words in err

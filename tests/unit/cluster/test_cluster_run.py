@@ -7,9 +7,11 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 
 from owl_deploy.cluster import run
-from owl_deploy.cluster.needs import Need
+from owl_deploy.cluster.job import Job, keep
+from owl_deploy.cluster.needs import Need, Node
 from owl_deploy.cluster.run import execute, log_of, sources
 from owl_deploy.pipeline import Evaluate, do
+from owl_deploy.record import Record
 from owl_deploy.sweep import SweepPlan, tasks
 from tests.unit.test_pipeline import Join
 
@@ -56,3 +58,20 @@ def test_why_ray_gave_a_task_up():
     assert reason(TaskCancelledError()) == "no node that is left has 2 cpu"
     assert reason(RayTaskError("f", "", OSError("full"))) == "OSError: full"
     assert reason(WorkerCrashedError()).startswith("its worker died, and did so again 3 times")
+
+
+def test_a_task_whose_node_is_lost_runs_no_more(tmp_path, monkeypatch):
+    plan = [Join(title="Joining", output=tmp_path / "j", parts=())]
+    asked = Job(tmp_path, tmp_path / "log", cores=2, alone=False, versions={})
+    mine = run._Run(plan, {0: asked}, {"join": Need(2)}, pending={"reference": 0})
+    keep(asked.log, Record(state="running", title="Joining", node="n1"))
+    there = [Node("n1", "one", Need(2))]
+    monkeypatch.setattr(run.nodes, "alive", lambda: there)
+    cancelled = []
+    monkeypatch.setattr(run.ray, "cancel", cancelled.append)
+    monkeypatch.setattr(run, "PATIENCE_S", -1.0)
+    mine._give_up_stuck(mine._running())
+    assert cancelled == []
+    there[:] = [Node("n2", "two", Need(1))]
+    mine._give_up_stuck(mine._running())
+    assert cancelled == ["reference"]

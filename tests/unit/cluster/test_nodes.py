@@ -4,7 +4,9 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from owl_deploy.cluster import nodes
 from owl_deploy.cluster.needs import Need
-from owl_deploy.cluster.nodes import Sight, difference, look, refusal
+from owl_deploy.cluster.nodes import Sight, check_store, difference, look, look_in_store, refusal
+from owl_deploy.cluster.store import Store
+from owl_deploy.errors import BadInput
 
 HERE = {"owl_deploy": "0.1.0", "Python": "3.11.4", "torch": "2.9.0", "ray": "2.60.0"}
 
@@ -47,6 +49,44 @@ def test_a_node_reads_the_marker_answers_and_looks_for_the_inputs(tmp_path, monk
     assert (sight.marker, sight.missing) == ("t", ("text",))
     assert (tmp_path / "answer").exists()
     assert look(tmp_path / "not there", marker, sources, "answer").marker == "t"
+
+
+@pytest.mark.parametrize(
+    ("sight", "answered", "words"),
+    [
+        (Sight(HERE, "t"), True, None),
+        (Sight(HERE, None), True, "does not share s3://b with"),
+        (Sight(HERE, "t"), False, "does not share s3://b with"),
+        (
+            Sight(HERE, None, refused="It needs s3fs. Run: x."),
+            False,
+            "store: It needs s3fs. Run: x",
+        ),
+    ],
+)
+def test_a_node_is_refused_for_what_it_can_do_in_a_store(sight, answered, words):
+    why = refusal(sight, HERE, "t", answered=answered, store="s3://b")
+    assert (why is None) if words is None else (why and words in why[0])
+
+
+def test_a_node_reads_the_marker_in_a_store_and_answers():
+    store = Store("memory://nodes/one")
+    assert look_in_store(store.address, "marker", "answer").marker is None
+    store.write("marker", "t")
+    assert look_in_store(store.address, "marker", "answer").marker == "t"
+    assert store.read("answer") == ""
+    assert look_in_store("s4://bucket", "marker", "answer").refused.startswith("Unknown scheme")
+
+
+def test_a_store_that_refuses_the_driver_is_bad_input(monkeypatch):
+    store = Store("memory://nodes/two")
+
+    def refused(*_):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(store._files, "pipe_file", refused, raising=False)
+    with pytest.raises(BadInput, match=r"cannot be used \(PermissionError: Access Denied\)"):
+        check_store([], store)
 
 
 def test_only_what_can_take_tasks_is_a_node(monkeypatch):

@@ -48,6 +48,24 @@ def test_targets(
         assert deployment.zeros == 0.5
 
 
+def test_the_sources_blocks_are_told_by_the_deployment_or_else_by_the_source(
+    tmp_path: Path,
+) -> None:
+    block = {"name": "b", "achieved": 0.5, "sparsity": 0.5}
+    source = {"kind": "checkpoint", "blocks": [block | {"weights": 4}]}
+    folder = graph(tmp_path / "deployment", DECODER)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / MANIFEST).write_text(json.dumps(source))
+
+    def shares(**source: object) -> list[float]:
+        (folder / MANIFEST).write_text(json.dumps({"kind": "deployment", "source": source}))
+        return [one.achieved for one in open_deployment(folder).blocks]
+
+    assert shares(path=str(tmp_path / "source")) == [0.5]  # as earlier versions wrote it
+    assert shares(path="/nowhere") == []
+    assert shares(path="/nowhere", blocks=[block | {"achieved": 0.4}]) == [0.4]
+
+
 def test_a_genai_folder_gives_its_vocabulary(tmp_path: Path) -> None:
     graph(tmp_path, [*DECODER, "causal_mask"], width="vocab")
     with pytest.raises(BadInput, match="vocab_size"):
