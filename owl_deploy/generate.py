@@ -352,13 +352,12 @@ class Writer:
         names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
         search = Search(**{name: getattr(row.sampling, name) for name in names})
         proposing: Lookup | Proposer = Lookup()
-        share = 0.0
         if drafting.deployment is not None:
-            proposing = Proposer(Rows(self._draft, row.length), search)
             share = share_of(drafting.deployment.path, self.path)
+            proposing = Proposer(Rows(self._draft, row.length), search, share)
         random = np.random.default_rng(row.sampling.seed)
         rows = Rows(self._model, row.length)
-        speculation = Speculation(rows, proposing, search, drafting.tokens, random, share=share)
+        speculation = Speculation(rows, proposing, search, drafting.tokens, random)
         row.speed.draft = speculation.tally
         for token in speculation.tokens(list(row.tokens), row.length, row.ends):
             yield [token]

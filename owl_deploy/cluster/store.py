@@ -48,6 +48,10 @@ class Content:
     bytes: int
     sha256: str
 
+    def at(self, key: str) -> "File":
+        """The object `key`, which holds that."""
+        return File(key=key, bytes=self.bytes, sha256=self.sha256)
+
 
 class File(BaseModel):
     """A file in a store: the object `key` under its address, and what that holds."""
@@ -230,10 +234,7 @@ class Store:
         if before is not None and before.is_whole and before.asked == asked:
             return before
         version = version_of(contents)
-        files = {
-            path: File(key=f"{name}/{version}/{path}", bytes=one.bytes, sha256=one.sha256)
-            for path, one in contents.items()
-        }
+        files = {path: one.at(f"{name}/{version}/{path}") for path, one in contents.items()}
         for path, file in files.items():
             self.put(base / path, file.key)
         stored = Stored(

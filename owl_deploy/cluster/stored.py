@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from owl_deploy.artefact import make_folder, staged_folder, write_json, write_text
 from owl_deploy.cluster.mirror import Share
-from owl_deploy.cluster.store import INPUTS, LOGS, Content, File, Store, Stored, contents_of
+from owl_deploy.cluster.store import INPUTS, LOGS, Content, Store, Stored, contents_of
 from owl_deploy.errors import OwlError
 from owl_deploy.pipeline import Bench, Plan, State, Task, agree, digest, needs
 from owl_deploy.progress import bar, error_console
@@ -172,10 +172,7 @@ def _input(path: Path, files: dict[str, tuple[Path, int]]) -> Stored:
     return Stored(
         is_folder=is_folder,
         digest=digest(path),
-        files={
-            name: File(key=_key(one), bytes=one.bytes, sha256=one.sha256)
-            for name, one in contents.items()
-        },
+        files={name: one.at(_key(one)) for name, one in contents.items()},
     )
 
 

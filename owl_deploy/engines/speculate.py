@@ -157,6 +157,8 @@ def lookup(text: Sequence[int], count: int) -> list[int]:
 class Lookup:
     """Proposes by `lookup`, and is certain of it."""
 
+    share = 0.0  # of a step of the model, what one token takes
+
     def propose(self, text: Sequence[int], count: int, _random: np.random.Generator) -> Proposal:
         """Up to `count` tokens after `text`."""
         tokens = lookup(text, count)
@@ -164,11 +166,15 @@ class Lookup:
 
 
 class Proposer:
-    """Proposes what a smaller model draws, one token after the other."""
+    """Proposes what a smaller model draws, one token after the other.
 
-    def __init__(self, model: Model, choose: Chooser) -> None:
+    `share`: of a step of the model that it proposes to, what one of its own takes (`share_of`).
+    """
+
+    def __init__(self, model: Model, choose: Chooser, share: float = 0.0) -> None:
         self.model = model
         self.choose = choose
+        self.share = share
         self.known = 0  # tokens in the cache that stand in the text for sure
         self.guessed: list[int] = []  # in the cache behind them
 
@@ -305,8 +311,7 @@ class Tally:
 class Speculation:
     """Generates with a model and a draft; `count` tokens are proposed at a time.
 
-    A `count` of 0: as many as pay (`Pace`), where a step of the draft takes `share` of a step of
-    the model.
+    A `count` of 0: as many as pay (`Pace`).
     """
 
     model: Model
@@ -314,11 +319,10 @@ class Speculation:
     choose: Chooser
     count: int
     random: np.random.Generator = field(default_factory=np.random.default_rng)
-    share: float = 0.0
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        self._pace = Pace(self.share)
+        self._pace = Pace(self.draft.share)
 
     def tokens(
         self, prompt: Sequence[int], length: int, ends: Collection[int] = ()

@@ -199,8 +199,7 @@ class Drafted:
             )
         )
         self.speculate = _speculate()
-        self.share = 0.0
-        if asked.draft != LOOKUP:
+        if self.draft is not None:
             self.share = self.speculate.share_of(Path(asked.draft), Path(asked.folder))
         self.restart()
         self.reset()
@@ -215,11 +214,9 @@ class Drafted:
         speculate, choose = self.speculate, self.speculate.Search()
         draft = speculate.Lookup()
         if self.draft is not None:
-            draft = speculate.Proposer(Rows(self.draft, self.length), choose)
+            draft = speculate.Proposer(Rows(self.draft, self.length), choose, self.share)
         rows = Rows(self.model, self.length)
-        self.speculation = speculate.Speculation(
-            rows, draft, choose, self.count, tally=self.tally, share=self.share
-        )
+        self.speculation = speculate.Speculation(rows, draft, choose, self.count, tally=self.tally)
 
     def prompt(self, tokens: list[int]) -> int:
         """Run a prompt; return the likeliest next token."""

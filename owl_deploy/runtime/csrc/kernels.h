@@ -116,9 +116,10 @@ struct Kernels {
 
 // `count` rows times groups [begin, end), sums as of `few`: in even passes of at most kFewRows,
 // with so few groups that they are still in the cache for the next pass.
-inline void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std::size_t begin,
-                          std::size_t end, const ActivationLayout& layout, const std::uint8_t* rows,
-                          std::size_t count, float* sums, std::size_t stride) {
+OWL_INLINE void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std::size_t begin,
+                              std::size_t end, const ActivationLayout& layout,
+                              const std::uint8_t* rows, std::size_t count, float* sums,
+                              std::size_t stride) {
   const std::size_t passes = (count + kFewRows - 1) / kFewRows;
   const std::size_t most = (count + passes - 1) / passes;
   for (std::size_t m = 0; m < count; m += most)

@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 import shutil
@@ -18,13 +17,6 @@ from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.pipeline import Bench, Evaluate, do
 from owl_deploy.record import Record
 from tests.unit.test_pipeline import Join, chain
-
-NUMBERS = itertools.count()  # what is in memory outlives a test
-
-
-@pytest.fixture
-def store():
-    return Store(f"memory://mirror/{next(NUMBERS)}")
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import errno
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,14 +10,10 @@ pytest.importorskip("fsspec", reason="pip install 'owl-deploy[ray]'")
 from owl_deploy.cluster.store import File, Store, contents_of
 from owl_deploy.errors import BadInput, EnvironmentFailed
 
-NUMBERS = itertools.count()  # what is in memory outlives a test
-
 
 @pytest.fixture(params=["memory", "file"])
-def store(request, tmp_path):
-    if request.param == "file":
-        return Store(f"file://{tmp_path}/store/")
-    return Store(f"memory://bucket/{next(NUMBERS)}")
+def store(request, store, tmp_path):
+    return store if request.param == "memory" else Store(f"file://{tmp_path}/store/")
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 from pathlib import Path
@@ -16,13 +15,6 @@ from owl_deploy.pipeline import Bench, digest
 from owl_deploy.record import Record
 from tests.unit.bench import made
 from tests.unit.test_pipeline import Join, chain
-
-NUMBERS = itertools.count()  # what is in memory outlives a test
-
-
-@pytest.fixture
-def store():
-    return Store(f"memory://stored/{next(NUMBERS)}")
 
 
 @pytest.fixture
