@@ -224,12 +224,15 @@ void attend_chunk(const AttentionSpan& span, const float* q, std::size_t begin, 
   AttentionSpan asking = span;  // the first pass asks for all that comes next
   std::size_t h = 0;
   auto mix = [&](auto values, std::size_t heads) {
-    for (; h + heads <= span.heads; h += heads, asking.next = nullptr)
-      values(asking, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+    values(asking, scores + h * kDecodeChunk, begin, end, out + h * span.head_size);
+    h += heads;
+    asking.next = nullptr;
   };
-  mix(mix_values<V, Type, 4>, 4);
-  mix(mix_values<V, Type, 3>, 3);
-  mix(mix_values<V, Type, 1>, 1);
+  // Values are converted once for each of these: as few of them as can be, and none of one head.
+  while (span.heads - h == 4 || span.heads - h > 6) mix(mix_values<V, Type, 4>, 4);
+  while (span.heads - h >= 3) mix(mix_values<V, Type, 3>, 3);
+  if (span.heads - h == 2) mix(mix_values<V, Type, 2>, 2);
+  if (span.heads - h == 1) mix(mix_values<V, Type, 1>, 1);
 }
 
 template <class V>

@@ -41,32 +41,37 @@ ActivationLayout activation_layout(const PackedMatrix& w) {
 }
 
 // One block of 32 columns -> int8 [32] in [-127, 127], its scale, and the correction -128 * sum
-// that kernels need which multiply weights biased by 128. A block with an infinity or NaN gets the
-// scale NaN.
+// that kernels need which multiply weights biased by 128. `bad` becomes NaN where x has an infinity
+// or NaN, and what is written is worth nothing then.
 template <class V>
-void quantize_block(const float* x, std::size_t size, std::int8_t* q, float* scale,
-                    std::int32_t* correction) {
+OWL_INLINE void quantize_block(const float* x, std::int8_t* q, float* scale,
+                               std::int32_t* correction, typename V::F* bad) {
   using F = typename V::F;
-  alignas(64) float padded[kBlockColumns] = {};
-  if (size < kBlockColumns) {
-    std::memcpy(padded, x, size * sizeof(float));
-    x = padded;
-  }
   const F zero = V::f_set1(0.0F);
   const F parts[2] = {V::f_load(x), V::f_load(x + 16)};
-  const F peak = V::f_max(V::f_abs(parts[0]), V::f_abs(parts[1]));
-  const F bad =
-      V::f_add(V::f_mul(parts[0], zero), V::f_mul(parts[1], zero));  // 0 * inf and 0 * NaN are NaN
-  const float largest = V::f_hmax(peak);
-  const float poison = V::f_hsum(bad);
-  const bool usable = largest > 1e-30F && poison == 0.0F;
+  *bad = V::f_fma(parts[0], zero, V::f_fma(parts[1], zero, *bad));
+  const float largest = V::f_hmax(V::f_max(V::f_abs(parts[0]), V::f_abs(parts[1])));
+  const bool usable = largest > 1e-30F;
   const F inverse = V::f_set1(usable ? 127.0F / largest : 0.0F);
-  for (std::size_t i = 0; i < 2; ++i)
-    V::store_int8(q + 16 * i, poison == 0.0F ? V::f_mul(parts[i], inverse) : zero);
-  std::int32_t sum = 0;
-  for (std::size_t i = 0; i < kBlockColumns; ++i) sum += q[i];
-  *scale = poison == 0.0F ? (usable ? largest / 127.0F : 0.0F) : __builtin_nanf("");
-  *correction = -128 * sum;
+  const typename V::I sums = V::i_add(V::store_int8(q, V::f_mul(parts[0], inverse)),
+                                      V::store_int8(q + 16, V::f_mul(parts[1], inverse)));
+  *scale = usable ? largest / 127.0F : 0.0F;
+  // So small, they add up exactly as floats.
+  *correction = V::kBiased ? static_cast<std::int32_t>(-128.0F * V::f_hsum(V::to_float(sums))) : 0;
+}
+
+// Blocks with an infinity or NaN get the scale NaN, so that all that they meet becomes NaN.
+inline void poison_blocks(const float* x, std::size_t cols, std::int8_t* q, float* scales,
+                          std::int32_t* corrections) {
+  for (std::size_t begin = 0; begin < cols; begin += kBlockColumns) {
+    const std::size_t size = smaller(kBlockColumns, cols - begin), b = begin / kBlockColumns;
+    float bad = 0.0F;
+    for (std::size_t i = 0; i < size; ++i) bad += x[begin + i] * 0.0F;
+    if (bad == 0.0F) continue;
+    std::memset(q + begin, 0, kBlockColumns);
+    scales[b] = __builtin_nanf("");
+    corrections[b] = 0;
+  }
 }
 
 template <class V>
@@ -75,11 +80,19 @@ void prepare_values(Bits<8>, const PackedMatrix& w, const ActivationLayout& layo
   auto* q = reinterpret_cast<std::int8_t*>(row);
   auto* scales = reinterpret_cast<float*>(row + layout.scale_offset);
   auto* corrections = reinterpret_cast<std::int32_t*>(row + layout.correction_offset);
-  for (std::size_t b = 0; b < layout.blocks; ++b) {
+  typename V::F bad = V::f_set1(0.0F);
+  auto quantize = [&](std::size_t b, const float* from) OWL_ALWAYS_INLINE {
+    quantize_block<V>(from, q + kBlockColumns * b, scales + b, corrections + b, &bad);
+  };
+  const std::size_t whole = w.cols / kBlockColumns;
+  for (std::size_t b = 0; b < whole; ++b) quantize(b, x + kBlockColumns * b);
+  for (std::size_t b = whole; b < layout.blocks; ++b) {
     const std::size_t at = smaller(w.cols, kBlockColumns * b);
-    quantize_block<V>(x + at, smaller(kBlockColumns, w.cols - at), q + kBlockColumns * b,
-                      scales + b, corrections + b);
+    alignas(64) float padded[kBlockColumns] = {};
+    std::memcpy(padded, x + at, smaller(kBlockColumns, w.cols - at) * sizeof(float));
+    quantize(b, padded);
   }
+  if (!(V::f_hsum(bad) == 0.0F)) poison_blocks(x, w.cols, q, scales, corrections);
 }
 
 template <class V>

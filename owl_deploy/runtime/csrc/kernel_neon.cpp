@@ -210,12 +210,16 @@ struct Neon {
   static F to_float(const I& a) {
     return each([&](int i) { return vcvtq_f32_s32(a.v[i]); });
   }
-  static int16x8_t words(float32x4_t low, float32x4_t high) {
-    return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(low)), vqmovn_s32(vcvtnq_s32_f32(high)));
+  static int16x8_t words(int32x4_t low, int32x4_t high) {
+    return vcombine_s16(vqmovn_s32(low), vqmovn_s32(high));
   }
-  static void store_int8(std::int8_t* out, const F& a) {
-    vst1q_s8(out,
-             vcombine_s8(vqmovn_s16(words(a.v[0], a.v[1])), vqmovn_s16(words(a.v[2], a.v[3]))));
+  static I store_int8(std::int8_t* out, const F& a) {
+    I rounded;
+    for (int i = 0; i < 4; ++i) rounded.v[i] = vcvtnq_s32_f32(a.v[i]);
+    const int16x8_t low = words(rounded.v[0], rounded.v[1]),
+                    high = words(rounded.v[2], rounded.v[3]);
+    vst1q_s8(out, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
+    return rounded;
   }
   // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23: n is added to the exponent.
   static F scale_by_power(const F& p, const F& shifted) {

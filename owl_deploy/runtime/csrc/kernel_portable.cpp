@@ -140,8 +140,14 @@ struct Portable {
   static F to_float(const I& a) {
     return each([&](int i) { return static_cast<float>(a.v[i]); });
   }
-  static void store_int8(std::int8_t* out, const F& v) {
-    for (int i = 0; i < 16; ++i) out[i] = static_cast<std::int8_t>(__builtin_rintf(v.v[i]));
+  static I store_int8(std::int8_t* out, const F& v) {
+    I rounded;
+    for (int i = 0; i < 16; ++i) {
+      const float nearest = __builtin_rintf(v.v[i]);  // of a NaN, no integer may be made
+      rounded.v[i] = nearest >= -127.0F && nearest <= 127.0F ? static_cast<int>(nearest) : 0;
+      out[i] = static_cast<std::int8_t>(rounded.v[i]);
+    }
+    return rounded;
   }
   static F scale_by_power(const F& p, const F& shifted) {
     const Words power = reinterpret_cast<Words>(shifted.v) << 23;

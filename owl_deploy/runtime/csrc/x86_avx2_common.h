@@ -128,12 +128,14 @@ struct Avx2Common {
   static I i_set1(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
   static I i_add(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
-  static void store_int8(std::int8_t* out, F v) {
-    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi));
+  static I store_int8(std::int8_t* out, F v) {
+    const I rounded = {_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)};
+    const __m256i words = _mm256_packs_epi32(rounded.lo, rounded.hi);
     const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
     _mm_storeu_si128(
         reinterpret_cast<__m128i*>(out),
         _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+    return rounded;
   }
   // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23: n is added to the exponent.
   static __m256 scale_half(__m256 p, __m256 shifted) {

@@ -75,8 +75,11 @@ struct Avx512Common {
   static I i_set1(std::int32_t x) { return _mm512_set1_epi32(x); }
   static I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
-  static void store_int8(std::int8_t* out, F v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+  // Rounds to the nearest integers, stores them, and returns them.
+  static I store_int8(std::int8_t* out, F v) {
+    const I rounded = _mm512_cvtps_epi32(v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(rounded));
+    return rounded;
   }
   // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23.
   static F scale_by_power(F p, F shifted) {
