@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ from owl_deploy.record import Record, skipped
 @dataclass(frozen=True)
 class Job:
     """What a node is told beside the task: the driver's folder, where the log goes (a path without
-    an ending), the cores that the task has, whether those are to be all, the driver's versions; its
-    share of a store where there is one, and then the log goes there.
+    an ending), the cores that the task has, whether those are to be all, the driver's versions and
+    its command line; its share of a store where there is one, and then the log goes there.
     """
 
     place: Path
@@ -32,6 +33,7 @@ class Job:
     cores: int
     alone: bool
     versions: dict[str, str]
+    command: list[str]
     share: Share | None = None
 
 
@@ -44,6 +46,7 @@ def perform(task: Task, job: Job, *before: Record) -> Record:
         return skipped(task.title, left[0])
     if job.share is None:
         enter(job.place)
+    sys.argv = job.command  # which an artefact tells; Ray's own says where its node is
     node = ray.get_runtime_context().get_node_id()
     record = Record(
         state="running", title=task.title, node=node, process=os.getpid(), started=time.time()

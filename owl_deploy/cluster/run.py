@@ -1,6 +1,7 @@
 """The driver: a plan's tasks go to Ray, as soon as it starts, and their ends come back."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -102,6 +103,7 @@ def _job(task: Task, folder: Path, wanted: dict[str, Need]) -> Job:
         cores=wanted[kind].cores,
         alone=ROWS[kind].alone,
         versions=nodes.versions(),
+        command=sys.argv,
     )
 
 

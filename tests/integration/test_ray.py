@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -170,6 +171,7 @@ def test_nodes_that_share_a_store_alone(cluster, llama, tmp_path, monkeypatch, c
     assert sorted(path.name for path in Path("out").iterdir()) == ["logs", "store.json"]
     places = {name: Path(one[7:]) for name, one in json.loads(read("out/store.json")).items()}
     assert (places["made/alone"] / "text").read_text() == "owl"
+    assert json.loads(read(places["made/pruned"] / "owl.json"))["command"] == sys.argv
     assert "copying word" in read("out/logs/made-first.log")
     assert {kept(run.log_of(task, Path("out"))).state for task in plan} == {"done"}
     here = prune.model_copy(update={"output": tmp_path / "here"})

@@ -62,7 +62,7 @@ def test_why_ray_gave_a_task_up():
 
 def test_a_task_whose_node_is_lost_runs_no_more(tmp_path, monkeypatch):
     plan = [Join(title="Joining", output=tmp_path / "j", parts=())]
-    asked = Job(tmp_path, tmp_path / "log", cores=2, alone=False, versions={})
+    asked = Job(tmp_path, tmp_path / "log", cores=2, alone=False, versions={}, command=[])
     mine = run._Run(plan, {0: asked}, {"join": Need(2)}, pending={"reference": 0})
     keep(asked.log, Record(state="running", title="Joining", node="n1"))
     there = [Node("n1", "one", Need(2))]

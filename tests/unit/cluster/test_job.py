@@ -27,7 +27,9 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job.ray, "get_runtime_context", Context)
     monkeypatch.setattr(job, "alive", lambda: [NODE])
-    return Job(tmp_path, tmp_path / "log", cores=2, alone=False, versions=job.versions())
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    told = {"versions": job.versions(), "command": ["owl", "sweep"]}
+    return Job(tmp_path, tmp_path / "log", cores=2, alone=False, **told)
 
 
 def joining(tmp_path, *parts):
@@ -41,6 +43,7 @@ def test_a_task_is_done_once_and_leaves_a_record(here, tmp_path):
     assert (record.state, record.node, record.title) == ("done", "n1", "Joining")
     assert record.ended >= record.started > 0
     assert kept(here.log) == record
+    assert sys.argv == ["owl", "sweep"]
     assert state(task) == "done"
     made = task.proof.stat().st_mtime_ns
     assert perform(task, here, record).state == "done"  # as after a worker's end
