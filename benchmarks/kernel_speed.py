@@ -38,7 +38,7 @@ SIZES: dict[str, list[tuple[int, int]]] = {
     "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
     "cache": [(512, 256)],  # with --megabytes 1: what the instructions take
 }
-VALUES = ("int8", "int4", "bf16", "fp32")
+VALUES = ("int8", "int4", "int3", "bf16", "fp32")
 SPARSITIES = (None, 0.0, 0.5, 0.6, 0.7, 0.8, 0.9)  # None: stored dense, without a mask
 
 

@@ -113,16 +113,16 @@ Precision = Annotated[
     Option(
         "--precision",
         "-p",
-        help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8, int4 "
-        "or fp32 for owl; Q8_0, Q4_K_M, Q4_0, Q3_K_M or Q2_K for llama.cpp; fp32 for deepsparse. "
-        "[the first]",
+        help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8, int4, "
+        "int3 or fp32 for owl; Q8_0, Q4_K_M, Q4_0, Q3_K_M or Q2_K for llama.cpp; fp32 for "
+        "deepsparse. [the first]",
     ),
 ]
 Head = Annotated[
     str | None,
     Option(
         help="For owl: screened, an int8 head of which tokens far from the likeliest get 4 "
-        "bits, or whole, like the other weights. [screened for int8 and int4, else whole]"
+        "bits, or whole, like the other weights. [screened for integers, else whole]"
     ),
 ]
 GenaiDeployment = Annotated[Path, Argument(help="A deployment for owl, onnxruntime or llama.cpp.")]

@@ -35,7 +35,7 @@ class Deployment:
 
     @property
     def precision(self) -> str:
-        """How the weights are held: fp32, bf16, int8 or int4."""
+        """How the weights are held: fp32, bf16, int8, int4 or int3."""
         return self.manifest.precision
 
     @property

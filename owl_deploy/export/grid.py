@@ -11,7 +11,7 @@ from owl_deploy.grid import read_grid
 from owl_deploy.runtime import pack
 
 QKV = ("q_proj", "k_proj", "v_proj")
-_FEW = 4  # bits of the narrowest integers that are stored
+_INTEGERS: tuple[pack.Values, ...] = ("int3", "int4", "int8")  # the narrowest first
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Grid:
     def holder(self, bits: int, values: pack.Values) -> pack.Values | None:
         """The type that keeps integers of so many `bits` where `values` are asked for.
 
-        That type, or int8 beside int4 where other weights of the checkpoint do fit 4 bits: each of
-        them was given its own. None where the weight is to be rounded anew.
+        That type, or the narrowest that does where other weights of the checkpoint fit `values`:
+        each of them was given its own. None where the weight is to be rounded anew.
         """
-        levels = pack.TRAITS[values].levels
-        if levels is None:
+        if values not in _INTEGERS:
             return None
-        if levels[1] + 1 >= 2 ** (bits - 1):
+        if _fits(bits, values):
             return values
-        return "int8" if min(self.bits.values()) <= _FEW else None
+        others = _fits(min(self.bits.values()), values)
+        return next(one for one in _INTEGERS if _fits(bits, one)) if others else None
 
     def of(self, initializer: str) -> Rounded | None:
         """What a weight of the model builder's graph was rounded to; None where it was not."""
@@ -79,6 +79,10 @@ class Grid:
         if last != "qkv_proj" or not self.scales.keys() >= set(names):
             return []
         return [Rounded(self.scales[name], self.bits[name]) for name in names]
+
+
+def _fits(bits: int, values: pack.Values) -> bool:
+    return pack.TRAITS[values].stored_bits >= bits
 
 
 def _linear(initializer: str) -> str:

@@ -130,7 +130,7 @@ class Rewriter:
 
 def _pays(weight: NDArray[np.float32], values: pack.Values) -> bool:
     """Whether a weight has zeros enough to be stored sparse."""
-    return int(np.count_nonzero(weight)) / weight.size <= pack.MAX_DENSITY[values]
+    return pack.TRAITS[values].pays(int(np.count_nonzero(weight)) / weight.size)
 
 
 def constant(value: ir.Value | None) -> NDArray[np.float32] | None:

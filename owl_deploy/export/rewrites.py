@@ -208,7 +208,7 @@ def _fuse_norm(
 def replace_embedding(rewriter: Rewriter) -> int:
     """Gather of token rows -> PackedGather, from the head's weight where the two are tied.
 
-    A table of its own costs no time, whatever its width: int8 beside int4 weights.
+    A table of its own costs no time, whatever its width: int8 beside weights of fewer bits.
     """
     count = 0
     for gather in rewriter.nodes("Gather"):
@@ -221,7 +221,8 @@ def replace_embedding(rewriter: Rewriter) -> int:
             weight = constant(table)
             if weight is None:
                 continue
-            precision: pack.Values | None = "int8" if rewriter.precision == "int4" else None
+            few = pack.TRAITS[rewriter.precision].stored_bits < 8
+            precision: pack.Values | None = "int8" if few else None
             rewriter.pack(name, weight, may_be_sparse=False, precision=precision)
         elif name not in rewriter.packed or rewriter.packed[name].sparse:
             continue

@@ -42,7 +42,7 @@ def sparsify(
     """Rewrite the builder's fp32 graph `model` and save it in `folder`, beside what it wrote there.
 
     `precision` is that of the weights, `cache` that of the KV cache: fp16 unless `precision` is
-    fp32; `head` is screened for int8 and int4, else whole; `grid`, which the weights were rounded
+    fp32; `head` is screened for integers, else whole; `grid`, which the weights were rounded
     to, is kept where `precision` can hold it. Without `join` every operator stays a node of
     its own: slower, but the runtime's profile then shows each. Returns statistics.
     """

@@ -132,11 +132,12 @@ TARGETS: dict[str, Target] = {
         build=_owl,
         # bf16 rounds activations too: most models stay below 2e-2, a pruned one may not, and
         # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
-        # int8 and int4 are reported only, as they are for the dense exports.
+        # Integers are reported only, as they are for the dense exports.
         precisions={
             "bf16": Precision(2, 5e-2),
             "int8": Precision(1.1),
             "int4": Precision(0.6),
+            "int3": Precision(0.5),
             "fp32": Precision(4, 1e-3),
         },
         engine="owl",

@@ -33,7 +33,7 @@ def formats(method: str) -> list[Format]:
 
 def is_sparse(form: Format, zeros: float) -> bool:
     """Whether the engine packs a weight with this share of zeros sparse in this format."""
-    return 1 - zeros <= pack.MAX_DENSITY[form.values]
+    return pack.TRAITS[form.values].pays(1 - zeros)
 
 
 def packed_size(shape: tuple[int, int], form: Format, zeros: float, group: int) -> int:

@@ -4,8 +4,8 @@ A weight `[rows, cols]` (rows are outputs) becomes one block of bytes, little-en
 as it lies in the file. Every region starts on a multiple of 64 bytes.
 
 Rows are taken in *groups* of 16, the last one padded with zeros. A group is a sequence of *cells*; a
-cell is 16 rows x `pack` consecutive columns, where `pack` is 1 for fp32, 2 for bf16 and 4 for int8 and
-int4, so that a cell, once expanded, is always 64 bytes. Inside a cell values lie row by row: value `row * pack + column`. As a
+cell is 16 rows x `pack` consecutive columns, where `pack` is 1 for fp32, 2 for bf16 and 4 for int8, int4
+and int3, so that a cell, once expanded, is always 64 bytes. Inside a cell values lie row by row: value `row * pack + column`. As a
 vector register, each of its 32-bit lanes thus belongs to one output row, and a matrix-vector product
 ends with 16 outputs in one register and never adds across lanes. Columns are padded with zeros to a
 multiple of `4 * pack`.
@@ -15,15 +15,15 @@ multiple of `4 * pack`.
 | header | 128 | below |
 | masks | groups x cells x 2 x pack | only if sparse: bit i of a cell's mask is set if its value i is stored |
 | index | (groups + 1) x 4 | only if sparse: uint32, where a group's values start in the values, in units of 64 bytes |
-| scales | groups x ceil(cells / 8) x 16 | only int8 and int4: one byte for each row and 32 columns (or 64, 128); weight = scale x value, for int4 scale x 16 x value |
-| values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full; int4, planes: below |
+| scales | groups x ceil(cells / 8) x 16 | only integers: one byte for each row and 32 columns (or 64, 128); weight = scale x value, for int4 scale x 16 x value, for int3 scale x 32 x value |
+| values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full; int4, int3, planes: below |
 | tail | 64 | zeros, so that a kernel may load a whole register at the last value |
 
-Header: `OWLPACK\\0`, then uint32 version, value type (1 fp32, 2 bf16, 3 int8, 4 int4), flags
+Header: `OWLPACK\\0`, then uint32 version, value type (1 fp32, 2 bf16, 3 int8, 4 int4, 5 int3), flags
 (0 dense, 1 sparse, 2 planes) and rows in a group (16), then uint64 rows, cols, cells in a group, non-zeros,
 offsets of masks, index, scales and values (0 where absent), and the block's length; uint32 scale exponent
 and columns that share a scale (32, 64 or 128; 0 without scales); 24 bytes reserved. Version 2, which is
-still read, has no int4, and 32 columns share a scale.
+still read, has no int4 and no int3, and 32 columns share a scale.
 
 int8 values lie in [-127, 127]; kernels rely on -128 not being there only for accuracy, never for safety.
 A scale's byte holds 4 bits of exponent and 4 of mantissa: as fp32 its bits are `byte << 19` plus the
@@ -33,6 +33,11 @@ int4 values lie in [-8, 7] and are stored plus 8, in 4 bits. Dense: each two cel
 bytes whose lower halves are the first cell. Sparse: each cell's set values begin on a byte, the first of
 two values in the byte's upper half; the last lower half may be unused. Kernels take such a value as the
 int8 value 16 times as large: hence the 16 above.
+
+int3 values lie in [-4, 3] and are stored plus 4; only dense. Each four cells of a group are 96 bytes: first
+64, of which byte i holds the lower two bits of value i of each, the first cell's lowest; then for each cell
+8 bytes, whose bit i is the upper bit of its value i. Kernels take such a value as the int8 value 32 times
+as large.
 
 Planes are for a dense int8 weight most of whose outputs matter little, as a head's do. A value in
 [-119, 119] is `16 x high + low`, both in [-8, 7] and stored plus 8, in 4 bits. The high plane comes first:
@@ -48,7 +53,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Values = Literal["fp32", "bf16", "int8", "int4"]
+Values = Literal["fp32", "bf16", "int8", "int4", "int3"]
 Block = NDArray[np.uint8]
 
 MAGIC = b"OWLPACK\0"
@@ -58,8 +63,6 @@ SCALE_COLUMNS = 32
 SHARED_COLUMNS = (32, 64, 128)  # that may share a scale
 ALIGNMENT = 64
 LOW_COLUMNS = 128  # of the low plane, in 64 bytes
-# Above these shares of non-zeros a weight is best packed whole: the mask costs more than it saves.
-MAX_DENSITY: dict[Values, float] = {"fp32": 0.9, "bf16": 0.85, "int8": 0.8, "int4": 0.7}
 _DENSE, _SPARSE, _PLANES = range(3)
 _HEADER = struct.Struct("<8s4I9Q2I24x")
 _MAX_SCALE_EXPONENT = 254 - 15
@@ -77,6 +80,13 @@ class ValueTraits:
     levels: tuple[int, int] | None = None  # the least and the largest integer; None: no scales
     counts: int = 1  # an integer stands for so many of its scale
     planes: bool = False  # whether they may lie in planes
+    # Above this share of non-zeros a weight is best packed whole: the mask costs more than it
+    # saves. None where it is never packed sparse.
+    max_density: float | None = None
+
+    def pays(self, density: float) -> bool:
+        """Whether a weight with this share of non-zeros is best packed sparse."""
+        return self.max_density is not None and density <= self.max_density
 
     @property
     def pack(self) -> int:
@@ -158,10 +168,11 @@ def pack(
     """Pack `weight` [rows, cols]; with `sparse` only its non-zeros. Returns the block of bytes.
 
     `planes`: int8 whose upper and lower bits lie apart; not with `sparse`. `scales` [rows,
-    ceil(cols / scale_columns)], for int8 and int4: the grid that the weight lies on, to within what
+    ceil(cols / scale_columns)], for integers: the grid that the weight lies on, to within what
     bf16 rounds; each scale 0, or a power of two times (1 + m / 16) with a whole m, and one that is
     less than 2^-15 of the largest is rounded to that. Without them they are chosen: int8's so that
-    the largest value fits, int4's for the least squared error. ValueError for what does not fit.
+    the largest value fits, those of fewer bits for the least squared error. ValueError for what
+    does not fit, or is to be sparse where `values` come dense only.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
@@ -170,6 +181,8 @@ def pack(
     traits = TRAITS[values]
     if planes and (sparse or not traits.planes or scale_columns != SCALE_COLUMNS):
         raise ValueError("only a dense int8 weight comes in planes")
+    if sparse and traits.max_density is None:
+        raise ValueError(f"{values} comes dense only")
     rows, cols = weight.shape
     weight = np.asarray(weight, dtype=np.float32)
     regions: list[tuple[str, NDArray[np.generic]]] = []
@@ -193,7 +206,7 @@ def pack(
     elif planes:
         packed = _to_planes(cells.view(np.int8), cols)
     else:
-        packed = _join_nibbles(cells.view(np.int8)) if traits.stored_bits == 4 else cells
+        packed = _dense_values(cells, traits)
     regions.append(("value", packed))
     flags = _SPARSE if sparse else _PLANES if planes else _DENSE
     kind = (traits.code, flags)
@@ -257,8 +270,9 @@ def unpack(block: Block) -> NDArray[np.float32]:
         high, low = planes(block)
         matrix = (16 * high + low).view(np.uint8)
         return _decode(matrix[: info.rows, : info.cols], block, info)
-    elif traits.stored_bits == 4:
-        cells = _split_nibbles(raw[: info.dense_bytes]).view(np.uint8).reshape(cells.shape)
+    elif traits.stored_bits < 8:
+        split = {4: _split_nibbles, 3: _split_quads}[traits.stored_bits]
+        cells = split(raw[: info.dense_bytes]).view(np.uint8).reshape(cells.shape)
     else:
         cells = raw[: cells.nbytes].view(cells.dtype).reshape(cells.shape)
     return _decode(_from_cells(cells, info), block, info)
@@ -371,7 +385,7 @@ def _scale_bits(
             raise ValueError(_NOT_FINITE)
         # Rounded up, so that the largest value still fits.
         found = ((peak / np.float32(levels[1])).view(np.int32) + 0x7FFFF) >> 19
-        if traits.stored_bits == 4:
+        if traits.stored_bits < 8:
             found = _least_squares(columns, found, levels)
         bits[part] = found.reshape(-1, blocks)
     octaves = traits.counts.bit_length() - 1
@@ -499,6 +513,30 @@ def _split_nibbles(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
     return np.stack((pairs & 15, pairs >> 4), axis=1).view(np.int8) - np.int8(8)
 
 
+def _join_quads(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Values in [-4, 3] of cells: of each four the lower two bits, then the upper ones."""
+    cells = (values + np.int8(4)).view(np.uint8).reshape(-1, 4, 64)
+    lower = np.zeros((len(cells), 64), dtype=np.uint8)
+    for place in range(4):
+        lower |= (cells[:, place] & 3) << np.uint8(2 * place)
+    upper = np.packbits(cells >> 2, axis=-1, bitorder="little")
+    return np.concatenate((lower, upper.reshape(-1, 32)), axis=1)
+
+
+def _split_quads(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """What `_join_quads` joined, [bytes / 96, 4, 64]."""
+    quads = stored.reshape(-1, 96)
+    lower = np.stack([quads[:, :64] >> np.uint8(2 * place) & 3 for place in range(4)], axis=1)
+    upper = np.unpackbits(quads[:, 64:].reshape(-1, 4, 8), axis=-1, bitorder="little")
+    return (lower | upper << np.uint8(2)).view(np.int8) - np.int8(4)
+
+
+def _dense_values(cells: NDArray[np.generic], traits: ValueTraits) -> NDArray[np.generic]:
+    if traits.stored_bits == 4:
+        return _join_nibbles(cells.view(np.int8))
+    return _join_quads(cells.view(np.int8)) if traits.stored_bits == 3 else cells
+
+
 def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArray[np.float32]:
     values = info.traits.decode(bits)
     if not info.scale_bytes:
@@ -516,6 +554,7 @@ TRAITS: dict[Values, ValueTraits] = {
         dtype=np.uint32,
         encode=_encode_fp32,
         decode=lambda bits: bits.view(np.float32),
+        max_density=0.9,
     ),
     "bf16": ValueTraits(
         code=2,
@@ -523,6 +562,7 @@ TRAITS: dict[Values, ValueTraits] = {
         dtype=np.uint16,
         encode=_encode_bf16,
         decode=lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
+        max_density=0.85,
     ),
     "int8": ValueTraits(
         code=3,
@@ -532,6 +572,7 @@ TRAITS: dict[Values, ValueTraits] = {
         decode=lambda bits: bits.view(np.int8).astype(np.float32),
         levels=(-127, 127),
         planes=True,
+        max_density=0.8,
     ),
     "int4": ValueTraits(
         code=4,
@@ -541,6 +582,16 @@ TRAITS: dict[Values, ValueTraits] = {
         decode=lambda bits: bits.view(np.int8) * np.float32(16),
         levels=(-8, 7),
         counts=16,
+        max_density=0.7,
+    ),
+    "int3": ValueTraits(
+        code=5,
+        stored_bits=3,
+        dtype=np.uint8,
+        encode=_encode_integers,
+        decode=lambda bits: bits.view(np.int8) * np.float32(32),
+        levels=(-4, 3),
+        counts=32,
     ),
 }
 
@@ -612,7 +663,7 @@ def _assemble(
     for name, region in regions:
         offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
         end = offsets[name] + region.nbytes
-    block = np.zeros(end + ALIGNMENT, dtype=np.uint8)
+    block = np.zeros((-(-end // ALIGNMENT) + 1) * ALIGNMENT, dtype=np.uint8)
     places = (*offsets.values(), block.size, *of_scales)
     header = _HEADER.pack(MAGIC, VERSION, *kind, GROUP_ROWS, *extents, *places)
     block[: _HEADER.size] = np.frombuffer(header, np.uint8)
@@ -634,12 +685,14 @@ def read_header(block: Block) -> PackedInfo:
     if version not in (VERSION, OLDER_VERSION):
         raise ValueError(f"format version {version} is not supported (2 and 3 are): export again")
     if version == OLDER_VERSION:
-        names.pop(TRAITS["int4"].code)
+        names = {code: name for code, name in names.items() if code <= TRAITS["int8"].code}
     if code not in names or flags > _PLANES or group_rows != GROUP_ROWS:
         raise ValueError("unknown value type, flags or group size")
     traits = TRAITS[names[code]]
     if flags == _PLANES and not traits.planes:
         raise ValueError("only int8 comes in planes")
+    if flags == _SPARSE and traits.max_density is None:
+        raise ValueError("int3 comes dense only")
     if version == OLDER_VERSION:
         shared = SCALE_COLUMNS if traits.levels else 0
     allowed = (0,) if not traits.levels else SHARED_COLUMNS[: 1 if flags == _PLANES else None]

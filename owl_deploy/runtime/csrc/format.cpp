@@ -8,7 +8,7 @@ namespace {
 
 constexpr char kMagic[8] = {'O', 'W', 'L', 'P', 'A', 'C', 'K', '\0'};
 constexpr std::uint32_t kVersion = 3;
-constexpr std::uint32_t kOlderVersion = 2;  // without int4, and 32 columns share a scale
+constexpr std::uint32_t kOlderVersion = 2;  // without int4 and int3, and 32 columns share a scale
 constexpr std::uint32_t kFlagSparse = 1, kFlagPlanes = 2;
 constexpr std::uint32_t kMaxScaleExponent = 254 - 15;  // the largest scale is finite
 constexpr std::uint64_t kMaxExtent =
@@ -89,6 +89,8 @@ std::string check_header(const Header& h, std::size_t size) {
   if (h.flags > kFlagPlanes) return "unknown flags";
   if (h.flags == kFlagPlanes && !traits_of(static_cast<ValueType>(h.value_type)).planes)
     return "only int8 comes in planes";
+  if (h.flags == kFlagSparse && !traits_of(static_cast<ValueType>(h.value_type)).sparse)
+    return "int3 comes dense only";
   if (!scale_columns_are_sound(h)) return "scales cannot be shared by so many columns";
   if (h.scale_exponent > kMaxScaleExponent) return "the scales' exponent is out of range";
   if (h.group_rows != kGroupRows) return "only groups of 16 rows are supported";

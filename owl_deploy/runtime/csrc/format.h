@@ -2,7 +2,7 @@
 // pack.py.
 //
 // A weight [rows, cols] is cut into groups of 16 output rows; a group is a sequence of *cells*. A
-// cell is 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 int8 and int4), 64 bytes
+// cell is 16 rows x `pack` consecutive columns (pack = 1 fp32, 2 bf16, 4 integers), 64 bytes
 // once expanded, row-major: one vector register whose every 32-bit lane belongs to one output. So a
 // matrix-vector product keeps 16 outputs in one register and never adds across lanes.
 #pragma once
@@ -19,7 +19,7 @@
 
 namespace owl {
 
-enum class ValueType : std::uint32_t { kFp32 = 1, kBf16 = 2, kInt8 = 3, kInt4 = 4 };
+enum class ValueType : std::uint32_t { kFp32 = 1, kBf16 = 2, kInt8 = 3, kInt4 = 4, kInt3 = 5 };
 
 // How values lie: those of set mask bits; all of them; or int8 in two planes, its upper 4 bits in
 // cells, from which alone a product can be had to within some percent, and its lower 4 bits row by
@@ -32,6 +32,7 @@ constexpr std::size_t kBlockCells =
     8;  // integers: one scale of the activations for 8 cells = 32 columns
 constexpr std::size_t kBlockColumns = 32;
 constexpr std::size_t kLowColumns = 128;  // columns that 64 bytes of the low plane hold
+constexpr std::size_t kQuadBytes = 96;    // four cells of 3 bits a value: see `of_quad`
 
 // A width of values, to overload functions on.
 template <std::size_t N>
@@ -44,6 +45,7 @@ struct ValueTraits {
   std::size_t stored_bits;  // of a value in the block
   std::size_t cell_bits;    // of a value in an expanded cell: 8 meet int8 activations, in integers
   bool planes = false;      // whether they may lie in planes
+  bool sparse = true;       // or without those that are zero
 
   // Which is also how many values share one 32-bit lane.
   OWL_INLINE constexpr std::size_t columns_per_cell() const { return 32 / cell_bits; }
@@ -64,6 +66,8 @@ constexpr ValueTraits kValueTraits[] = {
     {.type = ValueType::kInt8, .stored_bits = 8, .cell_bits = 8, .planes = true},
     // In [-8, 7], stored plus 8; in a cell 16 times that, as the upper bits of planes are.
     {.type = ValueType::kInt4, .stored_bits = 4, .cell_bits = 8},
+    // In [-4, 3], stored plus 4; in a cell 32 times that. Half of them removed would take no less.
+    {.type = ValueType::kInt3, .stored_bits = 3, .cell_bits = 8, .sparse = false},
 };
 constexpr std::size_t kValueTypes = sizeof(kValueTraits) / sizeof(kValueTraits[0]);
 
@@ -76,6 +80,7 @@ constexpr bool traits_are_sound() {
     const ValueTraits& t = kValueTraits[i];
     if (static_cast<std::size_t>(t.type) != i + 1) return false;
     if (t.planes && (t.stored_bits != 8 || !t.integer())) return false;
+    if (t.sparse && t.stored_bits == 3) return false;
   }
   return true;
 }
@@ -137,6 +142,14 @@ struct PackedMatrix {
         group_values(row / kGroupRows)[cell / 2 * kCellBytes + row % kGroupRows * 4 + column % 4];
     return 16 * ((both >> cell % 2 * 4 & 15) - 8);
   }
+  // 32 times one value of a dense int3 weight.
+  OWL_INLINE int of_quad(std::size_t row, std::size_t column) const {
+    const std::size_t cell = column / 4, place = cell % 4, lane = row % kGroupRows * 4 + column % 4;
+    const std::uint8_t* quad = group_values(row / kGroupRows) + cell / 4 * kQuadBytes;
+    const int lower = quad[lane] >> 2 * place & 3;
+    const int upper = quad[kCellBytes + 8 * place + lane / 8] >> lane % 8 & 1;
+    return 32 * (4 * upper + lower - 4);
+  }
   // One value of a weight in planes.
   OWL_INLINE int joined(std::size_t row, std::size_t column) const {
     const std::size_t place = column % kLowColumns;
@@ -181,10 +194,13 @@ OWL_INLINE void with_form(const PackedMatrix& w, const Work& work) {
   with_type(w.type, [&](auto type) OWL_ALWAYS_INLINE {
     constexpr ValueTraits kTraits = type.kTraits;
     switch (w.storage) {
-      case Storage::kSparse: return work(Form<kTraits.type, Storage::kSparse>{});
+      case Storage::kSparse:
+        if constexpr (kTraits.sparse) return work(Form<kTraits.type, Storage::kSparse>{});
+        return;
       case Storage::kDense: return work(Form<kTraits.type, Storage::kDense>{});
       case Storage::kPlanes:
         if constexpr (kTraits.planes) return work(Form<kTraits.type, Storage::kPlanes>{});
+        return;
     }
   });
 }

@@ -67,6 +67,7 @@ struct CellStream {
   // Two cells in the halves of 64 bytes.
   static constexpr bool kPaired =
       kStorage == Storage::kPlanes || (kStorage == Storage::kDense && kTraits.stored_bits == 4);
+  static constexpr bool kQuads = kStorage == Storage::kDense && kTraits.stored_bits == 3;
   static constexpr bool kWidens =
       kStorage == Storage::kSparse && kTraits.stored_bits == 4 && V::kWidens;
 
@@ -87,8 +88,8 @@ struct CellStream {
     }
   }
 
-  // Cells come in turn from an even place and from an odd one; integers as `dot` takes them.
-  template <bool Odd>
+  // The next cell, at the places 0 to 3 in turn; integers as `dot` takes them.
+  template <std::size_t Place>
   typename V::Cell next() {
     if constexpr (kStorage == Storage::kSparse) {
       Mask<kTraits.columns_per_cell()> bits;
@@ -98,8 +99,12 @@ struct CellStream {
       value += kTraits.stored_bytes(set_bits(bits));
       return ready(cell);
     } else if constexpr (kPaired) {
-      const typename V::Cell cell = V::template nibbles<Odd>(V::load_cell(value));
-      if constexpr (Odd) value += kCellBytes;
+      const typename V::Cell cell = V::template nibbles<Place % 2 == 1>(V::load_cell(value));
+      if constexpr (Place % 2 == 1) value += kCellBytes;
+      return ready(cell);
+    } else if constexpr (kQuads) {
+      const typename V::Cell cell = V::template of_quad<Place>(value);
+      if constexpr (Place == 3) value += kQuadBytes;
       return ready(cell);
     } else {
       static_assert(kTraits.stored_bits == kTraits.cell_bits);
@@ -137,7 +142,7 @@ struct CellStream {
   void prefetch_ahead() const {
     constexpr bool far = Several && V::kAsksFar && kStorage != Storage::kSparse;
     constexpr std::size_t bytes =
-        !kPaired && (kStorage == Storage::kDense || kTraits.stored_bits > 8) ? 256 : 128;
+        !kPaired && !kQuads && (kStorage == Storage::kDense || kTraits.stored_bits > 8) ? 256 : 128;
     const char* p = reinterpret_cast<const char*>(value);
     for (std::size_t i = 0; i < bytes; i += 64)
       far ? prefetch_far(p + kPrefetchFarBytes + i) : prefetch(p + kPrefetchBytes + i);

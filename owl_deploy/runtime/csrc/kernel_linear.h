@@ -136,10 +136,10 @@ OWL_INLINE typename V::I block_sums(Stream& stream, const std::uint8_t* x, std::
   typename V::I c = V::i_set1(0);
   for (std::size_t i = 0; i < cells; i += 4, x += 16) {
     stream.template prefetch_ahead<false>();
-    a = V::dot(Bits<8>{}, a, stream.template next<false>(), V::broadcast(x));
-    c = V::dot(Bits<8>{}, c, stream.template next<true>(), V::broadcast(x + 4));
-    a = V::dot(Bits<8>{}, a, stream.template next<false>(), V::broadcast(x + 8));
-    c = V::dot(Bits<8>{}, c, stream.template next<true>(), V::broadcast(x + 12));
+    a = V::dot(Bits<8>{}, a, stream.template next<0>(), V::broadcast(x));
+    c = V::dot(Bits<8>{}, c, stream.template next<1>(), V::broadcast(x + 4));
+    a = V::dot(Bits<8>{}, a, stream.template next<2>(), V::broadcast(x + 8));
+    c = V::dot(Bits<8>{}, c, stream.template next<3>(), V::broadcast(x + 12));
   }
   return V::i_add(a, c);
 }
@@ -289,10 +289,10 @@ void matvec_float(const PackedMatrix& w, std::size_t begin, std::size_t end,
     const std::uint8_t* x = row;
     for (std::size_t i = 0; i < w.cells; i += 4, x += 4 * step) {
       stream.template prefetch_ahead<false>();
-      a = V::dot(width, a, stream.template next<false>(), x);
-      b = V::dot(width, b, stream.template next<true>(), x + step);
-      c = V::dot(width, c, stream.template next<false>(), x + 2 * step);
-      d = V::dot(width, d, stream.template next<true>(), x + 3 * step);
+      a = V::dot(width, a, stream.template next<0>(), x);
+      b = V::dot(width, b, stream.template next<1>(), x + step);
+      c = V::dot(width, c, stream.template next<2>(), x + 2 * step);
+      d = V::dot(width, d, stream.template next<3>(), x + 3 * step);
     }
     V::f_store(sums, V::f_add(V::f_add(a, b), V::f_add(c, d)));
   }
@@ -323,10 +323,10 @@ struct CellBlock {
 #pragma GCC unroll 8
     for (std::size_t i = 0; i < Cells; i += 4) {
       stream.template prefetch_ahead<true>();
-      cell[i] = stream.template next<false>();
-      cell[i + 1] = stream.template next<true>();
-      cell[i + 2] = stream.template next<false>();
-      cell[i + 3] = stream.template next<true>();
+      cell[i] = stream.template next<0>();
+      cell[i + 1] = stream.template next<1>();
+      cell[i + 2] = stream.template next<2>();
+      cell[i + 3] = stream.template next<3>();
     }
   }
 
@@ -527,16 +527,20 @@ template <class V, class Form>
 void unpack_cells(const PackedMatrix& w, std::size_t group, std::size_t first, std::size_t cells,
                   std::size_t step, CellStream<V, Form>& stream, std::uint8_t* tile) {
   auto put = [&](std::size_t c, typename V::Cell cell) { V::store_cell(tile + c * step, cell); };
-  for (std::size_t c = 0; c < cells; c += 2) {
+  for (std::size_t c = 0; c < cells; c += 4) {
     if constexpr (Form::kStorage == Storage::kPlanes) {
-      const typename V::Cell high =
-          V::load_cell(w.group_values(group) + (first + c) / 2 * kCellBytes);
-      put(c, V::bias8(add_low<V>(w, group, first + c, V::template nibbles<false>(high))));
-      put(c + 1, V::bias8(add_low<V>(w, group, first + c + 1, V::template nibbles<true>(high))));
+      for (std::size_t i = c; i < c + 4; i += 2) {
+        const typename V::Cell high =
+            V::load_cell(w.group_values(group) + (first + i) / 2 * kCellBytes);
+        put(i, V::bias8(add_low<V>(w, group, first + i, V::template nibbles<false>(high))));
+        put(i + 1, V::bias8(add_low<V>(w, group, first + i + 1, V::template nibbles<true>(high))));
+      }
     } else {
-      if (c % 4 == 0) stream.template prefetch_ahead<true>();
-      put(c, stream.template next<false>());
-      put(c + 1, stream.template next<true>());
+      stream.template prefetch_ahead<true>();
+      put(c, stream.template next<0>());
+      put(c + 1, stream.template next<1>());
+      put(c + 2, stream.template next<2>());
+      put(c + 3, stream.template next<3>());
     }
   }
 }

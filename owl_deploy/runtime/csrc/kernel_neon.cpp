@@ -125,6 +125,27 @@ struct Neon {
     for (uint8x16_t& v : cell.v) v = nibble<Upper>(v);
     return cell;
   }
+  // One of four cells of 3 bits a value: their lower two bits in the pairs of bits of 64 bytes, the
+  // upper ones in four masks behind these; less 4, times 32.
+  template <std::size_t Place>
+  static Cell of_quad(const std::uint8_t* p) {
+    const uint8x8_t upper = vld1_u8(p + kCellBytes + 8 * Place);
+    const uint8x16_t both = vcombine_u8(upper, upper);
+    const uint8x16_t bit_of = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ULL));
+    Cell cell = load_cell(p);
+    for (std::uint8_t i = 0; i < 4; ++i) {
+      uint8x16_t& v = cell.v[i];
+      if constexpr (Place < 3)
+        v = vshlq_n_u8(v, 5 - 2 * static_cast<int>(Place));
+      else
+        v = vshrq_n_u8(v, 1);
+      const auto first = static_cast<std::uint8_t>(2 * i);
+      const uint8x16_t byte_of = vcombine_u8(vdup_n_u8(first), vdup_n_u8(first + 1));
+      const uint8x16_t set = vtstq_u8(vqtbl1q_u8(both, byte_of), bit_of);
+      v = vorrq_u8(vandq_u8(v, vdupq_n_u8(0x60)), vbicq_u8(vdupq_n_u8(0x80), set));
+    }
+    return cell;
+  }
   template <bool Upper>
   static Cell add_nibbles(Cell cell, const Cell& from) {
     for (int i = 0; i < 4; ++i) {

@@ -41,6 +41,18 @@ struct Avx512Common {
     return _mm512_xor_si512(_mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xf0))),
                             _mm512_set1_epi8(static_cast<char>(0x80)));
   }
+  // One of four cells of 3 bits a value: their lower two bits in the pairs of bits of 64 bytes, the
+  // upper ones in four masks behind these; less 4, times 32.
+  template <std::size_t Place>
+  static Cell of_quad(const std::uint8_t* p) {
+    const __m512i pairs = load_cell(p), bias = _mm512_set1_epi8(static_cast<char>(0x80));
+    const __m512i moved =
+        Place < 3 ? _mm512_slli_epi16(pairs, 5 - 2 * Place) : _mm512_srli_epi16(pairs, 1);
+    const __m512i lower = _mm512_and_si512(moved, _mm512_set1_epi8(0x60));
+    std::uint64_t upper;
+    std::memcpy(&upper, p + kCellBytes + 8 * Place, 8);
+    return _mm512_xor_si512(_mm512_mask_add_epi8(lower, upper, lower, bias), bias);
+  }
   // Adds the nibbles less 8 themselves.
   template <bool Upper>
   static Cell add_nibbles(Cell cell, Cell v) {

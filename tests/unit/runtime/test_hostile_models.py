@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from owl_deploy.runtime import library_path, pack, register
 
-from .test_pack import sparse_weight
+from .test_pack import VALUES, sparse_weight
 from .test_program import SIZE, TOTAL, decoder, joined, with_mask
 
 NUMBERS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 5, 8, 9, 16, 17, 48, 63, 400, 401, 402, 4097)
@@ -32,7 +32,6 @@ MODULE = "tests.unit.runtime.test_hostile_models"
 # for want of memory: neither is the operators' doing.
 EXTENTS = (0, 1, 2, 3, 15, 16, 17, 31, 33, 64, 95, 97, 1000)
 LENGTHS = (-(2**31), -2, -1, 0, 1, 2, 7, 12, 13, 14, 19, 20, 21, 1000, 2**31 - 1)
-VALUES: tuple[pack.Values, ...] = ("fp32", "bf16", "int8", "int4")
 
 _TYPES = {
     TensorProto.FLOAT: np.float32,

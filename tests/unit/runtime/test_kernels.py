@@ -7,9 +7,8 @@ from numpy.typing import NDArray
 from owl_deploy.runtime import pack
 
 from .conftest import Kernels
-from .test_pack import on_grid, sparse_weight
+from .test_pack import INTEGERS, VALUES, on_grid, packed, sparse_weight
 
-INTEGERS: tuple[pack.Values, ...] = ("int4", "int8")
 FEW_ROWS, PASS_ROWS = 16, 48  # kFewRows, kPassRows in kernels.h
 TOLERANCE = 2e-6  # of sum |x| |w|: fp32 sums, since the oracle rounds activations as the kernels do
 
@@ -28,7 +27,7 @@ def as_kernels_see(x: NDArray[np.float32], values: pack.Values, isa: str) -> NDA
     if values == "bf16" and isa == "avx512":
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
-    if values not in ("int8", "int4"):
+    if values not in INTEGERS:
         return x
     padded = np.zeros((x.shape[0], -(-x.shape[1] // 32) * 32), dtype=np.float32)
     padded[:, : x.shape[1]] = x
@@ -45,7 +44,7 @@ def activations(rows: int, cols: int, seed: int = 7) -> NDArray[np.float32]:
 @pytest.mark.parametrize(
     "shape", [(1, 1), (15, 3), (16, 64), (17, 65), (33, 127), (64, 576), (200, 1537)]
 )
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.95, 1.0])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_against_oracle(
@@ -56,7 +55,7 @@ def test_against_oracle(
     sparsity: float,
     sparse: bool,
 ) -> None:
-    block = pack.pack(sparse_weight(*shape, sparsity), values, sparse)
+    block = packed(sparse_weight(*shape, sparsity), values, sparse)
     weight = pack.unpack(block)
     for rows in (1, 2, 7, 65):
         x = activations(rows, shape[1])
@@ -123,7 +122,7 @@ def test_planes_pass_on_what_is_not_a_number(
 
 @pytest.mark.parametrize(
     ("values", "storage"),
-    [(v, s) for v in ("fp32", "bf16", "int8", "int4") for s in ("sparse", "dense")]
+    [(v, s) for v in VALUES for s in ("sparse", "dense") if v != "int3" or s == "dense"]
     + [("int8", "planes")],
 )
 @pytest.mark.parametrize(("outputs", "cols"), [(16, 3), (50, 36), (35, 333), (2085, 100)])
@@ -133,7 +132,7 @@ def test_a_row_says_the_same_alone_and_in_company(
     """To the last bit among few rows; of integers, whose sums are exact, among many as well."""
     planes = storage == "planes"
     weight = sparse_weight(outputs, cols, 0.5)
-    block = pack.pack(weight, values, storage == "sparse", planes=planes)
+    block = packed(weight, values, storage == "sparse", planes=planes)
     exact = values in INTEGERS and not planes
     some = [*range(2, FEW_ROWS + 2)]
     if exact:
@@ -162,7 +161,7 @@ def test_a_gated_row_says_the_same_in_company(
     kernels: Kernels, isa: str, rows: int, values: pack.Values
 ) -> None:
     parts = (sparse_weight(600, 72, 0.5, seed=seed) for seed in (3, 4))
-    block = pack.pack(pack.interleave_gate_up(*parts), values)
+    block = packed(pack.interleave_gate_up(*parts), values)
     x = activations(rows, 72)
     y, _ = kernels.matmul(isa, block, x, 608, threads=2, epilogue="silu_mul")
     for m in range(rows):
@@ -170,14 +169,14 @@ def test_a_gated_row_says_the_same_in_company(
         np.testing.assert_array_equal(y[m], alone[0])
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("shared", [64, 128])
 @pytest.mark.parametrize("cols", [32, 33, 96, 130, 700])
 def test_scales_of_more_columns(
     kernels: Kernels, isa: str, values: pack.Values, sparse: bool, shared: int, cols: int
 ) -> None:
-    block = pack.pack(sparse_weight(50, cols, 0.5), values, sparse, scale_columns=shared)
+    block = packed(sparse_weight(50, cols, 0.5), values, sparse, scale_columns=shared)
     for rows in (1, 5, 20):
         x = activations(rows, cols)
         y, _ = kernels.matmul(isa, block, x, 50)
@@ -186,35 +185,35 @@ def test_scales_of_more_columns(
         np.testing.assert_array_equal(kernels.gather(block, 17, cols), pack.unpack(block)[17])
 
 
-@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(("narrow", "sparse"), [("int4", True), ("int4", False), ("int3", False)])
 @pytest.mark.parametrize("rows", [1, 6, 20])
-def test_int4_and_int8_of_one_grid_agree_to_the_last_bit(
-    kernels: Kernels, isa: str, sparse: bool, rows: int
+def test_integers_of_one_grid_agree_to_the_last_bit(
+    kernels: Kernels, isa: str, narrow: pack.Values, sparse: bool, rows: int
 ) -> None:
-    weight, scales = on_grid(70, 203, "int4", 32)
+    weight, scales = on_grid(70, 203, narrow, 32)
     x = activations(rows, 203)
-    four, eight = (
-        kernels.matmul(isa, pack.pack(weight, values, sparse, scales=scales), x, 70)[0]
-        for values in INTEGERS
+    few, eight = (
+        kernels.matmul(isa, packed(weight, values, sparse, scales=scales), x, 70)[0]
+        for values in (narrow, "int8")
     )
-    np.testing.assert_array_equal(four, eight)
+    np.testing.assert_array_equal(few, eight)
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 129, 300])
 def test_batches(kernels: Kernels, isa: str, values: pack.Values, rows: int) -> None:
-    block = pack.pack(sparse_weight(80, 300, 0.7), values)
+    block = packed(sparse_weight(80, 300, 0.7), values)
     x = activations(rows, 300)
     y, _ = kernels.matmul(isa, block, x, 80, threads=3)
     assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("rows", [1, 9, 150])
 def test_thread_count_changes_no_bit(
     kernels: Kernels, isa: str, values: pack.Values, rows: int
 ) -> None:
-    block = pack.pack(sparse_weight(700, 333, 0.6), values)
+    block = packed(sparse_weight(700, 333, 0.6), values)
     x = activations(rows, 333)
     first, _ = kernels.matmul(isa, block, x, 700, threads=1)
     for threads in range(2, 9):
@@ -222,19 +221,19 @@ def test_thread_count_changes_no_bit(
         np.testing.assert_array_equal(again, first)
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 def test_empty_and_full_rows(kernels: Kernels, isa: str, values: pack.Values) -> None:
     weight = sparse_weight(50, 200, 0.7)
     weight[::3] = 0
     weight[1::3] = 1.5
-    block = pack.pack(weight, values)
+    block = packed(weight, values)
     x = activations(1, 200)
     y, _ = kernels.matmul(isa, block, x, 50)
     assert not y[0, ::3].any()
     assert rounding_error(y, as_kernels_see(x, values, isa), pack.unpack(block)) < TOLERANCE
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_infinity_and_nan_propagate(
@@ -246,7 +245,7 @@ def test_infinity_and_nan_propagate(
     y, _ = kernels.matmul(isa, block, x, 40)
     assert not np.isfinite(y[rows - 1]).any()
     assert np.isfinite(y[: rows - 1]).all()
-    if values not in ("int8", "int4"):  # integers have no infinity: their blocks become NaN
+    if values not in INTEGERS:  # integers have no infinity: their blocks become NaN
         np.testing.assert_array_equal(y[rows - 1], np.full(40, bad, dtype=np.float32))
 
 
@@ -259,12 +258,12 @@ def test_denormal_activations_are_harmless(kernels: Kernels, isa: str) -> None:
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul"])
 @pytest.mark.parametrize("outputs", [16, 20, 96])
 @pytest.mark.parametrize("rows", [1, 9, 20])
-@pytest.mark.parametrize("values", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("values", ["fp32", *INTEGERS])
 def test_gated(
     kernels: Kernels, isa: str, epilogue: str, outputs: int, rows: int, values: pack.Values
 ) -> None:
     gate, up = sparse_weight(outputs, 72, 0.5, seed=3), sparse_weight(outputs, 72, 0.5, seed=4)
-    block = pack.pack(pack.interleave_gate_up(gate, up), values)
+    block = packed(pack.interleave_gate_up(gate, up), values)
     both = pack.unpack(block).reshape(-1, 2, 16, 72).astype(np.float64)
     x = activations(rows, 72)
     # The operator's `columns` attribute cuts off the padding; here the whole width is asked for.
@@ -291,7 +290,7 @@ def test_norm_residual_and_bias(kernels: Kernels, isa: str, cols: int, rows: int
     )
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4", "planes"])
+@pytest.mark.parametrize("values", [*VALUES, "planes"])
 def test_gather(kernels: Kernels, values: str) -> None:
     planes = values == "planes"
     block = pack.pack(

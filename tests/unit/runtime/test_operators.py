@@ -13,7 +13,7 @@ from owl_deploy.runtime import pack, register
 
 from .conftest import Kernels
 from .test_attention import rotary_tables
-from .test_pack import sparse_weight
+from .test_pack import VALUES, packed, sparse_weight
 
 
 def model_of(block: NDArray[np.uint8], cols: int) -> onnx.ModelProto:
@@ -69,10 +69,10 @@ def test_wrong_width_is_refused(kernels: Kernels) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("rows", [1, 70])
 def test_no_thread_count_of_the_session_changes_a_bit(values: pack.Values, rows: int) -> None:
-    block = pack.pack(sparse_weight(900, 260, 0.7), values)
+    block = packed(sparse_weight(900, 260, 0.7), values)
     x = np.random.default_rng(0).standard_normal((rows, 260)).astype(np.float32)
     first = session(block, 260).run(None, {"x": x})[0]
     for threads in (2, 3, 5, 8):
@@ -91,11 +91,11 @@ def test_no_rows_give_no_rows() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 def test_no_damaged_weight_crashes_a_session(values: pack.Values) -> None:
     """Each damage is refused by name, or harmless; the header's fields are refused."""
     rng = np.random.default_rng(0)
-    whole = pack.pack(sparse_weight(40, 150, 0.6), values)
+    whole = packed(sparse_weight(40, 150, 0.6), values)
     refused = []
     for turn in range(60):
         block = whole.copy()

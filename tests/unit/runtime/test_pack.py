@@ -1,5 +1,7 @@
 """The packed format: what goes in comes out, and what is wrong is refused."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,9 @@ from .conftest import Kernels
 SHAPES = [(1, 1), (16, 64), (17, 5), (31, 129), (64, 576), (100, 1000)]
 # Relative to the largest value of the row and block: half a step of each type; of int4, what the
 # largest may lose so that the others lose less.
-STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254, "int4": 0.3}
+STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254, "int4": 0.3, "int3": 0.6}
+VALUES: tuple[pack.Values, ...] = tuple(pack.TRAITS)
+INTEGERS = tuple(values for values, traits in pack.TRAITS.items() if traits.levels)
 
 
 def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArray[np.float32]:
@@ -23,22 +27,31 @@ def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArr
     return weight
 
 
+def packed(
+    weight: NDArray[np.float32], values: pack.Values, sparse: bool = True, **how: Any
+) -> pack.Block:
+    """As `pack.pack`, but dense where a type comes no other way."""
+    sparse = sparse and pack.TRAITS[values].max_density is not None
+    return pack.pack(weight, values, sparse, **how)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99, 1.0])
 def test_round_trip(
     shape: tuple[int, int], values: pack.Values, sparse: bool, sparsity: float
 ) -> None:
     weight = sparse_weight(*shape, sparsity)
-    block = pack.pack(weight, values, sparse)
+    block = packed(weight, values, sparse)
     info = pack.inspect(block)
     back = pack.unpack(block)
+    sparse = sparse and values != "int3"
     assert (info.rows, info.cols, info.sparse, info.values) == (*shape, sparse, values)
     assert back.shape == weight.shape
-    assert np.array_equal(back == 0, weight == 0) or values in ("int8", "int4")
+    assert np.array_equal(back == 0, weight == 0) or values in INTEGERS
     assert np.abs(back - weight).max() <= STEP[values] * np.abs(weight).max()
-    again = pack.unpack(pack.pack(back, values, sparse))
+    again = pack.unpack(packed(back, values, sparse))
     assert np.abs(again - back).max() <= STEP[values] * np.abs(weight).max()
 
 
@@ -87,14 +100,14 @@ def on_grid(
     return integers * scales.repeat(shared, axis=1)[:, :cols], scales
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("shared", pack.SHARED_COLUMNS)
 def test_a_weight_on_a_grid_keeps_it(values: pack.Values, sparse: bool, shared: int) -> None:
     weight, scales = on_grid(37, 200, values, shared)
     bf16 = pack.unpack(pack.pack(weight, "bf16"))  # as checkpoints hold it
     for held in (weight, bf16):
-        block = pack.pack(held, values, sparse, scales=scales, scale_columns=shared)
+        block = packed(held, values, sparse, scales=scales, scale_columns=shared)
         np.testing.assert_array_equal(pack.unpack(block), weight)
         assert pack.inspect(block).nonzeros == np.count_nonzero(weight)
 
@@ -157,7 +170,7 @@ def as_version_2(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_version_2_is_read(kernels: Kernels, isa: str, values: pack.Values, sparse: bool) -> None:
-    block = pack.pack(sparse_weight(33, 70, 0.5), values, sparse)
+    block = packed(sparse_weight(33, 70, 0.5), values, sparse)
     old = as_version_2(block)
     np.testing.assert_array_equal(pack.unpack(old), pack.unpack(block))
     x = np.ones((3, 70), dtype=np.float32)
@@ -169,9 +182,9 @@ def test_version_2_has_no_int4(kernels: Kernels) -> None:
     refused(kernels, as_version_2(pack.pack(sparse_weight(33, 70, 0.5), "int4")), "value type")
 
 
-@pytest.mark.parametrize("values", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("values", VALUES[1:])
 def test_only_so_many_columns_share_a_scale(kernels: Kernels, values: pack.Values) -> None:
-    block = pack.pack(sparse_weight(33, 70, 0.5), values)
+    block = packed(sparse_weight(33, 70, 0.5), values)
     for shared in (1, 31, 48, 256) + ((32,) if values == "bf16" else (0,)):
         refused(kernels, changed(block, "scale_columns", shared), "shared by so many")
 
@@ -192,33 +205,33 @@ def test_values_of_int4_are_counted_by_cell(kernels: Kernels) -> None:
 
 def test_size_at_seventy_percent() -> None:
     weight = sparse_weight(1024, 1024, 0.7)
-    bits = {values: pack.pack(weight, values).size / weight.size for values in ("bf16", "int8")}
+    bits = {values: packed(weight, values).size / weight.size for values in ("bf16", "int8")}
     assert bits["bf16"] == pytest.approx(0.725, rel=0.02)
     assert bits["int8"] == pytest.approx(0.3 + 1 / 8 + 1 / 32, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (192, 576)])
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES)
 def test_the_size_of_a_dense_weight_is_known_before(
     shape: tuple[int, int], values: pack.Values
 ) -> None:
     weight = sparse_weight(*shape, 0.0)
-    assert pack.stored_bytes(shape, values) == pack.pack(weight, values, sparse=False).size
-    if values in ("int8", "int4"):
-        block = pack.pack(weight, values, sparse=False, scale_columns=128)
+    assert pack.stored_bytes(shape, values) == packed(weight, values, sparse=False).size
+    if values in INTEGERS:
+        block = packed(weight, values, sparse=False, scale_columns=128)
         assert pack.stored_bytes(shape, values, scale_columns=128) == block.size
     if values == "int8":
-        block = pack.pack(weight, values, sparse=False, planes=True)
+        block = packed(weight, values, sparse=False, planes=True)
         assert pack.stored_bytes(shape, values, planes=True) == block.size
 
 
 @pytest.mark.parametrize("shape", [(192, 576), (100, 1000), (576, 1536)])
-@pytest.mark.parametrize("values", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("values", VALUES[:-1])  # int3 comes dense only
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
 def test_the_size_of_a_sparse_weight_is_expected_to_a_hundredth(
     shape: tuple[int, int], values: pack.Values, sparsity: float
 ) -> None:
-    block = pack.pack(sparse_weight(*shape, sparsity), values)
+    block = packed(sparse_weight(*shape, sparsity), values)
     zeros = 1 - pack.inspect(block).nonzeros / (shape[0] * shape[1])
     expected = pack.stored_bytes(shape, values, zeros, scale_columns=32)
     assert expected == pytest.approx(block.size, rel=0.01)
@@ -233,12 +246,14 @@ def test_every_region_is_aligned() -> None:
 def test_refuses_what_it_cannot_store() -> None:
     with pytest.raises(ValueError, match="two dimensions"):
         pack.pack(np.zeros(3, dtype=np.float32))
-    for values in ("int8", "int4"):
+    for values in INTEGERS:
         with pytest.raises(ValueError, match="infinities"):
-            pack.pack(np.array([[np.inf]], dtype=np.float32), values)
+            packed(np.array([[np.inf]], dtype=np.float32), values)
     for values, sparse in (("bf16", False), ("int8", True)):
         with pytest.raises(ValueError, match="planes"):
             pack.pack(np.ones((2, 2), dtype=np.float32), values, sparse, planes=True)
+    with pytest.raises(ValueError, match="int3 comes dense only"):
+        pack.pack(np.ones((2, 2), dtype=np.float32), "int3")
     with pytest.raises(ValueError, match="must be one of"):
         pack.pack(np.ones((2, 2), dtype=np.float32), "int5")  # type: ignore[arg-type]
 
@@ -293,7 +308,7 @@ def test_gate_and_up_alternate() -> None:
 
 REFUSAL = (
     "block|version|value type|flags|planes|exponent|"
-    "groups of 16|rows|cells|outside|region|index|mask|shared"
+    "groups of 16|rows|cells|outside|region|index|mask|shared|dense only"
 )
 HEADER_FIELDS = {
     "version": (8, 4),
@@ -318,7 +333,7 @@ HEADER_FIELDS = {
 @pytest.mark.parametrize("value", [0, 1, 63, 2**31, 2**32 - 1, 2**63, 2**64 - 64, 2**64 - 1])
 @pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 def test_hostile_header(kernels: Kernels, field: str, value: int, values: pack.Values) -> None:
-    block = pack.pack(sparse_weight(33, 70, 0.5), values).copy()
+    block = packed(sparse_weight(33, 70, 0.5), values).copy()
     offset, width = HEADER_FIELDS[field]
     new = np.frombuffer((value % 2 ** (8 * width)).to_bytes(width, "little"), dtype=np.uint8)
     if np.array_equal(block[offset : offset + width], new):
@@ -364,6 +379,7 @@ def refused(kernels: Kernels, block: NDArray[np.uint8], match: str) -> None:
         ("int4", True, False, "masks", 3 * 52 * 8),
         ("int4", False, False, "scales", 3 * 7 * 16),
         ("int4", False, False, "values", 3 * 26 * 64 + 64),
+        ("int3", False, False, "scales", 3 * 7 * 16),
         # 33 x 200 is 3 groups of 52 cells of int8, of 100 of bf16.
         ("int8", True, False, "masks", 3 * 52 * 8),
         ("bf16", True, False, "masks", 3 * 100 * 4),
@@ -379,7 +395,7 @@ def refused(kernels: Kernels, block: NDArray[np.uint8], match: str) -> None:
 def test_a_region_may_end_where_the_block_does_and_no_later(
     kernels: Kernels, values: pack.Values, sparse: bool, planes: bool, field: str, bytes_: int
 ) -> None:
-    block = pack.pack(sparse_weight(33, 200, 0.5), values, sparse, planes=planes)
+    block = packed(sparse_weight(33, 200, 0.5), values, sparse, planes=planes)
     # Space behind the last region, with a place that fits by the byte and one that does not.
     room = -(-bytes_ // 64) * 64
     longer = np.concatenate((block, np.zeros(room, dtype=np.uint8)))
@@ -411,7 +427,7 @@ def test_the_largest_exponent_is_allowed_and_no_larger(kernels: Kernels) -> None
 
 @pytest.mark.parametrize("values", ["bf16", "fp32"])
 def test_only_int8_comes_in_planes(kernels: Kernels, values: pack.Values) -> None:
-    block = pack.pack(sparse_weight(33, 70, 0.5), values, sparse=False)
+    block = packed(sparse_weight(33, 70, 0.5), values, sparse=False)
     refused(kernels, changed(block, "flags", 2), "planes")
 
 
@@ -437,14 +453,14 @@ def test_mask_with_too_many_bits(kernels: Kernels) -> None:
 @given(data=st.data())
 def test_fuzzed_blocks_never_read_outside(kernels: Kernels, data: st.DataObject) -> None:
     """Damage is refused, or leaves a block that multiplies inside its bounds (ASan watches)."""
-    values = data.draw(st.sampled_from(["fp32", "bf16", "int8", "int4"]))
+    values = data.draw(st.sampled_from(VALUES))
     shared = data.draw(st.sampled_from(pack.SHARED_COLUMNS))
     rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
     sparse = data.draw(st.booleans())
     planes = values == "int8" and not sparse and data.draw(st.booleans())
     weight = sparse_weight(rows, cols, 0.6)
     shared = 32 if planes else shared
-    block = pack.pack(weight, values, sparse, planes=planes, scale_columns=shared).copy()
+    block = packed(weight, values, sparse, planes=planes, scale_columns=shared).copy()
     for _ in range(data.draw(st.integers(1, 8))):
         # Mostly in the header and the index, where it hurts.
         at = data.draw(st.integers(0, min(block.size, 256) - 1) | st.integers(0, block.size - 1))

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from owl_deploy.export.program import join_programs
 from owl_deploy.runtime import pack, register
 
-from .test_pack import sparse_weight
+from .test_pack import VALUES, packed, sparse_weight
 
 pytestmark = pytest.mark.usefixtures("kernels")
 WIDTH, HEADS, KV_HEADS, SIZE, INNER, VOCABULARY = 96, 4, 2, 32, 80, 70
@@ -32,7 +32,7 @@ def decoder(blocks: int, cache: int, values: pack.Values = "fp32") -> onnx.Model
 
     def matmul(name: str, rows: int, cols: int, inputs: list[str], outputs: list[str], **extra):
         weight = sparse_weight(rows, cols, 0.6, seed=len(weights)) / np.float32(np.sqrt(cols))
-        weights[name] = pack.pack(weight, values, sparse=name != "head")
+        weights[name] = packed(weight, values, sparse=name != "head")
         inputs = [inputs[0], name, *inputs[1:]]
         nodes.append(helper.make_node("SparseMatMul", inputs, outputs, domain="ai.owl", **extra))
 
@@ -195,7 +195,7 @@ def test_what_a_step_needs_cannot_be_left_out(cut, words):
             run(broken, 1, PAST)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("values", VALUES[1:])
 def test_thread_count_changes_no_bit(values):
     model, _ = joined(decoder(2, TensorProto.FLOAT16, values))
     first = run(model, 1, PAST, threads=1)[0]
