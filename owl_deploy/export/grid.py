@@ -55,15 +55,14 @@ class Grid:
     def holder(self, bits: int, values: pack.Values) -> pack.Values | None:
         """The type that keeps integers of so many `bits` where `values` are asked for.
 
-        That type, or the narrowest that does where other weights of the checkpoint fit `values`:
-        each of them was given its own. None where the weight is to be rounded anew.
+        That type, or the narrowest that does where fewer than 8 bits are asked for and the
+        checkpoint's weights have bits of their own. None where the weight is to be rounded anew.
         """
         if values not in _INTEGERS:
             return None
-        if _fits(bits, values):
-            return values
-        others = _fits(min(self.bits.values()), values)
-        return next(one for one in _INTEGERS if _fits(bits, one)) if others else None
+        if values != "int8" and len(set(self.bits.values())) > 1:
+            return next(one for one in _INTEGERS if _fits(bits, one))
+        return values if _fits(bits, values) else None
 
     def of(self, initializer: str) -> Rounded | None:
         """What a weight of the model builder's graph was rounded to; None where it was not."""

@@ -76,7 +76,7 @@ def _rounded(manifest: CheckpointManifest) -> str:
     if spent is not None:
         speed = f"{spent.speed_up:.2f}x dense int8's speed, " if spent.speed_up else ""
         return (
-            f"of 4 and 8 bits (groups of {settings.bits_group}), {spent.bytes / 1e6:.1f} MB or "
+            f"of 3 to 8 bits (groups of {settings.bits_group}), {spent.bytes / 1e6:.1f} MB or "
             f"{8 * spent.bytes / manifest.weights:.2f} bits a weight packed, {speed}expected to "
             f"lose {spent.loss:.3f} nats a token, "
         )

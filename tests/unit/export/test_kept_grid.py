@@ -39,24 +39,28 @@ def test_what_is_no_grid(tmp_path: Path, told: dict[str, str], complaint: str) -
 
 @pytest.mark.parametrize(
     ("bits", "holders"),
-    [(3, ["int8", "int4"]), (4, ["int8", "int4"]), (8, ["int8", None])],
+    [
+        (3, ["int8", "int4", "int3"]),
+        (4, ["int8", "int4", None]),
+        (8, ["int8", None, None]),
+    ],
 )
 def test_what_can_hold_it(tmp_path: Path, bits: int, holders: list[str | None]) -> None:
     grid = Grid.read(write(tmp_path, ["a"], bits=str(bits)))
     assert grid is not None
     assert [grid.holder(bits, "fp32"), grid.holder(bits, "bf16")] == [None, None]
-    assert [grid.holder(bits, "int8"), grid.holder(bits, "int4")] == holders
+    assert [grid.holder(bits, values) for values in ("int8", "int4", "int3")] == holders
 
 
-def test_where_some_fit_in_4_bits_the_others_keep_their_8(tmp_path: Path) -> None:
-    write_grid(
-        tmp_path, {f"{n}.weight_scale": torch.ones(4, 1) for n in "ab"}, {"a": 4, "b": 8}, 32
-    )
+def test_where_each_has_its_own_bits_it_keeps_them(tmp_path: Path) -> None:
+    scales = {f"{n}.weight_scale": torch.ones(4, 1) for n in "abc"}
+    write_grid(tmp_path, scales, {"a": 4, "b": 8, "c": 3}, 32)
     grid = Grid.read(tmp_path)
     assert grid is not None
-    assert grid.bits == {"a": 4, "b": 8}
-    assert [grid.holder(bits, "int4") for bits in (4, 8)] == ["int4", "int8"]
-    assert [grid.holder(bits, "int8") for bits in (4, 8)] == ["int8", "int8"]
+    assert grid.bits == {"a": 4, "b": 8, "c": 3}
+    for values in ("int4", "int3"):
+        assert [grid.holder(bits, values) for bits in (3, 4, 8)] == ["int3", "int4", "int8"]
+    assert [grid.holder(bits, "int8") for bits in (3, 4, 8)] == ["int8", "int8", "int8"]
     assert grid.holder(8, "bf16") is None
 
 

@@ -32,7 +32,7 @@ from owl_deploy.export.targets import export
         ),
         (
             {"target": "owl", "precision": "Q8_0"},
-            "'Q8_0'. It has: bf16, int8, int4, fp32; --target llama.cpp has Q8_0.",
+            "'Q8_0'. It has: bf16, int8, int4, int3, fp32; --target llama.cpp has Q8_0.",
         ),
         ({"target": "owl", "precision": "int8", "head": "hole"}, "Did you mean 'whole'?"),
         ({"target": "deepsparse", "head": "whole"}, "Only --target owl has a choice of heads."),
@@ -72,6 +72,7 @@ class Built(Exception):
         ("owl", "bf16", 2),
         ("owl", "int8", 1.1),
         ("owl", "int4", 0.6),
+        ("owl", "int3", 0.5),
         ("owl", "fp32", 4),
     ],
 )

@@ -45,7 +45,7 @@ def packed(folder):
     for name, bits in grid.bits.items():
         weight = weights[f"{name}.weight"].float().numpy()
         values = f"int{bits}"
-        sparse = np.count_nonzero(weight) / weight.size <= pack.MAX_DENSITY[values]
+        sparse = pack.TRAITS[values].pays(np.count_nonzero(weight) / weight.size)
         sizes[name] = pack.pack(
             weight, values, sparse, scales=grid.scales[name].numpy(), scale_columns=grid.group
         ).size
@@ -154,8 +154,8 @@ def test_what_is_skipped_stays(model, tmp_path, calibration):
         (["--budget", "1.5"], "is below the least that sparsegpt can make of this model, 2."),
         (["--budget", "20kB"], "is below the least that sparsegpt can make of this model, "),
         (
-            ["--budget", "4", "-m", "none"],
-            "is below the least that none can make of this model, 4.",
+            ["--budget", "3", "-m", "none"],
+            "is below the least that none can make of this model, 3.",
         ),
         (["--budget", "9"], "is above the most that can be spent, 8."),
         (["--budget", "1GB"], "is above the most that can be spent, "),
@@ -212,11 +212,11 @@ def test_the_command_line(owl, model, text_file, tmp_path):
     assert code == 0
     told = json.loads(out)
     assert told["settings"]["budget"] == "3.5"
-    assert {one["bits"] for one in told["blocks"][0]["linears"]["mlp.up_proj"]["costs"]} == {4, 8}
+    assert {one["bits"] for one in told["blocks"][0]["linears"]["mlp.up_proj"]["costs"]} == {3, 4, 8}
     code, out, _ = owl(*command[:-1], "--force")
     assert code == 0
-    assert re.search(r"\b4: \d+%", out)
-    assert "M weights of 4 and 8 bits (groups of 32)" in out
+    assert re.search(r"\b3: \d+%", out)
+    assert "M weights of 3 to 8 bits (groups of 32)" in out
     assert "bits" in (tmp_path / "out" / "sparsity.svg").read_text()
 
 

@@ -9,7 +9,7 @@ import transformers
 from owl_deploy import recipe
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.prune import sensitivity
-from owl_deploy.prune.formats import FORMATS, packed_size
+from owl_deploy.prune.formats import FORMATS, Format, packed_size
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.store import Store
 from tests import tiny
@@ -70,10 +70,13 @@ def test_the_others_cost_in_proportion_to_their_errors(llama, text_file, tmp_pat
             assert [one.loss for one in options] == pytest.approx(
                 [rate * one.error for one in options]
             )
-            errors = [one.error for one in options]
-            assert errors == sorted(errors)
-            sizes = [one.bytes for one in options]
-            assert sizes == sorted(sizes, reverse=True)
+            dense = [one for one in options if not one.sparsity]
+            of_four = [one for one in options if one.bits == 4]
+            for less_and_less in (dense, of_four):
+                errors = [one.error for one in less_and_less]
+                assert errors == sorted(errors)
+                sizes = [one.bytes for one in less_and_less]
+                assert sizes == sorted(sizes, reverse=True)
 
 
 def test_the_loss_is_near_the_divergence(text_file, tmp_path):
@@ -137,13 +140,14 @@ def test_what_is_measured_once_is_known_for_other_budgets(llama, text_file, tmp_
 def test_a_method_that_removes_nothing_has_the_dense_formats(llama, text_file, tmp_path):
     _, costs = measured(asked(llama, text_file, "6", method="none"), tmp_path)
     found = {(one.bits, one.sparsity) for own in costs[0].values() for one in own}
-    assert found == {(8, 0.0), (4, 0.0)}
+    assert found == {(8, 0.0), (4, 0.0), (3, 0.0)}
 
 
 def test_sizes_are_those_of_the_engine():
-    dense, sparse = FORMATS[1], FORMATS[3]
+    dense, sparse = Format(4), Format(4, 0.5)
     assert packed_size((64, 128), dense, 0.2, 32) == 64 * 128 // 2 + 64 * 4 + 128 + 64
     assert packed_size((64, 128), dense, 0.2, 128) == 64 * 128 // 2 + 64 + 128 + 64
+    assert packed_size((64, 128), Format(3), 0.2, 32) == 64 * 128 * 3 // 8 + 64 * 4 + 128 + 64
     assert packed_size((512, 512), sparse, 0.5, 32) < 0.8 * packed_size((512, 512), dense, 0, 32)
     # Too few zeros for a mask: stored whole.
     assert packed_size((512, 512), sparse, 0.29, 32) == packed_size((512, 512), dense, 0, 32)
