@@ -528,7 +528,8 @@ def _split_quads(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
     quads = stored.reshape(-1, 96)
     lower = np.stack([quads[:, :64] >> np.uint8(2 * place) & 3 for place in range(4)], axis=1)
     upper = np.unpackbits(quads[:, 64:].reshape(-1, 4, 8), axis=-1, bitorder="little")
-    return (lower | upper << np.uint8(2)).view(np.int8) - np.int8(4)
+    values: NDArray[np.int8] = (lower | upper << np.uint8(2)).view(np.int8) - np.int8(4)
+    return values
 
 
 def _dense_values(cells: NDArray[np.generic], traits: ValueTraits) -> NDArray[np.generic]:
