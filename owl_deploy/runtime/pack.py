@@ -386,7 +386,7 @@ def _scale_bits(
         # Rounded up, so that the largest value still fits.
         found = ((peak / np.float32(levels[1])).view(np.int32) + 0x7FFFF) >> 19
         if traits.stored_bits < 8:
-            found = _least_squares(columns, found, levels)
+            found = _least_squares(columns, found, traits)
         bits[part] = found.reshape(-1, blocks)
     octaves = traits.counts.bit_length() - 1
     bits -= 16 * octaves
@@ -406,18 +406,20 @@ def _grid_bits(
 
 # To cut the largest value off may cost less than to round all others to a coarser grid: candidates
 # lie so many codes, a sixteenth of an octave each, below the scale at which it fits.
-_CANDIDATES = range(1, 6)
+_CANDIDATES = {4: range(1, 6), 3: range(1, 12)}  # by the bits
 
 
 def _least_squares(
-    columns: NDArray[np.float32], fitting: NDArray[np.int32], levels: tuple[int, int]
+    columns: NDArray[np.float32], fitting: NDArray[np.int32], traits: ValueTraits
 ) -> NDArray[np.int32]:
     """Of the scales at and below `fitting` [blocks] those of the least squared error.
 
     `columns`: [columns that share a scale, blocks].
     """
+    levels = traits.levels
+    assert levels is not None
     best, least = fitting, _squared_error(columns, fitting, levels)
-    for below in _CANDIDATES:
+    for below in _CANDIDATES[traits.stored_bits]:
         candidate = np.maximum(fitting - below, 0)
         error = _squared_error(columns, candidate, levels)
         best = np.where(error < least, candidate, best)
