@@ -1,10 +1,10 @@
 """A model that people deploy, from its package to a decision: what `make showcase` runs.
 
-`python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense, pruned to 50 % in one shot, and
-rounded to 4 bits or trained again after that, in each engine and precision that a user would take;
-beside them its sister of 0.5B, which is a rival of all that, and a draft for the dense one. Judged
-by HumanEval and by perplexity on code that was not calibrated on. Hours on two cores; every step
-leaves an artefact, and what is there is not made again.
+`python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense, pruned to 50 % in one shot, either
+of them rounded to 4 bits, and the pruned one trained again, in each engine and precision that a
+user would take; beside them its sister of 0.5B, which is a rival of all that, and a draft for the
+dense one. Judged by HumanEval and by perplexity on code that was not calibrated on. Hours on two
+cores; every step leaves an artefact, and what is there is not made again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +52,11 @@ MODEL_IS = (
     'is "dense" here has been rounded once.'
 )
 _WIDTH = 80
-_OWL: tuple[Road, ...] = tuple(("owl", precision) for precision in TARGETS["owl"].precisions)
+_OWL: tuple[Road, ...] = tuple(
+    ("owl", precision)
+    for precision in TARGETS["owl"].precisions
+    if precision != "int3"  # to nearest that is nothing to deploy
+)
 _INT4: Road = ("owl", "int4")
 _RIVALS: tuple[Road, ...] = (
     *(("onnxruntime", precision) for precision in ("int8", "int4")),
@@ -64,11 +68,11 @@ _RIVALS: tuple[Road, ...] = (
 class Plan:
     """What is made, and how much of it is run.
 
-    `roads`: the targets and precisions of the "dense" model, the "sparse" one (by `pruning`), and
-    what was made of that: "rounded" (by `rounding`, with compensation) and "recovered"; and of the
-    smaller model, "sister", dense and rounded likewise. `samples` windows of `length` tokens to
-    prune by; `windows` of `window` to evaluate on; of HumanEval's problems each `every`-th, and at
-    most `limit`.
+    `roads`: the targets and precisions of the "dense" model, "dense-rounded" (by `rounding`, with
+    compensation), the "sparse" one (by `pruning`), and what was made of that: "rounded" likewise
+    and "recovered"; and of the smaller model, "sister", dense and rounded likewise. `samples`
+    windows of `length` tokens to prune by; `windows` of `window` to evaluate on; of HumanEval's
+    problems each `every`-th, and at most `limit`.
     """
 
     roads: dict[str, tuple[Road, ...]]
@@ -119,6 +123,7 @@ def _is_named(pattern: str, model: str, road: Road) -> bool:
 SHOWCASE = Plan(
     roads={
         "dense": (*_OWL, *_RIVALS),
+        "dense-rounded": (_INT4,),
         "sparse": tuple(road for road in _OWL if road != _INT4),
         "rounded": (_INT4,),
         "recovered": (("owl", "int8"),),
@@ -198,6 +203,7 @@ def _checkpoints(plan: Plan, source: Path, output: Path) -> dict[str, Path]:
     share = f"{100 * plan.pruning.sparsity:g}"
     pruned = f"{plan.pruning.method}-{share}"
     names = {
+        "dense-rounded": "dense-int4",
         "sparse": pruned,
         "rounded": f"{pruned}-int4",
         "recovered": f"recovered-{share}",
@@ -217,6 +223,14 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
             title=f"Rounding the smaller sister to {plan.rounding.bits} bits, {tokens}",
             output=checkpoints["sister"],
             model=sister / SISTER,
+            settings=plan.rounding,
+            **calibrated,
+        )
+    if plan.roads["dense-rounded"]:
+        yield Prune(
+            title=f"Rounding the dense model to {plan.rounding.bits} bits, {tokens}",
+            output=checkpoints["dense-rounded"],
+            model=checkpoints["dense"],
             settings=plan.rounding,
             **calibrated,
         )
