@@ -1,7 +1,7 @@
 """A model that people deploy, from its package to a decision: what `make showcase` runs.
 
-`python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense, pruned to 50 % in one shot, either
-of them rounded to 4 bits, and the pruned one trained again, in each engine and precision that a
+`python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense, pruned to 50 % in one shot, both
+of them rounded to 4 bits too, and the pruned one trained again, in each engine and precision that a
 user would take; beside them its sister of 0.5B, which is a rival of all that, and a draft for the
 dense one. Judged by HumanEval and by perplexity on code that was not calibrated on. Hours on two
 cores; every step leaves an artefact, and what is there is not made again.
