@@ -271,7 +271,7 @@ def unpack(block: Block) -> NDArray[np.float32]:
         matrix = (16 * high + low).view(np.uint8)
         return _decode(matrix[: info.rows, : info.cols], block, info)
     elif traits.stored_bits < 8:
-        split = {4: _split_nibbles, 3: _split_quads}[traits.stored_bits]
+        split = {4: _split_nibbles, 3: _split_threes}[traits.stored_bits]
         cells = split(raw[: info.dense_bytes]).view(np.uint8).reshape(cells.shape)
     else:
         cells = raw[: cells.nbytes].view(cells.dtype).reshape(cells.shape)
@@ -515,7 +515,7 @@ def _split_nibbles(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
     return np.stack((pairs & 15, pairs >> 4), axis=1).view(np.int8) - np.int8(8)
 
 
-def _join_quads(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+def _join_threes(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Values in [-4, 3] of cells: of each four the lower two bits, then the upper ones."""
     cells = (values + np.int8(4)).view(np.uint8).reshape(-1, 4, 64)
     lower = np.zeros((len(cells), 64), dtype=np.uint8)
@@ -525,8 +525,8 @@ def _join_quads(values: NDArray[np.int8]) -> NDArray[np.uint8]:
     return np.concatenate((lower, upper.reshape(-1, 32)), axis=1)
 
 
-def _split_quads(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """What `_join_quads` joined, [bytes / 96, 4, 64]."""
+def _split_threes(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """What `_join_threes` joined, [bytes / 96, 4, 64]."""
     quads = stored.reshape(-1, 96)
     lower = np.stack([quads[:, :64] >> np.uint8(2 * place) & 3 for place in range(4)], axis=1)
     upper = np.unpackbits(quads[:, 64:].reshape(-1, 4, 8), axis=-1, bitorder="little")
@@ -537,7 +537,7 @@ def _split_quads(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
 def _dense_values(cells: NDArray[np.generic], traits: ValueTraits) -> NDArray[np.generic]:
     if traits.stored_bits == 4:
         return _join_nibbles(cells.view(np.int8))
-    return _join_quads(cells.view(np.int8)) if traits.stored_bits == 3 else cells
+    return _join_threes(cells.view(np.int8)) if traits.stored_bits == 3 else cells
 
 
 def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArray[np.float32]:

@@ -549,7 +549,7 @@ void gather(const PackedMatrix& w, std::size_t row, float* out) {
     else if constexpr (kTraits.stored_bits == 4)
       out[c] = static_cast<float>(w.upper(row, c));
     else if constexpr (kTraits.stored_bits == 3)
-      out[c] = static_cast<float>(w.of_quad(row, c));
+      out[c] = static_cast<float>(w.three_bits(row, c));
     else
       out[c] =
           value_at(Bits<kTraits.stored_bits>{}, w.group_values(group) + c / columns * cell_bytes,

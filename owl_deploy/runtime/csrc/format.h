@@ -32,7 +32,9 @@ constexpr std::size_t kBlockCells =
     8;  // integers: one scale of the activations for 8 cells = 32 columns
 constexpr std::size_t kBlockColumns = 32;
 constexpr std::size_t kLowColumns = 128;  // columns that 64 bytes of the low plane hold
-constexpr std::size_t kQuadBytes = 96;    // four cells of 3 bits a value: see `of_quad`
+// Four cells of 3 bits a value: the lower two bits of their values in the pairs of bits of 64
+// bytes, the upper ones in four masks of 8 bytes behind these.
+constexpr std::size_t kThreeBitBytes = 96;
 
 // A width of values, to overload functions on.
 template <std::size_t N>
@@ -143,9 +145,9 @@ struct PackedMatrix {
     return 16 * ((both >> cell % 2 * 4 & 15) - 8);
   }
   // 32 times one value of a dense int3 weight.
-  OWL_INLINE int of_quad(std::size_t row, std::size_t column) const {
+  OWL_INLINE int three_bits(std::size_t row, std::size_t column) const {
     const std::size_t cell = column / 4, place = cell % 4, lane = row % kGroupRows * 4 + column % 4;
-    const std::uint8_t* quad = group_values(row / kGroupRows) + cell / 4 * kQuadBytes;
+    const std::uint8_t* quad = group_values(row / kGroupRows) + cell / 4 * kThreeBitBytes;
     const int lower = quad[lane] >> 2 * place & 3;
     const int upper = quad[kCellBytes + 8 * place + lane / 8] >> lane % 8 & 1;
     return 32 * (4 * upper + lower - 4);

@@ -228,7 +228,7 @@ void attend_chunk(const AttentionSpan& span, const float* q, std::size_t begin, 
     h += heads;
     asking.next = nullptr;
   };
-  // Values are converted once for each of these: as few of them as can be, and none of one head.
+  // Values are converted once for each of these: as few as can be, and of one head only the last.
   while (span.heads - h == 4 || span.heads - h > 6) mix(mix_values<V, Type, 4>, 4);
   while (span.heads - h >= 3) mix(mix_values<V, Type, 3>, 3);
   if (span.heads - h == 2) mix(mix_values<V, Type, 2>, 2);

@@ -67,7 +67,7 @@ struct CellStream {
   // Two cells in the halves of 64 bytes.
   static constexpr bool kPaired =
       kStorage == Storage::kPlanes || (kStorage == Storage::kDense && kTraits.stored_bits == 4);
-  static constexpr bool kQuads = kStorage == Storage::kDense && kTraits.stored_bits == 3;
+  static constexpr bool kThreeBits = kStorage == Storage::kDense && kTraits.stored_bits == 3;
   static constexpr bool kWidens =
       kStorage == Storage::kSparse && kTraits.stored_bits == 4 && V::kWidens;
 
@@ -102,9 +102,9 @@ struct CellStream {
       const typename V::Cell cell = V::template nibbles<Place % 2 == 1>(V::load_cell(value));
       if constexpr (Place % 2 == 1) value += kCellBytes;
       return ready(cell);
-    } else if constexpr (kQuads) {
-      const typename V::Cell cell = V::template of_quad<Place>(value);
-      if constexpr (Place == 3) value += kQuadBytes;
+    } else if constexpr (kThreeBits) {
+      const typename V::Cell cell = V::template three_bits<Place>(value);
+      if constexpr (Place == 3) value += kThreeBitBytes;
       return ready(cell);
     } else {
       static_assert(kTraits.stored_bits == kTraits.cell_bits);
@@ -142,7 +142,8 @@ struct CellStream {
   void prefetch_ahead() const {
     constexpr bool far = Several && V::kAsksFar && kStorage != Storage::kSparse;
     constexpr std::size_t bytes =
-        !kPaired && !kQuads && (kStorage == Storage::kDense || kTraits.stored_bits > 8) ? 256 : 128;
+        !kPaired && !kThreeBits && (kStorage == Storage::kDense || kTraits.stored_bits > 8) ? 256
+                                                                                            : 128;
     const char* p = reinterpret_cast<const char*>(value);
     for (std::size_t i = 0; i < bytes; i += 64)
       far ? prefetch_far(p + kPrefetchFarBytes + i) : prefetch(p + kPrefetchBytes + i);

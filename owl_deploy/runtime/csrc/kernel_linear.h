@@ -56,8 +56,9 @@ OWL_INLINE void quantize_block(const float* x, std::int8_t* q, float* scale,
   const typename V::I sums = V::i_add(V::store_int8(q, V::f_mul(parts[0], inverse)),
                                       V::store_int8(q + 16, V::f_mul(parts[1], inverse)));
   *scale = usable ? largest / 127.0F : 0.0F;
-  // So small, they add up exactly as floats.
-  *correction = V::kBiased ? static_cast<std::int32_t>(-128.0F * V::f_hsum(V::to_float(sums))) : 0;
+  // So small, they add up exactly as floats; what is worth nothing may be large.
+  const auto total = V::kBiased ? static_cast<std::int64_t>(V::f_hsum(V::to_float(sums))) : 0;
+  *correction = static_cast<std::int32_t>(-128 * total);
 }
 
 // Blocks with an infinity or NaN get the scale NaN, so that all that they meet becomes NaN.

@@ -125,10 +125,8 @@ struct Neon {
     for (uint8x16_t& v : cell.v) v = nibble<Upper>(v);
     return cell;
   }
-  // One of four cells of 3 bits a value: their lower two bits in the pairs of bits of 64 bytes, the
-  // upper ones in four masks behind these; less 4, times 32.
   template <std::size_t Place>
-  static Cell of_quad(const std::uint8_t* p) {
+  static Cell three_bits(const std::uint8_t* p) {
     const uint8x8_t upper = vld1_u8(p + kCellBytes + 8 * Place);
     const uint8x16_t both = vcombine_u8(upper, upper);
     const uint8x16_t bit_of = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ULL));

@@ -63,10 +63,9 @@ struct Portable {
     for (auto& v : cell.v) v = nibble(Upper ? v : v << 4);
     return cell;
   }
-  // One of four cells of 3 bits a value: their lower two bits in the pairs of bits of 64 bytes, the
-  // upper ones in four masks behind these; less 4, times 32.
+  // One of the four cells of 3 bits a value at p, see kThreeBitBytes: its values less 4, times 32.
   template <std::size_t Place>
-  static Cell of_quad(const std::uint8_t* p) {
+  static Cell three_bits(const std::uint8_t* p) {
     Cell cell;
     for (std::size_t i = 0; i < 64; ++i) {
       const int lower = p[i] >> 2 * Place & 3, upper = p[64 + 8 * Place + i / 8] >> i % 8 & 1;

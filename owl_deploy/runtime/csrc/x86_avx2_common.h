@@ -49,10 +49,8 @@ struct Avx2Common {
   static Cell nibbles(Cell v) {
     return {nibbles_half<Upper>(v.lo), nibbles_half<Upper>(v.hi)};
   }
-  // 32 bytes of one of four cells of 3 bits a value: their lower two bits in pairs of bits, the
-  // upper ones in a mask; less 4, times 32.
   template <std::size_t Place>
-  static __m256i quad_half(__m256i pairs, int upper) {
+  static __m256i three_bits_half(__m256i pairs, int upper) {
     const __m256i moved =
         Place < 3 ? _mm256_slli_epi16(pairs, 5 - 2 * Place) : _mm256_srli_epi16(pairs, 1);
     const __m256i byte_of = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202,
@@ -65,11 +63,11 @@ struct Avx2Common {
                            _mm256_and_si256(clear, _mm256_set1_epi8(static_cast<char>(0x80))));
   }
   template <std::size_t Place>
-  static Cell of_quad(const std::uint8_t* p) {
+  static Cell three_bits(const std::uint8_t* p) {
     const Cell pairs = load_cell(p);
     const std::uint8_t* upper = p + kCellBytes + 8 * Place;
-    return {quad_half<Place>(pairs.lo, load32(upper)),
-            quad_half<Place>(pairs.hi, load32(upper + 4))};
+    return {three_bits_half<Place>(pairs.lo, load32(upper)),
+            three_bits_half<Place>(pairs.hi, load32(upper + 4))};
   }
   template <bool Upper>
   static __m256i add_nibbles_half(__m256i cell, __m256i v) {

@@ -41,10 +41,8 @@ struct Avx512Common {
     return _mm512_xor_si512(_mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(0xf0))),
                             _mm512_set1_epi8(static_cast<char>(0x80)));
   }
-  // One of four cells of 3 bits a value: their lower two bits in the pairs of bits of 64 bytes, the
-  // upper ones in four masks behind these; less 4, times 32.
   template <std::size_t Place>
-  static Cell of_quad(const std::uint8_t* p) {
+  static Cell three_bits(const std::uint8_t* p) {
     const __m512i pairs = load_cell(p), bias = _mm512_set1_epi8(static_cast<char>(0x80));
     const __m512i moved =
         Place < 3 ? _mm512_slli_epi16(pairs, 5 - 2 * Place) : _mm512_srli_epi16(pairs, 1);
