@@ -16,7 +16,7 @@ from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import BlockShares, DeploymentManifest, versions
-from owl_deploy.runtime import kernels, library_path
+from owl_deploy.runtime import kernels, library_path, pack
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
 # it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.
@@ -96,13 +96,18 @@ def _owl(request: Request) -> dict[str, Any]:
     Grid.read(request.source.folder)  # or that its grid is none: packing reads it again
     sparsify = {"precision": request.precision, "head": request.head}
     try:
-        return genai.build(request.source, request.folder, "fp32", request.progress, sparsify)
+        built = genai.build(request.source, request.folder, "fp32", request.progress, sparsify)
     except genai.FamilyNotBuilt as error:
         raise BadInput(
             f"onnxruntime-genai's model builder does not know "
             f"{request.source.config['model_type']!r}, and the target 'owl' starts from it.",
             "Use --target deepsparse or onnxruntime.",
         ) from error
+    bits = pack.TRAITS[cast(pack.Values, request.precision)].stored_bits
+    if bits < 8 and not built["packing"]["weights_on_grid"]:
+        less = f"owl prune --method none --bits {bits} loses less, and an export keeps it"
+        built["note"] = f"the weights were rounded to nearest; {less}"
+    return built
 
 
 def _gguf(request: Request) -> dict[str, Any]:

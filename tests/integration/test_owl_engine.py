@@ -88,6 +88,7 @@ def test_few_bits_on_a_grid_are_what_the_checkpoint_holds(rounded, text_file, tm
         for precision in (narrow, "int8", "fp32")
     }
     few, eight = manifests[narrow], manifests["int8"]
+    assert "note" not in few
     assert few["packing"]["weights_on_grid"] == eight["packing"]["weights_on_grid"] == 12
     assert manifests["fp32"]["packing"]["weights_on_grid"] == 0
     assert few["nonzeros"] == eight["nonzeros"] == pytest.approx(manifests["fp32"]["nonzeros"])
@@ -135,6 +136,7 @@ def test_int4_without_a_grid_is_rounded_to_nearest(pruned, text_file, tmp_path):
     manifest = export(pruned, tmp_path / "out", target="owl", precision="int4").to_json()
     assert manifest["packing"]["weights_on_grid"] == 0
     assert manifest["packing"]["screened_head"]
+    assert "--bits 4 loses less" in manifest["note"]
     text = str(text_file)
     dense = checkpoint_perplexity(pruned, text, window=128, limit=8)
     found = deployment_perplexity(tmp_path / "out", text, window=128, limit=8)
