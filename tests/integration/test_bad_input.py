@@ -199,9 +199,9 @@ def test_eval_of_nothing(owl, tmp_path, text_file):
 
 
 def test_a_sweep_refuses_a_precision_before_it_prunes(owl, llama, text_file, tmp_path):
-    line = ["sweep", llama, "-o", tmp_path / "out", "-t", "onnxruntime", "-t", "owl:int3"]
+    line = ["sweep", llama, "-o", tmp_path / "out", "-t", "onnxruntime", "-t", "owl:int2"]
     code, _, err = owl(*line, "-c", text_file, "-p", text_file)
-    wanted = "no precision 'int3'. It has: bf16, int8, int4, fp32."
+    wanted = "no precision 'int2'. It has: bf16, int8, int4, int3, fp32."
     assert (code, wanted in err) == (2, True), err
     assert list(tmp_path.iterdir()) == []
 

@@ -96,6 +96,7 @@ def test_the_demo_goes_on_where_it_was_killed(
 TINY = showcase.Plan(
     roads={
         "dense": (INT8, ("owl", "int8")),
+        "dense-rounded": (),
         "sparse": (("owl", "int8"),),
         "rounded": (("owl", "int4"),),
         "recovered": (("owl", "int8"),),
