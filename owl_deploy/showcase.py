@@ -218,22 +218,20 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
     text = str(source / CALIBRATION)
     tokens = f"{plan.samples} windows of {plan.length} tokens of code"
     calibrated = {"calibration": text, "samples": plan.samples, "sequence_length": plan.length}
+
+    def rounding(model: str, what: str, source: Path) -> Prune:
+        return Prune(
+            title=f"Rounding {what} to {plan.rounding.bits} bits, {tokens}",
+            output=checkpoints[model],
+            model=source,
+            settings=plan.rounding,
+            **calibrated,
+        )
+
     if plan.roads["sister"]:
-        yield Prune(
-            title=f"Rounding the smaller sister to {plan.rounding.bits} bits, {tokens}",
-            output=checkpoints["sister"],
-            model=sister / SISTER,
-            settings=plan.rounding,
-            **calibrated,
-        )
+        yield rounding("sister", "the smaller sister", sister / SISTER)
     if plan.roads["dense-rounded"]:
-        yield Prune(
-            title=f"Rounding the dense model to {plan.rounding.bits} bits, {tokens}",
-            output=checkpoints["dense-rounded"],
-            model=checkpoints["dense"],
-            settings=plan.rounding,
-            **calibrated,
-        )
+        yield rounding("dense-rounded", "the dense model", checkpoints["dense"])
     if any(plan.roads[model] for model in ("sparse", "rounded", "recovered")):
         yield Prune(
             title=f"Pruning: {plan.pruning.allocation} {plan.pruning.sparsity:.0%} with "
@@ -244,13 +242,7 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
             **calibrated,
         )
     if plan.roads["rounded"]:
-        yield Prune(
-            title=f"Rounding the weights that are left to {plan.rounding.bits} bits, {tokens}",
-            output=checkpoints["rounded"],
-            model=checkpoints["sparse"],
-            settings=plan.rounding,
-            **calibrated,
-        )
+        yield rounding("rounded", "the weights that are left", checkpoints["sparse"])
     if plan.roads["recovered"]:
         yield Finetune(
             title=f"Training the weights that are left, {plan.recovery.max_minutes:g} minutes",

@@ -206,7 +206,8 @@ def pack(
     elif planes:
         packed = _to_planes(cells.view(np.int8), cols)
     else:
-        packed = _dense_values(cells, traits)
+        join = _JOIN.get(traits.stored_bits)
+        packed = join(cells.view(np.int8)) if join else cells
     regions.append(("value", packed))
     flags = _SPARSE if sparse else _PLANES if planes else _DENSE
     kind = (traits.code, flags)
@@ -270,8 +271,7 @@ def unpack(block: Block) -> NDArray[np.float32]:
         high, low = planes(block)
         matrix = (16 * high + low).view(np.uint8)
         return _decode(matrix[: info.rows, : info.cols], block, info)
-    elif traits.stored_bits < 8:
-        split = {4: _split_nibbles, 3: _split_threes}[traits.stored_bits]
+    elif split := _SPLIT.get(traits.stored_bits):
         cells = split(raw[: info.dense_bytes]).view(np.uint8).reshape(cells.shape)
     else:
         cells = raw[: cells.nbytes].view(cells.dtype).reshape(cells.shape)
@@ -534,10 +534,9 @@ def _split_threes(stored: NDArray[np.uint8]) -> NDArray[np.int8]:
     return values
 
 
-def _dense_values(cells: NDArray[np.generic], traits: ValueTraits) -> NDArray[np.generic]:
-    if traits.stored_bits == 4:
-        return _join_nibbles(cells.view(np.int8))
-    return _join_threes(cells.view(np.int8)) if traits.stored_bits == 3 else cells
+# Dense cells of fewer than 8 bits a value, by these bits.
+_JOIN = {4: _join_nibbles, 3: _join_threes}
+_SPLIT = {4: _split_nibbles, 3: _split_threes}
 
 
 def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArray[np.float32]:
