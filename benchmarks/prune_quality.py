@@ -36,7 +36,7 @@ SETTINGS: dict[str, list[str]] = {
     "owl": ["--allocation", "owl"],
     "dlp": ["--allocation", "dlp"],
     "linear": ["--allocation", "linear"],
-    "owl tuned": ["--allocation", "owl", "--tune"],
+    "searched": ["--tune", "15"],
     "uniform 2:4": ["--allocation", "uniform", "--structure", "2:4"],
     "owl, mixed N:8, 4:8 on average": ["--allocation", "owl", "--structure", "4:8"],
     "owl, mixed N:8, 3:8 on average": ["--allocation", "owl", "--structure", "3:8"],
@@ -64,6 +64,7 @@ def row(method: str, setting: str, given: argparse.Namespace) -> dict[str, Any]:
         command = ["prune", str(given.model), "-o", str(out), "--method", *method.split()]
         command += ["--calibration", str(given.calibration), "--samples", str(given.samples)]
         command += ["--sequence-length", str(given.length), "--dtype", given.dtype]
+        command += ["--seed", str(given.seed)]
         asked = SETTINGS[setting]
         if "--structure" not in asked:
             command += ["--sparsity", str(given.sparsity)]
@@ -107,15 +108,16 @@ def main() -> None:
     parser.add_argument("--method", action="append", choices=METHODS, help="repeat. [all]")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="repeat. [all]")
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints")
+    parser.add_argument("--seed", type=int, default=0, help="of calibration windows and search")
     parser.add_argument("--rows", type=int, default=len(METHODS) * len(SETTINGS))
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
-    keys = ("samples", "length", "windows", "dtype", "sparsity")
+    keys = ("samples", "length", "windows", "dtype", "sparsity", "seed")
     asked = {key: getattr(given, key) for key in keys}
     result: dict[str, Any] = {"cpu": look().cpu, **asked, "model": given.model.name, "rows": []}
     if given.output.is_file():
         result = json.loads(given.output.read_text(encoding="utf-8"))
-        if {key: result[key] for key in keys} != asked:
+        if {key: result.get(key, 0) for key in keys} != asked:
             parser.error(f"{given.output} was made with other options")
     if "dense" not in result:
         result["dense"] = measure(given.model, given)

@@ -97,7 +97,7 @@ def row(asked: str, given: argparse.Namespace) -> dict[str, Any]:
     )
     text = Calibration(given.calibration, given.samples, given.length)
     before = time.process_time()
-    request = check(given.model, settings, text, Hardware(), tune_allocation=False)
+    request = check(given.model, settings, text, Hardware(), tune_minutes=None)
     parts = first_parts(request, given.blocks)
     seconds = time.process_time() - before
     tokens = tokenize(load_tokenizer(Path(given.model)), load_text(given.evaluation))

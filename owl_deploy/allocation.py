@@ -31,21 +31,16 @@ class Statistic:
 class Allocation:
     """One way to divide sparsity over the blocks, or over the Linears.
 
-    `rule`: None where the sparsities are given one by one, or follow from a budget. `spread`: the
-    default, which its paper takes; 0 where nothing is spread. `statistic`: what the rule looks at
-    (None: nothing). `per`: what gets a sparsity of its own; the Linears of a block share the
-    block's.
+    `rule`: None where the sparsities are given one by one, or are searched for, or follow from a
+    budget. `spread`: the default, which its paper takes; 0 where nothing is spread. `statistic`:
+    what the rule looks at (None: nothing). `per`: what gets a sparsity of its own; the Linears of a
+    block share the block's.
     """
 
     rule: Rule | None
     spread: float = 0.0
     statistic: Statistic | None = None
     per: Literal["block", "Linear"] = "block"
-
-    @property
-    def tunable(self) -> bool:
-        """Whether there is anything to search for."""
-        return self.spread > 0
 
     @property
     def counts_outliers(self) -> bool:
@@ -92,21 +87,24 @@ def linear(
     return hold_mean(_scaled(range(len(sizes)), spread), sizes, sparsity)
 
 
-def hold_mean(wanted: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
-    """Move all of `wanted` by one offset, within [0, 1], so that their weighted mean is `target`.
+def hold_mean(
+    wanted: Sequence[float], sizes: Sequence[int], target: float, most: float = 1.0
+) -> list[float]:
+    """Move all of `wanted` by one offset, within [0, most]; their weighted mean is then `target`.
 
     Water-filling: a block at a bound stays there and the others move further, so that neither the
-    mean nor the differences between the blocks inside the bounds are lost.
+    mean nor the differences between the blocks inside the bounds are lost. `most` is no less than
+    the target.
     """
     if min(wanted) == max(wanted):
         return [target] * len(sizes)
     total = sum(sizes)
 
     def at(offset: float) -> list[float]:
-        return [min(1.0, max(0.0, value + offset)) for value in wanted]
+        return [min(most, max(0.0, value + offset)) for value in wanted]
 
-    # The mean grows with the offset, from 0 to 1 over this range: bisect.
-    low, high = -max(wanted), 1.0 - min(wanted)
+    # The mean grows with the offset, from 0 to `most` over this range: bisect.
+    low, high = -max(wanted), most - min(wanted)
     for _ in range(100):
         middle = (low + high) / 2
         mean = sum(s * n for s, n in zip(at(middle), sizes, strict=True)) / total
@@ -151,5 +149,6 @@ ALLOCATIONS: dict[str, Allocation] = {
     "linear": Allocation(linear, 0.15),
     "uniform": Allocation(uniform),
     "list": Allocation(None),
+    "searched": Allocation(None, per="Linear"),
     "budget": Allocation(None, per="Linear"),
 }

@@ -108,7 +108,7 @@ class Skeleton:
             # All windows have one length and no padding: one look at the arguments serves them all.
             first, arguments = self._first_hidden(backbone, windows[:1])
             shape = (len(windows), *first.shape[1:])
-            hidden = _room_for(shape, first.dtype, self.device, scratch)
+            hidden = room_for(shape, first.dtype, self.device, scratch)
             for start in range(0, len(windows), batch):
                 part = slice(start, start + batch)
                 hidden[part] = self._first_hidden(backbone, windows[part])[0].to(hidden.device)
@@ -122,6 +122,28 @@ class Skeleton:
         """
         with self._outside_loaded():
             return [self._loss(windows, state) for state in states]
+
+    @torch.no_grad()
+    def divergences(
+        self, windows: torch.Tensor, dense: "Activations", states: Sequence["Activations"]
+    ) -> list[float]:
+        """How far what each of `states` foresees is from what `dense` does, in nats a token.
+
+        All left the last block for `windows`. The Kullback-Leibler divergence of the distributions
+        of the next token, from the dense model's, mean over all places.
+        """
+        totals = [0.0] * len(states)
+        with self._outside_loaded():
+            for place, ids in enumerate(windows.to(self.device)):
+                of_dense, *others = (self._left(ids, one.hidden[place]) for one in (dense, *states))
+                for part in torch.split(torch.arange(len(ids)), _LOGIT_ROWS):
+                    target = _logits(self.model, of_dense[part]).log_softmax(dim=-1)
+                    for number, other in enumerate(others):
+                        found = _logits(self.model, other[part]).log_softmax(dim=-1)
+                        totals[number] += float(
+                            nn.functional.kl_div(found, target, reduction="sum", log_target=True)
+                        )
+        return [total / windows.numel() for total in totals]
 
     def loss_gradients(
         self, windows: torch.Tensor, state: "Activations", seed: int
@@ -228,6 +250,15 @@ class Skeleton:
             with self._blocks_replaced([given] * len(self.blocks)):
                 total += window_nll(self.model, ids)
         return total / (len(windows) * (windows.shape[1] - 1))
+
+    def _left(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What enters the head [length, width], of what left the last block for `ids` [length]."""
+        given = _Given(hidden.unsqueeze(0).to(self.device))
+        with self._blocks_replaced([given] * len(self.blocks)):
+            left: torch.Tensor = self.model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[
+                0
+            ][0]
+        return left
 
     def _first_hidden(
         self, backbone: nn.Module, ids: torch.Tensor
@@ -340,7 +371,7 @@ def _drawn_gradient(
     return found
 
 
-def _room_for(
+def room_for(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scratch: Path
 ) -> torch.Tensor:
     """An empty tensor on the device where half of what is free holds it, else in memory, else

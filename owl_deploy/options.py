@@ -65,7 +65,7 @@ Structure = Annotated[
 OutlierMultiple = Annotated[
     float | None, Option(help="OWL's M: an outlier is above M times the mean. [5]")
 ]
-_SPREADS = ", ".join(f"{name} {row.spread:g}" for name, row in ALLOCATIONS.items() if row.tunable)
+_SPREADS = ", ".join(f"{name} {row.spread:g}" for name, row in ALLOCATIONS.items() if row.spread)
 Spread = Annotated[float | None, Option(help=f"Half the range of sparsities. [{_SPREADS}]")]
 Skip = Annotated[
     list[str] | None, Option(help="A layer to leave dense, such as down_proj; repeat.")
@@ -102,7 +102,8 @@ Device = Annotated[str, Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, Option(help="To compute in: auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int | None, Option(help="Windows at once. [by free memory]")]
 Tune = Annotated[
-    bool, Option("--tune", help="Search the allocation's parameters on held-out text.")
+    float | None,
+    Option(help="Search each layer's sparsity on held-out text for so many minutes."),
 ]
 
 # --- export, generate, verify ---------------------------------------------------------------------

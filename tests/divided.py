@@ -56,7 +56,7 @@ def run(one: dict[str, Any]) -> None:
         told = pruning.versions() | {"torch": one["unlike"]}
         pruning.versions = lambda: told
     settings = {"sparsity": 0.6} | one["settings"]
-    how = {"tune_allocation": settings.pop("tune", False), "resume": settings.pop("resume", False)}
+    how = {"tune_minutes": settings.pop("tune", None), "resume": settings.pop("resume", False)}
     hardware = Hardware(batch_size=settings.pop("batch", None))
     calibration = Calibration(one["text"], SAMPLES, LENGTH)
     prune(one["model"], one["output"], recipe.settings(**settings), calibration, hardware, **how)

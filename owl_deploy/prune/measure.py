@@ -13,9 +13,9 @@ from owl_deploy.blocks import Activations
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import score
 from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.prune.judge import LayerNorms
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sparsities import BlockStatistics
-from owl_deploy.prune.tune import LayerNorms
 
 _VALUES = "v_proj"  # the Linear that attention averages, in every family that does not fuse it
 

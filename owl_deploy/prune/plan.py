@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.blocks import Skeleton
 from owl_deploy.manifest import Cost, Spent
 from owl_deploy.prune import tune
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.clock import Clock
 from owl_deploy.prune.formats import Costs
-from owl_deploy.prune.measure import measure
+from owl_deploy.prune.judge import Judge
+from owl_deploy.prune.measure import Measured, measure
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sensitivity import measure_costs
 from owl_deploy.prune.sparsities import BlockStatistics, linear_sparsities
-from owl_deploy.prune.store import Store
+from owl_deploy.prune.store import SEARCH, Store
 from owl_deploy.recipe import PruneSettings
 
 
@@ -62,35 +64,52 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
         return Plan.model_validate(found), None
     if request.settings.budget is not None:
         return _within_budget(request, store), None
-    settings, measured, trials = request.settings, None, []
-    if request.tune:
-        candidates = tune.candidates(settings)
-        multiples = list(dict.fromkeys(one.outlier_multiple for one in candidates))
-        measured = measure(request, multiples, store.folder)
-        assert request.held_out is not None
-        judge = tune.Judge(
-            request.skeleton,
-            request.shape,
-            measured.norms,
-            request.held_out[: tune.HELD_OUT_WINDOWS],
-            store.folder,
-            request.ranks,
-        )
-        trials = judge.trials(candidates, measured.statistics)
-        settings = tune.best(settings, trials)
-    elif ALLOCATIONS[settings.allocation].statistic is not None:
+    settings, measured = request.settings, None
+    if request.tune_minutes or ALLOCATIONS[settings.allocation].statistic is not None:
         measured = measure(request, [settings.outlier_multiple], store.folder)
     statistics = measured.statistics if measured else None
     plan = Plan(
         settings=settings,
         sparsities=linear_sparsities(settings, request.shape, statistics),
         statistics=statistics,
-        trials=trials,
     )
+    if request.tune_minutes:
+        assert measured is not None
+        plan = _tuned(plan, request, store, measured)
     plan = request.ranks.from_leader(lambda: plan)  # other nodes' processors may round otherwise
     if request.ranks.leads:
         store.write("plan.json", plan.model_dump(mode="json"))
+        store.forget_measured()
     return plan, measured.first if measured else None
+
+
+def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Plan:
+    """The `plan` with the sparsities that a search finds, which is kept in the `store`."""
+    assert request.held_out is not None
+    assert request.calibration is not None
+    assert request.tune_minutes is not None
+    ranks, settings, shape = request.ranks, plan.settings, request.shape
+    kept = ranks.from_leader(lambda: store.read(SEARCH))
+    state = tune.Search() if kept is None else tune.Search.from_json(kept)
+    windows = request.held_out[: tune.HELD_OUT_WINDOWS, : tune.HELD_OUT_TOKENS]
+    skeleton = Skeleton(request.checkpoint, request.training_dtype, request.skeleton.device)
+    judge = Judge(skeleton, shape, measured.norms, windows, store.folder, settings.group)
+    searcher = tune.Searcher(
+        tune.Mutation(settings, shape),
+        judge,
+        state,
+        request.calibration.seed,
+        ranks,
+        lambda found: store.write(SEARCH, found) if ranks.leads else None,
+    )
+    searcher.run(tune.start(settings, shape, measured.statistics), request.tune_minutes)
+    return plan.model_copy(
+        update={
+            "settings": settings.model_copy(update={"allocation": "searched", "spread": 0.0}),
+            "sparsities": shape.by_block(state.best),
+            "trials": state.trials,
+        }
+    )
 
 
 def _spent(chosen: list[Cost], clock: Clock | None) -> Spent:

@@ -56,7 +56,8 @@ class Request:
     [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning and
     a reconstruction are judged. `batch`: windows that go through a block together. `room`: what a
     budget leaves to the pruned Linears, where there is one.
-    `training_dtype`: of the products in a reconstruction. `ranks`: the processes that share it.
+    `training_dtype`: of the products in a reconstruction and a search. `ranks`: the processes that
+    share it.
     """
 
     skeleton: Skeleton
@@ -66,7 +67,7 @@ class Request:
     windows: torch.Tensor | None
     held_out: torch.Tensor | None
     batch: int
-    tune: bool
+    tune_minutes: float | None
     room: budget.Room | None = None
     training_dtype: torch.dtype = torch.float32
     ranks: Ranks = ALONE
@@ -114,7 +115,7 @@ class Request:
         return {
             "model": self.checkpoint.identity(),
             "settings": self.settings.model_dump(mode="json"),
-            "tune": self.tune,
+            "tune_minutes": self.tune_minutes,
             "calibration": self.describe_calibration(),
             "device": self.skeleton.device.type,
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
@@ -134,12 +135,17 @@ def check(
     calibration: Calibration | None,
     hardware: Hardware,
     *,
-    tune_allocation: bool,
+    tune_minutes: float | None,
     ranks: Ranks = ALONE,
 ) -> Request:
     """The request, or `BadInput` for whatever can be known to be wrong before any work."""
-    if tune_allocation:
-        tune.candidates(settings)
+    if tune_minutes is not None:
+        tune.check(settings, tune_minutes)
+    elif settings.allocation == "searched":
+        raise BadInput(
+            "The allocation 'searched' is what --tune finds.",
+            "Give --tune, with another --allocation to begin with, or the recipe of its result.",
+        )
     checkpoint = open_checkpoint(model)
     device = find_device(hardware.device)
     skeleton = Skeleton(checkpoint, find_dtype(hardware.dtype, checkpoint, device), device)
@@ -150,7 +156,7 @@ def check(
     shape = select(skeleton.names, sizes, settings.skip)
     _check_groups(settings, skeleton, shape)
     room = None if settings.budget is None else budget.room(settings, skeleton, shape)
-    windows = _windows(checkpoint, settings, calibration, tune_allocation=tune_allocation)
+    windows = _windows(checkpoint, settings, calibration, tunes=tune_minutes is not None)
     held_out = None
     if windows is not None and calibration is not None:
         windows, held_out = windows[: calibration.samples], windows[calibration.samples :]
@@ -174,7 +180,7 @@ def check(
         windows,
         held_out,
         batch,
-        tune_allocation,
+        tune_minutes,
         room,
         training_dtype,
         ranks,
@@ -186,10 +192,10 @@ def _windows(
     settings: PruneSettings,
     calibration: Calibration | None,
     *,
-    tune_allocation: bool,
+    tunes: bool,
 ) -> torch.Tensor | None:
     """The windows to prune by, and after them those to judge by."""
-    measures = tune_allocation or ALLOCATIONS[settings.allocation].statistic is not None
+    measures = tunes or ALLOCATIONS[settings.allocation].statistic is not None
     if settings.needs == "nothing" and not measures and not settings.reconstruct:
         return None
     if calibration is None and settings.reconstruct:
@@ -216,7 +222,7 @@ def _windows(
             "Give a smaller --sequence-length.",
         )
     tokens = load_tokens(checkpoint.folder, [calibration.source])
-    held_out = tune.HELD_OUT_WINDOWS if tune_allocation else 0
+    held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
     count = calibration.samples + held_out

@@ -16,7 +16,7 @@ from owl_deploy.manifest import CheckpointManifest, versions
 from owl_deploy.partial import kept_for_resuming
 from owl_deploy.progress import error_console
 from owl_deploy.prune import write
-from owl_deploy.prune.picture import sparsity_svg
+from owl_deploy.prune.picture import sparsity_svg, tuning_svg
 from owl_deploy.prune.plan import Plan, resolve
 from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.sparsities import resolved_layers
@@ -33,7 +33,7 @@ def prune(
     calibration: Calibration | None = None,
     hardware: Hardware = ANY_HARDWARE,
     *,
-    tune_allocation: bool = False,
+    tune_minutes: float | None = None,
     force: bool = False,
     resume: bool = False,
     origin: dict[str, Any] | None = None,
@@ -41,10 +41,11 @@ def prune(
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
     `calibration` may be None when neither method nor allocation looks at inputs; `hardware` says
-    where to compute. With `tune_allocation` the allocation's parameters are searched for (see
-    `tune`). `force` replaces an output that is there. Every finished block is durable: a run that
-    was stopped continues with `resume`, to bit-identical weights. `origin` (see `recipe.origin`) is
-    recorded in the manifest: what the settings were made from. Returns the manifest, which says of
+    where to compute. For `tune_minutes` the sparsities of the Linears are searched for, from the
+    allocation on (see `tune`). `force` replaces an output that is there. Every finished block is
+    durable: a run that was stopped continues with `resume`, to bit-identical weights; a search goes
+    on for the time that it has left. `origin` (see `recipe.origin`) is recorded in the manifest:
+    what the settings were made from. Returns the manifest, which says of
     each block what share of its weights was asked to go and went. Raises `BadInput` before any work
     for whatever can be known to be wrong by then, `EnvironmentFailed` for a full disk or memory.
     """
@@ -52,7 +53,7 @@ def prune(
     ranks = join(versions())
     with only_writer(output, force, model) if ranks.leads else contextlib.nullcontext():
         request = check(
-            model, settings, calibration, hardware, tune_allocation=tune_allocation, ranks=ranks
+            model, settings, calibration, hardware, tune_minutes=tune_minutes, ranks=ranks
         )
         asked = request.deciding()
         store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
@@ -78,6 +79,8 @@ def _complete(
     facts["wall_seconds"] = time.perf_counter() - started
     manifest = CheckpointManifest.model_validate(facts)
     (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
+    if plan.trials:
+        (store.folder / "tuning.svg").write_text(tuning_svg(plan.trials), encoding="utf-8")
     manifest.write(store.folder)
     store.finish()
     return manifest

@@ -1,6 +1,6 @@
 """From settings and a model to one sparsity for every Linear that is pruned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from owl_deploy.allocation import ALLOCATIONS, whole_kept
@@ -20,6 +20,11 @@ class Shape:
     def sizes(self) -> list[int]:
         """The pruned weights of each block."""
         return [sum(linears.values()) for linears in self.linears]
+
+    def by_block(self, each: Iterable[float]) -> list[dict[str, float]]:
+        """For each block, its Linears' values by name, of one for `each` Linear in model order."""
+        values = iter(each)
+        return [{name: next(values) for name in own} for own in self.linears]
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,9 @@ def linear_sparsities(
     if settings.group is not None:
         size = settings.group[1]
         found = [1 - kept / size for kept in whole_kept(found, sizes, size)]
-    each = iter(found)
     if one_a_block:
-        return [dict.fromkeys(own, next(each)) for own in shape.linears]
-    return [{name: next(each) for name in own} for own in shape.linears]
+        return [dict.fromkeys(own, one) for own, one in zip(shape.linears, found, strict=True)]
+    return shape.by_block(found)
 
 
 def _explicit(layers: Mapping[str, float], shape: Shape) -> list[dict[str, float]]:

@@ -3,8 +3,8 @@
 Besides `run.json` the folder holds `plan.json` (what the dense pass measured) and one safetensors
 file a finished block, each written whole or not at all; where weights were rounded, one with their
 scales beside it, and where halves were reconstructed a JSON file of what came of them. Until there
-is a plan, what was measured of a block for it lies there likewise. A checkpoint of several shards
-takes the blocks' files as they are, so that the disk holds them once.
+is a plan, what was measured of a block for it, or how far a search has come, lies there likewise. A
+checkpoint of several shards takes the blocks' files as they are, so that the disk holds them once.
 """
 
 import os
@@ -16,6 +16,8 @@ import torch
 from owl_deploy.artefact import publish
 from owl_deploy.grid import SCALE
 from owl_deploy.partial import Partial
+
+SEARCH = "search.json"  # how far a search for an allocation has come
 
 
 class Store(Partial):
@@ -79,8 +81,9 @@ class Store(Partial):
 
     def forget_measured(self) -> None:
         """Drop all that was measured, which a plan holds by now."""
-        for path in [*self.folder.glob("*.forward"), *self.folder.glob("*.backward")]:
-            path.unlink()
+        for pattern in ("*.forward", "*.backward", SEARCH):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def keep_halves(self, name: str, outcomes: dict[str, Any]) -> None:
         """Keep what came of a block's reconstruction; before the block is saved, which ends it."""
@@ -93,7 +96,7 @@ class Store(Partial):
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
-        done = (self.folder / "plan.json", *self.folder.glob("*.forward"))
+        done = (self.folder / "plan.json", self.folder / SEARCH, *self.folder.glob("*.forward"))
         return any(path.is_file() for path in done)
 
     def finish(self) -> None:

@@ -1,143 +1,216 @@
-"""`--tune`: find an allocation's parameters on held-out calibration text.
+"""`--tune MINUTES`: search how the sparsity is divided over the Linears, on held-out text.
 
-Every candidate of a small grid is judged by the loss of a model pruned with it, cheaply: the dense
-pass that measures outliers also gives every layer's input norms, so that one pass over a little
-held-out text prunes and runs all candidates, block by block. The values that were asked for, by
-default the paper's, are a candidate too, so the result is never worse than they on that text.
+The search of EvoPress (arXiv 2410.14649): the best division so far has offspring in which some
+Linears lose more and others as many weights less; all are judged on little text, the best of them
+on more. Here a move is also between whole blocks, between Linears of one name (keys against
+down-projections, say) and between thirds of those, so that few hundred trials, which is what a
+processor has time for, go far. It begins with the best of a few named allocations, that which was
+asked for among them, so that the result is no worse than they on that text.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-import torch
-
-from owl_deploy.allocation import ALLOCATIONS
-from owl_deploy.blocks import Activations, Skeleton
+from owl_deploy.allocation import ALLOCATIONS, hold_mean, whole_kept
 from owl_deploy.errors import BadInput
-from owl_deploy.progress import Advance, bar
-from owl_deploy.prune import mask, score
+from owl_deploy.progress import bar
+from owl_deploy.prune.judge import Division, Judge
 from owl_deploy.prune.sparsities import Shape, Statistics, linear_sparsities
-from owl_deploy.ranks import ALONE, Ranks
-from owl_deploy.recipe import PruneSettings, kept
+from owl_deploy.ranks import Ranks
+from owl_deploy.recipe import PruneSettings
 
-HELD_OUT_WINDOWS = 4
-MULTIPLES = (3.0, 5.0, 7.0, 10.0)
-_SPREADS = (0.02, 0.05, 0.08, 0.12, 0.16, 0.2)
-_GROUP_WEIGHTS = (0.5, 1.0, 1.5, 2.0)  # half the range of N:M, in weights of a group
+HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 8, 256  # to judge by: the first tokens of each window
+OFFSPRING, SURVIVORS = 8, 1
+_SPREADS = (0.04, 0.08, 0.15)
+_GROUP_WEIGHTS = (1.0, 1.5)  # half the range of N:M, in weights of a group
+_STEPS = (0.02, 0.04, 0.08, 0.16)  # shares of the smaller of two sets that trade
+_GROUP_STEPS = (1, 2)  # weights of a group that N:M's sets trade
+_MOVES = (1, 1, 2, 3)  # how many trades make one of the offspring
 
-LayerNorms = Mapping[str, torch.Tensor]  # the norm of each pruned Linear's inputs, by its name
+Save = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate and the loss, in nats a token, of the model pruned with it."""
+    """One division: what it is, the divergence of the model pruned with it, and when it was tried.
 
-    outlier_multiple: float
-    spread: float
-    loss: float
-
-
-def candidates(settings: PruneSettings) -> list[PruneSettings]:
-    """What was asked for, then the grid of its allocation.
-
-    Raises `BadInput` for an allocation that has nothing to tune.
+    `divergence`: from the dense model, in nats a token of the held-out text. `seconds`: since the
+    search began, over all of its runs.
     """
-    allocation = ALLOCATIONS[settings.allocation]
-    if not allocation.tunable:
-        tunable = ", ".join(name for name, row in ALLOCATIONS.items() if row.tunable)
+
+    name: str
+    divergence: float
+    seconds: float = 0.0
+
+
+@dataclass
+class Search:
+    """How far a search has come: what was tried, the best division, its age and generations."""
+
+    trials: list[Trial] = field(default_factory=list)
+    best: Division = ()
+    divergence: float = float("inf")
+    seconds: float = 0.0
+    generation: int = 0
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> "Search":
+        """The one that `to_json` was made of."""
+        trials = [Trial(**one) for one in kept["trials"]]
+        return cls(**kept | {"trials": trials, "best": tuple(kept["best"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON's types."""
+        return asdict(self)
+
+    def judged(self, name: str, division: Division, divergence: float) -> None:
+        """Note a trial, and its division if that is the best."""
+        self.trials.append(Trial(name, divergence, self.seconds))
+        if divergence < self.divergence:
+            self.best, self.divergence = division, divergence
+
+
+def check(settings: PruneSettings, minutes: float) -> None:
+    """Raise `BadInput` where there is nothing to search for, or no time."""
+    if not 0 < minutes < float("inf"):
+        raise BadInput(f"--tune {minutes:g} is no time.", "Give minutes, such as --tune 15.")
+    if ALLOCATIONS[settings.allocation].rule is None or not settings.sparsity:
         raise BadInput(
-            f"The allocation {settings.allocation!r} has nothing to tune.",
-            f"Use --tune with one of: {tunable}.",
+            "There is nothing to tune: what goes of each layer is said by other settings.",
+            "Use --tune with a --sparsity, and neither a budget nor a recipe that lists layers.",
         )
-    spreads: tuple[float, ...] = _SPREADS
-    if settings.group is not None:
-        spreads = tuple(min(0.5, weights / settings.group[1]) for weights in _GROUP_WEIGHTS)
-    multiples = MULTIPLES if allocation.counts_outliers else (settings.outlier_multiple,)
-    asked = (settings.outlier_multiple, settings.spread)
-    pairs = dict.fromkeys([asked, *((m, s) for m in multiples for s in spreads)])
-    return [_with(settings, multiple, spread) for multiple, spread in pairs]
 
 
-def best(settings: PruneSettings, trials: Sequence[Trial]) -> PruneSettings:
-    """`settings` with the values of the trial with the lowest loss; of equals, the first."""
-    chosen = min(trials, key=lambda trial: trial.loss)
-    return _with(settings, chosen.outlier_multiple, chosen.spread)
+def named(settings: PruneSettings) -> list[tuple[str, PruneSettings]]:
+    """The allocations that a search begins with, by name: what was asked for is the first."""
+    found = {_name(settings): settings}
+    for allocation in dict.fromkeys((settings.allocation, "linear", "uniform")):
+        spreads: tuple[float, ...] = _SPREADS if ALLOCATIONS[allocation].spread else (0.0,)
+        if settings.group is not None and ALLOCATIONS[allocation].spread:
+            spreads = tuple(min(0.5, weights / settings.group[1]) for weights in _GROUP_WEIGHTS)
+        for spread in spreads:
+            one = settings.model_copy(update={"allocation": allocation, "spread": spread})
+            found.setdefault(_name(one), one)
+    return list(found.items())
 
 
-def _with(settings: PruneSettings, multiple: float, spread: float) -> PruneSettings:
-    return settings.model_copy(update={"outlier_multiple": multiple, "spread": spread})
+def _name(settings: PruneSettings) -> str:
+    spread = ALLOCATIONS[settings.allocation].spread
+    return settings.allocation + (f", spread {settings.spread:g}" if spread else "")
 
 
-class Judge:
-    """Prunes a model in many ways at once and tells the loss of each on `windows` [n, length].
+class Mutation:
+    """Makes offspring of divisions: Linears that trade weights, so that the sparsity stays."""
 
-    `norms`: for each block, the dense model's input norms. Weights are chosen by Wanda's score
-    whatever the method is: the order of the candidates hardly depends on it, and it is fast. The
-    `ranks` share the candidates.
-    """
+    def __init__(self, settings: PruneSettings, shape: Shape) -> None:
+        self.sizes = [size for own in shape.linears for size in own.values()]
+        self.group, self.sparsity = settings.group, settings.sparsity
+        # No Linear is emptied: of what the whole model keeps, each keeps a quarter at least.
+        self.most = 1 - (1 - settings.sparsity) / 4
+        if self.group is not None:
+            self.most = 1 - max(1, round((1 - self.most) * self.group[1])) / self.group[1]
+        self.ways = [sets for sets in _ways(shape) if len(sets) > 1]
+
+    def offspring(self, division: Division, draw: random.Random) -> Division:
+        """Another division of the same sparsity."""
+        if not self.ways:  # one Linear
+            return division
+        wanted = list(division)
+        for _ in range(draw.choice(_MOVES)):
+            more, less = draw.sample(draw.choice(self.ways), 2)
+            steps = _STEPS if self.group is None else [n / self.group[1] for n in _GROUP_STEPS]
+            sizes = [sum(self.sizes[place] for place in one) for one in (more, less)]
+            traded = draw.choice(steps) * min(sizes)
+            for places, change in ((more, traded / sizes[0]), (less, -traded / sizes[1])):
+                for place in places:
+                    wanted[place] += change
+        return self.feasible(wanted)
+
+    def feasible(self, wanted: Sequence[float]) -> Division:
+        """The sparsities nearest to those `wanted` that the structure has, of the right mean."""
+        found = hold_mean(wanted, self.sizes, self.sparsity, max(self.most, self.sparsity))
+        if self.group is not None:
+            size = self.group[1]
+            found = [1 - kept / size for kept in whole_kept(found, self.sizes, size)]
+        return tuple(found)
+
+
+def _ways(shape: Shape) -> list[list[list[int]]]:
+    """The ways to part the Linears, by their numbers in model order, into sets that trade."""
+    places = list(
+        enumerate((block, name) for block, own in enumerate(shape.linears) for name in own)
+    )
+    depth = len(shape.linears)
+
+    def parted(key: Callable[[int, str], object]) -> list[list[int]]:
+        sets: dict[object, list[int]] = {}
+        for place, (block, name) in places:
+            sets.setdefault(key(block, name), []).append(place)
+        return list(sets.values())
+
+    return [
+        parted(lambda block, name: (block, name)),
+        parted(lambda block, _: block),
+        parted(lambda _, name: name),
+        parted(lambda block, name: (3 * block // depth, name)),
+    ]
+
+
+class Searcher:
+    """A search of `state`, by all ranks together; `save` is given it after each generation."""
 
     def __init__(
-        self,
-        skeleton: Skeleton,
-        shape: Shape,
-        norms: Sequence[LayerNorms],
-        windows: torch.Tensor,
-        scratch: Path,
-        ranks: Ranks = ALONE,
+        self, mutation: Mutation, judge: Judge, state: Search, seed: int, ranks: Ranks, save: Save
     ) -> None:
-        self.skeleton, self.shape, self.norms = skeleton, shape, norms
-        self.windows, self.scratch, self.ranks = windows, scratch, ranks
+        self.mutation, self.judge, self.state = mutation, judge, state
+        self.seed, self.ranks, self.save = seed, ranks, save
+        self.everywhere = range(len(judge.windows))
 
-    @torch.no_grad()
-    def trials(self, settings: Sequence[PruneSettings], statistics: Statistics) -> list[Trial]:
-        """One trial for each of `settings`."""
-        own = settings[self.ranks.rank :: self.ranks.size]
-        losses = [0.0] * len(settings)
-        for rank, part in enumerate(self.ranks.gathered(self._losses(own, statistics))):
-            losses[rank :: self.ranks.size] = part
-        return [
-            Trial(one.outlier_multiple, one.spread, loss)
-            for one, loss in zip(settings, losses, strict=True)
-        ]
+    def run(self, start: Sequence[tuple[str, Division]], minutes: float) -> None:
+        """Judge what is there at the start, unless an earlier run has; then search until the end.
 
-    def _losses(self, settings: Sequence[PruneSettings], statistics: Statistics) -> list[float]:
-        if not settings:  # more ranks than candidates
-            return []
-        found = [linear_sparsities(one, self.shape, statistics) for one in settings]
-        start = self.skeleton.embed(self.windows, len(self.windows), self.scratch)
-        states = [start.copy() for _ in settings]
-        total = len(self.shape.names) * len(settings) * len(self.windows)
-        with bar("Trying allocations", total) as advance:
-            for index in range(len(self.shape.names)):
-                asked = [blocks[index] for blocks in found]
-                self._run_block(index, asked, settings[0].group, states, advance)
-        return self.skeleton.losses(self.windows, states)
+        Each rank ends where the first does, whose clock counts.
+        """
+        state, total = self.state, 60 * minutes
+        with bar("Searching", total, lambda: f"{state.divergence:.4f} nats a token") as advance:
+            advance(min(state.seconds, total))
+            while not state.trials or state.seconds < total:
+                since, before = self.ranks.from_leader(time.monotonic), min(state.seconds, total)
+                found = self._generation() if state.trials else self._judged(start)
+                state.seconds += self.ranks.from_leader(time.monotonic) - since
+                for name, division, divergence in found:
+                    state.judged(name, division, divergence)
+                self.save(state.to_json())
+                advance(min(state.seconds, total) - before)
 
-    def _run_block(
-        self,
-        index: int,
-        asked: Sequence[Mapping[str, float]],
-        group: tuple[int, int] | None,
-        states: Sequence[Activations],
-        advance: Advance,
-    ) -> None:
-        """Run block `index` once for each state, its Linears pruned to what that state asks."""
-        with self.skeleton.loaded(self.shape.names[index]) as block:
-            linears = self.skeleton.linears(index)
-            dense = {name: linears[name].weight.clone() for name in self.shape.linears[index]}
-            scores = {
-                name: score.wanda(weight.float(), self.norms[index][name])
-                for name, weight in dense.items()
-            }
-            for state, wanted in zip(states, asked, strict=True):
-                for name, weight in dense.items():
-                    removed = _removed(scores[name], wanted[name], group)
-                    linears[name].weight.copy_(weight.masked_fill(removed, 0))
-                state.through(block, index, advance, keep=True)
+    def _generation(self) -> list[tuple[str, Division, float]]:
+        state = self.state
+        draw = random.Random(f"{self.seed} {state.generation}")
+        young = [self.mutation.offspring(state.best, draw) for _ in range(OFFSPRING)]
+        few = self._divergences(young, [draw.choice(self.everywhere)])
+        best = sorted(range(len(young)), key=few.__getitem__)[:SURVIVORS]
+        state.generation += 1
+        return self._judged([(f"generation {state.generation}", young[number]) for number in best])
+
+    def _judged(
+        self, divisions: Sequence[tuple[str, Division]]
+    ) -> list[tuple[str, Division, float]]:
+        found = self._divergences([one for _, one in divisions], self.everywhere)
+        return [(*one, divergence) for one, divergence in zip(divisions, found, strict=True)]
+
+    def _divergences(self, divisions: Sequence[Division], places: Sequence[int]) -> list[float]:
+        return self.ranks.shared(divisions, lambda own: self.judge.divergences(own, places))
 
 
-def _removed(scores: torch.Tensor, sparsity: float, group: tuple[int, int] | None) -> torch.Tensor:
-    if group is None:
-        return mask.lowest_in_rows(scores, sparsity)
-    return mask.lowest_in_groups(scores, kept(sparsity, group[1]), group[1])
+def start(
+    settings: PruneSettings, shape: Shape, statistics: Statistics
+) -> list[tuple[str, Division]]:
+    """The divisions of the `named` allocations."""
+    found = []
+    for name, one in named(settings):
+        blocks = linear_sparsities(one, shape, statistics)
+        found.append((name, tuple(value for block in blocks for value in block.values())))
+    return found

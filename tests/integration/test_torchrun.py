@@ -28,7 +28,7 @@ EVERY = [
     if row.rule
 ]
 EVERY += [
-    ("llama", {"method": "wanda", "tune": True}),
+    ("llama", {"method": "wanda", "tune": 1e-9}),
     ("opt", {"method": "wanda", "refit": True}),
     ("opt", {"method": "none", "sparsity": 0, "bits": 4, "allocation": "uniform"}),
     ("llama", {"method": "sparsegpt", "structure": "2:4", "sparsity": 0.5}),

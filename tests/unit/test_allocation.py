@@ -110,4 +110,4 @@ def test_every_rule_holds_the_target(name):
     rule = allocation.ALLOCATIONS[name].rule
     found = rule(0.6, [3, 1, 2], [0.5, 1.0, 0.2], allocation.ALLOCATIONS[name].spread)
     assert weighted_mean(found, [3, 1, 2]) == pytest.approx(0.6)
-    assert (min(found) < max(found)) == allocation.ALLOCATIONS[name].tunable
+    assert (min(found) < max(found)) == bool(allocation.ALLOCATIONS[name].spread)

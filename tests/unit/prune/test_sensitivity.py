@@ -29,7 +29,7 @@ def model(request, tmp_path_factory):
 def asked(model, text_file, budget="4", **values):
     settings = recipe.settings(budget=budget, **values)
     calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
-    return check(model, settings, calibration, ANY_HARDWARE, tune_allocation=False)
+    return check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
 
 
 def measured(request, folder):

@@ -1,5 +1,7 @@
+import itertools
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -12,29 +14,139 @@ from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.prune import tune
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune.sparsities import Shape
+from owl_deploy.ranks import ALONE
 from tests import tiny
 
-
-def test_the_values_asked_for_are_a_candidate_and_all_differ():
-    found = tune.candidates(recipe.settings(outlier_multiple=4, spread=0.11))
-    pairs = [(one.outlier_multiple, one.spread) for one in found]
-    assert pairs[0] == (4, 0.11)
-    assert len(set(pairs)) == len(pairs) == 1 + 4 * 6
-    assert len(tune.candidates(recipe.settings(allocation="dlp"))) == 1 + 6
-    groups = tune.candidates(recipe.settings(structure="4:8"))
-    assert {one.spread for one in groups} == {0.0625, 0.125, 0.1875, 0.25}
+NO_TIME = 1e-9  # minutes: the named allocations are tried, and no more
+SHAPE = Shape([f"layers.{block}" for block in range(4)], [{"q": 64, "k": 16, "down": 256}] * 4)
 
 
-@pytest.mark.parametrize("allocation", ["uniform"])
-def test_nothing_to_tune(allocation):
-    with pytest.raises(BadInput, match="nothing to tune"):
-        tune.candidates(recipe.settings(allocation=allocation))
+def mean(division):
+    sizes = [size for own in SHAPE.linears for size in own.values()]
+    return sum(n * one for n, one in zip(sizes, division, strict=True)) / sum(sizes)
 
 
-def test_the_lowest_loss_wins_and_of_equals_the_first():
-    trials = [tune.Trial(5, 0.08, 2.0), tune.Trial(3, 0.1, 1.5), tune.Trial(7, 0.1, 1.5)]
-    chosen = tune.best(recipe.settings(), trials)
-    assert (chosen.outlier_multiple, chosen.spread) == (3, 0.1)
+def test_a_search_begins_with_what_was_asked_and_others():
+    found = dict(tune.named(recipe.settings(allocation="dlp", spread=0.11)))
+    assert next(iter(found)) == "dlp, spread 0.11"
+    assert {one.allocation for one in found.values()} == {"dlp", "linear", "uniform"}
+    assert len(found) == 1 + 3 + 3 + 1
+    assert len({(one.allocation, one.spread) for one in found.values()}) == len(found)
+    groups = [one for _, one in tune.named(recipe.settings(structure="4:8"))]
+    assert {one.spread for one in groups if one.allocation == "owl"} == {0.125, 0.1875}
+
+
+@pytest.mark.parametrize(
+    ("settings", "minutes", "said"),
+    [
+        ({"budget": "3.5"}, 5, "nothing to tune"),
+        ({"allocation": "list", "layers": {"model.layers.0": 0.5}}, 5, "nothing to tune"),
+        ({"sparsity": 0.0}, 5, "nothing to tune"),
+        ({"method": "none", "bits": 4}, 5, "nothing to tune"),
+        ({}, 0, "is no time"),
+        ({}, -1, "is no time"),
+        ({}, math.nan, "is no time"),
+        ({}, math.inf, "is no time"),
+    ],
+)
+def test_nothing_to_tune_and_no_time(settings, minutes, said):
+    with pytest.raises(BadInput, match=said):
+        tune.check(recipe.settings(**settings), minutes)
+
+
+def test_what_a_search_finds_is_no_allocation_to_ask_for(llama, text_file, tmp_path):
+    text = Calibration(str(text_file), samples=3, sequence_length=48)
+    with pytest.raises(BadInput, match="is what --tune finds"):
+        prune(llama, tmp_path / "out", recipe.settings(allocation="searched"), text)
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "4:8", "2:4"])
+@pytest.mark.parametrize("seed", range(5))
+def test_offspring_keep_the_sparsity_and_empty_no_linear(structure, seed):
+    settings = recipe.settings(structure=structure, sparsity=0.5)
+    mutation, draw = tune.Mutation(settings, SHAPE), random.Random(seed)
+    division = mutation.feasible([0.5] * 12)
+    assert division == (0.5,) * 12
+    seen = {division}
+    for _ in range(60):
+        division = mutation.offspring(division, draw)
+        seen.add(division)
+        group = settings.group
+        # In whole weights of a group the mean is held to half a step of the largest Linear.
+        off = 1e-9 if group is None else 256 / group[1] / 2 / (4 * 336) + 1e-9
+        assert mean(division) == pytest.approx(0.5, abs=off)
+        assert min(division) >= 0
+        assert max(division) <= (0.875 if group is None else 1 - 1 / group[1])
+        if group is not None:
+            assert all((one * group[1]).is_integer() for one in division)
+    assert len(seen) > 20
+    again = mutation.offspring((0.5,) * 12, random.Random("1 1"))
+    assert again == mutation.offspring((0.5,) * 12, random.Random("1 1"))
+
+
+def test_linears_trade_alone_by_block_by_name_and_by_third():
+    ways = tune.Mutation(recipe.settings(), SHAPE).ways
+    assert [len(sets) for sets in ways] == [12, 4, 3, 9]
+    for sets in ways:
+        assert sorted(itertools.chain(*sets)) == list(range(12))
+    assert ways[1][1] == [3, 4, 5]
+    assert ways[2][0] == [0, 3, 6, 9]
+    assert ways[3][0] == [0, 3]
+
+
+class Bowl:
+    """Judges by the distance from a goal, which a search can reach; some text misleads a little."""
+
+    windows = range(4)
+
+    def __init__(self, goal):
+        self.goal, self.calls = goal, 0
+
+    def divergences(self, divisions, places):
+        self.calls += 1
+        noise = 0.0 if len(places) == 4 else 0.001 * places[0]
+        return [
+            sum((a - b) ** 2 for a, b in zip(one, self.goal, strict=True)) * (1 + noise)
+            for one in divisions
+        ]
+
+
+def searched(monkeypatch, generations, *, state=None, seed=0):
+    """A search of so many generations, each of which takes a second, and what it kept of each."""
+    clock = itertools.count()
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    goal = tuple(0.5 + (0.2 if number % 3 == 2 else -0.2) for number in range(12))
+    mutation = tune.Mutation(recipe.settings(sparsity=0.5), SHAPE)
+    state, kept = state or tune.Search(), []
+    searcher = tune.Searcher(mutation, Bowl(goal), state, seed, ALONE, kept.append)
+    searcher.run([("uniform", (0.5,) * 12), ("other", (0.4,) * 12)], generations / 60)
+    return state, [json.loads(json.dumps(one)) for one in kept]
+
+
+def test_a_search_gets_better_and_never_worse(monkeypatch):
+    state, _ = searched(monkeypatch, 200)
+    best = list(itertools.accumulate((one.divergence for one in state.trials), min))
+    assert state.trials[0].name == "uniform"
+    assert state.divergence == best[-1] < 0.35 * state.trials[0].divergence
+    assert state.generation == 199  # the first second is that of the named ones
+    assert mean(state.best) == pytest.approx(0.5)
+
+
+def test_a_search_that_was_stopped_goes_on_to_the_same_end(monkeypatch):
+    whole, kept = searched(monkeypatch, 30)
+    begun = tune.Search.from_json(kept[11])
+    assert begun.generation == 11
+    resumed, rest = searched(monkeypatch, 30, state=begun)
+    assert len(rest) == len(kept) - 12
+    assert resumed.to_json() == whole.to_json()
+    over, rest = searched(monkeypatch, 30, state=tune.Search.from_json(kept[-1]))
+    assert not rest
+    assert over.to_json() == whole.to_json()
+
+
+def test_another_seed_is_another_search(monkeypatch):
+    assert searched(monkeypatch, 20)[0].best != searched(monkeypatch, 20, seed=1)[0].best
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -54,37 +166,40 @@ def test_losses_of_the_dense_states_are_the_models_own(family, tmp_path):
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
-@pytest.mark.parametrize("allocation", ["owl", "dlp", "linear"])
+@pytest.mark.parametrize("allocation", ["owl", "dlp", "linear", "uniform", "owl-per-linear"])
 @pytest.mark.parametrize("structure", ["unstructured", "4:8"])
-def test_tuning_never_ends_worse_than_what_was_asked(
+def test_a_search_never_ends_worse_than_what_was_asked(
     llama, text_file, tmp_path, allocation, structure
 ):
     settings = recipe.settings(allocation=allocation, structure=structure)
     text = Calibration(str(text_file), samples=3, sequence_length=48)
-    manifest = prune(llama, tmp_path / "out", settings, text, tune_allocation=True).to_json()
+    manifest = prune(llama, tmp_path / "out", settings, text, tune_minutes=NO_TIME).to_json()
     trials = manifest["tuning"]
-    assert len(trials) == len(tune.candidates(settings))
-    assert all(math.isfinite(trial["loss"]) for trial in trials)
-    chosen = manifest["settings"]
-    (own,) = [
-        trial["loss"]
-        for trial in trials
-        if (trial["outlier_multiple"], trial["spread"])
-        == (chosen["outlier_multiple"], chosen["spread"])
-    ]
-    assert own == min(trial["loss"] for trial in trials) <= trials[0]["loss"]
+    assert [trial["name"] for trial in trials] == [name for name, _ in tune.named(settings)]
+    assert all(math.isfinite(trial["divergence"]) for trial in trials)
+    assert manifest["settings"]["allocation"] == "searched"
     assert json.loads((tmp_path / "out" / "owl.json").read_text())["tuning"] == trials
+    assert "began with" in (tmp_path / "out" / "tuning.svg").read_text()
+    best = min(trials, key=lambda trial: trial["divergence"])
+    (chosen,) = [one for name, one in tune.named(settings) if name == best["name"]]
+    plain = prune(llama, tmp_path / "plain", chosen, text).to_json()
+    assert [one["linears"] for one in plain["blocks"]] == [
+        one["linears"] for one in manifest["blocks"]
+    ]
+    assert not (tmp_path / "plain" / "tuning.svg").exists()
 
 
-@pytest.mark.parametrize("allocation", ["owl", "owl-per-linear"])
-def test_what_was_tuned_is_pruned_by_the_values_that_won(llama, text_file, tmp_path, allocation):
-    settings = recipe.settings(allocation=allocation, outlier_multiple=4, spread=0.01)
+def test_what_was_found_is_pruned_again_from_its_recipe(llama, text_file, tmp_path, monkeypatch):
     text = Calibration(str(text_file), samples=3, sequence_length=48)
-    tuned = prune(llama, tmp_path / "tuned", settings, text, tune_allocation=True)
-    assert tuned.settings.spread != 0.01
-    chosen = recipe.PruneSettings(**tuned.settings.model_dump())
-    plain = prune(llama, tmp_path / "plain", chosen, text)
-    assert plain.blocks == tuned.blocks
-    assert len({block.outlier_ratio for block in plain.blocks}) == 2
-    found = [load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "plain")]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    clock = itertools.count()
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    settings = recipe.settings(sparsity=0.6)
+    found = prune(llama, tmp_path / "found", settings, text, tune_minutes=20 / 60)
+    assert len(found.tuning) == len(tune.named(settings)) + 19
+    assert found.sparsity.asked == pytest.approx(0.6)
+    assert len({one.sparsity for block in found.blocks for one in block.linears.values()}) > 2
+    listed = recipe.merged(tmp_path / "found" / "recipe.yaml", {})
+    again = prune(llama, tmp_path / "again", listed, text)
+    assert [one.linears for one in again.blocks] == [one.linears for one in found.blocks]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("found", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,0 +1,33 @@
+"""The divergence of a pruned model from the dense one, a naive way: whole models, in float64."""
+
+import copy
+
+import torch
+
+
+def divergence(model, weights, windows):
+    """Mean of KL(dense || pruned) over all places, in nats; `weights`: by the Linears' names."""
+    pruned = copy.deepcopy(model)
+    for name, weight in weights.items():
+        pruned.get_submodule(name).weight.data.copy_(weight)
+    total, places = 0.0, 0
+    with torch.no_grad():
+        for ids in windows:
+            dense, sparse = (
+                one(ids[None]).logits[0].double().softmax(dim=-1) for one in (model, pruned)
+            )
+            total += float((dense * (dense / sparse).log()).sum())
+            places += len(ids)
+    return total / places
+
+
+def lowest_removed(weight, norms, sparsity):
+    """`weight` [out, in] without the lowest of each row by |w| x norm, the same number in each."""
+    left = weight.clone()
+    for row in left:
+        order = sorted(
+            range(len(row)), key=lambda place: abs(float(row[place])) * float(norms[place])
+        )
+        for place in order[: round(sparsity * len(row))]:
+            row[place] = 0.0
+    return left
