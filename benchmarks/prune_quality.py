@@ -2,7 +2,7 @@
 
     python benchmarks/prune_quality.py MODEL CALIBRATION EVALUATION -o FILE [--length 2048]
                                        [--method alps ...] [--setting owl ...] [--sparsity 0.7]
-                                       [--keep FOLDER]
+                                       [--keep FOLDER] [--found FOLDER]
 
 Prunes with `owl prune` and measures with `owl eval`, each in a process of its own; the checkpoint
 is then dropped, or kept in FOLDER. FILE holds what is done after every row, and a row that it holds
@@ -66,7 +66,9 @@ def row(method: str, setting: str, given: argparse.Namespace) -> dict[str, Any]:
         command += ["--sequence-length", str(given.length), "--dtype", given.dtype]
         command += ["--seed", str(given.seed)]
         asked = SETTINGS[setting]
-        if "--structure" not in asked:
+        if setting == "searched" and given.found:
+            asked = ["--recipe", str(given.found)]
+        if not {"--structure", "--recipe"} & set(asked):
             command += ["--sparsity", str(given.sparsity)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         manifest = owl(*command, *asked)
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.7, help="where none is in a setting")
     parser.add_argument("--method", action="append", choices=METHODS, help="repeat. [all]")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="repeat. [all]")
+    parser.add_argument("--found", type=Path, help="a checkpoint of a search, to take its result")
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of calibration windows and search")
     parser.add_argument("--rows", type=int, default=len(METHODS) * len(SETTINGS))

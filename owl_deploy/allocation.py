@@ -141,6 +141,8 @@ def _scaled(values: Sequence[float], spread: float) -> list[float]:
 _OUTLIERS = Statistic("owl_deploy.prune.score:outlier_ratio", counts_outliers=True)
 _MEDIAN = Statistic("owl_deploy.prune.score:median_score")
 
+SEARCHED = "searched"  # what `owl prune --tune` finds
+
 # ATP searches its spread; the others' are OWL's lambda and DLP's alpha.
 ALLOCATIONS: dict[str, Allocation] = {
     "owl": Allocation(owl, 0.08, _OUTLIERS),
@@ -149,6 +151,6 @@ ALLOCATIONS: dict[str, Allocation] = {
     "linear": Allocation(linear, 0.15),
     "uniform": Allocation(uniform),
     "list": Allocation(None),
-    "searched": Allocation(None, per="Linear"),
+    SEARCHED: Allocation(None, per="Linear"),
     "budget": Allocation(None, per="Linear"),
 }

@@ -137,12 +137,13 @@ class Skeleton:
             for place, ids in enumerate(windows.to(self.device)):
                 of_dense, *others = (self._left(ids, one.hidden[place]) for one in (dense, *states))
                 for part in torch.split(torch.arange(len(ids)), _LOGIT_ROWS):
-                    target = _logits(self.model, of_dense[part]).log_softmax(dim=-1)
+                    logits = _logits(self.model, of_dense[part]).log_softmax(dim=-1)
+                    shares = logits.exp()
+                    entropy = _dot(shares, logits)
                     for number, other in enumerate(others):
-                        found = _logits(self.model, other[part]).log_softmax(dim=-1)
-                        totals[number] += float(
-                            nn.functional.kl_div(found, target, reduction="sum", log_target=True)
-                        )
+                        logits = _logits(self.model, other[part])
+                        foreseen = _dot(shares, logits) - logits.logsumexp(dim=-1).sum()
+                        totals[number] += float(entropy - foreseen)
         return [total / windows.numel() for total in totals]
 
     def loss_gradients(
@@ -355,6 +356,11 @@ def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
     cap = getattr(model.config, "final_logit_softcapping", None)
     # Of Gemma, between its head and its softmax.
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The sum of the products of two tensors alike [rows, words], without a tensor of them all."""
+    return torch.einsum("rw,rw->r", one, other).sum()
 
 
 def _drawn_gradient(

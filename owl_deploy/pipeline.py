@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from typing_extensions import override
 
 from owl_deploy import api
+from owl_deploy.allocation import SEARCHED
 from owl_deploy.artefact import MANIFEST, MEASURED, make_folder, read_object, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
@@ -91,7 +92,10 @@ class Task(BaseModel):
 
 
 class Prune(Task):
-    """`owl prune`; `calibration`: a SOURCE, `samples` windows of `sequence_length` tokens."""
+    """`owl prune`; `calibration`: a SOURCE, `samples` windows of `sequence_length` tokens.
+
+    `tune_minutes`: of a search that begins with the settings' allocation.
+    """
 
     APART = {"model": True, "calibration": True}
 
@@ -101,6 +105,7 @@ class Prune(Task):
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 2048
+    tune_minutes: float | None = None
 
     @override
     def reads(self) -> tuple[Path | str, ...]:
@@ -114,7 +119,13 @@ class Prune(Task):
         _go_on(
             self.output,
             lambda resume: api.prune(
-                self.model, self.output, self.settings, text, force=True, resume=resume
+                self.model,
+                self.output,
+                self.settings,
+                text,
+                tune_minutes=self.tune_minutes,
+                force=True,
+                resume=resume,
             ),
         )
 
@@ -127,6 +138,10 @@ class Prune(Task):
         asked = self.settings.model_dump(mode="json") | self.model_dump(
             include={"samples", "sequence_length"}
         )
+        if (self.tune_minutes is None) != (manifest.tuning is None):
+            return False
+        if self.tune_minutes is not None:  # what was found stands in place of what it began with
+            asked |= {"allocation": SEARCHED, "spread": 0.0}
         return agree(told, asked)
 
 

@@ -71,14 +71,15 @@ class Plan:
     `roads`: the targets and precisions of the "dense" model, "dense-rounded" (by `rounding`, with
     compensation), the "sparse" one (by `pruning`), and what was made of that: "rounded" likewise
     and "recovered"; and of the smaller model, "sister", dense and rounded likewise. `samples`
-    windows of `length` tokens to prune by; `windows` of `window` to evaluate on; of HumanEval's
-    problems each `every`-th, and at most `limit`.
+    windows of `length` tokens to prune by, after a search of `tune_minutes`; `windows` of `window`
+    to evaluate on; of HumanEval's problems each `every`-th, and at most `limit`.
     """
 
     roads: dict[str, tuple[Road, ...]]
     pruning: PruneSettings
     rounding: PruneSettings
     recovery: FinetuneSettings
+    tune_minutes: float | None = None
     samples: int = 32
     length: int = 512
     window: int = 2048
@@ -141,6 +142,7 @@ SHOWCASE = Plan(
         teacher_weight=0.5,
         max_minutes=120.0,
     ),
+    tune_minutes=60.0,
 )
 
 
@@ -235,10 +237,11 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
     if any(plan.roads[model] for model in ("sparse", "rounded", "recovered")):
         yield Prune(
             title=f"Pruning: {plan.pruning.allocation} {plan.pruning.sparsity:.0%} with "
-            f"{plan.pruning.method}, {tokens}",
+            f"{plan.pruning.method}, {tokens}{_search(plan)}",
             output=checkpoints["sparse"],
             model=checkpoints["dense"],
             settings=plan.pruning,
+            tune_minutes=plan.tune_minutes,
             **calibrated,
         )
     if plan.roads["rounded"]:
@@ -252,6 +255,11 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
             settings=plan.recovery,
             teacher=checkpoints["dense"],
         )
+
+
+def _search(plan: Plan) -> str:
+    """What a title says of the search before a pruning."""
+    return f", after a search of {plan.tune_minutes:g} minutes" if plan.tune_minutes else ""
 
 
 def _judge(plan: Plan, deployment: Path, source: Path) -> tuple[Task, Task]:
@@ -451,6 +459,9 @@ def main(
     minutes: Annotated[
         float, typer.Option(help="To train the pruned model for.")
     ] = SHOWCASE.recovery.max_minutes or 0.0,
+    tune: Annotated[
+        float, typer.Option(help="To search each layer's sparsity for.")
+    ] = SHOWCASE.tune_minutes or 0.0,
     pairs: options.Pairs = SHOWCASE.pairs,
     skip: _Skipped = None,
     max_loss: options.MaxLoss = None,
@@ -461,7 +472,14 @@ def main(
         _check_code(allow_code)
         loss = read_loss(max_loss) if max_loss else None
         recovery = FinetuneSettings(**SHOWCASE.recovery.model_dump() | {"max_minutes": minutes})
-        plan = replace(SHOWCASE, every=every, limit=limit, recovery=recovery, pairs=pairs)
+        plan = replace(
+            SHOWCASE,
+            every=every,
+            limit=limit,
+            recovery=recovery,
+            tune_minutes=tune or None,
+            pairs=pairs,
+        )
         plan = plan.without(skip or ())
         prepare(plan, say)
         say("Input: Qwen2.5-Coder-1.5B-Instruct and Python sources")

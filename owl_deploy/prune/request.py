@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.allocation import ALLOCATIONS, SEARCHED
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput
@@ -141,9 +141,9 @@ def check(
     """The request, or `BadInput` for whatever can be known to be wrong before any work."""
     if tune_minutes is not None:
         tune.check(settings, tune_minutes)
-    elif settings.allocation == "searched":
+    elif settings.allocation == SEARCHED:
         raise BadInput(
-            "The allocation 'searched' is what --tune finds.",
+            f"The allocation {SEARCHED!r} is what --tune finds.",
             "Give --tune, with another --allocation to begin with, or the recipe of its result.",
         )
     checkpoint = open_checkpoint(model)

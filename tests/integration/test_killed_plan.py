@@ -103,6 +103,7 @@ TINY = showcase.Plan(
         "sister": (("owl", "int4"),),
     },
     pruning=showcase.SHOWCASE.pruning,
+    tune_minutes=0.01,
     rounding=showcase.SHOWCASE.rounding,
     recovery=FinetuneSettings(
         method="masked", max_steps=3, max_minutes=1, sequence_length=64, block_group=1
