@@ -211,7 +211,7 @@ def rows(result: Result, plan: Plan) -> list[dict[str, Any]]:
     variants = {variant.name: variant for variant in plan.variants}
     found = []
     for subject in result.subjects:
-        if not subject.samples:
+        if not all(subject.latencies(scenario.key) for scenario in result.scenarios):
             continue
         decode, prefill = (result.statistics[s.key][subject.name] for s in result.scenarios)
         variant = variants[Path(subject.path).name.rsplit("-", 2)[0]]

@@ -293,7 +293,7 @@ def rows(result: Result) -> list[dict[str, Any]]:
         speeds = {
             scenario.key: result.statistics[scenario.key][subject.name]
             for scenario in result.scenarios
-            if subject.samples
+            if subject.latencies(scenario.key)
         }
         found.append(
             {
@@ -342,7 +342,7 @@ def _gains(drafted: Result) -> Iterator[str]:
     first = drafted.scenarios[0].metrics[0].key
     compared = {one.candidate: one for one in drafted.comparisons if one.scenario == first}
     for subject in drafted.subjects:
-        if subject.draft and subject.samples:
+        if subject.draft and subject.samples and subject.samples[-1].draft:
             yield (
                 f"{subject.name}: {short(compared[subject.name])} as fast, with the same answers; "
                 f"{subject.samples[-1].draft['share_accepted']:.0%} of the draft's tokens accepted."

@@ -64,8 +64,9 @@ def run_bench(
 ) -> Result:
     """Measure what `plan` asks for, in more rounds up to its `looks` until it is `decided`.
 
-    An engine that fails drops its deployment from the later rounds and is named in the result's
-    `failures`; the others are measured on. After an interruption, the same plan goes on with the
+    An engine that fails drops the scenarios of that session from its deployment's later rounds, or
+    all of the deployment where no session is left, and is named in the result's `failures`; the
+    others are measured on. After an interruption, the same plan goes on with the
     samples that were taken. Raises `BadInput`, and `EnvironmentFailed` for an engine that is not
     installed, before anything is timed.
     """
@@ -198,7 +199,7 @@ def _drafts(subjects: tuple[Subject, ...], compared: Iterable[Comparison]) -> It
     """What came of each draft, and whether it pays, by the first metric."""
     alone = {subject.path: subject.name for subject in subjects if not subject.draft}
     for subject in subjects:
-        if not subject.draft or not subject.samples:
+        if not subject.draft or not subject.samples or not subject.samples[-1].draft:
             continue
         tally, against = subject.samples[-1].draft, alone[subject.path]
         verdict = next(
@@ -354,29 +355,35 @@ class _Runner:
                     subjects[name] = self.measure(subject, index)
 
     def measure(self, subject: Subject, index: int) -> Subject:
-        """`subject` with one more sample, or with the reason why it failed."""
-        try:
-            about, sample = self._sample(subject, index)
-        except EngineFailed as error:
-            return subject.model_copy(update={"failure": str(error)})
-        self.journal.add(subject.name, about, sample)
-        return subject.model_copy(update={"about": about, "samples": (*subject.samples, sample)})
-
-    def _sample(self, subject: Subject, index: int) -> tuple[dict[str, Any], Sample]:
+        """`subject` with one more sample, or with the reason why it failed, or a part of it."""
         latencies: dict[str, tuple[float, ...]] = {}
         drafted: dict[str, float] = {}
         opened: list[tuple[dict[str, Any], int]] = []
+        failed = dict(subject.failed)
         for scenarios in self.sessions:
-            if scenarios[0].is_served:
-                opened.append(self._served(subject, scenarios, latencies))
+            if scenarios[0].key in failed:
+                continue
+            own: dict[str, tuple[float, ...]] = {}
+            try:
+                if scenarios[0].is_served:
+                    opened.append(self._served(subject, scenarios, own))
+                else:
+                    opened.append(self._opened(subject, scenarios, own, drafted))
+            except EngineFailed as error:
+                failed |= {scenario.key: str(error) for scenario in scenarios}
             else:
-                opened.append(self._opened(subject, scenarios, latencies, drafted))
+                latencies |= own
+        if not opened:
+            why = next(iter(failed.values()))
+            return subject.model_copy(update={"failure": why, "failed": {}})
         about, peak = opened[0]
         load_s = about.pop("seconds")
         sample = Sample(
             round=index, load_s=load_s, peak_bytes=peak, latencies_ms=latencies, draft=drafted
         )
-        return about, sample
+        self.journal.add(subject.name, about, sample)
+        samples = (*subject.samples, sample)
+        return subject.model_copy(update={"about": about, "samples": samples, "failed": failed})
 
     def _opened(
         self,

@@ -63,7 +63,8 @@ class Score(_Model):
 class Subject(_Model):
     """A deployment in an engine, and all its samples; `failure` says why there are no more.
 
-    `scores`: by task, as `owl eval` recorded them. `draft`: the folder, or "lookup", that proposes
+    `failed`: why there are no more of a scenario, by its key, where others go on. `scores`: by
+    task, as `owl eval` recorded them. `draft`: the folder, or "lookup", that proposes
     `draft_tokens` tokens at a time, 0 for as many as pay; its answers, and so its quality, are the
     deployment's.
     """
@@ -82,6 +83,7 @@ class Subject(_Model):
     about: dict[str, Any] = {}
     samples: tuple[Sample, ...] = ()
     failure: str | None = None
+    failed: dict[str, str] = {}
     draft: str = ""
     draft_tokens: int = 0
 
@@ -91,8 +93,8 @@ class Subject(_Model):
         return bool(self.blocks) or (self.zeros or 0.0) >= SPARSE
 
     def latencies(self, key: str) -> list[tuple[float, ...]]:
-        """The latencies of a metric, by process."""
-        return [sample.latencies_ms[key] for sample in self.samples]
+        """The latencies of a metric, by process; none of one that failed."""
+        return [one.latencies_ms[key] for one in self.samples if key in one.latencies_ms]
 
     def summary(self, key: str) -> stats.Summary:
         """The statistics of a metric."""
@@ -147,7 +149,14 @@ class Result(_Model):
     @property
     def failures(self) -> list[str]:
         """What engines failed at, a sentence each."""
-        return [subject.failure for subject in self.subjects if subject.failure]
+        found = []
+        for subject in self.subjects:
+            scenarios: dict[str, list[str]] = {}
+            for key, why in subject.failed.items():
+                scenarios.setdefault(why, []).append(key)
+            found += [f"{', '.join(keys)}: {why}" for why, keys in scenarios.items()]
+            found += [subject.failure] if subject.failure else []
+        return found
 
 
 def read_result(path: Path) -> Result:
@@ -195,7 +204,7 @@ def statistics(
     table: dict[str, dict[str, dict[str, float]]] = {}
     for metric in metrics_of(scenarios):
         for subject in subjects:
-            if subject.samples:
+            if subject.latencies(metric.key):
                 row = _row(subject.summary(metric.key), metric)
                 if metric.key.startswith("decode"):
                     row["read_gb_per_s"] = subject.size_bytes / row["median_ms"] / 1e6
@@ -221,10 +230,10 @@ def comparisons(
     subjects: tuple[Subject, ...], scenarios: tuple[Scenario, ...], seed: int
 ) -> tuple[Comparison, ...]:
     """Every candidate against the baselines that matter to a user, in every metric."""
-    measured = [subject for subject in subjects if subject.samples]
-    baselines = [subject for subject in measured if subject.role == "baseline"]
     found = []
     for metric in metrics_of(scenarios):
+        measured = [subject for subject in subjects if subject.latencies(metric.key)]
+        baselines = [subject for subject in measured if subject.role == "baseline"]
         for candidate in measured:
             if candidate.role == "candidate":
                 for baseline, against in choose_baselines(candidate, baselines, metric.key):
@@ -286,9 +295,12 @@ def _compare(
 
 def paired(candidate: Subject, baseline: Subject, key: str) -> tuple[list[float], list[float]]:
     """The process medians of a metric, in ms, of the rounds that both were measured in."""
-    rounds = {sample.round: sample for sample in baseline.samples}
-    pairs = [(s, rounds[s.round]) for s in candidate.samples if s.round in rounds]
+    now, then = (
+        {one.round: one.latencies_ms[key] for one in subject.samples if key in one.latencies_ms}
+        for subject in (candidate, baseline)
+    )
+    both = [number for number in now if number in then]
     return (
-        [stats.process_median(one.latencies_ms[key]) for one, _ in pairs],
-        [stats.process_median(other.latencies_ms[key]) for _, other in pairs],
+        [stats.process_median(now[number]) for number in both],
+        [stats.process_median(then[number]) for number in both],
     )

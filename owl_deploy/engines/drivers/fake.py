@@ -2,11 +2,12 @@
 
     {"decode_ms": 20, "prefill_ms": 100, "noise": 0.02, "load_s": 1, "peak_bytes": 1000,
      "vocab": 16, "logits_off": 0,
-     "fail": {"op": "load" | "prompt" | "next", "how": "abort"|"hang"|"raise"|"exit"}}
+     "fail": {"op": "load" | "prompt" | "next", "how": "abort"|"hang"|"raise"|"exit",
+              "beyond": 0}}
 
 Its clock is its own: a latency of an hour costs a test no time. `noise` is the relative spread
 between processes (a log-normal factor drawn once a process). `peak_bytes` is memory that it takes,
-on top of what the process has.
+on top of what the process has. It fails where it is opened for a context `beyond` so many tokens.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Driver:
         """Read the behaviour."""
         text = (Path(asked.folder) / "fake.json").read_text(encoding="utf-8")
         self.behaviour: dict[str, Any] = json.loads(text)
+        self.context = asked.context
         print("fake engine: loading")  # noqa: T201 - engines print to stdout; it must do no harm
         self._maybe_fail("load")
         self.taken = np.ones(self.behaviour.get("peak_bytes", 0), np.uint8)
@@ -81,7 +83,7 @@ class Driver:
 
     def _maybe_fail(self, operation: str) -> None:
         fail = self.behaviour.get("fail", {})
-        if fail.get("op") != operation:
+        if fail.get("op") != operation or self.context <= fail.get("beyond", 0):
             return
         print("fake engine: assertion failed in " + operation, file=sys.stderr, flush=True)  # noqa: T201
         if fail["how"] == "abort":

@@ -100,6 +100,30 @@ def test_an_engine_that_fails_keeps_the_others_results(tmp_path: Path, how: str)
     shown(result)
 
 
+def test_an_engine_that_fails_at_one_context_is_measured_at_the_others(tmp_path: Path) -> None:
+    good = fake(tmp_path / "good", decode_ms=10, prefill_ms=50)
+    fail = {"op": "load", "how": "abort", "beyond": 512}
+    bad = fake(tmp_path / "bad", decode_ms=20, prefill_ms=50, fail=fail)
+    opened: list[str] = []
+    scenarios = ("decode@64", "decode@600", "prefill@32")
+    plan = BenchPlan(candidates=(bad,), baselines=(good,), pairs=3, scenarios=scenarios)
+    result = run_bench(plan, opener=recording(opened))
+    assert opened.count("good") == 9
+    assert opened.count("bad") == 3 + 1 + 3  # what failed is not tried again
+    subject = result.subjects[0]
+    assert subject.failure is None
+    assert list(subject.failed) == ["decode@600"]
+    (failure,) = result.failures
+    assert failure.startswith("decode@600: ")
+    assert "'load'" in failure
+    assert set(result.statistics["decode@64"]) == {"bad", "good"}
+    assert set(result.statistics["decode@600"]) == {"good"}
+    assert {one.scenario for one in result.comparisons} == {"decode@64", "prefill@32"}
+    assert {one.pairs for one in result.comparisons} == {3}
+    shown(result)
+    assert Result.model_validate_json(result.model_dump_json()) == result
+
+
 def test_an_engine_that_is_not_installed_is_said_before_anything_is_timed(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
