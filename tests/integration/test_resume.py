@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from owl_deploy import checkpoint, recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.partial import partial_folder
-from owl_deploy.prune import store
+from owl_deploy.prune import store, tune
 from owl_deploy.prune.run import Calibration, prune
 from tests import tiny
 
@@ -153,6 +153,22 @@ def test_kill_9_from_outside_at_some_moment(model, text_file, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_search_that_was_killed_is_not_begun_again(model, text_file, tmp_path, monkeypatch):
+    settings = recipe.settings(sparsity=0.6)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    whole = prune(model, tmp_path / "whole", settings, calibration, tune_minutes=1e-9)
+    out = tmp_path / "out"
+    # What the search has come to is written, and the plan that follows from it is not.
+    killed(model, out, text_file, {"method": "wanda", "sparsity": 0.6}, "write:1")
+    assert (partial_folder(out) / store.SEARCH).is_file()
+    assert not (partial_folder(out) / "plan.json").exists()
+    monkeypatch.delattr(tune.Searcher, "_divergences")
+    found = prune(model, out, settings, calibration, tune_minutes=1e-9, resume=True)
+    assert [one.name for one in found.tuning] == [one.name for one in whole.tuning]
+    assert [one.linears for one in found.blocks] == [one.linears for one in whole.blocks]
+    assert not (out / store.SEARCH).exists()
 
 
 def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
