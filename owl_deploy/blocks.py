@@ -256,10 +256,8 @@ class Skeleton:
         """What enters the head [length, width], of what left the last block for `ids` [length]."""
         given = _Given(hidden.unsqueeze(0).to(self.device))
         with self._blocks_replaced([given] * len(self.blocks)):
-            left: torch.Tensor = self.model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[
-                0
-            ][0]
-        return left
+            left: torch.Tensor = self.model.base_model(input_ids=ids[None], use_cache=False)[0]
+        return left[0]
 
     def _first_hidden(
         self, backbone: nn.Module, ids: torch.Tensor

@@ -105,6 +105,13 @@ def test_whole_numbers_of_parts_that_differ_in_size(target):
     assert all(abs(k - 8 * (1 - s)) < 1 for k, s in zip(kept, wanted, strict=True))
 
 
+def test_no_part_loses_more_than_the_most():
+    found = allocation.hold_mean([0.9, 0.5, 0.1], [1, 2, 1], 0.6, 0.7)
+    assert max(found) == 0.7
+    assert weighted_mean(found, [1, 2, 1]) == pytest.approx(0.6)
+    assert allocation.hold_mean([0.2, 0.4], [1, 1], 0.7, 0.7) == pytest.approx([0.7, 0.7])
+
+
 @pytest.mark.parametrize("name", [n for n, row in allocation.ALLOCATIONS.items() if row.rule])
 def test_every_rule_holds_the_target(name):
     rule = allocation.ALLOCATIONS[name].rule
