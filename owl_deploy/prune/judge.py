@@ -64,7 +64,11 @@ class Judge:
         """
         if not divisions:  # more ranks than divisions
             return []
-        by_block = [self.shape.by_block(division) for division in divisions]
+        # In whole levels: what rounds to the same is the same model.
+        by_block = [
+            self.shape.by_block(round(sparsity * self.levels) for sparsity in division)
+            for division in divisions
+        ]
         branches = [_Branch(list(range(len(divisions))), self._at(self.start, places))]
         for index, name in enumerate(self.shape.names):
             with self.skeleton.loaded(name) as block:
@@ -87,16 +91,18 @@ class Judge:
         block: nn.Module,
         index: int,
         branches: Sequence[_Branch],
-        asked: Sequence[Mapping[str, float]],
+        asked: Sequence[Mapping[str, int]],
     ) -> None:
+        """Run block `index` once for each branch; from one to the next few Linears change."""
         linears = self.skeleton.linears(index)
         dense = {name: linears[name].weight.clone() for name in self.shape.linears[index]}
+        there: dict[str, int] = {}
         for branch in branches:
-            for name, sparsity in asked[branch.members[0]].items():
-                stays = self.orders[index][name].to(dense[name].device) >= round(
-                    sparsity * self.levels
-                )
-                torch.mul(dense[name], stays, out=linears[name].weight)
+            for name, level in asked[branch.members[0]].items():
+                if there.get(name) != level:
+                    stays = self.orders[index][name].to(dense[name].device) >= level
+                    torch.mul(dense[name], stays, out=linears[name].weight)
+                    there[name] = level
             branch.states.through(block, index, _silent, keep=True)
 
     @torch.no_grad()
@@ -136,7 +142,7 @@ def levels(scores: torch.Tensor, group: tuple[int, int] | None) -> torch.Tensor:
     return places.to(torch.uint8).view_as(scores)
 
 
-def _parted(branch: _Branch, asked: Sequence[Mapping[str, float]]) -> list[_Branch]:
+def _parted(branch: _Branch, asked: Sequence[Mapping[str, int]]) -> list[_Branch]:
     """The branch, parted into those that ask the same of the next block; all but one are copies."""
     parts: list[list[int]] = []
     for member in branch.members:

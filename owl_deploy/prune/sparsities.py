@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from owl_deploy.allocation import ALLOCATIONS, whole_kept
 from owl_deploy.errors import BadInput
 from owl_deploy.families import heads
 from owl_deploy.recipe import PruneSettings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Shape:
         """The pruned weights of each block."""
         return [sum(linears.values()) for linears in self.linears]
 
-    def by_block(self, each: Iterable[float]) -> list[dict[str, float]]:
+    def by_block(self, each: Iterable[T]) -> list[dict[str, T]]:
         """For each block, its Linears' values by name, of one for `each` Linear in model order."""
         values = iter(each)
         return [{name: next(values) for name in own} for own in self.linears]

@@ -81,7 +81,7 @@ def test_models_that_begin_alike_are_run_as_one_and_judged_as_each(llama, tmp_pa
     base = [0.5] * count
     divisions = [tuple(base)]
     for place in (0, count - 1, count // 2, count - 1):
-        other = list(base)
+        other = [value + 1e-12 for value in base]  # which rounds to the same
         other[place] = 0.25
         divisions.append(tuple(other))
     passes = []
@@ -97,7 +97,7 @@ def test_models_that_begin_alike_are_run_as_one_and_judged_as_each(llama, tmp_pa
     together = judge.divergences(divisions, [0, 1, 2])
     blocks = len(judge.shape.names)
     assert len(passes) < blocks * len(divisions)
-    assert passes.count(0) <= 3  # the first block of two differs from that of the others
+    assert passes.count(0) == 2  # one of them differs from the others in the first block
     alone = [judge.divergences([one], [0, 1, 2])[0] for one in divisions]
     assert together == alone
     assert together[2] == together[4]
