@@ -159,18 +159,16 @@ class Skeleton:
         with self._outside_loaded():
             self.model.requires_grad_(False)
             for place, ids in enumerate(windows.to(self.device)):
-                hidden = state.hidden[place].unsqueeze(0).to(self.device, copy=True)
-                given = _Given(hidden.requires_grad_())
-                with self._blocks_replaced([given] * len(self.blocks)):
-                    left = self.model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[0]
+                hidden = state.hidden[place].to(self.device, copy=True).requires_grad_()
+                left = self._left(ids, hidden)
                 by_left = torch.cat(
                     [
                         _drawn_gradient(self.model, rows.detach(), drawing)
-                        for rows in torch.split(left[0], _LOGIT_ROWS)
+                        for rows in torch.split(left, _LOGIT_ROWS)
                     ]
                 )
-                (found,) = torch.autograd.grad(left, hidden, by_left.unsqueeze(0))
-                gradients[place] = found[0].to(gradients.device)
+                (found,) = torch.autograd.grad(left, hidden, by_left)
+                gradients[place] = found.to(gradients.device)
         return gradients
 
     @torch.no_grad()

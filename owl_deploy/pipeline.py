@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from typing_extensions import override
 
 from owl_deploy import api
-from owl_deploy.allocation import SEARCHED
 from owl_deploy.artefact import MANIFEST, MEASURED, make_folder, read_object, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
@@ -134,14 +133,13 @@ class Prune(Task):
         manifest = read_manifest(self.output, CheckpointManifest)
         if manifest is None:
             return False
-        told = manifest.settings.model_dump(mode="json") | (manifest.calibration or {})
-        asked = self.settings.model_dump(mode="json") | self.model_dump(
-            include={"samples", "sequence_length"}
-        )
         if (self.tune_minutes is None) != (manifest.tuning is None):
             return False
-        if self.tune_minutes is not None:  # what was found stands in place of what it began with
-            asked |= {"allocation": SEARCHED, "spread": 0.0}
+        told = manifest.settings.model_dump(mode="json") | (manifest.calibration or {})
+        settings = self.settings if self.tune_minutes is None else self.settings.searched()
+        asked = settings.model_dump(mode="json") | self.model_dump(
+            include={"samples", "sequence_length"}
+        )
         return agree(told, asked)
 
 

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.allocation import ALLOCATIONS, SEARCHED
 from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
 from owl_deploy.families import heads
@@ -167,6 +167,10 @@ class PruneSettings(BaseModel):
                     f"{self.bits_group}.",
                     "One must divide the other.",
                 )
+
+    def searched(self) -> Self:
+        """These, where a search has found each Linear's sparsity, which no rule then gives."""
+        return self.model_copy(update={"allocation": SEARCHED, "spread": 0.0})
 
     @property
     def group(self) -> tuple[int, int] | None:

@@ -342,10 +342,10 @@ def _gains(drafted: Result) -> Iterator[str]:
     first = drafted.scenarios[0].metrics[0].key
     compared = {one.candidate: one for one in drafted.comparisons if one.scenario == first}
     for subject in drafted.subjects:
-        if subject.draft and subject.samples and subject.samples[-1].draft:
+        if subject.tally:
             yield (
                 f"{subject.name}: {short(compared[subject.name])} as fast, with the same answers; "
-                f"{subject.samples[-1].draft['share_accepted']:.0%} of the draft's tokens accepted."
+                f"{subject.tally['share_accepted']:.0%} of the draft's tokens accepted."
             )
 
 

@@ -66,8 +66,8 @@ def run_bench(
 
     An engine that fails drops the scenarios of that session from its deployment's later rounds, or
     all of the deployment where no session is left, and is named in the result's `failures`; the
-    others are measured on. After an interruption, the same plan goes on with the
-    samples that were taken. Raises `BadInput`, and `EnvironmentFailed` for an engine that is not
+    others are measured on. After an interruption, the same plan goes on with the samples that were
+    taken. Raises `BadInput`, and `EnvironmentFailed` for an engine that is not
     installed, before anything is timed.
     """
     plan, entries, limits = fitted(plan)
@@ -199,9 +199,10 @@ def _drafts(subjects: tuple[Subject, ...], compared: Iterable[Comparison]) -> It
     """What came of each draft, and whether it pays, by the first metric."""
     alone = {subject.path: subject.name for subject in subjects if not subject.draft}
     for subject in subjects:
-        if not subject.draft or not subject.samples or not subject.samples[-1].draft:
+        tally = subject.tally
+        if not tally:
             continue
-        tally, against = subject.samples[-1].draft, alone[subject.path]
+        against = alone[subject.path]
         verdict = next(
             (one for one in compared if (one.candidate, one.baseline) == (subject.name, against)),
             None,

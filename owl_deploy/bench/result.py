@@ -92,9 +92,18 @@ class Subject(_Model):
         """Whether it was pruned: owl says so, or zeros do that no rounding leaves."""
         return bool(self.blocks) or (self.zeros or 0.0) >= SPARSE
 
+    def by_round(self, key: str) -> dict[int, tuple[float, ...]]:
+        """The latencies of a metric, by the round of the process; none of one that failed."""
+        return {one.round: one.latencies_ms[key] for one in self.samples if key in one.latencies_ms}
+
     def latencies(self, key: str) -> list[tuple[float, ...]]:
         """The latencies of a metric, by process; none of one that failed."""
-        return [one.latencies_ms[key] for one in self.samples if key in one.latencies_ms]
+        return list(self.by_round(key).values())
+
+    @property
+    def tally(self) -> dict[str, float]:
+        """What became of a draft's tokens in the last sample; empty without."""
+        return self.samples[-1].draft if self.samples else {}
 
     def summary(self, key: str) -> stats.Summary:
         """The statistics of a metric."""
@@ -295,10 +304,7 @@ def _compare(
 
 def paired(candidate: Subject, baseline: Subject, key: str) -> tuple[list[float], list[float]]:
     """The process medians of a metric, in ms, of the rounds that both were measured in."""
-    now, then = (
-        {one.round: one.latencies_ms[key] for one in subject.samples if key in one.latencies_ms}
-        for subject in (candidate, baseline)
-    )
+    now, then = candidate.by_round(key), baseline.by_round(key)
     both = [number for number in now if number in then]
     return (
         [stats.process_median(now[number]) for number in both],

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from owl_deploy.allocation import ALLOCATIONS, SEARCHED
+from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.blocks import Skeleton
 from owl_deploy.manifest import Cost, Spent
 from owl_deploy.prune import tune
@@ -105,7 +105,7 @@ def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Pl
     searcher.run(tune.start(settings, shape, measured.statistics), request.tune_minutes)
     return plan.model_copy(
         update={
-            "settings": settings.model_copy(update={"allocation": SEARCHED, "spread": 0.0}),
+            "settings": settings.searched(),
             "sparsities": shape.by_block(state.best),
             "trials": state.trials,
         }

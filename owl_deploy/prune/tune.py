@@ -23,10 +23,10 @@ from owl_deploy.ranks import Ranks
 from owl_deploy.recipe import PruneSettings
 
 HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 8, 256  # to judge by: the first tokens of each window
-OFFSPRING, SURVIVORS = 8, 1
+OFFSPRING = 8
 _SPREADS = (0.04, 0.08, 0.15)
 _GROUP_WEIGHTS = (1.0, 1.5)  # half the range of N:M, in weights of a group
-_STEPS = (0.02, 0.04, 0.08, 0.16)  # shares of the smaller of two sets that trade
+_STEPS: tuple[float, ...] = (0.02, 0.04, 0.08, 0.16)  # shares of the smaller of two sets that trade
 _GROUP_STEPS = (1, 2)  # weights of a group that N:M's sets trade
 _MOVES = (1, 1, 2, 3)  # how many trades make one of the offspring
 
@@ -43,7 +43,7 @@ class Trial:
 
     name: str
     divergence: float
-    seconds: float = 0.0
+    seconds: float
 
 
 @dataclass
@@ -52,9 +52,13 @@ class Search:
 
     trials: list[Trial] = field(default_factory=list)
     best: Division = ()
-    divergence: float = float("inf")
     seconds: float = 0.0
     generation: int = 0
+
+    @property
+    def divergence(self) -> float:
+        """That of the best division."""
+        return min((trial.divergence for trial in self.trials), default=float("inf"))
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> "Search":
@@ -68,9 +72,9 @@ class Search:
 
     def judged(self, name: str, division: Division, divergence: float) -> None:
         """Note a trial, and its division if that is the best."""
-        self.trials.append(Trial(name, divergence, self.seconds))
         if divergence < self.divergence:
-            self.best, self.divergence = division, divergence
+            self.best = division
+        self.trials.append(Trial(name, divergence, self.seconds))
 
 
 def check(settings: PruneSettings, minutes: float) -> None:
@@ -109,9 +113,11 @@ class Mutation:
         self.sizes = [size for own in shape.linears for size in own.values()]
         self.group, self.sparsity = settings.group, settings.sparsity
         # No Linear is emptied: of what the whole model keeps, each keeps a quarter at least.
-        self.most = 1 - (1 - settings.sparsity) / 4
+        self.most, self.steps = 1 - (1 - settings.sparsity) / 4, _STEPS
         if self.group is not None:
-            self.most = 1 - max(1, round((1 - self.most) * self.group[1])) / self.group[1]
+            size = self.group[1]
+            self.most = 1 - max(1, round((1 - self.most) * size)) / size
+            self.steps = tuple(weights / size for weights in _GROUP_STEPS)
         self.ways = [sets for sets in _ways(shape) if len(sets) > 1]
 
     def offspring(self, division: Division, draw: random.Random) -> Division:
@@ -121,9 +127,8 @@ class Mutation:
         wanted = list(division)
         for _ in range(draw.choice(_MOVES)):
             more, less = draw.sample(draw.choice(self.ways), 2)
-            steps = _STEPS if self.group is None else [n / self.group[1] for n in _GROUP_STEPS]
             sizes = [sum(self.sizes[place] for place in one) for one in (more, less)]
-            traded = draw.choice(steps) * min(sizes)
+            traded = draw.choice(self.steps) * min(sizes)
             for places, change in ((more, traded / sizes[0]), (less, -traded / sizes[1])):
                 for place in places:
                     wanted[place] += change
@@ -131,7 +136,7 @@ class Mutation:
 
     def feasible(self, wanted: Sequence[float]) -> Division:
         """The sparsities nearest to those `wanted` that the structure has, of the right mean."""
-        found = hold_mean(wanted, self.sizes, self.sparsity, max(self.most, self.sparsity))
+        found = hold_mean(wanted, self.sizes, self.sparsity, self.most)
         if self.group is not None:
             size = self.group[1]
             found = [1 - kept / size for kept in whole_kept(found, self.sizes, size)]
@@ -191,9 +196,9 @@ class Searcher:
         draw = random.Random(f"{self.seed} {state.generation}")
         young = [self.mutation.offspring(state.best, draw) for _ in range(OFFSPRING)]
         few = self._divergences(young, [draw.choice(self.everywhere)])
-        best = sorted(range(len(young)), key=few.__getitem__)[:SURVIVORS]
+        best = young[few.index(min(few))]
         state.generation += 1
-        return self._judged([(f"generation {state.generation}", young[number]) for number in best])
+        return self._judged([(f"generation {state.generation}", best)])
 
     def _judged(
         self, divisions: Sequence[tuple[str, Division]]

@@ -22,7 +22,7 @@ def shape_of(skeleton):
     return Shape(skeleton.names, sizes)
 
 
-def make(folder, scratch, group=None):
+def make(folder, scratch):
     skeleton = Skeleton(open_checkpoint(folder), torch.float32, torch.device("cpu"))
     shape = shape_of(skeleton)
     draw = torch.Generator().manual_seed(2)
@@ -33,14 +33,14 @@ def make(folder, scratch, group=None):
         }
         for index, own in enumerate(shape.linears)
     ]
-    return Judge(skeleton, shape, norms, WINDOWS, scratch, group), norms
+    return Judge(skeleton, shape, norms, WINDOWS, scratch, None)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_divergence_is_that_of_the_whole_model(family, tmp_path):
     folder = tiny.write_model(family, tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    judge, _ = make(folder, tmp_path)
+    judge = make(folder, tmp_path)
     count = sum(map(len, judge.shape.linears))
     divisions = [tuple(0.2 + 0.1 * (number % 4) for number in range(count)), (0.5,) * count]
     for division in divisions:
@@ -76,7 +76,7 @@ def test_levels_of_groups_are_whole_weights():
 
 
 def test_models_that_begin_alike_are_run_as_one_and_judged_as_each(llama, tmp_path, monkeypatch):
-    judge, _ = make(llama, tmp_path)
+    judge = make(llama, tmp_path)
     count = sum(map(len, judge.shape.linears))
     base = [0.5] * count
     divisions = [tuple(base)]
@@ -104,7 +104,7 @@ def test_models_that_begin_alike_are_run_as_one_and_judged_as_each(llama, tmp_pa
 
 
 def test_nothing_removed_is_the_dense_model(llama, tmp_path):
-    judge, _ = make(llama, tmp_path)
+    judge = make(llama, tmp_path)
     count = sum(map(len, judge.shape.linears))
     assert judge.divergences([(0.0,) * count], [0])[0] == pytest.approx(0, abs=1e-6)
     assert judge.divergences([], [0]) == []
