@@ -88,23 +88,28 @@ def linear(
 
 
 def hold_mean(
-    wanted: Sequence[float], sizes: Sequence[int], target: float, most: float = 1.0
+    wanted: Sequence[float],
+    sizes: Sequence[int],
+    target: float,
+    most: float = 1.0,
+    least: float = 0.0,
 ) -> list[float]:
-    """Move all of `wanted` by one offset, within [0, most]; their weighted mean is then `target`.
+    """Move all of `wanted` by one offset, within [least, most]; their weighted mean is then
+    `target`.
 
     Water-filling: a block at a bound stays there and the others move further, so that neither the
-    mean nor the differences between the blocks inside the bounds are lost. `most` is no less than
-    the target.
+    mean nor the differences between the blocks inside the bounds are lost. The target lies within
+    them.
     """
     if min(wanted) == max(wanted):
         return [target] * len(sizes)
     total = sum(sizes)
 
     def at(offset: float) -> list[float]:
-        return [min(most, max(0.0, value + offset)) for value in wanted]
+        return [min(most, max(least, value + offset)) for value in wanted]
 
-    # The mean grows with the offset, from 0 to `most` over this range: bisect.
-    low, high = -max(wanted), most - min(wanted)
+    # The mean grows with the offset, from `least` to `most` over this range: bisect.
+    low, high = least - max(wanted), most - min(wanted)
     for _ in range(100):
         middle = (low + high) / 2
         mean = sum(s * n for s, n in zip(at(middle), sizes, strict=True)) / total

@@ -25,10 +25,11 @@ def check_output(destination: Path, force: bool = False) -> None:
     """Refuse a destination that exists, before any work is done.
 
     With `force` a folder may exist if it is empty or an artefact of ours (it has a manifest): a
-    mistyped `-o ~ --force` must not cost a home folder.
+    mistyped `-o ~ --force` must not cost a home folder. Of a link, here and elsewhere, what it
+    leads to is meant.
     """
     _check_parent(destination)
-    if not os.path.lexists(destination):
+    if not os.path.lexists(destination.resolve()):
         return
     if not force:
         raise BadInput(f"{destination} exists already.", "Use --force to replace it.")
@@ -40,10 +41,11 @@ def check_output(destination: Path, force: bool = False) -> None:
 
 
 def _check_parent(destination: Path) -> None:
-    if not destination.parent.is_dir():
-        raise BadInput(f"The folder {destination.parent} does not exist.", "Create it first.")
-    if not os.access(destination.parent, os.W_OK):
-        raise BadInput(f"The folder {destination.parent} cannot be written.")
+    parent = destination.resolve().parent if destination.is_symlink() else destination.parent
+    if not parent.is_dir():
+        raise BadInput(f"The folder {parent} does not exist.", "Create it first.")
+    if not os.access(parent, os.W_OK):
+        raise BadInput(f"The folder {parent} cannot be written.")
 
 
 def _check_apart(destination: Path, source: Path) -> None:
@@ -72,7 +74,7 @@ def only_writer(
     _check_parent(destination)
     if source is not None and Path(source).is_dir():
         _check_apart(destination, Path(source))
-    destination = destination.absolute()
+    destination = destination.resolve()
     with _leased(destination):
         _remove_stale(destination, folders=True)
         check_output(destination, force)  # as it is now, with nobody else at it
@@ -84,9 +86,10 @@ def wait_for_writer(destination: Path) -> None:
 
     Raises `BadInput` where its folder cannot be written.
     """
-    make_folder(destination.absolute().parent)
+    destination = destination.resolve()
+    make_folder(destination.parent)
     try:
-        with lease(_lock(destination.absolute()), wait=True):
+        with lease(_lock(destination), wait=True):
             pass
     except OSError as error:
         raise _not_writable(destination.parent, error) from error
@@ -157,7 +160,7 @@ def staged_folder(
     For `source`, and for two runs at once, see `only_writer`.
     """
     with only_writer(destination, force, source):
-        destination = destination.absolute()
+        destination = destination.resolve()
         staging = _temporary(destination)
         make_folder(staging)
         try:

@@ -301,9 +301,10 @@ class Activations:
     ) -> None:
         self.hidden, self.arguments, self.batch, self.device = hidden, arguments, batch, device
 
-    def copy(self) -> "Activations":
-        """The same states, to be changed by another pass."""
-        return Activations(self.hidden.clone(), self.arguments, self.batch, self.device)
+    def copy(self, scratch: Path) -> "Activations":
+        """The same states, to be changed by another pass; `scratch` as in `embed`."""
+        hidden = room_for(tuple(self.hidden.shape), self.hidden.dtype, self.device, scratch)
+        return Activations(hidden.copy_(self.hidden), self.arguments, self.batch, self.device)
 
     @torch.no_grad()
     def through(

@@ -7,6 +7,7 @@ What is written loads in current transformers and in SparseML 1.8 (transformers 
 import contextlib
 import json
 import math
+import re
 import reprlib
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -38,13 +39,17 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# What old checkpoints hold besides weights: masks and frequencies, which models compute now, and
+# transformers leaves unread (`_keys_to_ignore_on_load_unexpected`).
+_COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
 
 class Checkpoint:
     """A Hugging Face model folder whose tensors are read one by one, or all at once by `load`.
 
-    Attributes: `folder`; `config`, the parsed config.json; `files`, tensor name to file; `family`,
-    its row; `blocks`, the names of the decoder blocks, as config.json counts them.
+    Attributes: `folder`; `config`, the parsed config.json; `files`, tensor name to file, of all
+    that the model takes; `family`, its row; `blocks`, the names of the decoder blocks, as
+    config.json counts them.
     Raises `BadInput`, with the file's name, for anything missing, corrupt or unsafe (pickle), for a
     family without a row and a quantized model, and where the weights are not those that config.json
     describes, by its count of blocks or its vocabulary.
@@ -59,7 +64,8 @@ class Checkpoint:
         self.family = family_of(self.config)
         if self.config.get("quantization_config"):
             raise BadInput(f"{folder} is quantized.", "Give the model as it was before.")
-        self.files = _tensor_files(folder)
+        found = _tensor_files(folder)
+        self.files = {name: file for name, file in found.items() if not _COMPUTED.search(name)}
         self.blocks = self._blocks()
         self._check_vocabulary()
 
@@ -156,6 +162,14 @@ class Checkpoint:
         with _open_safetensors(self.files[name]) as file:
             shape: list[int] = file.get_slice(name).get_shape()
         return shape
+
+    def check_length(self, tokens: int, option: str) -> None:
+        """Raise `BadInput` where the model takes fewer than the `tokens` of `option`."""
+        longest = self.config.get("max_position_embeddings")
+        if longest and tokens > longest:
+            raise BadInput(
+                f"The model takes {longest} tokens, not {tokens}.", f"Give a smaller {option}."
+            )
 
     def check_shapes(self, wanted: Mapping[str, list[int]]) -> None:
         """Raise `BadInput` unless there is a tensor of each name and shape in `wanted`."""

@@ -206,6 +206,11 @@ def generate(
     """Stream text from a deployment, and say how fast it came."""
     from owl_deploy.generate import read_prompt
 
+    if not do_sample and (temperature, top_k, top_p, seed) != (1.0, 50, 1.0, None):
+        raise api.BadInput(
+            "--temperature, --top-k, --top-p and --seed are for sampling.",
+            "Give --do-sample as well, or leave them out.",
+        )
     sampling = api.Sampling(
         max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
     )
@@ -382,6 +387,8 @@ def bench(
     from owl_deploy.bench.table import show_outcome
 
     loss = read_loss(max_loss) if max_loss else None
+    if strict and not check:
+        raise api.BadInput("--strict is for the verdicts of --check.", "Give both, or neither.")
     if dense:
         made = _dense(dense, deployments, trust_library)
         given["baselines"] = (*given.get("baselines", ()), *made)

@@ -218,13 +218,16 @@ def generate(
     or "lookup" for proposals from the text itself; the text is the deployment's own with or without
     (speculate.py).
     Raises `BadInput` for a folder that cannot be opened so, for sampling in another engine than
-    onnxruntime-genai, for a draft that does not fit, and for a prompt that is too long;
+    onnxruntime-genai, for a draft that does not fit, for a prompt that is too long, and for `chat`
+    with a model that has no template;
     `EngineFailed` for what onnxruntime-genai stumbles over.
     """
     deployment, speed = Path(deployment), Speed() if speed is None else speed
     threads = threads_for(threads)
     opened = open_deployment(deployment, trust_library=trust_library)
     _check_prompt(prompt)
+    if chat and not opened.has_chat_template:
+        raise BadInput(f"{deployment} has no chat template.", "Leave out --chat.")
     drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
     if opened.folder.engine is not None:
         yield from _in_engine(

@@ -26,7 +26,7 @@ class Partial:
     """
 
     def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
-        output = output.absolute()
+        output = output.resolve()
         self.output = output
         self.folder = partial_folder(output)
         there = is_interrupted(output)
@@ -73,7 +73,8 @@ class Partial:
 
 def partial_folder(output: Path) -> Path:
     """Where the partial result for `output` lies."""
-    return output.absolute().with_name(f".{output.name}.owl-partial")
+    output = output.resolve()
+    return output.with_name(f".{output.name}.owl-partial")
 
 
 def is_interrupted(output: Path) -> bool:

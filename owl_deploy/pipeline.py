@@ -285,7 +285,9 @@ class Evaluate(Measurement):
 
     @override
     def agrees(self) -> bool:
-        return read_object(self.output, "Delete it.").get("text") == self.text
+        kept = read_object(self.output, "Delete it.")
+        asked = {"text": self.text, "window": self.window, "windows": self.windows}
+        return all(kept.get(name) == value for name, value in asked.items())
 
 
 class RunTasks(Measurement):
@@ -321,7 +323,11 @@ class RunTasks(Measurement):
     @override
     def agrees(self) -> bool:
         kept = read_object(self.output, "Delete it.")
-        return all(name in kept and kept[name].get("every", 1) == self.every for name in self.names)
+        return all(
+            (one := kept.get(name)) is not None
+            and (one.get("every", 1), one.get("limit")) == (self.every, self.limit)
+            for name in self.names
+        )
 
 
 class Bench(Task):

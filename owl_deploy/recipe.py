@@ -43,10 +43,11 @@ class PruneSettings(BaseModel):
     "unstructured", or "N:M", N weights kept of every M neighbours, which sets the sparsity; an
     allocation other than uniform then gives each block its own N. `outlier_multiple`: OWL's M.
     `spread`: half the range of the sparsities over the blocks (OWL's lambda, DLP's alpha). `skip`:
-    Linears that stay dense, by the end of their names. `head_sparsity`: that of the output head,
-    which stays dense without it. `layers`, for the allocation "list": block or Linear name to
-    sparsity. `bits`: what survives is rounded to so many, 8, 4 or 3, with one scale for every
-    `bits_group` columns of a row, 32, 64 or 128. `budget`: what the weights may take, such as "3.5"
+    Linears that stay dense, by their names or the ends of them, or what they lie in.
+    `head_sparsity`: that of the output head, which stays dense without it. `layers`, for the
+    allocation "list": block or Linear name to sparsity. `bits`: what survives is rounded to so
+    many, 8, 4 or 3, with one scale for every `bits_group` columns of a row, 32, 64 or 128.
+    `budget`: what the weights may take, such as "3.5"
     (bits each, over those that are pruned) or "400MB" (of all that a deployment packs); the
     allocation "budget" then finds a sparsity and the bits for each Linear. `options`: the method's
     own, of the type that its row in `METHODS` names, or a mapping of their names to values.
@@ -254,6 +255,12 @@ def _options(method: str, given: Options | Mapping[str, Any]) -> Options:
         raise invalid(f"the options of {method}", error) from error
 
 
+def is_named(linear: str, ending: str) -> bool:
+    """Whether `ending`, as in `skip`, is the Linear's whole name, its last parts, or a module that
+    it lies in."""
+    return f".{linear}.".endswith(f".{ending}.") or linear.startswith(f"{ending}.")
+
+
 def parse_structure(structure: object) -> tuple[int, int] | None:
     """(N, M) of "N:M", N kept of M; None for "unstructured". Raises `BadInput` otherwise."""
     if structure == UNSTRUCTURED:
@@ -311,13 +318,32 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
     if overrides.get("method", values.get("method")) != values.get("method"):
         values.pop("options", None)
     options = {**values.get("options", {}), **overrides.get("options", {})}
-    if "allocation" in overrides or "sparsity" in overrides:
-        values.pop("layers", None)  # the recipe's list gives way to a rule
-        if values.get("allocation") == "list":
-            del values["allocation"]
-    if "structure" in overrides:
+    if ("allocation" in overrides or "sparsity" in overrides) and "layers" in values:
+        del values["layers"], values["allocation"]  # the recipe's list gives way to a rule
+        told = {"sparsity", "structure", "budget"} & (values | overrides).keys()
+        if not told:
+            raise BadInput(
+                f"The recipe {recipe} lists each layer's sparsity, and --allocation divides one.",
+                "Give --sparsity as well.",
+            )
+    by_group = parse_structure(overrides.get("structure", UNSTRUCTURED))
+    if by_group and "layers" in values and overrides["structure"] != values.get("structure"):
+        raise BadInput(
+            f"The recipe {recipe} lists each layer's sparsity, and the structure "
+            f"{overrides['structure']} is another.",
+            "Give --allocation as well, for one that divides it anew.",
+        )
+    if by_group:
         values.pop("sparsity", None)
-    return settings(**(values | overrides | {"options": options}))
+    found = settings(**(values | overrides | {"options": options}))
+    row = ALLOCATIONS[found.allocation]
+    for name, means in (("spread", row.spread), ("outlier_multiple", row.counts_outliers)):
+        if overrides.get(name) is not None and not means:
+            raise BadInput(
+                f"--{name.replace('_', '-')} means nothing to the allocation {found.allocation}.",
+                "Leave it out, or give another --allocation.",
+            )
+    return found
 
 
 def origin(recipe: Path, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -452,7 +478,7 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
     if settings.spread:
         lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
     if settings.rounds:
-        bits = settings.bits or "8 and 4"
+        bits = settings.bits or "8, 4 or 3"
         lines.append(f"Rounded to {bits} bits as well, which SparseML does another way.")
     if settings.head_sparsity is not None:
         lines.append(f"Of the output head {settings.head_sparsity:.4g}.")

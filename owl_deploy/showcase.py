@@ -462,6 +462,9 @@ def main(
     tune: Annotated[
         float, typer.Option(help="To search each layer's sparsity for.")
     ] = SHOWCASE.tune_minutes or 0.0,
+    method: Annotated[
+        str, typer.Option(help="To prune with; sparsegpt takes a fifth of the time.")
+    ] = SHOWCASE.pruning.method,
     pairs: options.Pairs = SHOWCASE.pairs,
     skip: _Skipped = None,
     max_loss: options.MaxLoss = None,
@@ -472,10 +475,12 @@ def main(
         _check_code(allow_code)
         loss = read_loss(max_loss) if max_loss else None
         recovery = FinetuneSettings(**SHOWCASE.recovery.model_dump() | {"max_minutes": minutes})
+        kept = SHOWCASE.pruning.model_dump(include={"allocation", "sparsity"})
         plan = replace(
             SHOWCASE,
             every=every,
             limit=limit,
+            pruning=PruneSettings(**kept | {"method": method}),
             recovery=recovery,
             tune_minutes=tune or None,
             pairs=pairs,

@@ -20,6 +20,7 @@ from owl_deploy.manifest import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Plan, Prune, Task, dense_exports
 from owl_deploy.recipe import PruneSettings, read_yaml
 from owl_deploy.record import Record
+from owl_deploy.text import check_source
 
 REPORT = "report.html"
 
@@ -39,12 +40,12 @@ class SweepPlan(BaseModel):
     scenarios: tuple[str, ...] = ("decode", "prefill")
     context: tuple[int, ...] = (512,)
     prompt: tuple[int, ...] = (128,)
-    threads: int | None = None
-    pairs: int = 8
-    samples: int = 128
-    sequence_length: int = 2048
-    window: int = 2048
-    windows: int | None = None
+    threads: int | None = Field(default=None, ge=1)
+    pairs: int = Field(default=8, ge=1)
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=2048, ge=1)
+    window: int = Field(default=2048, ge=2)
+    windows: int | None = Field(default=None, ge=1)
 
     def prunings(self) -> dict[str, PruneSettings]:
         """The settings of each checkpoint, by its name; raises `BadInput` for wrong ones."""
@@ -85,6 +86,8 @@ def tasks(
     """
     if not output.absolute().parent.is_dir():
         raise BadInput(f"The folder {output.parent} does not exist.", "Create it first.")
+    for source in (calibration, text):
+        check_source(source)
     roads = plan.roads()
     made: list[Task] = []
     for name, settings in plan.prunings().items():

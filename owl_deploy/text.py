@@ -1,6 +1,7 @@
 """Text to calibrate, train and evaluate on: local files, or a named data set of the Hub."""
 
 import glob
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,20 +106,37 @@ def _documents(source: str, names: Mapping[str, _Part]) -> list[Path | str]:
         return [Path(source)]
     if source in names:
         return [_load_dataset(names[source])]
-    if source.startswith("hf:"):
-        parts = source.split(":")[1:]
-        if len(parts) != 4 or not all(parts):
-            raise BadInput(f"{source!r} is not of the form hf:NAME:CONFIG:SPLIT:COLUMN.")
-        name, config, split, column = parts
-        return [_load_dataset(_Part(name, config, split, column, documents=_STREAMED_DOCUMENTS))]
+    if part := _of_the_hub(source):
+        return [_load_dataset(part)]
     found: list[Path | str] = list(_texts(source))
     if not found:
-        raise BadInput(
-            f"There is no text file {source!r}.",
-            "Give a UTF-8 file, a folder or a pattern of such files, one of "
-            f"{', '.join(names)}, or hf:NAME:CONFIG:SPLIT:COLUMN.",
-        )
+        raise _no_text(source)
     return found
+
+
+def check_source(source: str) -> None:
+    """Raise `BadInput` for a SOURCE that names nothing, without reading any text."""
+    if not (source in _TRAINING or _of_the_hub(source) or source_files(source)):
+        raise _no_text(source)
+
+
+def _of_the_hub(source: str) -> "_Part | None":
+    """What hf:NAME:CONFIG:SPLIT:COLUMN names; None where `source` is none of that kind."""
+    if not source.startswith("hf:"):
+        return None
+    parts = source.split(":")[1:]
+    if len(parts) != 4 or not all(parts):
+        raise BadInput(f"{source!r} is not of the form hf:NAME:CONFIG:SPLIT:COLUMN.")
+    name, config, split, column = parts
+    return _Part(name, config, split, column, documents=_STREAMED_DOCUMENTS)
+
+
+def _no_text(source: str) -> BadInput:
+    return BadInput(
+        f"There is no text file {source!r}.",
+        "Give a UTF-8 file, a folder or a pattern of such files, one of "
+        f"{', '.join(_TRAINING)}, or hf:NAME:CONFIG:SPLIT:COLUMN.",
+    )
 
 
 def _texts(source: str) -> list[Path]:
@@ -208,6 +226,11 @@ def calibration_windows(
         )
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
     return tokens[: available * length].view(available, length)[chosen].long()
+
+
+def token_digest(windows: "torch.Tensor") -> str:
+    """What tells the `windows` [windows, tokens] from others, in hexadecimal."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
 
 
 def evaluation_windows(tokens: "torch.Tensor", length: int, limit: int | None) -> "torch.Tensor":

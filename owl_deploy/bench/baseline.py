@@ -4,8 +4,9 @@ import datetime
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ import numpy as np
 from owl_deploy import __version__, artefact
 from owl_deploy.bench import counters, gate
 from owl_deploy.bench.gate import Margins, Side, Verdict
-from owl_deploy.bench.measure import Progress, run_bench
+from owl_deploy.bench.measure import Progress, asked_of, fitted, run_bench
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import Result, paired
-from owl_deploy.engines import Deployment, EngineProcess, installed_version, threads_for
+from owl_deploy.engines import (
+    Deployment,
+    EngineProcess,
+    get_engine,
+    installed_version,
+    threads_for,
+)
 from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.runtime import kernels
 
 SCHEMA = 1
 PROBE_TOKENS, PROBE_STEPS, PROBE_COLUMNS = 32, 16, 64
@@ -37,18 +45,38 @@ def one_of_each(plan: BenchPlan) -> None:
         raise BadInput("A gate runs in one engine.", "Give --engine once, or not at all.")
 
 
-def save(path: Path, plan: BenchPlan, progress: Progress, margin: float) -> Result:
-    """Measure, and write what later runs are checked against; returns the benchmark's result."""
+def save(
+    path: Path,
+    plan: BenchPlan,
+    progress: Progress,
+    margin: float,
+    keep: Callable[[Result], None],
+) -> Result:
+    """Measure, and write what later runs are checked against; returns the benchmark's result.
+
+    Here and in `check` that is given to `keep` before its samples are forgotten.
+    """
     one_of_each(plan)
     if plan.pairs < gate.MIN_ROUNDS:
         raise BadInput(f"A baseline needs --pairs {gate.MIN_ROUNDS} or more.")
     if not path.absolute().parent.is_dir():
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder.", "Give --save-baseline the name of a file.")
     side = still_side(plan)
-    result = run_bench(plan, progress)
+
+    def write(result: Result) -> None:
+        if not result.failures:
+            _write(path, timed_side(side, result), result, margin)
+        keep(result)
+
+    result = run_bench(plan, progress, keep=write)
     if result.failures:
         raise EngineFailed(result.failures[0], "No baseline was written.")
-    side = timed_side(side, result)
+    return result
+
+
+def _write(path: Path, side: Side, result: Result, margin: float) -> None:
     precision = result.subjects[0].precision
     margins = Margins(time=margin, logits=LOGITS_MARGIN.get(precision, 1e-3))
     content = {
@@ -59,10 +87,11 @@ def save(path: Path, plan: BenchPlan, progress: Progress, margin: float) -> Resu
         "side": asdict(side),
     }
     artefact.write_json(path, {**content, "digest": _digest(content)})
-    return result
 
 
-def check(path: Path, plan: BenchPlan, progress: Progress) -> tuple[list[Verdict], Result | None]:
+def check(
+    path: Path, plan: BenchPlan, progress: Progress, keep: Callable[[Result], None]
+) -> tuple[list[Verdict], Result | None]:
     """The verdicts on a run against the baseline file at `path`; the file is never changed.
 
     The result is None when the answer was there before anything had to be timed. An engine that
@@ -79,18 +108,19 @@ def check(path: Path, plan: BenchPlan, progress: Progress) -> tuple[list[Verdict
     verdicts += gate.check_counters(saved, now, margins)
     if gate.overall(verdicts) in ("REGRESSED", "INCOMPARABLE"):
         return verdicts, None
-    return _check_times(saved, now, margins, plan, progress, verdicts)
+    return _check_times(
+        saved, now, margins, verdicts, partial(run_bench, plan, progress, keep=keep)
+    )
 
 
 def _check_times(
     saved: Side,
     now: Side,
     margins: Margins,
-    plan: BenchPlan,
-    progress: Progress,
     verdicts: list[Verdict],
+    run: Callable[..., Result],
 ) -> tuple[list[Verdict], Result]:
-    """Time up to `plan.looks` times as many rounds, while the answer is inconclusive."""
+    """Time the plan's rounds, up to its `looks` times, while the answer is inconclusive."""
 
     def timed(result: Result) -> list[Verdict]:
         side = timed_side(now, result)
@@ -99,7 +129,7 @@ def _check_times(
     def decided(result: Result) -> bool:
         return gate.overall(timed(result)) != "INCONCLUSIVE"
 
-    result = run_bench(plan, progress, decided=decided)
+    result = run(decided=decided)
     if result.failures:
         failed = [Verdict("engine", "REGRESSED", failure) for failure in result.failures]
         return verdicts + failed, result
@@ -109,7 +139,6 @@ def _check_times(
 def still_side(plan: BenchPlan) -> Side:
     """All of a run that needs no timing: its setting, logits and counters."""
     from owl_deploy.bench.machine import look
-    from owl_deploy.bench.measure import fitted
 
     plan, entries, _ = fitted(plan)
     (subject, deployment), (reference, other) = entries[:2]
@@ -124,9 +153,20 @@ def still_side(plan: BenchPlan) -> Side:
         "threads": threads,
         "instruction set": list(here.isa),
         "scenarios": [scenario.model_dump(mode="json") for scenario in plan.described()],
+        **_told(plan, subject.engine),
     }
     probe = _probe(plan, subject.engine, deployment, threads)
     return Side(setting, here.cpu, probe, counters.count(deployment), 0, {})
+
+
+def _told(plan: BenchPlan, engine: str) -> dict[str, Any]:
+    """What else decides the times: the kernels of our own operators, and the prompts answered."""
+    found: dict[str, Any] = {}
+    if get_engine(engine).operators:
+        found["kernels"] = kernels()
+    if prompts := asked_of(plan):
+        found["prompts"] = _digest({"prompts": prompts})
+    return found
 
 
 def _probe(plan: BenchPlan, engine: str, deployment: Deployment, threads: int) -> dict[str, Any]:

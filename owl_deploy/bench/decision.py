@@ -64,13 +64,15 @@ class Option:
 class Judged:
     """What a benchmark leaves to choose from, by `key`: perplexity, or a task with its `metric`.
 
-    `documents`: of the task. `options` are in the order of the result's subjects.
+    `documents`: of the task. `options` are in the order of the result's subjects. `unlike`: why
+    there are none, where what is known of them cannot be compared.
     """
 
     key: str
     metric: str
     documents: int
     options: tuple[Option, ...]
+    unlike: str = ""
 
     @property
     def by_task(self) -> bool:
@@ -136,24 +138,27 @@ def refreshed(result: Result) -> Result:
 def check_measured(deployments: Iterable[Path], key: str | None) -> None:
     """Raise `BadInput`, before anything is timed, where `key` could not judge `deployments`."""
     if key is not None:
-        _scores({str(path): (_perplexity(path), scores_of(path)) for path in deployments}, key)
+        kept = {path: measurement(path, PERPLEXITY) or {} for path in deployments}
+        _scores(
+            {
+                str(path): (found.get("value"), found.get("token_ids_sha256"), scores_of(path))
+                for path, found in kept.items()
+            },
+            key,
+        )
 
 
-def _perplexity(folder: Path) -> float | None:
-    kept = measurement(folder, PERPLEXITY)
-    return float(kept["value"]) if kept else None
-
-
-_Measured = dict[str, tuple[float | None, dict[str, Score]]]
+# Of each its perplexity, the digest of the tokens of that where it is known, and its tasks' scores.
+_Measured = dict[str, tuple[float | None, str | None, dict[str, Score]]]
 
 
 def _scores(measured: _Measured, key: str) -> dict[str, Score]:
     """The score of each, by `key`; raises `BadInput` where one has none, or of other documents."""
-    tasks = {task for _, scores in measured.values() for task in scores}
+    tasks = {task for *_, scores in measured.values() for task in scores}
     if key not in (PERPLEXITY, HUMANEVAL) and key not in tasks:
         raise unknown_name("--quality-metric", key, sorted({PERPLEXITY, HUMANEVAL, *tasks}))
     found: dict[str, Score] = {}
-    for name, (perplexity, scores) in measured.items():
+    for name, (perplexity, _, scores) in measured.items():
         if key == PERPLEXITY and perplexity is not None:
             found[name] = Score(metric=PERPLEXITY, value=perplexity)
         elif key in scores:
@@ -161,6 +166,12 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
         else:
             how = f"--{PERPLEXITY} TEXT" if key == PERPLEXITY else f"--tasks {key}"
             raise BadInput(f"{name} has no {key} measured.", f"Run: owl eval {name} {how}")
+    texts = {digest: name for name, (_, digest, _) in measured.items() if digest}
+    if key == PERPLEXITY and len(texts) > 1:
+        raise BadInput(
+            "{} and {} were measured on other text.".format(*texts.values()),
+            f"Evaluate both with the same --{PERPLEXITY}, --window and --windows.",
+        )
     for name, score in found.items():
         first, other = next(iter(found.items()))
         if score.documents != other.documents or score.passed.keys() != other.passed.keys():
@@ -185,12 +196,16 @@ def judge(result: Result, key: str | None = None) -> Judged:
             by_code = _judged(timed, speeds, HUMANEVAL)
             if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
                 return by_code
-        timed, key = [subject for subject in timed if subject.perplexity], PERPLEXITY
+        timed = [subject for subject in timed if subject.perplexity]
+        try:
+            return _judged(timed, speeds, PERPLEXITY)
+        except BadInput as error:
+            return Judged(PERPLEXITY, PERPLEXITY, 0, (), unlike=str(error))
     return _judged(timed, speeds, key)
 
 
 def _judged(subjects: Sequence[Subject], speeds: dict[str, dict[str, float]], key: str) -> Judged:
-    scores = _scores({s.name: (s.perplexity, s.scores) for s in subjects}, key)
+    scores = _scores({s.name: (s.perplexity, s.perplexity_on, s.scores) for s in subjects}, key)
     if not subjects:
         return Judged(key, key, 0, ())
     sign = 1 if key == PERPLEXITY else -1
@@ -254,9 +269,10 @@ def sentence(judged: Judged, max_loss: float | None = None) -> str:
     """What to deploy on this machine, why, and what sparsity would have to lose less to win."""
     pick = choose(judged.options, max_loss)
     if pick is None:
-        return (
-            "Nothing here says what to deploy: no quality is known. `owl eval DEPLOYMENT "
-            "--perplexity TEXT`, or --tasks humaneval, records it before a benchmark."
+        return "Nothing here says what to deploy: " + (
+            judged.unlike
+            or "no quality is known. `owl eval DEPLOYMENT --perplexity TEXT`, or --tasks "
+            "humaneval, records it before a benchmark."
         )
     return " ".join(filter(None, (_pick(judged, pick, max_loss), _sparse(judged, pick, max_loss))))
 
@@ -266,7 +282,10 @@ def _pick(judged: Judged, pick: Option, max_loss: float | None) -> str:
     if max_loss is None:
         allowed = "no more than one standard error" if judged.by_task else "next to nothing"
     problems = f" of {judged.documents} problems" if judged.by_task else ""
+    least = min(judged.options, key=lambda option: option.loss)
     best = f"the best has {judged.said(judged.best)}" if pick.loss > 0 else "none has better"
+    if pick.loss <= 0 and least.loss < pick.loss:
+        best = f"{least.title} has {judged.said(least)}"
     if pick.loss > 0 and pick.may_be_chance:
         best += f", which is within the noise of {judged.documents} problems"
     return (

@@ -23,6 +23,7 @@ from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.prompts import other_words, read_prompts, tokens_of
 from owl_deploy.bench.result import Block, Comparison, Result, Role, Sample, Subject
 from owl_deploy.bench.scenario import Scenario, by_session
+from owl_deploy.digests import digest
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
@@ -36,8 +37,9 @@ from owl_deploy.engines import (
     threads_for,
 )
 from owl_deploy.engines.draft import open_draft
-from owl_deploy.engines.registry import Engine
+from owl_deploy.engines.registry import LOOKUP, Engine
 from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.runtime import kernels, library_path
 
 Progress = Callable[[str], None]
 # Opens an engine; tests put another here.
@@ -61,14 +63,15 @@ def run_bench(
     progress: Progress = lambda _: None,
     opener: Opener = EngineProcess,
     decided: Callable[[Result], bool] = is_decided,
+    keep: Callable[[Result], None] = lambda _: None,
 ) -> Result:
     """Measure what `plan` asks for, in more rounds up to its `looks` until it is `decided`.
 
     An engine that fails drops the scenarios of that session from its deployment's later rounds, or
     all of the deployment where no session is left, and is named in the result's `failures`; the
     others are measured on. After an interruption, the same plan goes on with the samples that were
-    taken. Raises `BadInput`, and `EnvironmentFailed` for an engine that is not
-    installed, before anything is timed.
+    taken, which are there until `keep` has written the result. Raises `BadInput`, and
+    `EnvironmentFailed` for an engine that is not installed, before anything is timed.
     """
     plan, entries, limits = fitted(plan)
     scenarios = plan.described()
@@ -77,7 +80,7 @@ def run_bench(
     threads = threads_for(plan.threads)
     here = machine.look()
     bandwidth = 0.0
-    journal = Journal([plan.model_dump(), threads, here.cpu, _identities(entries)])
+    journal = Journal([plan.model_dump(), threads, here.cpu, _identities(plan, entries)])
     subjects = journal.restore(subject for subject, _ in entries)
     runner = _Runner(plan, scenarios, threads, opener, journal)
     runner.deployments = {subject.name: deployment for subject, deployment in entries}
@@ -89,6 +92,7 @@ def run_bench(
         found = found.model_copy(update={"notes": (*limits, *found.notes)})
         if decided(found):
             break
+    keep(found)
     journal.delete()
     return found
 
@@ -112,22 +116,40 @@ def _check_prompts(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -
                 server_of(subject.engine)
                 next(other_words(deployment, scenario.tokens, plan.seed))
         if scenario.kind == "answers":
-            prompts = read_prompts(plan.prompts)
             for _, deployment in entries:
-                tokens_of(prompts, deployment, scenario.context - scenario.tokens)
+                tokens_of(asked_of(plan), deployment, scenario.context - scenario.tokens)
 
 
-def _identities(entries: list[tuple[Subject, Deployment]]) -> list[list[Any]]:
-    """What must not have changed for kept samples to count: engines' versions, models' files."""
+def _identities(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> list[Any]:
+    """What must not have changed for kept samples to count: code, models' files, prompts."""
     return [
+        __version__,
+        asked_of(plan),
         [
-            subject.model_dump(),
-            installed_version(subject.engine),
-            _modified(deployment.path),
-            _modified(Path(subject.draft)) if Path(subject.draft).is_dir() else {},
-        ]
-        for subject, deployment in entries
+            [
+                subject.model_dump(),
+                _software(subject.engine),
+                _modified(deployment.path),
+                _modified(Path(subject.draft)) if subject.draft not in ("", LOOKUP) else {},
+            ]
+            for subject, deployment in entries
+        ],
     ]
+
+
+def _software(name: str) -> list[str | None]:
+    """What an engine computes by: its version, and what of ours runs in it.
+
+    Operators that a deployment brings are among its files.
+    """
+    isa = kernels() if get_engine(name).operators else None
+    return [installed_version(name), *([isa, digest(library_path())] if isa else [])]
+
+
+def asked_of(plan: BenchPlan) -> tuple[str, ...]:
+    """The prompts whose answers are timed; none where no scenario has any."""
+    answers = any(scenario.kind == "answers" for scenario in plan.described())
+    return read_prompts(plan.prompts) if answers else ()
 
 
 def _modified(folder: Path) -> dict[str, tuple[int, int]]:
@@ -270,6 +292,7 @@ def _subject(name: str, role: Role, deployment: Deployment, engine: Engine) -> S
         precision=deployment.precision,
         zeros=deployment.zeros,
         perplexity=deployment.perplexity,
+        perplexity_on=deployment.perplexity_on,
         scores=scores_of(deployment.path),
         size_bytes=deployment.size_bytes,
         blocks=tuple(

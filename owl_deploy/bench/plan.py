@@ -19,6 +19,15 @@ _KEY = re.compile(
 _SEVERAL = {"decode": "batch", "throughput": "streams", "requests": "streams"}
 _ATTENDING = {"decode", "throughput"}  # to so many tokens
 _ANSWERING = {"generate", "requests"}  # so many new tokens after a prompt of so many
+# The kinds of scenarios that read a number; keys have their own, and --context makes room in all.
+_READERS = {
+    "prompt": {"prefill", *_ANSWERING},
+    "batch": {"decode"},
+    "streams": {"throughput"},
+    "clients": {"requests"},
+    "new_tokens": {"answers", *_ANSWERING},
+    "prompts": {"answers"},
+}
 _EXAMPLES = (
     "decode@4096, decode@512x4, prefill@2048, generate@128+64, throughput@512x2 or "
     "requests@128+64x8"
@@ -88,6 +97,14 @@ class BenchPlan(BaseModel):
         kinds = {name.partition("@")[0] for name in self.scenarios}
         if self.draft is not None and kinds != {"answers"}:
             raise BadInput("A draft is measured on real prompts.", "Give --scenario answers alone.")
+        if self.draft is None and self.draft_tokens is not None:
+            raise BadInput("--draft-tokens is for a draft.", "Give --draft, or leave it out.")
+        for name, readers in _READERS.items():
+            if name in self.model_fields_set and readers.isdisjoint(self.scenarios):
+                known = " or ".join(sorted(readers))
+                raise BadInput(
+                    f"{_option(name)} is for --scenario {known}.", "Give that, or leave it out."
+                )
         found = [each for name in self.scenarios for each in self._scenarios(name)]
         for scenario in found:
             if scenario.prompt_tokens(self.steps, self.repeats) < 1:
@@ -153,7 +170,7 @@ class BenchPlan(BaseModel):
         return self.new_tokens
 
     def _prompts(self, room: int, new: int, takes: str) -> tuple[int, ...]:
-        reads = not {"prefill", *_ANSWERING}.isdisjoint(self.scenarios)
+        reads = not _READERS["prompt"].isdisjoint(self.scenarios)
         if reads and max(self.prompt) > room and "prompt" in self.model_fields_set:
             longest = f"--prompt {max(self.prompt)}"
             raise BadInput(

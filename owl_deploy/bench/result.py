@@ -63,8 +63,9 @@ class Score(_Model):
 class Subject(_Model):
     """A deployment in an engine, and all its samples; `failure` says why there are no more.
 
-    `failed`: why there are no more of a scenario, by its key, where others go on. `scores`: by
-    task, as `owl eval` recorded them. `draft`: the folder, or "lookup", that proposes
+    `failed`: why there are no more of a scenario, by its key, where others go on.
+    `perplexity_on`: the digest of the tokens that it was measured on, where that was kept.
+    `scores`: by task, as `owl eval` recorded them. `draft`: the folder, or "lookup", that proposes
     `draft_tokens` tokens at a time, 0 for as many as pay; its answers, and so its quality, are the
     deployment's.
     """
@@ -77,6 +78,7 @@ class Subject(_Model):
     precision: str
     zeros: float | None
     perplexity: float | None
+    perplexity_on: str = ""
     scores: dict[str, Score] = {}
     size_bytes: int
     blocks: tuple[Block, ...] = ()

@@ -1,7 +1,7 @@
 """`owl bench` as one call: check, measure, write."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +55,17 @@ def bench(plan: BenchPlan, output: str | Path | None = None, force: bool = False
     if output is not None:
         artefact.check_output(output, force)
     with _shown() as progress:
-        result = run_bench(plan, progress)
-    if output is not None:
-        write_result(result, output, force)
-    return result
+        return run_bench(plan, progress, keep=_keeping(output, force))
+
+
+def _keeping(output: Path | None, force: bool) -> Callable[[Result], None]:
+    """What writes a result to the folder `output`, if there is one."""
+
+    def keep(result: Result) -> None:
+        if output is not None:
+            write_result(result, output, force)
+
+    return keep
 
 
 def run_gate(
@@ -77,6 +84,9 @@ def run_gate(
     the verdicts, or the reason why there are none, are appended to as markdown. Raises `BadInput`
     for a file that is no baseline.
     """
+    if summary and not check:
+        raise BadInput("--summary is for the verdicts of --check.", "Give both, or neither.")
+    _append(summary, "")  # what cannot be written is said before anything is measured
     try:
         outcome = _run_gate(plan, save, check, margin, output, force)
     except OwlError as error:
@@ -115,17 +125,13 @@ def _run_gate(
         return Outcome(bench(plan, output, force))
     if output is not None:
         artefact.check_output(output, force)
-    verdicts: tuple[Verdict, ...] | None = None
+    keep = _keeping(output, force)
     with _shown() as progress:
         if save:
-            result: Result | None = baseline.save(save, plan, progress, margin)
-        else:
-            assert check is not None
-            found, result = baseline.check(check, plan, progress)
-            verdicts = tuple(found)
-    if output is not None and result is not None:
-        write_result(result, output, force)
-    return Outcome(result, verdicts)
+            return Outcome(baseline.save(save, plan, progress, margin, keep))
+        assert check is not None
+        verdicts, result = baseline.check(check, plan, progress, keep)
+    return Outcome(result, tuple(verdicts))
 
 
 @contextlib.contextmanager

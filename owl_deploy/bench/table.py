@@ -91,7 +91,7 @@ def show_trade_off(
 
 
 def headline(result: Result) -> list[str]:
-    """One sentence for each candidate and scenario, against the best dense baseline of all.
+    """One sentence for each candidate and scenario, against the best baseline of all.
 
     With what it costs in perplexity, where that is known.
     """
@@ -102,15 +102,18 @@ def headline(result: Result) -> list[str]:
 def _sentence(result: Result, c: Comparison) -> str:
     baseline = {subject.name: subject for subject in result.subjects}[c.baseline]
     kind = f"{baseline.engine} {baseline.precision}"
-    return f"{c.candidate}, {c.scenario}: {c.text} against {c.baseline} ({kind}), the best dense."
+    best = "baseline" if baseline.is_sparse else "dense"
+    return f"{c.candidate}, {c.scenario}: {c.text} against {c.baseline} ({kind}), the best {best}."
 
 
 def _price(result: Result, c: Comparison) -> str:
-    known = {subject.name: subject.perplexity for subject in result.subjects}
-    now, dense = known[c.candidate], known[c.baseline]
-    if now is None or dense is None:
+    known = {subject.name: subject for subject in result.subjects}
+    now, other = known[c.candidate], known[c.baseline]
+    unlike = len({now.perplexity_on, other.perplexity_on} - {""}) > 1
+    if now.perplexity is None or other.perplexity is None or unlike or now.path == other.path:
         return ""
-    return f" Its perplexity is {_digits(now)}, the dense one's {_digits(dense)}."
+    whose = "the baseline's" if other.is_sparse else "the dense one's"
+    return f" Its perplexity is {_digits(now.perplexity)}, {whose} {_digits(other.perplexity)}."
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -50,12 +50,25 @@ class Deployment:
         return float(recorded["value"]) if recorded else None
 
     @property
+    def perplexity_on(self) -> str:
+        """What tells the tokens that gave its perplexity from others; "" where nothing says."""
+        recorded = measurement(self.path, "perplexity") or {}
+        return str(recorded.get("token_ids_sha256") or "")
+
+    @property
     def max_context(self) -> int | None:
         """The tokens that the model takes at most; None where nothing says."""
         told = self.manifest.max_context
         if told is None and self.folder.settings:
             told = self.folder.number("context_length")
         return told or None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was taught a form for messages, as far as its files say."""
+        settings = self.path / "tokenizer_config.json"
+        told = read_object(settings, "Export again.") if settings.is_file() else {}
+        return bool(told.get("chat_template")) or (self.path / "chat_template.jinja").is_file()
 
     @property
     def ends(self) -> list[int]:

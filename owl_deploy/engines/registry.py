@@ -98,7 +98,8 @@ class Engine:
 
 _OWL_SERVE = Server(
     options=(
-        *("-m", "owl_deploy", "serve", "{deployment}", "--port", "{port}"),
+        # -P: nothing is imported from the folder that the benchmark is run in.
+        *("-P", "-m", "owl_deploy", "serve", "{deployment}", "--port", "{port}"),
         *("--batch", "{rows}", "--waiting", "{rows}"),
         *("--context", "{context}", "--threads", "{threads}"),
     ),

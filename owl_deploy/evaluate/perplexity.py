@@ -27,7 +27,13 @@ from owl_deploy.manifest import (
 )
 from owl_deploy.progress import bar, error_console
 from owl_deploy.ranks import ALONE, Ranks, free_memory
-from owl_deploy.text import evaluation_windows, load_evaluation_text, load_tokenizer, tokenize
+from owl_deploy.text import (
+    evaluation_windows,
+    load_evaluation_text,
+    load_tokenizer,
+    token_digest,
+    tokenize,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class Perplexity:
     """exp of the mean negative log-likelihood a predicted token.
 
     `windows` of `window` tokens were read; `tokens` of them were predicted: all but each window's
-    first, which has nothing to be predicted from.
+    first, which has nothing to be predicted from. `token_ids_sha256`: of those that were read, for
+    only values of the same can be compared.
     """
 
     text: str
@@ -43,6 +50,7 @@ class Perplexity:
     windows: int
     window: int
     tokens: int
+    token_ids_sha256: str
 
 
 def windows_of(folder: Path, text: str, window: int, limit: int | None) -> torch.Tensor:
@@ -75,7 +83,7 @@ def from_nll(text: str, nll: float, windows: torch.Tensor) -> Perplexity:
             f"The model's loss on {text} is {nll / tokens:.4g} nats a token, which no model has.",
             "Its weights are damaged, or its engine computes wrongly.",
         )
-    return Perplexity(text, value, count, window, tokens)
+    return Perplexity(text, value, count, window, tokens, token_digest(windows))
 
 
 def perplexity(
@@ -142,6 +150,7 @@ def checkpoint_perplexity(
     for each rank.
     """
     checkpoint = open_checkpoint(folder)
+    checkpoint.check_length(window, "--window")
     windows = windows_of(checkpoint.folder, text, window, limit)
     if len(windows) < ranks.size:
         raise BadInput(
@@ -182,7 +191,12 @@ def deployment_perplexity(
     A deployment for DeepSparse is evaluated in ONNX Runtime, which runs the same graph, unless
     `engine` asks for DeepSparse. Raises `BadInput` for an engine that does not open it.
     """
-    engine = engine_of(open_deployment(folder, trust_library=trust_library), engine)
+    opened = open_deployment(folder, trust_library=trust_library)
+    engine = engine_of(opened, engine)
+    if opened.max_context and window > opened.max_context:
+        raise BadInput(
+            f"{folder} takes {opened.max_context} tokens, not {window}.", "Give a smaller --window."
+        )
     windows = windows_of(folder, text, window, limit)
     nll = 0.0
     with tempfile.TemporaryDirectory() as scratch:

@@ -46,7 +46,8 @@ class Metric:
 class TaskResult:
     """What one task gave: `documents` of it were run, with `few_shot` examples before each.
 
-    `every`: 1 where they are all or the first ones, 4 where every fourth was taken.
+    `every`: 1 where they are all or the first ones, 4 where every fourth was taken; `limit`: the
+    most that were asked for, if anything was.
     `window`: the tokens that the model saw at most; `by`: the engine, or the dtype in PyTorch.
     `answers`: of a task whose answers are programs, each with what came of it.
     """
@@ -59,6 +60,7 @@ class TaskResult:
     window: int
     by: str
     every: int = 1
+    limit: int | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -189,6 +191,8 @@ def evaluate_tasks(
         raise BadInput("--every must be at least 1.")
     if window < 2:
         raise BadInput("--window is too small.", "A window needs two tokens at least.")
+    if not folder.is_dir():  # a name of the Hub
+        folder = open_checkpoint(folder).folder
     with _opened(folder, window, hardware, engine, threads, trust_library, adapter) as opened:
         key = [state_of(folder), adapter and state_of(adapter), opened.by, opened.window]
         kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
@@ -274,6 +278,7 @@ def _run(
             window=opened.window,
             by=opened.by,
             every=every,
+            limit=chosen[0],
             answers=[asdict(one) for one in getattr(tasks[name], "answers", [])],
         )
         for name, row in found["results"].items()

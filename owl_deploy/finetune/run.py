@@ -165,7 +165,7 @@ class Run:
 
     def begin(self, output: Path, *, resume: bool, force: bool) -> "_Unfinished":
         """The leader's: where the run keeps what is done; `BadInput` where it cannot begin."""
-        self.check_disk(output.absolute().parent, copies=1 if resume else 2)
+        self.check_disk(output.resolve().parent, copies=1 if resume else 2)
         return _Unfinished(output, self.asked(), resume=resume, force=force)
 
     def complete(

@@ -12,6 +12,7 @@ from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.recipe import is_named
 from owl_deploy.survivors import Grid
 from owl_deploy.text import load_tokenizer
 from owl_deploy.tokens import load_tokens
@@ -49,8 +50,8 @@ class Source:
                 if tensor.ndim != 2:
                     continue
                 self.matrices[block].append(name)
-                linear = f"{block}.{name.removesuffix('.weight')}."
-                if not any(f".{linear}".endswith(f".{ending}.") for ending in skip):
+                linear = f"{block}.{name.removesuffix('.weight')}"
+                if not any(is_named(linear, one) for one in skip):
                     zeros += int((tensor == 0).sum())
                     weights += tensor.numel()
             if block in told and zeros != round(told[block] * weights):

@@ -52,7 +52,7 @@ class Judge:
         self.group, self.scratch = group, scratch
         self.levels = LEVELS if group is None else group[1]
         self.start = skeleton.embed(windows, len(windows), scratch)
-        self.dense = self.start.copy()
+        self.dense = self.start.copy(scratch)
         self.orders: list[dict[str, torch.Tensor]] = []
         self._order(norms)
 
@@ -73,7 +73,7 @@ class Judge:
         for index, name in enumerate(self.shape.names):
             with self.skeleton.loaded(name) as block:
                 asked = [one[index] for one in by_block]
-                branches = [part for one in branches for part in _parted(one, asked)]
+                branches = [part for one in branches for part in _parted(one, asked, self.scratch)]
                 self._run(block, index, branches, asked)
         states = [branch.states for branch in branches]
         found = self.skeleton.divergences(
@@ -142,7 +142,7 @@ def levels(scores: torch.Tensor, group: tuple[int, int] | None) -> torch.Tensor:
     return places.to(torch.uint8).view_as(scores)
 
 
-def _parted(branch: _Branch, asked: Sequence[Mapping[str, int]]) -> list[_Branch]:
+def _parted(branch: _Branch, asked: Sequence[Mapping[str, int]], scratch: Path) -> list[_Branch]:
     """The branch, parted into those that ask the same of the next block; all but one are copies."""
     parts: list[list[int]] = []
     for member in branch.members:
@@ -152,7 +152,10 @@ def _parted(branch: _Branch, asked: Sequence[Mapping[str, int]]) -> list[_Branch
         else:
             parts.append([member])
     first, *others = parts
-    return [_Branch(first, branch.states), *(_Branch(one, branch.states.copy()) for one in others)]
+    return [
+        _Branch(first, branch.states),
+        *(_Branch(one, branch.states.copy(scratch)) for one in others),
+    ]
 
 
 def _silent(_units: float) -> None:

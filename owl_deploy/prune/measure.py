@@ -120,8 +120,7 @@ def block_statistics(
     """The statistics of one block by Wanda's scores of its pruned Linears, each [out, in]."""
     a_block = allocation.per == "block"
     if not scores:  # every Linear of the block is skipped
-        nothing = [0.0] if a_block else []
-        return BlockStatistics(dict.fromkeys(multiples, 0.0), dict.fromkeys(multiples, nothing))
+        return BlockStatistics({}, {multiple: [] for multiple in multiples})
     ratios = {multiple: score.outlier_ratio(scores, multiple) for multiple in multiples}
     if allocation.statistic is None:
         return BlockStatistics(ratios, {multiple: [] for multiple in multiples})

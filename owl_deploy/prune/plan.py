@@ -16,7 +16,7 @@ from owl_deploy.prune.judge import Judge
 from owl_deploy.prune.measure import Measured, measure
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sensitivity import measure_costs
-from owl_deploy.prune.sparsities import BlockStatistics, linear_sparsities
+from owl_deploy.prune.sparsities import BlockStatistics, Shape, linear_sparsities
 from owl_deploy.prune.store import SEARCH, Store
 from owl_deploy.recipe import PruneSettings
 
@@ -68,11 +68,10 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     if request.tune_minutes or ALLOCATIONS[settings.allocation].statistic is not None:
         measured = measure(request, [settings.outlier_multiple], store.folder)
     statistics = measured.statistics if measured else None
-    plan = Plan(
-        settings=settings,
-        sparsities=linear_sparsities(settings, request.shape, statistics),
-        statistics=statistics,
-    )
+    sparsities = linear_sparsities(settings, request.shape, statistics)
+    if settings.layers is not None:  # the list has a mean, whatever the settings say
+        settings = settings.model_copy(update={"sparsity": _removed(sparsities, request.shape)})
+    plan = Plan(settings=settings, sparsities=sparsities, statistics=statistics)
     if request.tune_minutes:
         assert measured is not None
         plan = _tuned(plan, request, store, measured)
@@ -112,6 +111,15 @@ def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Pl
     )
 
 
+def _removed(sparsities: Sequence[Mapping[str, float]], shape: Shape) -> float:
+    """The share of the weights that goes, of all that might."""
+    gone = (
+        sum(one * own[name] for name, one in asked.items())
+        for own, asked in zip(shape.linears, sparsities, strict=True)
+    )
+    return sum(gone) / sum(shape.sizes)
+
+
 def _spent(chosen: list[Cost], clock: Clock | None) -> Spent:
     size, loss = sum(one.bytes for one in chosen), sum(one.loss for one in chosen)
     if clock is None:
@@ -130,12 +138,12 @@ def _within_budget(request: Request, store: Store) -> Plan:
     else:
         costs = clock.timed(costs, request.skeleton)
         chosen = spend(costs, 1e6 * limit, time=True)
-    sizes = [size for own in request.shape.linears for size in own.values()]
+    sparsities = [{name: one.sparsity for name, one in block.items()} for block in chosen]
+    removed = _removed(sparsities, request.shape)
     each = [one for block in chosen for one in block.values()]
-    removed = sum(one.sparsity * size for one, size in zip(each, sizes, strict=True)) / sum(sizes)
     plan = Plan(
         settings=request.settings.model_copy(update={"sparsity": removed}),
-        sparsities=[{name: one.sparsity for name, one in block.items()} for block in chosen],
+        sparsities=sparsities,
         bits=[{name: one.bits for name, one in block.items()} for block in chosen],
         costs=costs,
         spent=_spent(each, clock),

@@ -97,7 +97,7 @@ class Reconstruction:
         self.step = max(1, TOKENS_A_STEP // windows[0].shape[1])  # windows
         self.halves = halves(skeleton.family)
         self.training, self.held_out = (
-            Streams(embedded, embedded.copy())
+            Streams(embedded, embedded.copy(scratch))
             for embedded in (skeleton.embed(part, batch, scratch) for part in windows)
         )
 

@@ -1,6 +1,5 @@
 """What is asked of a pruning, checked before any work: which model, how, on what text, where."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from owl_deploy.prune import budget, reconstruct, tune
 from owl_deploy.prune.sparsities import Shape, select
 from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.recipe import PruneSettings
-from owl_deploy.text import calibration_windows
+from owl_deploy.text import calibration_windows, token_digest
 from owl_deploy.tokens import load_tokens
 
 
@@ -107,8 +106,7 @@ class Request:
         """The calibration text, with a digest of the token ids that were used; None without."""
         if self.windows is None or self.calibration is None:
             return None
-        digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
-        return {**asdict(self.calibration), "token_ids_sha256": digest}
+        return {**asdict(self.calibration), "token_ids_sha256": token_digest(self.windows)}
 
     def deciding(self) -> dict[str, Any]:
         """What decides the result: a run that resumes must be asked the same."""
@@ -215,12 +213,7 @@ def _windows(
             "at the model's inputs.",
             "Give a text with --calibration.",
         )
-    longest = checkpoint.config.get("max_position_embeddings")
-    if longest and calibration.sequence_length > longest:
-        raise BadInput(
-            f"The model takes {longest} tokens, not {calibration.sequence_length}.",
-            "Give a smaller --sequence-length.",
-        )
+    checkpoint.check_length(calibration.sequence_length, "--sequence-length")
     tokens = load_tokens(checkpoint.folder, [calibration.source])
     held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:

@@ -59,12 +59,13 @@ def prune(
         store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
         with kept_for_resuming(store, "use a smaller --batch-size"):
             plan, first = resolve(request, store)
+            walk = Walk(request, plan, store, first)
+            del first  # the walk lets it go after the first block
             if ranks.leads:
                 _write_recipe(request, plan, store)
-            parts = Walk(request, plan, store, first).parts()
             reports = [
                 write.report(part, plan.outlier_ratio(index), plan.costs_of(index))
-                for index, part in enumerate(parts)
+                for index, part in enumerate(walk.parts())
             ]
             facts = write.describe(request, plan, reports, str(model))
             facts |= {"recipe": origin, "resumed": store.resumed}
@@ -98,6 +99,8 @@ def _write_recipe(request: Request, plan: Plan, store: Store) -> None:
     skeleton = request.skeleton
     counts = [len(skeleton.linears(index)) for index in range(len(skeleton.names))]
     layers = resolved_layers(request.shape, plan.sparsities, counts)
+    if plan.settings.group:  # there is no N:M that keeps all; what is not named stays dense
+        layers = {target: sparsity for target, sparsity in layers.items() if sparsity}
     if request.head and plan.settings.head_sparsity is not None:
         layers[request.head] = plan.settings.head_sparsity
     text = dump_resolved(plan.settings, layers)

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from owl_deploy.allocation import ALLOCATIONS, whole_kept
+from owl_deploy.allocation import ALLOCATIONS, hold_mean, whole_kept
 from owl_deploy.errors import BadInput
 from owl_deploy.families import heads
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.recipe import PruneSettings, is_named
 
 T = TypeVar("T")
 
@@ -36,6 +36,7 @@ class BlockStatistics:
 
     The outlier ratio of the whole block, in percent; and what the allocation's rule asks for: one
     value, or, where each Linear gets its own sparsity, one for every pruned Linear in their order.
+    Of a block of which nothing is pruned there is neither.
     """
 
     outlier_ratios: dict[float, float]
@@ -54,14 +55,14 @@ def select(
     """
     full = [f"{block}.{name}" for block, own in zip(names, linears, strict=True) for name in own]
     for ending in skip:
-        if not any(_ends(name, ending) for name in full) and ending not in heads():
+        if not any(is_named(name, ending) for name in full) and ending not in heads():
             known = sorted({name.rpartition(".")[2] for name in full})
             raise BadInput(f"No layer is called {ending!r}.", f"There are: {', '.join(known)}.")
     kept = [
         {
             name: size
             for name, size in own.items()
-            if not any(_ends(f"{block}.{name}", ending) for ending in skip)
+            if not any(is_named(f"{block}.{name}", ending) for ending in skip)
         }
         for block, own in zip(names, linears, strict=True)
     ]
@@ -70,32 +71,52 @@ def select(
     return Shape(names, kept)
 
 
-def _ends(name: str, ending: str) -> bool:
-    """Whether `ending` is the whole name, its last parts, or the block it lies in."""
-    return f".{name}.".endswith(f".{ending}.") or name.startswith(f"{ending}.")
-
-
 def linear_sparsities(
     settings: PruneSettings, shape: Shape, statistics: Statistics | None
 ) -> list[dict[str, float]]:
-    """For each block, its pruned Linears' sparsities by name: the explicit list, or by the rule."""
+    """For each block, its pruned Linears' sparsities by name: the explicit list, or by the rule.
+
+    Where what is made is rounded, a Linear that the list leaves out is there as well, and nothing
+    of it is removed.
+    """
     if settings.layers is not None:
-        return _explicit(settings.layers, shape)
+        return _explicit(settings.layers, shape, rest=0.0 if settings.rounds else None)
     allocation = ALLOCATIONS[settings.allocation]
-    assert allocation.rule is not None
-    one_a_block = allocation.per == "block"
-    sizes = shape.sizes if one_a_block else [n for own in shape.linears for n in own.values()]
+    pruned = [own for own in shape.linears if own]
+    if allocation.per == "Linear":
+        sizes = [size for own in pruned for size in own.values()]
+        return shape.by_block(_by_rule(settings, sizes, statistics))
+    found = iter(_by_rule(settings, [sum(own.values()) for own in pruned], statistics))
+    return [dict.fromkeys(own, next(found)) if own else {} for own in shape.linears]
+
+
+def _by_rule(
+    settings: PruneSettings, sizes: Sequence[int], statistics: Statistics | None
+) -> list[float]:
+    """The sparsities of parts of these `sizes`, by the rule of the allocation.
+
+    No part is emptied, which no recipe could say: of what the whole model keeps, each keeps a
+    quarter at least. Of N:M, every N is 1 at least, and M - 1 at most.
+    """
+    rule = ALLOCATIONS[settings.allocation].rule
+    assert rule is not None
     values = [v for block in statistics or () for v in block.values[settings.outlier_multiple]]
-    found = allocation.rule(settings.sparsity, sizes, values, settings.spread)
+    found = rule(settings.sparsity, sizes, values, settings.spread)
+    least, most = 0.0, 1 - (1 - settings.sparsity) / 4
+    if settings.group is not None:
+        least, most = 1 / settings.group[1], 1 - 1 / settings.group[1]
+    if min(found) < least or max(found) > most:
+        found = hold_mean(found, sizes, settings.sparsity, most, least)
     if settings.group is not None:
         size = settings.group[1]
         found = [1 - kept / size for kept in whole_kept(found, sizes, size)]
-    if one_a_block:
-        return [dict.fromkeys(own, one) for own, one in zip(shape.linears, found, strict=True)]
-    return shape.by_block(found)
+    return found
 
 
-def _explicit(layers: Mapping[str, float], shape: Shape) -> list[dict[str, float]]:
+def _explicit(
+    layers: Mapping[str, float], shape: Shape, rest: float | None
+) -> list[dict[str, float]]:
+    """The sparsities of the list; `rest`: that of Linears that it leaves out (None: they stay)."""
     used: set[str] = set()
     found: list[dict[str, float]] = []
     for block, own in zip(shape.names, shape.linears, strict=True):
@@ -119,7 +140,12 @@ def _explicit(layers: Mapping[str, float], shape: Shape) -> list[dict[str, float
             f"The recipe's layers are not the model's: {empty[0]} has no sparsity.",
             "Resolve the recipe for this model: prune it without the list.",
         )
-    return found
+    if rest is None:
+        return found
+    return [
+        {name: one.get(name, rest) for name in own}
+        for own, one in zip(shape.linears, found, strict=True)
+    ]
 
 
 def resolved_layers(

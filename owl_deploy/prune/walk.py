@@ -157,7 +157,8 @@ class Walk:
             return None
         if index == 0 and self.first is not None:
             self.advance(self.request.steps)
-            return self.first
+            first, self.first = self.first, None  # with all that is made of it, for one block
+            return first
         return gather(
             self.request,
             block,

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import os
 import signal
 import socket
@@ -34,6 +35,7 @@ MOST_BYTES = 2**20  # of a request's body
 GRACE_S = 30  # for answers in the making after SIGTERM
 _LOOK_S = 0.25  # how often a request that waits looks whether its client is still there
 _RETRY_S = 1
+_LOG = logging.getLogger(__name__)
 # Each row adds a little to a step, and everybody in a batch waits for its longest answer.
 BATCH = 8
 
@@ -177,13 +179,15 @@ async def _body(request: HttpRequest) -> bytes:
 
 
 def _refusal(error: Exception) -> wire.Refused:
-    """What a client is told of `error`; of an unforeseen one nothing, for the log has it."""
+    """What a client is told of `error`; of one of the server's own nothing, for the log has it."""
     if isinstance(error, wire.Refused):
         return error
     if isinstance(error, HTTPException):
         return wire.Refused(error.status_code, error.detail)
     if isinstance(error, BadInput):
         return wire.Refused(400, error.message, "context_length_exceeded")
+    if isinstance(error, EngineFailed):
+        _LOG.error("%s", error)
     return wire.Refused(500, "The server failed.")
 
 

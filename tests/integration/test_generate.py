@@ -159,3 +159,14 @@ def test_eval_runs_on_the_threads_asked_for(owl, deployment, text_file, loads):
     assert owl(*asked)[0] == 0
     assert [load["threads"] for load in loads] == [3, engines.default_threads()]
     assert owl(*asked, "--threads", 0)[0] == 2
+
+
+def test_a_model_without_a_chat_template_is_not_asked_in_one(owl, deployment):
+    code, _, err = owl("generate", deployment, PROMPT, "--chat")
+    assert (code, "has no chat template. Leave out --chat." in err) == (2, True)
+
+
+@pytest.mark.parametrize("option", ["--temperature=0.5", "--top-k=5", "--top-p=0.5", "--seed=1"])
+def test_what_is_of_sampling_is_refused_without(owl, deployment, option):
+    code, _, err = owl("generate", deployment, PROMPT, option)
+    assert (code, "Give --do-sample as well" in err) == (2, True)

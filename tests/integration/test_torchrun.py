@@ -168,7 +168,9 @@ def test_of_three_one_is_killed_and_one_process_goes_on(models, text_file, tmp_p
     # As it gives its part of the second block: by then the first is kept.
     done = divided.in_processes(3, tmp_path, [case | {"killed": [1, 34]}])
     assert done.returncode != 0
-    assert done.stderr.count("owl: Another process of this run has ended") == 1
+    said = done.stderr.count("owl: Another process of this run has ended")
+    # Under load torchrun may end the others before they see it.
+    assert said == 1 or (said == 0 and "torchrun ended this process" in done.stderr)
     assert any(partial_folder(tmp_path / "0").glob("*.block"))
     assert not (tmp_path / "0").exists()
     resumed = case["settings"] | {"resume": True}

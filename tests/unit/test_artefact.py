@@ -176,3 +176,19 @@ def test_a_writer_is_waited_for(tmp_path):
     waiting.join(60)
     assert not waiting.is_alive()
     assert list(output.parent.iterdir()) == []
+
+
+def test_of_a_link_what_it_leads_to_is_written(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    link = tmp_path / "out"
+    link.symlink_to(disk / "out")
+    write_folder(link, "old")
+    assert content_of(disk / "out") == {"content": "old"}
+    with pytest.raises(BadInput, match="out exists already"):
+        write_folder(link)
+    write_folder(link, "new", force=True)
+    assert link.is_symlink()
+    assert content_of(disk / "out") == {"content": "new"}
+    assert [path.name for path in disk.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]

@@ -170,3 +170,17 @@ def test_llama3_rope_scaling_gets_both_names():
 def test_merges_with_a_space_stay_pairs():
     pairs = {"model": {"merges": [["a", "b"], ["a b", "c"]]}}
     assert checkpoint._string_merges(pairs)["model"]["merges"] == [["a", "b"], ["a b", "c"]]
+
+
+def test_what_models_compute_now_is_left_unread(copy):
+    """Old checkpoints hold masks and frequencies, which transformers leaves unread."""
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    old = ["self_attn.rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"]
+    tensors |= {f"model.layers.0.{name}": torch.ones(4) for name in old}
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = checkpoint.open_checkpoint(copy)
+    assert not any(name.endswith(tuple(old)) for name in found.files)
+    assert len(found.files) == len(tensors) - 3
+    found.read_module("model.layers.0")
+    assert "self_attn.q_proj.weight" in found.names("model.layers.0")

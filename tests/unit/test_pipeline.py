@@ -249,12 +249,15 @@ def test_a_deployment_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     assert state(task) == "outdated"
 
 
-def test_a_measurement_without_a_receipt_is_judged_by_its_text(tmp_path):
-    keep_measurement(tmp_path, "perplexity", {"text": "t.txt", "value": 3.0})
+def test_a_measurement_without_a_receipt_is_judged_by_what_it_was_of(tmp_path):
+    kept = {"text": "t.txt", "value": 3.0, "window": 128, "windows": 2}
+    keep_measurement(tmp_path, "perplexity", kept)
     file = tmp_path / "measured" / "perplexity.json"
-    task = ALL[2].model_copy(update={"output": file, "model": tmp_path})
+    same = {"output": file, "model": tmp_path, "window": 128, "windows": 2}
+    task = ALL[2].model_copy(update=same)
     assert state(task) == "done"
-    assert state(task.model_copy(update={"text": "u.txt"})) == "outdated"
+    for other in ({"text": "u.txt"}, {"window": 64}, {"windows": 3}, {"windows": None}):
+        assert state(task.model_copy(update=other)) == "outdated"
 
 
 def test_a_known_quality_is_taken_over(tmp_path):

@@ -266,7 +266,7 @@ def test_a_list_reads_back_with_the_head(listed):
     ("overrides", "allocation", "sparsity"),
     [
         ({"sparsity": 0.6}, "owl", 0.6),
-        ({"allocation": "linear"}, "linear", 0.7),
+        ({"allocation": "linear", "structure": "2:4"}, "linear", 0.5),
         ({"allocation": "uniform", "sparsity": 0.6}, "uniform", 0.6),
     ],
 )
@@ -289,6 +289,27 @@ def test_a_rule_of_a_recipe_stays_where_only_its_sparsity_changes():
 def test_a_structure_sets_the_sparsity_whatever_the_recipe_says():
     path = next(path for path in RECIPES if recipe.load(path).get("sparsity") == 0.7)
     assert recipe.merged(path, {"structure": "2:4"}).sparsity == 0.5
+    assert recipe.merged("owl-wanda-50", {"structure": "unstructured"}).sparsity == 0.5
+
+
+def test_what_a_list_does_not_say_is_not_made_up(listed):
+    with pytest.raises(BadInput, match="Give --sparsity as well"):
+        recipe.merged(listed, {"allocation": "uniform"})
+    with pytest.raises(BadInput, match="the structure 2:4 is another"):
+        recipe.merged(listed, {"structure": "2:4"})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"allocation": "uniform", "spread": 0.1},
+        {"allocation": "linear", "outlier_multiple": 3.0},
+        {"budget": "4", "spread": 0.1},
+    ],
+)
+def test_what_means_nothing_to_the_allocation_is_refused(overrides):
+    with pytest.raises(BadInput, match="means nothing to the allocation"):
+        recipe.merged(None, overrides)
 
 
 def test_a_recipe_s_origin_is_its_file_by_digest(listed):

@@ -9,6 +9,7 @@ from owl_deploy.sweep import SweepPlan, read_plan, run, tasks, trade_off, withou
 from tests.unit.bench import made
 
 PLAN = SweepPlan(sparsities=(0.5, 0.7), pairs=4, scenarios=("decode",))
+TEXTS = ("wikitext", "c4")  # to prune by, and to evaluate on
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def planned(checkpoint: Path, plan: SweepPlan) -> list[str]:
-    return [task.title for task in tasks(checkpoint, checkpoint.parent / "out", plan, "c", "p")]
+    return [task.title for task in tasks(checkpoint, checkpoint.parent / "out", plan, *TEXTS)]
 
 
 def test_every_combination_is_made_evaluated_and_benched(checkpoint: Path) -> None:
@@ -33,7 +34,7 @@ def test_every_combination_is_made_evaluated_and_benched(checkpoint: Path) -> No
         *(f"Perplexity of {name}" for name in (*mine, *dense)),
         "Benchmarking 5 deployments",
     ]
-    before = needs(tasks(checkpoint, checkpoint.parent / "out", PLAN, "c", "p"))
+    before = needs(tasks(checkpoint, checkpoint.parent / "out", PLAN, *TEXTS))
     assert before[:7] == [[], [0], [], [2], [], [], []]
     assert before[7:12] == [[1], [3], [4], [5], [6]]
     assert before[12] == [1, *range(3, 12)]  # each deployment and each perplexity
@@ -42,14 +43,14 @@ def test_every_combination_is_made_evaluated_and_benched(checkpoint: Path) -> No
 def test_a_wider_sweep_plans_the_same_and_more(checkpoint: Path) -> None:
     wider = PLAN.model_copy(update={"sparsities": (0.5, 0.7, 0.9)})
     output = checkpoint.parent / "out"
-    narrow, wide = (tasks(checkpoint, output, plan, "c", "p") for plan in (PLAN, wider))
+    narrow, wide = (tasks(checkpoint, output, plan, *TEXTS) for plan in (PLAN, wider))
     assert set(narrow[:-1]) < set(wide)
     assert narrow[-1].output != wide[-1].output  # another benchmark
 
 
 def test_what_is_lost_is_benchmarked_without(checkpoint: Path) -> None:
     output = checkpoint.parent / "out"
-    whole = tasks(checkpoint, output, PLAN, "c", "p")
+    whole = tasks(checkpoint, output, PLAN, *TEXTS)
 
     def rest(*lost: int) -> tuple[list[str], list[str]]:
         kept = without(whole, lost, output)
@@ -73,7 +74,7 @@ def test_what_is_lost_is_benchmarked_without(checkpoint: Path) -> None:
 
 def test_where_nothing_is_whole_the_report_says_why(checkpoint: Path) -> None:
     output = checkpoint.parent / "out"
-    plan = tasks(checkpoint, output, PLAN, "c", "p")
+    plan = tasks(checkpoint, output, PLAN, *TEXTS)
     result, left = run(plan, output, lambda some: attempt(some, list))
     assert result is None
     assert {record.title for record in left} == {task.title for task in plan}
@@ -144,3 +145,18 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
         read_plan(tmp_path / "none.yaml", {})
     assert read_plan(None, {}) == SweepPlan()
+
+
+@pytest.mark.parametrize("wrong", [{"calibration": "no.txt"}, {"text": "hf:name"}])
+def test_a_text_that_is_not_there_is_missed_before_any_work(
+    checkpoint: Path, wrong: dict[str, str]
+) -> None:
+    given = {"calibration": "wikitext", "text": "wikitext"} | wrong
+    with pytest.raises(BadInput, match=r"There is no text file 'no\.txt'|not of the form hf:"):
+        tasks(checkpoint, checkpoint.parent / "out", PLAN, **given)
+
+
+@pytest.mark.parametrize("name", ["samples", "sequence_length", "windows", "threads", "pairs"])
+def test_numbers_that_cannot_be(name: str) -> None:
+    with pytest.raises(BadInput, match=name):
+        read_plan(None, {name: 0})

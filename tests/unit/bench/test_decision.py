@@ -199,3 +199,37 @@ def test_pareto() -> None:
     assert [points[index] for index in decision.pareto(points)] == [
         *((5, 10), (20, 20), (20, 20), (30, 30))
     ]
+
+
+def test_perplexities_of_different_text_are_not_compared(tmp_path: Path) -> None:
+    made = result()
+    subjects = [
+        one.model_copy(update={"perplexity_on": "ab" if place else "cd"})
+        for place, one in enumerate(made.subjects)
+    ]
+    mixed = made.model_copy(update={"subjects": tuple(subjects)})
+    assert "measured on other text" in said(mixed)
+    assert said(mixed).startswith("Nothing here says what to deploy: ")
+    with pytest.raises(BadInput, match="same --perplexity, --window and --windows"):
+        decision.judge(mixed, "perplexity")
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+        kept = {"value": 5.0, "token_ids_sha256": folder.name}
+        keep_measurement(folder, "perplexity", kept)
+    with pytest.raises(BadInput, match="measured on other text"):
+        decision.check_measured(folders, "perplexity")
+
+
+def test_a_better_one_that_is_slower_is_named() -> None:
+    made = result()
+    subjects = [
+        one.model_copy(update={"perplexity": 9.0}) if one.name == "owl-50-deepsparse" else one
+        for one in made.subjects
+    ]
+    told = said(made.model_copy(update={"subjects": tuple(subjects)}))
+    if told.startswith("Deploy owl-50-deepsparse"):
+        assert "none has better" in told
+    else:
+        assert "none has better" not in told
+        assert "owl-50-deepsparse (deepsparse, fp32) has 9.00" in told

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from owl_deploy.bench import gate
+from owl_deploy.bench import BenchPlan, baseline, gate
 from owl_deploy.bench.gate import Margins, Side
 from owl_deploy.cli import app
 from owl_deploy.engines import default_threads
+from owl_deploy.runtime import kernels
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -353,3 +354,32 @@ def test_an_engine_that_fails_writes_no_baseline(fake: Fake, tmp_path: Path) -> 
     answer = bench(bad, fake("b"), "--save-baseline", file)
     assert getattr(answer.exception, "exit_code", None) == 4
     assert not file.exists()
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_timed(
+    fake: Fake, saved: Path, tmp_path: Path, loads: list[Any]
+) -> None:
+    now = fake("candidate")
+    loads.clear()
+    folder = bench(now, tmp_path / "reference", "--save-baseline", tmp_path)
+    assert "is a folder" in str(folder.exception)
+    nowhere = tmp_path / "no" / "summary.md"
+    answer = bench(now, tmp_path / "reference", "--check", saved, "--summary", nowhere)
+    assert "cannot be written" in str(answer.exception)
+    assert loads == []
+
+
+def test_other_prompts_cannot_be_compared(fake: Fake, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    plan = BenchPlan(
+        candidates=(fake("candidate"),),
+        baselines=(fake("reference"),),
+        scenarios=("answers",),
+        prompts=file,
+    )
+    told = []
+    for prompt in ("one", "two"):
+        file.write_text(json.dumps({"prompt": prompt}))
+        told.append(baseline._told(plan, "fake"))
+    assert told[0] != told[1]
+    assert baseline._told(plan, "owl")["kernels"] == kernels()

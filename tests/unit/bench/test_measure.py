@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from owl_deploy.bench import BenchPlan, Result, read_result, run_bench, table
+from owl_deploy.bench import BenchPlan, Result, measure, read_result, run_bench, table
 from owl_deploy.bench.measure import Opener
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, environment
@@ -149,6 +149,13 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_is_timed(
         ({"scenarios": ("prefill@64x2",)}, "--scenario prefill@64x2 is none"),
         ({"scenarios": ("generate@64",)}, "--scenario generate@64 is none"),
         ({"scenarios": ("decode@0",)}, "--context 0 is too small"),
+        ({"clients": (8,)}, "--clients is for --scenario requests"),
+        ({"streams": (4,)}, "--streams is for --scenario throughput"),
+        ({"new_tokens": 9}, "--new-tokens is for --scenario answers or generate or requests"),
+        ({"prompts": Path("p")}, "--prompts is for --scenario answers"),
+        ({"scenarios": ("decode",), "prompt": 64}, "--prompt is for --scenario generate or"),
+        ({"scenarios": ("decode@64x2",), "batch": (4,)}, "--batch is for --scenario decode"),
+        ({"draft_tokens": 4}, "--draft-tokens is for a draft"),
     ],
 )
 def test_bad_plans_get_one_sentence(
@@ -402,3 +409,53 @@ def test_what_nobody_asked_for_gives_way_to_the_model(
     for note in notes:
         assert any(note in said and f"takes {tokens} tokens" in said for said in result.notes)
     assert bool(notes) == any("instead of" in said for said in result.notes)
+
+
+def test_what_was_taken_is_kept_until_the_result_is_written(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("OWL_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    plan = BenchPlan(candidates=pair[:1], baselines=pair[1:], pairs=2)
+
+    def full(_: Result) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        run_bench(plan, keep=full)
+    (tmp_path / "bench.log").write_text("what the shell writes beside it changes nothing")
+    opened: list[str] = []
+    assert run_bench(plan, opener=recording(opened)).pairs == 2
+    assert opened == []
+    assert list((cache / "bench").iterdir()) == []
+
+
+def test_other_prompts_are_another_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    plan = BenchPlan(candidates=(tmp_path,), scenarios=("answers",), prompts=file)
+    found = []
+    for prompt in ("one", "two"):
+        file.write_text(json.dumps({"prompt": prompt}))
+        found.append(measure._identities(plan, []))
+    assert found[0] != found[1]
+
+
+def test_other_kernels_are_another_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "library.so"
+    library.write_text("1")
+    monkeypatch.setattr(measure, "library_path", lambda: library)
+    monkeypatch.setattr(measure, "kernels", lambda: "avx2")
+    one = measure._software("owl")
+    monkeypatch.setattr(measure, "kernels", lambda: "avx512")
+    other = measure._software("owl")
+    library.write_text("2")
+    assert len({str(found) for found in (one, other, measure._software("owl"))}) == 3
+    assert len(measure._software("onnxruntime")) == 1
+
+
+@pytest.mark.parametrize("option", ["--strict", "--summary=s.md"])
+def test_what_is_of_a_check_is_refused_without(pair: tuple[Path, Path], option: str) -> None:
+    answer = CliRunner().invoke(app, ["bench", str(pair[0]), option])
+    assert isinstance(answer.exception, BadInput)
+    assert "for the verdicts of --check" in str(answer.exception)

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from owl_deploy.bench import table
 from owl_deploy.bench.result import SCHEMA, Sample, Subject, choose_baselines, read_result
 from owl_deploy.errors import BadInput
+from tests.unit.bench import made
 
 
 def subject(name: str, engine: str, precision: str, ms: float, role: str = "baseline") -> Subject:
@@ -77,3 +79,16 @@ def test_a_later_result_is_refused_with_both_numbers(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(json.dumps({"schema_version": SCHEMA + 1}))
     with pytest.raises(BadInput, match=rf"has format {SCHEMA + 1}, .* up to {SCHEMA}\. Update"):
         read_result(tmp_path)
+
+
+def test_a_headline_calls_only_a_dense_one_dense() -> None:
+    found = made.result()
+    assert all("the best dense." in line for line in table.headline(found))
+    sparse = tuple(one.model_copy(update={"zeros": 0.5}) for one in found.subjects)
+    for line in table.headline(found.model_copy(update={"subjects": sparse})):
+        assert "the best baseline." in line
+        assert "the baseline's" in line
+    unlike = tuple(one.model_copy(update={"perplexity_on": one.role}) for one in found.subjects)
+    told = table.headline(found.model_copy(update={"subjects": unlike}))
+    assert told
+    assert not any("perplexity" in line for line in told)

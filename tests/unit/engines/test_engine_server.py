@@ -107,3 +107,17 @@ def test_a_program_of_an_environments_packages(
     packages.mkdir(parents=True)
     monkeypatch.setattr(environment, "python_of", lambda name: tmp_path / "bin" / "python")
     assert server_of("llama.cpp") == [str(packages / "bin" / "llama-server")]
+
+
+def test_nothing_is_imported_from_the_folder_that_a_benchmark_is_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be a stranger's deployment."""
+    (tmp_path / "typer.py").write_text("raise SystemExit('a stranger ran')")
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(EngineFailed) as failed,
+        ServerProcess("onnxruntime", Path(), rows=1, context=8),
+    ):
+        pass
+    assert "a stranger ran" not in str(failed.value)

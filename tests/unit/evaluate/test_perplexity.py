@@ -113,8 +113,23 @@ def test_a_loss_that_is_no_number_is_an_error(nll):
 
 @pytest.mark.parametrize(
     ("window", "limit", "complaint"),
-    [(100_000, None, "less than one window"), (1, None, "too small"), (64, 0, "too small")],
+    [(100_000, None, "takes 512 tokens, not 100000"), (1, None, "too small"), (64, 0, "too small")],
 )
 def test_windows_that_cannot_be(llama, text_file, window, limit, complaint):
     with pytest.raises(BadInput, match=complaint):
         perplexity(llama, str(text_file), window=window, limit=limit)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_window_that_the_model_does_not_take(tmp_path, text_file, family):
+    model = tiny.write_model(family, tmp_path / "model", max_position_embeddings=128)
+    with pytest.raises(BadInput, match=r"takes 128 tokens, not 129.*smaller --window"):
+        perplexity(model, str(text_file), window=129)
+
+
+def test_the_tokens_that_were_read_are_told_from_others(llama, text_file):
+    first, same, other = (
+        perplexity(llama, str(text_file), window=window, limit=2) for window in (40, 40, 41)
+    )
+    assert first == same
+    assert first.token_ids_sha256 != other.token_ids_sha256

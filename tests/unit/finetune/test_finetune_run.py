@@ -18,6 +18,7 @@ from owl_deploy.finetune import train as training
 from owl_deploy.finetune.run import finetune
 from owl_deploy.finetune.source import Source
 from owl_deploy.manifest import measurement
+from owl_deploy.prune.run import prune
 from tests import tiny
 from tests.reference import finetune as reference
 
@@ -301,3 +302,12 @@ def test_more_of_the_teachers_tokens_than_there_are(models, text_file, tmp_path)
             QUICK | {"teacher_top": 320},
             teacher=str(dense),
         )
+
+
+@pytest.mark.parametrize("skip", ["model.layers.0", "model.layers.0.self_attn", "mlp.down_proj"])
+def test_what_pruning_skipped_is_not_counted(models, text_file, tmp_path, skip):
+    dense, _ = models("llama")
+    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.5, skip=(skip,))
+    prune(dense, tmp_path / "sparse", settings, None)
+    asked = QUICK | {"method": "masked", "max_steps": 1}
+    finetune(tmp_path / "sparse", tmp_path / "out", str(text_file), asked)

@@ -127,7 +127,7 @@ def test_rounding_only_mixes_4_and_8_bits(model, tmp_path, calibration):
 def test_the_recipe_says_the_sparsities(model, tmp_path, calibration):
     manifest = prune(model, tmp_path / "out", recipe.settings(budget="3.2"), calibration)
     text = (tmp_path / "out" / "recipe.yaml").read_text()
-    assert "# Rounded to 8 and 4 bits as well, which SparseML does another way." in text
+    assert "# Rounded to 8, 4 or 3 bits as well, which SparseML does another way." in text
     again = recipe.merged(tmp_path / "out", {})
     assert (again.budget, again.allocation) == (None, "list")
     asked = {

@@ -1,6 +1,7 @@
 """Through the whole verb for what a user sees, against the plain loop for the numbers."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from owl_deploy import recipe
+from owl_deploy import blocks, recipe
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import WEIGHTS, open_checkpoint
 from owl_deploy.errors import BadInput
@@ -237,3 +238,20 @@ def test_it_needs_windows_to_hold_out(models, tmp_path):
     with pytest.raises(BadInput, match=f"not {there + held_out_windows(there)}"):
         prune(models["llama"], tmp_path / "out", recipe.settings(reconstruct=1), enough)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_memory_does_not_hold_lies_in_a_file_twice(models, tmp_path, calibration, monkeypatch):
+    monkeypatch.setattr(blocks, "free_memory", lambda: 0)
+    made = []
+    fallocate = os.posix_fallocate
+    monkeypatch.setattr(
+        blocks.os, "posix_fallocate", lambda *given: made.append(given) or fallocate(*given)
+    )
+    windows = torch.zeros(2, 16, dtype=torch.long)
+    skeleton = Skeleton(open_checkpoint(models["llama"]), torch.float32, torch.device("cpu"))
+    states = skeleton.embed(windows, 1, tmp_path)
+    other = states.copy(tmp_path)
+    assert len(made) == 2
+    assert torch.equal(states.hidden, other.hidden)
+    other.hidden.zero_()
+    assert states.hidden.any()

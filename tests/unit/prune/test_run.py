@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import json
 
@@ -13,6 +14,8 @@ from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.cli import app
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import Hardware
+from owl_deploy.prune import write
+from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
@@ -106,6 +109,7 @@ def test_a_block_that_is_skipped_stays_dense(llama, tmp_path, calibration):
         manifest = prune(llama, tmp_path / allocation, settings, calibration).to_json()
         first, second = manifest["blocks"]
         assert (first["weights"], first["achieved"], first["linears"]) == (0, 0, {})
+        assert first["outlier_ratio"] is None
         assert second["sparsity"] == pytest.approx(0.6)
         again = recipe.merged(tmp_path / allocation, {"skip": ("model.layers.0",)})
         prune(llama, tmp_path / "again", again, calibration, force=True)
@@ -233,3 +237,25 @@ def test_a_recipe_and_what_overrides_it_are_recorded(llama, tmp_path, text_file)
         "sha256": hashlib.sha256(shipped.read_bytes()).hexdigest(),
         "overrides": {"sparsity": 0.6},
     }
+
+
+def test_a_list_s_mean_is_what_the_recipe_and_the_manifest_say(llama, tmp_path, calibration):
+    layers = {"model.layers.0": 0.4, "model.layers.1": 0.6}
+    settings = recipe.settings(allocation="list", layers=layers)
+    manifest = prune(llama, tmp_path / "out", settings, calibration)
+    assert manifest.settings.sparsity == pytest.approx(0.5)
+    assert "0.5 of the weights removed" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_the_first_block_s_statistics_go_when_it_is_done(llama, tmp_path, calibration, monkeypatch):
+    alive = []
+    report = write.report
+
+    def counted(*arguments):
+        gc.collect()
+        alive.append(sum(type(one) is InputStatistics for one in gc.get_objects()))
+        return report(*arguments)
+
+    monkeypatch.setattr(write, "report", counted)
+    prune(llama, tmp_path / "out", recipe.settings(method="sparsegpt", sparsity=0.5), calibration)
+    assert alive == [0, 0]

@@ -27,4 +27,4 @@ def test_a_statistic_is_of_the_block_or_of_each_linear():
         assert found == BlockStatistics({1.5: 12.5, 2: 12.5}, values)
     median = Allocation(None, 0.1, ALLOCATIONS["dlp"].statistic, "Linear")
     assert block_statistics(scores, [3], median).values == {3: [1.0, 1.0, 2.0]}
-    assert block_statistics([], [3], median) == BlockStatistics({3: 0.0}, {3: []})
+    assert block_statistics([], [3], median) == BlockStatistics({}, {3: []})

@@ -14,7 +14,7 @@ SHAPE = Shape(("m.0", "m.1", "m.2"), ({"q": 10, "up": 30}, {}, {"q": 10, "up": 5
 @pytest.mark.parametrize(
     ("per", "sizes", "values", "expected"),
     [
-        ("block", [40, 0, 60], [1, 0, 3], [{"q": 0.1, "up": 0.1}, {}, {"q": 0.3, "up": 0.3}]),
+        ("block", [40, 60], [1, 3], [{"q": 0.1, "up": 0.1}, {}, {"q": 0.3, "up": 0.3}]),
         (
             "Linear",
             [10, 30, 10, 50],
@@ -33,7 +33,7 @@ def test_a_rule_sees_its_parts_in_model_order(monkeypatch, per, sizes, values, e
     monkeypatch.setitem(ALLOCATIONS, "tenth", Allocation(tenth, 0.2, None, per))
     each = iter(values)
     statistics = [
-        BlockStatistics({}, {4: [next(each) for _ in (own if per == "Linear" else "b")], 5: []})
+        BlockStatistics({}, {4: [next(each) for _ in (own if per == "Linear" else own and "b")]})
         for own in SHAPE.linears
     ]
     settings = recipe.settings(allocation="tenth", sparsity=0.35, outlier_multiple=4)
@@ -111,3 +111,35 @@ def test_mixed_groups_are_whole_numbers_for_each_linear(monkeypatch):
     values = [value for own in found for value in own.values()]
     assert sum(values) == pytest.approx(2.0, abs=1 / 16)
     assert all(8 * value == round(8 * value) for value in values)
+
+
+def test_a_block_that_is_skipped_does_not_move_the_others():
+    """Its share is not 0 outliers: then the others would have half the range."""
+    ratios = [BlockStatistics({}, {5: ratio}) for ratio in ([4.0], [], [6.0])]
+    found = linear_sparsities(recipe.settings(sparsity=0.5, spread=0.1), SHAPE, ratios)
+    assert found[1] == {}
+    assert found[0]["q"] - found[2]["q"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "1:2", "1:4", "2:4", "3:4", "6:8"])
+@pytest.mark.parametrize("allocation", ["owl", "owl-per-linear", "dlp", "linear", "uniform"])
+def test_no_rule_empties_a_part_and_the_mean_is_held(allocation, structure):
+    shape = Shape([f"m.{n}" for n in range(6)], [{"q": 64, "up": 128}] * 6)
+    parts = 2 if allocation == "owl-per-linear" else 1
+    asked = {"sparsity": 0.95} if structure == "unstructured" else {"structure": structure}
+    settings = recipe.settings(allocation=allocation, spread=0.5, **asked)
+    ratios = [BlockStatistics({}, {5: [float(n + p) for p in range(parts)]}) for n in range(6)]
+    found = linear_sparsities(settings, shape, ratios)
+    every = [one for own in found for one in own.values()]
+    group = settings.group
+    most = 0.9875 if group is None else 1 - 1 / group[1]
+    assert max(every) <= most + 1e-9
+    assert min(every) >= (0.0 if group is None else 1 / group[1] - 1e-9)
+    mean = sum(own["q"] * 64 + own["up"] * 128 for own in found) / (6 * 192)
+    assert mean == pytest.approx(settings.sparsity, abs=1e-9 if group is None else 0.03)
+
+
+def test_what_a_list_leaves_out_is_there_where_it_is_rounded():
+    settings = recipe.settings(allocation="list", layers={"m.0": 0.25, "m.2.up": 0.75}, bits=4)
+    found = linear_sparsities(settings, SHAPE, None)
+    assert found == [{"q": 0.25, "up": 0.25}, {}, {"q": 0.0, "up": 0.75}]

@@ -321,7 +321,7 @@ def test_a_stream_says_who_speaks_what_it_says_and_why_it_ended(writer, client):
     assert (sampling.seed, sampling.max_new_tokens) == (5, 9)
 
 
-def test_an_engine_that_fails_is_told_without_its_secrets(writer, client):
+def test_an_engine_that_fails_is_told_without_its_secrets(writer, client, caplog):
     for stream in (False, True):
         writer.go.release()
         writer.go.release()
@@ -329,6 +329,7 @@ def test_an_engine_that_fails_is_told_without_its_secrets(writer, client):
             list(ask(client, "fails", stream=stream))
         assert "failed" in str(raised.value)
         assert "secret" not in str(raised.value.body)
+    assert [one.getMessage() for one in caplog.records] == ["a secret path"] * 2
 
 
 @pytest.mark.parametrize(
