@@ -206,14 +206,14 @@ def generate(
     """Stream text from a deployment, and say how fast it came."""
     from owl_deploy.generate import read_prompt
 
+    sampling = api.Sampling(
+        max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
+    )
     if not do_sample and (temperature, top_k, top_p, seed) != (1.0, 50, 1.0, None):
         raise api.BadInput(
             "--temperature, --top-k, --top-p and --seed are for sampling.",
             "Give --do-sample as well, or leave them out.",
         )
-    sampling = api.Sampling(
-        max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
-    )
     speed = api.Speed()
     pieces = []
     text = read_prompt(prompt, prompt_file)

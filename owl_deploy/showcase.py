@@ -177,6 +177,7 @@ def tasks(plan: Plan, source: Path, sister: Path, output: Path) -> tuple[Task, .
             baselines=dense if sparse else (),
             scenarios=plan.scenarios,
             pairs=plan.pairs,
+            repeats=3,  # a prompt of 2048 takes ten seconds and more, and two differ by little
         ),
     )
     return (*_made(plan, checkpoints, source, sister), *exports, *judged, *drafts, bench)

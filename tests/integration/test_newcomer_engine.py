@@ -109,7 +109,9 @@ def test_an_engine_and_a_target_from_outside(owl, llama, text_file, tmp_path):
     assert opened.size_bytes == (quick / "newcomer.json").stat().st_size
 
     for folder in (quick, plain):
-        code, _, err = owl("eval", folder, "--perplexity", text_file, "--windows", 1)
+        code, _, err = owl(
+            "eval", folder, "--perplexity", text_file, "--windows", 1, "--window", 512
+        )
         assert code == 0, err
     bench = ("bench", quick, "--baseline", plain, "--pairs", 8)
     code, out, err = owl(*bench, "-o", tmp_path / "result", "--save-baseline", tmp_path / "b.json")
