@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from owl_deploy.engines import (
 from owl_deploy.engines.draft import open_draft
 from owl_deploy.engines.registry import LOOKUP, Engine
 from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.manifest import BlockShares
 from owl_deploy.runtime import kernels, library_path
 
 Progress = Callable[[str], None]
@@ -295,10 +296,17 @@ def _subject(name: str, role: Role, deployment: Deployment, engine: Engine) -> S
         perplexity_on=deployment.perplexity_on,
         scores=scores_of(deployment.path),
         size_bytes=deployment.size_bytes,
-        blocks=tuple(
-            Block(name=one.name, sparsity=one.achieved, outlier_ratio=one.outlier_ratio)
-            for one in deployment.blocks
-        ),
+        blocks=_pruned(deployment.blocks),
+    )
+
+
+def _pruned(blocks: Sequence[BlockShares]) -> tuple[Block, ...]:
+    """The blocks of a pruned model; none of one that was only rounded, whatever zeros that left."""
+    if not any(one.sparsity for one in blocks):
+        return ()
+    return tuple(
+        Block(name=one.name, sparsity=one.achieved, outlier_ratio=one.outlier_ratio)
+        for one in blocks
     )
 
 

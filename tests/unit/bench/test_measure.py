@@ -18,6 +18,7 @@ from owl_deploy.bench.measure import Opener
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, environment
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.manifest import BlockShares
 
 
 def fake(folder: Path, **behaviour: Any) -> Path:
@@ -459,3 +460,10 @@ def test_what_is_of_a_check_is_refused_without(pair: tuple[Path, Path], option: 
     answer = CliRunner().invoke(app, ["bench", str(pair[0]), option])
     assert isinstance(answer.exception, BadInput)
     assert "for the verdicts of --check" in str(answer.exception)
+
+
+def test_what_was_only_rounded_is_not_sparse() -> None:
+    rounded = BlockShares(name="model.layers.0", achieved=0.13, sparsity=0.0)
+    pruned = rounded.model_copy(update={"sparsity": 0.13})
+    assert measure._pruned([rounded, rounded]) == ()
+    assert [one.sparsity for one in measure._pruned([rounded, pruned])] == [0.13, 0.13]
