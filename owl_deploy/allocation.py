@@ -117,6 +117,14 @@ def hold_mean(
     return at(high)
 
 
+def most_removed(sparsity: float) -> float:
+    """The share of a part that may go, so that none is emptied, which no recipe could say.
+
+    Of what the whole model keeps, each part keeps a quarter at least.
+    """
+    return 1 - (1 - sparsity) / 4
+
+
 def whole_kept(sparsities: Sequence[float], sizes: Sequence[int], group: int) -> list[int]:
     """The N of N:`group` for each part, whole numbers that nearly hold the weighted mean.
 

@@ -111,6 +111,7 @@ def fitted(
 
 def _check_prompts(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> None:
     """Raise `BadInput` for prompts that no engine could answer, before anything is timed."""
+    prompts = asked_of(plan)
     for scenario in plan.described():
         if scenario.is_served:
             for subject, deployment in entries:
@@ -118,7 +119,7 @@ def _check_prompts(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -
                 next(other_words(deployment, scenario.tokens, plan.seed))
         if scenario.kind == "answers":
             for _, deployment in entries:
-                tokens_of(asked_of(plan), deployment, scenario.context - scenario.tokens)
+                tokens_of(prompts, deployment, scenario.context - scenario.tokens)
 
 
 def _identities(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> list[Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from owl_deploy.allocation import ALLOCATIONS, hold_mean, whole_kept
+from owl_deploy.allocation import ALLOCATIONS, hold_mean, most_removed, whole_kept
 from owl_deploy.errors import BadInput
 from owl_deploy.families import heads
 from owl_deploy.recipe import PruneSettings, is_named
@@ -95,14 +95,13 @@ def _by_rule(
 ) -> list[float]:
     """The sparsities of parts of these `sizes`, by the rule of the allocation.
 
-    No part is emptied, which no recipe could say: of what the whole model keeps, each keeps a
-    quarter at least. Of N:M, every N is 1 at least, and M - 1 at most.
+    No part is emptied (see `most_removed`). Of N:M, every N is 1 at least, and M - 1 at most.
     """
     rule = ALLOCATIONS[settings.allocation].rule
     assert rule is not None
     values = [v for block in statistics or () for v in block.values[settings.outlier_multiple]]
     found = rule(settings.sparsity, sizes, values, settings.spread)
-    least, most = 0.0, 1 - (1 - settings.sparsity) / 4
+    least, most = 0.0, most_removed(settings.sparsity)
     if settings.group is not None:
         least, most = 1 / settings.group[1], 1 - 1 / settings.group[1]
     if min(found) < least or max(found) > most:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from owl_deploy.allocation import ALLOCATIONS, hold_mean, whole_kept
+from owl_deploy.allocation import ALLOCATIONS, hold_mean, most_removed, whole_kept
 from owl_deploy.errors import BadInput
 from owl_deploy.progress import bar
 from owl_deploy.prune.judge import Division, Judge
@@ -112,8 +112,7 @@ class Mutation:
     def __init__(self, settings: PruneSettings, shape: Shape) -> None:
         self.sizes = [size for own in shape.linears for size in own.values()]
         self.group, self.sparsity = settings.group, settings.sparsity
-        # No Linear is emptied: of what the whole model keeps, each keeps a quarter at least.
-        self.most, self.steps = 1 - (1 - settings.sparsity) / 4, _STEPS
+        self.most, self.steps = most_removed(settings.sparsity), _STEPS
         if self.group is not None:
             size = self.group[1]
             self.most = 1 - max(1, round((1 - self.most) * size)) / size
