@@ -1,11 +1,12 @@
 """Perplexity against bits a weight: the demo's model rounded to few bits, dense and sparse.
 
-    python benchmarks/low_bits.py WORK [--format "50 % int4" ...] [--samples 32] -o FILE
+    python benchmarks/low_bits.py WORK [--format "50 % int4" ...] [--minutes 10] -o FILE
 
 Makes each format with `owl prune` in one shot and measures it with `owl eval` through PyTorch, so
-that no kernel is needed to judge a format. WORK keeps the checkpoints: run the command again to go
-on, also after a kill; FILE gets every row that is measured. With `--steps N` the command ends after
-N of them.
+that no kernel is needed to judge a format. With `--minutes` each is trained for so long first, on
+its grid, with the dense model as its teacher: rows of their own. WORK keeps the checkpoints: run
+the command again to go on, also after a kill; FILE gets every row that is measured. With `--steps
+N` the command ends after N of them.
 """
 
 import argparse
@@ -35,6 +36,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "budget 3.8": ("--budget", "3.8"),
     "budget 3.3": ("--budget", "3.3"),
 }
+TRAINING = ("--method", "masked", "--sequence-length", "512")
 WINDOW, WINDOWS = 2048, 6
 
 
@@ -47,6 +49,22 @@ def made(name: str, given: argparse.Namespace) -> Path:
         resume = ["--resume"] if is_interrupted(folder) else []
         owl("prune", demo_input() / MODEL, "-o", folder, *map(str, asked), *resume)
     return folder
+
+
+def trained(folder: Path, minutes: float) -> Path:
+    """What so many minutes of training make of a checkpoint, made or gone on with."""
+    after = folder.with_name(f"{folder.name}-trained-{minutes:g}")
+    if not is_artefact(after):
+        text, teacher = demo_input() / CALIBRATION, demo_input() / MODEL
+        asked = ("--text", text, "--teacher", teacher, *TRAINING, "--max-minutes", minutes)
+        resume = ["--resume"] if is_interrupted(after) else []
+        owl("finetune", folder, "-o", after, *map(str, asked), *resume)
+    return after
+
+
+def named(name: str, minutes: float) -> str:
+    """The name of a format's row."""
+    return f"{name}, trained {minutes:g} minutes" if minutes else name
 
 
 def bits_a_weight(manifest: CheckpointManifest) -> float:
@@ -63,17 +81,19 @@ def bits_a_weight(manifest: CheckpointManifest) -> float:
 
 
 def row(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Make a format, and measure it."""
+    """Make a format, train it if that is asked for, and measure it."""
     folder = made(name, given)
+    measured = trained(folder, given.minutes) if given.minutes else folder
     text = ("--perplexity", demo_input() / EVALUATION, "--window", WINDOW, "--windows", WINDOWS)
     manifest = read_manifest(folder, CheckpointManifest)
     assert manifest is not None
     return {
-        "format": name,
+        "format": named(name, given.minutes),
         "bits": bits_a_weight(manifest),
         "zeros": manifest.sparsity.achieved,
-        "perplexity": owl("eval", folder, *map(str, text))["value"],
+        "perplexity": owl("eval", measured, *map(str, text))["value"],
         "prune_seconds": manifest.wall_seconds,
+        **({"minutes": given.minutes} if given.minutes else {}),
         "settings": manifest.settings.model_dump(mode="json"),
     }
 
@@ -95,20 +115,22 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--format", action="append", choices=FORMATS, help="[all]")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of training [none]")
     parser.add_argument("--dtype", default="auto", help="to prune in; perplexity is in float32")
     parser.add_argument("--steps", type=int, default=len(FORMATS), help="rows to do now")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    asked = {"samples": given.samples, "dtype": given.dtype}
-    result = {"cpu": look().cpu, **asked, "versions": versions(), "rows": []}
+    settings = {"samples": given.samples, "dtype": given.dtype}
+    result = {"cpu": look().cpu, **settings, "versions": versions(), "rows": []}
     if given.output.is_file():
         result = read_object(given.output, "Delete it.")
     done = {one["format"] for one in result["rows"]}
-    for name in [name for name in given.format or FORMATS if name not in done][: given.steps]:
+    asked = [one for one in given.format or FORMATS if named(one, given.minutes) not in done]
+    for name in asked[: given.steps]:
         result["rows"].append(row(name, given))
         write_json(given.output, result)
-        print(f"{name}: {result['rows'][-1]['perplexity']:.2f}", flush=True)
+        print(f"{result['rows'][-1]['format']}: {result['rows'][-1]['perplexity']:.2f}", flush=True)
     print(f"\n{table(result['rows'])}")
 
 

@@ -370,7 +370,7 @@ def bench(
     time_limit_s: options.TimeLimit = 600,
     save_baseline: options.SaveBaseline = None,
     check: options.Check = None,
-    margin: options.Margin = 0.05,
+    margin: options.Margin = None,
     max_loss: options.MaxLoss = None,
     quality_metric: options.QualityMetric = None,
     strict: options.Strict = False,

@@ -306,7 +306,9 @@ SaveBaseline = Annotated[
     Path | None, Option(help="A file for later --check: one deployment, one baseline.")
 ]
 Check = Annotated[Path | None, Option(help="Judge against a saved file: exit 0, 1 (worse), 3.")]
-Margin = Annotated[float, Option(help="Share of time that may be lost, when saved.")]
+Margin = Annotated[
+    float | None, Option(help="Share of time that may be lost, for --save-baseline. [0.05]")
+]
 Strict = Annotated[bool, Option("--strict", help="Exit 1 where it would be 3.")]
 Summary = Annotated[Path | None, Option(help="A file to append the verdicts to, as markdown.")]
 ResultFolder = Annotated[

@@ -105,6 +105,8 @@ class BenchPlan(BaseModel):
                 raise BadInput(
                     f"{_option(name)} is for --scenario {known}.", "Give that, or leave it out."
                 )
+        if "answers" in self.scenarios and len(self.context) > 1:
+            raise BadInput("--scenario answers has one room for all.", "Give one --context.")
         found = [each for name in self.scenarios for each in self._scenarios(name)]
         for scenario in found:
             if scenario.prompt_tokens(self.steps, self.repeats) < 1:

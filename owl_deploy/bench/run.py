@@ -73,14 +73,14 @@ def run_gate(
     *,
     save: Path | None = None,
     check: Path | None = None,
-    margin: float = gate.Margins.time,
+    margin: float | None = None,
     output: Path | None = None,
     force: bool = False,
     summary: Path | None = None,
 ) -> Outcome:
     """As `bench`, and save a baseline file or check against one.
 
-    `margin` is the share of time that may be lost, kept in the saved file; `summary` a file that
+    `margin` is the share of time that may be lost, kept in the saved file [0.05]; `summary` a file that
     the verdicts, or the reason why there are none, are appended to as markdown. Raises `BadInput`
     for a file that is no baseline.
     """
@@ -111,7 +111,7 @@ def _run_gate(
     plan: BenchPlan,
     save: Path | None,
     check: Path | None,
-    margin: float,
+    margin: float | None,
     output: Path | None,
     force: bool,
 ) -> Outcome:
@@ -119,6 +119,9 @@ def _run_gate(
         raise BadInput("--save-baseline and --check exclude each other.", "Check first, then save.")
     if plan.draft and (save or check):
         raise BadInput("A draft is compared with none, not with a file.", "Leave out --draft.")
+    if margin is not None and not save:
+        raise BadInput("--margin is for --save-baseline, whose file keeps it.", "Leave it out.")
+    margin = gate.Margins.time if margin is None else margin
     if not 0 < margin < 1:
         raise BadInput(f"--margin {margin} is not between 0 and 1.", "0.05 is five per cent.")
     if not save and not check:

@@ -208,7 +208,8 @@ def _fuse_norm(
 def replace_embedding(rewriter: Rewriter) -> int:
     """Gather of token rows -> PackedGather, from the head's weight where the two are tied.
 
-    A table of its own costs no time, whatever its width: int8 beside weights of fewer bits.
+    A table of its own takes no time, whatever its width, but much of a file: beside weights of
+    fewer than 8 bits it has 4, which lose a tenth of what those do, or less (docs/benchmarks.md).
     """
     count = 0
     for gather in rewriter.nodes("Gather"):
@@ -222,7 +223,7 @@ def replace_embedding(rewriter: Rewriter) -> int:
             if weight is None:
                 continue
             few = pack.TRAITS[rewriter.precision].stored_bits < 8
-            precision: pack.Values | None = "int8" if few else None
+            precision: pack.Values | None = "int4" if few else None
             rewriter.pack(name, weight, may_be_sparse=False, precision=precision)
         elif name not in rewriter.packed or rewriter.packed[name].sparse:
             continue

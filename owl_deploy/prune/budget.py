@@ -125,8 +125,8 @@ def _shapes(skeleton: Skeleton, shape: Shape) -> list[tuple[int, int]]:
 def _rest(skeleton: Skeleton, shape: Shape) -> int:
     """The bytes of all else that `owl export --target owl --precision int4` stores.
 
-    The head in planes, the embedding of a head that is not tied in int8, other Linears in int4, and
-    the rest in fp32.
+    The head in planes, the embedding of a head that is not tied and other Linears in int4, and the
+    rest in fp32.
     """
     linears = {
         f"{block}.{name}.weight": name in pruned
@@ -142,9 +142,7 @@ def _rest(skeleton: Skeleton, shape: Shape) -> int:
             continue
         if name == head:
             total += pack.stored_bytes((size[0], size[1]), "int8", planes=True)
-        elif name == embedding:
-            total += pack.stored_bytes((size[0], size[1]), "int8")
-        elif name in linears:
+        elif name == embedding or name in linears:
             total += pack.stored_bytes((size[0], size[1]), "int4")
         else:
             total += 4 * math.prod(size)

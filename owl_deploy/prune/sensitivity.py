@@ -122,10 +122,12 @@ class _Measuring:
             )
             for key, dense in own.items():
                 inputs, measured = Inputs(statistics, key), []
+                whole = _output(dense, inputs)
                 for form in self.formats:
                     left = self.maker.rounded(dense, inputs, form.sparsity, form.bits).weight
                     difference = left - dense
-                    measured.append([_share(difference, dense, inputs), _zeros(left)])
+                    share = _output(difference, inputs) / whole if whole else 0.0
+                    measured.append([share, _zeros(left)])
                     if form == _PROBE:
                         found[f"{key}.difference"] = difference.bfloat16().cpu()
                 found[f"{key}.measured"] = torch.tensor(measured, dtype=torch.float64)
@@ -214,11 +216,9 @@ class _Measuring:
         return found
 
 
-def _share(difference: torch.Tensor, dense: torch.Tensor, inputs: Inputs) -> float:
-    """The squared error of the outputs over the square of the outputs."""
-    hessian = inputs.of_hessian(_itself)
-    of_dense = ((dense @ hessian) * dense).sum().item()
-    return ((difference @ hessian) * difference).sum().item() / of_dense if of_dense else 0.0
+def _output(weight: torch.Tensor, inputs: Inputs) -> float:
+    """The sum of squares of what `weight` [out, in] makes of the inputs."""
+    return ((weight @ inputs.of_hessian(_itself)) * weight).sum().item()
 
 
 def _itself(hessian: torch.Tensor) -> torch.Tensor:

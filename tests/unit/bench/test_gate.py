@@ -331,6 +331,8 @@ def test_a_damaged_file_is_refused(
     [
         (["--save-baseline", "x", "--check", "y"], "exclude each other"),
         (["--save-baseline", "x", "--margin", "1.5"], "not between 0 and 1"),
+        (["--check", "x", "--margin", "0.05"], "--margin is for --save-baseline"),
+        (["--margin", "0.1"], "--margin is for --save-baseline"),
         (["--save-baseline", "x", "--pairs", "4"], "--pairs 8"),
         (["--save-baseline", "/nowhere/x"], "does not exist"),
         (["--check", "/nowhere/x"], "cannot be read"),

@@ -291,10 +291,16 @@ def test_a_tied_embedding_reads_the_heads_weight() -> None:
     assert list(graph.model.graph.initializers) == ["w.packed"]
 
 
-def test_an_embedding_of_its_own_is_packed_whole() -> None:
+@pytest.mark.parametrize(
+    ("precision", "of_table"),
+    [("bf16", "bf16"), ("int8", "int8"), ("int4", "int4"), ("int3", "int4")],
+)
+def test_an_embedding_of_its_own_is_packed_whole(precision: pack.Values, of_table: str) -> None:
     graph = rewriter([("Gather", "table input_ids", "y")], {"table": weight(20, 8)})
+    graph.precision = precision
     assert rewrites.replace_embedding(graph) == 1
     assert not graph.packed["table.packed"].sparse
+    assert graph.packed["table.packed"].values == of_table
 
 
 @pytest.mark.parametrize(
