@@ -80,9 +80,9 @@ def run_gate(
 ) -> Outcome:
     """As `bench`, and save a baseline file or check against one.
 
-    `margin` is the share of time that may be lost, kept in the saved file [0.05]; `summary` a file that
-    the verdicts, or the reason why there are none, are appended to as markdown. Raises `BadInput`
-    for a file that is no baseline.
+    `margin` is the share of time that may be lost, kept in the saved file [0.05]; `summary` a file
+    that the verdicts, or the reason why there are none, are appended to as markdown. Raises
+    `BadInput` for a file that is no baseline.
     """
     if summary and not check:
         raise BadInput("--summary is for the verdicts of --check.", "Give both, or neither.")
