@@ -318,22 +318,9 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
     if overrides.get("method", values.get("method")) != values.get("method"):
         values.pop("options", None)
     options = {**values.get("options", {}), **overrides.get("options", {})}
-    if ("allocation" in overrides or "sparsity" in overrides) and "layers" in values:
-        del values["layers"], values["allocation"]  # the recipe's list gives way to a rule
-        told = {"sparsity", "structure", "budget"} & (values | overrides).keys()
-        if not told:
-            raise BadInput(
-                f"The recipe {recipe} lists each layer's sparsity, and --allocation divides one.",
-                "Give --sparsity as well.",
-            )
-    by_group = parse_structure(overrides.get("structure", UNSTRUCTURED))
-    if by_group and "layers" in values and overrides["structure"] != values.get("structure"):
-        raise BadInput(
-            f"The recipe {recipe} lists each layer's sparsity, and the structure "
-            f"{overrides['structure']} is another.",
-            "Give --allocation as well, for one that divides it anew.",
-        )
-    if by_group:
+    if "layers" in values:
+        _check_list(recipe, values, overrides)
+    if parse_structure(overrides.get("structure", UNSTRUCTURED)):
         values.pop("sparsity", None)
     found = settings(**(values | overrides | {"options": options}))
     row = ALLOCATIONS[found.allocation]
@@ -344,6 +331,28 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
                 "Leave it out, or give another --allocation.",
             )
     return found
+
+
+def _check_list(recipe: Path | None, values: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Take a recipe's list of sparsities out of its `values` where a rule is put over it.
+
+    Raises `BadInput` where what is put over it does not say enough, or means another list.
+    """
+    if "allocation" in overrides or "sparsity" in overrides:
+        del values["layers"], values["allocation"]
+        if not {"sparsity", "structure", "budget"} & (values | overrides).keys():
+            raise BadInput(
+                f"The recipe {recipe} lists each layer's sparsity, and --allocation divides one.",
+                "Give --sparsity as well.",
+            )
+    elif parse_structure(overrides.get("structure", UNSTRUCTURED)) and (
+        overrides["structure"] != values.get("structure")
+    ):
+        raise BadInput(
+            f"The recipe {recipe} lists each layer's sparsity, and the structure "
+            f"{overrides['structure']} is another.",
+            "Give --allocation as well, for one that divides it anew.",
+        )
 
 
 def origin(recipe: Path, overrides: dict[str, Any]) -> dict[str, Any]:
