@@ -179,8 +179,7 @@ def publish(staging: Path, destination: Path) -> None:
         raise EnvironmentFailed(
             f"Another run took {destination} over, since this one stood still.", "Run again."
         )
-    for path in [*staging.rglob("*"), staging]:
-        _to_disk(path)
+    all_to_disk(staging)
     if os.path.lexists(destination):
         _exchange(staging, destination)
         shutil.rmtree(staging)
@@ -236,6 +235,12 @@ def replaced(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def all_to_disk(folder: Path) -> None:
+    """Make sure that a folder, and all that is in it, outlives a power failure."""
+    for path in [*folder.rglob("*"), folder]:
+        _to_disk(path)
 
 
 def _to_disk(path: Path) -> None:

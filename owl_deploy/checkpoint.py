@@ -303,6 +303,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             raise BadInput(f"{path} is missing, though the index names it.", "Get the file again.")
         with _open_safetensors(path) as file:
             found.update(dict.fromkeys(file.keys(), path))
+    if (folder / WEIGHTS).is_file() and folder / WEIGHTS not in files:  # transformers reads that
+        raise BadInput(
+            f"{folder} holds two models: {WEIGHTS}, and the files that {INDEX} names.",
+            "Delete the one that is not meant.",
+        )
     return found
 
 

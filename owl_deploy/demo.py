@@ -189,13 +189,13 @@ class Clock:
         self.took()
         self.told = time.monotonic()
         since = clock_time(self.told - self.started)
-        error_console().print(f"[{since:>5}] {text}", style="bold", markup=False)
+        error_console().print(f"[{since:>5}] {text}", style="bold")
 
     def took(self) -> None:
         """Print how long the last step took, if that was a minute."""
         seconds = time.monotonic() - self.told
         if seconds >= 60:
-            error_console().print(f"        took {clock_time(seconds)}", style="dim", markup=False)
+            error_console().print(f"        took {clock_time(seconds)}", style="dim")
 
 
 def clock_time(seconds: float) -> str:
@@ -255,7 +255,7 @@ def short(comparison: Comparison) -> str:
 
 def show(result: Result, table: list[dict[str, Any]]) -> None:
     """Print the table, the machine, and what it means."""
-    console = Console()
+    console = Console(markup=False)
     view = Table(box=None, pad_edge=False)
     for heading in ("model", "engine", "", "ppl", "pruned", "tok/s", "ms", "decode speed-up"):
         text = heading in ("model", "engine", "", "decode speed-up")

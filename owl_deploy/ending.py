@@ -19,6 +19,7 @@ from typing import Any, TextIO, cast
 import typer
 
 from owl_deploy.errors import (
+    BadInput,
     EnvironmentFailed,
     OwlError,
     first_line,
@@ -131,6 +132,8 @@ def explained(error: Exception) -> OwlError:
         return missing
     if is_out_of_memory(error):
         return EnvironmentFailed("There is not enough memory.", "Free some, and run again.")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return BadInput("What was given is too long for the name of a file.", "Give a path.")
     if is_full_disk(error) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
         return EnvironmentFailed(f"The system refused: {first_line(error)}.")
     return Defect(

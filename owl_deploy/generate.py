@@ -179,10 +179,7 @@ def read_prompt(text: str | None, file: Path | None) -> str:
         raise BadInput(
             f"The prompt in {where} is not UTF-8 text ({error.reason}).", "Convert it to UTF-8."
         ) from error
-    if "\0" in prompt:  # onnxruntime-genai would read no further
-        raise BadInput(
-            f"The prompt in {where} has a NUL character.", "Is it UTF-16? Convert it to UTF-8."
-        )
+    _check_prompt(prompt, f"The prompt in {where}")
     return prompt
 
 
@@ -382,11 +379,13 @@ class Writer:
             raise EngineFailed(f"onnxruntime-genai failed with {self.path}: {reason}") from error
 
 
-def _check_prompt(prompt: str) -> None:
+def _check_prompt(prompt: str, what: str = "The prompt") -> None:
     if not prompt:
-        raise BadInput("The prompt is empty.", "Give a text to go on from.")
+        raise BadInput(f"{what} is empty.", "Give a text to go on from.")
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise BadInput("The prompt is not UTF-8 text.", "Give it in that encoding.")
+        raise BadInput(f"{what} is not UTF-8 text.", "Give it in that encoding.")
+    if "\0" in prompt:  # onnxruntime-genai would read no further
+        raise BadInput(f"{what} has a NUL character.", "Is it UTF-16? Convert it to UTF-8.")
 
 
 def _in_engine(
@@ -461,8 +460,8 @@ def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
     room = context - prompt_tokens
     if room < 1:
         raise BadInput(
-            f"The prompt's {prompt_tokens} tokens leave no room for a new one: the model takes "
-            f"{context}.",
+            f"The prompt's {prompt_tokens} tokens leave no room for a new one: there is room for "
+            f"{context} in all.",
             "Shorten the prompt.",
         )
     if new_tokens is None:
@@ -472,7 +471,7 @@ def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
     if new_tokens > room:
         raise BadInput(
             f"The prompt's {prompt_tokens} tokens and {new_tokens} new ones are more than the "
-            f"{context} that the model takes.",
+            f"{context} that there is room for.",
             f"Shorten the prompt, or give --max-new-tokens (-n) {room} or less; {UNLIMITED} takes "
             "all that there is room for.",
         )

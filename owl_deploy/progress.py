@@ -23,9 +23,9 @@ LOG_EVERY_S = 30.0  # where there is no terminal to draw a bar on
 def error_console() -> Console:
     """A console on stderr, where all progress and remarks go; stdout is for results.
 
-    Of the processes of one run, one speaks.
+    Of the processes of one run, one speaks. All is plain text: a path may hold brackets.
     """
-    return Console(stderr=True, soft_wrap=False, quiet=not leads())
+    return Console(stderr=True, soft_wrap=False, markup=False, quiet=not leads())
 
 
 def _nothing() -> str:
@@ -43,7 +43,7 @@ def bar(description: str, total: float, note: Callable[[], str] = _nothing) -> I
     """
     console = error_console()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -322,13 +322,13 @@ def show(
     """Print what to deploy, tables of 80 columns, what drafts bring, the machine, and what all of
     it means.
     """
-    console = Console(highlight=False)
-    console.print(sentence(judge(result), max_loss), soft_wrap=True, markup=False)
+    console = Console(highlight=False, markup=False)
+    console.print(sentence(judge(result), max_loss), soft_wrap=True)
     for view in _tables([row["deployment"] for row in table], _columns(result, table)):
         console.print()
         console.print(view)
     for line in chain.from_iterable(map(_gains, drafts)):
-        console.print(f"\n{line}", soft_wrap=True, markup=False)
+        console.print(f"\n{line}", soft_wrap=True)
     console.print(
         f"\n{result.machine.cpu}, {result.threads} threads. pass@1: of {table[0]['problems']} of "
         "HumanEval's problems, greedy, in %, with its standard error; ppl: perplexity on code that "
@@ -409,7 +409,7 @@ def show_steps(plan: Sequence[Task], output: Path) -> None:
     write_json(output / "steps.json", took)
     for title, found in took.items():
         time = "" if found is None else clock_time(found)
-        error_console().print(f"{time:>8}  {title}", style="dim", markup=False, highlight=False)
+        error_console().print(f"{time:>8}  {title}", style="dim", highlight=False)
 
 
 def prepare(plan: Plan, say: Callable[[str], object]) -> None:

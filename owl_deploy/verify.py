@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from owl_deploy.artefact import MANIFEST
 from owl_deploy.engines.loading import Folder, Row, digest, fingerprint
@@ -71,12 +72,12 @@ def show(found: Verified, folder: str, console: Console | None = None) -> None:
     for column in ("file", "part", "sha256", "state"):
         table.add_column(column, overflow="fold")
     for row in found.rows:
-        state = f"[red]{row.state}[/red]" if row.refused else row.state
+        state = Text(row.state, style="red" if row.refused else "")
         table.add_row(row.name, row.part, row.sha256[:16], state)
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     console.print(table)
     for sentence in _sentences(found, folder):
-        console.print(sentence, soft_wrap=True, markup=False)
+        console.print(sentence, soft_wrap=True)
 
 
 def _sentences(found: Verified, folder: str) -> list[str]:

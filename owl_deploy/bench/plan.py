@@ -1,6 +1,7 @@
 """What a benchmark measures: the user's numbers, fitted to the models, as scenarios."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,6 +95,8 @@ class BenchPlan(BaseModel):
             for value in values:
                 if value < least:
                     raise BadInput(f"{name} {value} is too small.", f"It must be {least} or more.")
+        if not 0 < self.time_limit_s < math.inf:
+            raise BadInput(f"--time-limit {self.time_limit_s} is no time.", "Give it in seconds.")
         kinds = {name.partition("@")[0] for name in self.scenarios}
         if self.draft is not None and kinds != {"answers"}:
             raise BadInput("A draft is measured on real prompts.", "Give --scenario answers alone.")

@@ -146,7 +146,7 @@ def _shown() -> Iterator[Progress]:
             if console.is_terminal:
                 yield lambda line: status.update(escape(line))
             else:
-                yield lambda line: console.print(line, markup=False)
+                yield lambda line: console.print(line)
     except KeyboardInterrupt as error:
         going_on = "the same command goes on with the samples that were taken"
         raise KeyboardInterrupt(going_on) from error

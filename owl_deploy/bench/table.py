@@ -28,24 +28,23 @@ def show(
     quality_metric: str | None = None,
 ) -> None:
     """Print a result: what to deploy, a table for each scenario, the speed-ups, memory, notes."""
-    console = console or Console(width=WIDTH, highlight=False)
+    console = console or Console(width=WIDTH, highlight=False, markup=False)
     judged = decision.judge(result, quality_metric)
     if judged.options:
-        console.print(decision.sentence(judged, max_loss), markup=False)
+        console.print(decision.sentence(judged, max_loss))
     for metric in metrics_of(result.scenarios):
         console.print(_speed(result, metric))
         if result.comparisons:
             console.print(_speedups(result, metric))
     console.print(_cost(result))
     for failure in result.failures:
-        console.print(f"Failed: {failure}", markup=False)
+        console.print(f"Failed: {failure}")
     for note in result.notes:
-        console.print(f"Note: {note}", markup=False)
+        console.print(f"Note: {note}")
     console.print(
         f"{result.machine.name}, {result.threads} threads, {result.pairs} rounds in fresh "
         f"processes; intervals of 90 %; perplexity as `owl eval` recorded it; a plain read of "
-        f"memory reaches {result.read_gb_per_s:.0f} GB/s.",
-        markup=False,
+        f"memory reaches {result.read_gb_per_s:.0f} GB/s."
     )
 
 
@@ -64,7 +63,7 @@ def show_outcome(
 
 def show_verdicts(verdicts: Sequence[Verdict], console: Console | None = None) -> None:
     """Print a gate's verdicts, and the one of the run."""
-    console = console or Console(width=WIDTH, highlight=False)
+    console = console or Console(width=WIDTH, highlight=False, markup=False)
     table = Table(box=None, pad_edge=False)
     for column in ("metric", "verdict", "why"):
         table.add_column(column, overflow="fold")
@@ -78,7 +77,7 @@ def show_trade_off(
     rows: Sequence[dict[str, Any]], report: Path, console: Console | None = None
 ) -> None:
     """Print a sweep's rows; a star marks what no other deployment beats in both."""
-    console = console or Console(width=WIDTH, highlight=False)
+    console = console or Console(width=WIDTH, highlight=False, markup=False)
     table = _table("", "", "deployment", "engine", "zeros", "ppl", "tok/s")
     for row in rows:
         zeros = "" if row["zeros"] is None else f"{row['zeros']:.0%}"
@@ -87,7 +86,7 @@ def show_trade_off(
         table.add_row(mark, row["deployment"], row["engine"], zeros, *figures)
     console.print(table)
     console.print("* nothing is both faster and better.")
-    console.print(f"The whole of it: {report}", soft_wrap=True, markup=False)
+    console.print(f"The whole of it: {report}", soft_wrap=True)
 
 
 def headline(result: Result) -> list[str]:

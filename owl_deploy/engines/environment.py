@@ -7,7 +7,6 @@ or that an older version of this package made, is made again.
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -48,12 +47,11 @@ def installed_version(name: str) -> str | None:
             return importlib.metadata.version(engine.package)
         return None
     folder = environment_folder(engine)
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = marker.get("lock") == _pinned(engine) and _python(folder).exists()
-    return str(marker["version"]) if whole else None
+    with contextlib.suppress(OSError, BadInput, KeyError):
+        marker = artefact.read_object(folder / MARKER, "")
+        if marker["lock"] == _pinned(engine) and _python(folder).exists():
+            return str(marker["version"])
+    return None
 
 
 def python_of(name: str) -> Path:

@@ -57,6 +57,7 @@ class Child:
         self.deployment = deployment
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
+        self._ended = False  # all of it: the group's number may be another's by now
 
     def __exit__(
         self,
@@ -76,6 +77,7 @@ class Child:
             env=environment,
             start_new_session=True,  # a group of its own: to end all of it, and Ctrl-C is ours
         )
+        self._ended = False
 
     def _death(self, op: str) -> EngineFailed:
         """The error for a process that ended without an answer."""
@@ -102,12 +104,13 @@ class Child:
 
     def _kill(self) -> None:
         """End the process and all that it started."""
-        if self._process is None:
+        if self._process is None or self._ended:
             return
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it may end in this moment
-                os.killpg(self._process.pid, signal.SIGKILL)
+        # Also where the first of them has ended: its group's number is taken while one is left.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._ended = True
 
     def close(self) -> None:
         """End the process, whatever it is doing; nothing of it is left."""
@@ -125,6 +128,8 @@ class Child:
 
 class EngineProcess(Child):
     """A deployment opened by an engine in a fresh process, for the length of a `with` block.
+
+    Linux ends that process with the thread that entered the block, should it die before.
 
     `context` is the tokens that the cache must hold, `timeout_s` the limit of each request; with
     `all_logits` the requests that need the logits of every position can be made; `batch` rows are

@@ -18,7 +18,7 @@ def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> N
         how = f": owl engines install {engine['name']}" if engine["environment"] else ""
         installed = engine["version"] or f"no{how}"
         table.add_row(engine["name"], installed, ", ".join(engine["opens"]), engine["licence"])
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     console.print(table)
     for engine in filter(lambda engine: get_engine(engine["name"]).operators, engines):
         name = engine["name"]

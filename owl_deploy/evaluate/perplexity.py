@@ -53,15 +53,21 @@ class Perplexity:
     token_ids_sha256: str
 
 
+def check_window(window: int) -> None:
+    """Raise `BadInput` for fewer tokens than predict one."""
+    if window < 2:
+        raise BadInput(f"--window {window} is too small.", "It must be 2 or more.")
+
+
 def windows_of(folder: Path, text: str, window: int, limit: int | None) -> torch.Tensor:
     """The evaluation windows of a text in the tokens of the model in `folder`.
 
     As in the paper's code the special tokens of the tokenizer stand around the text as a whole: of
     a model with a BOS only the first window begins with it.
     """
-    for name, value in (("--window", window - 1), ("--windows", 1 if limit is None else limit)):
-        if value < 1:
-            raise BadInput(f"{name} is too small.", "A window needs two tokens at least.")
+    check_window(window)
+    if limit is not None and limit < 1:
+        raise BadInput(f"--windows {limit} is too small.", "It must be 1 or more.")
     content, most = load_evaluation_text(text)
     tokens = tokenize(load_tokenizer(folder), content, special=True)
     return evaluation_windows(tokens, window, most if limit is None else min(limit, most or limit))

@@ -1,7 +1,7 @@
 """`owl eval`: several folders side by side, by perplexity, by tasks, or by both."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
     """
     if asked.text is None and not asked.tasks:
         raise BadInput("Nothing says what to evaluate by.", "Give --perplexity TEXT or --tasks.")
+    _check_read(folders, asked)
     ranks = join(versions())
     _refuse_deployments(folders, ranks)
     threads = threads_for(asked.threads)
@@ -116,6 +117,27 @@ def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
             )
         found.append(Evaluation(str(folder), loss, results))
     return found
+
+
+def _check_read(folders: Sequence[str | Path], asked: Asked) -> None:
+    """Raise `BadInput` for what is asked and nothing would read."""
+    kinds = [is_deployment(Path(folder)) for folder in folders]
+    readers = {
+        "--tasks": (bool(asked.tasks), ("limit", "every", "tasks_path", "allow_code")),
+        "--perplexity": (asked.text is not None, ("windows",)),
+        "checkpoints": (not all(kinds), ("hardware", "blockwise")),
+        "deployments": (any(kinds), ("engine", "threads", "trust_library")),
+    }
+    usual = {one.name: one.default for one in fields(Asked)}
+    for reader, (there, names) in readers.items():
+        for name in names if not there else ():
+            if getattr(asked, name) != usual[name]:
+                option = (
+                    "--device, --dtype and --batch-size are"
+                    if name == "hardware"
+                    else (f"--{name.replace('_', '-')} is")
+                )
+                raise BadInput(f"{option} for {reader}.", "Leave it out.")
 
 
 def _refuse_deployments(folders: Sequence[str | Path], ranks: Ranks) -> None:

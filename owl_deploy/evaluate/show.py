@@ -14,7 +14,7 @@ WIDTH = 80
 
 def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
     """Print a line of perplexity for each model, and a table of tasks with a column for each."""
-    console = console or Console(width=WIDTH, highlight=False)
+    console = console or Console(width=WIDTH, highlight=False, markup=False)
     names = _names([one.model for one in found])
     for name, one in zip(names, found, strict=True):
         if one.perplexity:

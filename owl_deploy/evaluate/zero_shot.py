@@ -18,6 +18,7 @@ from owl_deploy.engines import EngineProcess, get_engine, open_deployment
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.perplexity import (
+    check_window,
     engine_of,
     is_deployment,
     load_model,
@@ -189,8 +190,7 @@ def evaluate_tasks(
         raise BadInput("--limit must be at least 1.")
     if every < 1:
         raise BadInput("--every must be at least 1.")
-    if window < 2:
-        raise BadInput("--window is too small.", "A window needs two tokens at least.")
+    check_window(window)
     if not folder.is_dir():  # a name of the Hub
         folder = open_checkpoint(folder).folder
     with _opened(folder, window, hardware, engine, threads, trust_library, adapter) as opened:

@@ -59,7 +59,7 @@ def show(manifest: DeploymentManifest, output: str) -> None:
             f"{run['relative_difference']:.1e} of the largest logit, "
             f"{share * parity.greedy_tokens:.0f}/{parity.greedy_tokens} tokens",
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table, highlight=False)
     if manifest.note:
         console.print(f"Note: {manifest.note}.", highlight=False)

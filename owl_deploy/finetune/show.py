@@ -23,7 +23,7 @@ def caption(name: str, done: Finetuning) -> str:
 
 def show(manifest: CheckpointManifest | AdapterManifest, output: str) -> None:
     """Print what a fine-tuning changed, from its artefact's manifest."""
-    console = Console()
+    console = Console(markup=False)
     if manifest.finetune:
         console.print(caption(output, manifest.finetune), soft_wrap=True)
     what = "An adapter" if manifest.kind == "adapter" else "A checkpoint with the same zeros"

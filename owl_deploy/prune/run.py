@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import only_writer
+from owl_deploy.artefact import all_to_disk, only_writer
 from owl_deploy.hardware import ANY_HARDWARE, Hardware
 from owl_deploy.manifest import CheckpointManifest, versions
 from owl_deploy.partial import kept_for_resuming
@@ -58,6 +58,8 @@ def prune(
         asked = request.deciding()
         store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
         with kept_for_resuming(store, "use a smaller --batch-size"):
+            if (whole := ranks.from_leader(store.finished)) is not None:
+                return whole
             plan, first = resolve(request, store)
             walk = Walk(request, plan, store, first)
             del first  # the walk lets it go after the first block
@@ -82,7 +84,8 @@ def _complete(
     (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
     if plan.trials:
         (store.folder / "tuning.svg").write_text(tuning_svg(plan.trials), encoding="utf-8")
-    manifest.write(store.folder)
+    all_to_disk(store.folder)
+    manifest.write(store.folder)  # last: with it the checkpoint is whole
     store.finish()
     return manifest
 

@@ -42,7 +42,7 @@ def show(manifest: CheckpointManifest, output: str) -> None:
         ends.append((head.name, head.sparsity, head.achieved))
     for name, asked, achieved in ends:
         table.add_row(name, "", f"{asked:.4f}", f"{achieved:.4f}")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     _show_tuning(console, manifest)
     _show_reconstruction(console, manifest)

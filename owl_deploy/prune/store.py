@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from owl_deploy.artefact import publish
+from owl_deploy.artefact import MANIFEST, publish
 from owl_deploy.grid import SCALE
+from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.partial import Partial
 
 SEARCH = "search.json"  # how far a search for an allocation has come
@@ -96,18 +97,30 @@ class Store(Partial):
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
-        done = (self.folder / "plan.json", self.folder / SEARCH, *self.folder.glob("*.forward"))
+        names = (MANIFEST, "plan.json", SEARCH)
+        done = (*(self.folder / name for name in names), *self.folder.glob("*.forward"))
         return any(path.is_file() for path in done)
 
+    def finished(self) -> CheckpointManifest | None:
+        """Publish the checkpoint that an earlier run made whole; None where none did."""
+        manifest = read_manifest(self.folder, CheckpointManifest)
+        if manifest is not None:
+            self.finish()
+        return manifest
+
     def finish(self) -> None:
-        """Make the folder, in which the checkpoint now lies, the output; drop what is the run's."""
+        """Make the folder, in which the checkpoint now lies, the output; drop what is the run's.
+
+        Once the manifest is there nothing else is needed to go on from a stop. What says so goes
+        last.
+        """
         self.forget_measured()
         for ending in ("block", "scales", "halves"):
             for path in self.folder.glob(f"*.{ending}"):
                 path.unlink()
-        for name in ("run.json", "plan.json"):
-            (self.folder / name).unlink()
         publish(self.folder, self.output)
+        for name in ("plan.json", "run.json"):
+            (self.output / name).unlink()
 
     def path(self, name: str) -> Path:
         """The file of the block `name`: a shard of a checkpoint, with the tensors' whole names."""

@@ -220,6 +220,25 @@ def test_eval_refuses_impossible_tasks(owl, llama, options, complaint):
     assert (code, complaint in " ".join(err.split())) == (2, True), err
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--limit", 3], "--limit is for --tasks."),
+        (["--every", 5], "--every is for --tasks."),
+        (["--allow-code"], "--allow-code is for --tasks."),
+        (["--tasks-path", "x"], "--tasks-path is for --tasks."),
+        (["--windows", 0], "--windows 0 is too small"),
+        (["--window", 1], "--window 1 is too small"),
+        (["--engine", "owl"], "--engine is for deployments."),
+        (["--threads", 2], "--threads is for deployments."),
+        (["--trust-library"], "--trust-library is for deployments."),
+    ],
+)
+def test_eval_refuses_what_would_do_nothing(owl, llama, text_file, options, complaint):
+    code, _, err = owl("eval", llama, "--perplexity", text_file, *options)
+    assert (code, complaint in " ".join(err.split())) == (2, True), err
+
+
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="no Bubblewrap")
 def test_humaneval_without_its_problems(owl, llama, monkeypatch):
     pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
@@ -245,6 +264,8 @@ def test_a_stranger_s_deployment_is_evaluated_as_one(owl, llama, text_file, tmp_
     deployment = tmp_path / "deployment"
     assert owl("export", llama, "-o", deployment, "--precision", "fp32")[0] == 0
     command = ("eval", deployment, "--perplexity", text_file, "--window", 64, "--windows", 1)
+    code, _, err = owl(*command, "--dtype", "float32")
+    assert (code, "--device, --dtype and --batch-size are for checkpoints." in err) == (2, True)
     known = json.loads(owl(*command, "--json")[1])
     (deployment / "owl.json").unlink()
     code, out, err = owl(*command, "--json")

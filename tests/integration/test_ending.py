@@ -91,6 +91,11 @@ def test_what_the_system_refuses_is_no_defect(owl, monkeypatch, error):
     assert (code, err.count("\n"), "defect" in err) == (4, 1, False), err
 
 
+def test_a_text_where_a_name_belongs(owl):
+    code, _, err = owl("generate", "The river ran past the mill. " * 20, "deployment")
+    assert (code, err.count("\n"), "too long for the name of a file" in err) == (2, 1, True), err
+
+
 @pytest.mark.parametrize(
     "options",
     [

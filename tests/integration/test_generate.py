@@ -66,8 +66,8 @@ def test_a_prompt_that_is_not_utf8_is_said_in_a_sentence(deployment):
     ("content", "complaint"),
     [
         (None, "cannot be read (No such file or directory)"),
-        (b"", "The prompt is empty"),
-        (b"\n", "The prompt is empty"),
+        (b"", "prompt.txt is empty"),
+        (b"\n", "prompt.txt is empty"),
         (b"caf\xe9", "prompt.txt is not UTF-8 text"),
         ("The river".encode("utf-16-le"), "prompt.txt has a NUL character"),
     ],
@@ -92,7 +92,7 @@ def test_a_prompt_file_that_is_none_is_said_in_a_sentence(
         ((PROMPT, "-n", 0), "Give 1 or more, or -1 to go on until the context is full"),
         ((PROMPT, "-n", -2), "-2 is impossible"),
         ((PROMPT, "-n", 510), "give --max-new-tokens (-n) 506 or less; -1 takes all"),
-        ((PROMPT * 150,), "leave no room for a new one: the model takes 512"),
+        ((PROMPT * 150,), "leave no room for a new one: there is room for 512 in all"),
         ((PROMPT, "--threads", 0), "--threads 0 is too small"),
     ],
 )

@@ -211,10 +211,18 @@ def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):
     assert "".join(again) == "".join(pieces)
     for prompt, wanted, complaint in (
         ("", 12, "prompt is empty"),
-        ("The river ran", 100_000, "100000 new ones are more than the 512 that the model takes"),
+        ("The river ran", 100_000, "100000 new ones are more than the 512 that there is room for"),
     ):
         with pytest.raises(BadInput, match=complaint):
             next(generate(tmp_path / "out", prompt, Sampling(max_new_tokens=wanted), Speed()))
+
+
+def test_a_library_of_a_folder_that_is_named_from_here(pruned, tmp_path, monkeypatch):
+    export(pruned, tmp_path / "out", target="owl", precision="int8")
+    monkeypatch.chdir(tmp_path)
+    asked = Sampling(max_new_tokens=2)
+    wanted = list(generate("out", "The river ran", asked))
+    assert list(generate("out", "The river ran", asked, trust_library=True)) == wanted
 
 
 def test_a_prompt_in_parts_says_the_same(pruned, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from owl_deploy import checkpoint, recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.partial import partial_folder
-from owl_deploy.prune import store, tune
+from owl_deploy.prune import run, store, tune
 from owl_deploy.prune.run import Calibration, prune
 from tests import tiny
 
@@ -153,6 +153,25 @@ def test_kill_9_from_outside_at_some_moment(model, text_file, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_whole_needs_only_to_appear(model, text_file, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    settings = recipe.settings(method="wanda", sparsity=0.6)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    out = tmp_path / "out"
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr(store, "publish", stopped)
+        with pytest.raises(KeyboardInterrupt, match="--resume goes on from here"):
+            prune(model, out, settings, calibration)
+    monkeypatch.setattr(run, "resolve", stopped)
+    manifest = prune(model, out, settings, calibration, resume=True)
+    assert manifest.sparsity.achieved == pytest.approx(0.6, abs=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not {"run.json", "plan.json"} & {path.name for path in out.iterdir()}
+    assert weights(out)
 
 
 def test_a_search_that_was_killed_is_not_begun_again(model, text_file, tmp_path, monkeypatch):

@@ -55,6 +55,20 @@ def test_a_pickle_is_not_read(copy):
         checkpoint.open_checkpoint(copy)
 
 
+def test_a_folder_of_two_models(copy):
+    (copy / "other.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
+    index = {"weight_map": {"a": "other.safetensors"}}
+    (copy / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(BadInput, match="holds two models"):
+        checkpoint.open_checkpoint(copy)
+
+
+def test_an_index_of_the_one_file(copy):
+    index = {"weight_map": {"a": checkpoint.WEIGHTS}}
+    (copy / checkpoint.INDEX).write_text(json.dumps(index))
+    assert "model.norm.weight" in checkpoint.open_checkpoint(copy).files
+
+
 def test_an_index_that_leads_outside_the_folder(copy):
     index = {"weight_map": {"a": "../elsewhere.safetensors"}}
     (copy / checkpoint.INDEX).write_text(json.dumps(index))

@@ -46,3 +46,8 @@ def test_an_error_ends_a_bar_without_a_last_line(capsys):
     with pytest.raises(ValueError, match="x"), progress.bar("Reading", 2):
         raise ValueError("x")
     assert capsys.readouterr().err == ""
+
+
+def test_a_path_in_brackets_is_printed_as_it_is(capsys):
+    progress.error_console().print("texts/[/a] and [red]")
+    assert capsys.readouterr().err == "texts/[/a] and [red]\n"

@@ -81,6 +81,7 @@ def open_genai(
     config = onnxruntime_genai.Config(str(Path(folder).absolute()))
     options: dict[str, Any] = {"intra_op_num_threads": threads}
     if library:
+        library = str(Path(library).absolute())  # for it works elsewhere below
         options["custom_ops_library"] = library
     if takes_turns:
         options["session.force_spinning_stop"] = "1"

@@ -154,6 +154,8 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_is_timed(
         ({"streams": (4,)}, "--streams is for --scenario throughput"),
         ({"new_tokens": 9}, "--new-tokens is for --scenario answers or generate or requests"),
         ({"prompts": Path("p")}, "--prompts is for --scenario answers"),
+        ({"time_limit_s": float("nan")}, "--time-limit nan is no time"),
+        ({"time_limit_s": 0.0}, "--time-limit 0.0 is no time"),
         ({"scenarios": ("answers",), "context": (512, 1024)}, "answers has one room for all"),
         ({"scenarios": ("decode",), "prompt": 64}, "--prompt is for --scenario generate or"),
         ({"scenarios": ("decode@64x2",), "batch": (4,)}, "--batch is for --scenario decode"),

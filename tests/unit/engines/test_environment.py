@@ -47,8 +47,9 @@ def test_another_lock_file_means_not_installed(engine: registry.Engine) -> None:
     marker = {"lock": "0" * 64, "version": "1"}
     (folder / environment.MARKER).write_text(json.dumps(marker))
     assert environment.installed_version("own") is None
-    (folder / environment.MARKER).write_text("half a mark")
-    assert environment.installed_version("own") is None
+    for broken in ("half a mark", "[]", "{}"):
+        (folder / environment.MARKER).write_text(broken)
+        assert environment.installed_version("own") is None
 
 
 def test_a_failing_pip_gives_its_last_words(engine: registry.Engine) -> None:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from owl_deploy.engines import EngineProcess
+from owl_deploy.engines.process import Child
 from owl_deploy.errors import EngineFailed
 
 
@@ -123,6 +124,18 @@ def test_an_unknown_operation_is_an_error(tmp_path: Path) -> None:
         pytest.raises(EngineFailed, match="unknown operation __init__"),
     ):
         engine.request("__init__")
+
+
+def test_what_an_engine_started_ends_with_it_also_where_it_has_crashed(tmp_path: Path) -> None:
+    child = Child("fake", tmp_path)
+    child._spawn(["bash", "-c", "sleep 60 & echo $!; exit 3"], dict(os.environ), subprocess.PIPE)
+    assert child._process is not None
+    assert child._process.stdout is not None
+    helper = psutil.Process(int(child._process.stdout.readline()))
+    child._process.wait()
+    child.close()
+    helper.wait(timeout=2)
+    child.close()  # once more, as in an `except` and then an `__exit__`
 
 
 SCRIPT = """
