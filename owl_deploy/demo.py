@@ -5,6 +5,7 @@ means: a first look in minutes, or with `--full` more settings in every engine a
 whose result is in the output folder already are not repeated.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from owl_deploy.bench.decision import judge, sentence
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison, Subject
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
-from owl_deploy.errors import EnvironmentFailed, OwlError
+from owl_deploy.ending import exit_code
+from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.manifest import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, execute
 from owl_deploy.progress import error_console
@@ -309,17 +311,13 @@ def main(
 ) -> None:
     """Prune SmolLM2-135M with OWL, export it, bench it against dense."""
     plan = FULL if full else FIRST_LOOK
-    try:
-        say = Clock()
-        source, has_owl = prepare(say)
-        made = tasks(plan, source, output, has_owl=has_owl)
-        execute(made, say)
-        result = read_result(made[-1].output)
-        conclude([result], rows(result, plan), output, show)
-    except OwlError as error:
-        typer.echo(f"demo: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
+    say = Clock()
+    source, has_owl = prepare(say)
+    made = tasks(plan, source, output, has_owl=has_owl)
+    execute(made, say)
+    result = read_result(made[-1].output)
+    conclude([result], rows(result, plan), output, show)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(exit_code(lambda: typer.run(main)))

@@ -350,7 +350,7 @@ def read_manifest(folder: Path, kind: type[_Kind]) -> _Kind | None:
         return None
     content = _upgraded(read_object(path, _AGAIN), str(path))
     try:
-        model = _KINDS.get(str(content["kind"]), Manifest)
+        model = _KINDS.get(str(content.get("kind")), Manifest)
         manifest = model.model_validate(content)
     except ValidationError as error:
         raise invalid(str(path), error, _AGAIN) from error

@@ -432,10 +432,11 @@ def seconds(task: Task) -> float | None:
 
 def needs(plan: Plan) -> list[list[int]]:
     """For each task, the numbers of those before it whose outputs it reads."""
-    return [
-        [number for number, other in enumerate(plan[:index]) if other.output in task.reads()]
-        for index, task in enumerate(plan)
-    ]
+    found = []
+    for index, task in enumerate(plan):
+        read = set(task.reads())  # once: it looks at files
+        found.append([n for n, other in enumerate(plan[:index]) if other.output in read])
+    return found
 
 
 def survey(plan: Plan) -> list[State]:

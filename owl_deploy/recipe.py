@@ -27,12 +27,14 @@ from pydantic import (
 from owl_deploy.allocation import ALLOCATIONS, SEARCHED
 from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
-from owl_deploy.families import heads
+from owl_deploy.families import FAMILIES, heads
 from owl_deploy.methods import METHODS, Modifier, Options, Statistic
 
 UNSTRUCTURED = "unstructured"
 RESOLVED = "recipe.yaml"  # in a checkpoint
 _DENSE_MASK = "0:0"  # SparseML's word for unstructured
+_ALL = ("__ALL__", "__ALL_PRUNABLE__", "Linear")  # the last is llm-compressor's
+_SAME = 1e-6  # of sparsities
 _BITS, _BITS_GROUPS = (8, 4, 3), (32, 64, 128)
 
 
@@ -223,7 +225,7 @@ def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes", "times"]]
     """A budget's number and unit.
 
     "3.5" is in bits a weight, "400MB" (kB, MB, GB) in bytes, "1.5x" how many times as fast. Raises
-    `BadInput` for what is none of these.
+    `BadInput` for what is none of these, or no gain.
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?(kB|MB|GB|x)?", budget.strip())
     if match is None or not 0 < float(match[1]) < math.inf:
@@ -233,6 +235,11 @@ def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes", "times"]]
             "int8, such as 1.5x.",
         )
     if match[2] == "x":
+        if float(match[1]) <= 1:
+            raise BadInput(
+                f"The budget {budget} is no gain over dense int8, which takes no pruning.",
+                "Give more than 1x, or export the model as it is.",
+            )
         return float(match[1]), "times"
     if match[2] is None:
         return float(match[1]), "bits"
@@ -312,11 +319,15 @@ def find(name: str | Path) -> Path:
 def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
     """The settings of a recipe (see `find`) with `overrides` put over them.
 
-    A recipe's options of a method go with it, when another is asked for.
+    A recipe's options of a method, and the numbers of its allocation, go with it when another is
+    asked for.
     """
     values = load(find(recipe)) if recipe else {}
     if overrides.get("method", values.get("method")) != values.get("method"):
         values.pop("options", None)
+    if overrides.get("allocation", values.get("allocation")) != values.get("allocation"):
+        for name in ("spread", "outlier_multiple"):
+            values.pop(name, None)
     options = {**values.get("options", {}), **overrides.get("options", {})}
     if "layers" in values:
         _check_list(recipe, values, overrides)
@@ -377,7 +388,7 @@ class _Modifier(BaseModel):
 
 class _LayerwiseModifier(_Modifier):
     sparsity: float | list[float]
-    sequential_update: bool = True
+    sequential_update: Literal[True] = True
     ignore: list[str] = []  # llm-compressor has it, SparseML 1.8 does not
 
 
@@ -560,11 +571,17 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
         raise BadInput(f"The recipe {source} mixes the methods {', '.join(sorted(methods))}.")
     values: dict[str, Any] = {"method": methods.pop()}
     layers: dict[str, float] = {}
-    groups = {_group_of(source, modifier.mask_structure) for _, modifier in found}
-    for method, modifier in found:
-        values |= _arguments(source, method, modifier)
-        targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets
-        sparsity = _sparsity(modifier)
+    # A head's own does not count: it stays dense mostly.
+    of_blocks = [one for _, one in found if not heads().issuperset(map(_layer_of, _targets(one)))]
+    groups = {_group_of(modifier.mask_structure) for modifier in of_blocks}
+    arguments = [_arguments(source, method, modifier) for method, modifier in found]
+    if any(one != arguments[0] for one in arguments):
+        raise BadInput(f"The modifiers of the recipe {source} differ in more than sparsities.")
+    values |= arguments[0]
+    for _, modifier in found:
+        targets, sparsity = _targets(modifier), _sparsity(modifier)
+        if not targets:
+            raise BadInput(f"A modifier of the recipe {source} has no targets.")
         if isinstance(sparsity, list):
             if len(sparsity) != len(targets):
                 raise BadInput(
@@ -579,6 +596,7 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
                 "Several modifiers need targets such as model.layers.3 each.",
             )
         else:
+            _check_whole(source, targets, sparsity, _group_of(modifier.mask_structure))
             values.setdefault("allocation", "uniform")
             if None in groups:
                 values["sparsity"] = sparsity
@@ -595,6 +613,42 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
     return values | _structure(source, groups)
 
 
+def _check_whole(
+    source: Path, targets: Sequence[str], sparsity: float, group: tuple[int, int] | None
+) -> None:
+    """Raise `BadInput` where a modifier without layers means not all, or contradicts its N:M."""
+    for target in targets:
+        if not _means_all(target):
+            raise BadInput(
+                f"The recipe {source} has the target {target!r}, which is neither a layer nor all.",
+                "Name layers, such as model.layers.3.mlp.up_proj, or say __ALL__.",
+            )
+    if group is not None and abs(sparsity - (1 - group[0] / group[1])) > _SAME:
+        raise BadInput(
+            f"The recipe {source} has a sparsity of {sparsity:g}, which contradicts its structure, "
+            f"{group[1] - group[0]} removed of {group[1]}."
+        )
+
+
+def _means_all(target: str) -> bool:
+    """Whether a target is a word for all, or a pattern that matches all blocks, or all weights."""
+    if target in _ALL:
+        return True
+    try:
+        pattern = re.compile(target.removeprefix("re:"))
+    except re.error:
+        return False
+    blocks = {family.blocks for family in FAMILIES.values()}
+    several = [[f"{name}.{index}" for index in (0, 17)] for name in blocks]
+    return target.startswith("re:") and any(
+        all(map(pattern.match, names)) for names in (*several, ["a.weight", "b.9.c.weight"])
+    )
+
+
+def _targets(modifier: _Modifier) -> list[str]:
+    return [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets
+
+
 def _sparsity(modifier: _Modifier) -> float | list[float]:
     if isinstance(modifier, _TrainingModifier):
         return modifier.final_sparsity
@@ -602,7 +656,7 @@ def _sparsity(modifier: _Modifier) -> float | list[float]:
     return modifier.sparsity
 
 
-def _group_of(source: Path, structure: str) -> tuple[int, int] | None:
+def _group_of(structure: str) -> tuple[int, int] | None:
     """(kept, size) of a `mask_structure`, which says removed:size."""
     if structure in (_DENSE_MASK, UNSTRUCTURED):
         return None
@@ -619,8 +673,8 @@ def _structure(source: Path, groups: set[tuple[int, int] | None]) -> dict[str, A
         return {}
     if len({size for _, size in known}) > 1 or None in groups:
         raise BadInput(f"The recipe {source} mixes structures with different M.")
-    mean = round(sum(left for left, _ in known) / len(known))
-    return {"structure": f"{mean}:{known[0][1]}"}
+    mean, size = round(sum(left for left, _ in known) / len(known)), known[0][1]
+    return {"structure": f"{min(mean, size - 1)}:{size}"}
 
 
 def _arguments(source: Path, method: str, modifier: _Modifier) -> dict[str, Any]:

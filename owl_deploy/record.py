@@ -1,5 +1,6 @@
 """How the tasks of a plan stand or ended, wherever they ran."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from owl_deploy.artefact import write_text
 from owl_deploy.errors import OwlError
 
 
@@ -34,6 +36,23 @@ def skipped(title: str, left: Record) -> Record:
     """The record of a task that needs what was `left` undone."""
     why = left.said if left.state == "skipped" else f"it needs what failed: {left.title}"
     return Record(state="skipped", title=title, said=why)
+
+
+def with_ending(log: Path, ending: str) -> Path:
+    """The file of a task's `log` with this `ending`; its name may have dots of its own."""
+    return log.with_name(log.name + ending)
+
+
+def keep(log: Path, record: Record) -> None:
+    """Leave the record of a task beside its log."""
+    write_text(with_ending(log, ".json"), record.model_dump_json(indent=2) + "\n")
+
+
+def kept(log: Path) -> Record | None:
+    """The record that a task has left beside its log; None where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return Record.model_validate_json(with_ending(log, ".json").read_text(encoding="utf-8"))
+    return None
 
 
 class Unfinished(OwlError):

@@ -7,6 +7,7 @@ dense one. Judged by HumanEval and by perplexity on code that was not calibrated
 cores; every step leaves an artefact, and what is there is not made again.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -26,7 +27,8 @@ from owl_deploy.bench.decision import HUMANEVAL, judge, read_loss, refreshed, se
 from owl_deploy.bench.scenario import KINDS
 from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense, short
 from owl_deploy.demo_input import CALIBRATION, EVALUATION
-from owl_deploy.errors import BadInput, EnvironmentFailed, OwlError, not_installed
+from owl_deploy.ending import exit_code
+from owl_deploy.errors import BadInput, EnvironmentFailed, not_installed
 from owl_deploy.evaluate.sandbox import require_sandbox
 from owl_deploy.export.targets import TARGETS
 from owl_deploy.finetune.settings import FinetuneSettings
@@ -43,6 +45,7 @@ from owl_deploy.pipeline import (
     seconds,
 )
 from owl_deploy.progress import error_console
+from owl_deploy.prune.tune import check as check_search
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.runtime import library_path
 from owl_deploy.showcase_input import MODEL, SISTER, showcase_input, sister_input
@@ -472,36 +475,44 @@ def main(
 ) -> None:
     """Prune, train, export, judge and bench Qwen2.5-Coder-1.5B: hours on two cores."""
     say = Clock()
-    try:
-        _check_code(allow_code)
-        loss = read_loss(max_loss) if max_loss else None
-        recovery = FinetuneSettings(**SHOWCASE.recovery.model_dump() | {"max_minutes": minutes})
-        kept = SHOWCASE.pruning.model_dump(include={"allocation", "sparsity"})
-        plan = replace(
-            SHOWCASE,
-            every=every,
-            limit=limit,
-            pruning=PruneSettings(**kept | {"method": method}),
-            recovery=recovery,
-            tune_minutes=tune or None,
-            pairs=pairs,
-        )
-        plan = plan.without(skip or ())
-        prepare(plan, say)
-        say("Input: Qwen2.5-Coder-1.5B-Instruct and Python sources")
-        sister = sister_input() if plan.roads["sister"] else Path()
-        made = tasks(plan, showcase_input(), sister, output)
-        execute(made, say)
-        say.took()
-        show_steps(made, output)
-        *drafts, result = (read_result(one.output) for one in made if isinstance(one, Bench))
-        result = refreshed(result)
-        shown = partial(show, drafts=drafts, max_loss=loss)
-        conclude([result, *drafts], rows(result), output, shown, loss)
-    except OwlError as error:
-        typer.echo(f"showcase: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
+    _check_code(allow_code)
+    loss = read_loss(max_loss) if max_loss else None
+    recovery = FinetuneSettings(**SHOWCASE.recovery.model_dump() | {"max_minutes": minutes})
+    kept = SHOWCASE.pruning.model_dump(include={"allocation", "sparsity"})
+    plan = replace(
+        SHOWCASE,
+        every=every,
+        limit=limit,
+        pruning=PruneSettings(**kept | {"method": method}),
+        recovery=recovery,
+        tune_minutes=tune or None,
+        pairs=pairs,
+    )
+    plan = plan.without(skip or ())
+    _check_numbers(plan, output)
+    prepare(plan, say)
+    say("Input: Qwen2.5-Coder-1.5B-Instruct and Python sources")
+    sister = sister_input() if plan.roads["sister"] else Path()
+    made = tasks(plan, showcase_input(), sister, output)
+    execute(made, say)
+    say.took()
+    show_steps(made, output)
+    *drafts, result = (read_result(one.output) for one in made if isinstance(one, Bench))
+    result = refreshed(result)
+    shown = partial(show, drafts=drafts, max_loss=loss)
+    conclude([result, *drafts], rows(result), output, shown, loss)
+
+
+def _check_numbers(plan: Plan, output: Path) -> None:
+    """Raise `BadInput` now for what would be refused after hours."""
+    if plan.tune_minutes is not None:
+        check_search(plan.pruning, plan.tune_minutes)
+    if plan.limit is not None and plan.limit < 1:
+        raise BadInput("--limit must be at least 1.")
+    for task in tasks(plan, Path(), Path(), output):
+        if isinstance(task, Bench):
+            task.plan.described()
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(exit_code(lambda: typer.run(main)))

@@ -86,6 +86,8 @@ def tasks(
     """
     if not output.absolute().parent.is_dir():
         raise BadInput(f"The folder {output.parent} does not exist.", "Create it first.")
+    if output.exists() and not output.is_dir():
+        raise BadInput(f"{output} is a file.", "Give a folder for the sweep.")
     for source in (calibration, text):
         check_source(source)
     roads = plan.roads()

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import ray
 
-from owl_deploy.artefact import wait_for_writer, write_text
+from owl_deploy.artefact import wait_for_writer
 from owl_deploy.cluster import mirror
 from owl_deploy.cluster.mirror import Share
 from owl_deploy.cluster.nodes import alive, difference, enter, versions
 from owl_deploy.ending import explained
 from owl_deploy.errors import EnvironmentFailed, is_out_of_memory
 from owl_deploy.pipeline import Task, do, state
-from owl_deploy.record import Record, skipped
+from owl_deploy.record import Record, keep, skipped, with_ending
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def perform(task: Task, job: Job, *before: Record) -> Record:
     )
     _tell(job, record)
     log = job.log if job.share is None else job.share.own("logs")
-    with logged(log.with_suffix(".log")):
+    with logged(with_ending(log, ".log")):
         record = _ended(task, job, record)
     _tell(job, record)
     return record
@@ -64,18 +64,6 @@ def _tell(job: Job, record: Record) -> None:
         keep(job.log, record)
     else:
         job.share.tell(record)
-
-
-def keep(log: Path, record: Record) -> None:
-    """Leave the record of a task beside its log."""
-    write_text(log.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
-
-
-def kept(log: Path) -> Record | None:
-    """The record that a task has left beside its log; None where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return Record.model_validate_json(log.with_suffix(".json").read_text(encoding="utf-8"))
-    return None
 
 
 def _ended(task: Task, job: Job, record: Record) -> Record:

@@ -34,7 +34,7 @@ from owl_deploy.cluster.store import LOGS, File, Store, Stored, contents_of
 from owl_deploy.errors import EnvironmentFailed, OwlError
 from owl_deploy.lease import lease
 from owl_deploy.pipeline import Task, agree, digest, do, state
-from owl_deploy.record import Record
+from owl_deploy.record import Record, with_ending
 
 _STORE_AGAIN = "Delete it: the same command then stores it again."
 _OWLS = (MANIFEST, RESULT)  # files of a folder in which paths are told
@@ -68,7 +68,7 @@ class Share:
             store = Store(self.address)
             store.write(f"{LOGS}/{self.log}.json", record.model_dump_json(indent=2) + "\n")
             if record.state != "running":
-                log = self.own("logs").with_suffix(".log")
+                log = with_ending(self.own("logs"), ".log")
                 store.put(log, f"{LOGS}/{self.log}.log")
                 log.unlink()
 

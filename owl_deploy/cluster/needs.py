@@ -67,6 +67,7 @@ ROWS = {
     "evaluate": Row(cores=4, memory=3),
     "bench": Row(cores=1, alone=True),
 }
+_MOST = 1e9  # of cores, GPUs, or TB
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(cpu|gpu|([MGT])(i?)B)", re.IGNORECASE)
 
 # For each kind, what the user said of it: values of `Need` by their names.
@@ -93,6 +94,8 @@ def _read_part(line: str, part: str) -> tuple[str, int | float]:
             f"--needs {line}: {part!r} is not an amount.", "Write it as prune=4cpu,16GB,1gpu."
         )
     amount, unit = float(match[1]), match[2].lower()
+    if amount > _MOST:
+        raise BadInput(f"--needs {line}: no node has so much.")
     if unit == "gpu":
         return "gpus", amount
     if unit == "cpu":

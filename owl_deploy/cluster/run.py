@@ -22,7 +22,7 @@ from owl_deploy.cluster.stored import StoredPlan
 from owl_deploy.errors import first_line
 from owl_deploy.pipeline import Plan, Task, needs, survey
 from owl_deploy.progress import error_console
-from owl_deploy.record import Record, skipped
+from owl_deploy.record import Record, kept, skipped, with_ending
 
 RETRIES = 3  # of a task whose worker or node died
 PATIENCE_S = 300.0  # for a node to come back that alone could run a task
@@ -152,7 +152,7 @@ class _Run:
         waits = needs(self.plan)
         for index, one in self.jobs.items():
             task = self.plan[index]
-            one.log.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run
+            with_ending(one.log, ".json").unlink(missing_ok=True)  # of an earlier run
             references[index] = perform.options(
                 **self.wanted[_kind(task)].options(),
                 name=task.title,
@@ -181,8 +181,8 @@ class _Run:
         if self.stored is not None:
             found = self.stored.running({n: self.jobs[n].log.name for n in self.pending.values()})
         else:
-            kept = {index: job.kept(self.jobs[index].log) for index in self.pending.values()}
-            found = {index: one for index, one in kept.items() if one is not None}
+            told = {index: kept(self.jobs[index].log) for index in self.pending.values()}
+            found = {index: one for index, one in told.items() if one is not None}
         there = {node.id for node in nodes.alive()}
         return {i: one for i, one in found.items() if one.state == "running" and one.node in there}
 

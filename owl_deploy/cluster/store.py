@@ -110,7 +110,11 @@ class Store:
             )
         if scheme not in available_protocols():
             raise unknown_name("scheme in --store", scheme, available_protocols())
-        if urlsplit(address).password:  # which would be in every log
+        try:
+            password = urlsplit(address).password
+        except ValueError as error:
+            raise BadInput(f"--store {address} is no address ({error}).") from error
+        if password:  # which would be in every log
             raise BadInput(
                 "--store has a password in it.", "Give it as the scheme's package looks for it."
             )

@@ -13,7 +13,7 @@ from owl_deploy.cluster.store import INPUTS, LOGS, Content, Store, Stored, conte
 from owl_deploy.errors import OwlError
 from owl_deploy.pipeline import Bench, Plan, State, Task, agree, digest, needs
 from owl_deploy.progress import bar, error_console
-from owl_deploy.record import Record
+from owl_deploy.record import Record, keep, with_ending
 
 ADDRESSES = "store.json"  # in the output folder: where each artefact lies
 _LOOK_S = 5.0  # between two looks at the records of what runs
@@ -116,11 +116,11 @@ class StoredPlan:
 
     def take_log(self, log: Path, record: Record) -> None:
         """Keep the record of a task beside its log, and what it has printed in it."""
-        write_text(log.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
+        keep(log, record)
         with contextlib.suppress(OwlError, OSError):
             text = self.store.read(f"{LOGS}/{log.name}.log")
             if text is not None:
-                write_text(log.with_suffix(".log"), text)
+                write_text(with_ending(log, ".log"), text)
 
     def take_results(self) -> None:
         """Copy the plan's results to their places, and leave there where all else lies."""

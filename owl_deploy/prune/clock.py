@@ -87,13 +87,8 @@ def measure(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> Clock:
 def room_in_time(clock: Clock, shapes: Iterable[Size], asked: str, times: float) -> float:
     """The seconds that the pruned Linears, of these `shapes`, may take to be `times` as fast.
 
-    Raises `BadInput` for a gain that is none, or that the fastest formats do not reach.
+    Raises `BadInput` for a gain that the fastest formats do not reach.
     """
-    if times <= 1:
-        raise BadInput(
-            f"The budget {asked} is no gain over dense int8, which takes no pruning.",
-            "Give more than 1x, or export the model as it is.",
-        )
     known = {form for _, form in clock.each}
     least = math.fsum(min(clock.each[one, form] for form in known) for one in shapes)
     most = clock.speed_up(least)

@@ -20,10 +20,9 @@ ray = pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from owl_deploy.cluster import run  # noqa: E402
-from owl_deploy.cluster.job import kept  # noqa: E402
 from owl_deploy.cluster.needs import ROWS, Row  # noqa: E402
 from owl_deploy.cluster.nodes import joined  # noqa: E402
-from owl_deploy.record import Record  # noqa: E402
+from owl_deploy.record import Record, kept  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 

@@ -44,7 +44,9 @@ def test_a_field_of_another_type_gets_a_sentence(tmp_path, kind, manifest, place
         read_manifest(tmp_path, Manifest)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"a": ' + "1" * 10_000 + "}"])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "[" * 100_000, '{"schema_version": 1}', '{"a": ' + "1" * 10_000 + "}"]
+)
 def test_a_damaged_manifest_gets_a_sentence(tmp_path, content):
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(BadInput, match=r"owl\.json"):

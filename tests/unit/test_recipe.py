@@ -346,6 +346,64 @@ oneshot_stage:
 
 
 @pytest.mark.parametrize(
+    ("modifiers", "complaint"),
+    [
+        (
+            "{WandaPruningModifier: {sparsity: 0.5, targets: ['re:.*self_attn.*']}}",
+            "neither a layer",
+        ),
+        ("{WandaPruningModifier: {sparsity: 0.5, targets: []}}", "has no targets"),
+        ("{WandaPruningModifier: {sparsity: 0.9, mask_structure: '2:4'}}", "contradicts its"),
+        ("{WandaPruningModifier: {sparsity: 0.5, sequential_update: false}}", "sequential_update"),
+    ],
+)
+def test_a_recipe_that_would_be_half_heeded(tmp_path, modifiers, complaint):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"test_stage: {{pruning_modifiers: {modifiers}}}")
+    with pytest.raises(BadInput, match=complaint):
+        recipe.load(path)
+
+
+@pytest.mark.parametrize("all_of_it", ["__ALL__", "Linear", r"re:.*\.weight$", "re:.*"])
+def test_words_for_all(tmp_path, all_of_it):
+    path = tmp_path / "recipe.yaml"
+    modifier = f"{{sparsity: 0.5, targets: ['{all_of_it}']}}"
+    path.write_text(f"test_stage: {{pruning_modifiers: {{WandaPruningModifier: {modifier}}}}}")
+    assert recipe.load(path)["sparsity"] == 0.5
+
+
+def test_modifiers_with_other_options(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    one = (
+        "{SparseGPTModifier: {sparsity: 0.5, targets: [model.layers.LAYER], dampening_frac: SHARE}}"
+    )
+    first, second = (
+        one.replace("LAYER", layer).replace("SHARE", share)
+        for layer, share in (("0", "0.01"), ("1", "0.3"))
+    )
+    path.write_text(f"test_stage:\n  a_modifiers: {first}\n  b_modifiers: {second}\n")
+    with pytest.raises(BadInput, match="differ in more than sparsities"):
+        recipe.load(path)
+
+
+def test_an_allocation_that_is_asked_for_has_its_own_spread():
+    asked = {"allocation": "linear", "sparsity": 0.5}
+    assert recipe.merged("owl-wanda-70", asked).spread == recipe.merged(None, asked).spread
+    assert recipe.merged("owl-wanda-70", {"sparsity": 0.5}).spread == 0.08
+
+
+@pytest.mark.parametrize("structure", ["1:2", "3:4", "2:4"])
+def test_a_dense_head_leaves_the_structure_as_it_is(tmp_path, structure):
+    settings = recipe.settings(
+        method="sparsegpt", structure=structure, allocation="uniform", head_sparsity=0.0
+    )
+    path = tmp_path / "recipe.yaml"
+    layers = {f"model.layers.{index}": settings.sparsity for index in range(2)} | {"lm_head": 0.0}
+    path.write_text(recipe.dump_resolved(settings, layers))
+    assert recipe.load(path)["structure"] == structure
+
+
+@pytest.mark.parametrize(
     ("targets", "structure", "second", "complaint"),
     [
         ("[model.layers.0]", "4:8", "SparseGPTModifier", "mixes the methods sparsegpt, wanda"),

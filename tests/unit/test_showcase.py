@@ -1,10 +1,11 @@
 """The showcase's plan and its table; the whole of it runs for hours as `make showcase`."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from owl_deploy import showcase
 from owl_deploy.errors import BadInput, EnvironmentFailed
@@ -135,9 +136,24 @@ def test_the_table_has_quality_beside_speed(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_programs_run_only_where_that_is_allowed(tmp_path: Path) -> None:
-    app = showcase.typer.Typer()
-    app.command()(showcase.main)
-    answer = CliRunner().invoke(app, ["--output", str(tmp_path / "out")])
-    assert answer.exit_code == 2
-    assert "--allow-code" in answer.output
+    with pytest.raises(BadInput, match="--allow-code"):
+        showcase.main(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"tune": -5.0}, "--tune -5 is no time"),
+        ({"tune": math.nan}, "--tune nan is no time"),
+        ({"pairs": 0}, "--pairs 0 is too small"),
+        ({"limit": 0}, "--limit must be at least 1"),
+    ],
+)
+def test_wrong_numbers_are_said_before_hours_of_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], complaint: str
+) -> None:
+    monkeypatch.setattr(showcase, "_check_code", lambda _: None)
+    monkeypatch.setattr(showcase, "prepare", lambda *_: pytest.fail("too late"))
+    with pytest.raises(BadInput, match=complaint):
+        showcase.main(tmp_path / "out", allow_code=True, **asked)

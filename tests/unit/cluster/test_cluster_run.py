@@ -7,11 +7,11 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 
 from owl_deploy.cluster import run
-from owl_deploy.cluster.job import Job, keep
+from owl_deploy.cluster.job import Job
 from owl_deploy.cluster.needs import Need, Node
 from owl_deploy.cluster.run import execute, log_of, sources
 from owl_deploy.pipeline import Evaluate, do
-from owl_deploy.record import Record
+from owl_deploy.record import Record, keep, kept
 from owl_deploy.sweep import SweepPlan, tasks
 from tests.unit.test_pipeline import Join
 
@@ -39,6 +39,17 @@ def test_each_task_has_a_log_of_its_own(swept):
     names = [log.name for log in logs]
     assert names[0] == "checkpoints-wanda-owl-50"
     assert "deployments-wanda-owl-50-onnxruntime-fp32-measured-perplexity" in names
+
+
+def test_a_name_with_dots_has_a_record_of_its_own(swept):
+    folder = swept[0].output.parent
+    outputs = [folder / name for name in ("wanda-62.5", "wanda-62.25", "wanda.llama.cpp")]
+    tasks = [swept[0].model_copy(update={"output": output}) for output in outputs]
+    (Path("out") / "logs").mkdir(parents=True)
+    for task in tasks:
+        keep(log_of(task, Path("out")), Record(state="done", title=task.output.name))
+    found = [kept(log_of(task, Path("out"))) for task in tasks]
+    assert [one and one.title for one in found] == [output.name for output in outputs]
 
 
 def test_a_plan_that_is_done_needs_no_cluster(tmp_path, monkeypatch):

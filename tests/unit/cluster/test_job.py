@@ -6,11 +6,11 @@ import pytest
 pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from owl_deploy.cluster import job
-from owl_deploy.cluster.job import Job, keep, kept, logged, perform
+from owl_deploy.cluster.job import Job, logged, perform
 from owl_deploy.cluster.needs import Need, Node
 from owl_deploy.errors import BadInput
 from owl_deploy.pipeline import Evaluate, Task, state
-from owl_deploy.record import Record
+from owl_deploy.record import Record, keep, kept
 from tests.unit.test_pipeline import Join
 
 NODE = Node("n1", "one", Need(2))

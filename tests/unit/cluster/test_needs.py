@@ -26,6 +26,7 @@ def test_needs_are_read_by_kind():
         ("prune=many", "'many' is not an amount"),
         ("prune=-1cpu", "'-1cpu' is not an amount"),
         ("prune=4", "'4' is not an amount"),
+        (f"prune={'9' * 400}GB", "no node has so much"),
         ("prune=0cpu", "whole number of cores"),
         ("prune=1.5cpu", "whole number of cores"),
         ("bench=2cpu", "a bench has all cores of its node"),

@@ -188,6 +188,7 @@ def test_bytes_are_told_as_they_go(store, made):
     [
         ("s3", "--store s3 is no address"),
         ("/folder", "--store /folder is no address"),
+        ("s3://[x/y", r"is no address \(Invalid IPv6 URL\)"),
         ("ftp://me:secret@host/folder", "--store has a password in it"),
         ("s4://bucket", r"Unknown scheme in --store 's4'. Did you mean 's3'"),
     ],

@@ -24,16 +24,9 @@ def test_the_room_of_a_gain():
     assert room_in_time(CLOCK, [SIZE, SIZE], "1.25x", 1.25) == pytest.approx(17)
 
 
-@pytest.mark.parametrize(
-    ("times", "complaint"),
-    [
-        (1.0, "no gain over dense int8"),
-        (2.3, "more than this machine's kernels gain on this model, 2.27x"),  # 25 / 11
-    ],
-)
-def test_what_cannot_be_had(times, complaint):
-    with pytest.raises(BadInput, match=complaint):
-        room_in_time(CLOCK, [SIZE, SIZE], f"{times}x", times)
+def test_what_cannot_be_had():
+    with pytest.raises(BadInput, match=r"more than this machine's kernels gain on this .* 2\.27x"):
+        room_in_time(CLOCK, [SIZE, SIZE], "2.3x", 2.3)  # 25 / 11
 
 
 def test_time_is_spent_and_not_bytes():
