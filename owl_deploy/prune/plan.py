@@ -62,8 +62,17 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     found = request.ranks.from_leader(lambda: store.read("plan.json"))
     if found is not None:
         return Plan.model_validate(found), None
-    if request.settings.budget is not None:
-        return _within_budget(request, store), None
+    budget = request.settings.budget is not None
+    plan, first = _within_budget(request, store) if budget else _by_rule(request, store)
+    plan = request.ranks.from_leader(lambda: plan)  # other nodes' processors may round otherwise
+    if request.ranks.leads:
+        store.write("plan.json", plan.model_dump(mode="json"))
+        store.forget_measured()
+    return plan, first
+
+
+def _by_rule(request: Request, store: Store) -> tuple[Plan, InputStatistics | None]:
+    """The plan of an allocation, or of a search that begins with it; see `resolve`."""
     settings, measured = request.settings, None
     if request.tune_minutes or ALLOCATIONS[settings.allocation].statistic is not None:
         measured = measure(request, [settings.outlier_multiple], store.folder)
@@ -75,10 +84,6 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     if request.tune_minutes:
         assert measured is not None
         plan = _tuned(plan, request, store, measured)
-    plan = request.ranks.from_leader(lambda: plan)  # other nodes' processors may round otherwise
-    if request.ranks.leads:
-        store.write("plan.json", plan.model_dump(mode="json"))
-        store.forget_measured()
     return plan, measured.first if measured else None
 
 
@@ -128,7 +133,7 @@ def _spent(chosen: list[Cost], clock: Clock | None) -> Spent:
     return Spent(bytes=size, loss=loss, speed_up=clock.speed_up(seconds))
 
 
-def _within_budget(request: Request, store: Store) -> Plan:
+def _within_budget(request: Request, store: Store) -> tuple[Plan, None]:
     """The plan that loses least within the budget."""
     assert request.room is not None
     limit, clock = request.room.limit, request.room.clock
@@ -148,6 +153,4 @@ def _within_budget(request: Request, store: Store) -> Plan:
         costs=costs,
         spent=_spent(each, clock),
     )
-    store.write("plan.json", plan.model_dump(mode="json"))
-    store.forget_measured()
-    return plan
+    return plan, None
