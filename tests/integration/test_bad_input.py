@@ -227,7 +227,7 @@ def test_eval_refuses_impossible_tasks(owl, llama, options, complaint):
         (["--every", 5], "--every is for --tasks."),
         (["--allow-code"], "--allow-code is for --tasks."),
         (["--tasks-path", "x"], "--tasks-path is for --tasks."),
-        (["--windows", 0], "--windows 0 is too small"),
+        (["--window", 64, "--windows", 0], "--windows 0 is too small"),
         (["--window", 1], "--window 1 is too small"),
         (["--engine", "owl"], "--engine is for deployments."),
         (["--threads", 2], "--threads is for deployments."),

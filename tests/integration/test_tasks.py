@@ -193,7 +193,7 @@ def test_means_are_over_the_tasks_that_have_the_metric():
         ([], "Nothing says what to evaluate by"),
         (["--tasks", "owl_sentence"], "Unknown task 'owl_sentence'. Near it: owl_sentences"),
         (["--tasks", "owl_sentences", "--limit", "0"], "--limit must be at least 1"),
-        (["--tasks", "owl_sentences", "--window", "1"], "--window is too small"),
+        (["--tasks", "owl_sentences", "--window", "1"], "--window 1 is too small"),
         (["--tasks", "owl_sentences", "--window", "2"], "Is --window large enough"),
         (["--tasks", "owl_sentences", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--tasks", "owl_sentences", "--dtype", "float8"], "Unknown dtype"),
