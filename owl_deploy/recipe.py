@@ -35,6 +35,7 @@ RESOLVED = "recipe.yaml"  # in a checkpoint
 _DENSE_MASK = "0:0"  # SparseML's word for unstructured
 _ALL = ("__ALL__", "__ALL_PRUNABLE__", "Linear")  # the last is llm-compressor's
 _SAME = 1e-6  # of sparsities
+_WEIGHT_NAMES = ("a.weight", "b.9.c.weight")  # a pattern that takes both takes every weight
 _BITS, _BITS_GROUPS = (8, 4, 3), (32, 64, 128)
 
 
@@ -632,17 +633,15 @@ def _check_whole(
 
 def _means_all(target: str) -> bool:
     """Whether a target is a word for all, or a pattern that matches all blocks, or all weights."""
-    if target in _ALL:
-        return True
+    if not target.startswith("re:"):
+        return target in _ALL
     try:
         pattern = re.compile(target.removeprefix("re:"))
     except re.error:
         return False
     blocks = {family.blocks for family in FAMILIES.values()}
     several = [[f"{name}.{index}" for index in (0, 17)] for name in blocks]
-    return target.startswith("re:") and any(
-        all(map(pattern.match, names)) for names in (*several, ["a.weight", "b.9.c.weight"])
-    )
+    return any(all(map(pattern.match, names)) for names in (*several, _WEIGHT_NAMES))
 
 
 def _targets(modifier: _Modifier) -> list[str]:

@@ -30,6 +30,7 @@ from owl_deploy.demo_input import CALIBRATION, EVALUATION
 from owl_deploy.ending import exit_code
 from owl_deploy.errors import BadInput, EnvironmentFailed, not_installed
 from owl_deploy.evaluate.sandbox import require_sandbox
+from owl_deploy.evaluate.zero_shot import check_share
 from owl_deploy.export.targets import TARGETS
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import measurement_file
@@ -507,8 +508,7 @@ def _check_numbers(plan: Plan, output: Path) -> None:
     """Raise `BadInput` now for what would be refused after hours."""
     if plan.tune_minutes is not None:
         check_search(plan.pruning, plan.tune_minutes)
-    if plan.limit is not None and plan.limit < 1:
-        raise BadInput("--limit must be at least 1.")
+    check_share(plan.limit, plan.every)
     for task in tasks(plan, Path(), Path(), output):
         if isinstance(task, Bench):
             task.plan.described()

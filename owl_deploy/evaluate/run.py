@@ -132,11 +132,9 @@ def _check_read(folders: Sequence[str | Path], asked: Asked) -> None:
     for reader, (there, names) in readers.items():
         for name in names if not there else ():
             if getattr(asked, name) != usual[name]:
-                option = (
-                    "--device, --dtype and --batch-size are"
-                    if name == "hardware"
-                    else (f"--{name.replace('_', '-')} is")
-                )
+                option = f"--{name.replace('_', '-')} is"
+                if name == "hardware":
+                    option = "--device, --dtype and --batch-size are"
                 raise BadInput(f"{option} for {reader}.", "Leave it out.")
 
 

@@ -164,6 +164,14 @@ def _load(manager: Any, name: str) -> dict[str, Any]:  # noqa: ANN401 - the harn
 
 
 @_one_speaks()
+def check_share(limit: int | None, every: int) -> None:
+    """Raise `BadInput` for numbers that leave no document of a task."""
+    if limit is not None and limit < 1:
+        raise BadInput("--limit must be at least 1.")
+    if every < 1:
+        raise BadInput("--every must be at least 1.")
+
+
 def evaluate_tasks(
     folder: Path,
     tasks: Tasks,
@@ -186,10 +194,7 @@ def evaluate_tasks(
     an adapter. Of several `ranks` each answers for its documents, by a checkpoint.
     Raises `BadInput` for what cannot be run.
     """
-    if limit is not None and limit < 1:
-        raise BadInput("--limit must be at least 1.")
-    if every < 1:
-        raise BadInput("--every must be at least 1.")
+    check_share(limit, every)
     check_window(window)
     if not folder.is_dir():  # a name of the Hub
         folder = open_checkpoint(folder).folder

@@ -133,6 +133,18 @@ def test_a_budget_is_what_the_deployment_holds(family, text_file, tmp_path, monk
     assert np.abs(mixed - whole).max() <= 1e-5 * np.abs(whole).max()
 
 
+def test_a_budget_in_bytes_counts_a_table_of_its_own(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 3}
+    model = tiny.write_model("qwen2", tmp_path / "dense", **sizes)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=64)
+    prune(model, tmp_path / "mixed", recipe.settings(budget="380kB"), calibration)
+    packing = export(
+        tmp_path / "mixed", tmp_path / "out", target="owl", precision="int4"
+    ).to_json()["packing"]
+    assert 360e3 < packing["packed_bytes"] < 380e3
+
+
 def test_int4_without_a_grid_is_rounded_to_nearest(pruned, text_file, tmp_path):
     manifest = export(pruned, tmp_path / "out", target="owl", precision="int4").to_json()
     assert manifest["packing"]["weights_on_grid"] == 0
