@@ -95,15 +95,19 @@ class Skeleton:
         return module.to(self.device)
 
     @torch.no_grad()
-    def embed(self, windows: torch.Tensor, batch: int, scratch: Path) -> "Activations":
+    def embed(
+        self, windows: torch.Tensor, batch: int, scratch: Path, table: torch.Tensor | None = None
+    ) -> "Activations":
         """What enters the first block for `windows` [samples, length], and each one's arguments.
 
-        `batch` windows at a time; `scratch` is a folder for states that memory does not hold.
+        `batch` windows at a time; `scratch` is a folder for states that memory does not hold;
+        `table` [words, width]: of the tokens, in the place of the checkpoint's.
         """
+        tables = {} if table is None else {self.family.embeddings[0]: {"weight": table}}
         backbone = self.model.get_submodule(self.family.backbone)
         with contextlib.ExitStack() as stack:
             for name in self.family.embeddings:
-                stack.enter_context(self.loaded(name))
+                stack.enter_context(self.loaded(name, tables.get(name)))
             _move_buffers(backbone, self.device)
             # All windows have one length and no padding: one look at the arguments serves them all.
             first, arguments = self._first_hidden(backbone, windows[:1])
@@ -125,14 +129,20 @@ class Skeleton:
 
     @torch.no_grad()
     def divergences(
-        self, windows: torch.Tensor, dense: "Activations", states: Sequence["Activations"]
+        self,
+        windows: torch.Tensor,
+        dense: "Activations",
+        states: Sequence["Activations"],
+        head: torch.Tensor | None = None,
     ) -> list[float]:
         """How far what each of `states` foresees is from what `dense` does, in nats a token.
 
         All left the last block for `windows`. The Kullback-Leibler divergence of the distributions
-        of the next token, from the dense model's, mean over all places.
+        of the next token, from the dense model's, mean over all places. `head` [words, width]: of
+        `states`, in the place of the model's own.
         """
         totals = [0.0] * len(states)
+        head = None if head is None else head.to(self.device, self.dtype)
         with self._outside_loaded():
             for place, ids in enumerate(windows.to(self.device)):
                 of_dense, *others = (self._left(ids, one.hidden[place]) for one in (dense, *states))
@@ -141,7 +151,7 @@ class Skeleton:
                     shares = logits.exp()
                     entropy = _dot(shares, logits)
                     for number, other in enumerate(others):
-                        logits = _logits(self.model, other[part])
+                        logits = _logits(self.model, other[part], head)
                         foreseen = _dot(shares, logits) - logits.logsumexp(dim=-1).sum()
                         totals[number] += float(entropy - foreseen)
         return [total / windows.numel() for total in totals]
@@ -347,9 +357,18 @@ def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transf
     return total
 
 
-def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-    """The logits [rows, words], float32, of what enters the head [rows, width]."""
-    logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
+def _logits(
+    model: Any,  # noqa: ANN401 - transformers is untyped
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The logits [rows, words], float32, of what enters the head [rows, width].
+
+    `weight` [words, width]: in the place of the head's.
+    """
+    head = model.get_output_embeddings()
+    weight = head.weight if weight is None else weight
+    logits = nn.functional.linear(hidden, weight, head.bias).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     # Of Gemma, between its head and its softmax.
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -122,6 +122,7 @@ def prune(
     reconstruct: options.Reconstruct = None,
     bits: options.Bits = None,
     bits_group: options.BitsGroup = None,
+    head_bits: options.HeadBits = None,
     budget: options.Budget = None,
     calibration: options.CalibrationText = None,
     samples: options.Samples = 128,

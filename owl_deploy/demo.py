@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from owl_deploy import engines, recipe
@@ -27,7 +26,7 @@ from owl_deploy.ending import exit_code
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.manifest import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, execute
-from owl_deploy.progress import error_console
+from owl_deploy.progress import error_console, result_console
 from owl_deploy.runtime import library_path
 
 # A target and a precision.
@@ -257,7 +256,7 @@ def short(comparison: Comparison) -> str:
 
 def show(result: Result, table: list[dict[str, Any]]) -> None:
     """Print the table, the machine, and what it means."""
-    console = Console(markup=False)
+    console = result_console()
     view = Table(box=None, pad_edge=False)
     for heading in ("model", "engine", "", "ppl", "pruned", "tok/s", "ms", "decode speed-up"):
         text = heading in ("model", "engine", "", "decode speed-up")

@@ -148,6 +148,7 @@ class Pruning(_Part):
 
     `bits`: what survives is rounded to, with a scale for every `bits_group` columns of a row.
     `budget`: what the weights may take, by which each Linear got bits and a sparsity of its own.
+    `head_bits`: what the output head was rounded to, if it was by itself.
     `reconstruct`: the most epochs for which a half of a block was trained.
     """
 
@@ -158,6 +159,7 @@ class Pruning(_Part):
     bits: int | None = None
     bits_group: int | None = None
     budget: str | None = None
+    head_bits: int | None = None
     reconstruct: int | None = None
     options: dict[str, Any] = {}
 

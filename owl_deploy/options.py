@@ -78,6 +78,13 @@ Bits = Annotated[
     int | None,
     Option(help="Round what survives to 8, 4 or 3 bits; the inputs say how. [as the model's]"),
 ]
+HeadBits = Annotated[
+    int | None,
+    Option(
+        help="Round the output head as well, to 4 or 3 bits. [8 by the export; of a budget in MB, "
+        "what loses least]"
+    ),
+]
 BitsGroup = Annotated[
     int | None, Option("--group", help="Columns that share a scale: 32, 64 or 128. [32]")
 ]
@@ -123,7 +130,8 @@ Head = Annotated[
     str | None,
     Option(
         help="For owl: screened, an int8 head of which tokens far from the likeliest get 4 "
-        "bits, or whole, like the other weights. [screened for integers, else whole]"
+        "bits, or whole, like the other weights. [screened for integers that it was not rounded "
+        "to before, else whole]"
     ),
 ]
 GenaiDeployment = Annotated[Path, Argument(help="A deployment for owl, onnxruntime or llama.cpp.")]

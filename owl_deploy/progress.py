@@ -20,10 +20,18 @@ Advance = Callable[[float], None]
 LOG_EVERY_S = 30.0  # where there is no terminal to draw a bar on
 
 
+def result_console(width: int | None = None) -> Console:
+    """A console on stdout, `width` columns wide, or as the terminal is.
+
+    All is plain text: a path may hold brackets, and the numbers of a table have one colour.
+    """
+    return Console(width=width, highlight=False, markup=False)
+
+
 def error_console() -> Console:
     """A console on stderr, where all progress and remarks go; stdout is for results.
 
-    Of the processes of one run, one speaks. All is plain text: a path may hold brackets.
+    Of the processes of one run, one speaks. All is plain text.
     """
     return Console(stderr=True, soft_wrap=False, markup=False, quiet=not leads())
 

@@ -37,6 +37,7 @@ _ALL = ("__ALL__", "__ALL_PRUNABLE__", "Linear")  # the last is llm-compressor's
 _SAME = 1e-6  # of sparsities
 _WEIGHT_NAMES = ("a.weight", "b.9.c.weight")  # a pattern that takes both takes every weight
 _BITS, _BITS_GROUPS = (8, 4, 3), (32, 64, 128)
+_BITS_OF_HEAD = (4, 3)  # a deployment makes 8 of any head
 
 
 class PruneSettings(BaseModel):
@@ -52,7 +53,9 @@ class PruneSettings(BaseModel):
     many, 8, 4 or 3, with one scale for every `bits_group` columns of a row, 32, 64 or 128.
     `budget`: what the weights may take, such as "3.5"
     (bits each, over those that are pruned) or "400MB" (of all that a deployment packs); the
-    allocation "budget" then finds a sparsity and the bits for each Linear. `options`: the method's
+    allocation "budget" then finds a sparsity and the bits for each Linear. `head_bits`: the output
+    head is rounded too, to 4 or 3 bits; else it is not, unless a budget of a size finds that 4
+    are worth it. `options`: the method's
     own, of the type that its row in `METHODS` names, or a mapping of their names to values.
     `refit`: whether the weights that are left get the values that suit them best; ALPS does it in
     any case. `reconstruct`: epochs for which each half of a pruned block is trained to give the
@@ -73,6 +76,7 @@ class PruneSettings(BaseModel):
     bits: int | None = None
     bits_group: int | None = None
     budget: str | None = None
+    head_bits: int | None = None
     options: SerializeAsAny[Options] = Options()
     refit: bool = False
     reconstruct: int | None = Field(default=None, ge=1)
@@ -136,8 +140,9 @@ class PruneSettings(BaseModel):
                     f"A sparsity of {value:g} keeps none of {self.group[1]} weights.",
                     "Give less, or another structure.",
                 )
-        if self.head_sparsity is not None and heads() & set(self.skip):
-            raise BadInput("--skip names the head, and --head-sparsity prunes it.", "Drop one.")
+        if self.changes_head and heads() & set(self.skip):
+            how = "--head-sparsity prunes" if self.head_bits is None else "--head-bits rounds"
+            raise BadInput(f"--skip names the head, and {how} it.", "Drop one.")
         self._check_bits()
         if self.reconstruct and self.rounds:
             raise BadInput(
@@ -152,10 +157,12 @@ class PruneSettings(BaseModel):
                 raise BadInput(f"The method {self.method} only rounds.", "Give --bits.")
             if self.head_sparsity:
                 raise BadInput(f"The method {self.method} removes nothing.", "Give another method.")
-        if not self.rounds and self.bits_group is not None:
-            raise BadInput("--group is of --bits.", "Give --bits as well.")
+        for option, value in (("--group", self.bits_group), ("--head-bits", self.head_bits)):
+            if not self.rounds and value is not None:
+                raise BadInput(f"{option} is of --bits.", "Give --bits as well.")
         for option, value, known in (
             ("--bits", self.bits, _BITS),
+            ("--head-bits", self.head_bits, _BITS_OF_HEAD),
             ("--group", self.bits_group, _BITS_GROUPS),
         ):
             if value is not None and value not in known:
@@ -185,6 +192,11 @@ class PruneSettings(BaseModel):
     def rounds(self) -> bool:
         """Whether what survives is rounded: all of it to `bits`, or as a `budget` finds."""
         return self.bits is not None or self.budget is not None
+
+    @property
+    def changes_head(self) -> bool:
+        """Whether the output head is pruned, or rounded."""
+        return self.head_sparsity is not None or self.head_bits is not None
 
     @property
     def needs(self) -> Statistic:
@@ -500,7 +512,8 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
         lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
     if settings.rounds:
         bits = settings.bits or "8, 4 or 3"
-        lines.append(f"Rounded to {bits} bits as well, which SparseML does another way.")
+        head = f", the output head to {settings.head_bits}" if settings.head_bits else ""
+        lines.append(f"Rounded to {bits} bits as well{head}, which SparseML does another way.")
     if settings.head_sparsity is not None:
         lines.append(f"Of the output head {settings.head_sparsity:.4g}.")
     if modifier.remark:

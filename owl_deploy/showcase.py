@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from owl_deploy import engines, options
@@ -45,7 +44,7 @@ from owl_deploy.pipeline import (
     execute,
     seconds,
 )
-from owl_deploy.progress import error_console
+from owl_deploy.progress import error_console, result_console
 from owl_deploy.prune.tune import check as check_search
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.runtime import library_path
@@ -326,7 +325,7 @@ def show(
     """Print what to deploy, tables of 80 columns, what drafts bring, the machine, and what all of
     it means.
     """
-    console = Console(highlight=False, markup=False)
+    console = result_console()
     console.print(sentence(judge(result), max_loss), soft_wrap=True)
     for view in _tables([row["deployment"] for row in table], _columns(result, table)):
         console.print()

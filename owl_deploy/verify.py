@@ -11,6 +11,7 @@ from rich.text import Text
 from owl_deploy.artefact import MANIFEST
 from owl_deploy.engines.loading import Folder, Row, digest, fingerprint
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.progress import result_console
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
 
 OURS, REPLACED = "this installation's", "another build of owl's"
@@ -74,7 +75,7 @@ def show(found: Verified, folder: str, console: Console | None = None) -> None:
     for row in found.rows:
         state = Text(row.state, style="red" if row.refused else "")
         table.add_row(row.name, row.part, row.sha256[:16], state)
-    console = console or Console(highlight=False, markup=False)
+    console = console or result_console()
     console.print(table)
     for sentence in _sentences(found, folder):
         console.print(sentence, soft_wrap=True)

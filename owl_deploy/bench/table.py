@@ -12,6 +12,7 @@ from owl_deploy.bench.gate import Verdict, overall
 from owl_deploy.bench.result import Against, Comparison, Result, Subject, metrics_of
 from owl_deploy.bench.run import Outcome
 from owl_deploy.bench.scenario import Metric
+from owl_deploy.progress import result_console
 
 WIDTH = 80
 _AGAINST = {
@@ -28,7 +29,7 @@ def show(
     quality_metric: str | None = None,
 ) -> None:
     """Print a result: what to deploy, a table for each scenario, the speed-ups, memory, notes."""
-    console = console or Console(width=WIDTH, highlight=False, markup=False)
+    console = console or result_console(WIDTH)
     judged = decision.judge(result, quality_metric)
     if judged.options:
         console.print(decision.sentence(judged, max_loss))
@@ -63,7 +64,7 @@ def show_outcome(
 
 def show_verdicts(verdicts: Sequence[Verdict], console: Console | None = None) -> None:
     """Print a gate's verdicts, and the one of the run."""
-    console = console or Console(width=WIDTH, highlight=False, markup=False)
+    console = console or result_console(WIDTH)
     table = Table(box=None, pad_edge=False)
     for column in ("metric", "verdict", "why"):
         table.add_column(column, overflow="fold")
@@ -77,7 +78,7 @@ def show_trade_off(
     rows: Sequence[dict[str, Any]], report: Path, console: Console | None = None
 ) -> None:
     """Print a sweep's rows; a star marks what no other deployment beats in both."""
-    console = console or Console(width=WIDTH, highlight=False, markup=False)
+    console = console or result_console(WIDTH)
     table = _table("", "", "deployment", "engine", "zeros", "ppl", "tok/s")
     for row in rows:
         zeros = "" if row["zeros"] is None else f"{row['zeros']:.0%}"

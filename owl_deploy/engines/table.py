@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_deploy.engines.registry import get_engine
+from owl_deploy.progress import result_console
 
 
 def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> None:
@@ -18,7 +19,7 @@ def show(engines: Sequence[dict[str, Any]], console: Console | None = None) -> N
         how = f": owl engines install {engine['name']}" if engine["environment"] else ""
         installed = engine["version"] or f"no{how}"
         table.add_row(engine["name"], installed, ", ".join(engine["opens"]), engine["licence"])
-    console = console or Console(highlight=False, markup=False)
+    console = console or result_console()
     console.print(table)
     for engine in filter(lambda engine: get_engine(engine["name"]).operators, engines):
         name = engine["name"]

@@ -8,13 +8,14 @@ from rich.table import Table
 
 from owl_deploy.evaluate.run import Evaluation
 from owl_deploy.evaluate.zero_shot import Metric, means
+from owl_deploy.progress import result_console
 
 WIDTH = 80
 
 
 def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
     """Print a line of perplexity for each model, and a table of tasks with a column for each."""
-    console = console or Console(width=WIDTH, highlight=False, markup=False)
+    console = console or result_console(WIDTH)
     names = _names([one.model for one in found])
     for name, one in zip(names, found, strict=True):
         if one.perplexity:

@@ -4,12 +4,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.table import Table
 
 from owl_deploy.export.source import Progress
 from owl_deploy.manifest import DeploymentManifest
-from owl_deploy.progress import error_console
+from owl_deploy.progress import error_console, result_console
 
 
 @contextlib.contextmanager
@@ -59,7 +58,7 @@ def show(manifest: DeploymentManifest, output: str) -> None:
             f"{run['relative_difference']:.1e} of the largest logit, "
             f"{share * parity.greedy_tokens:.0f}/{parity.greedy_tokens} tokens",
         )
-    console = Console(markup=False)
+    console = result_console()
     console.print(table, highlight=False)
     if manifest.note:
         console.print(f"Note: {manifest.note}.", highlight=False)

@@ -19,6 +19,7 @@ from owl_deploy.export.grid import Grid
 from owl_deploy.export.program import knows_logits
 from owl_deploy.export.rewriter import DOMAIN, Cache, Head, Rewriter
 from owl_deploy.export.rewrites import REPLACEMENTS, REWRITES, drop_unused
+from owl_deploy.families import heads
 from owl_deploy.runtime import library_path, pack
 
 # onnxruntime-genai takes memory for the logits of each token of a prompt, 400 MB for 2048 tokens
@@ -42,9 +43,10 @@ def sparsify(
     """Rewrite the builder's fp32 graph `model` and save it in `folder`, beside what it wrote there.
 
     `precision` is that of the weights, `cache` that of the KV cache: fp16 unless `precision` is
-    fp32; `head` is screened for integers, else whole; `grid`, which the weights were rounded
-    to, is kept where `precision` can hold it. Without `join` every operator stays a node of
-    its own: slower, but the runtime's profile then shows each. Returns statistics.
+    fp32; `head` is screened for integers unless it was rounded to few bits, else whole; `grid`,
+    which the weights were rounded to, is kept where `precision` can hold it. Without `join` every
+    operator stays a node of its own: slower, but the runtime's profile then shows each. Returns
+    statistics.
     """
     library = library_path()
     config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
@@ -52,7 +54,7 @@ def sparsify(
         model,
         precision,
         cache or ("fp32" if precision == "fp32" else "fp16"),
-        head or ("screened" if pack.TRAITS[precision].levels else "whole"),
+        head or _usual_head(precision, grid),
         int(config["model"]["decoder"].get("head_size", 0)),
         grid,
     )
@@ -65,6 +67,15 @@ def sparsify(
     shutil.copyfile(library, folder / library.name)
     _configure(config, folder, library.name, knows_logits(rewriter.model.graph))
     return {"cache": rewriter.cache, "replaced": counts, **_statistics(rewriter)}
+
+
+def _usual_head(precision: pack.Values, grid: Grid | None) -> Head:
+    """Screened beside integers; whole where it is to have few bits, and was rounded to them."""
+    traits = pack.TRAITS[precision]
+    if not traits.levels:
+        return "whole"
+    bits = min((grid.bits.get(name, 8) for name in heads()), default=8) if grid else 8
+    return "whole" if max(bits, traits.stored_bits) < 8 else "screened"
 
 
 def _configure(config: dict[str, Any], destination: Path, library: str, last_logits: bool) -> None:

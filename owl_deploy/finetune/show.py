@@ -2,9 +2,8 @@
 
 import math
 
-from rich.console import Console
-
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning
+from owl_deploy.progress import result_console
 
 
 def caption(name: str, done: Finetuning) -> str:
@@ -23,7 +22,7 @@ def caption(name: str, done: Finetuning) -> str:
 
 def show(manifest: CheckpointManifest | AdapterManifest, output: str) -> None:
     """Print what a fine-tuning changed, from its artefact's manifest."""
-    console = Console(markup=False)
+    console = result_console()
     if manifest.finetune:
         console.print(caption(output, manifest.finetune), soft_wrap=True)
     what = "An adapter" if manifest.kind == "adapter" else "A checkpoint with the same zeros"

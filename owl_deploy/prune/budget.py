@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from owl_deploy.blocks import Skeleton
 from owl_deploy.errors import BadInput
+from owl_deploy.families import heads
 from owl_deploy.manifest import Cost
 from owl_deploy.prune.clock import Clock, measure, room_in_time, weight_size
-from owl_deploy.prune.formats import Costs, formats, packed_size
+from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.knapsack import Option, cheapest
 from owl_deploy.prune.sparsities import Shape
 from owl_deploy.recipe import PruneSettings, parse_budget
 from owl_deploy.runtime import pack
+
+HELD_OUT_TOKENS = 4096  # that the formats are judged by, in whole windows
 
 Formats = list[dict[str, Cost]]  # of each block, by the names of its pruned Linears
 
@@ -22,10 +25,14 @@ _ONE_WEIGHT = ({"gate_proj", "up_proj"},)
 
 @dataclass(frozen=True)
 class Room:
-    """What the pruned Linears may take together: bytes, or with a `clock` seconds a token."""
+    """What the pruned Linears may take together: bytes, or with a `clock` seconds a token.
+
+    `head`: where the output head shares it, its bytes in planes and in 4 bits.
+    """
 
     limit: float
     clock: Clock | None = None
+    head: tuple[int, int] | None = None
 
 
 def room(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> Room:
@@ -40,22 +47,28 @@ def room(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> Room:
         clock = measure(settings, skeleton, shape)
         shapes = _shapes(skeleton, shape)
         return Room(room_in_time(clock, shapes, settings.budget, number), clock)
-    return Room(_room_in_bytes(number, unit, settings, skeleton, shape))
+    return _room_in_bytes(number, unit, settings, skeleton, shape)
 
 
 def _room_in_bytes(
     number: float, unit: str, settings: PruneSettings, skeleton: Skeleton, shape: Shape
-) -> float:
+) -> Room:
     assert settings.bits_group is not None
     shapes = _shapes(skeleton, shape)
     weights = sum(math.prod(one) for one in shapes)
-    rest = _rest(skeleton, shape) if unit == "bytes" else 0
+    head, rest = None, 0
+    if unit == "bytes":
+        rest = _rest(skeleton, shape)
+        if settings.head_bits or heads() & set(settings.skip):
+            rest += _size_of_head(settings, skeleton, settings.head_bits)
+        else:
+            head = _size_of_head(settings, skeleton, None), _size_of_head(settings, skeleton, 4)
     found = number * weights / 8 if unit == "bits" else number - rest
     known = formats(settings.method)
     sizes = [
         [packed_size(one, form, form.sparsity, settings.bits_group) for form in known]
         for one in shapes
-    ]
+    ] + ([list(head)] if head else [])
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
     if found < least:
         told = _told(least, unit, weights, rest, math.ceil)
@@ -70,7 +83,7 @@ def _room_in_bytes(
             f"The budget {settings.budget} is above the most that can be spent, {told}.",
             "Give that or less, or export the model as it is.",
         )
-    return found
+    return Room(found, head=head)
 
 
 def _told(size: int, unit: str, weights: int, rest: int, whole: Callable[[float], int]) -> str:
@@ -114,6 +127,15 @@ def _weights(number: int, block: dict[str, list[Cost]]) -> Iterator[tuple[int, l
         yield number, together
 
 
+def _size_of_head(settings: PruneSettings, skeleton: Skeleton, bits: int | None) -> int:
+    """The bytes of the head, rounded to so many `bits`, or as a deployment stores any."""
+    assert settings.bits_group is not None
+    size = weight_size(skeleton.head)
+    if bits is None:
+        return pack.stored_bytes(size, "int8", planes=True)
+    return packed_size(size, Format(bits), 0.0, settings.bits_group)
+
+
 def _shapes(skeleton: Skeleton, shape: Shape) -> list[tuple[int, int]]:
     return [
         weight_size(linear)
@@ -123,10 +145,9 @@ def _shapes(skeleton: Skeleton, shape: Shape) -> list[tuple[int, int]]:
 
 
 def _rest(skeleton: Skeleton, shape: Shape) -> int:
-    """The bytes of all else that `owl export --target owl --precision int4` stores.
+    """The bytes of all else but the head that `owl export --target owl --precision int4` stores.
 
-    The head in planes, the embedding of a head that is not tied and other Linears in int4, and the
-    rest in fp32.
+    The embedding of a head that is not tied and other Linears in int4, the rest in fp32.
     """
     linears = {
         f"{block}.{name}.weight": name in pruned
@@ -138,11 +159,9 @@ def _rest(skeleton: Skeleton, shape: Shape) -> int:
     head = embedding if tied else f"{skeleton.family.head}.weight"
     total = 0
     for name, size in skeleton.stored_shapes().items():
-        if linears.get(name):
+        if linears.get(name) or name == head:
             continue
-        if name == head:
-            total += pack.stored_bytes((size[0], size[1]), "int8", planes=True)
-        elif name == embedding or name in linears:
+        if name == embedding or name in linears:
             total += pack.stored_bytes((size[0], size[1]), "int4")
         else:
             total += 4 * math.prod(size)

@@ -42,6 +42,7 @@ class InputStatistics:
         self._samples, self._linears, self._hessian = samples, linears, hessian
         self._sums: dict[str, torch.Tensor] = {}
         self._read = {name: torch.zeros(()) for name in read}  # sums over the running means
+        self._tokens: dict[str, torch.Tensor] = {}  # how many each sum is of
         self._leader: dict[str, str] = {}
         self._made: dict[Hashable, Any] = {}
         self._current: list[tuple[torch.Tensor, str]] = []
@@ -98,6 +99,7 @@ class InputStatistics:
                     ranks.reduce(self._read[name], owners[name])
             leader = group[0]
             ranks.reduce(self._sums[leader], owners[leader])
+            ranks.reduce(self._tokens[leader], owners[leader])
             if owners[leader] != ranks.rank:
                 del self._sums[leader]
 
@@ -123,6 +125,16 @@ class InputStatistics:
             self._made[key] = make(total + _READ * self._read[name] if own else total, *arguments)
         found: T = self._made[key]
         return found
+
+    def unsure(self, name: str) -> float:
+        """The inputs of a Linear over the tokens that were seen, by which X^T X is not to be taken
+        at its word: about the share of its diagonal that serves best as dampening. 0 for those in
+        `read`, whose diagonal the running means fill.
+        """
+        if name in self._read:
+            return 0.0
+        leader = self._leader[name]
+        return min(1.0, len(self._sums[leader]) / float(self._tokens[leader]))
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -153,6 +165,8 @@ class InputStatistics:
 
     def _add(self, name: str, rows: torch.Tensor) -> None:
         """Add the inputs `rows` [tokens, in] to the statistic."""
+        counted = self._tokens.setdefault(name, rows.new_zeros((), dtype=torch.float64))
+        counted += len(rows)
         if self._hessian:
             if name not in self._sums:
                 self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
@@ -186,3 +200,8 @@ class Inputs:
         """What `make` gives for X^T X [in, in] and `arguments`, once for Linears that share it."""
         assert self.statistics is not None
         return self.statistics.of_hessian(self.name, make, *arguments)
+
+    def dampening(self, least: float) -> float:
+        """The share of the mean diagonal to add to X^T X: more than the `least` for few tokens."""
+        assert self.statistics is not None
+        return max(least, self.statistics.unsure(self.name))

@@ -73,14 +73,16 @@ def measure(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> Clock:
     known = formats(settings.method)
     wanted = {(one, form) for one in pruned for form in (*known, DENSE_INT8)}
     wanted |= {(one, form) for one in others for form in (DENSE_INT4, DENSE_INT8)}
-    wanted.add((head, DENSE_INT4))
+    # Of a head in planes a token reads the upper 4 bits.
+    format_of_head = Format(settings.head_bits or 4)
+    wanted |= {(head, DENSE_INT4), (head, format_of_head)}
     assert settings.bits_group is not None
     took = _timings(sorted(wanted, key=str), settings.bits_group)
-    of_head = took[head, DENSE_INT4]  # whose upper 4 bits are all that a token reads
+    whole = math.fsum(took[one, DENSE_INT8] for one in (*pruned, *others))
     return Clock(
         each={(one, form): took[one, form] for one in pruned for form in known},
-        whole=of_head + math.fsum(took[one, DENSE_INT8] for one in (*pruned, *others)),
-        rest=of_head + math.fsum(took[one, DENSE_INT4] for one in others),
+        whole=took[head, DENSE_INT4] + whole,
+        rest=took[head, format_of_head] + math.fsum(took[one, DENSE_INT4] for one in others),
     )
 
 

@@ -114,6 +114,18 @@ def gather(
     return inputs
 
 
+def gather_head(
+    request: Request, hidden: Activations, advance: Advance, *, hessian: bool
+) -> InputStatistics:
+    """What enters the head, by `hidden`, what left the last block for this process's windows."""
+    skeleton, name = request.skeleton, request.skeleton.family.head
+    statistics = InputStatistics({name: skeleton.head}, request.samples, hessian=hessian)
+    with statistics.gathering():
+        skeleton.enter_head(request.own_windows, hidden, advance)
+    statistics.reduce(request.ranks, {name: 0})
+    return statistics
+
+
 def block_statistics(
     scores: Sequence[torch.Tensor], multiples: Sequence[float], allocation: Allocation
 ) -> BlockStatistics:

@@ -12,6 +12,7 @@ from owl_deploy.prune.budget import spend
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.clock import Clock
 from owl_deploy.prune.formats import Costs
+from owl_deploy.prune.head import measure_head
 from owl_deploy.prune.judge import Judge
 from owl_deploy.prune.measure import Measured, measure
 from owl_deploy.prune.request import Request
@@ -39,13 +40,22 @@ class Plan(BaseModel):
     costs: Costs | None = None
     spent: Spent | None = None
 
+    def head(self, skeleton: Skeleton) -> str | None:
+        """The output head's name, where it is pruned or rounded."""
+        return skeleton.family.head if self.settings.changes_head else None
+
+    @property
+    def bits_of_head(self) -> int | None:
+        """What the head is rounded to, where it is; else None."""
+        return self.settings.head_bits or self.settings.bits
+
     def bits_of(self, index: int, linear: str) -> int | None:
         """What a pruned Linear of block `index` is rounded to, None where it is not."""
         return self.settings.bits if self.bits is None else self.bits[index][linear]
 
     def costs_of(self, index: int) -> Mapping[str, Sequence[Cost]]:
-        """What a budget chose from for the Linears of block `index`."""
-        return {} if self.costs is None else self.costs[index]
+        """What a budget chose from for the Linears of block `index`; the head has none."""
+        return {} if self.costs is None or index >= len(self.costs) else self.costs[index]
 
     def outlier_ratio(self, index: int) -> float | None:
         """That of block `index`, in percent, if it was measured; the head has none."""
@@ -125,8 +135,9 @@ def _removed(sparsities: Sequence[Mapping[str, float]], shape: Shape) -> float:
     return sum(gone) / sum(shape.sizes)
 
 
-def _spent(chosen: list[Cost], clock: Clock | None) -> Spent:
+def _spent(chosen: list[Cost], clock: Clock | None, head: Cost | None) -> Spent:
     size, loss = sum(one.bytes for one in chosen), sum(one.loss for one in chosen)
+    loss += head.loss if head else 0.0
     if clock is None:
         return Spent(bytes=size, loss=loss)
     seconds = sum(one.microseconds or 0.0 for one in chosen) / 1e6
@@ -136,9 +147,12 @@ def _spent(chosen: list[Cost], clock: Clock | None) -> Spent:
 def _within_budget(request: Request, store: Store) -> tuple[Plan, None]:
     """The plan that loses least within the budget."""
     assert request.room is not None
-    limit, clock = request.room.limit, request.room.clock
+    limit, clock, head = request.room.limit, request.room.clock, None
     costs = measure_costs(request, store)
-    if clock is None:
+    if request.room.head:
+        *chosen, of_head = spend([*costs, {"": measure_head(request, store)}], limit)
+        head = of_head[""]
+    elif clock is None:
         chosen = spend(costs, limit)
     else:
         costs = clock.timed(costs, request.skeleton)
@@ -146,11 +160,12 @@ def _within_budget(request: Request, store: Store) -> tuple[Plan, None]:
     sparsities = [{name: one.sparsity for name, one in block.items()} for block in chosen]
     removed = _removed(sparsities, request.shape)
     each = [one for block in chosen for one in block.values()]
+    found = {"sparsity": removed} | ({"head_bits": head.bits} if head and head.bits < 8 else {})
     plan = Plan(
-        settings=request.settings.model_copy(update={"sparsity": removed}),
+        settings=request.settings.model_copy(update=found),
         sparsities=sparsities,
         bits=[{name: one.bits for name, one in block.items()} for block in chosen],
         costs=costs,
-        spent=_spent(each, clock),
+        spent=_spent(each, clock, head),
     )
     return plan, None

@@ -52,9 +52,9 @@ class Request:
     """One pruning of one model.
 
     `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
-    [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning and
-    a reconstruction are judged. `batch`: windows that go through a block together. `room`: what a
-    budget leaves to the pruned Linears, where there is one.
+    [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning, a
+    reconstruction and the formats of a budget are judged. `batch`: windows that go through a block
+    together. `room`: what a budget leaves to the pruned Linears, where there is one.
     `training_dtype`: of the products in a reconstruction and a search. `ranks`: the processes that
     share it.
     """
@@ -96,11 +96,6 @@ class Request:
     def steps(self) -> int:
         """Those of a pass over a block in this process, as progress counts them."""
         return 1 if self.windows is None else len(self.own_windows)
-
-    @property
-    def head(self) -> str | None:
-        """The output head's name, where it is pruned."""
-        return None if self.settings.head_sparsity is None else self.skeleton.family.head
 
     def describe_calibration(self) -> dict[str, Any] | None:
         """The calibration text, with a digest of the token ids that were used; None without."""
@@ -218,6 +213,8 @@ def _windows(
     held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
+    if settings.budget:
+        held_out = max(1, budget.HELD_OUT_TOKENS // calibration.sequence_length)
     count = calibration.samples + held_out
     return calibration_windows(tokens, count, calibration.sequence_length, calibration.seed)
 

@@ -104,7 +104,7 @@ def _write_recipe(request: Request, plan: Plan, store: Store) -> None:
     layers = resolved_layers(request.shape, plan.sparsities, counts)
     if plan.settings.group:  # there is no N:M that keeps all; what is not named stays dense
         layers = {target: sparsity for target, sparsity in layers.items() if sparsity}
-    if request.head and plan.settings.head_sparsity is not None:
-        layers[request.head] = plan.settings.head_sparsity
+    if plan.settings.head_sparsity is not None:
+        layers[skeleton.family.head] = plan.settings.head_sparsity
     text = dump_resolved(plan.settings, layers)
     (store.folder / RESOLVED).write_text(text, encoding="utf-8")

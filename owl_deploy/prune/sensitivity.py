@@ -1,10 +1,11 @@
 """What every format of every Linear would cost: in bytes, and in the model's loss.
 
 Two passes over the dense model. The first goes forward, as a pruning does: each block's Linears are
-made in every format, which gives the error of their outputs on the calibration text, tr(D H D^T)
-for the difference D [out, in] that a format makes and H = X^T X. The second goes backward through
-some of the windows and asks what one of these differences, that of dense int4, costs: with the
-gradients G_n [out, in] of the loss of tokens that the model draws itself,
+made in every format, by the calibration windows, and the error of their outputs is that on others,
+tr(D H D^T) for the difference D [out, in] that a format makes and H = X^T X of those. (On the
+windows that it was made by, a Linear of many inputs has a small part of that error.) The second
+goes backward through these others and asks what one of these differences, that of dense int4,
+costs: with the gradients G_n [out, in] of the loss of tokens that the model draws itself,
 
     loss = 1 / (2 tokens) sum_n sum_o (G_n[o] . D[o])^2 nats a token.
 
@@ -21,7 +22,7 @@ the backward pass measures those of all layers at once, along errors that are ma
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
@@ -39,10 +40,10 @@ from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
+from owl_deploy.text import token_digest
 
 _CACHE = "formats"  # the folder in the cache
 _COSTS: TypeAdapter[Costs] = TypeAdapter(Costs)
-_TOKENS = 4096  # that the backward pass reads, in whole windows
 _PROBE = Format(4)  # the one whose difference is run backward
 
 
@@ -52,10 +53,15 @@ def measure_costs(request: Request, store: Store) -> Costs:
     They do not depend on the budget: the cache folder keeps them for the next one. Finished blocks
     are durable in the `store`, for a run that resumes.
     """
-    name = f"{_key(request)}.json"
+    return kept_costs(request, "", lambda: _Measuring(request, store).run())
+
+
+def kept_costs(request: Request, what: str, measure: Callable[[], Costs]) -> Costs:
+    """What the cache folder holds of `what`, which ends its name, or `measure` finds."""
+    name = f"{_key(request)}{what}.json"
     with contextlib.suppress(OwlError, OSError, ValidationError, KeyError):
         return _COSTS.validate_python(read_object(cache_path() / _CACHE / name, "")["costs"])
-    costs = _Measuring(request, store).run()
+    costs = measure()
     with contextlib.suppress(OwlError, OSError):  # a cache that cannot be written costs time
         write_json(
             cache_dir(_CACHE) / name,
@@ -67,7 +73,10 @@ def measure_costs(request: Request, store: Store) -> Costs:
 def _key(request: Request) -> str:
     """A digest of all that the costs depend on."""
     deciding = request.deciding()
-    del deciding["settings"]["budget"]
+    decided = ("budget", "head_bits")
+    settings = {key: value for key, value in deciding["settings"].items() if key not in decided}
+    assert request.held_out is not None
+    deciding |= {"settings": settings, "held_out": token_digest(request.held_out)}
     text = json.dumps(deciding | {"formats": [asdict(one) for one in FORMATS]}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -75,7 +84,7 @@ def _key(request: Request) -> str:
 class _Measuring:
     """The two passes; what each leaves of a block is a file of tensors.
 
-    Forward: what `entered` the block in the windows that go backward, and of each Linear the
+    Forward: what `entered` the block in the windows that are held out, and of each Linear the
     `difference` of the probe and the `measured` [formats, 2]: errors of the outputs, zeros.
     Backward: the `gradient` by what entered the block, and of each Linear the `loss` of the probe.
     """
@@ -86,47 +95,53 @@ class _Measuring:
         self.names, self.linears = request.shape.names, request.shape.linears
         self.maker = Maker(request.settings)
         self.formats = formats(request.settings.method)
-        self.windows = request.windows
-        self.back = min(len(self.windows), max(1, _TOKENS // self.windows.shape[1]))
+        assert request.held_out is not None
+        self.windows, self.held_out = request.windows, request.held_out
 
     def run(self) -> Costs:
         """See `measure_costs`."""
-        hidden = self._forward()
-        self._backward(hidden)
+        self._backward(self._forward())
         return [self._costs(name) for name in self.names]
 
     @torch.no_grad()
     def _forward(self) -> Activations:
-        hidden = self.skeleton.embed(self.windows, self.request.batch, self.store.folder)
-        with bar("Measuring formats", len(self.names) * len(self.windows)) as advance:
+        """What leaves the last block for the windows that are held out."""
+        hidden, held_out = (
+            self.skeleton.embed(windows, self.request.batch, self.store.folder)
+            for windows in (self.windows, self.held_out)
+        )
+        steps = len(self.names) * (len(self.windows) + len(self.held_out))
+        with bar("Measuring formats", steps) as advance:
             for index, name in enumerate(self.names):
                 if self.store.measured(name, "forward") is None:
-                    entered = hidden.hidden[: self.back].clone()
-                    found = self._forward_block(index, hidden, advance)
+                    entered = held_out.hidden.clone()
+                    found = self._forward_block(index, hidden, held_out, advance)
                     self.store.keep(name, "forward", found | {"entered": entered})
                 else:
                     with self.skeleton.loaded(name) as block:
                         hidden.through(block, index, advance, keep=True)
-        return hidden
+                        held_out.through(block, index, advance, keep=True)
+        return held_out
 
     def _forward_block(
-        self, index: int, hidden: Activations, advance: Advance
+        self, index: int, hidden: Activations, held_out: Activations, advance: Advance
     ) -> dict[str, torch.Tensor]:
         name, found = self.names[index], {}
         with self.skeleton.loaded(name) as block:
             own = {
                 key: self.skeleton.linears(index)[key].weight.float() for key in self.linears[index]
             }
-            statistics = gather(
-                self.request, block, index, hidden, advance, keep=True, hessian=True
+            statistics, others = (
+                gather(self.request, block, index, states, advance, keep=True, hessian=True)
+                for states in (hidden, held_out)
             )
             for key, dense in own.items():
-                inputs, measured = Inputs(statistics, key), []
-                whole = _output(dense, inputs)
+                inputs, judging, measured = Inputs(statistics, key), Inputs(others, key), []
+                whole = _output(dense, judging)
                 for form in self.formats:
                     left = self.maker.rounded(dense, inputs, form.sparsity, form.bits).weight
                     difference = left - dense
-                    share = _output(difference, inputs) / whole if whole else 0.0
+                    share = _output(difference, judging) / whole if whole else 0.0
                     measured.append([share, _zeros(left)])
                     if form == _PROBE:
                         found[f"{key}.difference"] = difference.bfloat16().cpu()
@@ -142,8 +157,7 @@ class _Measuring:
         ]
         if not todo:
             return
-        hidden.hidden = hidden.hidden[: self.back]
-        with bar("Measuring what counts", len(todo) * self.back) as advance:
+        with bar("Measuring what counts", len(todo) * len(self.held_out)) as advance:
             if todo[-1] + 1 < len(self.names):  # those behind are finished
                 later = self.store.measured(self.names[todo[-1] + 1], "backward")
                 assert later is not None
@@ -151,7 +165,7 @@ class _Measuring:
             else:
                 assert self.request.calibration is not None
                 seed = self.request.calibration.seed
-                gradient = self.skeleton.loss_gradients(self.windows[: self.back], hidden, seed)
+                gradient = self.skeleton.loss_gradients(self.held_out, hidden, seed)
             for index in reversed(todo):
                 losses = self._backward_block(index, gradient, hidden.arguments[index], advance)
                 self.store.keep(self.names[index], "backward", losses | {"gradient": gradient})
@@ -174,7 +188,7 @@ class _Measuring:
             weights = [self.skeleton.linears(index)[key].weight for key in keys]
             for weight in weights:
                 weight.requires_grad_(True)
-            for place in range(self.back):
+            for place in range(len(self.held_out)):
                 entered = forward["entered"][place].unsqueeze(0).to(device).requires_grad_()
                 left = block(entered, **arguments)
                 by_left = gradient[place].unsqueeze(0).to(device)
@@ -185,9 +199,8 @@ class _Measuring:
                     of_rows = (one.float() * difference).sum(dim=1)
                     losses[key] += of_rows.double().square().sum().item()
                 advance(1)
-        tokens = self.back * self.windows.shape[1]
         return {
-            f"{key}.loss": torch.tensor(loss / (2 * tokens), dtype=torch.float64)
+            f"{key}.loss": torch.tensor(loss / (2 * self.held_out.numel()), dtype=torch.float64)
             for key, loss in losses.items()
         }
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from owl_deploy.manifest import Block, CheckpointManifest
+from owl_deploy.progress import result_console
 
 _BAR_WIDTH = 20
 
@@ -39,10 +40,12 @@ def show(manifest: CheckpointManifest, output: str) -> None:
     table.add_section()
     ends = [("all blocks", whole.asked, whole.achieved)]
     if head := manifest.head:
-        ends.append((head.name, head.sparsity, head.achieved))
+        rounded = manifest.settings.head_bits
+        name = f"{head.name}, {rounded} bits" if rounded else head.name
+        ends.append((name, head.sparsity, head.achieved))
     for name, asked, achieved in ends:
         table.add_row(name, "", f"{asked:.4f}", f"{achieved:.4f}")
-    console = Console(markup=False)
+    console = result_console()
     console.print(table)
     _show_tuning(console, manifest)
     _show_reconstruction(console, manifest)

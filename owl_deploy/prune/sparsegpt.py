@@ -26,8 +26,11 @@ def joint(
     options: SparseGPTOptions,
     grid: Grid,
 ) -> Swept:
-    """The method, with what stays rounded to `grid` in the same pass."""
-    factor = inputs.of_hessian(factorise, options.dampening)
+    """The method, with what stays rounded to `grid` in the same pass.
+
+    Dampened more than the options say where there is little text, as any rounding.
+    """
+    factor = inputs.of_hessian(factorise, inputs.dampening(options.dampening))
     return updated(weight, factor, sparsity, group, options, grid)
 
 

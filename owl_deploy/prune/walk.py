@@ -15,7 +15,7 @@ from owl_deploy.grid import SCALE
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.linear import Maker
-from owl_deploy.prune.measure import gather
+from owl_deploy.prune.measure import gather, gather_head
 from owl_deploy.prune.owners import owners
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.reconstruct import Outcome, Reconstruction
@@ -56,13 +56,14 @@ class Walk:
         self.request, self.plan, self.store, self.first = request, plan, store, first
         self.skeleton, self.names, self.ranks = request.skeleton, request.shape.names, request.ranks
         self.maker, self.needs = Maker(plan.settings), plan.settings.needs
+        self.head = plan.head(self.skeleton)
         self.hidden: Activations | None = None
         self.reconstruction: Reconstruction | None = None
         self.advance: Advance = lambda _: None
 
     def parts(self) -> Iterator[Part]:
         """Every block in model order, then the head if it is pruned; made now where not yet."""
-        head = self.request.head
+        head = self.head
         names = [*self.names, *([head] if head else [])]
         held = self.ranks.from_leader(lambda: set(filter(self.store.holds, names)))
         if len(held) < len(names):
@@ -184,31 +185,22 @@ class Walk:
     @torch.no_grad()
     def _finish_head(self, name: str, *, stored: bool) -> Part:
         """Prune the head, by what the pruned blocks let enter it, unless it is stored."""
-        sparsity = self.plan.settings.head_sparsity
-        assert sparsity is not None
+        sparsity, bits = self.plan.settings.head_sparsity or 0.0, self.plan.bits_of_head
         if stored:
             weights = self.store.load(name)
         else:
             statistics = None
             if self.hidden is not None and self.needs != "nothing":
-                statistics = InputStatistics(
-                    {name: self.skeleton.head},
-                    self.request.samples,
-                    hessian=self.needs == "hessian",
-                )
-                with statistics.gathering():
-                    self.skeleton.enter_head(self.request.own_windows, self.hidden, self.advance)
-                statistics.reduce(self.ranks, {name: 0})
+                hessian = self.needs == "hessian"
+                statistics = gather_head(self.request, self.hidden, self.advance, hessian=hessian)
             dense = self.request.checkpoint.read(self.skeleton.head_weights[0])
             own = {}
             if self.ranks.leads:
-                bits = self.plan.settings.bits
                 own = self._made(dense, Inputs(statistics, name), sparsity, bits)
             weights = self.ranks.merged(own, self.skeleton.device)
             self._save(name, weights)
         if self.hidden is None or self.needs == "nothing":
             self.advance(2 * self.request.steps)
-        bits = self.plan.settings.bits
         return Part(name, {"": weights["weight"].numel()}, {"": sparsity}, {"": bits}, weights)
 
     def _replay(self, index: int, weights: dict[str, torch.Tensor]) -> None:
@@ -226,5 +218,5 @@ class Walk:
         """Run the pruned block, for what enters the next one; after the last only a head may."""
         if self.hidden is None:
             self.advance(2 * self.request.steps)
-        elif index + 1 < len(self.names) or self.request.head:
+        elif index + 1 < len(self.names) or self.head:
             self.hidden.through(block, index, self.advance, keep=True)

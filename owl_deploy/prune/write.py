@@ -56,7 +56,7 @@ def report(
 
 def assemble(request: Request, plan: Plan, store: Store) -> None:
     """Put the finished blocks and the untouched tensors together, as a checkpoint."""
-    checkpoint, names, head = request.checkpoint, request.shape.names, request.head
+    checkpoint, names, head = request.checkpoint, request.shape.names, plan.head(request.skeleton)
     large = checkpoint.is_large
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -80,16 +80,22 @@ def assemble(request: Request, plan: Plan, store: Store) -> None:
 
 def _write_grid(request: Request, plan: Plan, store: Store) -> None:
     """The scales of all rounded weights, and what they are scales of."""
-    names = [*request.shape.names, *([request.head] if request.head else [])]
-    scales = {key: value for name in names for key, value in store.scales(name).items()}
-    settings = request.settings
-    assert settings.bits_group is not None
-    bits = settings.bits or {
+    names, head = request.shape.names, plan.head(request.skeleton)
+    parts = [*names, *([head] if head else [])]
+    scales = {key: value for name in parts for key, value in store.scales(name).items()}
+    bits = {
         f"{block}.{name}": number
-        for block, own in zip(names, plan.bits or (), strict=True)
-        for name, number in own.items()
+        for index, block in enumerate(names)
+        for name in request.shape.linears[index]
+        if (number := plan.bits_of(index, name))
     }
-    write_grid(store.folder, scales, bits, settings.bits_group)
+    if head and plan.bits_of_head:
+        bits[head] = plan.bits_of_head
+    assert request.settings.bits_group is not None
+    same = set(bits.values())
+    write_grid(
+        store.folder, scales, same.pop() if len(same) == 1 else bits, request.settings.bits_group
+    )
 
 
 def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
             "achieved": sum(b.achieved * b.weights for b in blocks) / total,
         },
         "blocks": blocks,
-        "head": reports[-1] if request.head else None,
+        "head": reports[-1] if plan.settings.changes_head else None,
         "spent": plan.spent,
         "peak_memory_bytes": peak_kib * 1024,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,

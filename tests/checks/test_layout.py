@@ -89,7 +89,7 @@ NO_MODULE = {
     "export/test_kept_grid.py": "grid.py; pytest wants names that no other folder has",
     "finetune/test_finetune_run.py": "run.py; pytest wants names that no other folder has",
     "prune/test_bits.py": "rounding in several modules, through the whole verb",
-    "prune/test_head.py": "the head's part in several modules",
+    "prune/test_pruned_head.py": "the head's part in several modules",
     "prune/test_table.py": "methods x allocations x families, through the whole folder",
     "runtime/test_attention.py": "csrc",
     "runtime/test_edges.py": "csrc",

@@ -115,7 +115,8 @@ def test_a_budget_is_what_the_deployment_holds(family, text_file, tmp_path, monk
     # Tied, for a table of its own would be in the precision that is asked for.
     model = tiny.write_model(family, tmp_path / "dense", **sizes, tie_word_embeddings=True)
     calibration = Calibration(str(text_file), samples=4, sequence_length=64)
-    prune(model, tmp_path / "mixed", recipe.settings(budget="380kB"), calibration)
+    settings = recipe.settings(budget="380kB", skip=("lm_head",))
+    prune(model, tmp_path / "mixed", settings, calibration)
     manifests = {
         precision: export(
             tmp_path / "mixed", tmp_path / precision, target="owl", precision=precision
@@ -143,6 +144,40 @@ def test_a_budget_in_bytes_counts_a_table_of_its_own(text_file, tmp_path, monkey
         tmp_path / "mixed", tmp_path / "out", target="owl", precision="int4"
     ).to_json()["packing"]
     assert 360e3 < packing["packed_bytes"] < 380e3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_a_head_of_few_bits_is_what_the_checkpoint_holds(bits, tied, text_file, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 3}
+    model = tiny.write_model("qwen2", tmp_path / "dense", **sizes, tie_word_embeddings=tied)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=64)
+    settings = recipe.settings(method="none", bits=4, head_bits=bits)
+    prune(model, tmp_path / "rounded", settings, calibration)
+    how = {"int4": {}, "int8": {"head": "whole"}, "screened": {"head": "screened"}, "fp32": {}}
+    packings = {
+        name: export(
+            tmp_path / "rounded",
+            tmp_path / name,
+            target="owl",
+            precision="int4" if name == "screened" else name,
+            **own,
+        ).to_json()["packing"]
+        for name, own in how.items()
+    }
+    kept = {name: packing["weights_on_grid"] for name, packing in packings.items()}
+    assert kept["int4"] == kept["int8"] == kept["screened"] + 1
+    assert [name for name, packing in packings.items() if packing["screened_head"]] == ["screened"]
+    head = {4: 320 * 128 / 2, 3: 320 * 128 / 8 * 5}[bits]  # what fewer than 8 bits save of it
+    saved = packings["screened"]["packed_bytes"] - packings["int4"]["packed_bytes"]
+    assert saved == pytest.approx(head, rel=0.05)
+    tokens = [3 + n * 7 % 300 for n in range(40)]
+    logits = {name: Session(tmp_path / name).step(tokens) for name in how}
+    size = np.abs(logits["fp32"]).max()
+    if tied:  # a table of its own is rounded to 4 bits beside int4
+        assert np.abs(logits["int4"] - logits["int8"]).max() <= 1e-5 * size
+        assert np.abs(logits["int4"] - logits["fp32"]).mean() <= 2e-2 * size
+    assert np.abs(logits["int4"] - logits["screened"]).mean() <= 2e-2 * size
 
 
 def test_int4_without_a_grid_is_rounded_to_nearest(pruned, text_file, tmp_path):

@@ -61,6 +61,18 @@ def test_half_of_the_products_makes_the_whole_matrix(monkeypatch):
     torch.testing.assert_close(made, rows.T @ rows)
 
 
+def test_few_tokens_ask_for_more_dampening():
+    """By the inputs over the tokens, of those that share an input alike."""
+    states = torch.randn(4, 5, 6)
+    _, found, _ = gathered(states, keep=True, hessian=True)
+    for name in ("q", "k", "down"):
+        inputs = calibrate.Inputs(found, name)
+        assert inputs.dampening(0.01) == pytest.approx(6 / 20)
+        assert inputs.dampening(0.5) == 0.5
+    _, found, _ = gathered(states[:1], keep=True, hessian=True)
+    assert calibrate.Inputs(found, "down").dampening(0.01) == 1  # of 5 tokens
+
+
 def test_norms_are_those_of_the_definition():
     states = torch.randn(4, 5, 6)
     _, found, _ = gathered(states, keep=False, hessian=False)
@@ -107,3 +119,4 @@ def test_what_attention_reads_counts_the_running_means_too():
         found = inputs.of_hessian(name, torch.clone)
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
         assert torch.allclose(inputs.norm(name), (plain.diagonal() / 2).sqrt(), rtol=1e-4)
+    assert [calibrate.Inputs(inputs, name).dampening(0.01) for name in "qv"] == [5 / 21, 0.01]

@@ -1,200 +1,164 @@
-"""The output head is pruned when it is asked for, and only then: last, by what enters it."""
-
-from contextlib import contextmanager
+"""The output head in few bits: asked for, or found by a budget of a size; and what it costs."""
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from owl_deploy import recipe
 from owl_deploy.checkpoint import WEIGHTS
-from owl_deploy.errors import BadInput
-from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.prune.show import show
-from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
+from owl_deploy.grid import read_grid
+from owl_deploy.hardware import ANY_HARDWARE
+from owl_deploy.prune import budget
+from owl_deploy.prune import head as head_module
+from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.head import measure_head
+from owl_deploy.prune.linear import Maker
+from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.run import prune
+from owl_deploy.prune.store import Store
+from owl_deploy.runtime import pack
 from tests import tiny
-from tests.reference import owl as reference
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="module")
 def calibration(text_file):
-    return Calibration(str(text_file), samples=3, sequence_length=32)
+    return Calibration(str(text_file), samples=4, sequence_length=48)
 
 
-def differing(a, b):
-    """The names of the tensors that differ between two checkpoints."""
-    first, second = (load_file(folder / WEIGHTS) for folder in (a, b))
-    assert first.keys() == second.keys()
-    return {name for name in first if not torch.equal(first[name], second[name])}
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_it_equals_the_naive_procedure(tmp_path, text_file, calibration, family, tied):
-    source = tiny.write_model(family, tmp_path / "dense", tie_word_embeddings=tied)
-    values = {"sparsity": 0.5, "outlier_multiple": 2}
-    prune(source, tmp_path / "without", recipe.settings(**values), calibration)
-    settings = recipe.settings(**values, head_sparsity=0.4)
-    manifest = prune(source, tmp_path / "with", settings, calibration).to_json()
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "without")
-    tokens = tokenize(load_tokenizer(source), tiny.text())
-    norms = reference.input_norms(model, calibration_windows(tokens, 3, 32, 0))
-    head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    gone = reference.wanda_mask(head.weight.detach(), norms[name].float(), 0.4)
-    pruned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "with")
-    found = pruned.get_output_embeddings().weight
-    assert torch.equal(found, head.weight.masked_fill(gone, 0))
-    assert (pruned.get_input_embeddings().weight is found) == tied
-    changed = differing(tmp_path / "without", tmp_path / "with")
-    assert len(changed) == 1
-    if not tied:
-        assert changed <= {"lm_head.weight", "embed_out.weight"}
-        assert manifest["head"]["name"] in next(iter(changed))
-    assert manifest["head"]["achieved"] == pytest.approx(0.4, abs=0.02)  # dense zeros count too
-    assert manifest["sparsity"]["asked"] == pytest.approx(0.5)  # the blocks', as without the head
-
-
-@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
-@pytest.mark.parametrize("method", tiny.REMOVING)
-def test_every_method_and_its_recipe(llama, tmp_path, calibration, method, structure):
-    settings = recipe.settings(method=method, structure=structure, head_sparsity=0.5)
-    manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
+@pytest.mark.parametrize(("bits", "of_head"), [(4, 4), (4, 3), (8, 4)])
+def test_it_is_rounded_beside_the_blocks(llama, tmp_path, calibration, bits, of_head):
+    settings = recipe.settings(method="none", bits=bits, head_bits=of_head)
+    manifest = prune(llama, tmp_path / "out", settings, calibration)
+    grid = read_grid(tmp_path / "out")
+    assert grid.bits == dict.fromkeys(grid.scales, bits) | {"lm_head": of_head}
+    assert (manifest.settings.bits, manifest.settings.head_bits) == (bits, of_head)
+    assert manifest.head.name == "lm_head"
     weight = load_file(tmp_path / "out" / WEIGHTS)["model.embed_tokens.weight"]
-    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
-    if structure == "2:4":
-        assert int((weight.reshape(-1, 4) != 0).sum(1).max()) <= 2
-    loaded = recipe.settings(**recipe.load(tmp_path / "out" / "recipe.yaml"))
-    assert loaded.head_sparsity == 0.5
-    assert loaded.layers == {block["name"]: block["sparsity"] for block in manifest["blocks"]}
-    if method not in ("wanda-variant", "alps"):  # which a recipe calls Wanda, SparseGPT
-        prune(llama, tmp_path / "again", loaded, calibration)
-        assert not differing(tmp_path / "out", tmp_path / "again")
+    steps = weight.unflatten(1, (-1, 32)) / grid.scales["lm_head"].unsqueeze(2)
+    assert torch.equal(steps, steps.round())
+    assert (int(steps.min()), int(steps.max())) <= (-(2 ** (of_head - 1)), 2 ** (of_head - 1) - 1)
 
 
-def test_magnitude_looks_at_no_text(llama, tmp_path):
-    settings = recipe.settings(
-        method="magnitude", allocation="uniform", sparsity=0.5, head_sparsity=0.25
-    )
-    prune(llama, tmp_path / "out", settings, None)
-    dense = load_file(llama / WEIGHTS)["model.embed_tokens.weight"]
-    gone = reference.magnitude_mask(dense, 0.25)
-    found = load_file(tmp_path / "out" / WEIGHTS)["model.embed_tokens.weight"]
-    assert torch.equal(found, dense.masked_fill(gone, 0))
+def test_it_is_what_a_sparsity_of_nought_gives(llama, tmp_path, calibration):
+    for name, values in (("bits", {"head_bits": 4}), ("sparsity", {"head_sparsity": 0.0})):
+        settings = recipe.settings(method="none", bits=4, **values)
+        prune(llama, tmp_path / name, settings, calibration)
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("bits", "sparsity"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_tied_head_that_lies_there_twice_is_written_twice(llama, tmp_path, calibration):
-    """Some checkpoints hold both names of a tied weight; a reader may take either."""
-    source = tiny.write_llama(tmp_path / "twice")
-    tensors = load_file(source / WEIGHTS)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
-    prune(source, tmp_path / "out", recipe.settings(head_sparsity=0.5), calibration)
-    found = load_file(tmp_path / "out" / WEIGHTS)
-    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
-    assert float((found["lm_head.weight"] == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_its_cost_is_the_divergence_of_the_model_with_it(
+    family, tied, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(budget, "HELD_OUT_TOKENS", 3 * 48)
+    model = tiny.write_model(family, tmp_path / "dense", tie_word_embeddings=tied)
+    calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
+    settings = recipe.settings(budget="60kB", method="none")
+    # The budget is not what is looked at: any that is possible.
+    settings = recipe.settings(budget=possible(model, settings, calibration), method="none")
+    request = check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
+    eight, four = measure_head(request, store)
+
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    head = whole.get_output_embeddings()
+    statistics = InputStatistics({"head": head}, 5, hessian=True)
+    with torch.no_grad():
+        with statistics.gathering():
+            for window in request.windows:
+                whole(window[None])
+        assert len(request.held_out) == 3
+        before = whole(request.held_out).logits.log_softmax(-1)
+        made = Maker(settings).rounded(head.weight, Inputs(statistics, "head"), 0.0, 4)
+        head.weight.copy_(made.weight)  # and with it the embedding, where it is that
+        after = whole(request.held_out).logits.log_softmax(-1)
+    expected = (before.exp() * (before - after)).sum(-1).mean()
+    assert four.loss == pytest.approx(float(expected), rel=1e-3)
+    assert (eight.bits, eight.loss, four.bits) == (8, 0.0, 4)
+    size = tuple(head.weight.shape)
+    assert eight.bytes == pack.stored_bytes(size, "int8", planes=True)
+    assert four.bytes == pack.stored_bytes(size, "int4")
+    monkeypatch.setattr(head_module, "_loss", None)  # the next one is kept
+    assert measure_head(request, store) == [eight, four]
 
 
-def test_a_run_stopped_after_the_head_resumes(llama, tmp_path, calibration, monkeypatch):
-    settings = recipe.settings(head_sparsity=0.5)
-    prune(llama, tmp_path / "whole", settings, calibration)
-    with monkeypatch.context() as patched:
-        patched.setattr("owl_deploy.prune.write.assemble", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            prune(llama, tmp_path / "out", settings, calibration)
-    with pytest.raises(BadInput, match="head_sparsity"):
-        prune(llama, tmp_path / "out", recipe.settings(), calibration, resume=True)
-    monkeypatch.setattr("owl_deploy.blocks.Skeleton.embed", interrupted)  # no block needs to run
-    bars = bars_filled(monkeypatch)
-    prune(llama, tmp_path / "out", settings, calibration, resume=True)
-    assert not differing(tmp_path / "whole", tmp_path / "out")
-    assert [done for done, _ in bars] == [length for _, length in bars]
+def possible(model, settings, calibration):
+    """The least budget that is possible, as the refusal of a lower one says it."""
+    from owl_deploy.errors import BadInput
+
+    with pytest.raises(BadInput) as refused:
+        check(
+            model,
+            settings.model_copy(update={"budget": "1kB"}),
+            calibration,
+            ANY_HARDWARE,
+            tune_minutes=None,
+        )
+    return refused.value.message.rpartition(", ")[2].removesuffix(".")
 
 
-def interrupted(*_):
-    raise KeyboardInterrupt
+def test_a_budget_of_a_size_finds_out_about_it(tmp_path, calibration):
+    """The least has it in 4 bits; the most, which has room for all, does not."""
+    model = tiny.write_model("qwen2", tmp_path / "dense", **SIZES)
+    settings = recipe.settings(budget="1kB", method="none")
+    least = int(possible(model, settings, calibration).removesuffix("kB"))
+    found = {}
+    for name, size in (("least", f"{least}kB"), ("most", f"{2 * least - 20}kB")):
+        settings = recipe.settings(budget=size, method="none")
+        manifest = prune(model, tmp_path / name, settings, calibration)
+        found[name] = manifest.settings.head_bits
+        assert ("lm_head" in read_grid(tmp_path / name).bits) == (found[name] == 4)
+        assert (manifest.head is not None) == (found[name] == 4)
+    assert found == {"least": 4, "most": None}
 
 
-def bars_filled(monkeypatch):
-    """Of every bar of a pruning, once it has run: [how far it came, its length]."""
-    bars = []
-
-    @contextmanager
-    def counting(_, length):
-        bars.append([0, length])
-
-        def advance(by=1):
-            bars[-1][0] += by
-
-        yield advance
-
-    monkeypatch.setattr("owl_deploy.prune.walk.bar", counting)
-    return bars
-
-
-@pytest.mark.parametrize("head", [None, 0.5])
-@pytest.mark.parametrize("method", ["wanda", "magnitude"])
-def test_the_bar_ends_full(llama, tmp_path, calibration, monkeypatch, method, head):
-    bars = bars_filled(monkeypatch)
-    settings = recipe.settings(
-        method=method, allocation="uniform", sparsity=0.5, head_sparsity=head
-    )
-    prune(llama, tmp_path / "out", settings, calibration if method == "wanda" else None)
-    assert [done for done, _ in bars] == [length for _, length in bars]
-
-
-def test_large_checkpoints(tmp_path, calibration, monkeypatch):
-    source = tiny.write_llama(tmp_path / "dense")
-    settings = recipe.settings(head_sparsity=0.5)
-    prune(source, tmp_path / "small", settings, calibration)
-    monkeypatch.setattr("owl_deploy.checkpoint.SHARD_BYTES", 30_000)
-    prune(source, tmp_path / "large", settings, calibration)
-    shards = {
-        name: value
-        for path in (tmp_path / "large").glob("*.safetensors")
-        for name, value in load_file(path).items()
-    }
-    small = load_file(tmp_path / "small" / WEIGHTS)
-    assert shards.keys() == small.keys()
-    assert all(torch.equal(shards[name], small[name]) for name in small)
-
-
-def test_the_table_names_the_head(llama, tmp_path, calibration, capsys):
-    manifest = prune(llama, tmp_path / "out", recipe.settings(head_sparsity=0.5), calibration)
-    show(manifest, "out")
-    line = next(line for line in capsys.readouterr().out.splitlines() if "lm_head" in line)
-    assert line.split()[1] == "0.5000"
+def test_a_budget_leaves_it_where_it_is_told_to(tmp_path, calibration):
+    model = tiny.write_model("qwen2", tmp_path / "dense", **SIZES)
+    for values in ({"budget": "4"}, {"budget": "260kB", "skip": ("lm_head",)}):
+        manifest = prune(
+            model, tmp_path / "out", recipe.settings(**values), calibration, force=True
+        )
+        assert manifest.settings.head_bits is None
+        assert "lm_head" not in read_grid(tmp_path / "out").bits
+    settings = recipe.settings(budget="4", head_bits=3)
+    assert prune(model, tmp_path / "three", settings, calibration).settings.head_bits == 3
+    assert read_grid(tmp_path / "three").bits["lm_head"] == 3
 
 
 @pytest.mark.parametrize(
-    ("values", "complaint"),
+    ("arguments", "complaint"),
     [
-        ({"head_sparsity": 1.0}, "A sparsity of 1.0 is impossible"),
-        ({"head_sparsity": float("nan")}, "A sparsity of nan is impossible"),
-        ({"head_sparsity": 0.5, "skip": ("lm_head",)}, "--skip names the head"),
-        ({"head_sparsity": 0.9, "structure": "2:4"}, "0.9 keeps none of 4 weights"),
+        (["--head-bits", "4"], "--head-bits is of --bits. Give --bits as well."),
+        (["--bits", "4", "--head-bits", "8"], "--head-bits 8 is not possible. There are: 4, 3."),
         (
-            {"allocation": "list", "layers": {"model.layers.0": 0.9}, "structure": "2:4"},
-            "0.9 keeps none of 4 weights",
+            ["--bits", "4", "--head-bits", "4", "--skip", "lm_head"],
+            "--skip names the head, and --head-bits rounds it.",
         ),
     ],
 )
-def test_what_cannot_be(values, complaint):
-    with pytest.raises(BadInput, match=complaint):
-        recipe.settings(**values)
+def test_what_is_refused(owl, llama, tmp_path, text_file, arguments, complaint):
+    code, _, err = owl("prune", llama, "-o", tmp_path / "out", "-c", text_file, *arguments)
+    assert (code, complaint in " ".join(err.split())) == (2, True), err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_groups_must_divide_its_inputs(tmp_path, calibration):
-    source = tiny.write_llama(tmp_path / "odd", hidden_size=72, intermediate_size=80)
-    odd = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
-    settings = recipe.settings(structure="8:16", skip=odd)
-    prune(source, tmp_path / "out", settings, calibration)
-    with pytest.raises(BadInput, match="lm_head has 72 inputs, no multiple of 16"):
-        prune(
-            source,
-            tmp_path / "again",
-            settings.model_copy(update={"head_sparsity": 0.5}),
-            calibration,
-        )
+def test_the_table_and_the_recipe_say_so(owl, llama, tmp_path, text_file):
+    command = ["prune", llama, "-o", tmp_path / "out", "-c", text_file, "--samples", 4]
+    command += ["--sequence-length", 48, "--bits", 4, "--head-bits", 3, "-s", 0.5]
+    code, out, err = owl(*command)
+    assert code == 0, err
+    assert "lm_head, 3 bits" in out
+    assert (
+        "# Rounded to 4 bits as well, the output head to 3"
+        in (tmp_path / "out" / "recipe.yaml").read_text()
+    )

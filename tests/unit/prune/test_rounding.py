@@ -24,11 +24,15 @@ def layer():
 
 
 class Known(Inputs):
-    """What a method may ask, answered from a Hessian."""
+    """What a method may ask, answered from a Hessian, of many tokens unless it is told."""
 
-    def __init__(self, hessian):
+    def __init__(self, hessian, share=0.0):
         super().__init__(None, "")
         object.__setattr__(self, "hessian", hessian)
+        object.__setattr__(self, "share", share)
+
+    def dampening(self, least):
+        return max(least, self.share)
 
     def norm(self):
         return self.hessian.diagonal().sqrt()
@@ -37,9 +41,9 @@ class Known(Inputs):
         return make(self.hessian, *arguments)
 
 
-def prune_and_round(method, weight, hessian, sparsity, group, grid):
+def prune_and_round(method, weight, hessian, sparsity, group, grid, share=0.0):
     """As the walk does it."""
-    row, inputs = METHODS[method], Known(hessian)
+    row, inputs = METHODS[method], Known(hessian, share)
     asked = (weight, inputs, sparsity, group, row.options())
     if row.joint:
         swept = pkgutil.resolve_name(row.joint)(*asked, grid)
@@ -53,6 +57,22 @@ def error(weight, dense, hessian):
     """Of the outputs, squared and summed over the calibration inputs."""
     lost = (weight - dense).double()
     return ((lost @ hessian.double()) * lost).sum().item()
+
+
+@pytest.mark.parametrize("method", ["none", "sparsegpt", "magnitude"])
+def test_few_tokens_are_not_taken_at_their_word(method):
+    """Dampened by the inputs over the tokens, a weight errs less on others than by GPTQ's 0.01."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(24, 64, generator=generator)
+    mix = torch.eye(64) + 0.3 * torch.randn(64, 64, generator=generator)
+    seen, others = (torch.randn(n, 64, generator=generator) @ mix for n in (96, 4096))
+    sparsity = 0.5 if METHODS[method].removes else 0.0
+    plain, damped = (
+        prune_and_round(method, weight, seen.T @ seen, sparsity, None, Grid(3, 32), share)[0]
+        for share in (0.0, 64 / 96)
+    )
+    hessian = others.T @ others
+    assert error(damped, weight, hessian) < 0.95 * error(plain, weight, hessian)
 
 
 def masks(layer):

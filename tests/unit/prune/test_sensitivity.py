@@ -8,7 +8,7 @@ import transformers
 
 from owl_deploy import recipe
 from owl_deploy.hardware import ANY_HARDWARE
-from owl_deploy.prune import sensitivity
+from owl_deploy.prune import budget, sensitivity
 from owl_deploy.prune.formats import FORMATS, Format, packed_size
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.store import Store
@@ -26,8 +26,8 @@ def model(request, tmp_path_factory):
     return tiny.write_model(request.param, tmp_path_factory.mktemp("model") / request.param)
 
 
-def asked(model, text_file, budget="4", **values):
-    settings = recipe.settings(budget=budget, **values)
+def asked(model, text_file, size="4", **values):
+    settings = recipe.settings(budget=size, **values)
     calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
     return check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
 
@@ -42,19 +42,39 @@ def measured(request, folder):
 def test_the_loss_of_a_difference_is_that_of_its_definition(
     model, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sensitivity, "_TOKENS", 3 * 48)  # three of the five windows go backward
+    monkeypatch.setattr(budget, "HELD_OUT_TOKENS", 3 * 48)
     request = asked(model, text_file)
     store, costs = measured(request, tmp_path)
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    assert request.windows is not None
+    assert request.held_out is not None
+    assert len(request.held_out) == 3
     for name, block in zip(request.shape.names, costs, strict=True):
         forward = store.measured(name, "forward")
         assert forward is not None
         for key, options in block.items():
             weight = whole.get_submodule(f"{name}.{key}").weight
             change = forward[f"{key}.difference"].float()
-            expected = reference.loss_of(whole, weight, change, request.windows[:3], seed=3)
+            expected = reference.loss_of(whole, weight, change, request.held_out, seed=3)
             assert options[1].loss == pytest.approx(expected, rel=1e-3), (name, key)
+
+
+def test_the_error_is_that_on_windows_that_it_was_not_made_by(llama, text_file, tmp_path):
+    request = asked(llama, text_file)
+    store, costs = measured(request, tmp_path)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    for name, block in zip(request.shape.names, costs, strict=True):
+        forward, linear = store.measured(name, "forward"), whole.get_submodule(f"{name}.mlp")
+        seen = []
+        handle = linear.down_proj.register_forward_pre_hook(lambda _, x, s=seen: s.append(x[0][0]))
+        with torch.no_grad():
+            for window in request.held_out:
+                whole(window[None])
+            handle.remove()
+            inputs = torch.cat(seen)
+            change = forward["mlp.down_proj.difference"].float()
+            error = (inputs @ change.T).square().sum()
+            error /= (inputs @ linear.down_proj.weight.T).square().sum()
+        assert block["mlp.down_proj"][1].error == pytest.approx(float(error), rel=2e-2)
 
 
 def test_the_others_cost_in_proportion_to_their_errors(llama, text_file, tmp_path):
@@ -92,7 +112,7 @@ def test_the_loss_is_near_the_divergence(text_file, tmp_path):
         for key in block:
             weight = whole.get_submodule(f"{name}.{key}").weight
             change = forward[f"{key}.difference"].float()
-            expected += reference.divergence(whole, weight, change, request.windows)
+            expected += reference.divergence(whole, weight, change, request.held_out)
     found = sum(options[1].loss for block in costs for options in block.values())
     assert found == pytest.approx(expected, rel=0.3)
 

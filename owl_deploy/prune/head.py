@@ -1,0 +1,74 @@
+"""What 4 bits of the output head cost the model, for a budget that pays for the head, too.
+
+The model is run, not estimated: what the head is given is known, and where the table of the tokens
+is the same matrix a second run begins with the rounded one.
+"""
+
+import torch
+
+from owl_deploy.blocks import Activations
+from owl_deploy.manifest import Cost
+from owl_deploy.progress import Advance, bar
+from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.prune.formats import Costs
+from owl_deploy.prune.linear import Maker
+from owl_deploy.prune.measure import gather_head
+from owl_deploy.prune.request import Request
+from owl_deploy.prune.sensitivity import kept_costs
+from owl_deploy.prune.store import Store
+
+_BITS = 4
+
+
+def measure_head(request: Request, store: Store) -> list[Cost]:
+    """The costs of a head in planes, by which nothing is lost here, and of one in 4 bits.
+
+    The latter's is the divergence from the dense model, in nats a token, on the windows that are
+    held out. The cache folder keeps them, as those of the blocks.
+    """
+
+    def measure() -> Costs:
+        assert request.room is not None
+        assert request.room.head is not None
+        losses = (0.0, _loss(request, store))
+        found = zip((8, _BITS), request.room.head, losses, strict=True)
+        return [{"": [Cost(bits=b, sparsity=0.0, bytes=s, error=0.0, loss=x) for b, s, x in found]}]
+
+    return kept_costs(request, "-head", measure)[0][""]
+
+
+@torch.no_grad()
+def _loss(request: Request, store: Store) -> float:
+    assert request.windows is not None
+    assert request.held_out is not None
+    skeleton, windows, held_out = request.skeleton, request.windows, request.held_out
+    tied = skeleton.model.config.tie_word_embeddings
+    passes = len(skeleton.names) * (len(windows) + (1 + tied) * len(held_out)) + len(windows)
+    with bar("Measuring the head", passes) as advance:
+        hidden = _through(request, store, windows, advance)
+        statistics = gather_head(request, hidden, advance, hessian=True)
+        inputs = Inputs(statistics, skeleton.family.head)
+        dense = request.checkpoint.read(skeleton.head_weights[0])
+        weight = dense.to(skeleton.device, torch.float32)
+        left = Maker(request.settings).rounded(weight, inputs, 0.0, _BITS).weight.to(dense.dtype)
+        del hidden
+        whole = _through(request, store, held_out, advance)
+        rounded = _through(request, store, held_out, advance, left) if tied else whole
+        (loss,) = skeleton.divergences(held_out, whole, [rounded], left)
+    return max(loss, 0.0)
+
+
+def _through(
+    request: Request,
+    store: Store,
+    windows: torch.Tensor,
+    advance: Advance,
+    table: torch.Tensor | None = None,
+) -> Activations:
+    """What leaves the last block of the dense model; `table`: the tokens', for the model's."""
+    skeleton = request.skeleton
+    hidden = skeleton.embed(windows, request.batch, store.folder, table)
+    for index, name in enumerate(skeleton.names):
+        with skeleton.loaded(name) as block:
+            hidden.through(block, index, advance, keep=True)
+    return hidden
