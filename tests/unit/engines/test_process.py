@@ -21,8 +21,18 @@ def fake(folder: Path, **behaviour: object) -> Path:
     return folder
 
 
+_OTHERS: list[psutil.Process] = []  # of tests before, in this process: they are not ours
+
+
+@pytest.fixture(autouse=True)
+def _note_others() -> None:
+    _OTHERS[:] = psutil.Process().children(recursive=True)
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """What a test has started and not ended."""
+    running = psutil.Process().children(recursive=True)
+    return [one for one in running if one not in _OTHERS]
 
 
 def test_a_worker_answers_whatever_its_engine_prints(tmp_path: Path) -> None:
