@@ -119,6 +119,25 @@ class Skeleton:
         return Activations(hidden, arguments, batch, self.device)
 
     @torch.no_grad()
+    def run(
+        self,
+        windows: torch.Tensor,
+        batch: int,
+        scratch: Path,
+        advance: Callable[[float], None],
+        table: torch.Tensor | None = None,
+    ) -> "Activations":
+        """What leaves the last block for `windows`, a block at a time; the others as in `embed`.
+
+        `advance` is called with the number of windows that a block has done.
+        """
+        hidden = self.embed(windows, batch, scratch, table)
+        for index, name in enumerate(self.names):
+            with self.loaded(name) as block:
+                hidden.through(block, index, advance, keep=True)
+        return hidden
+
+    @torch.no_grad()
     def losses(self, windows: torch.Tensor, states: Sequence["Activations"]) -> list[float]:
         """The loss of each of `states`, what left the last block for `windows`, in nats a token.
 

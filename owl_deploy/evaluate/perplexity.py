@@ -305,9 +305,6 @@ def _blockwise_nll(skeleton: Skeleton, windows: torch.Tensor, batch: int) -> flo
         tempfile.TemporaryDirectory() as scratch,
         bar("Perplexity, a block at a time", len(windows) * len(skeleton.blocks)) as advance,
     ):
-        states = skeleton.embed(windows, batch, Path(scratch))
-        for index in range(len(skeleton.blocks)):
-            with skeleton.loaded(skeleton.names[index]) as block:
-                states.through(block, index, advance, keep=True)
+        states = skeleton.run(windows, batch, Path(scratch), advance)
         (loss,) = skeleton.losses(windows, [states])
     return loss * len(windows) * (windows.shape[1] - 1)

@@ -74,7 +74,7 @@ def _usual_head(precision: pack.Values, grid: Grid | None) -> Head:
     traits = pack.TRAITS[precision]
     if not traits.levels:
         return "whole"
-    bits = min((grid.bits.get(name, 8) for name in heads()), default=8) if grid else 8
+    bits = min(grid.bits.get(name, 8) for name in heads()) if grid else 8
     return "whole" if max(bits, traits.stored_bits) < 8 else "screened"
 
 

@@ -6,9 +6,8 @@ is the same matrix a second run begins with the rounded one.
 
 import torch
 
-from owl_deploy.blocks import Activations
 from owl_deploy.manifest import Cost
-from owl_deploy.progress import Advance, bar
+from owl_deploy.progress import bar
 from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.formats import Costs
 from owl_deploy.prune.linear import Maker
@@ -45,30 +44,15 @@ def _loss(request: Request, store: Store) -> float:
     tied = skeleton.model.config.tie_word_embeddings
     passes = len(skeleton.names) * (len(windows) + (1 + tied) * len(held_out)) + len(windows)
     with bar("Measuring the head", passes) as advance:
-        hidden = _through(request, store, windows, advance)
+        hidden = skeleton.run(windows, request.batch, store.folder, advance)
         statistics = gather_head(request, hidden, advance, hessian=True)
         inputs = Inputs(statistics, skeleton.family.head)
         dense = request.checkpoint.read(skeleton.head_weights[0])
         weight = dense.to(skeleton.device, torch.float32)
         left = Maker(request.settings).rounded(weight, inputs, 0.0, _BITS).weight.to(dense.dtype)
         del hidden
-        whole = _through(request, store, held_out, advance)
-        rounded = _through(request, store, held_out, advance, left) if tied else whole
+        asked = (held_out, request.batch, store.folder, advance)
+        whole = skeleton.run(*asked)
+        rounded = skeleton.run(*asked, left) if tied else whole
         (loss,) = skeleton.divergences(held_out, whole, [rounded], left)
     return max(loss, 0.0)
-
-
-def _through(
-    request: Request,
-    store: Store,
-    windows: torch.Tensor,
-    advance: Advance,
-    table: torch.Tensor | None = None,
-) -> Activations:
-    """What leaves the last block of the dense model; `table`: the tokens', for the model's."""
-    skeleton = request.skeleton
-    hidden = skeleton.embed(windows, request.batch, store.folder, table)
-    for index, name in enumerate(skeleton.names):
-        with skeleton.loaded(name) as block:
-            hidden.through(block, index, advance, keep=True)
-    return hidden

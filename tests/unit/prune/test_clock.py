@@ -52,7 +52,7 @@ def test_real_kernels_are_timed():
     found = clock.measure(recipe.settings(budget="1.2x"), _Skeleton(), shape)
     assert set(found.each) == {((32, 16), form) for form in clock.formats("sparsegpt")}
     assert all(0 < took < 1 for took in found.each.values())
-    assert min(found.rest, found.whole) > 0  # a loaded machine may time either as the longer
+    assert 0 < found.rest < found.whole
 
 
 def test_without_the_library(monkeypatch, tmp_path):
