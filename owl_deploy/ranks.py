@@ -193,7 +193,9 @@ def _number(name: str, default: int) -> int:
 
 
 def _start() -> None:
-    import torch.distributed
+    # nn first: what is imported after the start has the group as default arguments, whose threads
+    # then outlive its end, into the interpreter's, where one of them may call std::terminate.
+    import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -3,6 +3,7 @@
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.divided FILE
 """
 
+import atexit
 import itertools
 import json
 import os
@@ -143,7 +144,16 @@ def difference(a: Path, b: Path) -> Apart:
     return Apart(elsewhere, rows, most, (squares / whole) ** 0.5)
 
 
+def _ended_alone() -> None:
+    """At exit, after the group's end: its threads must not see the interpreter's."""
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    if left := [name for name in names if "gloo" in name]:
+        print("threads of the group are left:", *left, file=sys.stderr)
+        os._exit(9)
+
+
 def main(arguments: Sequence[str]) -> None:
+    atexit.register(_ended_alone)  # the first to be registered is the last to be called
     for one in json.loads(Path(arguments[0]).read_text()):
         run(one)
 
