@@ -137,7 +137,7 @@ class Prune(Task):
             return False
         told = manifest.settings.model_dump(mode="json") | (manifest.calibration or {})
         settings = self.settings if self.tune_minutes is None else self.settings.searched()
-        asked = settings.model_dump(mode="json") | self.model_dump(
+        asked = settings.model_dump(mode="json", exclude=settings.found) | self.model_dump(
             include={"samples", "sequence_length"}
         )
         return agree(told, asked)

@@ -194,6 +194,13 @@ class PruneSettings(BaseModel):
         return self.bits is not None or self.budget is not None
 
     @property
+    def found(self) -> set[str]:
+        """The names of what a pruning by these finds out, and then has as settings of its own."""
+        if self.budget is None:
+            return set()
+        return {"sparsity"} | ({"head_bits"} if self.head_bits is None else set())
+
+    @property
     def changes_head(self) -> bool:
         """Whether the output head is pruned, or rounded."""
         return self.head_sparsity is not None or self.head_bits is not None

@@ -1,10 +1,11 @@
 """A model that people deploy, from its package to a decision: what `make showcase` runs.
 
 `python -m owl_deploy.showcase -o DIR`: Qwen2.5-Coder-1.5B, dense, pruned to 50 % in one shot, both
-of them rounded to 4 bits too, and the pruned one trained again, in each engine and precision that a
-user would take; beside them its sister of 0.5B, which is a rival of all that, and a draft for the
-dense one. Judged by HumanEval and by perplexity on code that was not calibrated on. Hours on two
-cores; every step leaves an artefact, and what is there is not made again.
+of them rounded to 4 bits too, the dense one with a format for each matrix, and the pruned one
+trained again, in each engine and precision that a user would take; beside them its sister of 0.5B,
+which is a rival of all that, and a draft for the dense one. Judged by HumanEval and by perplexity
+on code that was not calibrated on. Hours on two cores; every step leaves an artefact, and what is
+there is not made again.
 """
 
 import sys
@@ -72,8 +73,9 @@ class Plan:
     """What is made, and how much of it is run.
 
     `roads`: the targets and precisions of the "dense" model, "dense-rounded" (by `rounding`, with
-    compensation), the "sparse" one (by `pruning`), and what was made of that: "rounded" likewise
-    and "recovered"; and of the smaller model, "sister", dense and rounded likewise. `samples`
+    compensation) and "dense-budget" (by `choosing`, likewise), the "sparse" one (by `pruning`), and
+    what was made of that: "rounded" likewise and "recovered"; and of the smaller model, "sister",
+    dense and rounded likewise. `samples`
     windows of `length` tokens to prune by, after a search of `tune_minutes`; `windows` of `window`
     to evaluate on; of HumanEval's problems each `every`-th, and at most `limit`.
     """
@@ -81,9 +83,10 @@ class Plan:
     roads: dict[str, tuple[Road, ...]]
     pruning: PruneSettings
     rounding: PruneSettings
+    choosing: PruneSettings
     recovery: FinetuneSettings
     tune_minutes: float | None = None
-    samples: int = 32
+    samples: int = 64
     length: int = 512
     window: int = 2048
     windows: int = 5
@@ -128,6 +131,7 @@ SHOWCASE = Plan(
     roads={
         "dense": (*_OWL, *_RIVALS),
         "dense-rounded": (_INT4,),
+        "dense-budget": (_INT4,),
         "sparse": tuple(road for road in _OWL if road != _INT4),
         "rounded": (_INT4,),
         "recovered": (("owl", "int8"),),
@@ -135,6 +139,7 @@ SHOWCASE = Plan(
     },
     pruning=PruneSettings(method="alps", allocation="owl", sparsity=0.5),
     rounding=PruneSettings(method="none", bits=4),
+    choosing=PruneSettings(method="none", budget="900MB"),  # as large as Q3_K_M
     # A quarter of the blocks at a time: 13 GB with the teacher, by reckoning. A chat model that
     # only read code would forget how to answer: half of the loss is the dense one's.
     recovery=FinetuneSettings(
@@ -210,6 +215,7 @@ def _checkpoints(plan: Plan, source: Path, output: Path) -> dict[str, Path]:
     pruned = f"{plan.pruning.method}-{share}"
     names = {
         "dense-rounded": "dense-int4",
+        "dense-budget": f"dense-{plan.choosing.budget}",
         "sparse": pruned,
         "rounded": f"{pruned}-int4",
         "recovered": f"recovered-{share}",
@@ -225,12 +231,15 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
     tokens = f"{plan.samples} windows of {plan.length} tokens of code"
     calibrated = {"calibration": text, "samples": plan.samples, "sequence_length": plan.length}
 
-    def rounding(model: str, what: str, source: Path) -> Prune:
+    def rounding(
+        model: str, what: str, source: Path, settings: PruneSettings = plan.rounding
+    ) -> Prune:
+        to = f"{settings.bits} bits" if settings.budget is None else settings.budget
         return Prune(
-            title=f"Rounding {what} to {plan.rounding.bits} bits, {tokens}",
+            title=f"Rounding {what} to {to}, {tokens}",
             output=checkpoints[model],
             model=source,
-            settings=plan.rounding,
+            settings=settings,
             **calibrated,
         )
 
@@ -238,6 +247,8 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
         yield rounding("sister", "the smaller sister", sister / SISTER)
     if plan.roads["dense-rounded"]:
         yield rounding("dense-rounded", "the dense model", checkpoints["dense"])
+    if plan.roads["dense-budget"]:
+        yield rounding("dense-budget", "the dense model", checkpoints["dense"], plan.choosing)
     if any(plan.roads[model] for model in ("sparse", "rounded", "recovered")):
         yield Prune(
             title=f"Pruning: {plan.pruning.allocation} {plan.pruning.sparsity:.0%} with "

@@ -206,6 +206,20 @@ def test_a_searched_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_p
     assert state(task.model_copy(update={"settings": settings(sparsity=0.6)})) == "outdated"
 
 
+def test_a_checkpoint_to_a_budget_without_a_receipt_is_judged_by_its_manifest(tmp_path):
+    asked = settings(budget="400MB")
+    task = ALL[0].model_copy(update={"output": tmp_path, "settings": asked})
+    found = asked.model_copy(update={"sparsity": 0.1, "head_bits": 4})
+    manifest = CheckpointManifest(
+        settings=Pruning.model_validate(found.model_dump()),
+        calibration={"source": "t.txt", "samples": 128, "sequence_length": 2048},
+    )
+    manifest.write(tmp_path)
+    assert state(task) == "done"
+    for other in ({"budget": "300MB"}, {"budget": "400MB", "head_bits": 3}, {"bits": 4}):
+        assert state(task.model_copy(update={"settings": settings(**other)})) == "outdated"
+
+
 def test_a_fine_tuned_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     settings = FinetuneSettings(method="masked", max_minutes=5)
     task = Finetune(title="f", output=tmp_path, checkpoint="a/c", text="t.txt", settings=settings)

@@ -33,7 +33,7 @@ def test_every_deployment_is_judged_before_it_is_benched() -> None:
     kinds = [type(task) for task in plan]
     count = sum(map(len, showcase.SHOWCASE.roads.values()))
     numbers = [kinds.count(kind) for kind in (Prune, Finetune, Export, Evaluate, RunTasks, Bench)]
-    assert numbers == [4, 1, count, count, count, 2]
+    assert numbers == [5, 1, count, count, count, 2]
     assert len({task.output for task in plan}) == len(plan)
     assert PLAN.validate_json(PLAN.dump_json(plan)) == plan
     before = needs(plan)
@@ -54,7 +54,7 @@ def test_the_owl_engine_is_there_in_every_precision() -> None:
         for precision in TARGETS["owl"].precisions.keys() - {"int3"}:
             rounded = model == "sparse" and precision == "int4"  # to nearest is not how one rounds
             assert f"{'rounded' if rounded else model}-owl-{precision}" in exported
-    assert {"dense-rounded-owl-int4", "recovered-owl-int8"} <= exported
+    assert {"dense-rounded-owl-int4", "dense-budget-owl-int4", "recovered-owl-int8"} <= exported
     assert not any(name.endswith("-int3") for name in exported)
 
 
@@ -65,7 +65,7 @@ def test_the_owl_engine_is_there_in_every_precision() -> None:
         (["recovered"], {"recovered-owl-int8"}, {Finetune}),
         (["sparse"], {"sparse-owl-int8"}, set()),
         (
-            ["sparse", "*rounded", "recovered", "sister"],
+            ["sparse", "*rounded", "dense-budget", "recovered", "sister"],
             {"sparse-owl-int8", "rounded-owl-int4", "recovered-owl-int8", "sister-owl-int4"},
             {Prune, Finetune},
         ),

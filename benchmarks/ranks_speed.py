@@ -1,0 +1,77 @@
+"""How much faster two processes of one core each prune than one process of one core.
+
+    python benchmarks/ranks_speed.py -o benchmarks/results/ranks_speed.json
+
+SmolLM2-135M, the demo's input. Runs of one and of two processes in turn, as many rounds as asked.
+Two times of each: of the pruning, as the manifest has it, and of the whole command, which starts
+torch in every process.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from owl_deploy.artefact import write_json
+from owl_deploy.bench.machine import look
+from owl_deploy.demo_input import demo_input
+from owl_deploy.progress import bar
+
+METHODS = ("wanda", "sparsegpt")
+
+
+def prune(method: str, ranks: int, windows: int, folder: Path) -> dict[str, float]:
+    """Seconds of one run of so many processes, each on one core with one thread."""
+    given, output = demo_input(), folder / "pruned"
+    text = given / "calibration.txt"
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    line = ["prune", given / "smollm2-135m", "-o", output, "--method", method, "--sparsity", "0.5"]
+    line += ["--calibration", text, "--samples", windows, "--sequence-length", "512"]
+    command = [sys.executable, "-m", *(launcher if ranks > 1 else []), "owl_deploy", *line]
+    begun = time.perf_counter()
+    subprocess.run(
+        ["taskset", "-c", f"0-{ranks - 1}", *map(str, command), "--force"],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    whole = time.perf_counter() - begun
+    manifest = json.loads((output / "owl.json").read_text(encoding="utf-8"))
+    return {"pruning": manifest["wall_seconds"], "whole": whole}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
+    given = parser.parse_args()
+    found: dict[str, Any] = {"cpu": look().cpu, "windows": given.windows, "methods": {}}
+    steps = len(METHODS) * given.rounds * 2
+    with tempfile.TemporaryDirectory() as name, bar("Pruning in turn", steps) as advance:
+        for method in METHODS:
+            runs: dict[str, list[dict[str, float]]] = {"1": [], "2": []}
+            for _ in range(given.rounds):
+                for ranks, own in runs.items():
+                    own.append(prune(method, int(ranks), given.windows, Path(name)))
+                    advance(1)
+            pairs = list(zip(*runs.values(), strict=True))
+            times = {
+                kind: sorted(one[kind] / two[kind] for one, two in pairs)
+                for kind in ("pruning", "whole")
+            }
+            median = {kind: statistics.median(values) for kind, values in times.items()}
+            found["methods"][method] = {"runs": runs, "times as fast": times, "median": median}
+            print(method, median)
+    write_json(given.output, found)
+
+
+if __name__ == "__main__":
+    main()
