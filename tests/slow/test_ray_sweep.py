@@ -20,6 +20,7 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 from ray.cluster_utils import Cluster
 
 from owl_deploy.cluster.interrupt import QUESTION
+from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
 from owl_deploy.record import Record
 
 pytestmark = [
@@ -82,12 +83,30 @@ def wait_for(terminal: int, reached: Callable[[bytes], bool]) -> None:
                 return
 
 
-def test_ctrl_c_on_a_terminal_asks_once_and_then_cancels_all(tmp_path: Path) -> None:
+@pytest.fixture
+def of_tiny(tmp_path: Path) -> list[str]:
+    """The command line of the plan's sweep of a tiny model, less where it goes."""
     tiny.write_llama(tmp_path / "MODEL", max_position_embeddings=2048)
     (tmp_path / "text").write_text(tiny.text(20000))
-    (tmp_path / "plan.yaml").write_text(PLAN)
-    sweep = ["sweep", "MODEL", "-o", "out", "--plan", "plan.yaml"]
-    sweep += ["-c", "text", "-p", "text", "--ray", "local"]
+    return sweep_of(tmp_path / "MODEL", tmp_path / "text", tmp_path)
+
+
+@pytest.fixture
+def of_demo(tmp_path: Path) -> list[str]:
+    """That of the demo's model."""
+    given = demo_input()
+    return sweep_of(given / MODEL, given / CALIBRATION, tmp_path)
+
+
+def sweep_of(model: Path, text: Path, folder: Path) -> list[str]:
+    (folder / "plan.yaml").write_text(PLAN)
+    return f"sweep {model} --plan plan.yaml -c {text} -p {text}".split()
+
+
+def test_ctrl_c_on_a_terminal_asks_once_and_then_cancels_all(
+    tmp_path: Path, of_tiny: list[str]
+) -> None:
+    sweep = [*of_tiny, "-o", "out", "--ray", "local"]
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -108,12 +127,12 @@ def test_ctrl_c_on_a_terminal_asks_once_and_then_cancels_all(tmp_path: Path) -> 
     os.close(terminal)
 
 
-def test_a_sweep_outlives_a_node_and_its_driver(cluster: Cluster, tmp_path: Path) -> None:
-    tiny.write_llama(tmp_path / "MODEL", max_position_embeddings=2048)
-    (tmp_path / "text").write_text(tiny.text(20000))
-    (tmp_path / "plan.yaml").write_text(PLAN)
-    sweep = f"sweep MODEL -o ray --plan plan.yaml -c text -p text --ray {cluster.address}".split()
-    command = [sys.executable, "-m", "owl_deploy", *sweep]
+@pytest.mark.parametrize("model", ["tiny", "demo"])
+def test_a_sweep_outlives_a_node_and_its_driver(
+    cluster: Cluster, tmp_path: Path, model: str, request: pytest.FixtureRequest
+) -> None:
+    sweep = [sys.executable, "-m", "owl_deploy", *request.getfixturevalue(f"of_{model}")]
+    command = [*sweep, "-o", "ray", "--ray", cluster.address]
     extra = cluster.add_node(num_cpus=2, memory=2**32, object_store_memory=100 * 2**20)
     output = tmp_path / "ray"
 
@@ -135,9 +154,7 @@ def test_a_sweep_outlives_a_node_and_its_driver(cluster: Cluster, tmp_path: Path
             assert bench.ended is not None
             assert other.ended <= bench.started or bench.ended <= other.started
 
-    here = [sys.executable, "-m", "owl_deploy", *sweep[:-2]]
-    here[here.index("ray")] = "here"
-    subprocess.run(here, cwd=tmp_path, check=True)
+    subprocess.run([*sweep, "-o", "here"], cwd=tmp_path, check=True)
     kinds = (
         "checkpoints/*/*.safetensors",
         "checkpoints/*/config.json",
