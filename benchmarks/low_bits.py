@@ -35,6 +35,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "budget 4.25": ("--budget", "4.25"),
     "budget 3.8": ("--budget", "3.8"),
     "budget 3.3": ("--budget", "3.3"),
+    "budget 3.25": ("--budget", "3.25"),
+    "budget 2.75": ("--budget", "2.75"),
 }
 TRAINING = ("--method", "masked", "--sequence-length", "512")
 WINDOW, WINDOWS = 2048, 6
