@@ -8,9 +8,11 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,9 +89,11 @@ def _count_last_rank(times: float) -> None:
     InputStatistics._add = weighed
 
 
-def torchrun(processes: int, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """`python -m ARGUMENTS` in so many processes, to its end."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
+def torchrun(
+    processes: int, *arguments: object, group: Sequence[object] = ("--standalone",)
+) -> "subprocess.CompletedProcess[str]":
+    """`python -m ARGUMENTS` in so many processes, to its end; by `group` they find each other."""
+    launcher = ["torch.distributed.run", *group, "--nproc-per-node", processes, "-m"]
     command = [sys.executable, "-m", *map(str, [*launcher, *arguments])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -99,9 +103,29 @@ def in_processes(
     processes: int, folder: Path, asked: Iterable[dict[str, Any]]
 ) -> "subprocess.CompletedProcess[str]":
     """Do all that is `asked` in one start of so many; `folder` is for what they are told."""
+    return torchrun(processes, "tests.divided", _told(folder, asked))
+
+
+def in_two_nodes(
+    processes: int, folder: Path, asked: Iterable[dict[str, Any]]
+) -> "list[subprocess.CompletedProcess[str]]":
+    """The same in so many processes for each of two launchers, as two machines have them."""
+    told = _told(folder, asked)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = ("--master-addr", "127.0.0.1", "--master-port", free.getsockname()[1])
+
+    def node(rank: int) -> "subprocess.CompletedProcess[str]":
+        group = ("--nnodes", 2, "--node-rank", rank, *where)
+        return torchrun(processes, "tests.divided", told, group=group)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(node, range(2)))
+
+
+def _told(folder: Path, asked: Iterable[dict[str, Any]]) -> Path:
     told = folder / "asked.json"
     told.write_text(json.dumps(list(asked)))
-    return torchrun(processes, "tests.divided", told)
+    return told
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

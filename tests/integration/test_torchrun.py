@@ -202,6 +202,16 @@ def test_every_method_and_allocation(models, text_file, tmp_path, alone, process
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_two_nodes_of_two_processes_make_the_model_of_one(models, text_file, tmp_path):
+    case = prunings(models, text_file, tmp_path, [("llama", {"method": "sparsegpt"})])[0]
+    for done in divided.in_two_nodes(2, tmp_path, [case]):
+        assert done.returncode == 0, done.stderr
+    divided.run(case | {"output": str(tmp_path / "whole")})
+    check_tied(tmp_path / "0", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_with_other_packages_are_refused(models, text_file, tmp_path):
     case = prunings(models, text_file, tmp_path, [("llama", {"method": "wanda"})])[0]
     done = divided.in_processes(2, tmp_path, [case | {"unlike": "2.0.0"}])
