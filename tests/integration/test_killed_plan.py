@@ -97,6 +97,7 @@ TINY = showcase.Plan(
     roads={
         "dense": (INT8, ("owl", "int8")),
         "dense-rounded": (),
+        "dense-budget": (("owl", "int4"),),
         "sparse": (("owl", "int8"),),
         "rounded": (("owl", "int4"),),
         "recovered": (("owl", "int8"),),
@@ -105,6 +106,7 @@ TINY = showcase.Plan(
     pruning=showcase.SHOWCASE.pruning,
     tune_minutes=0.01,
     rounding=showcase.SHOWCASE.rounding,
+    choosing=PruneSettings(method="none", budget="3.9"),
     recovery=FinetuneSettings(
         method="masked", max_steps=3, max_minutes=1, sequence_length=64, block_group=1
     ),
@@ -140,10 +142,10 @@ def test_the_showcase_goes_on_where_it_was_killed(
     plan, again = made(TINY, source, output), "made(TINY"
     training = output / "checkpoints" / ".recovered-50.owl-partial" / "group-0.json"
     killed_at(training, source, output, again)
-    assert survey(plan)[:4] == ["done", "done", "done", "to do"]
+    assert survey(plan)[:5] == ["done", "done", "done", "done", "to do"]
     answering = output / "deployments" / "sparse-owl-int8" / "measured" / "perplexity.json"
     killed_at(answering, source, output, again)
-    trained = read_manifest(plan[3].output, CheckpointManifest)
+    trained = read_manifest(plan[4].output, CheckpointManifest)
     assert trained is not None
     assert trained.to_json()["finetune"]["resumed"]
     said: list[str] = []
