@@ -20,7 +20,7 @@ from typing import Any
 
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.demo_input import demo_input
+from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
 from owl_deploy.progress import bar
 
 METHODS = ("wanda", "sparsegpt")
@@ -29,10 +29,10 @@ METHODS = ("wanda", "sparsegpt")
 def prune(method: str, ranks: int, windows: int, folder: Path) -> dict[str, float]:
     """Seconds of one run of so many processes, each on one core with one thread."""
     given, output = demo_input(), folder / "pruned"
-    text = given / "calibration.txt"
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    line = ["prune", given / "smollm2-135m", "-o", output, "--method", method, "--sparsity", "0.5"]
-    line += ["--calibration", text, "--samples", windows, "--sequence-length", "512"]
+    line = ["prune", given / MODEL, "-o", output, "--method", method, "--sparsity", "0.5"]
+    line += ["--calibration", given / CALIBRATION]
+    line += ["--samples", windows, "--sequence-length", "512"]
     command = [sys.executable, "-m", *(launcher if ranks > 1 else []), "owl_deploy", *line]
     begun = time.perf_counter()
     subprocess.run(

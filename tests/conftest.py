@@ -2,6 +2,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -40,6 +41,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny.text())
     return path
+
+
+@pytest.fixture
+def children():
+    """Give the processes that this test has started and not ended; those before it left others."""
+    before = psutil.Process().children(recursive=True)
+    return lambda: [one for one in psutil.Process().children(recursive=True) if one not in before]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,11 @@ def test_a_server_is_started_as_its_row_says_and_nothing_of_it_is_left(
     ],
 )
 def test_a_server_that_does_not_come_is_said_in_a_sentence(
-    folder: Path, fails: str, timeout_s: float, message: str
+    folder: Path,
+    fails: str,
+    timeout_s: float,
+    message: str,
+    children: Callable[[], list[psutil.Process]],
 ) -> None:
     (folder / "server.json").write_text(json.dumps({"fails": fails}))
     with (
@@ -65,7 +70,7 @@ def test_a_server_that_does_not_come_is_said_in_a_sentence(
         ServerProcess("fake", folder, rows=1, context=8, timeout_s=timeout_s),
     ):
         pass
-    assert psutil.Process().children(recursive=True) == []
+    assert children() == []
 
 
 def test_a_server_ends_with_whoever_started_it(folder: Path) -> None:

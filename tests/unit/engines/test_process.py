@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +22,11 @@ def fake(folder: Path, **behaviour: object) -> Path:
     return folder
 
 
-_OTHERS: list[psutil.Process] = []  # of tests before, in this process: they are not ours
+# `children`: what a test has started and not ended.
+Children = Callable[[], list[psutil.Process]]
 
 
-@pytest.fixture(autouse=True)
-def _note_others() -> None:
-    _OTHERS[:] = psutil.Process().children(recursive=True)
-
-
-def children() -> list[psutil.Process]:
-    """What a test has started and not ended."""
-    running = psutil.Process().children(recursive=True)
-    return [one for one in running if one not in _OTHERS]
-
-
-def test_a_worker_answers_whatever_its_engine_prints(tmp_path: Path) -> None:
+def test_a_worker_answers_whatever_its_engine_prints(tmp_path: Path, children: Children) -> None:
     with EngineProcess("fake", fake(tmp_path, decode_ms=20, load_s=3), threads=2) as engine:
         assert engine.loaded["seconds"] == pytest.approx(3)
         assert engine.loaded["threads"] == 2
@@ -83,7 +74,7 @@ def test_score_predicts_all_but_the_first_token_of_a_window(tmp_path: Path) -> N
     ],
 )
 def test_a_failing_engine_is_an_error_with_its_last_words(
-    tmp_path: Path, how: str, message: str
+    tmp_path: Path, how: str, message: str, children: Children
 ) -> None:
     folder = fake(tmp_path, fail={"op": "load", "how": how})
     with pytest.raises(EngineFailed, match=message) as caught, EngineProcess("fake", folder):
@@ -92,7 +83,9 @@ def test_a_failing_engine_is_an_error_with_its_last_words(
     assert children() == []
 
 
-def test_an_engine_that_hangs_is_ended_at_the_time_limit(tmp_path: Path) -> None:
+def test_an_engine_that_hangs_is_ended_at_the_time_limit(
+    tmp_path: Path, children: Children
+) -> None:
     folder = fake(tmp_path, fail={"op": "prompt", "how": "hang"})
     started = time.monotonic()
     with EngineProcess("fake", folder, timeout_s=1.0) as engine:
