@@ -8,19 +8,20 @@ torch in every process.
 """
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
+from owl_deploy.bench.stats import compare
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
+from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.progress import bar
 
 METHODS = ("wanda", "sparsegpt")
@@ -42,8 +43,16 @@ def prune(method: str, ranks: int, windows: int, folder: Path) -> dict[str, floa
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     whole = time.perf_counter() - begun
-    manifest = json.loads((output / "owl.json").read_text(encoding="utf-8"))
-    return {"pruning": manifest["wall_seconds"], "whole": whole}
+    manifest = read_manifest(output, CheckpointManifest)
+    assert manifest is not None
+    return {"pruning": manifest.wall_seconds, "whole": whole}
+
+
+def gains(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """How many times as fast two processes are, in pairs: `owl bench`'s statistics."""
+    kinds = ("pruning", "whole")
+    times = {kind: [[run[kind] for run in own] for own in runs.values()] for kind in kinds}
+    return {kind: asdict(compare(two, one)) for kind, (one, two) in times.items()}
 
 
 def main() -> None:
@@ -62,14 +71,8 @@ def main() -> None:
                 for ranks, own in runs.items():
                     own.append(prune(method, int(ranks), given.windows, Path(name)))
                     advance(1)
-            pairs = list(zip(*runs.values(), strict=True))
-            times = {
-                kind: sorted(one[kind] / two[kind] for one, two in pairs)
-                for kind in ("pruning", "whole")
-            }
-            median = {kind: statistics.median(values) for kind, values in times.items()}
-            found["methods"][method] = {"runs": runs, "times as fast": times, "median": median}
-            print(method, median)
+            found["methods"][method] = {"runs": runs, "times as fast": gains(runs)}
+            print(method, found["methods"][method]["times as fast"])
     write_json(given.output, found)
 
 

@@ -75,9 +75,9 @@ class Plan:
     `roads`: the targets and precisions of the "dense" model, "dense-rounded" (by `rounding`, with
     compensation) and "dense-budget" (by `choosing`, likewise), the "sparse" one (by `pruning`), and
     what was made of that: "rounded" likewise and "recovered"; and of the smaller model, "sister",
-    dense and rounded likewise. `samples`
-    windows of `length` tokens to prune by, after a search of `tune_minutes`; `windows` of `window`
-    to evaluate on; of HumanEval's problems each `every`-th, and at most `limit`.
+    dense and rounded likewise. `samples` windows of `length` tokens to prune by, after a search of
+    `tune_minutes`; `windows` of `window` to evaluate on; of HumanEval's problems each `every`-th,
+    and at most `limit`.
     """
 
     roads: dict[str, tuple[Road, ...]]

@@ -83,35 +83,28 @@ def wait_for(terminal: int, reached: Callable[[bytes], bool]) -> None:
                 return
 
 
-@pytest.fixture
-def of_tiny(tmp_path: Path) -> list[str]:
-    """The command line of the plan's sweep of a tiny model, less where it goes."""
-    tiny.write_llama(tmp_path / "MODEL", max_position_embeddings=2048)
-    (tmp_path / "text").write_text(tiny.text(20000))
-    return sweep_of(tmp_path / "MODEL", tmp_path / "text", tmp_path)
-
-
-@pytest.fixture
-def of_demo(tmp_path: Path) -> list[str]:
-    """That of the demo's model."""
-    given = demo_input()
-    return sweep_of(given / MODEL, given / CALIBRATION, tmp_path)
-
-
-def sweep_of(model: Path, text: Path, folder: Path) -> list[str]:
+def sweep_of(name: str, folder: Path) -> list[str]:
+    """The command line of the plan's sweep of a model, tiny or the demo's, less where it goes."""
+    if name == "demo":
+        model, text = demo_input() / MODEL, demo_input() / CALIBRATION
+    else:
+        model, text = (
+            tiny.write_llama(folder / "MODEL", max_position_embeddings=2048),
+            folder / "text",
+        )
+        text.write_text(tiny.text(20000))
     (folder / "plan.yaml").write_text(PLAN)
-    return f"sweep {model} --plan plan.yaml -c {text} -p {text}".split()
+    sweep = f"sweep {model} --plan plan.yaml -c {text} -p {text}".split()
+    return [sys.executable, "-m", "owl_deploy", *sweep]
 
 
-def test_ctrl_c_on_a_terminal_asks_once_and_then_cancels_all(
-    tmp_path: Path, of_tiny: list[str]
-) -> None:
-    sweep = [*of_tiny, "-o", "out", "--ray", "local"]
+def test_ctrl_c_on_a_terminal_asks_once_and_then_cancels_all(tmp_path: Path) -> None:
+    command = [*sweep_of("tiny", tmp_path), "-o", "out", "--ray", "local"]
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.chdir(tmp_path)
-        os.execv(sys.executable, [sys.executable, "-m", "owl_deploy", *sweep])
+        os.execv(sys.executable, command)
 
     def states() -> list[str]:
         return [record.state for record in records(tmp_path / "out")]
@@ -129,9 +122,9 @@ def test_ctrl_c_on_a_terminal_asks_once_and_then_cancels_all(
 
 @pytest.mark.parametrize("model", ["tiny", "demo"])
 def test_a_sweep_outlives_a_node_and_its_driver(
-    cluster: Cluster, tmp_path: Path, model: str, request: pytest.FixtureRequest
+    cluster: Cluster, tmp_path: Path, model: str
 ) -> None:
-    sweep = [sys.executable, "-m", "owl_deploy", *request.getfixturevalue(f"of_{model}")]
+    sweep = sweep_of(model, tmp_path)
     command = [*sweep, "-o", "ray", "--ray", cluster.address]
     extra = cluster.add_node(num_cpus=2, memory=2**32, object_store_memory=100 * 2**20)
     output = tmp_path / "ray"

@@ -18,10 +18,9 @@ pytestmark = needs_bwrap
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind():
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+def nothing_left_behind(children):
     yield
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    assert children() == []
 
 
 def test_a_right_program_passes() -> None:
