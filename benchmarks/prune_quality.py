@@ -36,6 +36,7 @@ SETTINGS: dict[str, list[str]] = {
     "owl": ["--allocation", "owl"],
     "dlp": ["--allocation", "dlp"],
     "linear": ["--allocation", "linear"],
+    "fisher": ["--allocation", "fisher"],
     "searched": ["--tune", "15"],
     "uniform 2:4": ["--allocation", "uniform", "--structure", "2:4"],
     "owl, mixed N:8, 4:8 on average": ["--allocation", "owl", "--structure", "4:8"],

@@ -32,15 +32,22 @@ class Allocation:
     """One way to divide sparsity over the blocks, or over the Linears.
 
     `rule`: None where the sparsities are given one by one, or are searched for, or follow from a
-    budget. `spread`: the default, which its paper takes; 0 where nothing is spread. `statistic`:
-    what the rule looks at (None: nothing). `per`: what gets a sparsity of its own; the Linears of a
-    block share the block's.
+    budget, or from losses. `spread`: the default, which its paper takes; 0 where nothing is spread.
+    `statistic`: what the rule looks at (None: nothing). `losses`: whether it asks instead what each
+    Linear's sparsity would cost the model's loss (`prune/fisher.py`). `per`: what gets a sparsity
+    of its own; the Linears of a block share the block's.
     """
 
     rule: Rule | None
     spread: float = 0.0
     statistic: Statistic | None = None
+    losses: bool = False
     per: Literal["block", "Linear"] = "block"
+
+    @property
+    def divides(self) -> bool:
+        """Whether it divides a sparsity that is asked for."""
+        return self.rule is not None or self.losses
 
     @property
     def counts_outliers(self) -> bool:
@@ -163,6 +170,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "dlp": Allocation(dlp, 0.15, _MEDIAN),
     "linear": Allocation(linear, 0.15),
     "uniform": Allocation(uniform),
+    "fisher": Allocation(None, losses=True, per="Linear"),
     "list": Allocation(None),
     SEARCHED: Allocation(None, per="Linear"),
     "budget": Allocation(None, per="Linear"),

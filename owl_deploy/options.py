@@ -52,7 +52,7 @@ Recipe = Annotated[
     Option(help="A file in SparseML's grammar, or a shipped name; options override it."),
 ]
 Method = Annotated[str | None, Option("--method", "-m", help=f"{', '.join(METHODS)}. [wanda]")]
-_RULES = ", ".join(name for name, row in ALLOCATIONS.items() if row.rule)
+_RULES = ", ".join(name for name, row in ALLOCATIONS.items() if row.divides)
 Allocation = Annotated[
     str | None, Option("--allocation", "-a", help=f"How sparsity is divided: {_RULES}. [owl]")
 ]

@@ -15,8 +15,6 @@ from owl_deploy.prune.sparsities import Shape
 from owl_deploy.recipe import PruneSettings, parse_budget
 from owl_deploy.runtime import pack
 
-HELD_OUT_TOKENS = 4096  # that the formats are judged by, in whole windows
-
 Formats = list[dict[str, Cost]]  # of each block, by the names of its pruned Linears
 
 # What a kernel reads as one weight, and so stands in one format: a gated MLP's two halves.

@@ -52,6 +52,14 @@ class Maker:
         pruned = self._pruned(dense, inputs, *self._how(sparsity))
         return round_pruned(dense, pruned, inputs, self._grid(bits))
 
+    def tried(
+        self, dense: torch.Tensor, inputs: Inputs, sparsity: float, bits: int | None
+    ) -> torch.Tensor:
+        """Nearly what `make` leaves, to be judged: what is rounded is not refined."""
+        if bits is None:
+            return self._pruned(dense, inputs, *self._how(sparsity))
+        return self.rounded(dense, inputs, sparsity, bits).weight
+
     def _how(self, sparsity: float) -> tuple[float, Group, Options]:
         """The arguments of a method behind the weight and its inputs."""
         settings = self.settings

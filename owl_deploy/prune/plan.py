@@ -11,6 +11,7 @@ from owl_deploy.prune import tune
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.clock import Clock
+from owl_deploy.prune.fisher import by_fisher
 from owl_deploy.prune.formats import Costs
 from owl_deploy.prune.head import measure_head
 from owl_deploy.prune.judge import Judge
@@ -84,10 +85,14 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
 def _by_rule(request: Request, store: Store) -> tuple[Plan, InputStatistics | None]:
     """The plan of an allocation, or of a search that begins with it; see `resolve`."""
     settings, measured = request.settings, None
-    if request.tune_minutes or ALLOCATIONS[settings.allocation].statistic is not None:
+    allocation = ALLOCATIONS[settings.allocation]
+    if request.tune_minutes or allocation.statistic is not None:
         measured = measure(request, [settings.outlier_multiple], store.folder)
     statistics = measured.statistics if measured else None
-    sparsities = linear_sparsities(settings, request.shape, statistics)
+    if allocation.losses:
+        sparsities = by_fisher(request, store)
+    else:
+        sparsities = linear_sparsities(settings, request.shape, statistics)
     if settings.layers is not None:  # the list has a mean, whatever the settings say
         settings = settings.model_copy(update={"sparsity": _removed(sparsities, request.shape)})
     plan = Plan(settings=settings, sparsities=sparsities, statistics=statistics)
@@ -116,7 +121,11 @@ def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Pl
         ranks,
         lambda found: store.write(SEARCH, found) if ranks.leads else None,
     )
-    searcher.run(tune.start(settings, shape, measured.statistics), request.tune_minutes)
+    start = tune.start(settings, shape, measured.statistics)
+    if ALLOCATIONS[settings.allocation].losses:
+        each = tuple(value for block in plan.sparsities for value in block.values())
+        start.insert(0, (settings.allocation, each))
+    searcher.run(start, request.tune_minutes)
     return plan.model_copy(
         update={
             "settings": settings.searched(),

@@ -27,6 +27,8 @@ from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, token_digest
 from owl_deploy.tokens import load_tokens
 
+HELD_OUT_TOKENS = 4096  # that losses are measured by, in whole windows
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -53,10 +55,10 @@ class Request:
 
     `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
     [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning, a
-    reconstruction and the formats of a budget are judged. `batch`: windows that go through a block
-    together. `room`: what a budget leaves to the pruned Linears, where there is one.
-    `training_dtype`: of the products in a reconstruction and a search. `ranks`: the processes that
-    share it.
+    reconstruction, the formats of a budget and an allocation by losses are judged. `batch`: windows
+    that go through a block together. `room`: what a budget leaves to the pruned Linears, where
+    there is one. `training_dtype`: of the products in a reconstruction and a search. `ranks`: the
+    processes that share it.
     """
 
     skeleton: Skeleton
@@ -158,9 +160,8 @@ def check(
             f"There are {ranks.size} processes, and {len(windows)} windows of calibration text.",
             "Give more --samples, or start fewer processes.",
         )
-    if ranks.size > 1 and (settings.budget or settings.reconstruct):
-        asked = "--budget" if settings.budget else "--reconstruct"
-        raise BadInput(f"{asked} takes one process, and there are {ranks.size}.", "Start one.")
+    if ranks.size > 1:
+        _check_alone(settings, ranks.size)
     own = windows if windows is None else ranks.part(windows)
     # The same everywhere, and so again when the run resumes.
     batch = min(ranks.gathered(find_batch(hardware.batch_size, own, skeleton)))
@@ -180,6 +181,18 @@ def check(
     )
 
 
+def _check_alone(settings: PruneSettings, processes: int) -> None:
+    """Raise `BadInput` for what several processes cannot share."""
+    losses = ALLOCATIONS[settings.allocation].losses
+    for asked, given in (
+        ("--budget", settings.budget),
+        ("--reconstruct", settings.reconstruct),
+        (f"--allocation {settings.allocation}", losses),
+    ):
+        if given:
+            raise BadInput(f"{asked} takes one process, and there are {processes}.", "Start one.")
+
+
 def _windows(
     checkpoint: Checkpoint,
     settings: PruneSettings,
@@ -188,7 +201,8 @@ def _windows(
     tunes: bool,
 ) -> torch.Tensor | None:
     """The windows to prune by, and after them those to judge by."""
-    measures = tunes or ALLOCATIONS[settings.allocation].statistic is not None
+    allocation = ALLOCATIONS[settings.allocation]
+    measures = tunes or allocation.statistic is not None or allocation.losses
     if settings.needs == "nothing" and not measures and not settings.reconstruct:
         return None
     if calibration is None and settings.reconstruct:
@@ -213,8 +227,8 @@ def _windows(
     held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
-    if settings.budget:
-        held_out = max(1, budget.HELD_OUT_TOKENS // calibration.sequence_length)
+    if settings.budget or allocation.losses:
+        held_out = max(held_out, HELD_OUT_TOKENS // calibration.sequence_length, 1)
     count = calibration.samples + held_out
     return calibration_windows(tokens, count, calibration.sequence_length, calibration.seed)
 

@@ -1,11 +1,12 @@
-"""What every format of every Linear would cost: in bytes, and in the model's loss.
+"""What each way to make a Linear costs the model's loss: a format of a budget, or a sparsity.
 
 Two passes over the dense model. The first goes forward, as a pruning does: each block's Linears are
-made in every format, by the calibration windows, and the error of their outputs is that on others,
-tr(D H D^T) for the difference D [out, in] that a format makes and H = X^T X of those. (On the
-windows that it was made by, a Linear of many inputs has a small part of that error.) The second
-goes backward through these others and asks what each of these differences costs: with the gradients
-G_n [out, in] of the loss of window n, whose tokens the model draws itself,
+made in every way, by the calibration windows. Where the errors of their outputs are asked for, they
+are those on other windows, tr(D H D^T) for the difference D [out, in] that a way makes and
+H = X^T X of those. (On the windows that it was made by, a Linear of many inputs has a small part of
+that error.) The second goes backward through these others and asks what each of these differences
+costs: with the gradients G_n [out, in] of the loss of window n, whose tokens the model draws
+itself,
 
     loss = 1 / (2 tokens) sum_n sum_o (G_n[o] . D[o])^2 nats a token.
 
@@ -15,7 +16,7 @@ others), and an error that all tokens share, which attention passes on where it 
 counts as such. Errors of different rows have no reason to agree and are taken as independent, which
 spares the noise of their products.
 
-Each format by its own difference: the loss is not linear in the squared error of a layer's outputs,
+Each way by its own difference: the loss is not linear in the squared error of a layer's outputs,
 whatever made it (which HIGGS, arXiv 2411.17525, has of one kind of rounding). Of what would follow
 from dense int4, all v_proj of SmolLM2-135M cost 0.6 in 3 bits and 0.45 with half of them gone, all
 q_proj 1.3 and 1.5 times it; this sum is within a tenth of what running the model finds of either.
@@ -24,8 +25,8 @@ q_proj 1.3 and 1.5 times it; this sum is within a tenth of what running the mode
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -36,8 +37,9 @@ from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.errors import OwlError
 from owl_deploy.manifest import Cost
 from owl_deploy.progress import Advance, bar
-from owl_deploy.prune.calibrate import Inputs
-from owl_deploy.prune.formats import FORMATS, Costs, formats, packed_size
+from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.clock import weight_size
+from owl_deploy.prune.formats import FORMATS, Costs, Format, formats, packed_size
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.request import Request
@@ -52,10 +54,37 @@ _COSTS: TypeAdapter[Costs] = TypeAdapter(Costs)
 def measure_costs(request: Request, store: Store) -> Costs:
     """The costs of the formats that the method can make, of every pruned Linear.
 
-    They do not depend on the budget: the cache folder keeps them for the next one. Finished blocks
-    are durable in the `store`, for a run that resumes.
+    They do not depend on the budget: the cache folder keeps them for the next one.
     """
-    return kept_costs(request, "", lambda: _Measuring(request, store).run())
+    return kept_costs(request, "", lambda: _costs(request, store))
+
+
+def _costs(request: Request, store: Store) -> Costs:
+    settings, known = request.settings, formats(request.settings.method)
+    group = settings.bits_group
+    assert group is not None
+    ways = [Way(form.sparsity, form.bits) for form in known]
+    found = Measuring(request, store, Maker(settings), ways, errors=True).run()
+
+    def cost(size: tuple[int, int], form: Format, one: Found) -> Cost:
+        return Cost(
+            bits=form.bits,
+            sparsity=form.sparsity,
+            bytes=packed_size(size, form, one.zeros, group),
+            error=one.error,
+            loss=one.loss,
+        )
+
+    costs: Costs = []
+    for index, block in enumerate(found):
+        sizes = {key: weight_size(one) for key, one in request.skeleton.linears(index).items()}
+        costs.append(
+            {
+                key: [cost(sizes[key], form, one) for form, one in zip(known, own, strict=True)]
+                for key, own in block.items()
+            }
+        )
+    return costs
 
 
 def kept_costs(request: Request, what: str, measure: Callable[[], Costs]) -> Costs:
@@ -84,28 +113,51 @@ def _key(request: Request) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _Measuring:
-    """The two passes; what each leaves of a block is a file of tensors.
+@dataclass(frozen=True)
+class Way:
+    """How a Linear may be made: a share `sparsity` removed, and rounded to `bits` where given."""
 
-    Forward: what `entered` the block in the windows that are held out, and of each Linear in every
-    format the `difference` [formats, out, in], int8, in steps of `step` [formats, out], and the
-    `measured` [formats, 2]: errors of the outputs, zeros. Backward: the `gradient` by what entered
-    the block, and of each Linear the `loss` [formats].
+    sparsity: float
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one way costs: `loss` in nats a token, `zeros` as a share, and the `error` of the
+    outputs as a share of their squares (0 where that is not asked for).
     """
 
-    def __init__(self, request: Request, store: Store) -> None:
+    loss: float
+    zeros: float
+    error: float
+
+
+class Measuring:
+    """The two passes; what each leaves of a block is a file of tensors.
+
+    Forward: what `entered` the block in the windows that are held out, and of each Linear for every
+    way the `difference` [ways, out, in], int8, in steps of `step` [ways, out], and the `measured`
+    [ways, 2]: errors of the outputs, zeros. Backward: the `gradient` by what entered the block, and
+    of each Linear the `loss` [ways].
+    """
+
+    def __init__(
+        self, request: Request, store: Store, maker: Maker, ways: Sequence[Way], *, errors: bool
+    ) -> None:
         assert request.windows is not None
+        assert request.held_out is not None
         self.request, self.store, self.skeleton = request, store, request.skeleton
         self.names, self.linears = request.shape.names, request.shape.linears
-        self.maker = Maker(request.settings)
-        self.formats = formats(request.settings.method)
-        assert request.held_out is not None
+        self.maker, self.ways, self.errors = maker, ways, errors
         self.windows, self.held_out = request.windows, request.held_out
 
-    def run(self) -> Costs:
-        """See `measure_costs`."""
+    def run(self) -> list[dict[str, list[Found]]]:
+        """For each block, by its pruned Linears' names, what each of the `ways` costs.
+
+        Finished blocks are durable in the store, for a run that resumes.
+        """
         self._backward(self._forward())
-        return [self._costs(name) for name in self.names]
+        return [self._found(name) for name in self.names]
 
     @torch.no_grad()
     def _forward(self) -> Activations:
@@ -115,7 +167,7 @@ class _Measuring:
             for windows in (self.windows, self.held_out)
         )
         steps = len(self.names) * (len(self.windows) + len(self.held_out))
-        with bar("Measuring formats", steps) as advance:
+        with bar("Measuring losses", steps) as advance:
             for index, name in enumerate(self.names):
                 if self.store.measured(name, "forward") is None:
                     entered = held_out.hidden.clone()
@@ -130,29 +182,42 @@ class _Measuring:
     def _forward_block(
         self, index: int, hidden: Activations, held_out: Activations, advance: Advance
     ) -> dict[str, torch.Tensor]:
-        name = self.names[index]
+        name, hessian = self.names[index], self.maker.settings.needs == "hessian"
         found: dict[str, torch.Tensor] = {}
         with self.skeleton.loaded(name) as block:
             own = {
                 key: self.skeleton.linears(index)[key].weight.float() for key in self.linears[index]
             }
-            statistics, others = (
-                gather(self.request, block, index, states, advance, keep=True, hessian=True)
-                for states in (hidden, held_out)
-            )
+            asked = (self.request, block, index)
+            statistics = gather(*asked, hidden, advance, keep=True, hessian=hessian)
+            others = None
+            if self.errors:
+                others = gather(*asked, held_out, advance, keep=True, hessian=True)
+            else:
+                held_out.through(block, index, advance, keep=True)
             for key, dense in own.items():
-                inputs, judging, measured = Inputs(statistics, key), Inputs(others, key), []
-                whole, kept = _output(dense, judging), []
-                for form in self.formats:
-                    left = self.maker.rounded(dense, inputs, form.sparsity, form.bits).weight
-                    difference = left - dense
-                    share = _output(difference, judging) / whole if whole else 0.0
-                    measured.append([share, _zeros(left)])
-                    kept.append(in_steps(difference.cpu()))
-                difference, step = (torch.stack(own) for own in zip(*kept, strict=True))
-                found |= {f"{key}.difference": difference, f"{key}.step": step}
-                found[f"{key}.measured"] = torch.tensor(measured, dtype=torch.float64)
+                found |= self._tried(key, dense, Inputs(statistics, key), others)
         return found
+
+    def _tried(
+        self, key: str, dense: torch.Tensor, inputs: Inputs, others: InputStatistics | None
+    ) -> dict[str, torch.Tensor]:
+        """What the forward pass leaves of the Linear `key`, whose weight is `dense` [out, in]."""
+        kept, measured = [], []
+        judging = Inputs(others, key) if others else None
+        whole = _output(dense, judging) if judging else 0.0
+        for way in self.ways:
+            left = self.maker.tried(dense, inputs, way.sparsity, way.bits)
+            difference = left - dense
+            share = _output(difference, judging) / whole if judging and whole else 0.0
+            measured.append([share, _zeros(left)])
+            kept.append(in_steps(difference.cpu()))
+        difference, step = (torch.stack(own) for own in zip(*kept, strict=True))
+        return {
+            f"{key}.difference": difference,
+            f"{key}.step": step,
+            f"{key}.measured": torch.tensor(measured, dtype=torch.float64),
+        }
 
     def _backward(self, hidden: Activations) -> None:
         """Ask what each Linear's difference costs, from the last block to the first."""
@@ -189,7 +254,7 @@ class _Measuring:
         assert forward is not None
         device = self.skeleton.device
         kept = {key: (forward[f"{key}.difference"], forward[f"{key}.step"]) for key in keys}
-        losses = {key: torch.zeros(len(self.formats), dtype=torch.float64) for key in keys}
+        losses = {key: torch.zeros(len(self.ways), dtype=torch.float64) for key in keys}
         with self.skeleton.loaded(name) as block:
             block.requires_grad_(False)
             weights = [self.skeleton.linears(index)[key].weight for key in keys]
@@ -206,32 +271,21 @@ class _Measuring:
                 advance(1)
         return {f"{key}.loss": loss / (2 * self.held_out.numel()) for key, loss in losses.items()}
 
-    def _costs(self, name: str) -> dict[str, list[Cost]]:
+    def _found(self, name: str) -> dict[str, list[Found]]:
         forward, backward = (self.store.measured(name, way) for way in ("forward", "backward"))
         assert forward is not None
         assert backward is not None
-        found: dict[str, list[Cost]] = {}
-        group = self.request.settings.bits_group
-        assert group is not None
-        for key in self.linears[self.names.index(name)]:
-            _, rows, columns = forward[f"{key}.difference"].shape
-            of_format = zip(
-                self.formats,
-                forward[f"{key}.measured"].tolist(),
-                backward[f"{key}.loss"].tolist(),
-                strict=True,
-            )
-            found[key] = [
-                Cost(
-                    bits=form.bits,
-                    sparsity=form.sparsity,
-                    bytes=packed_size((rows, columns), form, zeros, group),
-                    error=error,
-                    loss=loss,
+        return {
+            key: [
+                Found(loss, zeros, error)
+                for loss, (error, zeros) in zip(
+                    backward[f"{key}.loss"].tolist(),
+                    forward[f"{key}.measured"].tolist(),
+                    strict=True,
                 )
-                for form, (error, zeros), loss in of_format
             ]
-        return found
+            for key in self.linears[self.names.index(name)]
+        }
 
 
 def in_steps(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -81,7 +81,7 @@ def check(settings: PruneSettings, minutes: float) -> None:
     """Raise `BadInput` where there is nothing to search for, or no time."""
     if not 0 < minutes < float("inf"):
         raise BadInput(f"--tune {minutes:g} is no time.", "Give minutes, such as --tune 15.")
-    if ALLOCATIONS[settings.allocation].rule is None or not settings.sparsity:
+    if not ALLOCATIONS[settings.allocation].divides or not settings.sparsity:
         raise BadInput(
             "There is nothing to tune: what goes of each layer is said by other settings.",
             "Use --tune with a --sparsity, and neither a budget nor a recipe that lists layers.",
@@ -89,9 +89,11 @@ def check(settings: PruneSettings, minutes: float) -> None:
 
 
 def named(settings: PruneSettings) -> list[tuple[str, PruneSettings]]:
-    """The allocations that a search begins with, by name: what was asked for is the first."""
-    found = {_name(settings): settings}
-    for allocation in dict.fromkeys((settings.allocation, "linear", "uniform")):
+    """The rules that a search begins with, by name: the one that was asked for is the first."""
+    ruled = ALLOCATIONS[settings.allocation].rule is not None
+    found = {_name(settings): settings} if ruled else {}
+    asked = (settings.allocation,) if ruled else ()
+    for allocation in dict.fromkeys((*asked, "linear", "uniform")):
         spreads: tuple[float, ...] = _SPREADS if ALLOCATIONS[allocation].spread else (0.0,)
         if settings.group is not None and ALLOCATIONS[allocation].spread:
             spreads = tuple(min(0.5, weights / settings.group[1]) for weights in _GROUP_WEIGHTS)

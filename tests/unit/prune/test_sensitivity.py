@@ -8,7 +8,8 @@ import transformers
 
 from owl_deploy import recipe
 from owl_deploy.hardware import ANY_HARDWARE
-from owl_deploy.prune import budget, sensitivity
+from owl_deploy.prune import request as prune_request
+from owl_deploy.prune import sensitivity
 from owl_deploy.prune.formats import FORMATS, Format, packed_size
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.store import Store
@@ -35,8 +36,7 @@ def asked(model, text_file, size="4", **values):
 def measured(request, folder):
     """The store after both passes, and the costs."""
     store = Store(folder / "out", request.deciding(), resume=False, force=True)
-    measuring = sensitivity._Measuring(request, store)
-    return store, measuring.run()
+    return store, sensitivity._costs(request, store)
 
 
 def changes(store, name, key):
@@ -49,7 +49,7 @@ def changes(store, name, key):
 def test_the_loss_of_a_difference_is_that_of_its_definition(
     model, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(budget, "HELD_OUT_TOKENS", 3 * 48)
+    monkeypatch.setattr(prune_request, "HELD_OUT_TOKENS", 3 * 48)
     request = asked(model, text_file)
     store, costs = measured(request, tmp_path)
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -146,7 +146,7 @@ def test_a_stopped_measurement_goes_on_to_the_same_costs(
     monkeypatch.setattr(Store, "keep", keep)
     store = Store(tmp_path / "out", request.deciding(), resume=True, force=False)
     assert store.has_work
-    assert sensitivity._Measuring(request, store).run() == whole
+    assert sensitivity._costs(request, store) == whole
     assert [way for _, way in calls] == ["forward", "forward", "backward"][:kept]
 
 
@@ -157,7 +157,7 @@ def test_what_is_measured_once_is_known_for_other_budgets(llama, text_file, tmp_
     other = dataclasses.replace(
         request, settings=request.settings.model_copy(update={"budget": "3"})
     )
-    monkeypatch.setattr(sensitivity, "_Measuring", None)  # not again
+    monkeypatch.setattr(sensitivity, "Measuring", None)  # not again
     assert sensitivity.measure_costs(other, store) == first
     rounder = dataclasses.replace(
         request, settings=request.settings.model_copy(update={"bits_group": 64})

@@ -1,0 +1,190 @@
+"""`--allocation fisher`: its division against a search of all, and what it makes of a model."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import transformers
+
+from owl_deploy import recipe
+from owl_deploy.errors import BadInput
+from owl_deploy.hardware import ANY_HARDWARE
+from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.prune import fisher
+from owl_deploy.prune.linear import Maker
+from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.run import prune
+from owl_deploy.prune.sensitivity import Measuring, Way
+from owl_deploy.prune.store import Store
+from owl_deploy.ranks import Ranks
+from tests.reference import sensitivity as reference
+
+
+def test_levels_lie_around_what_is_asked_for():
+    assert fisher.levels(0.5, None) == pytest.approx([0.3, 0.5, 0.7])
+    assert fisher.levels(0.7, None) == pytest.approx([0.58, 0.7, 0.82])
+    assert fisher.levels(0.1, None) == pytest.approx([0.05, 0.1, 0.46])
+    for sparsity in (0.01, 0.3, 0.95, 0.999):
+        found = fisher.levels(sparsity, None)
+        assert 0 < found[0] < found[1] == sparsity < found[2] < 1
+    assert fisher.levels(0.5, (2, 4)) == [0.25, 0.5, 0.75]
+    assert fisher.levels(0.5, (4, 8)) == [0.25, 0.375, 0.5, 0.625, 0.75]
+    assert fisher.levels(0.75, (1, 4)) == [0.25, 0.5, 0.75]
+    assert fisher.levels(0.5, (1, 2)) == [0.5]
+
+
+def exponential(rates, tried):
+    """Losses that grow with the sparsity as exp(rate x sparsity), which is how they are read."""
+    return [[math.exp(rate * one) for one in tried] for rate in rates]
+
+
+def test_each_hundredth_costs_every_linear_the_same():
+    """Where the sum of rate exp(rate s) is least, all derivatives by a weight are equal."""
+    sizes, rates, tried = [100, 100, 100], [4.0, 5.0, 6.0], [0.3, 0.5, 0.7]
+    found = fisher.divided(0.5, None, sizes, tried, exponential(rates, tried))
+    assert sum(found) / 3 == pytest.approx(0.5)
+    slopes = [rate * math.exp(rate * one) for rate, one in zip(rates, found, strict=True)]
+    assert max(slopes) / min(slopes) < math.exp(6 * 0.011)
+    assert found == sorted(found, reverse=True)
+
+
+def test_a_large_linear_counts_by_its_weights():
+    tried = [0.3, 0.5, 0.7]
+    losses = exponential([5.0, 5.0], tried)
+    small, large = fisher.divided(0.5, None, [100, 1000], tried, losses)
+    assert (100 * small + 1000 * large) / 1100 == pytest.approx(0.5)
+    assert large > small  # the same loss is spread over ten times the weights
+
+
+@pytest.mark.parametrize("group", [(2, 4), (4, 8), (3, 8), (1, 2)])
+def test_of_n_of_m_it_is_the_best_of_all_within_a_step(group):
+    draw = torch.Generator().manual_seed(1)
+    sizes, sparsity = [64, 64, 128, 64], 1 - group[0] / group[1]
+    tried = fisher.levels(sparsity, group)
+    losses = torch.rand(4, len(tried), generator=draw, dtype=torch.float64).cumsum(1).tolist()
+    found = fisher.divided(sparsity, group, sizes, tried, losses)
+    assert set(found) <= set(tried)
+
+    def total(chosen):
+        return sum(own[tried.index(one)] for own, one in zip(losses, chosen, strict=True))
+
+    def mean(chosen):
+        return sum(one * size for one, size in zip(chosen, sizes, strict=True)) / sum(sizes)
+
+    step = 128 / group[1] / sum(sizes)
+    assert sparsity - 1e-6 <= mean(found) <= sparsity + step
+    best = min(
+        total(one) for one in itertools.product(tried, repeat=4) if mean(one) >= mean(found) - 1e-9
+    )
+    assert total(found) == pytest.approx(best)
+
+
+def test_no_linear_is_emptied_and_a_dead_one_pays_for_the_others():
+    tried = fisher.levels(0.9, None)
+    losses = [[0.0, 0.0, 0.0], *exponential([50.0, 60.0], tried)]
+    found = fisher.divided(0.9, None, [100, 100, 100], tried, losses)
+    assert max(found) == found[0] == pytest.approx(0.975, abs=0.01)
+    assert max(found) <= 0.975
+    assert sum(found) / 3 == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("method", "structure"),
+    [
+        ("wanda", "unstructured"),
+        ("magnitude", "unstructured"),
+        ("sparsegpt", "unstructured"),
+        ("alps", "unstructured"),
+        ("sparsegpt", "2:4"),
+        ("wanda", "4:8"),
+    ],
+)
+def test_a_model_is_pruned_by_it(llama, text_file, tmp_path, method, structure):
+    settings = recipe.settings(
+        method=method, allocation="fisher", sparsity=0.5, structure=structure
+    )
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    manifest = prune(llama, tmp_path / "out", settings, calibration)
+    assert manifest.sparsity.achieved == pytest.approx(0.5, abs=0.02)
+    found = read_manifest(tmp_path / "out", CheckpointManifest)
+    assert found is not None
+    asked = [one for block in found.blocks for one in block.linears.values()]
+    assert len({one.sparsity for one in asked}) > 1
+    resolved = recipe.merged(tmp_path / "out" / "recipe.yaml", {"method": method})
+    prune(llama, tmp_path / "again", resolved, calibration)
+    for one, other in zip(
+        *(sorted((tmp_path / name).glob("*.safetensors")) for name in ("out", "again")), strict=True
+    ):
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file, tmp_path, method):
+    settings = recipe.settings(method=method, allocation="fisher", sparsity=0.5)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48, seed=3)
+    request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
+    ways = [Way(one) for one in (0.3, 0.5, 0.7)]
+    found = Measuring(request, store, Maker(settings), ways, errors=False).run()
+    whole = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    for name, block in zip(request.shape.names, found, strict=True):
+        forward = store.measured(name, "forward")
+        assert forward is not None
+        for key, own in block.items():
+            weight = whole.get_submodule(f"{name}.{key}").weight
+            changes = forward[f"{key}.difference"] * forward[f"{key}.step"].unsqueeze(-1)
+            for one, way, change in zip(own, ways, changes, strict=True):
+                expected = reference.loss_of(whole, weight, change, request.held_out, seed=3)
+                assert one.loss == pytest.approx(expected, rel=1e-3), (name, key, way)
+                assert one.zeros == pytest.approx(way.sparsity, abs=0.02)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(llama, text_file, tmp_path, monkeypatch):
+    settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.5)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    prune(llama, tmp_path / "whole", settings, calibration)
+    keep, calls = Store.keep, []
+
+    def stopping(self, *arguments):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(arguments[:2])
+        keep(self, *arguments)
+
+    monkeypatch.setattr(Store, "keep", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prune(llama, tmp_path / "out", settings, calibration)
+    monkeypatch.setattr(Store, "keep", keep)
+    prune(llama, tmp_path / "out", settings, calibration, resume=True)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert one == other
+
+
+def test_a_search_begins_with_it(llama, text_file, tmp_path):
+    settings = recipe.settings(method="wanda", allocation="fisher", sparsity=0.5)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    found = prune(llama, tmp_path / "out", settings, calibration, tune_minutes=0.01)
+    assert found.tuning is not None
+    names = [one.name for one in found.tuning]
+    assert names[0] == "fisher"
+    assert {"linear, spread 0.15", "uniform"} <= set(names)
+    assert found.settings.allocation == "searched"
+
+
+def test_where_nothing_goes_nothing_is_measured(llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(fisher, "Measuring", None)
+    settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.0)
+    calibration = Calibration(str(text_file), samples=2, sequence_length=32)
+    assert prune(llama, tmp_path / "out", settings, calibration).sparsity.asked == 0
+
+
+def test_bad_input(llama, text_file, tmp_path):
+    with pytest.raises(BadInput, match="--spread means nothing to the allocation fisher"):
+        recipe.merged(None, {"allocation": "fisher", "spread": 0.1})
+    settings = recipe.settings(method="magnitude", allocation="fisher", sparsity=0.5)
+    with pytest.raises(BadInput, match="with the allocation fisher looks at the model's inputs"):
+        prune(llama, tmp_path / "out", settings, None)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=32)
+    with pytest.raises(BadInput, match="--allocation fisher takes one process, and there are 2"):
+        check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None, ranks=Ranks(0, 2))
