@@ -137,7 +137,7 @@ SHOWCASE = Plan(
         "recovered": (("owl", "int8"),),
         "sister": (_INT4,),
     },
-    pruning=PruneSettings(method="alps", allocation="owl", sparsity=0.5),
+    pruning=PruneSettings(method="alps", allocation="fisher", sparsity=0.5),
     rounding=PruneSettings(method="none", bits=4),
     choosing=PruneSettings(method="none", budget="900MB"),  # as large as Q3_K_M
     # A quarter of the blocks at a time: 13 GB with the teacher, by reckoning. A chat model that
@@ -150,7 +150,6 @@ SHOWCASE = Plan(
         teacher_weight=0.5,
         max_minutes=120.0,
     ),
-    tune_minutes=60.0,
 )
 
 
