@@ -19,7 +19,8 @@ spares the noise of their products.
 Each way by its own difference: the loss is not linear in the squared error of a layer's outputs,
 whatever made it (which HIGGS, arXiv 2411.17525, has of one kind of rounding). Of what would follow
 from dense int4, all v_proj of SmolLM2-135M cost 0.6 in 3 bits and 0.45 with half of them gone, all
-q_proj 1.3 and 1.5 times it; this sum is within a tenth of what running the model finds of either.
+q_proj 1.3 and 1.5 times it. This sum mostly comes within a tenth of what running the model finds,
+until half a nat is lost (`benchmarks/foretold.py`).
 """
 
 import contextlib
