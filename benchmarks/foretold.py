@@ -5,7 +5,7 @@
 Measures each Linear in each way as they do, then runs the model with all Linears of one name made
 that way, and with all Linears: the divergence from the dense model on the same held-out windows.
 `by_error` is the older estimate: dense int4's loss, in proportion to the errors of the outputs.
-FILE holds a row for a name and a way, nats a token. Small models only: memory holds every way.
+FILE holds a row for a name and a way, nats a token. The disk holds a byte a weight for each way.
 """
 
 import argparse

@@ -33,16 +33,16 @@ class Allocation:
 
     `rule`: None where the sparsities are given one by one, or are searched for, or follow from a
     budget, or from losses. `spread`: the default, which its paper takes; 0 where nothing is spread.
-    `statistic`: what the rule looks at (None: nothing). `losses`: whether it asks instead what each
-    Linear's sparsity would cost the model's loss (`prune/fisher.py`). `per`: what gets a sparsity
-    of its own; the Linears of a block share the block's.
+    `statistic`: what the rule looks at (None: nothing). `per`: what gets a sparsity of its own; the
+    Linears of a block share the block's. `losses`: whether it asks, in place of a rule, what each
+    Linear's sparsity would cost the model's loss (`prune/fisher.py`).
     """
 
     rule: Rule | None
     spread: float = 0.0
     statistic: Statistic | None = None
-    losses: bool = False
     per: Literal["block", "Linear"] = "block"
+    losses: bool = False
 
     @property
     def divides(self) -> bool:

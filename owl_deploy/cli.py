@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from owl_deploy import __version__, api, options
 from owl_deploy.ending import echo, exit_code
 from owl_deploy.methods import METHODS
-from owl_deploy.ranks import leads, local_rank
+from owl_deploy.ranks import leads, leave, local_rank
 
 if TYPE_CHECKING:
     from owl_deploy.pipeline import Plan, State
@@ -616,4 +616,4 @@ def remove_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepspa
 
 def main() -> None:
     """Run `owl`; whatever it ends with becomes an exit code, and a sentence on stderr."""
-    sys.exit(exit_code(app))
+    leave(exit_code(app))

@@ -72,3 +72,21 @@ def test_unlike_versions_are_named_both():
     ranks._refuse_unlike(told[:2])
     with pytest.raises(BadInput, match=r"rank 0 has torch 2\.9, rank 2 2\.8"):
         ranks._refuse_unlike(told)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_process_leaves_with_what_it_has_still_to_do(joined):
+    """One of a group although a thread goes on, which the interpreter would wait for."""
+    code = (
+        "import atexit, threading; from owl_deploy import ranks\n"
+        "atexit.register(print, 'at exit')\n"
+        "print('printed', end=' ')\n"
+        f"if {joined}:\n"
+        "    ranks._stores.append(None)\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "ranks.leave(3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "printed at exit\n", "")

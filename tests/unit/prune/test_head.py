@@ -9,8 +9,8 @@ from owl_deploy import recipe
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.grid import read_grid
 from owl_deploy.hardware import ANY_HARDWARE
-from owl_deploy.prune import budget
 from owl_deploy.prune import head as head_module
+from owl_deploy.prune import request as prune_request
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.head import measure_head
 from owl_deploy.prune.linear import Maker
@@ -60,7 +60,7 @@ def test_it_is_what_a_sparsity_of_nought_gives(llama, tmp_path, calibration):
 def test_its_cost_is_the_divergence_of_the_model_with_it(
     family, tied, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(budget, "HELD_OUT_TOKENS", 3 * 48)
+    monkeypatch.setattr(prune_request, "HELD_OUT_TOKENS", 3 * 48)
     model = tiny.write_model(family, tmp_path / "dense", tie_word_embeddings=tied)
     calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
     settings = recipe.settings(budget="60kB", method="none")
