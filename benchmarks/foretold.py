@@ -18,6 +18,7 @@ import torch
 
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
+from owl_deploy.blocks import Activations
 from owl_deploy.hardware import Hardware
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, Request, check
@@ -50,7 +51,7 @@ class Model:
         return found
 
     @torch.no_grad()
-    def _run(self, changed: list[Linear], way: int) -> Any:  # noqa: ANN401 - the library's
+    def _run(self, changed: list[Linear], way: int) -> Activations:
         skeleton = self.request.skeleton
         state = skeleton.embed(self.windows, self.request.batch, self.store.folder)
         for index, name in enumerate(skeleton.names):

@@ -194,8 +194,8 @@ def leave(code: int) -> NoReturn:
     if not _stores:
         sys.exit(code)
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a closed one
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed from the start
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone
             stream.flush()
     os._exit(code)
 

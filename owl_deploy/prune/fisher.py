@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from owl_deploy.allocation import hold_mean, most_removed, whole_kept
+from owl_deploy.methods import METHODS
 from owl_deploy.prune.knapsack import Option, cheapest
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Request
@@ -90,6 +91,5 @@ def _between(sparsity: float, tried: Sequence[float], losses: Sequence[float]) -
 def _quick(settings: PruneSettings) -> PruneSettings:
     """The settings to measure with: of those that refine what they leave, the method before."""
     method = _STAND_INS.get(settings.method, settings.method)
-    options: object = settings.options if method == settings.method else {}
-    given = settings.model_dump(exclude={"options", "method", "refit", "reconstruct"})
-    return PruneSettings(**given, method=method, options=options)
+    options = settings.options if method == settings.method else METHODS[method].options()
+    return settings.model_copy(update={"method": method, "options": options, "refit": False})

@@ -121,10 +121,7 @@ def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Pl
         ranks,
         lambda found: store.write(SEARCH, found) if ranks.leads else None,
     )
-    start = tune.start(settings, shape, measured.statistics)
-    if ALLOCATIONS[settings.allocation].losses:
-        each = tuple(value for block in plan.sparsities for value in block.values())
-        start.insert(0, (settings.allocation, each))
+    start = tune.start(settings, shape, measured.statistics, plan.sparsities)
     searcher.run(start, request.tune_minutes)
     return plan.model_copy(
         update={

@@ -139,7 +139,7 @@ class Measuring:
     Forward: what `entered` the block in the windows that are held out, and of each Linear for every
     way the `difference` [ways, out, in], int8, in steps of `step` [ways, out], and the `measured`
     [ways, 2]: errors of the outputs, zeros. Backward: the `gradient` by what entered the block, and
-    of each Linear the `loss` [ways].
+    of each Linear the `loss` [ways], with what was `measured`: all that is asked for in the end.
     """
 
     def __init__(
@@ -270,18 +270,19 @@ class Measuring:
                 for key, one in zip(keys, by_weight, strict=True):
                     losses[key] += _squares(one.float(), *kept[key])
                 advance(1)
-        return {f"{key}.loss": loss / (2 * self.held_out.numel()) for key, loss in losses.items()}
+        found = {f"{key}.measured": forward[f"{key}.measured"] for key in keys}
+        tokens = self.held_out.numel()
+        return found | {f"{key}.loss": loss / (2 * tokens) for key, loss in losses.items()}
 
     def _found(self, name: str) -> dict[str, list[Found]]:
-        forward, backward = (self.store.measured(name, way) for way in ("forward", "backward"))
-        assert forward is not None
+        backward = self.store.measured(name, "backward")
         assert backward is not None
         return {
             key: [
                 Found(loss, zeros, error)
                 for loss, (error, zeros) in zip(
                     backward[f"{key}.loss"].tolist(),
-                    forward[f"{key}.measured"].tolist(),
+                    backward[f"{key}.measured"].tolist(),
                     strict=True,
                 )
             ]
@@ -298,7 +299,7 @@ def in_steps(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _squares(
     gradient: torch.Tensor, differences: torch.Tensor, steps: torch.Tensor
 ) -> torch.Tensor:
-    """sum_o (G[o] . D[o])^2 [formats], for one window's gradient G [out, in]."""
+    """sum_o (G[o] . D[o])^2 [ways], for one window's gradient G [out, in]."""
     of_rows = torch.stack([(gradient * one.to(gradient.device)).sum(dim=1) for one in differences])
     return (of_rows.cpu() * steps).double().square().sum(dim=1)
 

@@ -10,7 +10,7 @@ asked for among them, so that the result is no worse than they on that text.
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,11 +89,9 @@ def check(settings: PruneSettings, minutes: float) -> None:
 
 
 def named(settings: PruneSettings) -> list[tuple[str, PruneSettings]]:
-    """The rules that a search begins with, by name: the one that was asked for is the first."""
-    ruled = ALLOCATIONS[settings.allocation].rule is not None
-    found = {_name(settings): settings} if ruled else {}
-    asked = (settings.allocation,) if ruled else ()
-    for allocation in dict.fromkeys((*asked, "linear", "uniform")):
+    """The allocations that a search begins with, by name: what was asked for is the first."""
+    found = {_name(settings): settings}
+    for allocation in dict.fromkeys((settings.allocation, "linear", "uniform")):
         spreads: tuple[float, ...] = _SPREADS if ALLOCATIONS[allocation].spread else (0.0,)
         if settings.group is not None and ALLOCATIONS[allocation].spread:
             spreads = tuple(min(0.5, weights / settings.group[1]) for weights in _GROUP_WEIGHTS)
@@ -212,11 +210,14 @@ class Searcher:
 
 
 def start(
-    settings: PruneSettings, shape: Shape, statistics: Statistics
+    settings: PruneSettings,
+    shape: Shape,
+    statistics: Statistics,
+    asked: Sequence[Mapping[str, float]],
 ) -> list[tuple[str, Division]]:
-    """The divisions of the `named` allocations."""
+    """The divisions of the `named` allocations; `asked`: that of the settings themselves."""
     found = []
     for name, one in named(settings):
-        blocks = linear_sparsities(one, shape, statistics)
+        blocks = asked if one == settings else linear_sparsities(one, shape, statistics)
         found.append((name, tuple(value for block in blocks for value in block.values())))
     return found
