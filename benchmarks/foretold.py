@@ -58,7 +58,6 @@ class Model:
             with skeleton.loaded(name) as block:
                 for key in (key for number, key in changed if number == index):
                     forward = self.store.measured(name, "forward")
-                    assert forward is not None
                     step = forward[f"{key}.step"][way].unsqueeze(-1)
                     change = forward[f"{key}.difference"][way] * step
                     weight = skeleton.linears(index)[key].weight

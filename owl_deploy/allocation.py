@@ -162,6 +162,7 @@ _OUTLIERS = Statistic("owl_deploy.prune.score:outlier_ratio", counts_outliers=Tr
 _MEDIAN = Statistic("owl_deploy.prune.score:median_score")
 
 SEARCHED = "searched"  # what `owl prune --tune` finds
+DEFAULT = "fisher"  # what lost least, with every method and at every sparsity that was measured
 
 # ATP searches its spread; the others' are OWL's lambda and DLP's alpha.
 ALLOCATIONS: dict[str, Allocation] = {

@@ -62,7 +62,7 @@ class Plan:
     pairs: int
 
 
-_OWL_50 = recipe.PruneSettings(sparsity=0.5)
+_OWL_50 = recipe.PruneSettings(allocation="owl", sparsity=0.5)
 FIRST_LOOK = Plan(
     (
         Variant("dense", "dense", (_DEEPSPARSE, ("onnxruntime", "int8"), _OWL)),
@@ -88,7 +88,12 @@ FULL = Plan(
             _EVERYWHERE,
             recipe.PruneSettings(allocation="uniform", sparsity=0.7),
         ),
-        Variant("owl-70", "OWL 70 %", _EVERYWHERE, recipe.PruneSettings(sparsity=0.7)),
+        Variant(
+            "owl-70",
+            "OWL 70 %",
+            _EVERYWHERE,
+            recipe.PruneSettings(allocation="owl", sparsity=0.7),
+        ),
     ),
     samples=8,
     length=2048,

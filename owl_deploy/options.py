@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.allocation import ALLOCATIONS, DEFAULT
 from owl_deploy.methods import METHODS
 
 SEEDS = 2**31 - 1  # the largest that every library takes
@@ -54,7 +54,7 @@ Recipe = Annotated[
 Method = Annotated[str | None, Option("--method", "-m", help=f"{', '.join(METHODS)}. [wanda]")]
 _RULES = ", ".join(name for name, row in ALLOCATIONS.items() if row.divides)
 Allocation = Annotated[
-    str | None, Option("--allocation", "-a", help=f"How sparsity is divided: {_RULES}. [owl]")
+    str | None, Option("--allocation", "-a", help=f"How sparsity is divided: {_RULES}. [{DEFAULT}]")
 ]
 Sparsity = Annotated[
     float | None, Option("--sparsity", "-s", help="Share of weights to remove. [0.7]")

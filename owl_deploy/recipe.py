@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from owl_deploy.allocation import ALLOCATIONS, SEARCHED
+from owl_deploy.allocation import ALLOCATIONS, DEFAULT, SEARCHED
 from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
 from owl_deploy.families import FAMILIES, heads
@@ -65,7 +65,7 @@ class PruneSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = "wanda"
-    allocation: str = "owl"
+    allocation: str = DEFAULT
     sparsity: float = 0.7
     structure: str = UNSTRUCTURED
     outlier_multiple: float = Field(default=5.0, gt=0, allow_inf_nan=False)
@@ -87,7 +87,7 @@ class PruneSettings(BaseModel):
         """What follows from other values: N:M's sparsity, the allocation's spread, the options."""
         if values.get("budget") is not None:
             values = _with_budget(values)
-        values = {"method": "wanda", "allocation": "owl"} | values
+        values = {"method": "wanda", "allocation": DEFAULT} | values
         for what, table in (("method", METHODS), ("allocation", ALLOCATIONS)):
             if values[what] not in table:
                 raise unknown_name(what, str(values[what]), table)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from owl_deploy import api
+from owl_deploy.allocation import DEFAULT
 from owl_deploy.bench import decision
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
@@ -34,7 +35,7 @@ class SweepPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     methods: tuple[str, ...] = Field(default=("wanda",), min_length=1)
-    allocations: tuple[str, ...] = Field(default=("owl",), min_length=1)
+    allocations: tuple[str, ...] = Field(default=(DEFAULT,), min_length=1)
     sparsities: tuple[float, ...] = Field(default=(0.5, 0.7), min_length=1)
     targets: tuple[str, ...] = Field(default=("onnxruntime",), min_length=1)
     scenarios: tuple[str, ...] = ("decode", "prefill")

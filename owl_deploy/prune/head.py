@@ -5,15 +5,15 @@ is the same matrix a second run begins with the rounded one.
 """
 
 import torch
+from pydantic import TypeAdapter
 
 from owl_deploy.manifest import Cost
 from owl_deploy.progress import bar
 from owl_deploy.prune.calibrate import Inputs
-from owl_deploy.prune.formats import Costs
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather_head
 from owl_deploy.prune.request import Request
-from owl_deploy.prune.sensitivity import kept_costs
+from owl_deploy.prune.sensitivity import remembered
 from owl_deploy.prune.store import Store
 
 _BITS = 4
@@ -26,14 +26,14 @@ def measure_head(request: Request, store: Store) -> list[Cost]:
     held out. The cache folder keeps them, as those of the blocks.
     """
 
-    def measure() -> Costs:
-        assert request.room is not None
-        assert request.room.head is not None
-        losses = (0.0, _loss(request, store))
-        found = zip((8, _BITS), request.room.head, losses, strict=True)
-        return [{"": [Cost(bits=b, sparsity=0.0, bytes=s, error=0.0, loss=x) for b, s, x in found]}]
-
-    return kept_costs(request, "-head", measure)[0][""]
+    assert request.room is not None
+    assert request.room.head is not None
+    asked = {"head_bits": _BITS}
+    loss = remembered(
+        request, request.settings, asked, TypeAdapter(float), lambda: _loss(request, store)
+    )
+    found = zip((8, _BITS), request.room.head, (0.0, loss), strict=True)
+    return [Cost(bits=b, sparsity=0.0, bytes=s, error=0.0, loss=x) for b, s, x in found]
 
 
 @torch.no_grad()

@@ -183,12 +183,7 @@ def check(
 
 def _check_alone(settings: PruneSettings, processes: int) -> None:
     """Raise `BadInput` for what several processes cannot share."""
-    losses = ALLOCATIONS[settings.allocation].losses
-    for asked, given in (
-        ("--budget", settings.budget),
-        ("--reconstruct", settings.reconstruct),
-        (f"--allocation {settings.allocation}", losses),
-    ):
+    for asked, given in (("--budget", settings.budget), ("--reconstruct", settings.reconstruct)):
         if given:
             raise BadInput(f"{asked} takes one process, and there are {processes}.", "Start one.")
 

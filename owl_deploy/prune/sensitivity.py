@@ -28,6 +28,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -40,32 +41,31 @@ from owl_deploy.manifest import Cost
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.clock import weight_size
-from owl_deploy.prune.formats import FORMATS, Costs, Format, formats, packed_size
+from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather
+from owl_deploy.prune.owners import owners
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
+from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import token_digest
 
-_CACHE = "formats"  # the folder in the cache
-_VERSION = 2  # of the measurement: what an earlier one found is not taken
-_COSTS: TypeAdapter[Costs] = TypeAdapter(Costs)
+_CACHE = "losses"  # the folder in the cache
+_VERSION = 3  # of the measurement: what an earlier one found is not taken
+
+T = TypeVar("T")
 
 
 def measure_costs(request: Request, store: Store) -> Costs:
-    """The costs of the formats that the method can make, of every pruned Linear.
-
-    They do not depend on the budget: the cache folder keeps them for the next one.
-    """
-    return kept_costs(request, "", lambda: _costs(request, store))
+    """The costs of the formats that the method can make, of every pruned Linear."""
+    ways = [Way(form.sparsity, form.bits) for form in formats(request.settings.method)]
+    return costs(request, measure_losses(request, store, request.settings, ways, errors=True))
 
 
-def _costs(request: Request, store: Store) -> Costs:
-    settings, known = request.settings, formats(request.settings.method)
-    group = settings.bits_group
+def costs(request: Request, losses: "Losses") -> Costs:
+    """The costs by the `losses` of each format in turn."""
+    known, group = formats(request.settings.method), request.settings.bits_group
     assert group is not None
-    ways = [Way(form.sparsity, form.bits) for form in known]
-    found = Measuring(request, store, Maker(settings), ways, errors=True).run()
 
     def cost(size: tuple[int, int], form: Format, one: Found) -> Cost:
         return Cost(
@@ -76,42 +76,71 @@ def _costs(request: Request, store: Store) -> Costs:
             loss=one.loss,
         )
 
-    costs: Costs = []
-    for index, block in enumerate(found):
+    found: Costs = []
+    for index, block in enumerate(losses):
         sizes = {key: weight_size(one) for key, one in request.skeleton.linears(index).items()}
-        costs.append(
+        found.append(
             {
                 key: [cost(sizes[key], form, one) for form, one in zip(known, own, strict=True)]
                 for key, own in block.items()
             }
         )
-    return costs
+    return found
 
 
-def kept_costs(request: Request, what: str, measure: Callable[[], Costs]) -> Costs:
-    """What the cache folder holds of `what`, which ends its name, or `measure` finds."""
-    name = f"{_key(request)}{what}.json"
-    with contextlib.suppress(OwlError, OSError, ValidationError, KeyError):
-        return _COSTS.validate_python(read_object(cache_path() / _CACHE / name, "")["costs"])
-    costs = measure()
-    with contextlib.suppress(OwlError, OSError):  # a cache that cannot be written costs time
-        write_json(
-            cache_dir(_CACHE) / name,
-            {"costs": _COSTS.dump_python(costs, mode="json", exclude_unset=True)},
-        )
-    return costs
+def measure_losses(
+    request: Request,
+    store: Store,
+    settings: PruneSettings,
+    ways: "Sequence[Way]",
+    *,
+    errors: bool,
+) -> "Losses":
+    """What each of the `ways` to make a Linear costs, by the method of the `settings`.
+
+    They depend neither on a budget nor on what is done with them: see `remembered`.
+    """
+    return remembered(
+        request,
+        settings,
+        {"ways": [asdict(way) for way in ways], "errors": errors},
+        TypeAdapter(Losses),
+        lambda: Measuring(request, store, Maker(settings), ways, errors=errors).run(),
+    )
 
 
-def _key(request: Request) -> str:
-    """A digest of all that the costs depend on."""
-    deciding = request.deciding()
-    decided = ("budget", "head_bits")
-    settings = {key: value for key, value in deciding["settings"].items() if key not in decided}
+def remembered(
+    request: Request,
+    settings: PruneSettings,
+    asked: Mapping[str, object],
+    kind: TypeAdapter[T],
+    measure: Callable[[], T],
+) -> T:
+    """What the cache folder holds of what was `asked`, or `measure` finds, together; it is kept.
+
+    For this model, text and machine, and what the `settings` make of a Linear.
+    """
+    decided = request.deciding() | {"tune_minutes": None, "measurement": _VERSION, **asked}
+    making = {"method", "structure", "skip", "bits_group", "options", "refit"}
+    decided["settings"] = settings.model_dump(mode="json", include=making)
     assert request.held_out is not None
-    deciding |= {"settings": settings, "held_out": token_digest(request.held_out)}
-    deciding |= {"formats": [asdict(one) for one in FORMATS], "measurement": _VERSION}
-    text = json.dumps(deciding, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    decided["held_out"] = token_digest(request.held_out)
+    text = json.dumps(decided, sort_keys=True)
+    name = f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+    def kept() -> T | None:
+        with contextlib.suppress(OwlError, OSError, ValidationError, KeyError):
+            return kind.validate_python(read_object(cache_path() / _CACHE / name, "")["found"])
+        return None
+
+    found = request.ranks.from_leader(kept)
+    if found is None:
+        found = measure()
+        if request.ranks.leads:
+            with contextlib.suppress(OwlError, OSError):  # what cannot be kept costs time
+                value = {"found": kind.dump_python(found, mode="json")}
+                write_json(cache_dir(_CACHE) / name, value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -133,6 +162,9 @@ class Found:
     error: float
 
 
+Losses = list[dict[str, list[Found]]]  # of each block, by the names of its pruned Linears
+
+
 class Measuring:
     """The two passes; what each leaves of a block is a file of tensors.
 
@@ -140,65 +172,82 @@ class Measuring:
     way the `difference` [ways, out, in], int8, in steps of `step` [ways, out], and the `measured`
     [ways, 2]: errors of the outputs, zeros. Backward: the `gradient` by what entered the block, and
     of each Linear the `loss` [ways], with what was `measured`: all that is asked for in the end.
+
+    Of several processes each runs its part of the windows that Linears are made by, and makes its
+    part of the Linears; backward it runs its part of the other windows. The first writes the files,
+    and all read them.
     """
 
     def __init__(
         self, request: Request, store: Store, maker: Maker, ways: Sequence[Way], *, errors: bool
     ) -> None:
-        assert request.windows is not None
         assert request.held_out is not None
         self.request, self.store, self.skeleton = request, store, request.skeleton
+        self.ranks = request.ranks
         self.names, self.linears = request.shape.names, request.shape.linears
         self.maker, self.ways, self.errors = maker, ways, errors
-        self.windows, self.held_out = request.windows, request.held_out
+        self.held_out = request.held_out
 
-    def run(self) -> list[dict[str, list[Found]]]:
+    def run(self) -> Losses:
         """For each block, by its pruned Linears' names, what each of the `ways` costs.
 
         Finished blocks are durable in the store, for a run that resumes.
         """
         self._backward(self._forward())
-        return [self._found(name) for name in self.names]
+        return self.ranks.from_leader(lambda: [self._found(name) for name in self.names])
 
     @torch.no_grad()
     def _forward(self) -> Activations:
         """What leaves the last block for the windows that are held out."""
         hidden, held_out = (
             self.skeleton.embed(windows, self.request.batch, self.store.folder)
-            for windows in (self.windows, self.held_out)
+            for windows in (self.request.own_windows, self.held_out)
         )
-        steps = len(self.names) * (len(self.windows) + len(self.held_out))
+        known = self._known("forward")
+        steps = len(self.names) * (self.request.steps + len(self.held_out))
         with bar("Measuring losses", steps) as advance:
             for index, name in enumerate(self.names):
-                if self.store.measured(name, "forward") is None:
+                if name not in known:
                     entered = held_out.hidden.clone()
                     found = self._forward_block(index, hidden, held_out, advance)
-                    self.store.keep(name, "forward", found | {"entered": entered})
+                    self._keep(name, "forward", found | {"entered": entered})
                 else:
                     with self.skeleton.loaded(name) as block:
                         hidden.through(block, index, advance, keep=True)
                         held_out.through(block, index, advance, keep=True)
         return held_out
 
+    def _known(self, way: str) -> set[str]:
+        """The blocks that the pass `way` has measured; with it all processes see their files."""
+        return self.ranks.from_leader(
+            lambda: {name for name in self.names if self.store.has_measured(name, way)}
+        )
+
+    def _keep(self, name: str, way: str, found: dict[str, torch.Tensor]) -> None:
+        if self.ranks.leads:
+            self.store.keep(name, way, found)
+
     def _forward_block(
         self, index: int, hidden: Activations, held_out: Activations, advance: Advance
     ) -> dict[str, torch.Tensor]:
         name, hessian = self.names[index], self.maker.settings.needs == "hessian"
         found: dict[str, torch.Tensor] = {}
+        linears = self.skeleton.linears(index)
         with self.skeleton.loaded(name) as block:
-            own = {
-                key: self.skeleton.linears(index)[key].weight.float() for key in self.linears[index]
-            }
+            own = {key: linears[key].weight.float() for key in self.linears[index]}
             asked = (self.request, block, index)
             statistics = gather(*asked, hidden, advance, keep=True, hessian=hessian)
+            owner = owners(statistics.groups(), linears, self.ranks.size, hessian=hessian)
+            statistics.reduce(self.ranks, owner)
             others = None
             if self.errors:
                 others = gather(*asked, held_out, advance, keep=True, hessian=True)
             else:
                 held_out.through(block, index, advance, keep=True)
             for key, dense in own.items():
-                found |= self._tried(key, dense, Inputs(statistics, key), others)
-        return found
+                if owner[key] == self.ranks.rank:
+                    found |= self._tried(key, dense, Inputs(statistics, key), others)
+            return self.ranks.merged(found, self.skeleton.device)
 
     def _tried(
         self, key: str, dense: torch.Tensor, inputs: Inputs, others: InputStatistics | None
@@ -222,61 +271,67 @@ class Measuring:
 
     def _backward(self, hidden: Activations) -> None:
         """Ask what each Linear's difference costs, from the last block to the first."""
-        todo = [
-            index
-            for index, name in enumerate(self.names)
-            if self.store.measured(name, "backward") is None
-        ]
+        known = self._known("backward")
+        todo = [index for index, name in enumerate(self.names) if name not in known]
         if not todo:
             return
-        with bar("Measuring what counts", len(todo) * len(self.held_out)) as advance:
+        own = self.ranks.part(torch.arange(len(self.held_out))).tolist()
+        with bar("Measuring what counts", len(todo) * len(own)) as advance:
             if todo[-1] + 1 < len(self.names):  # those behind are finished
-                later = self.store.measured(self.names[todo[-1] + 1], "backward")
-                assert later is not None
-                gradient = later["gradient"]
+                gradient = self.store.measured(self.names[todo[-1] + 1], "backward")["gradient"]
             else:
                 assert self.request.calibration is not None
                 seed = self.request.calibration.seed
                 gradient = self.skeleton.loss_gradients(self.held_out, hidden, seed)
             for index in reversed(todo):
-                losses = self._backward_block(index, gradient, hidden.arguments[index], advance)
-                self.store.keep(self.names[index], "backward", losses | {"gradient": gradient})
+                arguments = hidden.arguments[index]
+                losses = self._backward_block(index, gradient, own, arguments, advance)
+                whole = {"gradient": self._whole(gradient, own)}
+                self._keep(self.names[index], "backward", losses | whole)
 
     def _backward_block(
         self,
         index: int,
         gradient: torch.Tensor,
+        places: Sequence[int],
         arguments: Mapping[str, object],
         advance: Advance,
     ) -> dict[str, torch.Tensor]:
-        """The losses of one block; the `gradient` becomes that by what enters it."""
+        """The losses of one block; the `gradient` becomes that by what enters it.
+
+        `places`: those of this process's windows.
+        """
         name, keys = self.names[index], list(self.linears[index])
         forward = self.store.measured(name, "forward")
-        assert forward is not None
         device = self.skeleton.device
         kept = {key: (forward[f"{key}.difference"], forward[f"{key}.step"]) for key in keys}
-        losses = {key: torch.zeros(len(self.ways), dtype=torch.float64) for key in keys}
+        losses = torch.zeros(len(keys), len(self.ways), dtype=torch.float64)
         with self.skeleton.loaded(name) as block:
             block.requires_grad_(False)
             weights = [self.skeleton.linears(index)[key].weight for key in keys]
             for weight in weights:
                 weight.requires_grad_(True)
-            for place in range(len(self.held_out)):
+            for place in places:
                 entered = forward["entered"][place].unsqueeze(0).to(device).requires_grad_()
                 left = block(entered, **arguments)
                 by_left = gradient[place].unsqueeze(0).to(device)
                 by_entered, *by_weight = torch.autograd.grad(left, [entered, *weights], by_left)
                 gradient[place] = by_entered[0].to(gradient.device)
-                for key, one in zip(keys, by_weight, strict=True):
-                    losses[key] += _squares(one.float(), *kept[key])
+                for at, key in enumerate(keys):
+                    losses[at] += _squares(by_weight[at].float(), *kept[key])
                 advance(1)
         found = {f"{key}.measured": forward[f"{key}.measured"] for key in keys}
-        tokens = self.held_out.numel()
-        return found | {f"{key}.loss": loss / (2 * tokens) for key, loss in losses.items()}
+        shares = self.ranks.summed(losses) / (2 * self.held_out.numel())
+        return found | {f"{key}.loss": own for key, own in zip(keys, shares, strict=True)}
+
+    def _whole(self, gradient: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+        """The `gradient` with every process's windows, for whoever goes on from it."""
+        own = {str(place): gradient[place].cpu() for place in places}
+        found = self.ranks.merged(own, self.skeleton.device)
+        return torch.stack([found[str(place)] for place in range(len(gradient))])
 
     def _found(self, name: str) -> dict[str, list[Found]]:
         backward = self.store.measured(name, "backward")
-        assert backward is not None
         return {
             key: [
                 Found(loss, zeros, error)

@@ -73,12 +73,15 @@ class Store(Partial):
         named = {key: tensor.contiguous() for key, tensor in found.items()}
         self._write_tensors(named, self.folder / f"{name}.{way}")
 
-    def measured(self, name: str, way: str) -> dict[str, torch.Tensor] | None:
-        """What the pass `way` has measured of a block, or None where it has not come there."""
+    def has_measured(self, name: str, way: str) -> bool:
+        """Whether the pass `way` has measured a block."""
+        return (self.folder / f"{name}.{way}").is_file()
+
+    def measured(self, name: str, way: str) -> dict[str, torch.Tensor]:
+        """What the pass `way` has measured of a block."""
         from safetensors.torch import load_file
 
-        path = self.folder / f"{name}.{way}"
-        return load_file(path) if path.is_file() else None
+        return load_file(self.folder / f"{name}.{way}")
 
     def forget_measured(self) -> None:
         """Drop all that was measured, which a plan holds by now."""

@@ -27,7 +27,7 @@ FP32, INT8 = ("onnxruntime", "fp32"), ("onnxruntime", "int8")
 PLAN = Plan(
     (
         Variant("dense", "dense", (FP32, INT8)),
-        Variant("owl-50", "OWL 50 %", (FP32,), PruneSettings(sparsity=0.5)),
+        Variant("owl-50", "OWL 50 %", (FP32,), PruneSettings(allocation="owl", sparsity=0.5)),
     ),
     samples=4,
     length=64,

@@ -61,6 +61,11 @@ def killed(model, output, text, asked, moment, resume=""):
     assert not output.exists()
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny.write_llama(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=4)

@@ -87,7 +87,7 @@ def pruned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pruned") / "checkpoint"
     source = demo_input()
     text = Calibration(str(source / CALIBRATION), samples=2, sequence_length=512)
-    prune(source / MODEL, folder, recipe.settings(sparsity=0.7), text)
+    prune(source / MODEL, folder, recipe.settings(allocation="owl", sparsity=0.7), text)
     return folder
 
 

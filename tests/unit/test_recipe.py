@@ -265,7 +265,7 @@ def test_a_list_reads_back_with_the_head(listed):
 @pytest.mark.parametrize(
     ("overrides", "allocation", "sparsity"),
     [
-        ({"sparsity": 0.6}, "owl", 0.6),
+        ({"sparsity": 0.6}, "fisher", 0.6),
         ({"allocation": "linear", "structure": "2:4"}, "linear", 0.5),
         ({"allocation": "uniform", "sparsity": 0.6}, "uniform", 0.6),
     ],

@@ -8,7 +8,7 @@ from owl_deploy.pipeline import Bench, attempt, needs
 from owl_deploy.sweep import SweepPlan, read_plan, run, tasks, trade_off, without
 from tests.unit.bench import made
 
-PLAN = SweepPlan(sparsities=(0.5, 0.7), pairs=4, scenarios=("decode",))
+PLAN = SweepPlan(allocations=("owl",), sparsities=(0.5, 0.7), pairs=4, scenarios=("decode",))
 TEXTS = ("wikitext", "c4")  # to prune by, and to evaluate on
 
 
@@ -141,7 +141,7 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text("sparsities: [0.5]\nmethods: [magnitude]\n")
     plan = read_plan(file, {"sparsities": (0.9,)})
-    assert list(plan.prunings()) == ["magnitude-owl-90"]
+    assert list(plan.prunings()) == ["magnitude-fisher-90"]
     with pytest.raises(BadInput, match="cannot be read"):
         read_plan(tmp_path / "none.yaml", {})
     assert read_plan(None, {}) == SweepPlan()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,14 +12,18 @@ from owl_deploy import recipe
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.prune import fisher
+from owl_deploy.prune import fisher, sensitivity
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.run import prune
 from owl_deploy.prune.sensitivity import Measuring, Way
 from owl_deploy.prune.store import Store
-from owl_deploy.ranks import Ranks
 from tests.reference import sensitivity as reference
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
 
 
 def test_levels_lie_around_what_is_asked_for():
@@ -130,7 +135,6 @@ def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file,
     whole = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     for name, block in zip(request.shape.names, found, strict=True):
         forward = store.measured(name, "forward")
-        assert forward is not None
         for key, own in block.items():
             weight = whole.get_submodule(f"{name}.{key}").weight
             changes = forward[f"{key}.difference"] * forward[f"{key}.step"].unsqueeze(-1)
@@ -144,6 +148,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(llama, text_file, tmp_path, m
     settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.5)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     prune(llama, tmp_path / "whole", settings, calibration)
+    shutil.rmtree(tmp_path / "cache")
     keep, calls = Store.keep, []
 
     def stopping(self, *arguments):
@@ -156,6 +161,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(llama, text_file, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         prune(llama, tmp_path / "out", settings, calibration)
     monkeypatch.setattr(Store, "keep", keep)
+    assert not list((tmp_path / "cache").glob("losses/*.json"))
     prune(llama, tmp_path / "out", settings, calibration, resume=True)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
     assert one == other
@@ -173,10 +179,31 @@ def test_a_search_begins_with_it(llama, text_file, tmp_path):
 
 
 def test_where_nothing_goes_nothing_is_measured(llama, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(fisher, "Measuring", None)
+    monkeypatch.setattr(sensitivity, "Measuring", None)
     settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.0)
     calibration = Calibration(str(text_file), samples=2, sequence_length=32)
     assert prune(llama, tmp_path / "out", settings, calibration).sparsity.asked == 0
+
+
+def test_a_method_measured_by_another_takes_what_that_has_found(
+    llama, text_file, tmp_path, monkeypatch
+):
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+
+    def sparsities(method, output):
+        settings = recipe.settings(method=method, allocation="fisher", sparsity=0.5)
+        return [
+            {name: one.sparsity for name, one in block.linears.items()}
+            for block in prune(llama, tmp_path / output, settings, calibration).blocks
+        ]
+
+    expected = sparsities("sparsegpt", "out")
+    monkeypatch.setattr(sensitivity, "Measuring", None)  # not again
+    asked = sparsities("alps", "of-alps")
+    assert [own.keys() for own in asked] == [own.keys() for own in expected]
+    assert asked == expected
+    with pytest.raises(TypeError):
+        sparsities("wanda", "of-wanda")
 
 
 def test_bad_input(llama, text_file, tmp_path):
@@ -185,6 +212,3 @@ def test_bad_input(llama, text_file, tmp_path):
     settings = recipe.settings(method="magnitude", allocation="fisher", sparsity=0.5)
     with pytest.raises(BadInput, match="with the allocation fisher looks at the model's inputs"):
         prune(llama, tmp_path / "out", settings, None)
-    calibration = Calibration(str(text_file), samples=4, sequence_length=32)
-    with pytest.raises(BadInput, match="--allocation fisher takes one process, and there are 2"):
-        check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None, ranks=Ranks(0, 2))

@@ -60,7 +60,9 @@ def test_it_equals_the_naive_procedure(tmp_path, text_file, calibration, family,
 @pytest.mark.parametrize("structure", ["unstructured", "2:4"])
 @pytest.mark.parametrize("method", tiny.REMOVING)
 def test_every_method_and_its_recipe(llama, tmp_path, calibration, method, structure):
-    settings = recipe.settings(method=method, structure=structure, head_sparsity=0.5)
+    settings = recipe.settings(
+        method=method, allocation="owl", structure=structure, head_sparsity=0.5
+    )
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
     weight = load_file(tmp_path / "out" / WEIGHTS)["model.embed_tokens.weight"]
     assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)

@@ -232,11 +232,16 @@ def test_it_needs_windows_to_hold_out(models, tmp_path):
     (tmp_path / "text.txt").write_text(tiny.text(400))
     text = Calibration(str(tmp_path / "text.txt"), samples=10**6, sequence_length=2)
     with pytest.raises(BadInput, match="not 1000000") as refused:
-        prune(models["llama"], tmp_path / "out", recipe.settings(), text)
+        prune(models["llama"], tmp_path / "out", recipe.settings(allocation="owl"), text)
     there = int(re.search(r"holds (\d+) windows", str(refused.value))[1])
     enough = replace(text, samples=there)
     with pytest.raises(BadInput, match=f"not {there + held_out_windows(there)}"):
-        prune(models["llama"], tmp_path / "out", recipe.settings(reconstruct=1), enough)
+        prune(
+            models["llama"],
+            tmp_path / "out",
+            recipe.settings(allocation="owl", reconstruct=1),
+            enough,
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -35,7 +35,7 @@ def windows(folder, calibration):
 
 
 def test_owl_wanda_equals_the_naive_procedure(llama, tmp_path, calibration):
-    settings = recipe.settings(sparsity=0.6, outlier_multiple=2, spread=0.1)
+    settings = recipe.settings(allocation="owl", sparsity=0.6, outlier_multiple=2, spread=0.1)
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
 
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
@@ -197,7 +197,8 @@ def test_the_config_holds_what_both_transformers_read(llama, tmp_path, calibrati
 
 
 def test_the_recipe_lists_the_blocks_in_model_order(llama, tmp_path, calibration):
-    manifest = prune(llama, tmp_path / "out", recipe.settings(sparsity=0.5), calibration).to_json()
+    settings = recipe.settings(allocation="owl", sparsity=0.5)
+    manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
     content = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     modifier = content["oneshot_stage"]["pruning_modifiers"]["WandaPruningModifier"]
     assert modifier["targets"] == ["model.layers.0", "model.layers.1"]

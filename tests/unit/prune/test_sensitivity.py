@@ -10,8 +10,10 @@ from owl_deploy import recipe
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.prune import request as prune_request
 from owl_deploy.prune import sensitivity
-from owl_deploy.prune.formats import FORMATS, Format, packed_size
+from owl_deploy.prune.formats import FORMATS, Format, formats, packed_size
+from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.sensitivity import Measuring, Way
 from owl_deploy.prune.store import Store
 from tests import tiny
 from tests.reference import sensitivity as reference
@@ -36,13 +38,19 @@ def asked(model, text_file, size="4", **values):
 def measured(request, folder):
     """The store after both passes, and the costs."""
     store = Store(folder / "out", request.deciding(), resume=False, force=True)
-    return store, sensitivity._costs(request, store)
+    return store, costs_by(request, store)
+
+
+def costs_by(request, store):
+    """The costs, measured in the store whatever the cache holds."""
+    ways = [Way(form.sparsity, form.bits) for form in formats(request.settings.method)]
+    found = Measuring(request, store, Maker(request.settings), ways, errors=True).run()
+    return sensitivity.costs(request, found)
 
 
 def changes(store, name, key):
     """What each format changes of a Linear, float32 [formats, out, in]."""
     forward = store.measured(name, "forward")
-    assert forward is not None
     return forward[f"{key}.difference"] * forward[f"{key}.step"].unsqueeze(-1)
 
 
@@ -146,7 +154,7 @@ def test_a_stopped_measurement_goes_on_to_the_same_costs(
     monkeypatch.setattr(Store, "keep", keep)
     store = Store(tmp_path / "out", request.deciding(), resume=True, force=False)
     assert store.has_work
-    assert sensitivity._costs(request, store) == whole
+    assert costs_by(request, store) == whole
     assert [way for _, way in calls] == ["forward", "forward", "backward"][:kept]
 
 

@@ -116,7 +116,8 @@ def test_mixed_groups_are_whole_numbers_for_each_linear(monkeypatch):
 def test_a_block_that_is_skipped_does_not_move_the_others():
     """Its share is not 0 outliers: then the others would have half the range."""
     ratios = [BlockStatistics({}, {5: ratio}) for ratio in ([4.0], [], [6.0])]
-    found = linear_sparsities(recipe.settings(sparsity=0.5, spread=0.1), SHAPE, ratios)
+    settings = recipe.settings(allocation="owl", sparsity=0.5, spread=0.1)
+    found = linear_sparsities(settings, SHAPE, ratios)
     assert found[1] == {}
     assert found[0]["q"] - found[2]["q"] == pytest.approx(0.2)
 

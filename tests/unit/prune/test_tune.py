@@ -33,7 +33,7 @@ def test_a_search_begins_with_what_was_asked_and_others():
     assert {one.allocation for one in found.values()} == {"dlp", "linear", "uniform"}
     assert len(found) == 1 + 3 + 3 + 1
     assert len({(one.allocation, one.spread) for one in found.values()}) == len(found)
-    groups = [one for _, one in tune.named(recipe.settings(structure="4:8"))]
+    groups = [one for _, one in tune.named(recipe.settings(allocation="owl", structure="4:8"))]
     assert {one.spread for one in groups if one.allocation == "owl"} == {0.125, 0.1875}
 
 
