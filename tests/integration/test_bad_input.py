@@ -74,7 +74,7 @@ def test_prune_refuses_a_broken_model(owl, llama, text_file, tmp_path, damage, c
         (["--sparsity", "nan"], "sparsity of nan is impossible"),
         (["--method", "wandas"], "Did you mean 'wanda'?"),
         (["--allocation", "uniforn"], "Did you mean 'uniform'?"),
-        (["--samples", "100000"], "windows of 64 tokens, not 100000"),
+        (["--samples", "100000"], "windows of 64 tokens, not 100064"),
         (["--samples", "0"], "--samples must be at least 1"),
         (["--sequence-length", "1024"], "takes 512 tokens, not 1024"),
         (["--seed", "99999999999999999999"], "Invalid value for '--seed'"),
@@ -142,7 +142,7 @@ def test_ctrl_c_says_what_is_left(owl, llama, text_file, tmp_path, monkeypatch):
     command = ["prune", llama, "-o", tmp_path / "out", "-c", text_file]
     command += ["--samples", 2, "--sequence-length", 64]
     with monkeypatch.context() as patched:
-        patched.setattr("owl_deploy.prune.plan.measure", interrupted)
+        patched.setattr("owl_deploy.prune.sensitivity.Measuring._forward", interrupted)
         code, _, err = owl(*command)
         assert (code, "owl: interrupted; finished outputs are untouched.\n" in err) == (130, True)
         patched.undo()
