@@ -14,39 +14,8 @@ _BAR_WIDTH = 20
 
 def show(manifest: CheckpointManifest, output: str) -> None:
     """Print a checkpoint's manifest: its blocks as a table with bars, and where it is."""
-    whole = manifest.sparsity
-    table = Table(box=None, pad_edge=False)
-    table.add_column("block")
-    for heading in ("outliers %", "asked", "achieved"):
-        table.add_column(heading, justify="right")
-    ranges = [_range(block) for block in manifest.blocks]
-    if any(ranges):
-        table.add_column("its Linears", justify="right")
-    spent = manifest.spent
-    if spent:
-        table.add_column("bits", justify="right")
-    table.add_column(f"sparsity (all: {whole.asked:.2f})", width=_BAR_WIDTH)
-    for block, of_linears in zip(manifest.blocks, ranges, strict=True):
-        ratio = block.outlier_ratio
-        table.add_row(
-            block.name,
-            "" if ratio is None else f"{ratio:.3f}",
-            f"{block.sparsity:.4f}",
-            f"{block.achieved:.4f}",
-            *([of_linears] if any(ranges) else []),
-            *([_bits(block)] if spent else []),
-            Bar(1.0, 0.0, block.sparsity, width=_BAR_WIDTH, color="blue"),
-        )
-    table.add_section()
-    ends = [("all blocks", whole.asked, whole.achieved)]
-    if head := manifest.head:
-        rounded = manifest.settings.head_bits
-        name = f"{head.name}, {rounded} bits" if rounded else head.name
-        ends.append((name, head.sparsity, head.achieved))
-    for name, asked, achieved in ends:
-        table.add_row(name, "", f"{asked:.4f}", f"{achieved:.4f}")
     console = result_console()
-    console.print(table)
+    console.print(_table(manifest))
     _show_tuning(console, manifest)
     _show_reconstruction(console, manifest)
     console.print(
@@ -56,6 +25,39 @@ def show(manifest: CheckpointManifest, output: str) -> None:
         "The picture is in sparsity.svg.",
         soft_wrap=True,
     )
+
+
+def _table(manifest: CheckpointManifest) -> Table:
+    """The blocks, with what there is to say of any, then all of them together, and the head."""
+    whole, blocks = manifest.sparsity, manifest.blocks
+    found = {
+        "outliers %": [
+            "" if block.outlier_ratio is None else f"{block.outlier_ratio:.3f}" for block in blocks
+        ],
+        "asked": [f"{block.sparsity:.4f}" for block in blocks],
+        "achieved": [f"{block.achieved:.4f}" for block in blocks],
+        "its Linears": [_range(block) for block in blocks],
+        "bits": [_bits(block) if manifest.spent else "" for block in blocks],
+    }
+    columns = {heading: cells for heading, cells in found.items() if any(cells)}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("block")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    table.add_column(f"sparsity (all: {whole.asked:.2f})", width=_BAR_WIDTH)
+    for block, cells in zip(blocks, zip(*columns.values(), strict=True), strict=True):
+        bar = Bar(1.0, 0.0, block.sparsity, width=_BAR_WIDTH, color="blue")
+        table.add_row(block.name, *cells, bar)
+    table.add_section()
+    ends = [("all blocks", whole.asked, whole.achieved)]
+    if head := manifest.head:
+        rounded = manifest.settings.head_bits
+        name = f"{head.name}, {rounded} bits" if rounded else head.name
+        ends.append((name, head.sparsity, head.achieved))
+    for name, asked, achieved in ends:
+        shares = {"asked": f"{asked:.4f}", "achieved": f"{achieved:.4f}"}
+        table.add_row(name, *(shares.get(heading, "") for heading in columns))
+    return table
 
 
 def _range(block: Block) -> str:

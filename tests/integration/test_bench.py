@@ -213,7 +213,7 @@ def test_a_sweep_of_a_real_model_is_whole_and_never_repeats(
     assert [text for text in first.stderr.splitlines() if text in said] == said
     rows = json.loads(first.stdout)["trade_off"]
     assert {row["deployment"] for row in rows} == {
-        *("wanda-owl-50-onnxruntime-fp32", "magnitude-owl-50-onnxruntime-fp32"),
+        *("wanda-fisher-50-onnxruntime-fp32", "magnitude-fisher-50-onnxruntime-fp32"),
         *("dense-onnxruntime-fp32", "dense-onnxruntime-int8", "dense-onnxruntime-int4"),
     }
     assert any(row["pareto"] for row in rows)
@@ -227,7 +227,7 @@ def test_a_sweep_of_a_real_model_is_whole_and_never_repeats(
     assert [states.count(one) for one in ("done", "to do")] == [6, 7]  # the dense ones are there
 
     # A row that fails does not stop the others, and the report has it.
-    strange = output / "checkpoints" / "magnitude-owl-60"
+    strange = output / "checkpoints" / "magnitude-fisher-60"
     strange.mkdir()
     (strange / "mine").touch()
     last = CliRunner().invoke(app, other)
@@ -236,7 +236,7 @@ def test_a_sweep_of_a_real_model_is_whole_and_never_repeats(
     assert "1 of 13 tasks failed, and 2 that need them were skipped" in str(last.exception)
     told = json.loads(last.stdout)
     assert {row["deployment"] for row in told["trade_off"]} == {
-        *("wanda-owl-60-onnxruntime-fp32", "dense-onnxruntime-fp32"),
+        *("wanda-fisher-60-onnxruntime-fp32", "dense-onnxruntime-fp32"),
         *("dense-onnxruntime-int8", "dense-onnxruntime-int4"),
     }
     assert [one["state"] for one in told["left"]] == ["failed", "skipped", "skipped"]

@@ -84,7 +84,7 @@ ONE, SEVERAL = checkpoint.SHARD_BYTES, 30_000  # shards
     ("asked", "shard_bytes"),
     [
         ({"method": "wanda"}, SEVERAL),
-        ({"method": "sparsegpt"}, ONE),
+        ({"method": "sparsegpt", "allocation": "fisher"}, ONE),
         ({"method": "alps"}, SEVERAL),
         ({"method": "sparsegpt", "bits": 4}, ONE),
         ({"method": "sparsegpt", "bits": 4}, SEVERAL),
@@ -97,7 +97,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     model, text_file, tmp_path, asked, shard_bytes, monkeypatch
 ):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
-    asked = {"sparsity": 0.6} | asked
+    asked = {"allocation": "owl", "sparsity": 0.6} | asked
     settings = recipe.settings(**asked)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     first = prune(model, tmp_path / "whole", settings, calibration, tune_minutes=1e-9).to_json()

@@ -37,8 +37,8 @@ def test_each_task_has_a_log_of_its_own(swept):
     assert len(set(logs)) == len(logs)
     assert {log.parent for log in logs} == {Path("out/logs").absolute()}
     names = [log.name for log in logs]
-    assert names[0] == "checkpoints-wanda-owl-50"
-    assert "deployments-wanda-owl-50-onnxruntime-fp32-measured-perplexity" in names
+    assert names[0] == "checkpoints-wanda-fisher-50"
+    assert "deployments-wanda-fisher-50-onnxruntime-fp32-measured-perplexity" in names
 
 
 def test_a_name_with_dots_has_a_record_of_its_own(swept):
