@@ -25,7 +25,6 @@ def measure_head(request: Request, store: Store) -> list[Cost]:
     The latter's is the divergence from the dense model, in nats a token, on the windows that are
     held out. The cache folder keeps them, as those of the blocks.
     """
-
     assert request.room is not None
     assert request.room.head is not None
     asked = {"head_bits": _BITS}

@@ -56,13 +56,35 @@ _VERSION = 3  # of the measurement: what an earlier one found is not taken
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a Linear may be made: a share `sparsity` removed, and rounded to `bits` where given."""
+
+    sparsity: float
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one way costs: `loss` in nats a token, `zeros` as a share, and the `error` of the
+    outputs as a share of their squares (0 where that is not asked for).
+    """
+
+    loss: float
+    zeros: float
+    error: float
+
+
+Losses = list[dict[str, list[Found]]]  # of each block, by the names of its pruned Linears
+
+
 def measure_costs(request: Request, store: Store) -> Costs:
     """The costs of the formats that the method can make, of every pruned Linear."""
     ways = [Way(form.sparsity, form.bits) for form in formats(request.settings.method)]
     return costs(request, measure_losses(request, store, request.settings, ways, errors=True))
 
 
-def costs(request: Request, losses: "Losses") -> Costs:
+def costs(request: Request, losses: Losses) -> Costs:
     """The costs by the `losses` of each format in turn."""
     known, group = formats(request.settings.method), request.settings.bits_group
     assert group is not None
@@ -92,10 +114,10 @@ def measure_losses(
     request: Request,
     store: Store,
     settings: PruneSettings,
-    ways: "Sequence[Way]",
+    ways: Sequence[Way],
     *,
     errors: bool,
-) -> "Losses":
+) -> Losses:
     """What each of the `ways` to make a Linear costs, by the method of the `settings`.
 
     They depend neither on a budget nor on what is done with them: see `remembered`.
@@ -141,28 +163,6 @@ def remembered(
                 value = {"found": kind.dump_python(found, mode="json")}
                 write_json(cache_dir(_CACHE) / name, value)
     return found
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a Linear may be made: a share `sparsity` removed, and rounded to `bits` where given."""
-
-    sparsity: float
-    bits: int | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one way costs: `loss` in nats a token, `zeros` as a share, and the `error` of the
-    outputs as a share of their squares (0 where that is not asked for).
-    """
-
-    loss: float
-    zeros: float
-    error: float
-
-
-Losses = list[dict[str, list[Found]]]  # of each block, by the names of its pruned Linears
 
 
 class Measuring:
