@@ -158,6 +158,7 @@ def test_the_table_and_the_recipe_say_so(owl, llama, tmp_path, text_file):
     code, out, err = owl(*command)
     assert code == 0, err
     assert "lm_head, 3 bits" in out
+    assert "outliers %" not in out  # nothing looked at any
     assert (
         "# Rounded to 4 bits as well, the output head to 3"
         in (tmp_path / "out" / "recipe.yaml").read_text()
