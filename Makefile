@@ -18,9 +18,8 @@ demo-full: $(RUNNABLE) runtime
 showcase: $(INSTALLED) runtime
 	$(BIN)/python -m owl_deploy.showcase --allow-code --output showcase $(ARGS)
 
-# A process a core, four at most: each holds torch, and what a file's tests share is made once. In
-# their order the files of few and long tests come first, so that no process ends alone with them.
-BESIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A process a core, four at most: each holds torch, and what a file's tests share is made once.
+BESIDE := -n auto --maxprocesses 4 --dist loadfile
 test: $(INSTALLED) runtime
 	$(BIN)/owl engines install deepsparse
 	$(BIN)/python -m pytest $(BESIDE)
