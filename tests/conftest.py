@@ -44,6 +44,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that no other test has measured anything into, and no earlier run."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("OWL_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
 def children():
     """Give the processes that this test has started and not ended; those before it left others."""
     before = psutil.Process().children(recursive=True)

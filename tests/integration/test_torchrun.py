@@ -47,10 +47,7 @@ TIES, CLOSE = 4, 1e-4
 FLOOR = divided.Apart(elsewhere=TIES, rows=TIES, off=CLOSE, moved=(TIES / 1300) ** 0.5)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    """What is measured of losses is measured by each test, and each of its runs."""
-    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

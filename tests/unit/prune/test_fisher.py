@@ -20,10 +20,7 @@ from owl_deploy.prune.sensitivity import Measuring, Way
 from owl_deploy.prune.store import Store
 from tests.reference import sensitivity as reference
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_levels_lie_around_what_is_asked_for():
@@ -144,11 +141,13 @@ def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file,
                 assert one.zeros == pytest.approx(way.sparsity, abs=0.02)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(llama, text_file, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    llama, text_file, tmp_path, monkeypatch, own_cache
+):
     settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.5)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     prune(llama, tmp_path / "whole", settings, calibration)
-    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(own_cache)
     keep, calls = Store.keep, []
 
     def stopping(self, *arguments):
@@ -161,7 +160,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(llama, text_file, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         prune(llama, tmp_path / "out", settings, calibration)
     monkeypatch.setattr(Store, "keep", keep)
-    assert not list((tmp_path / "cache").glob("losses/*.json"))
+    assert not list(own_cache.glob("losses/*.json"))
     prune(llama, tmp_path / "out", settings, calibration, resume=True)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
     assert one == other

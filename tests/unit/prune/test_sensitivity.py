@@ -18,10 +18,7 @@ from owl_deploy.prune.store import Store
 from tests import tiny
 from tests.reference import sensitivity as reference
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text", "opt"])
