@@ -6,11 +6,14 @@ import itertools
 import logging
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+T = TypeVar("T", bound=Hashable)
 
 INK, FAINT, ACCENT = "#101113", "#a1a2a3", "#0b5394"
 PAGE = {INK: "ink", FAINT: "faint", ACCENT: "accent"}  # the variables of a page's style sheet
@@ -88,13 +91,12 @@ def sparsity_by_block(
     sparsities: Sequence[float],
     outlier_ratios: Sequence[float | None],
     beside: tuple[str, float] | None = None,
-    linears: Sequence[Collection[float]] = (),
     **how: Any,  # noqa: ANN401 - `svg` has their types
 ) -> str:
     """The paper's picture: each block's sparsity, a share, over the outliers (%) that decided it.
 
     `beside`: the allocation's name and the model's sparsity, which then is a line of its own.
-    `linears`: those of each block's Linears, dots where they differ. `how` goes to `svg`.
+    `how` goes to `svg`.
     """
 
     def draw(axes: "Axes") -> None:
@@ -110,10 +112,6 @@ def sparsity_by_block(
             axes.patch.set_visible(False)
         percent = [100 * one for one in sparsities]
         (line,) = axes.step(numbers, percent, where="mid", color=ACCENT, linewidth=2)
-        for number, each in enumerate(linears):
-            if len(set(each)) > 1:
-                dots = [100 * one for one in each]
-                axes.plot([number] * len(dots), dots, "o", color=ACCENT, markersize=3)
         if beside:
             line.set_label(beside[0])
             whole = 100 * beside[1]
@@ -158,36 +156,63 @@ def formats_by_linear(
     blocks: Sequence[Mapping[str, tuple[int, float]]],
     **how: Any,  # noqa: ANN401 - `svg` has their types
 ) -> str:
-    """The format of every Linear over the model: blocks across, the Linears of a block down.
+    """The format of every Linear over the model; the more bits are left of a weight, the darker.
 
-    `blocks`: the bits and the sparsity, a share, of each block's Linears by name; the more bits
-    are left of a weight, the darker. `how` goes to `svg`.
+    `blocks`: the bits and the sparsity, a share, of each block's Linears by name. `how` goes to
+    `svg`.
     """
+    left = {kind: kind[0] * (1 - kind[1]) for block in blocks for kind in block.values()}
+    removed = {kind: f", {kind[1]:.0%} removed" if kind[1] else "" for kind in left}
+    darkest_first = sorted(left, key=lambda kind: -left[kind])
+    shades = {
+        kind: _Shade(left[kind] / 8, f"{kind[0]} bits{removed[kind]}") for kind in darkest_first
+    }
+    return svg(lambda axes: _cells(axes, blocks, shades), **how)
 
-    def draw(axes: "Axes") -> None:
-        names = list(dict.fromkeys(name for block in blocks for name in block))
-        left = {kind: kind[0] * (1 - kind[1]) for block in blocks for kind in block.values()}
-        for bits, sparsity in sorted(left, key=lambda kind: -left[kind]):
-            cells = [
-                (x, names.index(name) - 0.45)
-                for x, block in enumerate(blocks)
-                for name, kind in block.items()
-                if kind == (bits, sparsity)
-            ]
-            across, down = zip(*cells, strict=True)
-            removed = f", {sparsity:.0%} removed" if sparsity else ""
-            axes.bar(
-                across,
-                0.9,
-                width=0.9,
-                bottom=down,
-                color=ACCENT,
-                alpha=left[bits, sparsity] / 8,
-                label=f"{bits} bits{removed}",
-            )
-        axes.set_yticks(range(len(names)), [name.rpartition(".")[2] for name in names])
-        axes.invert_yaxis()
-        axes.set_xlabel("block")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
-    return svg(draw, **how)
+def sparsity_by_linear(
+    blocks: Sequence[Mapping[str, float]],
+    **how: Any,  # noqa: ANN401 - `svg` has their types
+) -> str:
+    """The sparsity of every Linear over the model; the more is left of it, the darker.
+
+    `blocks`: that of each block's Linears by name, a share. `how` goes to `svg`.
+    """
+    every = sorted({one for block in blocks for one in block.values()})
+    least, range_of = every[0], every[-1] - every[0]
+    named = {every[0], every[len(every) // 2], every[-1]}
+    shades = {
+        one: _Shade(
+            1 - 0.9 * (one - least) / (range_of or 1.0),
+            f"{one:.0%} removed" if one in named else None,
+        )
+        for one in every
+    }
+    return svg(lambda axes: _cells(axes, blocks, shades), **how)
+
+
+@dataclass(frozen=True)
+class _Shade:
+    """How dark a cell is, a share, and what the legend calls that, if anything."""
+
+    alpha: float
+    label: str | None
+
+
+def _cells(axes: "Axes", blocks: Sequence[Mapping[str, T]], shades: Mapping[T, _Shade]) -> None:
+    """A cell for every Linear of a model, blocks across, in the shade of what it is."""
+    names = list(dict.fromkeys(name for block in blocks for name in block))
+    for kind, shade in shades.items():
+        cells = [
+            (x, names.index(name) - 0.45)
+            for x, block in enumerate(blocks)
+            for name, one in block.items()
+            if one == kind
+        ]
+        across, down = zip(*cells, strict=True)
+        look: Any = {"color": ACCENT, "alpha": shade.alpha, "label": shade.label}
+        axes.bar(across, 0.9, width=0.9, bottom=down, **look)
+    axes.set_yticks(range(len(names)), [name.rpartition(".")[2] for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("block")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)

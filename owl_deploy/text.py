@@ -210,21 +210,24 @@ def tokenize(
 
 
 def calibration_windows(
-    tokens: "torch.Tensor", samples: int, length: int, seed: int
+    tokens: "torch.Tensor", samples: int, length: int, seed: int, held_out: int = 0
 ) -> "torch.Tensor":
-    """Draw `samples` windows without overlap from `tokens`, as int64 ids [samples, length].
+    """Draw `samples` windows without overlap from `tokens`, as int64 ids [windows, length].
 
-    Their order is random by `seed`. Raises `BadInput` when the text is too short for them.
+    After them come `held_out` others. Their order is random by `seed`. Raises `BadInput` when the
+    text is too short for them.
     """
     import torch
 
-    available = len(tokens) // length
-    if available < samples:
+    available, count = len(tokens) // length, samples + held_out
+    if available < count:
+        others = f" and {held_out} others to judge by" if held_out else ""
         raise BadInput(
-            f"The calibration text holds {available} windows of {length} tokens, not {samples}.",
+            f"The calibration text holds {available} windows of {length} tokens, not {samples}"
+            f"{others}.",
             "Give a longer text, fewer --samples, or a smaller --sequence-length.",
         )
-    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
     return tokens[: available * length].view(available, length)[chosen].long()
 
 

@@ -73,7 +73,7 @@ def divided(
     budget = (1 - sparsity) * sum(sizes) * (1 + 1e-9)  # all of them at the sparsity asked for fit
     found = [known[at] for at in cheapest(options, budget)]
     if group is None:
-        return hold_mean(found, sizes, sparsity, most)
+        return [round(one, 12) for one in hold_mean(found, sizes, sparsity, most)]
     return [1 - kept / group[1] for kept in whole_kept(found, sizes, group[1])]
 
 

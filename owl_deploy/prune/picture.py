@@ -1,30 +1,36 @@
-"""A checkpoint's picture: the sparsity of each block, or the formats that a budget chose."""
+"""A checkpoint's picture: what each block was asked, or each Linear where they differ."""
 
 from collections.abc import Sequence
 
 from owl_deploy.manifest import CheckpointManifest
-from owl_deploy.picture import formats_by_linear, search_by_time, sparsity_by_block
+from owl_deploy.picture import (
+    formats_by_linear,
+    search_by_time,
+    sparsity_by_block,
+    sparsity_by_linear,
+)
 from owl_deploy.prune.tune import Trial
 
 
 def sparsity_svg(manifest: CheckpointManifest) -> str:
     """What was asked of a checkpoint's Linears, by its manifest.
 
-    The block sparsities beside uniform, over the outlier ratios; within a budget the bits and the
-    sparsity of each Linear.
+    Within a budget the bits and the sparsity of each; where those of a block differ their
+    sparsities; else the block's beside uniform, over the outlier ratio that decided it.
     """
+    linears = [block.linears for block in manifest.blocks]
     if manifest.spent is not None:
-        return formats_by_linear(
-            [
-                {name: (one.bits or 0, one.sparsity) for name, one in block.linears.items()}
-                for block in manifest.blocks
-            ]
-        )
+        formats = [
+            {name: (one.bits or 0, one.sparsity) for name, one in own.items()} for own in linears
+        ]
+        return formats_by_linear(formats)
+    sparsities = [{name: one.sparsity for name, one in own.items()} for own in linears]
+    if any(len(set(own.values())) > 1 for own in sparsities):
+        return sparsity_by_linear(sparsities)
     return sparsity_by_block(
         [block.sparsity for block in manifest.blocks],
         [block.outlier_ratio for block in manifest.blocks],
         (manifest.settings.allocation, manifest.sparsity.asked),
-        [[one.sparsity for one in block.linears.values()] for block in manifest.blocks],
     )
 
 

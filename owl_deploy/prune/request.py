@@ -224,8 +224,9 @@ def _windows(
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
     if settings.budget or allocation.losses:
         held_out = max(held_out, HELD_OUT_TOKENS // calibration.sequence_length, 1)
-    count = calibration.samples + held_out
-    return calibration_windows(tokens, count, calibration.sequence_length, calibration.seed)
+    return calibration_windows(
+        tokens, calibration.samples, calibration.sequence_length, calibration.seed, held_out
+    )
 
 
 def _check_groups(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> None:

@@ -140,9 +140,10 @@ def remembered(
 ) -> T:
     """What the cache folder holds of what was `asked`, or `measure` finds, together; it is kept.
 
-    For this model, text and machine, and what the `settings` make of a Linear.
+    For this model, text (wherever it lies) and machine, and what the `settings` make of a Linear.
     """
     decided = request.deciding() | {"tune_minutes": None, "measurement": _VERSION, **asked}
+    decided["calibration"] = (request.describe_calibration() or {}) | {"source": None}
     making = {"method", "structure", "skip", "bits_group", "options", "refit"}
     decided["settings"] = settings.model_dump(mode="json", include=making)
     assert request.held_out is not None

@@ -74,7 +74,7 @@ def test_prune_refuses_a_broken_model(owl, llama, text_file, tmp_path, damage, c
         (["--sparsity", "nan"], "sparsity of nan is impossible"),
         (["--method", "wandas"], "Did you mean 'wanda'?"),
         (["--allocation", "uniforn"], "Did you mean 'uniform'?"),
-        (["--samples", "100000"], "windows of 64 tokens, not 100064"),
+        (["--samples", "100000"], "windows of 64 tokens, not 100000 and 64 others to judge by"),
         (["--samples", "0"], "--samples must be at least 1"),
         (["--sequence-length", "1024"], "takes 512 tokens, not 1024"),
         (["--seed", "99999999999999999999"], "Invalid value for '--seed'"),

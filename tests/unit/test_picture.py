@@ -35,13 +35,6 @@ def test_the_checkpoints_picture_has_the_whole_beside():
     assert "outlier ratio" not in without
 
 
-def test_linears_are_dots_only_where_they_differ():
-    same = picture.sparsity_by_block([0.6, 0.8], [None, None])
-    assert picture.sparsity_by_block([0.6, 0.8], [None, None], linears=[(0.6, 0.6), ()]) == same
-    apart = picture.sparsity_by_block([0.6, 0.8], [None, None], linears=[(0.65, 0.75), ()])
-    assert apart.count('id="line2d') == same.count('id="line2d') + 1
-
-
 def test_a_cell_for_every_linear_and_a_line_for_every_format():
     blocks = [
         {"attn.q_proj": (8, 0.0), "mlp.up_proj": (4, 0.5)},
@@ -55,3 +48,14 @@ def test_a_cell_for_every_linear_and_a_line_for_every_format():
     assert made == picture.formats_by_linear(blocks)
     cells = re.findall(r"opacity: ?([\d.]+)", made)
     assert {float(one) for one in cells} >= {0.5, 0.25}
+
+
+def test_the_less_is_removed_the_darker():
+    blocks = [{"attn.q_proj": 0.7, "attn.v_proj": 0.2}, {"attn.q_proj": 0.45}]
+    made = picture.sparsity_by_linear(blocks)
+    shades = [float(one) for one in re.findall(r"opacity: ?([\d.]+)", made)]
+    for sparsity, shade in ((0.2, 1.0), (0.45, 0.55), (0.7, 0.1)):
+        assert f">{sparsity:.0%} removed<" in made
+        assert shade == 1.0 or shade in shades
+    assert made == picture.sparsity_by_linear(blocks)
+    assert ">50% removed<" in picture.sparsity_by_linear([{"q_proj": 0.5}, {}])
