@@ -18,8 +18,9 @@ demo-full: $(RUNNABLE) runtime
 showcase: $(INSTALLED) runtime
 	$(BIN)/python -m owl_deploy.showcase --allow-code --output showcase $(ARGS)
 
-# A process a core, four at most: each holds torch, and what a file's tests share is made once.
-BESIDE := -n auto --maxprocesses 4 --dist loadfile
+# A process a core, four at most: each holds torch, and what a file's tests share is made once. In
+# the order of testpaths: by their number of tests the longest files would come last.
+BESIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED) runtime
 	$(BIN)/owl engines install deepsparse
 	$(BIN)/python -m pytest $(BESIDE)

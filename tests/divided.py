@@ -27,6 +27,7 @@ from owl_deploy.prune import run as pruning
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
 
+_HERE = ("-m", "tests.divided")
 SAMPLES, LENGTH = 5, 48  # which no two or three processes share evenly
 
 
@@ -90,10 +91,16 @@ def _count_last_rank(times: float) -> None:
 
 
 def torchrun(
-    processes: int, *arguments: object, group: Sequence[object] = ("--standalone",)
+    processes: int,
+    *arguments: object,
+    program: Sequence[object] = ("-m", "owl_deploy"),
+    group: Sequence[object] = ("--standalone",),
 ) -> "subprocess.CompletedProcess[str]":
-    """`python -m ARGUMENTS` in so many processes, to its end; by `group` they find each other."""
-    launcher = ["torch.distributed.run", *group, "--nproc-per-node", processes, "-m"]
+    """`python PROGRAM ARGUMENTS` in so many processes, to its end; by `group` they find each other.
+
+    A start takes seconds: `fresh.group` does without, and without what torchrun does for them.
+    """
+    launcher = ["torch.distributed.run", *group, "--nproc-per-node", processes, *program]
     command = [sys.executable, "-m", *map(str, [*launcher, *arguments])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -103,7 +110,7 @@ def in_processes(
     processes: int, folder: Path, asked: Iterable[dict[str, Any]]
 ) -> "subprocess.CompletedProcess[str]":
     """Do all that is `asked` in one start of so many; `folder` is for what they are told."""
-    return torchrun(processes, "tests.divided", _told(folder, asked))
+    return torchrun(processes, _told(folder, asked), program=_HERE)
 
 
 def in_two_nodes(
@@ -116,7 +123,7 @@ def in_two_nodes(
 
     def node(rank: int) -> "subprocess.CompletedProcess[str]":
         group = ("--nnodes", 2, "--node-rank", rank, *where)
-        return torchrun(processes, "tests.divided", told, group=group)
+        return torchrun(processes, told, program=_HERE, group=group)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(node, range(2)))

@@ -1,8 +1,9 @@
 """`owl finetune` as a user has it: kill -9 and resume, what is refused, export of what came out."""
 
+import itertools
 import json
-import subprocess
-import sys
+import os
+import signal
 
 import pytest
 import torch
@@ -11,29 +12,23 @@ from safetensors.torch import load_file, save_file
 from owl_deploy import recipe
 from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
-from owl_deploy.prune.run import Calibration, prune
-
-KILLED = """
-import os, sys
-import torch
-torch.set_num_threads(1)
-from owl_deploy import cli
 from owl_deploy.finetune import train
+from owl_deploy.prune.run import Calibration, prune
+from tests import fresh
 
-train._SAVE_SECONDS = 0.0
-saved, save = 0, train._Clock.on_save
 
-def counted(self, *arguments, **more):
-    global saved
-    saved += 1
-    if saved == int(os.environ["KILL_AT"]):
-        os.kill(os.getpid(), 9)  # the checkpoint is there, and not marked as whole
-    save(self, *arguments, **more)
+def killed_at(moment, command):
+    """Train as the command says, and be killed at that save: it is there, not marked as whole."""
+    train._SAVE_SECONDS = 0.0
+    saves, save = itertools.count(1), train._Clock.on_save
 
-train._Clock.on_save = counted
-sys.argv[0] = "owl"
-cli.main()
-"""
+    def counted(self, *arguments, **more):
+        if next(saves) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, *arguments, **more)
+
+    train._Clock.on_save = counted
+    fresh.owl(*command)
 
 
 def arguments(sparse, text_file, output, *more):
@@ -50,13 +45,8 @@ def test_a_killed_run_resumes_to_the_same_losses(owl, sparse, text_file, tmp_pat
     more = ("--learning-rate", 0.01, "--json", *how)
     _, whole, _ = owl(*arguments(sparse, text_file, tmp_path / "whole", *more))
     command = arguments(sparse, text_file, tmp_path / "out", *more)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, command)],
-        env={"KILL_AT": str(moment), "PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == -9, done.stderr
+    done = fresh.ran(killed_at, moment, command)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
     code, resumed, err = owl(*command, "--resume")
     assert code == 0, err

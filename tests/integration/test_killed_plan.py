@@ -4,9 +4,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, measurement, read_manifest
 from owl_deploy.pipeline import RunTasks, Task, execute, survey
 from owl_deploy.recipe import PruneSettings
-from tests import tiny
+from tests import fresh, tiny
 
 FP32, INT8 = ("onnxruntime", "fp32"), ("onnxruntime", "int8")
 PLAN = Plan(
@@ -44,21 +43,26 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "input"
 
 
-def killed_at(reached: Path, source: Path, output: Path, plan: str = "tasks(PLAN") -> None:
+def carry_out(tasks_of: Callable[..., tuple[Task, ...]], *arguments: object) -> None:
+    """Execute a plan's tasks: the work of a process."""
+    execute(tasks_of(*arguments), print)
+
+
+def killed_at(
+    reached: Path,
+    tmp_path: Path,
+    tasks_of: Callable[..., tuple[Task, ...]],
+    *arguments: object,
+) -> None:
     """Run the plan in a process, and kill that as soon as `reached` is there."""
-    code = (
-        "import sys, pathlib\n"
-        "from tests.integration.test_killed_plan import *\n"
-        f"execute({plan}, *map(pathlib.Path, sys.argv[1:])), print)"
-    )
-    command = [sys.executable, "-c", code, str(source), str(output)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 300
-        while not reached.exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.kill()
+    process = fresh.started(carry_out, tasks_of, *arguments, output=tmp_path)
+    deadline = time.monotonic() + 300
+    while not reached.exists():
+        assert process.is_alive(), (tmp_path / "stderr").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.join()
 
 
 def test_the_demo_goes_on_where_it_was_killed(
@@ -69,9 +73,10 @@ def test_the_demo_goes_on_where_it_was_killed(
     monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 30.0)
     output = tmp_path / "out"
     plan = tasks(PLAN, source, output)
-    killed_at(output / "checkpoints" / ".owl-50.owl-partial" / "run.json", source, output)
+    asked = (tmp_path, tasks, PLAN, source, output)
+    killed_at(output / "checkpoints" / ".owl-50.owl-partial" / "run.json", *asked)
     assert set(survey(plan)) == {"to do"}
-    killed_at(output / "deployments" / ".dense-onnxruntime-int8.owl-lock", source, output)
+    killed_at(output / "deployments" / ".dense-onnxruntime-int8.owl-lock", *asked)
     states = survey(plan)
     assert states == ["done"] * 4 + ["to do"] * 6
     said: list[str] = []
@@ -139,12 +144,12 @@ def test_the_showcase_goes_on_where_it_was_killed(
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "busy_cores", lambda seconds: 0.0)
     monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 30.0)
-    plan, again = made(TINY, source, output), "made(TINY"
+    plan, asked = made(TINY, source, output), (tmp_path, made, TINY, source, output)
     training = output / "checkpoints" / ".recovered-50.owl-partial" / "group-0.json"
-    killed_at(training, source, output, again)
+    killed_at(training, *asked)
     assert survey(plan)[:5] == ["done", "done", "done", "done", "to do"]
     answering = output / "deployments" / "sparse-owl-int8" / "measured" / "perplexity.json"
-    killed_at(answering, source, output, again)
+    killed_at(answering, *asked)
     trained = read_manifest(plan[4].output, CheckpointManifest)
     assert trained is not None
     assert trained.to_json()["finetune"]["resumed"]

@@ -1,6 +1,6 @@
 """kill -9 at any moment: nothing looks finished, and --resume ends with bit-identical weights."""
 
-import json
+import itertools
 import os
 import signal
 import subprocess
@@ -15,49 +15,31 @@ from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.partial import partial_folder
 from owl_deploy.prune import run, store, tune
 from owl_deploy.prune.run import Calibration, prune
-from tests import tiny
-
-KILLED_AFTER = """
-import json, os, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from owl_deploy import checkpoint, recipe
-from owl_deploy.prune import store
-from owl_deploy.prune.run import Calibration, prune
-
-model, output, text, asked, moment, resume = sys.argv[1:7]
-checkpoint.SHARD_BYTES = int(sys.argv[7])
-name, count = moment.split(":")
-original, calls = getattr(store.Store, name), 0
-
-def counted(self, *arguments):
-    global calls
-    calls += 1
-    if calls > int(count):
-        os.kill(os.getpid(), 9)
-    return original(self, *arguments)
-
-setattr(store.Store, name, counted)
-asked = json.loads(asked)
-calibration = Calibration(text, samples=4, sequence_length=48)
-minutes = None if "budget" in asked else 1e-9  # the named allocations are tried, and no more
-prune(
-    model, Path(output), recipe.settings(**asked), calibration,
-    tune_minutes=minutes, resume=bool(resume),
-)
-"""
+from tests import fresh, tiny
 
 
-def killed(model, output, text, asked, moment, resume=""):
-    arguments = [model, output, text, json.dumps(asked), moment, resume, checkpoint.SHARD_BYTES]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AFTER, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == -9, done.stderr
+def prune_until(moment, model, output, text, asked, resume, shard_bytes):
+    """Prune, and be killed after so many calls of that method of the store."""
+    checkpoint.SHARD_BYTES = shard_bytes
+    name, count = moment.split(":")
+    original, calls = getattr(store.Store, name), itertools.count(1)
+
+    def counted(self, *arguments):
+        if next(calls) > int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *arguments)
+
+    setattr(store.Store, name, counted)
+    calibration = Calibration(text, samples=4, sequence_length=48)
+    # The named allocations are tried, and no more.
+    minutes = None if "budget" in asked else 1e-9
+    prune(model, output, recipe.settings(**asked), calibration, tune_minutes=minutes, resume=resume)
+
+
+def killed(model, output, text, asked, moment, *, resume=False):
+    arguments = (moment, model, output, str(text), asked, resume, checkpoint.SHARD_BYTES)
+    done = fresh.ran(prune_until, *arguments)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists()
 
 
@@ -102,8 +84,8 @@ def test_a_killed_run_resumes_to_the_same_weights(
 
     out = tmp_path / "out"
     killed(model, out, text_file, asked, "save:1")  # one block is finished
-    killed(model, out, text_file, asked, "save:2", "resume")  # three are
-    killed(model, out, text_file, asked, "finish:0", "resume")  # all, but nothing is published
+    killed(model, out, text_file, asked, "save:2", resume=True)  # three are
+    killed(model, out, text_file, asked, "finish:0", resume=True)  # all, but nothing is published
     manifest = prune(model, out, settings, calibration, tune_minutes=1e-9, resume=True).to_json()
     assert manifest["resumed"]
     assert manifest["blocks"] == first["blocks"]
@@ -128,10 +110,10 @@ def test_a_budget_resumes_from_each_of_its_passes(model, text_file, tmp_path, mo
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
     killed(model, out, text_file, asked, "keep:1")
-    killed(model, out, text_file, asked, "keep:4", "resume")
+    killed(model, out, text_file, asked, "keep:4", resume=True)
     left = sorted(path.name for path in partial_folder(out).glob("*.*ward"))
     assert [name.rpartition(".")[2] for name in left] == ["forward"] * 3 + ["backward", "forward"]
-    killed(model, out, text_file, asked, "save:1", "resume")
+    killed(model, out, text_file, asked, "save:1", resume=True)
     assert not list(partial_folder(out).glob("*.*ward"))  # the plan holds it all
     prune(model, out, recipe.settings(**asked), calibration, resume=True)
     whole, resumed = (weights(tmp_path / name) for name in ("whole", "out"))
@@ -252,12 +234,7 @@ def test_another_run_for_the_same_output_is_refused_at_once(model, text_file, tm
     with subprocess.Popen(arguments, stdin=-1, stdout=-1, stderr=-3, text=True) as first:
         assert first.stdout.readline() == "writing\n"
         for second in (command, [*command, "--resume"], ["export", model, "-o", out]):
-            done = subprocess.run(
-                [sys.executable, "-m", "owl_deploy", *map(str, second)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            done = fresh.ran(fresh.owl, *second)
             assert (done.returncode, "Another run is writing" in done.stderr) == (2, True)
         first.kill()
     calibration = Calibration(str(text_file), samples=2, sequence_length=48)

@@ -8,7 +8,7 @@ import pytest
 
 from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.partial import partial_folder
-from tests import divided, tiny
+from tests import divided, fresh, tiny
 from tests.divided import SAMPLES
 
 QUICK = [
@@ -187,7 +187,7 @@ def test_of_three_one_is_killed_and_one_process_goes_on(models, text_file, tmp_p
 def test_more_processes_than_windows_end_with_one_sentence(models, text_file, tmp_path):
     arguments = ["prune", models["llama"], "-c", text_file, "-o", tmp_path / "out"]
     arguments += ["--samples", 1, "--sequence-length", 32]
-    done = divided.torchrun(2, "owl_deploy", *arguments)
+    done = fresh.group(2, fresh.owl, *arguments)
     assert done.returncode != 0
     assert done.stderr.count("owl: ") == 1
     assert "2 processes, and 1 windows" in done.stderr

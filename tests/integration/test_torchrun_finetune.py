@@ -1,18 +1,17 @@
 """One fine-tuning in several processes: the model of one, resumed to the same bits."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from owl_deploy import recipe
 from owl_deploy.checkpoint import GRID
+from owl_deploy.finetune import train
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.tokens import load_tokens
-from tests import divided
+from tests import divided, fresh
 
 # Ends the second process as it writes its part of the second checkpoint.
 KILLED = """
@@ -38,27 +37,6 @@ cli.main()
 MASKED = ("--method", "masked", "--block-group", 1, "--max-steps", 8)
 LORA = ("--merge", "masked", "--dropout", 0, "--max-steps", 4)
 WHOLE = ("--method", "masked", "--max-steps", 8)
-# Counts what each process holds at the end of a step: weights, gradients none any more, Adam's.
-HOLDING = """
-import pathlib
-import sys
-from torch.distributed.tensor import DTensor
-from owl_deploy import cli
-from owl_deploy.finetune import train
-
-end = train._Clock.on_step_end
-
-def counted(self, args, state, control, optimizer, **more):
-    held = [*self.trainee.parameters(), *self.trainee.buffers()]
-    held += [one for moments in optimizer.state.values() for one in moments.values()]
-    local = [one.to_local() if isinstance(one, DTensor) else one for one in held]
-    name = pathlib.Path(sys.argv[0]).with_name(f"held-{self.ranks.rank}")
-    name.write_text(str(sum(one.nbytes for one in local)))
-    end(self, args, state, control, **more)
-
-train._Clock.on_step_end = counted
-cli.main()
-"""
 CLOSE = 1e-4  # of the largest weight of a tensor
 
 
@@ -85,8 +63,7 @@ def test_two_processes_train_the_model_of_one(
     one, two = tmp_path / "one", tmp_path / "two"
     code, _, err = owl(*command(sparse, text_file, one, 4, *how))
     assert code == 0, err
-    asked = command(sparse, text_file, two, 2, *how, *divided_by)
-    done = divided.torchrun(2, "owl_deploy", *asked)
+    done = fresh.group(2, fresh.owl, *command(sparse, text_file, two, 2, *how, *divided_by))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     apart = divided.difference(one, two)
@@ -96,19 +73,6 @@ def test_two_processes_train_the_model_of_one(
         assert shared == pytest.approx(alone, rel=1e-4)
     assert json.loads((two / "owl.json").read_text())["finetune"]["processes"] == 2
     assert done.stdout.count("held-out loss") == 1
-
-
-def by_script(folder, content, arguments):
-    script = folder / "script.py"
-    script.write_text(content)
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, script]
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, [*launcher, *arguments])],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize(
@@ -121,10 +85,12 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bits(
 ):
     how = ("--method", "masked", "--max-steps", 5, *sharded)
     whole, out = tmp_path / "whole", tmp_path / "out"
-    done = divided.torchrun(2, "owl_deploy", *command(sparse, text_file, whole, 1, *how))
+    done = fresh.group(2, fresh.owl, *command(sparse, text_file, whole, 1, *how))
     assert done.returncode == 0, done.stderr
     asked = command(sparse, text_file, out, 1, *how)
-    ended = by_script(tmp_path, KILLED, asked)
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    ended = divided.torchrun(2, *asked, program=(script,))
     assert ended.returncode != 0
     # Either the connection says it first, or torchrun.
     assert ended.stderr.count("owl: ") == 1, ended.stderr
@@ -133,10 +99,26 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bits(
     assert not out.exists()
     code, _, err = owl(*asked, "--resume")
     assert (code, alone in " ".join(err.split())) == (2, True), err
-    done = divided.torchrun(2, "owl_deploy", *asked, "--resume")
+    done = fresh.group(2, fresh.owl, *asked, "--resume")
     assert done.returncode == 0, done.stderr
     assert divided.difference(whole, out) == divided.SAME
     assert curve(whole) == curve(out)
+
+
+def count_held(folder, command):
+    """Train, and write what this process holds at the end of a step: weights, no gradients any
+    more, Adam's."""
+    end = train._Clock.on_step_end
+
+    def counted(self, args, state, control, optimizer, **more):
+        held = [*self.trainee.parameters(), *self.trainee.buffers()]
+        held += [one for moments in optimizer.state.values() for one in moments.values()]
+        local = [one.to_local() if isinstance(one, DTensor) else one for one in held]
+        (folder / f"held-{self.ranks.rank}").write_text(str(sum(one.nbytes for one in local)))
+        end(self, args, state, control, **more)
+
+    train._Clock.on_step_end = counted
+    fresh.owl(*command)
 
 
 def test_a_sharded_process_holds_half_and_trains_what_one_with_a_copy_does(
@@ -146,7 +128,7 @@ def test_a_sharded_process_holds_half_and_trains_what_one_with_a_copy_does(
     for name, how in (("copies", ()), ("sharded", ("--shard",))):
         out = tmp_path / name
         how += ("--method", "masked", "--max-steps", 2, "--teacher", llama, "--feature-weight", 1)
-        done = by_script(tmp_path, HOLDING, command(sparse, text_file, out, 1, *how))
+        done = fresh.group(2, count_held, tmp_path, command(sparse, text_file, out, 1, *how))
         assert done.returncode == 0, done.stderr
         held[name] = [int((tmp_path / f"held-{rank}").read_text()) for rank in (0, 1)]
     for copy, part in zip(held["copies"], held["sharded"], strict=True):
@@ -161,8 +143,8 @@ def test_a_rounded_checkpoint_keeps_its_grid_when_sharded(llama, text_file, tmp_
     prune(llama, rounded, recipe.settings(method="wanda", sparsity=0.5, bits=4), calibration)
     how = ("--method", "masked", "--max-steps", 3)
     copies = command(rounded, text_file, tmp_path / "copies", 2, *how)
-    assert divided.torchrun(2, "owl_deploy", *copies).returncode == 0
-    done = divided.torchrun(2, "owl_deploy", *command(rounded, text_file, out, 2, *how, "--shard"))
+    assert fresh.group(2, fresh.owl, *copies).returncode == 0
+    done = fresh.group(2, fresh.owl, *command(rounded, text_file, out, 2, *how, "--shard"))
     assert done.returncode == 0, done.stderr
     assert (rounded / GRID).read_bytes() == (out / GRID).read_bytes()
     assert divided.difference(rounded, out).off > CLOSE  # it has trained
@@ -176,7 +158,7 @@ def test_more_processes_than_windows_end_with_one_sentence(sparse, tmp_path):
     length = len(load_tokens(sparse, [str(text)])) // 3  # two windows, and one that is held out
     asked = ("finetune", sparse, "-o", tmp_path / "out", "--text", text)
     asked += ("--sequence-length", length)
-    done = divided.torchrun(4, "owl_deploy", *asked)
+    done = fresh.group(4, fresh.owl, *asked)
     assert done.returncode != 0
     assert done.stderr.count("owl: ") == 1
     assert "There are 4 processes, and 2 windows" in done.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.run import Asked, evaluate
-from tests import divided
+from tests import divided, fresh
 
 pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no Bubblewrap")
@@ -30,7 +30,7 @@ def caches(monkeypatch, tmp_path):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_find_what_one_does(llama, processes):
     line = ("eval", llama, "--tasks", ",".join(NAMES), "--tasks-path", FOLDER, "--window", 64)
-    done = divided.torchrun(processes, "owl_deploy", *line, "--json")
+    done = fresh.group(processes, fresh.owl, *line, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Loading the tasks' data") == 1
     (one,) = evaluate([llama], Asked(tasks=NAMES, tasks_path=FOLDER, window=64))
@@ -39,7 +39,7 @@ def test_several_processes_find_what_one_does(llama, processes):
 
 def test_more_processes_than_documents(llama):
     line = ("eval", llama, "--tasks", "owl_endings", "--tasks-path", FOLDER, "--window", 64)
-    done = divided.torchrun(3, "owl_deploy", *line, "--limit", 1, "--json")
+    done = fresh.group(3, fresh.owl, *line, "--limit", 1, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tasks"]["owl_endings"]["documents"] == 1
 
@@ -77,7 +77,7 @@ def test_of_three_one_is_killed_and_others_go_on(llama, caches, tmp_path):
 def test_a_deployment_is_refused_in_one_sentence(llama, tmp_path):
     (tmp_path / "model.onnx").touch()
     for by in (("--tasks", "humaneval"), ("--perplexity", "text")):
-        done = divided.torchrun(2, "owl_deploy", "eval", llama, tmp_path, *by)
+        done = fresh.group(2, fresh.owl, "eval", llama, tmp_path, *by)
         assert done.returncode != 0
         assert done.stdout == ""
         assert done.stderr.count("owl: ") == 1

@@ -124,7 +124,7 @@ def test_a_model_is_pruned_by_it(llama, text_file, tmp_path, method, structure):
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file, tmp_path, method):
     settings = recipe.settings(method=method, allocation="fisher", sparsity=0.5)
-    calibration = Calibration(str(text_file), samples=4, sequence_length=48, seed=3)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=256, seed=3)
     request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
     store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
     ways = [Way(one) for one in (0.3, 0.5, 0.7)]

@@ -1,0 +1,101 @@
+"""Processes that begin with PyTorch imported: forks of one that has only imported it.
+
+A start of Python and PyTorch takes seconds, and a suite that kills and resumes has hundreds. What a
+test says of a launcher, of an import or of the interpreter's end needs a start of its own.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        "owl_deploy.cli",
+        "owl_deploy.prune.run",
+        "owl_deploy.finetune.run",
+        "transformers.models.llama.modeling_llama",
+        "transformers.trainer",
+        "torch.distributed.nn",
+    ]
+)
+
+_STREAMS = ("stdout", "stderr")
+
+
+def started(
+    work: Callable[..., object], *arguments: object, output: Path, **environment: str
+) -> ForkServerProcess:
+    """A process that does `work`, a function of a module.
+
+    What it prints is added to the files stdout and stderr in the folder `output`.
+    """
+    process = _CONTEXT.Process(
+        target=_do, args=(output, os.environ | environment, work, arguments), daemon=False
+    )
+    process.start()
+    return process
+
+
+def ran(
+    work: Callable[..., object], *arguments: object, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """The same to its end; the returncode of a signal is negative."""
+    return _together([(work, arguments, environment)])
+
+
+def owl(*arguments: object) -> None:
+    """`owl ARGUMENTS`, the work of such a process."""
+    from owl_deploy import cli
+
+    sys.argv = ["owl", *map(str, arguments)]
+    cli.main()
+
+
+def group(
+    processes: int, work: Callable[..., object], *arguments: object
+) -> "subprocess.CompletedProcess[str]":
+    """So many that find each other as torchrun's do, to the end of all; nobody ends the others."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+    told |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": 1}
+    ranks = [told | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return _together(
+        [(work, arguments, {key: str(one) for key, one in own.items()}) for own in ranks]
+    )
+
+
+def _together(
+    asked: list[tuple[Callable[..., object], tuple[object, ...], dict[str, str]]],
+) -> "subprocess.CompletedProcess[str]":
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        all_of_them = [started(work, *args, output=output, **own) for work, args, own in asked]
+        for one in all_of_them:
+            one.join()
+        code = next((one.exitcode for one in all_of_them if one.exitcode), 0)
+        said = [(output / name).read_text() for name in _STREAMS]
+        return subprocess.CompletedProcess([], code, *said)
+
+
+def _do(
+    output: Path,
+    environment: Mapping[str, str],
+    work: Callable[..., object],
+    arguments: tuple[object, ...],
+) -> None:
+    for number, name in enumerate(_STREAMS, 1):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    work(*arguments)
