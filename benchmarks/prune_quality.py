@@ -35,6 +35,7 @@ SETTINGS: dict[str, list[str]] = {
     "uniform": ["--allocation", "uniform"],
     "owl": ["--allocation", "owl"],
     "dlp": ["--allocation", "dlp"],
+    "lsa": ["--allocation", "lsa"],
     "linear": ["--allocation", "linear"],
     "fisher": ["--allocation", "fisher"],
     "searched": ["--tune", "15"],

@@ -20,11 +20,14 @@ class Statistic:
     """What a rule asks of a block, or of a Linear, of the dense model.
 
     `measure`: "module:function", which maps (Wanda's scores of the Linears, outlier multiple) to a
-    number. `counts_outliers`: whether the multiple (M) means anything to it.
+    number; with `hessian` (the weight [out, in] of one Linear, the X^T X [in, in] of its inputs),
+    and a block has the mean over its Linears. `counts_outliers`: whether the multiple (M) means
+    anything to it.
     """
 
     measure: str
     counts_outliers: bool = False
+    hessian: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,18 @@ def dlp(
     The importance 1 - median / sum(medians), scaled and moved as in OWL.
     """
     return hold_mean(_scaled(medians, spread), sizes, sparsity)
+
+
+def lsa(
+    sparsity: float, sizes: Sequence[int], errors: Sequence[float], spread: float
+) -> list[float]:
+    """Less sparsity for blocks whose outputs err less without half of each row (LSA, ICLR 2026).
+
+    The importance 1 - error / sum(errors), scaled and moved as in OWL. ("Layer-wise Sparsity
+    Allocation for Large Language Model Pruning Based on Minimal Linear Reconstruction Error",
+    openreview.net/forum?id=xq3lza5IjN, section 3; its form by layer.)
+    """
+    return hold_mean(_scaled(errors, spread), sizes, sparsity)
 
 
 def linear(
@@ -160,15 +175,17 @@ def _scaled(values: Sequence[float], spread: float) -> list[float]:
 
 _OUTLIERS = Statistic("owl_deploy.prune.score:outlier_ratio", counts_outliers=True)
 _MEDIAN = Statistic("owl_deploy.prune.score:median_score")
+_ERROR = Statistic("owl_deploy.prune.least_error:least_error", hessian=True)
 
 SEARCHED = "searched"  # what `owl prune --tune` finds
 DEFAULT = "fisher"  # what lost least, with every method and at every sparsity that was measured
 
-# ATP searches its spread; the others' are OWL's lambda and DLP's alpha.
+# ATP searches its spread; the others' are OWL's lambda, DLP's alpha and LSA's beta, at 70 %.
 ALLOCATIONS: dict[str, Allocation] = {
     "owl": Allocation(owl, 0.08, _OUTLIERS),
     "owl-per-linear": Allocation(owl, 0.08, _OUTLIERS, per="Linear"),
     "dlp": Allocation(dlp, 0.15, _MEDIAN),
+    "lsa": Allocation(lsa, 0.15, _ERROR),
     "linear": Allocation(linear, 0.15),
     "uniform": Allocation(uniform),
     "fisher": Allocation(None, losses=True, per="Linear"),

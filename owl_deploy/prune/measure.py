@@ -2,7 +2,8 @@
 
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import score
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.judge import LayerNorms
+from owl_deploy.prune.owners import owners
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sparsities import BlockStatistics
 
@@ -25,12 +27,12 @@ class Measured:
     """What one dense pass gives: for each block its statistics and the norms of its inputs.
 
     `first`: the first block's inputs, which are those of the pruning pass, too; no later block's
-    are.
+    are. None where they are spent.
     """
 
     statistics: list[BlockStatistics]
     norms: list[LayerNorms]
-    first: InputStatistics
+    first: InputStatistics | None
 
 
 @torch.no_grad()
@@ -40,9 +42,12 @@ def measure(request: Request, multiples: Sequence[float], scratch: Path) -> Meas
     `scratch` is a folder for states that memory does not hold.
     """
     skeleton, shape = request.skeleton, request.shape
+    asked = ALLOCATIONS[request.settings.allocation].statistic
+    by_hessian = asked.measure if asked is not None and asked.hessian else None
     hidden = skeleton.embed(request.own_windows, request.batch, scratch)
     norms: list[LayerNorms] = []
     statistics: dict[int, BlockStatistics] = {}
+    of_hessians: list[list[float]] = []
     first = None
     with bar("Measuring outliers", len(shape.names) * request.steps) as advance:
         for index, name in enumerate(shape.names):
@@ -54,16 +59,50 @@ def measure(request: Request, multiples: Sequence[float], scratch: Path) -> Meas
                     hidden,
                     advance,
                     keep=index + 1 < len(shape.names),
-                    hessian=index == 0 and request.settings.needs == "hessian",
+                    hessian=bool(by_hessian)
+                    or (index == 0 and request.settings.needs == "hessian"),
                 )
                 norms.append(inputs.norms(request.ranks))
                 if request.ranks.size == 1:  # the block is at hand
                     statistics[index] = _statistics(request, index, norms[index], multiples)
+                if by_hessian:
+                    of_hessians.append(_of_hessians(request, index, inputs, by_hessian))
             first = first or inputs
-    assert first is not None
     if request.ranks.size > 1:
         statistics = _divided(request, norms, multiples)
-    return Measured([statistics[index] for index in range(len(norms))], norms, first)
+    found = [statistics[index] for index in range(len(norms))]
+    if by_hessian:
+        found = [
+            replace(one, values=dict.fromkeys(multiples, values))
+            for one, values in zip(found, of_hessians, strict=True)
+        ]
+    return Measured(found, norms, None if by_hessian else first)
+
+
+def _of_hessians(
+    request: Request, index: int, inputs: InputStatistics, measure: str
+) -> list[float]:
+    """What `measure` finds of block `index`, which is loaded, or of its Linears; spends `inputs`.
+
+    Of several processes each measures its Linears.
+    """
+    ranks, linears = request.ranks, request.skeleton.linears(index)
+    owner = owners(inputs.groups(), linears, ranks.size, hessian=True)
+    inputs.reduce(ranks, owner)
+    value = pkgutil.resolve_name(measure)
+    own = {
+        key: torch.tensor(
+            [inputs.of_hessian(key, partial(value, linears[key].weight.float()))],
+            dtype=torch.float64,
+        )
+        for key in request.shape.linears[index]
+        if owner[key] == ranks.rank
+    }
+    found = ranks.merged(own, request.skeleton.device)
+    values = [found[key].item() for key in request.shape.linears[index]]
+    if not values or ALLOCATIONS[request.settings.allocation].per == "Linear":
+        return values
+    return [sum(values) / len(values)]
 
 
 def _statistics(
@@ -134,7 +173,7 @@ def block_statistics(
     if not scores:  # every Linear of the block is skipped
         return BlockStatistics({}, {multiple: [] for multiple in multiples})
     ratios = {multiple: score.outlier_ratio(scores, multiple) for multiple in multiples}
-    if allocation.statistic is None:
+    if allocation.statistic is None or allocation.statistic.hessian:  # found apart, if anything
         return BlockStatistics(ratios, {multiple: [] for multiple in multiples})
     value = pkgutil.resolve_name(allocation.statistic.measure)
     if a_block and value is score.outlier_ratio:

@@ -18,7 +18,7 @@ QUICK = [
     ("opt", {"method": "alps", "allocation": "uniform"}),
     # Whose other sparsities hardly depend on what is read, as its scores do not.
     ("llama", {"method": "magnitude", "allocation": "owl-per-linear"}),
-    ("opt", {"method": "wanda-variant"}),
+    ("opt", {"method": "wanda-variant", "allocation": "lsa"}),
     ("opt", {"method": "sparsegpt", "allocation": "fisher"}),
 ]
 EVERY = [

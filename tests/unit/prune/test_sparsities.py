@@ -123,7 +123,7 @@ def test_a_block_that_is_skipped_does_not_move_the_others():
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "1:2", "1:4", "2:4", "3:4", "6:8"])
-@pytest.mark.parametrize("allocation", ["owl", "owl-per-linear", "dlp", "linear", "uniform"])
+@pytest.mark.parametrize("allocation", ["owl", "owl-per-linear", "dlp", "lsa", "linear", "uniform"])
 def test_no_rule_empties_a_part_and_the_mean_is_held(allocation, structure):
     shape = Shape([f"m.{n}" for n in range(6)], [{"q": 64, "up": 128}] * 6)
     parts = 2 if allocation == "owl-per-linear" else 1

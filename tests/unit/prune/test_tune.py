@@ -165,7 +165,7 @@ def test_losses_of_the_dense_states_are_the_models_own(family, tmp_path):
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
-@pytest.mark.parametrize("allocation", ["owl", "dlp", "linear", "uniform", "owl-per-linear"])
+@pytest.mark.parametrize("allocation", ["owl", "dlp", "lsa", "linear", "uniform", "owl-per-linear"])
 @pytest.mark.parametrize("structure", ["unstructured", "4:8"])
 def test_a_search_never_ends_worse_than_what_was_asked(
     llama, text_file, tmp_path, allocation, structure
