@@ -38,10 +38,10 @@ def _remove(
 
     `added` [out, width]: what each weight would add if it went next; spent.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = weight.new_zeros((), dtype=torch.float64)
     for _ in range(int(share * weight.shape[1])):
         least, at = added.min(dim=1, keepdim=True)
-        total += least.sum(dtype=torch.float64).cpu()
+        total += least.sum(dtype=torch.float64)
         chosen = weight.gather(1, at)
         gone.scatter_(1, at, chosen)
         added += 2 * chosen * weight * hessian[at.squeeze(1)]
