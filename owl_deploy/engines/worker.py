@@ -18,7 +18,10 @@ and, if its time is not real, `clock() -> seconds`. A decoder has
     logits(tokens) -> [n, vocab]... run tokens, logits of all of them, in parts
 
 and, if its cache can be gone back to, `mark() -> state` and `back(state)`; with a draft,
-`restart() -> tally`, which counts from then on.
+`restart() -> tally`, which counts from then on; if its rows can differ,
+
+    begin(prompts, length)          run them together, each in a row of that length at most
+    row_tokens() -> [int]           one decode step after begin(), of all rows
 
 What is timed, and how, is written here, once: every engine is measured by the same loops.
 """
@@ -33,7 +36,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
@@ -206,6 +209,19 @@ class Worker:
             np.save(logits_file, np.stack(rows))
         return {"tokens": chosen}
 
+    def together(
+        self, count: int, prompts: Sequence[list[int]] = (), length: int = 0
+    ) -> dict[str, Any]:
+        """Continue several texts by the `count` likeliest tokens each, all rows in one step.
+
+        They begin with `prompts`, in rows of `length` tokens at most; without any they are those of
+        the last request. `tokens` has a list for each row.
+        """
+        if prompts:
+            self.decoder.begin(prompts, length)
+        steps = [self.decoder.row_tokens() for _ in range(count)]
+        return {"tokens": [list(row) for row in zip(*steps)]}  # noqa: B905 - as old as 3.8
+
     def score(self, tokens_file: str, window: int, windows: int = 0) -> dict[str, Any]:
         """Negative log-likelihood of a token file (int .npy [n]), for perplexity.
 
@@ -337,7 +353,7 @@ def load_driver(path: str) -> Any:  # noqa: ANN401 - see Worker
 
 OPERATIONS = (
     *("load", "decode", "prefill", "generate", "throughput", "answers"),
-    *("greedy", "score", "continuations", "memory"),
+    *("greedy", "together", "score", "continuations", "memory"),
 )
 
 

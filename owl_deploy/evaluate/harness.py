@@ -3,6 +3,7 @@ is that of what will run. Its own class for Hugging Face models is the measure o
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -23,14 +24,22 @@ _Request = tuple[Any, list[int], list[int]]
 
 
 class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
-    """Scores requests in a running engine, which was loaded with `all_logits`.
+    """Answers requests in a running engine, which was loaded with `all_logits`, or for a `batch`.
 
-    A request is cut on the left to the last `max_length` tokens that the model is to see.
+    A request is cut on the left to the last `max_length` tokens that the model is to see. In a
+    batch texts are written, so many together, and nothing can be scored.
     """
 
-    def __init__(self, process: EngineProcess, tokenizer: Any, max_length: int) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        process: EngineProcess,
+        tokenizer: Any,  # noqa: ANN401 - transformers' tokenizers share no type
+        max_length: int,
+        batch: int = 1,
+    ) -> None:
         super().__init__()
         self.process, self.tokenizer, self.max_length = process, tokenizer, max_length
+        self.batch = batch
 
     @property
     def eot_token_id(self) -> int:
@@ -134,9 +143,15 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The greedy continuation of each context, up to a stop sequence or the end of text."""
-        return [self._generate(*request.args) for request in requests]
+        texts = [self._begun(*request.args) for request in requests]
+        for start in range(0, len(texts), self.batch):
+            if self.batch == 1:
+                self._write(texts[start])
+            else:
+                self._write_together(texts[start : start + self.batch])
+        return [text.cut() for text in texts]
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
+    def _begun(self, context: str, options: dict[str, Any]) -> "_Text":
         wanted: dict[str, Any] = normalize_gen_kwargs(options)
         if wanted.get("do_sample"):
             raise BadInput("The task samples, and a deployment is evaluated greedily.")
@@ -149,19 +164,63 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
                 f"The task generates {most} tokens, and the model is to see {self.max_length}.",
                 "Give a larger --window.",
             )
-        feed = self.tok_encode(context)[-room:]
-        chosen: list[int] = []
-        text = ""
-        while len(chosen) < most:
-            count = min(_SLICE, most - len(chosen))
-            answer = self.process.request("greedy", tokens=feed, count=count, fresh=not chosen)
-            chosen += answer["tokens"]
-            feed = chosen[-1:]
-            ended = self.eot_token_id in chosen
-            if ended:
-                chosen = chosen[: chosen.index(self.eot_token_id)]
-            text = self.tokenizer.decode(chosen, skip_special_tokens=True)
-            if ended or any(stop in text for stop in stops if stop):
-                break
-        cut: str = postprocess_generated_text(text, stops, None)
-        return cut
+        prompt = self.tok_encode(context)[-room:]
+        return _Text(self.tokenizer, prompt, stops, most, self.eot_token_id)
+
+    def _write(self, text: "_Text") -> None:
+        """Write one to its end, in a cache of its own."""
+        feed = text.prompt
+        while not text.ended:
+            count = min(_SLICE, text.room)
+            answer = self.process.request("greedy", tokens=feed, count=count, fresh=not text.chosen)
+            text.take(answer["tokens"])
+            feed = text.chosen[-1:]
+
+    def _write_together(self, texts: "Sequence[_Text]") -> None:
+        """Write several to their ends, in rows of one batch: one that has ended goes on unheard."""
+        room = max(text.room for text in texts)
+        prompts: list[list[int]] = [text.prompt for text in texts]
+        length = max(map(len, prompts)) + room
+        while not all(text.ended for text in texts):
+            count = min(_SLICE, room)
+            answer = self.process.request("together", count=count, prompts=prompts, length=length)
+            prompts, room = [], room - count
+            for text, tokens in zip(texts, answer["tokens"], strict=True):
+                if not text.ended:
+                    text.take(tokens)
+
+
+@dataclass
+class _Text:
+    """What comes after a `prompt`: tokens, until one is `end`, one of `stops` is in the text, or
+    there are `most`.
+    """
+
+    tokenizer: Any
+    prompt: list[int]
+    stops: list[str]
+    most: int
+    end: int
+    chosen: list[int] = field(default_factory=list)
+    ended: bool = False
+    _text: str = ""
+
+    @property
+    def room(self) -> int:
+        """How many more tokens there may be."""
+        return self.most - len(self.chosen)
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Add the `tokens` that come next, as far as there is room."""
+        self.chosen += tokens[: self.room]
+        told = self.chosen
+        if self.end in told:
+            told = told[: told.index(self.end)]
+        self._text = self.tokenizer.decode(told, skip_special_tokens=True)
+        stopped = any(stop in self._text for stop in self.stops if stop)
+        self.ended = stopped or len(told) < len(self.chosen) or not self.room
+
+    def cut(self) -> str:
+        """The text before whatever ended it."""
+        text: str = postprocess_generated_text(self._text, self.stops, None)
+        return text

@@ -14,7 +14,7 @@ from typing import Any
 
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.engines import EngineProcess, get_engine, open_deployment
+from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.perplexity import (
@@ -32,6 +32,9 @@ from owl_deploy.ranks import ALONE, Ranks, leads
 from owl_deploy.text import load_tokenizer
 
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+_TOGETHER = (
+    4  # texts; a step of so many takes some 1.1 to 1.6 times one's, and all wait for the last
+)
 _BOOTSTRAP = 1000  # draws for the standard errors that have no formula: perplexities, F1
 
 
@@ -163,7 +166,6 @@ def _load(manager: Any, name: str) -> dict[str, Any]:  # noqa: ANN401 - the harn
     return found
 
 
-@_one_speaks()
 def check_share(limit: int | None, every: int) -> None:
     """Raise `BadInput` for numbers that leave no document of a task."""
     if limit is not None and limit < 1:
@@ -172,6 +174,7 @@ def check_share(limit: int | None, every: int) -> None:
         raise BadInput("--every must be at least 1.")
 
 
+@_one_speaks()
 def evaluate_tasks(
     folder: Path,
     tasks: Tasks,
@@ -198,7 +201,8 @@ def evaluate_tasks(
     check_window(window)
     if not folder.is_dir():  # a name of the Hub
         folder = open_checkpoint(folder).folder
-    with _opened(folder, window, hardware, engine, threads, trust_library, adapter) as opened:
+    how = (window, hardware, engine, threads, trust_library, adapter)
+    with _opened(folder, tasks, *how) as opened:
         key = [state_of(folder), adapter and state_of(adapter), opened.by, opened.window]
         kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
         model = SharedModel(kept, ranks)
@@ -306,6 +310,7 @@ class _Opened:
 @contextlib.contextmanager
 def _opened(
     folder: Path,
+    tasks: Tasks,
     window: int,
     hardware: Hardware,
     engine: str | None,
@@ -317,7 +322,9 @@ def _opened(
         refuse_adapter(adapter)
         from owl_deploy.evaluate.harness import DeploymentLM
 
-        name = engine_of(open_deployment(folder, trust_library=trust_library), engine)
+        deployment = open_deployment(folder, trust_library=trust_library)
+        name = engine_of(deployment, engine)
+        rows = _rows(tasks, deployment, name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         seen = min(window, config.get("max_position_embeddings") or window)
         tokenizer = load_tokenizer(folder)
@@ -328,9 +335,10 @@ def _opened(
             threads=threads,
             trust_library=trust_library,
             context=context,
-            all_logits=True,
+            all_logits=rows == 1,
+            batch=rows,
         ) as process:
-            yield _Opened(DeploymentLM(process, tokenizer, seen), name, seen, 1)
+            yield _Opened(DeploymentLM(process, tokenizer, seen, rows), name, seen, rows)
         return
     from lm_eval.models.huggingface import HFLM
 
@@ -349,6 +357,16 @@ def _opened(
         softmax_dtype="float32",
     )
     yield _Opened(model, str(dtype).removeprefix("torch."), seen, batch)
+
+
+def _rows(tasks: Tasks, deployment: Deployment, engine: str) -> int:
+    """How many texts an engine writes together for the `tasks`: several where that is all they ask,
+    and a row of a batch says what it says alone, as in this package's operators.
+    """
+    only_texts = all(one.OUTPUT_TYPE == "generate_until" for one in tasks.loaded["tasks"].values())
+    model = deployment.folder.settings.get("model", {})
+    pads = model.get("pad_token_id") is not None
+    return _TOGETHER if only_texts and pads and get_engine(engine).operators else 1
 
 
 def _metrics(task: str, row: Mapping[str, Any]) -> dict[str, Metric]:

@@ -8,10 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from owl_deploy.cli import app
+from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.evaluate import humaneval, kept, zero_shot
 from owl_deploy.export.targets import export
 from owl_deploy.manifest import measurement, measurement_file
 from owl_deploy.pipeline import RunTasks, do, state
+from owl_deploy.runtime import library_path
 from tests import tiny
 
 pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
@@ -66,6 +68,30 @@ def test_a_deployment_answers_as_pytorch_does(folders) -> None:
 
 
 @needs_bwrap
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_texts_written_together_are_those_written_alone(
+    folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Six problems, so that the second batch is not full."""
+    try:
+        library_path()
+    except EnvironmentFailed as error:
+        pytest.skip(str(error))
+    checkpoint, _ = folders
+    deployment = tmp_path / "deployment"
+    export(checkpoint, deployment, target="owl", precision=precision)
+    line = ("--allow-code", "--every", 25, "--limit", 6, "--window", 512)
+    together = json.loads(run(deployment, *line).stdout)["tasks"]["humaneval"]
+    monkeypatch.setattr(zero_shot, "_TOGETHER", 1)
+    alone = json.loads(run(deployment, *line).stdout)["tasks"]["humaneval"]
+    assert together["answers"] == alone["answers"]
+    assert len({one["answer"] for one in together["answers"]}) > 1
+    if precision == "fp32":
+        whole = json.loads(run(checkpoint, *line, "--dtype", "float32").stdout)
+        assert together["answers"] == whole["tasks"]["humaneval"]["answers"]
+
+
+@needs_bwrap
 def test_a_model_without_a_template_goes_on_from_the_prompt(folders, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(folders[0], tmp_path / "model"))
     (checkpoint / "chat_template.jinja").unlink()
@@ -82,16 +108,16 @@ def test_a_run_that_was_killed_goes_on(folders, monkeypatch: pytest.MonkeyPatch)
     whole = json.loads(run(*line).stdout)["tasks"]["humaneval"]
     harness = __import__("owl_deploy.evaluate.harness", fromlist=["DeploymentLM"])
     asked = []
-    generate = harness.DeploymentLM._generate
+    write = harness.DeploymentLM._write
 
-    def two_at_most(self, context, options):
+    def two_at_most(self, text):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        asked.append(context)
-        return generate(self, context, options)
+        asked.append(text)
+        write(self, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.DeploymentLM, "_generate", two_at_most)
+        patch.setattr(harness.DeploymentLM, "_write", two_at_most)
         assert run(*line).exit_code != 0
         asked.pop()  # so that one more is let through
         again = run(*line)
@@ -105,12 +131,13 @@ def test_a_right_answer_passes(folders, monkeypatch: pytest.MonkeyPatch) -> None
     harness = __import__("owl_deploy.evaluate.harness", fromlist=["DeploymentLM"])
     solutions = {one["prompt"]: one for one in humaneval.problems()}
 
-    def solve(self, context, options):
+    def solve(self, requests, disable_tqdm):
+        ((context, _),) = (request.args for request in requests)
         (one,) = (one for prompt, one in solutions.items() if prompt in context)
         right = one["canonical_solution"] if one["task_id"] != "HumanEval/1" else "    pass"
-        return f"Here it is:\n```python\n{one['prompt']}{right}\n"
+        return [f"Here it is:\n```python\n{one['prompt']}{right}\n"]
 
-    monkeypatch.setattr(harness.DeploymentLM, "_generate", solve)
+    monkeypatch.setattr(harness.DeploymentLM, "generate_until", solve)
     found = json.loads(run(deployment, "--allow-code", "--limit", 4, "--window", 512).stdout)
     metric = found["tasks"]["humaneval"]["metrics"]["pass@1"]
     assert metric["value"] == 0.75

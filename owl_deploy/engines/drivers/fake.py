@@ -31,6 +31,7 @@ class Driver:
     def __init__(self) -> None:
         self.now = 0.0
         self.tokens: list[int] = []
+        self.rows: list[int] = []
         self.streams = [self]
 
     def clock(self) -> float:
@@ -80,6 +81,16 @@ class Driver:
         vocab = self.behaviour.get("vocab", 16)
         off = np.float32(self.behaviour.get("logits_off", 0.0))
         yield np.eye(vocab, dtype=np.float32)[(np.array(tokens) + 1) % vocab] + off
+
+    def begin(self, prompts: list[list[int]], length: int) -> None:
+        """Begin a row for each of `prompts`, whatever the length."""
+        self.rows = [prompt[-1] for prompt in prompts]
+
+    def row_tokens(self) -> list[int]:
+        """The successor of each row's last token."""
+        vocab = self.behaviour.get("vocab", 16)
+        self.rows = [(last + 1) % vocab for last in self.rows]
+        return self.rows
 
     def _maybe_fail(self, operation: str) -> None:
         fail = self.behaviour.get("fail", {})

@@ -48,7 +48,10 @@ class Driver:
             # Of several rows onnxruntime-genai runs no prompt in parts, as the config may ask for.
             whole = asked.batch * asked.context if asked.batch > 1 else None
             model = open_genai(asked.folder, asked.threads, asked.library, part=whole, **over)
-            self.streams = [Genai(model, asked.context, asked.batch) for _ in range(asked.streams)]
+            pad = model_config(folder).get("pad_token_id")
+            self.streams = [
+                Genai(model, asked.context, asked.batch, pad) for _ in range(asked.streams)
+            ]
         else:
             session = open_session(folder, asked.threads, asked.library)
             size = decoder_config(folder).get("head_size")
@@ -118,24 +121,39 @@ def open_session(folder: Path, threads: int, library: str = "") -> Any:  # noqa:
 
 
 class Genai:
-    """A decoder in onnxruntime-genai, with greedy search."""
+    """A decoder in onnxruntime-genai, with greedy search; `pad` fills rows that differ."""
 
-    def __init__(self, model: Any, context: int, batch: int) -> None:  # noqa: ANN401
+    def __init__(self, model: Any, context: int, batch: int, pad: int | None) -> None:  # noqa: ANN401
         self.model = model
         self.context = context
         self.batch = batch
+        self.pad = pad
         self.reset()
 
     def reset(self) -> None:
         """Empty the cache."""
+        self._open(self.batch, self.context + 1)  # one more than `context`: see `load`
+
+    def _open(self, rows: int, length: int) -> None:
         import onnxruntime_genai
 
         parameters = onnxruntime_genai.GeneratorParams(self.model)
-        # One more than `context`: see `load`.
-        parameters.set_search_options(
-            max_length=self.context + 1, do_sample=False, batch_size=self.batch
-        )
+        parameters.set_search_options(max_length=length, do_sample=False, batch_size=rows)
         self.generator = onnxruntime_genai.Generator(self.model, parameters)
+
+    def begin(self, prompts: Sequence[Sequence[int]], length: int) -> None:
+        """Run `prompts` together, each in a row of its own, of `length` tokens at most."""
+        ids = np.full((len(prompts), max(map(len, prompts))), self.pad or 0, np.int32)
+        for row, tokens in zip(ids, prompts):  # noqa: B905 - as old as 3.8
+            row[: len(tokens)] = tokens  # padded on the right, as onnxruntime-genai has it
+        self._open(len(prompts), length)
+        self.generator.append_tokens(ids)
+
+    def row_tokens(self) -> list[int]:
+        """Run the last tokens; return the likeliest next one of each row."""
+        self.generator.generate_next_token()
+        tokens: list[int] = self.generator.get_next_tokens().tolist()
+        return tokens
 
     def prompt(self, tokens: list[int]) -> int:
         """Run a prompt; return the likeliest next token."""

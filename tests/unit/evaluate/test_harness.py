@@ -46,8 +46,8 @@ def opened(tmp_path):
 
         process.request = note
 
-        def model(max_length=8):
-            return DeploymentLM(process, Digits(), max_length)
+        def model(max_length=8, batch=1):
+            return DeploymentLM(process, Digits(), max_length, batch)
 
         yield model, requests
 
@@ -122,6 +122,30 @@ def test_generation_goes_on_over_slices(opened):
         ([4], 16, False),
         ([0], 4, False),
     ]
+
+
+def test_texts_are_written_together_each_to_its_own_end(opened):
+    model, requests = opened
+    lm = model(64, batch=3)
+    options = {"until": ["6"], "max_gen_toks": 20}
+    # One ends at the stop, the other at the end of text, 9.
+    found = lm.generate_until([asked("generate_until", one, options) for one in ("12", "6")])
+    assert found == ["345", "78"]
+    assert [(one["prompts"], one["count"], one["length"]) for one in requests] == [
+        ([[0, 1, 2], [0, 6]], 16, 23)
+    ]
+    requests.clear()
+    lm.tokenizer.eos_token_id = 10  # never comes
+    texts = [asked("generate_until", start, {"until": [], "max_gen_toks": 20}) for start in "8642"]
+    found = lm.generate_until(texts)
+    assert [(one["prompts"], one["count"]) for one in requests] == [
+        ([[0, 8], [0, 6], [0, 4]], 16),
+        ([], 4),
+        ([[0, 2]], 16),
+        ([], 4),
+    ]
+    lm.batch = 1
+    assert found == lm.generate_until(texts)
 
 
 @pytest.mark.parametrize(
