@@ -139,6 +139,7 @@ class Genai:
 
         parameters = onnxruntime_genai.GeneratorParams(self.model)
         parameters.set_search_options(max_length=length, do_sample=False, batch_size=rows)
+        self.generator: Any = None  # the old cache goes before the new one comes
         self.generator = onnxruntime_genai.Generator(self.model, parameters)
 
     def begin(self, prompts: Sequence[Sequence[int]], length: int) -> None:
