@@ -32,9 +32,7 @@ from owl_deploy.ranks import ALONE, Ranks, leads
 from owl_deploy.text import load_tokenizer
 
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-_TOGETHER = (
-    4  # texts; a step of so many takes some 1.1 to 1.6 times one's, and all wait for the last
-)
+_TOGETHER = 4  # texts that are written in one batch, whose longest all wait for
 _BOOTSTRAP = 1000  # draws for the standard errors that have no formula: perplexities, F1
 
 
