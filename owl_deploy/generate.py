@@ -335,9 +335,9 @@ class Writer:
         if self._drafting is not None and len(rows) == 1:
             yield from self._drafted_steps(rows[0], self._drafting)
             return
-        ids = np.full((len(rows), max(len(row.tokens) for row in rows)), self._pad, np.int32)
-        for padded, row in zip(ids, rows, strict=True):  # on the right, as onnxruntime-genai has it
-            padded[: len(row.tokens)] = row.tokens
+        from owl_deploy.engines.drivers.onnxruntime import in_rows
+
+        ids = in_rows([row.tokens for row in rows], self._pad)
         length = min(ids.shape[1] + max(row.room for row in rows), self.context)
         generator = _generator(self._model, length, rows[0].sampling, len(rows))
         generator.append_tokens(ids)

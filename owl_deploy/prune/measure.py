@@ -15,7 +15,7 @@ from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import score
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.judge import LayerNorms
-from owl_deploy.prune.owners import owners
+from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sparsities import BlockStatistics
 
@@ -87,8 +87,7 @@ def _of_hessians(
     Of several processes each measures its Linears.
     """
     ranks, linears = request.ranks, request.skeleton.linears(index)
-    owner = owners(inputs.groups(), linears, ranks.size, hessian=True)
-    inputs.reduce(ranks, owner)
+    owner = divide(inputs, linears, ranks, hessian=True)
     value = pkgutil.resolve_name(measure)
     own = {
         key: torch.tensor(

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.ranks import Ranks
+
 # What the loop over columns costs besides its products with later columns, in such products: by the
 # times of SparseGPT on SmolLM2's four kinds of Linears, on a core of a Sapphire Rapids.
 _A_WEIGHT, _A_COLUMN = 850, 650_000
@@ -29,6 +32,15 @@ def owners(
         rank = busy.index(min(busy))
         busy[rank] += costs[group]
         found |= dict.fromkeys(group, rank)
+    return found
+
+
+def divide(
+    statistics: InputStatistics, linears: Mapping[str, nn.Linear], ranks: Ranks, *, hessian: bool
+) -> dict[str, int]:
+    """Together: add up what the `ranks` have seen of each Linear on its owner; the `owners`."""
+    found = owners(statistics.groups(), linears, ranks.size, hessian=hessian)
+    statistics.reduce(ranks, found)
     return found
 
 

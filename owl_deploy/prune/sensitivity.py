@@ -44,7 +44,7 @@ from owl_deploy.prune.clock import weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather
-from owl_deploy.prune.owners import owners
+from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import PruneSettings
@@ -240,8 +240,7 @@ class Measuring:
             own = {key: linears[key].weight.float() for key in self.linears[index]}
             asked = (self.request, block, index)
             statistics = gather(*asked, hidden, advance, keep=True, hessian=hessian)
-            owner = owners(statistics.groups(), linears, self.ranks.size, hessian=hessian)
-            statistics.reduce(self.ranks, owner)
+            owner = divide(statistics, linears, self.ranks, hessian=hessian)
             others = None
             if self.errors:
                 others = gather(*asked, held_out, advance, keep=True, hessian=True)

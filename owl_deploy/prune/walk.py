@@ -16,7 +16,7 @@ from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather, gather_head
-from owl_deploy.prune.owners import owners
+from owl_deploy.prune.owners import divide, owners
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.reconstruct import Outcome, Reconstruction
 from owl_deploy.prune.request import Request
@@ -133,11 +133,11 @@ class Walk:
         Those that have one input stay together: they share what is made of its statistic.
         """
         asked = self.plan.sparsities[index]
-        groups = statistics.groups() if statistics else [[key] for key in asked]
-        linears = self.skeleton.linears(index)
-        owner = owners(groups, linears, self.ranks.size, hessian=self.needs == "hessian")
+        linears, hessian = self.skeleton.linears(index), self.needs == "hessian"
         if statistics:
-            statistics.reduce(self.ranks, owner)
+            owner = divide(statistics, linears, self.ranks, hessian=hessian)
+        else:
+            owner = owners([[key] for key in asked], linears, self.ranks.size, hessian=hessian)
         own: dict[str, torch.Tensor] = {}
         for key, sparsity in asked.items():
             if owner[key] == self.ranks.rank:

@@ -120,6 +120,14 @@ def open_session(folder: Path, threads: int, library: str = "") -> Any:  # noqa:
     )
 
 
+def in_rows(prompts: Sequence[Sequence[int]], pad: int) -> np.ndarray:
+    """The tokens of `prompts`, [rows, longest], padded on the right: onnxruntime-genai's way."""
+    ids = np.full((len(prompts), max(map(len, prompts))), pad, np.int32)
+    for row, tokens in zip(ids, prompts):  # noqa: B905 - as old as 3.8
+        row[: len(tokens)] = tokens
+    return ids
+
+
 class Genai:
     """A decoder in onnxruntime-genai, with greedy search; `pad` fills rows that differ."""
 
@@ -144,11 +152,8 @@ class Genai:
 
     def begin(self, prompts: Sequence[Sequence[int]], length: int) -> None:
         """Run `prompts` together, each in a row of its own, of `length` tokens at most."""
-        ids = np.full((len(prompts), max(map(len, prompts))), self.pad or 0, np.int32)
-        for row, tokens in zip(ids, prompts):  # noqa: B905 - as old as 3.8
-            row[: len(tokens)] = tokens  # padded on the right, as onnxruntime-genai has it
         self._open(len(prompts), length)
-        self.generator.append_tokens(ids)
+        self.generator.append_tokens(in_rows(prompts, self.pad or 0))
 
     def row_tokens(self) -> list[int]:
         """Run the last tokens; return the likeliest next one of each row."""
