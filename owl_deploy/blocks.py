@@ -376,6 +376,18 @@ def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transf
     return total
 
 
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise `BadInput` where a computation has left the numbers: nothing after it would be right.
+
+    `what` the `values` are, for the error.
+    """
+    if not bool(values.isfinite().all()):
+        raise BadInput(
+            f"The calibration text overflows: {what} is infinite, or no number.",
+            "Use --dtype float32 or bfloat16, or look for what is wrong with the weights.",
+        )
+
+
 def _logits(
     model: Any,  # noqa: ANN401 - transformers is untyped
     hidden: torch.Tensor,
@@ -405,6 +417,7 @@ def _drawn_gradient(
 ) -> torch.Tensor:
     """The gradient by `hidden` [rows, width], what enters the head, of the loss of drawn tokens."""
     logits = _logits(model, hidden.requires_grad_())
+    check_finite(logits, "what the output head gives")
     shares = logits.detach().softmax(dim=-1).cpu()  # the same draw on every device
     drawn = torch.multinomial(shares, 1, generator=drawing).squeeze(1).to(logits.device)
     loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.artefact import read_object, sha256
-from owl_deploy.errors import BadInput, first_line, is_out_of_memory
+from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_out_of_memory
 from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
 from owl_deploy.progress import quiet_transformers
@@ -233,6 +233,17 @@ class Checkpoint:
             raise BadInput(f"transformers cannot load {self.folder}: {reason}") from error
         # Transformers would go on with random weights in their place.
         self._refuse_missing(info["missing_keys"])
+        within = f"{self.family.blocks}."
+        surplus = sorted(
+            name
+            for name in info["unexpected_keys"]
+            if name in self.files and name.startswith(within)
+        )
+        if surplus:  # what is written of a block has all that is read of it
+            raise BadInput(
+                f"{self.folder} holds {surplus[0]!r}, which the model of its config.json has not.",
+                "Give the config.json that belongs to the weights.",
+            )
         return model.eval().requires_grad_(False)
 
 
@@ -280,8 +291,10 @@ def _open_safetensors(path: Path) -> Any:  # noqa: ANN401 - safetensors has no s
 
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise BadInput(f"{path} is corrupt ({error}).", "Get the file again.") from error
+    except OSError as error:  # of a share that is away, perhaps: it may come back
+        raise EnvironmentFailed(f"{path} cannot be read ({error}).", "Try again.") from error
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

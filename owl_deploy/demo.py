@@ -23,7 +23,7 @@ from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison, Subject
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.ending import exit_code
-from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.errors import EngineFailed, EnvironmentFailed
 from owl_deploy.manifest import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, execute
 from owl_deploy.progress import error_console, result_console
@@ -299,12 +299,15 @@ def conclude(
     """Leave the table and the report in the folder `output`, `show` the table, say where it is.
 
     `results`: the report has all of them, the table is the first one's. `max_loss`: as for `owl
-    report`.
+    report`. Raises `EngineFailed` after all that where an engine has failed.
     """
     write_json(output / "table.json", table)
     write_report(results, output / "report.html", max_loss=max_loss)
     show(results[0], table)
     error_console().print(f"The report: {output}/report.html", style="dim")
+    failures = [failure for result in results for failure in result.failures]
+    if failures:
+        raise EngineFailed(" ".join(failures), "The table and the report have the others.")
 
 
 def main(

@@ -107,10 +107,16 @@ def first_line(error: BaseException) -> str:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room; safetensors and numpy tell it in words only."""
+    """Whether a write failed for want of room; safetensors, numpy and torch tell it in
+    words only.
+    """
     if isinstance(error, OSError):
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         return no_room or (error.errno is None and " requested and " in str(error))
+    if type(error).__name__ == "CheckpointException":  # torch.distributed's, of some processes
+        return any(is_full_disk(one) for one, _ in error.failures.values())  # type: ignore[attr-defined]
+    if isinstance(error, RuntimeError):  # torch.save's
+        return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
     return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
 
 

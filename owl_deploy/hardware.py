@@ -9,6 +9,7 @@ from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.ranks import free_memory, local_rank
 
+_DEVICES = ("auto", "cpu", "cuda")
 _TOKENS_A_BATCH = 1024  # on a CPU more is no faster, and leaves the caches
 
 
@@ -31,9 +32,11 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise unknown_name("device", name, ("auto", "cpu", "cuda")) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput("There is no CUDA device that this torch can use.", "Use --device cpu.")
+        raise unknown_name("device", name, _DEVICES) from error
+    if device.type not in _DEVICES:
+        raise unknown_name("device", name, _DEVICES)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"This torch finds no device {name}.", "Use another, or --device cpu.")
     return device if device.type == "cpu" else _own(device)
 
 

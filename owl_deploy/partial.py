@@ -5,14 +5,19 @@ The hidden folder `.NAME.owl-partial` holds `run.json`, what was asked, and what
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from owl_deploy.artefact import make_folder, write_json
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
 
+if TYPE_CHECKING:
+    import torch
+
+_ASKED = "run.json"
 ROUNDING = "rounding"  # of what is asked: what decides no more than in which order sums are made
 
 
@@ -39,10 +44,10 @@ class Partial:
             raise BadInput(f"There is no interrupted run for {output} to resume.")
         make_folder(self.folder)
         if there and resume:
-            _refuse_other_arguments(self.read("run.json"), asked)
+            _refuse_other_arguments(self.read(_ASKED), asked)
         else:
             self._clear()
-            write_json(self.folder / "run.json", asked)
+            write_json(self.folder / _ASKED, asked)
         self.resumed = resume
 
     def _clear(self) -> None:
@@ -54,12 +59,24 @@ class Partial:
 
     def read(self, name: str) -> Any:  # noqa: ANN401 - any JSON value
         """The JSON file `name`, or None when it is not there yet."""
-        path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return _read(self.folder / name)
 
     def write(self, name: str, value: Any) -> None:  # noqa: ANN401 - any JSON value
         """Write a JSON file, durably."""
         write_json(self.folder / name, value)
+
+    def write_tensors(self, named: "Mapping[str, torch.Tensor]", path: Path) -> None:
+        """Write a safetensors file of the folder, durably, whole or not at all."""
+        from safetensors.torch import save_file
+
+        temporary = self.folder / "unfinished"
+        save_file(dict(named), temporary, metadata={"format": "pt"})
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
 
     @property
     def has_work(self) -> bool:
@@ -79,7 +96,13 @@ def partial_folder(output: Path) -> Path:
 
 def is_interrupted(output: Path) -> bool:
     """Whether a run for `output` was stopped and left a partial result."""
-    return (partial_folder(output) / "run.json").is_file()
+    return (partial_folder(output) / _ASKED).is_file()
+
+
+def asked_before(output: Path) -> dict[str, Any]:
+    """What the run that was stopped was asked; empty where there is none."""
+    found = _read(partial_folder(output) / _ASKED)
+    return {} if found is None else dict(found)
 
 
 @contextlib.contextmanager
@@ -110,6 +133,10 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
         if kept and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt("the same command with --resume goes on from here") from error
         raise
+
+
+def _read(path: Path) -> Any:  # noqa: ANN401 - any JSON value
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -18,12 +18,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from typing_extensions import override
 
-from owl_deploy import api
+from owl_deploy import __version__, api
 from owl_deploy.artefact import MANIFEST, MEASURED, make_folder, read_object, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
 from owl_deploy.ending import explained
-from owl_deploy.engines import engine_for
+from owl_deploy.engines import engine_for, installed_version
+from owl_deploy.engines.deployment import seen_of
 from owl_deploy.engines.loading import digest as file_digest
 from owl_deploy.engines.registry import LOOKUP
 from owl_deploy.errors import BadInput
@@ -108,7 +109,7 @@ class Prune(Task):
 
     @override
     def reads(self) -> tuple[Path | str, ...]:
-        return (self.model, *_text_inputs(self.calibration or ""))
+        return (self.model, *_text_inputs(self.calibration))
 
     @override
     def run(self) -> None:
@@ -168,7 +169,8 @@ class Finetune(Task):
 
     @override
     def reads(self) -> tuple[Path | str, ...]:
-        return (self.checkpoint, *_text_inputs(self.text), self.teacher or "")
+        teacher = () if self.teacher is None else (self.teacher,)
+        return (self.checkpoint, *_text_inputs(self.text), *teacher)
 
     @override
     def run(self) -> None:
@@ -323,9 +325,10 @@ class RunTasks(Measurement):
     @override
     def agrees(self) -> bool:
         kept = read_object(self.output, "Delete it.")
+        asked = (self.every, self.limit, seen_of(self.model, self.window))
         return all(
             (one := kept.get(name)) is not None
-            and (one.get("every", 1), one.get("limit")) == (self.every, self.limit)
+            and (one.get("every", 1), one.get("limit"), one.get("window")) == asked
             for name in self.names
         )
 
@@ -359,7 +362,12 @@ class Bench(Task):
         names = [Path(subject.path).name for subject in result.subjects]
         twice = 2 if self.plan.draft else 1  # with the draft, and without
         asked = [path.name for path in (*self.plan.candidates * twice, *self.plan.baselines)]
-        return result.pairs == self.plan.pairs and sorted(names) == sorted(asked)
+        timed = [scenario.key for scenario in result.scenarios]
+        return (
+            result.pairs == self.plan.pairs
+            and sorted(names) == sorted(asked)
+            and timed == [scenario.key for scenario in self.plan.described()]
+        )
 
 
 Plan = Sequence[Task]
@@ -369,9 +377,9 @@ PLAN: TypeAdapter[tuple[_Any, ...]] = TypeAdapter(
 )
 
 
-def _text_inputs(source: str) -> list[Path | str]:
+def _text_inputs(source: str | None) -> list[Path | str]:
     """The files that a SOURCE names; its name where there are none."""
-    return [*source_files(source)] or [source]
+    return [] if source is None else [*source_files(source)] or [source]
 
 
 def digest(source: Path | str) -> str:
@@ -488,7 +496,9 @@ def dense_exports(
     """
     if not (checkpoint / "config.json").is_file():
         raise BadInput(f"{checkpoint} is no checkpoint: it has no config.json.")
-    folder = folder or cache_dir("dense", digest(checkpoint)[:16])
+    # What another version wrote may be slower, and a gain over it would be none over dense.
+    by = f"{__version__}-{installed_version('onnxruntime')}"
+    folder = folder or cache_dir("dense", f"{digest(checkpoint)[:16]}-{by}")
     # What runs in an engine that skips zeros is compared with dense in the same.
     own = sorted(road for road in set(roads) if engine_for(road[0]).skips_zeros)
     return tuple(

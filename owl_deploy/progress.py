@@ -77,7 +77,7 @@ def _log_lines(progress: Progress, console: Console, note: Callable[[], str]) ->
         nonlocal told
         task = progress.tasks[0]
         progress.advance(task.id, units)
-        if progress.finished or time.monotonic() - told < LOG_EVERY_S:
+        if progress.finished or not task.completed or time.monotonic() - told < LOG_EVERY_S:
             return
         told = time.monotonic()
         said = note()

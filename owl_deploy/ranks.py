@@ -82,6 +82,18 @@ class Ranks:
             torch.distributed.all_gather_object(found, value)
         return found
 
+    def check_alike(self, told: Mapping[str, object]) -> None:
+        """Together: raise `BadInput` for what is not the same in all processes, by its name."""
+        seen = self.gathered(dict(told))
+        for what in told:
+            if any(one[what] != seen[0][what] for one in seen):
+                raise BadInput(
+                    f"The {what} is not the same for all processes of this run.",
+                    "Give every node the same files and options, and name --device and --dtype."
+                    if what in ("device", "dtype")
+                    else "Give every node the same files.",
+                )
+
     def shared(self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
         """Together: what `do` makes of each of the `items`, the same on all ranks, in their order.
 

@@ -100,8 +100,9 @@ class PruneSettings(BaseModel):
             values["sparsity"] = 0.0
             if values.get("budget") is None:
                 values["allocation"] = "uniform"
-        if values.get("bits") is not None or values.get("budget") is not None:
-            values["bits_group"] = values.get("bits_group") or _BITS_GROUPS[0]
+        rounds = values.get("bits") is not None or values.get("budget") is not None
+        if rounds and values.get("bits_group") is None:
+            values["bits_group"] = _BITS_GROUPS[0]
         allocation = ALLOCATIONS[values["allocation"]]
         group = parse_structure(values.get("structure", UNSTRUCTURED))
         if group is not None:

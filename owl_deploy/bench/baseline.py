@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -21,12 +22,11 @@ from owl_deploy.bench.result import Result, paired
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
-    get_engine,
     installed_version,
+    software,
     threads_for,
 )
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.runtime import kernels
 
 SCHEMA = 1
 PROBE_TOKENS, PROBE_STEPS, PROBE_COLUMNS = 32, 16, 64
@@ -64,6 +64,11 @@ def save(
     if path.is_dir():
         raise BadInput(f"{path} is a folder.", "Give --save-baseline the name of a file.")
     side = still_side(plan)
+    if not math.isfinite(side.probe["scale"]):
+        raise EngineFailed(
+            "The logits of the deployment are infinite, or no numbers.",
+            "No baseline was written: export the model again, or look for what is wrong with it.",
+        )
 
     def write(result: Result) -> None:
         if not result.failures:
@@ -160,10 +165,14 @@ def still_side(plan: BenchPlan) -> Side:
 
 
 def _told(plan: BenchPlan, engine: str) -> dict[str, Any]:
-    """What else decides the times: the kernels of our own operators, and the prompts answered."""
-    found: dict[str, Any] = {}
-    if get_engine(engine).operators:
-        found["kernels"] = kernels()
+    """What else decides the times: the runtime beneath, the kernels of our own operators, and the
+    prompts answered.
+
+    The operators' library is none of it: whether that got slower is what a gate is asked.
+    """
+    told = {"onnxruntime": "onnxruntime version", "kernels": "kernels"}
+    by = software(engine)
+    found: dict[str, Any] = {told[name]: by[name] for name in told if name in by}
     if prompts := asked_of(plan):
         found["prompts"] = _digest({"prompts": prompts})
     return found

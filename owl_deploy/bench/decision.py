@@ -122,6 +122,7 @@ def scores_of(folder: Path) -> dict[str, Score]:
                 stderr=metrics[name].get("stderr"),
                 documents=row.get("documents", 0),
                 passed={one["problem"]: one["passed"] for one in row.get("answers", ())},
+                window=row.get("window"),
             )
     return found
 
@@ -178,6 +179,12 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
             raise BadInput(
                 f"{first} and {name} were asked other documents of {key}.",
                 "Evaluate both with the same --limit and --every.",
+            )
+        if None not in (score.window, other.window) and score.window != other.window:
+            raise BadInput(
+                f"{first} saw {other.window} tokens of {key}'s documents, and {name} "
+                f"{score.window}.",
+                "Evaluate both with the same --window.",
             )
     return found
 

@@ -27,17 +27,31 @@ class Journal:
 
     def add(self, name: str, about: dict[str, Any], sample: Sample) -> None:
         """Keep a sample of the subject `name`."""
-        line = {"at": time.time(), "name": name, "about": about, "sample": sample.model_dump()}
+        self._write({"name": name, "about": about, "sample": sample.model_dump()})
+
+    def give_up(self, name: str, failure: str) -> None:
+        """Keep why there will be no more samples of the subject `name`."""
+        self._write({"name": name, "failure": failure})
+
+    def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"at": time.time(), **line}) + "\n")
 
     def restore(self, subjects: Iterable[Subject]) -> dict[str, Subject]:
-        """The subjects by name, with the samples that an interrupted run left."""
+        """The subjects by name, with the samples that an interrupted run left, and what failed."""
         restored = {subject.name: subject for subject in subjects}
-        lines = list(self._lines())
+        lines = []
+        for line in self._lines():
+            if "failure" in line:
+                given_up = restored[line["name"]]
+                update = {"failure": line["failure"]}
+                restored[given_up.name] = given_up.model_copy(update=update)
+            else:
+                lines.append(line)
+        going = {name for name, subject in restored.items() if subject.failure is None}
         for index in sorted({line["sample"]["round"] for line in lines}):
             of_round = [line for line in lines if line["sample"]["round"] == index]
-            whole = {line["name"] for line in of_round} >= restored.keys()
+            whole = {line["name"] for line in of_round} >= going
             for line in of_round:
                 if whole or time.time() - line["at"] < _FRESH_S:
                     subject = restored[line["name"]]

@@ -23,24 +23,22 @@ from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.prompts import other_words, read_prompts, tokens_of
 from owl_deploy.bench.result import Block, Comparison, Result, Role, Sample, Subject
 from owl_deploy.bench.scenario import Scenario, by_session
-from owl_deploy.digests import digest
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
     ServerProcess,
     engine_for,
     get_engine,
-    installed_version,
     open_deployment,
     python_of,
     server_of,
+    software,
     threads_for,
 )
 from owl_deploy.engines.draft import open_draft
 from owl_deploy.engines.registry import LOOKUP, Engine
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.manifest import BlockShares
-from owl_deploy.runtime import kernels, library_path
 
 Progress = Callable[[str], None]
 # Opens an engine; tests put another here.
@@ -130,22 +128,13 @@ def _identities(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> l
         [
             [
                 subject.model_dump(),
-                _software(subject.engine),
+                software(subject.engine),
                 _modified(deployment.path),
                 _modified(Path(subject.draft)) if subject.draft not in ("", LOOKUP) else {},
             ]
             for subject, deployment in entries
         ],
     ]
-
-
-def _software(name: str) -> list[str | None]:
-    """What an engine computes by: its version, and what of ours runs in it.
-
-    Operators that a deployment brings are among its files.
-    """
-    isa = kernels() if get_engine(name).operators else None
-    return [installed_version(name), *([isa, digest(library_path())] if isa else [])]
 
 
 def asked_of(plan: BenchPlan) -> tuple[str, ...]:
@@ -408,6 +397,7 @@ class _Runner:
                 latencies |= own
         if not opened:
             why = next(iter(failed.values()))
+            self.journal.give_up(subject.name, why)
             return subject.model_copy(update={"failure": why, "failed": {}})
         about, peak = opened[0]
         load_s = about.pop("seconds")
@@ -484,11 +474,13 @@ class _Runner:
             try:
                 tally = asyncio.run(asyncio.wait_for(asking, self.plan.time_limit_s))
             except TimeoutError as error:
+                server.check_alive()
                 late = f"did not answer within {self.plan.time_limit_s:g} s"
                 raise EngineFailed(f"{subject.name}'s server {late}.") from error
             if tally.refused:
                 tally.errors.append("429 Too Many Requests")
             if tally.errors:
+                server.check_alive()
                 raise EngineFailed(f"{subject.name}'s server failed: {tally.errors[0]}.")
         return {
             "answer_ms": [1e3 * tally.wall_s * scenario.new / tally.tokens],

@@ -50,7 +50,8 @@ class Block(_Model):
 class Score(_Model):
     """What a task gave: a `metric`, with its standard error where there is one.
 
-    `passed`: of a task whose answers are kept, which problems were solved, by name.
+    `passed`: of a task whose answers are kept, which problems were solved, by name; `window`: the
+    tokens that the model saw, where that was kept.
     """
 
     metric: str
@@ -58,6 +59,7 @@ class Score(_Model):
     stderr: float | None = None
     documents: int = 0
     passed: dict[str, bool] = {}
+    window: int | None = None
 
 
 class Subject(_Model):

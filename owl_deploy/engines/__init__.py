@@ -12,6 +12,7 @@ from owl_deploy.engines.environment import (
     python_of,
     remove,
     server_of,
+    software,
 )
 from owl_deploy.engines.process import EngineProcess, default_threads, threads_for
 from owl_deploy.engines.registry import ENGINES, Engine, Ink, engine_for, get_engine
@@ -35,5 +36,6 @@ __all__ = [
     "python_of",
     "remove",
     "server_of",
+    "software",
     "threads_for",
 ]

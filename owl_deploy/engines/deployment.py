@@ -130,6 +130,11 @@ def told_numbers(file: Path, key: str) -> list[int]:
     return _listed(read_object(file, "Export again.").get(key) if file.is_file() else None)
 
 
+def seen_of(folder: Path, window: int) -> int:
+    """The tokens of a `window` that the model in `folder` takes: all, or as many as it can."""
+    return min((window, *told_numbers(folder / "config.json", "max_position_embeddings")))
+
+
 def _listed(told: Any) -> list[int]:  # noqa: ANN401 - a JSON value
     return told if isinstance(told, list) else [told] if told is not None else []
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from owl_deploy import artefact
 from owl_deploy.cache import cache_dir, cache_path
+from owl_deploy.digests import digest
 from owl_deploy.engines.registry import ENGINES, Build, Engine, get_engine
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.lease import lease
@@ -52,6 +53,19 @@ def installed_version(name: str) -> str | None:
         if marker["lock"] == _pinned(engine) and _python(folder).exists():
             return str(marker["version"])
     return None
+
+
+def software(name: str) -> dict[str, Any]:
+    """What an engine computes by, besides a deployment's files: versions, and what of ours runs
+    in it.
+    """
+    engine = get_engine(name)
+    found: dict[str, Any] = {"version": installed_version(name)}
+    if engine.lock is None:  # onnxruntime-genai's, beside which another onnxruntime may be put
+        found["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    if engine.operators:
+        found |= {"kernels": kernels(), "library": digest(library_path())}
+    return found
 
 
 def python_of(name: str) -> Path:

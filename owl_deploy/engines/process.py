@@ -167,6 +167,7 @@ class EngineProcess(Child):
         self.trust_library = trust_library
         self.loaded: dict[str, Any] = {}
         self._pending = b""
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Self:
         library = Folder(self.deployment).operators(trust=self.trust_library)
@@ -202,7 +203,17 @@ class EngineProcess(Child):
     def _start(self) -> None:
         python = python_of(self.engine.name)
         command = [str(python), "-I", str(WORKER), str(self.engine.driver), str(os.getpid())]
-        self._spawn(command, {**os.environ, "NM_DISABLE_ANALYTICS": "True"}, subprocess.PIPE)
+        # An engine that aborts, or is ended, leaves its files: they lie where we remove them.
+        self._scratch = tempfile.TemporaryDirectory("-owl", ignore_cleanup_errors=True)
+        environment = {"NM_DISABLE_ANALYTICS": "True", "TMPDIR": self._scratch.name}
+        self._spawn(command, os.environ | environment, subprocess.PIPE)
+
+    def close(self) -> None:
+        """End the process, whatever it is doing; nothing of it is left."""
+        super().close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON values
         """Ask the worker for one operation (worker.py lists them) and return its answer.

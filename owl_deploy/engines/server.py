@@ -81,6 +81,12 @@ class ServerProcess(Child):
         }
         return self
 
+    def check_alive(self) -> None:
+        """Raise `EngineFailed`, with its last words, where the server has ended."""
+        assert self._process is not None, "use ServerProcess in a with block"
+        if self._process.poll() is not None:
+            raise self._death("serve")
+
     def _command(self) -> list[str]:
         program, server = server_of(self.engine.name), self.engine.server
         assert server is not None  # server_of has refused it
@@ -104,8 +110,7 @@ class ServerProcess(Child):
         """Wait until it is ready."""
         assert self._process is not None
         while not _is_ready(self._port):
-            if self._process.poll() is not None:
-                raise self._death("serve")
+            self.check_alive()
             if time.monotonic() > deadline:
                 raise EngineFailed(
                     f"{self._who()} was not ready to serve within {self.timeout_s:g} s.",

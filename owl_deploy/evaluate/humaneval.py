@@ -31,10 +31,11 @@ REQUEST = (
     "Complete this Python function. Answer with the whole function in one block of code.\n\n"
     "```python\n{{prompt}}```"
 )
-# By whether the model is asked in its chat template: its answer ends with a block of code, or where
-# something follows a function.
+# By whether the model is asked in its chat template: its answer ends where something follows a
+# block of code (without the empty line it would end where such a block begins, if that names no
+# language), or a function.
 _ASKED = {
-    True: (REQUEST, ["\n```\n"]),
+    True: (REQUEST, ["\n```\n\n"]),
     False: (_PROMPT, ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]),
 }
 _BLOCK = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import json
 import logging
 import math
 import os
@@ -12,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from owl_deploy import __version__
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment
+from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment, software
+from owl_deploy.engines.deployment import seen_of
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.perplexity import (
@@ -27,6 +28,7 @@ from owl_deploy.evaluate.perplexity import (
 )
 from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
+from owl_deploy.manifest import versions
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, leads
 from owl_deploy.text import load_tokenizer
@@ -201,7 +203,8 @@ def evaluate_tasks(
         folder = open_checkpoint(folder).folder
     how = (window, hardware, engine, threads, trust_library, adapter)
     with _opened(folder, tasks, *how) as opened:
-        key = [state_of(folder), adapter and state_of(adapter), opened.by, opened.window]
+        by = [__version__, opened.by, opened.software, opened.window]
+        key = [state_of(folder), adapter and state_of(adapter), *by]
         kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
         model = SharedModel(kept, ranks)
         try:
@@ -295,12 +298,13 @@ def _run(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A folder as a `model` of the harness, what computes it (`by`), how many tokens it sees
-    (`window`), and how many requests it takes at once (`batch`).
+    """A folder as a `model` of the harness, what computes it (`by`, and its `software`), how many
+    tokens it sees (`window`), and how many requests it takes at once (`batch`).
     """
 
     model: Any
     by: str
+    software: dict[str, Any]
     window: int
     batch: int
 
@@ -323,8 +327,7 @@ def _opened(
         deployment = open_deployment(folder, trust_library=trust_library)
         name = engine_of(deployment, engine)
         rows = _rows(tasks, deployment, name)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        seen = min(window, config.get("max_position_embeddings") or window)
+        seen = seen_of(folder, window)
         tokenizer = load_tokenizer(folder)
         context = get_engine(name).context_for(seen)
         with EngineProcess(
@@ -336,14 +339,15 @@ def _opened(
             all_logits=rows == 1,
             batch=rows,
         ) as process:
-            yield _Opened(DeploymentLM(process, tokenizer, seen, rows), name, seen, rows)
+            model = DeploymentLM(process, tokenizer, seen, rows)
+            yield _Opened(model, name, software(name), seen, rows)
         return
     from lm_eval.models.huggingface import HFLM
 
     checkpoint = open_checkpoint(folder)
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
-    seen = min(window, checkpoint.config.get("max_position_embeddings") or window)
+    seen = seen_of(checkpoint.folder, window)
     batch = 1 if hardware.batch_size is None else hardware.batch_size
     if batch < 1:
         raise BadInput("--batch-size must be at least 1.")
@@ -354,7 +358,7 @@ def _opened(
         batch_size=batch,
         softmax_dtype="float32",
     )
-    yield _Opened(model, str(dtype).removeprefix("torch."), seen, batch)
+    yield _Opened(model, str(dtype).removeprefix("torch."), versions(), seen, batch)
 
 
 def _rows(tasks: Tasks, deployment: Deployment, engine: str) -> int:

@@ -26,15 +26,21 @@ import torch
 from torch import nn
 
 from owl_deploy import adapter
-from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish
-from owl_deploy.checkpoint import GRID, shards, write_compatible
+from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish, sha256
+from owl_deploy.checkpoint import GRID, open_checkpoint, shards, write_compatible
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.finetune.logits import TeacherCache, cache_bytes
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.shard import gather_trained, shard, whole
 from owl_deploy.finetune.source import Source, load_teacher
-from owl_deploy.finetune.train import Schedule, last_checkpoint, tokens_per_second, train
+from owl_deploy.finetune.train import (
+    KEPT_CHECKPOINTS,
+    Schedule,
+    last_checkpoint,
+    tokens_per_second,
+    train,
+)
 from owl_deploy.finetune.trainee import Distillation, Trainee
 from owl_deploy.hardware import find_device, find_training_dtype
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
@@ -46,6 +52,8 @@ T = TypeVar("T")
 
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
+# Of the Trainer's checkpoints: bytes a trained number, with Adam's two moments; at once at most.
+_SAVED_BYTES, _SAVED = 12, KEPT_CHECKPOINTS + 1
 _HASHED = 1024  # windows at once: the text is larger than memory, perhaps
 # What `accelerate launch` sets to shard a model, which this does not do.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -115,7 +123,8 @@ class Run:
         teacher: str | None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.source, self.settings, self.teacher = source, settings, teacher
+        self.source, self.settings, self.asked_teacher = source, settings, teacher
+        self.teacher = None if teacher is None else open_checkpoint(teacher)
         self.ranks = ranks
         self.text = [text] if isinstance(text, str) else list(text)
         self.sparse_result = settings.method == "masked" or settings.merge is not None
@@ -127,7 +136,6 @@ class Run:
         self.targets = _targets(source, settings.target_modules)
         length = settings.sequence_length
         self.windows = _leader_first(ranks, lambda: source.windows(self.text, length))
-        self._check_ranks()
         if settings.shard and ranks.size == 1:
             raise BadInput(
                 "--shard divides the model over processes, and there is one.",
@@ -142,9 +150,10 @@ class Run:
         if settings.teacher_top is not None and settings.teacher_top >= vocabulary:
             raise BadInput(f"--teacher-top must be below the vocabulary's {vocabulary} entries.")
         self._teacher: tuple[Any, list[nn.Module]] | None = None
-        if teacher is not None:
+        self._check_ranks()
+        if self.teacher is not None:
             like = settings.feature_weight is not None
-            self._teacher = load_teacher(source, teacher, self.dtype, like=like)
+            self._teacher = load_teacher(source, self.teacher, self.dtype, like=like)
 
     def _check_ranks(self) -> None:
         """Refuse processes that would have nothing to read, or that read different things."""
@@ -155,13 +164,8 @@ class Run:
             )
         if self.ranks.size == 1:
             return
-        seen = self.ranks.gathered((self.source.checkpoint.identity(), self._describe_text()))
-        for what, of_ranks in zip(("model", "text"), zip(*seen, strict=True), strict=True):
-            if any(one != of_ranks[0] for one in of_ranks):
-                raise BadInput(
-                    f"The {what} is not the same for all processes of this run.",
-                    "Give every node the same files.",
-                )
+        asked = self.asked()
+        self.ranks.check_alike({what: asked[what] for what in ("model", "text", "teacher")})
 
     def begin(self, output: Path, *, resume: bool, force: bool) -> "_Unfinished":
         """The leader's: where the run keeps what is done; `BadInput` where it cannot begin."""
@@ -187,7 +191,9 @@ class Run:
             "model": self.source.checkpoint.identity(),
             "settings": self.settings.model_dump(mode="json"),
             "text": self._describe_text(),
-            "teacher": self.teacher,
+            "grid": sha256(grid) if (grid := self.source.folder / GRID).is_file() else None,
+            "teacher": None if self.teacher is None else self.teacher.identity(),
+            "device": find_device("auto").type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "processes": self.ranks.size,
@@ -198,17 +204,33 @@ class Run:
         """Refuse what cannot fit before minutes or hours are spent on it.
 
         A checkpoint takes its size, and its trained tensors lie beside it meanwhile, from an
-        earlier run perhaps: hence `copies`. An adapter takes little.
+        earlier run perhaps: hence `copies`. An adapter takes little. What is trained is saved on
+        the way, each time before an older one goes.
         """
-        needed = 0
+        needed = (_SAVED if copies > 1 else 1) * _SAVED_BYTES * self._trained
         if self.sparse_result:
             files = set(self.source.checkpoint.files.values())
-            needed = copies * sum(path.stat().st_size for path in files)
-            check_room(folder, needed, "The result")
+            needed += copies * sum(path.stat().st_size for path in files)
+        check_room(folder, needed, "The result, with what is saved on the way,")
         if cache := self._cache_bytes * self.ranks.size:
             check_room(
                 folder, needed + cache, "The teacher's cache for --teacher-top, and the result,"
             )
+
+    @property
+    def _trained(self) -> int:
+        """About how many numbers are trained at once."""
+        if self.settings.method == "masked":
+            blocks = len(self.source.blocks)
+            share = min(1.0, (self.settings.block_group or blocks) / blocks)
+            return math.ceil(share * (self.source.weights - self.source.zeros))
+        sides = (
+            sum(self.source.checkpoint.shape(f"{block}.{name}"))
+            for block, names in self.source.matrices.items()
+            for name in names
+            if name.removesuffix(".weight").rpartition(".")[2] in self.targets
+        )
+        return (self.settings.rank or 0) * sum(sides)
 
     @property
     def _cache_bytes(self) -> int:
@@ -328,8 +350,6 @@ class Run:
         done: dict[str, Any],
     ) -> None:
         """Together: write the trained blocks `names`, and what was `done`; the leader does."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, torch.Tensor] = {}
         lost = 0
         checkpoint = self.source.checkpoint
@@ -345,7 +365,7 @@ class Run:
                 lost += kept
         if not self.ranks.leads:
             return
-        save_file(tensors, partial.folder / f"group-{index}.safetensors")
+        partial.write_tensors(tensors, partial.folder / f"group-{index}.safetensors")
         # The group counts as finished from here on.
         partial.write(f"group-{index}.json", done | {"kept_off_zero": lost})
         shutil.rmtree(partial.folder / f"group-{index}")
@@ -443,7 +463,7 @@ class Run:
             },
             "settings": self.settings.model_dump(mode="json"),
             "text": self._describe_text(),
-            "teacher": self.teacher,
+            "teacher": self.asked_teacher,
             "dtype": str(self.dtype).removeprefix("torch."),
             "processes": self.ranks.size,
             "steps": len(losses),

@@ -118,12 +118,7 @@ class Source:
         `text`: SOURCEs. Raises `BadInput` for a text with fewer than two windows, or a model that
         takes less.
         """
-        longest = self.checkpoint.config.get("max_position_embeddings")
-        if longest and length > longest:
-            raise BadInput(
-                f"The model takes {longest} tokens, not {length}.",
-                "Give a smaller --sequence-length.",
-            )
+        self.checkpoint.check_length(length, "--sequence-length")
         tokens = load_tokens(self.folder, text)
         count = len(tokens) // length
         if count < 2:
@@ -151,14 +146,13 @@ class Source:
 
 
 def load_teacher(
-    student: Source, model: str, dtype: torch.dtype, *, like: bool = False
+    student: Source, teacher: Checkpoint, dtype: torch.dtype, *, like: bool = False
 ) -> tuple[Any, list[nn.Module]]:
-    """The teacher, frozen, in `dtype`, and its blocks.
+    """The model `teacher`, frozen, in `dtype`, and its blocks.
 
     Raises `BadInput` when its vocabulary is not the student's and, where it has to be `like` it,
     when it has other blocks.
     """
-    teacher = open_checkpoint(model)
     shapes = [
         (len(one.blocks), one.config.get("hidden_size")) for one in (student.checkpoint, teacher)
     ]
@@ -172,7 +166,7 @@ def load_teacher(
     words = [load_tokenizer(one.folder).get_vocab() for one in (student.checkpoint, teacher)]
     if sizes[0] != sizes[1] or words[0] != words[1]:
         raise BadInput(
-            f"The teacher {model} has another vocabulary than {student.folder} "
+            f"The teacher {teacher.folder} has another vocabulary than {student.folder} "
             f"({sizes[1]} entries and {sizes[0]}).",
             "A teacher must read the same tokens: give the dense model this one was pruned from.",
         )

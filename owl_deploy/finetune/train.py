@@ -26,6 +26,7 @@ _COMPLETE = "complete"  # a file in every checkpoint that was written to its end
 _EVALUATIONS = 4  # along the way and at the end, besides the one at the start
 _EVALUATING = 0.25  # of a time limit, at most, unless one at the end takes more
 _SAVE_SECONDS = 300.0
+KEPT_CHECKPOINTS = 2  # the last one stays whole while the next is written
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _trainer(
         include_num_input_tokens_seen="all",
         logging_nan_inf_filter=False,  # a loss that is no number ends the run
         save_strategy="no",  # the clock says when
-        save_total_limit=2,  # the last one stays whole while the next is written
+        save_total_limit=KEPT_CHECKPOINTS,
         disable_tqdm=True,
         report_to="none",
         ddp_find_unused_parameters=False,

@@ -9,7 +9,6 @@ came to as low an error in fewer iterations.
 
 import torch
 
-from owl_deploy.errors import BadInput
 from owl_deploy.methods import ALPSOptions
 from owl_deploy.prune import mask, refit
 from owl_deploy.prune.by_score import Group
@@ -39,7 +38,7 @@ def solved(
 
     Unstructured (`group` None): round(sparsity * size) weights go, wherever in the matrix. With
     `group` (N, M): all but N in every M neighbours of a row. Those of inputs that are always zero
-    go besides. Raises `BadInput` when the inputs hold values that are no numbers.
+    go besides.
     """
     target = (weight.float() * gram.scale).masked_fill(gram.dead, 0)
     start = _admm(target, gram.matrix, sparsity, group, iterations).masked_fill(gram.dead, 0)
@@ -83,13 +82,7 @@ def _factor(matrix: torch.Tensor, penalty: float) -> torch.Tensor:
     """
     raised = matrix.clone()
     raised.diagonal().add_(penalty)
-    try:
-        factor: torch.Tensor = torch.linalg.cholesky(raised)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # not re-exported
-        raise BadInput(
-            "The inputs of a layer are infinite or no numbers.",
-            "Compute in another --dtype, or look for what is wrong with the weights.",
-        ) from error
+    factor: torch.Tensor = torch.linalg.cholesky(raised)
     return factor
 
 

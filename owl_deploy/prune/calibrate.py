@@ -8,7 +8,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import torch
 from torch import nn
 
-from owl_deploy.blocks import Seen
+from owl_deploy.blocks import Seen, check_finite
 from owl_deploy.ranks import Ranks
 
 _READ = 64.0  # what a running mean counts, in tokens; 8 and infinitely many left a little more loss
@@ -55,6 +55,7 @@ class InputStatistics:
 
         `inputs_only`: nobody wants the block's output, so that a pass ends with `Seen` at its last
         Linear, whose product need not be made. The first pass, run whole, tells which that is.
+        Raises `BadInput` for inputs that are infinite, or no numbers.
         """
         self._inputs_only = inputs_only
         handles = [
@@ -67,7 +68,10 @@ class InputStatistics:
             for handle in handles:
                 handle.remove()
             self._current.clear()
-        for total in self._sums.values() if self._hessian else ():
+        for leader, total in self._sums.items():
+            check_finite(self._squares(leader), f"what enters {leader}")
+            if not self._hessian:
+                continue
             for start in range(0, len(total), _COLUMNS):
                 end = start + _COLUMNS
                 total[end:, start:end] = total[start:end, end:].T

@@ -19,7 +19,7 @@ from owl_deploy.prune.measure import Measured, measure
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sensitivity import measure_costs
 from owl_deploy.prune.sparsities import BlockStatistics, Shape, linear_sparsities
-from owl_deploy.prune.store import SEARCH, Store
+from owl_deploy.prune.store import PLAN, SEARCH, Store
 from owl_deploy.recipe import PruneSettings
 
 
@@ -70,14 +70,14 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
 
     Made now, with what a dense pass saw enter the first block, which need not be gathered again.
     """
-    found = request.ranks.from_leader(lambda: store.read("plan.json"))
+    found = request.ranks.from_leader(lambda: store.read(PLAN))
     if found is not None:
         return Plan.model_validate(found), None
     budget = request.settings.budget is not None
     plan, first = _within_budget(request, store) if budget else _by_rule(request, store)
     plan = request.ranks.from_leader(lambda: plan)  # other nodes' processors may round otherwise
     if request.ranks.leads:
-        store.write("plan.json", plan.model_dump(mode="json"))
+        store.write(PLAN, plan.model_dump(mode="json"))
         store.forget_measured()
     return plan, first
 

@@ -27,6 +27,7 @@ from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, token_digest
 from owl_deploy.tokens import load_tokens
 
+_ALIKE = ("model", "settings", "device", "dtype")  # in all processes
 HELD_OUT_TOKENS = 4096  # that losses are measured by, in whole windows
 
 
@@ -132,8 +133,12 @@ def check(
     *,
     tune_minutes: float | None,
     ranks: Ranks = ALONE,
+    planned: bool = False,
 ) -> Request:
-    """The request, or `BadInput` for whatever can be known to be wrong before any work."""
+    """The request, or `BadInput` for whatever can be known to be wrong before any work.
+
+    `planned`: what a budget leaves to each Linear is known already, from the run that this resumes.
+    """
     if tune_minutes is not None:
         tune.check(settings, tune_minutes)
     elif settings.allocation == SEARCHED:
@@ -150,7 +155,8 @@ def check(
     ]
     shape = select(skeleton.names, sizes, settings.skip)
     _check_groups(settings, skeleton, shape)
-    room = None if settings.budget is None else budget.room(settings, skeleton, shape)
+    chooses = settings.budget is not None and not planned
+    room = budget.room(settings, skeleton, shape) if chooses else None
     windows = _windows(checkpoint, settings, calibration, tunes=tune_minutes is not None)
     held_out = None
     if windows is not None and calibration is not None:
@@ -166,7 +172,7 @@ def check(
     # The same everywhere, and so again when the run resumes.
     batch = min(ranks.gathered(find_batch(hardware.batch_size, own, skeleton)))
     training_dtype = find_training_dtype(hardware.dtype, device)
-    return Request(
+    request = Request(
         skeleton,
         settings,
         shape,
@@ -179,6 +185,9 @@ def check(
         training_dtype,
         ranks,
     )
+    asked = request.deciding()
+    ranks.check_alike({"text": asked.pop("calibration")} | {what: asked[what] for what in _ALIKE})
+    return request
 
 
 def _check_alone(settings: PruneSettings, processes: int) -> None:

@@ -1,28 +1,30 @@
 """`owl prune`: what is asked, what is planned, the walk over the blocks, what is left behind.
 
-The passes over the blocks are those that are needed and no more: one with dense weights where the
-allocation looks at scores (`measure`), and one that prunes (`walk`), in which each block sees what
-the pruned blocks before it make of the calibration text.
+The passes over the blocks are those that are needed and no more: with dense weights one where the
+allocation looks at scores (`measure`), or two, forward and back, where it looks at losses, as a
+budget does (`sensitivity`); and one that prunes (`walk`), in which each block sees what the pruned
+blocks before it make of the calibration text.
 """
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from owl_deploy.artefact import all_to_disk, only_writer
 from owl_deploy.hardware import ANY_HARDWARE, Hardware
 from owl_deploy.manifest import CheckpointManifest, versions
-from owl_deploy.partial import kept_for_resuming
+from owl_deploy.partial import ROUNDING, asked_before, kept_for_resuming, partial_folder
 from owl_deploy.progress import error_console
 from owl_deploy.prune import write
 from owl_deploy.prune.picture import sparsity_svg, tuning_svg
 from owl_deploy.prune.plan import Plan, resolve
 from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.sparsities import resolved_layers
-from owl_deploy.prune.store import Store
+from owl_deploy.prune.store import PLAN, Store
 from owl_deploy.prune.walk import Walk
-from owl_deploy.ranks import join
+from owl_deploy.ranks import Ranks, join
 from owl_deploy.recipe import RESOLVED, PruneSettings, dump_resolved
 
 
@@ -52,8 +54,15 @@ def prune(
     started, output = time.perf_counter(), Path(output)
     ranks = join(versions())
     with only_writer(output, force, model) if ranks.leads else contextlib.nullcontext():
+        before, planned = ranks.from_leader(lambda: _before(output) if resume else ({}, False))
         request = check(
-            model, settings, calibration, hardware, tune_minutes=tune_minutes, ranks=ranks
+            model,
+            settings,
+            calibration,
+            _as_before(hardware, before, ranks),
+            tune_minutes=tune_minutes,
+            ranks=ranks,
+            planned=planned,
         )
         asked = request.deciding()
         store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
@@ -72,6 +81,18 @@ def prune(
             facts = write.describe(request, plan, reports, str(model))
             facts |= {"recipe": origin, "resumed": store.resumed}
             return ranks.from_leader(lambda: _complete(request, plan, store, facts, started))
+
+
+def _before(output: Path) -> tuple[dict[str, Any], bool]:
+    """What the run that is resumed was asked of `ROUNDING`, and whether it has come to a plan."""
+    return asked_before(output).get(ROUNDING, {}), (partial_folder(output) / PLAN).is_file()
+
+
+def _as_before(hardware: Hardware, before: dict[str, Any], ranks: Ranks) -> Hardware:
+    """The `hardware`, with the batch that the run before chose by the memory that was free then."""
+    if hardware.batch_size is not None or before.get("processes") != ranks.size:
+        return hardware
+    return replace(hardware, batch_size=before["batch_size"])
 
 
 def _complete(

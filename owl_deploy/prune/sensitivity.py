@@ -140,7 +140,8 @@ def remembered(
 ) -> T:
     """What the cache folder holds of what was `asked`, or `measure` finds, together; it is kept.
 
-    For this model, text (wherever it lies) and machine, and what the `settings` make of a Linear.
+    For this model, text (wherever it lies), device and dtype, and what the `settings` make of a
+    Linear; another machine may round its sums otherwise.
     """
     decided = request.deciding() | {"tune_minutes": None, "measurement": _VERSION, **asked}
     decided["calibration"] = (request.describe_calibration() or {}) | {"source": None}

@@ -7,7 +7,6 @@ is a plan, what was measured of a block for it, or how far a search has come, li
 checkpoint of several shards takes the blocks' files as they are, so that the disk holds them once.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from owl_deploy.grid import SCALE
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.partial import Partial
 
+PLAN = "plan.json"
 SEARCH = "search.json"  # how far a search for an allocation has come
 
 
@@ -29,20 +29,8 @@ class Store(Partial):
         named = {f"{name}.{key}": value.contiguous() for key, value in weights.items()}
         scales = {key: named.pop(key) for key in [*named] if key.endswith(f".{SCALE}")}
         if scales:
-            self._write_tensors(scales, self._scales_path(name))
-        self._write_tensors(named, self.path(name))  # last: with it the block is finished
-
-    def _write_tensors(self, named: dict[str, torch.Tensor], path: Path) -> None:
-        from safetensors.torch import save_file
-
-        temporary = self.folder / "unfinished"
-        save_file(named, temporary, metadata={"format": "pt"})
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
+            self.write_tensors(scales, self._scales_path(name))
+        self.write_tensors(named, self.path(name))  # last: with it the block is finished
 
     def holds(self, name: str) -> bool:
         """Whether a block is finished: its file is there and whole."""
@@ -71,7 +59,7 @@ class Store(Partial):
     def keep(self, name: str, way: str, found: dict[str, torch.Tensor]) -> None:
         """Write what the pass `way` has measured of a block, durably."""
         named = {key: tensor.contiguous() for key, tensor in found.items()}
-        self._write_tensors(named, self.folder / f"{name}.{way}")
+        self.write_tensors(named, self.folder / f"{name}.{way}")
 
     def has_measured(self, name: str, way: str) -> bool:
         """Whether the pass `way` has measured a block."""
@@ -100,7 +88,7 @@ class Store(Partial):
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
-        names = (MANIFEST, "plan.json", SEARCH)
+        names = (MANIFEST, PLAN, SEARCH)
         done = (*(self.folder / name for name in names), *self.folder.glob("*.forward"))
         return any(path.is_file() for path in done)
 
@@ -122,7 +110,7 @@ class Store(Partial):
             for path in self.folder.glob(f"*.{ending}"):
                 path.unlink()
         publish(self.folder, self.output)
-        for name in ("plan.json", "run.json"):
+        for name in (PLAN, "run.json"):
             (self.output / name).unlink()
 
     def path(self, name: str) -> Path:

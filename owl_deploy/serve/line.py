@@ -51,7 +51,8 @@ class Answer:
         self.parts.put_nowait((self._stops.feed(piece), None))
         self.row.ended |= self._stops.found
         if self.row.ended:
-            cut = not self.row.room and not self._stops.found
+            ended = self._stops.found or self.row.tokens[-1] in self.row.ends
+            cut = not self.row.room and not ended
             self.parts.put_nowait((self._stops.rest(), "length" if cut else "stop"))
 
 

@@ -6,7 +6,7 @@ Source: the API reference at https://platform.openai.com/docs/api-reference (cha
 import re
 import time
 import uuid
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,6 +49,10 @@ class Refused(Exception):
         }
 
 
+# Each token's text is searched for all of them, for everybody's answers in one thread.
+_Stop = Annotated[str, Field(max_length=256)]
+
+
 class _StreamOptions(BaseModel):
     include_usage: bool = False
 
@@ -66,7 +70,7 @@ class Request(BaseModel):
     model: str
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     max_tokens: int | None = Field(None, ge=1, lt=_SEEDS)
     max_completion_tokens: int | None = Field(None, ge=1, lt=_SEEDS)
     temperature: float | None = Field(None, ge=0, le=2)

@@ -7,7 +7,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import checkpoint
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.families import family_of
 
 
@@ -198,3 +198,18 @@ def test_what_models_compute_now_is_left_unread(copy):
     assert len(found.files) == len(tensors) - 3
     found.read_module("model.layers.0")
     assert "self_attn.q_proj.weight" in found.names("model.layers.0")
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_corrupt(copy):
+    found = checkpoint.open_checkpoint(copy)
+    (copy / "model.safetensors").rename(copy / "away")
+    with pytest.raises(EnvironmentFailed, match="cannot be read"):
+        found.read("model.norm.weight")
+
+
+def test_a_block_with_a_tensor_that_the_model_has_not(copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.bias"] = torch.zeros(8)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"holds 'model\.layers\.0\.self_attn\.k_proj\.bias'"):
+        checkpoint.open_checkpoint(copy).load(torch.float32)

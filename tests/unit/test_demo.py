@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from owl_deploy import demo
 from owl_deploy.demo import FIRST_LOOK, FULL, tasks
+from owl_deploy.errors import EngineFailed
 from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, needs
+from tests.unit.bench.made import result
 
 
 def test_the_first_look_is_a_part_of_the_full_demo():
@@ -43,3 +46,20 @@ def test_every_deployment_is_made_evaluated_and_benched_once(plan, has_owl):
     for task in made:
         if isinstance(task, Evaluate):
             assert (task.known is not None) == task.model.name.endswith("-fp32")
+
+
+def test_an_engine_that_failed_is_said_after_the_table(tmp_path, monkeypatch):
+    made = result()
+    failed = made.subjects[0].model_copy(update={"failure": "it aborted", "samples": ()})
+    shown = []
+    monkeypatch.setattr(demo, "write_report", lambda results, file, max_loss: file.touch())
+    with pytest.raises(EngineFailed, match="it aborted") as raised:
+        demo.conclude(
+            [made.model_copy(update={"subjects": (failed, *made.subjects[1:])})],
+            [],
+            tmp_path,
+            lambda *of: shown.append(of),
+        )
+    assert raised.value.exit_code == 4
+    assert len(shown) == 1
+    assert (tmp_path / "table.json").is_file()

@@ -1,11 +1,14 @@
+import errno
 import tomllib
+import traceback
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from torch.distributed.checkpoint.api import CheckpointException
 
 from owl_deploy import api
-from owl_deploy.errors import MISSING, EnvironmentFailed, not_installed
+from owl_deploy.errors import MISSING, EnvironmentFailed, is_full_disk, not_installed
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 
@@ -39,3 +42,13 @@ def test_the_api_says_so_too(monkeypatch):
     monkeypatch.setattr(api, "import_module", fail)
     with pytest.raises(EnvironmentFailed, match=r"owl-deploy\[model\]"):
         _ = api.prune
+
+
+def test_a_disk_that_is_full_is_told_in_many_ways():
+    torch_says = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    of_several = CheckpointException("write", {1: (torch_says, traceback.StackSummary())})
+    for error in (OSError(errno.ENOSPC, "No space left"), torch_says, of_several):
+        assert is_full_disk(error)
+    other = CheckpointException("write", {1: (ValueError("no"), traceback.StackSummary())})
+    for error in (RuntimeError("sizes do not match"), other, OSError(errno.EIO, "Input/output")):
+        assert not is_full_disk(error)

@@ -11,12 +11,18 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from owl_deploy import sweep
+from owl_deploy import pipeline, sweep
 from owl_deploy.artefact import staged_folder, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, Pruning, keep_measurement
+from owl_deploy.manifest import (
+    CheckpointManifest,
+    DeploymentManifest,
+    Pruning,
+    keep_measurement,
+    measurement_file,
+)
 from owl_deploy.pipeline import (
     PLAN,
     Bench,
@@ -24,6 +30,7 @@ from owl_deploy.pipeline import (
     Export,
     Finetune,
     Prune,
+    RunTasks,
     Task,
     attempt,
     dense_exports,
@@ -303,6 +310,9 @@ def test_dense_baselines_are_made_once_for_a_checkpoint(tmp_path, monkeypatch):
         "dense-onnxruntime-int4",
     ]
     assert dense_exports(checkpoint, mine) == first
+    with monkeypatch.context() as patch:  # an upgrade
+        patch.setattr(pipeline, "installed_version", lambda name: "999")
+        assert dense_exports(checkpoint, mine)[0].output.parent != first[0].output.parent
     (checkpoint / "config.json").write_text('{"changed": 1}')
     assert dense_exports(checkpoint, [])[0].output.parent != first[0].output.parent
 
@@ -341,3 +351,31 @@ def test_the_executor_tells_what_is_made_again(word, tmp_path):
     assert done(plan) == [f"first, {again}", f"second, {again}"]
     do(plan[0])
     assert survey(plan) == ["done", "done"]  # made again, but the same
+
+
+@pytest.mark.parametrize(
+    ("kept", "found"),
+    [({}, "done"), ({"window": 512}, "outdated"), ({"every": 8}, "outdated"), (None, "outdated")],
+)
+def test_tasks_that_saw_less_are_run_again(tmp_path, kept, found):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 1024}')
+    results = {} if kept is None else {"code": {"window": 1024} | kept}
+    keep_measurement(tmp_path, "tasks", results)
+    task = RunTasks(
+        title="t",
+        output=measurement_file(tmp_path, "tasks"),
+        model=tmp_path,
+        names=("code",),
+        window=2048,  # more than the model takes
+    )
+    assert state(task) == found
+
+
+def test_what_is_not_read_is_not_read_from_the_folder_at_hand():
+    prune = ALL[0].model_copy(update={"calibration": None})
+    assert prune.reads() == (prune.model,)
+    tune = Finetune(
+        title="f", output="a/f", checkpoint="a/c", text="t.txt", settings=FinetuneSettings()
+    )
+    assert "" not in map(str, tune.reads())
+    assert Path() not in tune.reads()

@@ -18,6 +18,13 @@ def test_a_log_hears_of_a_long_step(capsys, monkeypatch):
     ]
 
 
+def test_a_log_says_nothing_of_what_has_not_begun(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    with progress.bar("Training", 3) as advance:
+        advance(0)
+    assert capsys.readouterr().err.startswith("Training: stopped after")
+
+
 def test_a_log_hears_a_note_once_there_is_one(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
     notes = iter(["", "90 tokens/s"])

@@ -90,3 +90,13 @@ def test_a_process_leaves_with_what_it_has_still_to_do(joined):
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (3, "printed at exit\n", "")
+
+
+def test_what_differs_between_processes_is_named(monkeypatch):
+    others = {"text": "a", "dtype": "torch.bfloat16"}
+    monkeypatch.setattr(Ranks, "gathered", lambda self, told: [told, others])
+    Ranks(0, 2).check_alike({"text": "a"})
+    with pytest.raises(BadInput, match=r"The dtype is not the same .* name --device and --dtype"):
+        Ranks(0, 2).check_alike({"text": "a", "dtype": "torch.float32"})
+    with pytest.raises(BadInput, match=r"The text is not the same .* the same files"):
+        Ranks(0, 2).check_alike({"text": "b"})

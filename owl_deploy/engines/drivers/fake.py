@@ -1,7 +1,7 @@
 """An engine that runs nothing: `fake.json` in the deployment says how it behaves, for tests.
 
     {"decode_ms": 20, "prefill_ms": 100, "noise": 0.02, "load_s": 1, "peak_bytes": 1000,
-     "vocab": 16, "logits_off": 0,
+     "vocab": 16, "logits_off": 0, "leaves": "what it writes into a temporary file",
      "fail": {"op": "load" | "prompt" | "next", "how": "abort"|"hang"|"raise"|"exit",
               "beyond": 0}}
 
@@ -17,6 +17,7 @@ import math
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,8 @@ class Driver:
         self.context = asked.context
         print("fake engine: loading")  # noqa: T201 - engines print to stdout; it must do no harm
         self._maybe_fail("load")
+        if "leaves" in self.behaviour:
+            (Path(tempfile.mkdtemp()) / "left").write_text(self.behaviour["leaves"])
         self.taken = np.ones(self.behaviour.get("peak_bytes", 0), np.uint8)
         self.factor = math.exp(random.gauss(0.0, self.behaviour.get("noise", 0.0)))
         self.now += self.behaviour.get("load_s", 0.0)

@@ -194,6 +194,18 @@ def test_what_is_measured_later_is_taken_up(tmp_path: Path) -> None:
     assert found.scores == {"humaneval": score}
 
 
+def test_answers_that_were_cut_at_different_lengths_are_not_compared() -> None:
+    made = with_code()
+    subjects = []
+    for place, one in enumerate(made.subjects):
+        seen = {"window": 512 if place == 3 else 2048}
+        scores = {name: score.model_copy(update=seen) for name, score in one.scores.items()}
+        subjects.append(one.model_copy(update={"scores": scores}))
+    found = made.model_copy(update={"subjects": tuple(subjects)})
+    with pytest.raises(BadInput, match=r"saw 2048 tokens .*512.* the same --window"):
+        decision.judge(found, "humaneval")
+
+
 def test_pareto() -> None:
     points = [(10, 20), (20, 20), (30, 30), (5, 10), (25, 40), (20, 20)]
     assert [points[index] for index in decision.pareto(points)] == [

@@ -2,6 +2,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -385,3 +386,12 @@ def test_other_prompts_cannot_be_compared(fake: Fake, tmp_path: Path) -> None:
         told.append(baseline._told(plan, "fake"))
     assert told[0] != told[1]
     assert baseline._told(plan, "owl")["kernels"] == kernels()
+    assert baseline._told(plan, "owl")["onnxruntime version"] == metadata.version("onnxruntime")
+
+
+def test_logits_that_are_no_numbers_make_no_baseline(fake: Fake, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    answer = bench(fake("bad", logits_off=float("inf")), fake("b"), "--save-baseline", file)
+    assert getattr(answer.exception, "exit_code", None) == 4
+    assert "infinite, or no numbers" in str(answer.exception)
+    assert not file.exists()

@@ -277,6 +277,28 @@ def test_half_a_round_from_another_hour_is_measured_anew(
     assert opened == ["sparse", "dense"]
 
 
+def test_what_has_failed_holds_up_no_round_of_another_day(
+    pair: tuple[Path, Path], cache: Path
+) -> None:
+    bad = fake(pair[0].parent / "bad", fail={"op": "load", "how": "raise"})
+    plan = BenchPlan(candidates=(bad, pair[0]), baselines=pair[1:], pairs=2)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("Round 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(plan, interrupt)
+    (journal,) = (cache / "bench").iterdir()
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    old = (json.dumps(line | {"at": line["at"] - 3600}) for line in lines)
+    journal.write_text("\n".join(old) + "\n")
+    opened: list[str] = []
+    found = run_bench(plan, opener=recording(opened))
+    assert opened == ["dense", "sparse"]  # the second round alone
+    assert [one.startswith("bad: ") or "fake" in one for one in found.failures] == [True]
+
+
 def test_ctrl_c_ends_at_once_and_leaves_no_process(tmp_path: Path) -> None:
     bad = fake(tmp_path / "bad", fail={"op": "prompt", "how": "hang"})
     owl = subprocess.Popen(
@@ -443,19 +465,6 @@ def test_other_prompts_are_another_benchmark(tmp_path: Path) -> None:
         file.write_text(json.dumps({"prompt": prompt}))
         found.append(measure._identities(plan, []))
     assert found[0] != found[1]
-
-
-def test_other_kernels_are_another_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    library = tmp_path / "library.so"
-    library.write_text("1")
-    monkeypatch.setattr(measure, "library_path", lambda: library)
-    monkeypatch.setattr(measure, "kernels", lambda: "avx2")
-    one = measure._software("owl")
-    monkeypatch.setattr(measure, "kernels", lambda: "avx512")
-    other = measure._software("owl")
-    library.write_text("2")
-    assert len({str(found) for found in (one, other, measure._software("owl"))}) == 3
-    assert len(measure._software("onnxruntime")) == 1
 
 
 @pytest.mark.parametrize("option", ["--strict", "--summary=s.md"])

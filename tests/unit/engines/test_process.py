@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,3 +169,19 @@ def test_a_worker_does_not_outlive_its_parent(tmp_path: Path, how: signal.Signal
     parent.stdout.close()
     worker.wait(timeout=2)
     assert not worker.is_running()
+
+
+@pytest.mark.parametrize("how", ["abort", "hang"])
+def test_what_an_engine_left_in_its_temporary_folder_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    folder = fake(tmp_path / "d", leaves="half a model", fail={"op": "prompt", "how": how})
+    with EngineProcess("fake", folder, timeout_s=5.0) as engine:
+        (own,) = scratch.iterdir()
+        assert [path.read_text() for path in own.glob("*/left")] == ["half a model"]
+        with pytest.raises(EngineFailed):
+            engine.request("prefill", prompt=[1], repeats=1, warmup=0)
+    assert list(scratch.iterdir()) == []

@@ -11,7 +11,8 @@ from lm_eval.api.instance import Instance
 
 from owl_deploy.engines import EngineProcess
 from owl_deploy.errors import BadInput
-from owl_deploy.evaluate.harness import DeploymentLM
+from owl_deploy.evaluate import humaneval
+from owl_deploy.evaluate.harness import DeploymentLM, _Text
 
 LIKELY, OTHER = 1 - math.log(math.e + 9), -math.log(math.e + 9)
 
@@ -159,3 +160,31 @@ def test_generation_that_cannot_be(opened, options, complaint):
     model, _ = opened
     with pytest.raises(BadInput, match=complaint):
         model(8).generate_until([asked("generate_until", "1", {"until": ["x"], **options})])
+
+
+class Letters(Digits):
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("Here is it:\n\n```\ndef f(x):\n    return x\n```\n\nIt", "def f(x):\n    return x\n"),
+        ("```python\ndef f(x):\n    return x\n```\n\nIt is", "def f(x):\n    return x\n"),
+        ("```python\ndef f(x):\n    return x\n```", "def f(x):\n    return x\n"),
+    ],
+)
+def test_an_answer_to_humaneval_ends_behind_its_block_of_code(answer, program):
+    _, stops = humaneval._ASKED[True]
+    text = _Text(Letters(), [], stops, 99, 0)
+    for letter in answer:
+        assert not text.ended
+        text.take([ord(letter)])
+        if text.ended:
+            break
+    problem = {"prompt": "def f(x):\n", "entry_point": "f"}
+    assert humaneval.program_of(problem, text.cut()).strip("\n") == program.strip("\n")
+    assert not text.cut().endswith("It")

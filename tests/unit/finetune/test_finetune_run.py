@@ -172,11 +172,18 @@ def test_a_disk_too_small_is_seen_before_anything_is_trained(
     models, text_file, tmp_path, monkeypatch
 ):
     _, sparse = models("llama")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    source = Source(sparse)
+    files = sum(path.stat().st_size for path in sparse.glob("*.safetensors"))
+    saved = 3 * 12 * (source.weights - source.zeros)  # Adam's moments too, each before one goes
+    free = SimpleNamespace(free=2 * files + saved - 1)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: free)
     monkeypatch.setattr(module.Run, "execute", lambda *_: 1 / 0)
-    with pytest.raises(BadInput, match=r"the disk has 0\.0 GiB left"):
+    with pytest.raises(BadInput, match=r"The result, with what is saved on the way, needs"):
         finetune(sparse, tmp_path / "out", str(text_file), QUICK | {"method": "masked"})
     assert list(tmp_path.iterdir()) == []
+    free.free += 1
+    with pytest.raises(ZeroDivisionError):
+        finetune(sparse, tmp_path / "out", str(text_file), QUICK | {"method": "masked"})
 
 
 def losses(manifest):
@@ -203,6 +210,20 @@ def test_ctrl_c_finishes_the_step_and_resumes_to_the_same(models, text_file, tmp
     resumed = finetune(sparse, tmp_path / "out", str(text_file), QUICK, resume=True)
     assert losses(resumed) == losses(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_another_teacher_is_no_run_to_resume(models, text_file, tmp_path, monkeypatch):
+    dense, sparse = models("llama")
+    teacher = shutil.copytree(dense, tmp_path / "teacher")
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Run, "complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(module._Unfinished, "has_work", True)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(sparse, tmp_path / "out", str(text_file), QUICK, teacher=str(teacher))
+    tensors = {name: 2 * one for name, one in weights(teacher).items()}
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"other arguments: teacher\.files\.model\.safetensors was"):
+        finetune(sparse, tmp_path / "out", str(text_file), QUICK, teacher=str(teacher), resume=True)
 
 
 def test_a_mask_and_a_manifest_that_disagree(models, text_file, tmp_path):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.finetune.source import Source, load_teacher
 from owl_deploy.finetune.trainee import Distillation, Trainee, distillation_loss, feature_loss
 from tests.reference import finetune as reference
@@ -63,7 +64,7 @@ def test_blocks_learn_from_the_teachers_blocks(models, family):
     dense, sparse = models(family)
     source = Source(sparse)
     model = source.load(torch.float32)
-    teacher, blocks = load_teacher(source, str(dense), torch.float32, like=True)
+    teacher, blocks = load_teacher(source, open_checkpoint(dense), torch.float32, like=True)
     own = [model.get_submodule(name) for name in source.blocks]
     ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(5))
     how = Distillation(teacher, 1.0, 0.25, 0.5, blocks, own)

@@ -5,6 +5,7 @@ from torch import nn
 from owl_deploy import hardware
 from owl_deploy.blocks import Activations
 from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.errors import BadInput
 from owl_deploy.prune import calibrate
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.sparsegpt import factorise
@@ -120,3 +121,12 @@ def test_what_attention_reads_counts_the_running_means_too():
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
         assert torch.allclose(inputs.norm(name), (plain.diagonal() / 2).sqrt(), rtol=1e-4)
     assert [calibrate.Inputs(inputs, name).dampening(0.01) for name in "qv"] == [5 / 21, 0.01]
+
+
+@pytest.mark.parametrize("hessian", [False, True])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38])
+def test_what_overflows_is_refused_by_its_name(hessian, value):
+    states = torch.randn(2, 5, 6)
+    states[1, 2, 3] = value
+    with pytest.raises(BadInput, match=r"what enters q is infinite, or no number.*float32"):
+        gathered(states, keep=False, hessian=hessian)

@@ -6,17 +6,19 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from owl_deploy import recipe
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.cli import app
-from owl_deploy.errors import BadInput
-from owl_deploy.hardware import Hardware
-from owl_deploy.prune import write
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.hardware import Hardware, find_device
+from owl_deploy.partial import partial_folder
+from owl_deploy.prune import request, run, write
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune.store import Store
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
 from tests.reference import owl as reference
@@ -260,3 +262,67 @@ def test_the_first_block_s_statistics_go_when_it_is_done(llama, tmp_path, calibr
     monkeypatch.setattr(write, "report", counted)
     prune(llama, tmp_path / "out", recipe.settings(method="sparsegpt", sparsity=0.5), calibration)
     assert alive == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps", "meta", "gpu"])
+def test_a_device_that_cannot_be_used(name):
+    with pytest.raises(BadInput, match=r"no device|Unknown device"):
+        find_device(name)
+
+
+def test_a_run_that_resumes_takes_the_batch_that_it_had(llama, tmp_path, calibration, monkeypatch):
+    """That was chosen by the memory that was free, which is another now."""
+    settings = recipe.settings(method="wanda", allocation="uniform", sparsity=0.5)
+    batches = iter([3, 2])
+    monkeypatch.setattr(
+        request, "find_batch", lambda given, *_: next(batches) if given is None else given
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(llama, tmp_path / "out", settings, calibration)
+    kept = json.loads((partial_folder(tmp_path / "out") / "run.json").read_text())
+    assert kept["rounding"]["batch_size"] == 3
+    with pytest.raises(BadInput, match=r"rounding\.batch_size was 3, now 2"):
+        prune(llama, tmp_path / "out", settings, calibration, Hardware(batch_size=2), resume=True)
+
+
+def test_a_gain_in_speed_is_not_timed_again_when_it_is_planned(llama, monkeypatch, calibration):
+    monkeypatch.setattr(request.budget, "room", lambda *_: 1 / 0)
+    settings = recipe.settings(method="none", budget="1.5x")
+    asked = {"tune_minutes": None}
+    found = request.check(llama, settings, calibration, Hardware(), planned=True, **asked)
+    assert found.room is None
+    with pytest.raises(ZeroDivisionError):
+        request.check(llama, settings, calibration, Hardware(), **asked)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl", "dlp", "fisher"])
+def test_activations_that_overflow_are_refused(tmp_path, calibration, own_cache, allocation):
+    model = tiny.write_llama(tmp_path / "model")
+    tensors = load_file(model / WEIGHTS)
+    large = {name: 300 * one for name, one in tensors.items() if "layers.0.mlp" in name}
+    save_file(tensors | large, model / WEIGHTS, metadata={"format": "pt"})
+    settings = recipe.settings(method="wanda", allocation=allocation, sparsity=0.5)
+    with pytest.raises(BadInput, match=r"overflows: what .* is infinite, or no number"):
+        prune(model, tmp_path / "out", settings, calibration, Hardware(dtype="float16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_is_away_for_a_while_costs_no_finished_block(
+    tmp_path, calibration, monkeypatch
+):
+    model = tiny.write_llama(tmp_path / "model")
+    settings = recipe.settings(method="wanda", allocation="uniform", sparsity=0.5)
+    save, weights = Store.save, model / WEIGHTS
+
+    def then_away(self, *block):
+        save(self, *block)
+        weights.rename(tmp_path / "away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "save", then_away)
+        with pytest.raises(EnvironmentFailed, match=r"model\.safetensors cannot be read"):
+            prune(model, tmp_path / "out", settings, calibration)
+    (tmp_path / "away").rename(weights)
+    assert prune(model, tmp_path / "out", settings, calibration, resume=True).to_json()["resumed"]

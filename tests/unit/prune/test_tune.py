@@ -44,6 +44,7 @@ def test_a_search_begins_with_what_was_asked_and_others():
         ({"allocation": "list", "layers": {"model.layers.0": 0.5}}, 5, "nothing to tune"),
         ({"sparsity": 0.0}, 5, "nothing to tune"),
         ({"method": "none", "bits": 4}, 5, "nothing to tune"),
+        ({"structure": "256:512"}, 5, "groups of 256 weights at most, not 512"),
         ({}, 0, "is no time"),
         ({}, -1, "is no time"),
         ({}, math.nan, "is no time"),

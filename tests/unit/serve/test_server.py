@@ -338,6 +338,8 @@ def test_an_engine_that_fails_is_told_without_its_secrets(writer, client, caplog
         ({"model": "other"}, 404, "model_not_found", "tiny"),
         ({"max_tokens": 0}, 400, None, "max_tokens"),
         ({"temperature": 3}, 400, None, "temperature"),
+        ({"stop": ["a"] * 17}, 400, None, "stop"),
+        ({"stop": "a" * 257}, 400, None, "stop"),
         ({"n": 2}, 400, "unsupported_parameter", "n is not supported"),
         ({"presence_penalty": 1}, 400, "unsupported_parameter", "presence_penalty"),
         ({"prompt": "a\0b"}, 400, None, "NUL"),
@@ -431,3 +433,18 @@ def test_the_refusals_shape_is_openais():
             "code": "full",
         }
     }
+
+
+def test_an_end_that_is_the_last_token_there_is_room_for_is_no_cut(writer, client, monkeypatch):
+    made = writer.row
+
+    def row(*asked):
+        found = made(*asked)
+        found.ends = ["c"]
+        return found
+
+    monkeypatch.setattr(writer, "row", row)
+    for tokens, reason in ((3, "stop"), (2, "length")):
+        for _ in range(tokens):
+            writer.go.release()
+        assert ask(client, "a", tokens).choices[0].finish_reason == reason
