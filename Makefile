@@ -32,7 +32,8 @@ runtime: $(RUNNABLE)
 	@{ test -f /usr/include/onnxruntime/onnxruntime_c_api.h && command -v bwrap >/dev/null; } || \
 		! command -v apt-get >/dev/null || test -n "$(OWL_NO_APT)" || \
 		{ echo "Installing the Debian packages $(NEEDED) (set OWL_NO_APT=1 to leave that out) ..."; \
-		(apt-get update -qq && apt-get install -y -qq $(NEEDED)) >/dev/null 2>&1; } || true
+		(apt-get update -qq; for package in $(NEEDED); do apt-get install -y -qq $$package; done) \
+			>/dev/null 2>&1; } || true
 	@$(BIN)/python -m owl_deploy.runtime.build || echo "The engine owl is left out; all else works."
 
 CPP := owl_deploy/runtime/csrc/*

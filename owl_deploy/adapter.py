@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import sha256
+from owl_deploy.artefact import read_object, sha256
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.manifest import AdapterManifest, read_manifest
@@ -29,8 +29,9 @@ def weights_digest(checkpoint: Checkpoint) -> str:
 def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # noqa: ANN401
     """`model`, loaded from `checkpoint`, with the adapter in `folder` applied (a PeftModel).
 
-    Raises `BadInput` for a folder without an adapter, or one that was trained on another model: by
-    the digest in our manifest, and for every adapter by the names and shapes of its tensors.
+    Raises `BadInput` for a folder without an adapter, one that is not LoRA's, or was trained on
+    another model: by the digest in our manifest, and for every adapter by the names and shapes of
+    its tensors.
     """
     import peft
     from safetensors import safe_open
@@ -38,6 +39,9 @@ def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # no
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise BadInput(f"{folder} has no {name}.", "Give a folder that holds a PEFT adapter.")
+    kind = read_object(folder / CONFIG, "Get the adapter again.").get("peft_type")
+    if kind != "LORA":  # of PEFT's others some read files, or models of the Hub, that they name
+        raise BadInput(f"The adapter in {folder} is of PEFT's type {kind!r}.", "Give a LoRA one.")
     manifest = read_manifest(folder, AdapterManifest)
     trained_on = manifest.finetune.checkpoint if manifest and manifest.finetune else None
     if trained_on and trained_on.weights_sha256 != weights_digest(checkpoint):

@@ -19,6 +19,7 @@ from owl_deploy.lease import STALE_S, Held, holds, lease
 MANIFEST = "owl.json"  # what each artefact holds, see manifest.py
 MEASURED = "measured"  # the folder within an artefact that holds what was measured of it
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_OLD = ".owl-old-"  # in the name of what is replaced where that takes several steps
 
 
 def check_output(destination: Path, force: bool = False) -> None:
@@ -76,6 +77,7 @@ def only_writer(
         _check_apart(destination, Path(source))
     destination = destination.resolve()
     with _leased(destination):
+        _put_back(destination)
         _remove_stale(destination, folders=True)
         check_output(destination, force)  # as it is now, with nobody else at it
         yield
@@ -196,10 +198,23 @@ def _exchange(a: Path, b: Path) -> None:
         )
         if result == 0:
             return
-    aside = _temporary(b)
+    aside = b.with_name(f".{b.name}{_OLD}{secrets.token_hex(4)}")
     b.rename(aside)
-    a.rename(b)
+    try:
+        a.rename(b)
+    except OSError:
+        aside.rename(b)
+        raise
     aside.rename(a)
+
+
+def _put_back(destination: Path) -> None:
+    """Undo an exchange that was ended between its steps: for the only writer of `destination`."""
+    for old in destination.parent.glob(f".{glob.escape(destination.name)}{_OLD}*"):
+        if os.path.lexists(destination):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(destination)
 
 
 def _temporary(path: Path) -> Path:
@@ -225,8 +240,9 @@ def _remove_stale(destination: Path, *, folders: bool) -> None:
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`; the file that the block writes there becomes it, safely on disk.
 
-    `path` holds the old or the new content, never a part.
+    `path` holds the old or the new content, never a part; of a link, what it leads to does.
     """
+    path = path.resolve()
     _remove_stale(path, folders=False)
     temporary = _temporary(path)
     try:

@@ -554,7 +554,7 @@ def show_recipe(
     """Print a recipe."""
     from owl_deploy import recipe as recipes
 
-    typer.echo(recipes.find(name).read_text(encoding="utf-8"), nl=False)
+    typer.echo(recipes.read(recipes.find(name)), nl=False)
 
 
 @recipes_app.command(name="validate")

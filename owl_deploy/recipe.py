@@ -542,12 +542,19 @@ def load(source: Path) -> dict[str, Any]:
     return _from_modifiers(source, _modifiers(source, read_yaml(source)))
 
 
-def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any YAML value
-    """The content of a YAML file; raises `BadInput` for one that cannot be read."""
+def read(path: Path) -> str:
+    """The text of a file; raises `BadInput` for one that cannot be read, or is none."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read ({error}).") from error
+
+
+def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any YAML value
+    """The content of a YAML file; raises `BadInput` for one that cannot be read."""
+    text = read(path)
+    try:
+        return yaml.safe_load(text)
     except Exception as error:  # dates, numbers, depth: PyYAML raises many types beside its own
         raise BadInput(f"{path} is not valid YAML ({first_line(error)}).") from error
 

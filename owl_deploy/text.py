@@ -66,7 +66,7 @@ def load_evaluation_text(source: str) -> tuple[str, int | None]:
     As `load_text`, but of the names in the table the part, and the way of joining its documents,
     that the papers evaluate on. Raises `BadInput`.
     """
-    named = source in _EVALUATION and not Path(source).is_file()
+    named = source in _EVALUATION and not Path(source).exists()
     return _load(source, _EVALUATION), _EVALUATION_WINDOWS.get(source) if named else None
 
 
@@ -104,10 +104,11 @@ def _load(source: str, names: Mapping[str, _Part]) -> str:
 def _documents(source: str, names: Mapping[str, _Part]) -> list[Path | str]:
     if Path(source).is_file():
         return [Path(source)]
-    if source in names:
-        return [_load_dataset(names[source])]
-    if part := _of_the_hub(source):
-        return [_load_dataset(part)]
+    if not Path(source).exists():  # what is here goes before what is elsewhere
+        if source in names:
+            return [_load_dataset(names[source])]
+        if part := _of_the_hub(source):
+            return [_load_dataset(part)]
     found: list[Path | str] = list(_texts(source))
     if not found:
         raise _no_text(source)

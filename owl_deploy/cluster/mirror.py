@@ -85,7 +85,7 @@ def perform(task: Task, share: Share, place: Path) -> None:
     there = store.stored(share.name)
     if there is not None and there.is_whole and agree(there.asked, asked):
         return
-    root = share.own("work")
+    root = share.own("work").resolve()  # as what is done there tells its paths
     with lease(root.with_name(f".{root.name}.owl-lock"), wait=True):  # nodes may have one cache
         mirror = Mirror(root, place)
         mirror.enter()
@@ -161,7 +161,8 @@ class Mirror:
         return self.root / os.path.normpath(self.place / path).lstrip("/")
 
     def moved(self, task: Task) -> Task:
-        """The task with its absolute paths under the root."""
+        """The task with its absolute paths under the root, and none by way of a folder that is not
+        here."""
         return _mapped(task, lambda path: str(self.root) + path)
 
     def fill(self, path: str, stored: Stored, fetched: Callable[[File], Path]) -> None:
@@ -212,7 +213,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _mapped(value: _T, change: Callable[[str], str]) -> _T:
-    """`value`, a model, with every absolute path in it changed."""
+    """`value`, a model, with every absolute path in it changed, and paths back (..) left out."""
     found: Any = value
     if isinstance(found, BaseModel):
         changed = {name: _mapped(one, change) for name, one in found}
@@ -220,6 +221,7 @@ def _mapped(value: _T, change: Callable[[str], str]) -> _T:
         found = found.model_copy(update=update)
     elif isinstance(found, tuple):
         found = tuple(_mapped(one, change) for one in found)
-    elif isinstance(found, str | Path) and str(found).startswith("/"):
-        found = type(found)(change(str(found)))
+    elif isinstance(found, str | Path) and (str(found).startswith("/") or "/../" in str(found)):
+        path = os.path.normpath(found)
+        found = type(found)(change(path) if path.startswith("/") else path)
     return found  # type: ignore[no-any-return]

@@ -67,6 +67,7 @@ ROWS = {
     "evaluate": Row(cores=4, memory=3),
     "bench": Row(cores=1, alone=True),
 }
+_LEAST_GPU = 1e-4  # Ray counts in these
 _MOST = 1e9  # of cores, GPUs, or TB
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(cpu|gpu|([MGT])(i?)B)", re.IGNORECASE)
 
@@ -97,6 +98,10 @@ def _read_part(line: str, part: str) -> tuple[str, int | float]:
     if amount > _MOST:
         raise BadInput(f"--needs {line}: no node has so much.")
     if unit == "gpu":
+        if 0 < amount < _LEAST_GPU or (amount > 1 and not amount.is_integer()):
+            raise BadInput(
+                f"--needs {line}: a task has whole GPUs, or {_LEAST_GPU:g} of one or more."
+            )
         return "gpus", amount
     if unit == "cpu":
         if amount < 1 or not amount.is_integer():

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from fsspec import available_protocols
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from owl_deploy import digests
 from owl_deploy.artefact import make_folder, replaced, write_text
@@ -60,7 +60,7 @@ class File(BaseModel):
 
     key: str
     bytes: int
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # it names a file of a node's cache
 
 
 class Stored(BaseModel):

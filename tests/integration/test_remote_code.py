@@ -64,3 +64,15 @@ def test_code_in_a_folder_is_neither_run_nor_asked_about(owl, model, asked, text
     assert not ran.exists()
     assert not asked
     assert code == 2, said
+
+
+def test_an_adapter_of_another_kind_is_not_opened(owl, llama, asked, text_file, tmp_path):
+    """PEFT's SHADOW loads a model of the Hub that the adapter names, with its code."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "SHADOW", "shadow_model": "evil/repo"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").touch()
+    code, _, said = owl("eval", llama, "--adapter", adapter, "-p", text_file, "--window", 32)
+    assert (code, asked) == (2, [])
+    assert "of PEFT's type 'SHADOW'. Give a LoRA one" in " ".join(said.split())

@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +59,45 @@ def test_two_renames_serve_where_folders_cannot_be_swapped(tmp_path, monkeypatch
     write_folder(tmp_path / "out", "old")
     write_folder(tmp_path / "out", "new", force=True)
     assert content_of(tmp_path / "out") == {"content": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_an_exchange_that_was_cut_in_two_is_undone(tmp_path, monkeypatch, step):
+    """As by a kill, or a share that drops, between the renames of a file system without a swap."""
+    write_folder(tmp_path / "out", "old")
+    monkeypatch.setattr(artefact.ctypes, "CDLL", lambda *_, **__: object())
+    rename, calls = Path.rename, iter(range(1, 9))
+
+    def cut(self, target):
+        if next(calls) >= step:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", cut)
+        with pytest.raises(OSError, match="Stale"):
+            write_folder(tmp_path / "out", "new", force=True)
+    with artefact.only_writer(tmp_path / "out", force=True):
+        assert content_of(tmp_path / "out") == {"content": "old" if step == 2 else "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_rename_that_fails_once_leaves_the_old_one_in_its_place(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", "old")
+    monkeypatch.setattr(artefact.ctypes, "CDLL", lambda *_, **__: object())
+    rename, calls = Path.rename, iter(range(1, 9))
+
+    def fails_once(self, target):
+        if next(calls) == 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fails_once)
+        with pytest.raises(OSError, match="Stale"):
+            write_folder(tmp_path / "out", "new", force=True)
+    assert content_of(tmp_path / "out") == {"content": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -192,3 +233,12 @@ def test_of_a_link_what_it_leads_to_is_written(tmp_path):
     assert content_of(disk / "out") == {"content": "new"}
     assert [path.name for path in disk.iterdir()] == ["out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_of_a_linked_file_what_it_leads_to_is_replaced(tmp_path):
+    dated, latest = tmp_path / "dated.json", tmp_path / "latest.json"
+    dated.write_text("old")
+    latest.symlink_to(dated.name)
+    artefact.write_json(latest, {"a": 1})
+    assert latest.is_symlink()
+    assert json.loads(dated.read_text()) == {"a": 1}

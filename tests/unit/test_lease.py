@@ -150,3 +150,18 @@ def test_of_many_that_find_it_void_one_gets_it(path, monkeypatch):
         elsewhere(path, STALE_S + 20)
         assert Contest(path).most == 1
         assert left(path) == []
+
+
+def test_a_clock_that_is_set_takes_nothing_from_a_process_that_lives(path, monkeypatch):
+    """What psutil knows of a start moves with the clock; boot_time is what moves."""
+    psutil = leases.psutil
+    with holder(path) as process:
+        boot = psutil.boot_time()
+        for place in (psutil, psutil._psplatform):
+            monkeypatch.setattr(place, "boot_time", lambda: boot + 5)
+        with pytest.raises(Held), lease(path):
+            pass
+        process.kill()
+        process.wait()
+        with lease(path):
+            pass

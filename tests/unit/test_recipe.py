@@ -457,3 +457,10 @@ def test_the_settings_of_a_plan_to_a_budget_can_be_read_again():
     assert (asked.rounds, asked.needs, asked.sparsity) == (True, "hessian", 0)
     planned = asked.model_copy(update={"sparsity": 0.25})
     assert recipe.PruneSettings.model_validate(planned.model_dump(mode="json")) == planned
+
+
+def test_a_recipe_that_is_no_text(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
+    for read in (recipe.read, recipe.read_yaml):
+        with pytest.raises(BadInput, match=r"r\.yaml cannot be read"):
+            read(tmp_path / "r.yaml")

@@ -95,6 +95,14 @@ def test_a_file_called_like_a_data_set_is_read_whole(tmp_path, monkeypatch):
     assert text.load_evaluation_text("c4") == ("mine", None)
 
 
+def test_a_folder_called_like_a_data_set_is_read_too(tmp_path, monkeypatch):
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "a.txt").write_text("of mine")
+    monkeypatch.chdir(tmp_path)
+    assert text.load_text("c4") == "of mine"
+    assert text.load_evaluation_text("c4") == ("of mine", None)
+
+
 def test_special_tokens_stand_once_around_the_text(llama):
     tokenizer = text.load_tokenizer(llama)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -204,3 +204,23 @@ def test_a_record_and_its_log_go_to_the_store(store, driver):
     assert store.read("logs/made-first.log") == "said"
     assert not log.exists()
     Share("nowhere", "a", "a", ()).tell(Record(state="done", title="t"))  # says nothing
+
+
+def test_a_path_by_way_of_a_folder_that_is_not_here(tmp_path):
+    mirrored = Mirror(tmp_path / "root", tmp_path / "driver")
+    plan = BenchPlan(candidates=(Path("scripts/../a"), Path("../b"), Path("/c/d/../e")))
+    moved = mirrored.moved(Bench(title="b", output=Path("out"), plan=plan))
+    assert moved.plan.candidates == (Path("a"), Path("../b"), Path(f"{tmp_path}/root/c/e"))
+
+
+def test_a_cache_behind_a_link_is_not_told(store, driver, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "disk")
+    node(tmp_path, monkeypatch, "linked")
+    seen = []
+    monkeypatch.setattr(mirror, "do", lambda task, tell: seen.append(mirror.Path.cwd()))
+    monkeypatch.setattr(mirror, "_publish", lambda *_: None)
+    monkeypatch.setattr(mirror.Mirror, "moved", lambda self, task: seen.append(self.root) or task)
+    perform(plan_in(driver)[0], shares(store, plan_in(driver), driver)[0], driver)
+    root, folder = seen
+    assert folder.is_relative_to(root)

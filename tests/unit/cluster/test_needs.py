@@ -29,6 +29,8 @@ def test_needs_are_read_by_kind():
         (f"prune={'9' * 400}GB", "no node has so much"),
         ("prune=0cpu", "whole number of cores"),
         ("prune=1.5cpu", "whole number of cores"),
+        ("prune=1.5gpu", "whole GPUs"),
+        ("prune=0.00001gpu", "whole GPUs, or 0.0001 of one"),
         ("bench=2cpu", "a bench has all cores of its node"),
     ],
 )

@@ -144,6 +144,16 @@ def test_a_marker_that_is_none_is_said(store, made, change):
         store.stored("checkpoints/a")
 
 
+@pytest.mark.parametrize("digest", ["/etc/passwd", "../../x", "", "0" * 63 + "G"])
+def test_a_marker_whose_digest_is_a_path_is_none(store, made, digest):
+    """A node keeps files by their digests."""
+    value = json.loads(publish(store, made).model_dump_json())
+    value["files"]["one"]["sha256"] = digest
+    store.write("checkpoints/a/stored.json", json.dumps(value))
+    with pytest.raises(BadInput, match=r"no marker of owl's"):
+        store.stored("checkpoints/a")
+
+
 def test_a_full_disk_is_said_and_leaves_nothing(store, made, tmp_path, monkeypatch):
     file = publish(store, made).files["one"]
 
@@ -166,7 +176,7 @@ def test_whatever_a_library_raises_is_one_sentence(store, made, monkeypatch):
     for name in ("cat_file", "find", "put_file", "open"):
         monkeypatch.setattr(store._files, name, refused, raising=False)
     words = r"The store .* \(NoCredentialsError: Unable to locate credentials\)\. Check"
-    file = File(key="a", bytes=1, sha256="")
+    file = File(key="a", bytes=1, sha256="0" * 64)
     for asked in (
         lambda: store.read("a"),
         lambda: store.sizes("a"),
