@@ -22,6 +22,7 @@ OgaResult* OgaCreateTokenizerStream(const OgaTokenizer*, OgaTokenizerStream**);
 OgaResult* OgaTokenizerStreamDecode(OgaTokenizerStream*, std::int32_t token, const char** text);
 OgaResult* OgaCreateSequences(OgaSequences**);
 OgaResult* OgaTokenizerEncode(const OgaTokenizer*, const char* text, OgaSequences*);
+std::size_t OgaSequencesGetSequenceCount(const OgaSequences*, std::size_t sequence);
 OgaResult* OgaCreateGeneratorParams(const OgaModel*, OgaGeneratorParams**);
 OgaResult* OgaGeneratorParamsSetSearchNumber(OgaGeneratorParams*, const char* name, double value);
 OgaResult* OgaCreateGenerator(const OgaModel*, const OgaGeneratorParams*, OgaGenerator**);
@@ -58,7 +59,8 @@ int main(int argc, char** argv) {
   check(OgaCreateSequences(&prompt));
   check(OgaTokenizerEncode(tokenizer, argv[2], prompt));
   check(OgaCreateGeneratorParams(model, &parameters));
-  check(OgaGeneratorParamsSetSearchNumber(parameters, "max_length", 128));
+  const std::size_t length = OgaSequencesGetSequenceCount(prompt, 0) + 64;
+  check(OgaGeneratorParamsSetSearchNumber(parameters, "max_length", static_cast<double>(length)));
   check(OgaCreateGenerator(model, parameters, &generator));
   check(OgaGenerator_AppendTokenSequences(generator, prompt));
   std::printf("%s", argv[2]);

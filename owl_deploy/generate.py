@@ -322,6 +322,8 @@ class Writer:
             started = time.perf_counter()
             streams = [self._tokenizer.create_stream() for _ in rows]
             while going := [number for number, row in enumerate(rows) if not row.ended]:
+                # Beside others a last token that is the padding's would be taken for that.
+                going = [n for n in going if rows[n].tokens[-1] == self._pad][:1] or going
                 for tokens in self._steps([rows[number] for number in going]):
                     elapsed_s = time.perf_counter() - started
                     chosen = dict(zip(going, tokens, strict=True))
@@ -335,28 +337,29 @@ class Writer:
         if self._drafting is not None and len(rows) == 1:
             yield from self._drafted_steps(rows[0], self._drafting)
             return
-        from owl_deploy.engines.drivers.onnxruntime import in_rows
+        from owl_deploy.engines.drivers.onnxruntime import append, in_rows
 
         ids = in_rows([row.tokens for row in rows], self._pad)
         length = min(ids.shape[1] + max(row.room for row in rows), self.context)
         generator = _generator(self._model, length, rows[0].sampling, len(rows))
-        generator.append_tokens(ids)
+        append(generator, ids, self._pad)
         while not generator.is_done() and not all(row.ended for row in rows):
             generator.generate_next_token()
             yield generator.get_next_tokens().tolist()
 
     def _drafted_steps(self, row: Row, drafting: Draft) -> Iterator[list[int]]:
         """The next token of a row that goes alone, with the draft."""
-        from owl_deploy.engines.drivers.onnxruntime import Rows
+        from owl_deploy.engines.drivers.onnxruntime import Rows, pad_of
 
         names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
         search = Search(**{name: getattr(row.sampling, name) for name in names})
         proposing: Lookup | Proposer = Lookup()
         if drafting.deployment is not None:
             share = share_of(drafting.deployment.path, self.path)
-            proposing = Proposer(Rows(self._draft, row.length), search, share)
+            rows = Rows(self._draft, row.length, pad_of(drafting.deployment.path))
+            proposing = Proposer(rows, search, share)
         random = np.random.default_rng(row.sampling.seed)
-        rows = Rows(self._model, row.length)
+        rows = Rows(self._model, row.length, self._pad)
         speculation = Speculation(rows, proposing, search, drafting.tokens, random)
         row.speed.draft = speculation.tally
         for token in speculation.tokens(list(row.tokens), row.length, row.ends):

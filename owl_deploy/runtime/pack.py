@@ -15,7 +15,7 @@ multiple of `4 * pack`.
 | header | 128 | below |
 | masks | groups x cells x 2 x pack | only if sparse: bit i of a cell's mask is set if its value i is stored |
 | index | (groups + 1) x 4 | only if sparse: uint32, where a group's values start in the values, in units of 64 bytes |
-| scales | groups x ceil(cells / 8) x 16 | only integers: one byte for each row and 32 columns (or 64, 128); weight = scale x value, for int4 scale x 16 x value, for int3 scale x 32 x value |
+| scales | groups x ceil(cells x pack / shared) x 16 | only integers: one byte for each row and the 32, 64 or 128 columns that share one; weight = scale x value, for int4 scale x 16 x value, for int3 scale x 32 x value |
 | values | | sparse: each group's set values one after the other, padded to 64; dense: every cell in full; int4, int3, planes: below |
 | tail | 64 | zeros, so that a kernel may load a whole register at the last value |
 
@@ -43,6 +43,7 @@ Planes are for a dense int8 weight most of whose outputs matter little, as a hea
 [-119, 119] is `16 x high + low`, both in [-8, 7] and stored plus 8, in 4 bits. The high plane comes first:
 each two cells of a group as one, 64 bytes whose lower halves are the first cell. The low plane follows
 row by row, `16 x groups` of them: 64 bytes for 128 columns, whose lower halves are the first 64 columns.
+32 columns share a scale.
 """  # noqa: E501 - a table
 
 import struct

@@ -10,9 +10,13 @@ import numpy as np
 import onnxruntime
 import onnxruntime_genai
 import pytest
+import torch
+import transformers
 
+from owl_deploy.engines import EngineProcess, open_deployment
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
+from owl_deploy.generate import Row, Sampling, Writer
 from owl_deploy.runtime import library_path
 from tests import tiny
 
@@ -116,3 +120,29 @@ def test_onnxruntime_genai_pads_and_every_row_says_what_it_says_alone(deployment
     for row, tokens in enumerate(rows):
         padded[row, : len(tokens)] = tokens
     assert greedy(padded) == [greedy(tokens[None])[0] for tokens in rows]
+
+
+@pytest.mark.parametrize("fills", [0, 1, 3, 20])
+@torch.no_grad()
+def test_a_text_may_end_with_the_token_that_fills_rows(deployment, fills):
+    """As one that ends with <|endoftext|>: onnxruntime-genai itself goes on before it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(deployment.parent / "dense")
+    texts = [[20, 31, 42, 53] + [PAD] * fills, [7, 8, 9, 10, 11]]
+
+    def after(tokens, barred=()):
+        for _ in range(4):
+            logits = model(torch.tensor([tokens])).logits[0, -1]
+            logits[list(barred)] = -torch.inf
+            tokens = [*tokens, int(logits.argmax())]
+        return tokens
+
+    with EngineProcess("owl", deployment) as engine:
+        found = engine.request("greedy", tokens=texts[0], count=4)["tokens"]
+    assert texts[0] + found == after(texts[0])
+    writer = Writer(open_deployment(deployment), 1, batch=2)
+    sampling = Sampling(max_new_tokens=4, do_sample=False, ignore_eos=True)  # which fills, too
+    for chosen in ([0], [0, 1], [1, 0]):
+        rows = [Row(list(texts[place]), len(texts[place]) + 4, sampling) for place in chosen]
+        for _ in writer.write_together(rows):
+            pass
+        assert [row.tokens for row in rows] == [after(texts[place], [PAD]) for place in chosen]

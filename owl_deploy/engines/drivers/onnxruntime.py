@@ -48,7 +48,7 @@ class Driver:
             # Of several rows onnxruntime-genai runs no prompt in parts, as the config may ask for.
             whole = asked.batch * asked.context if asked.batch > 1 else None
             model = open_genai(asked.folder, asked.threads, asked.library, part=whole, **over)
-            pad = model_config(folder).get("pad_token_id")
+            pad = pad_of(folder)
             self.streams = [
                 Genai(model, asked.context, asked.batch, pad) for _ in range(asked.streams)
             ]
@@ -128,10 +128,22 @@ def in_rows(prompts: Sequence[Sequence[int]], pad: int) -> np.ndarray:
     return ids
 
 
+def append(generator: Any, ids: np.ndarray, pad: int) -> None:  # noqa: ANN401 - without stubs
+    """Run the tokens `ids` [rows, length].
+
+    onnxruntime-genai takes the last token that is no `pad` for a prompt's last one, in a sequence
+    by itself too, where none fills anything: such a last token goes alone.
+    """
+    if len(ids) == 1 and ids.shape[1] > 1 and ids[0, -1] == pad:
+        generator.append_tokens(ids[:, :-1])
+        ids = ids[:, -1:]
+    generator.append_tokens(ids)
+
+
 class Genai:
     """A decoder in onnxruntime-genai, with greedy search; `pad` fills rows that differ."""
 
-    def __init__(self, model: Any, context: int, batch: int, pad: int | None) -> None:  # noqa: ANN401
+    def __init__(self, model: Any, context: int, batch: int, pad: int) -> None:  # noqa: ANN401
         self.model = model
         self.context = context
         self.batch = batch
@@ -153,7 +165,7 @@ class Genai:
     def begin(self, prompts: Sequence[Sequence[int]], length: int) -> None:
         """Run `prompts` together, each in a row of its own, of `length` tokens at most."""
         self._open(len(prompts), length)
-        self.generator.append_tokens(in_rows(prompts, self.pad or 0))
+        append(self.generator, in_rows(prompts, self.pad), self.pad)
 
     def row_tokens(self) -> list[int]:
         """Run the last tokens; return the likeliest next one of each row."""
@@ -163,7 +175,7 @@ class Genai:
 
     def prompt(self, tokens: list[int]) -> int:
         """Run a prompt; return the likeliest next token."""
-        self.generator.append_tokens(np.array([tokens] * self.batch, np.int32))
+        append(self.generator, np.array([tokens] * self.batch, np.int32), self.pad)
         return self.next()
 
     def next(self) -> int:
@@ -173,7 +185,7 @@ class Genai:
 
     def extend(self, tokens: list[int]) -> np.ndarray:
         """Run `tokens`; return the logits [vocab] of the last."""
-        self.generator.append_tokens(np.array(tokens, np.int32))
+        append(self.generator, np.array([tokens], np.int32), self.pad)
         logits: np.ndarray = self.generator.get_logits()[0, -1]
         return logits
 
@@ -185,9 +197,10 @@ class Genai:
 class Rows:
     """A decoder in onnxruntime-genai, all of whose logits are read: a `Model` of speculate.py."""
 
-    def __init__(self, model: Any, length: int) -> None:  # noqa: ANN401 - without stubs
+    def __init__(self, model: Any, length: int, pad: int) -> None:  # noqa: ANN401 - without stubs
         import onnxruntime_genai
 
+        self.pad = pad
         parameters = onnxruntime_genai.GeneratorParams(model)
         parameters.set_search_options(max_length=length, do_sample=False)
         self.generator = onnxruntime_genai.Generator(model, parameters)
@@ -195,10 +208,12 @@ class Rows:
     def run(self, tokens: Sequence[int]) -> np.ndarray:
         """Run `tokens`; return the logits [n, vocab] of all, of a prompt the last."""
         is_prompt = self.generator.token_count() == 0
-        self.generator.append_tokens(np.array(tokens, np.int32))
+        ids = np.array([tokens], np.int32)
         if is_prompt:
+            append(self.generator, ids, self.pad)
             last: np.ndarray = self.generator.get_logits()[0]
             return last
+        self.generator.append_tokens(ids)
         rows: np.ndarray = self.generator.get_output("logits")[0]
         return rows
 
@@ -224,7 +239,9 @@ class Drafted:
             )
         )
         self.speculate = _speculate()
+        self.pad = pad_of(Path(asked.folder))
         if self.draft is not None:
+            self.pad_of_draft = pad_of(Path(asked.draft))
             self.share = self.speculate.share_of(Path(asked.draft), Path(asked.folder))
         self.restart()
         self.reset()
@@ -239,8 +256,9 @@ class Drafted:
         speculate, choose = self.speculate, self.speculate.Search()
         draft = speculate.Lookup()
         if self.draft is not None:
-            draft = speculate.Proposer(Rows(self.draft, self.length), choose, self.share)
-        rows = Rows(self.model, self.length)
+            rows = Rows(self.draft, self.length, self.pad_of_draft)
+            draft = speculate.Proposer(rows, choose, self.share)
+        rows = Rows(self.model, self.length, self.pad)
         self.speculation = speculate.Speculation(rows, draft, choose, self.count, tally=self.tally)
 
     def prompt(self, tokens: list[int]) -> int:
@@ -347,6 +365,11 @@ def decoder_config(folder: Path) -> dict[str, Any]:
     """The decoder's part of the folder's genai config; empty when there is none."""
     decoder: dict[str, Any] = model_config(folder).get("decoder", {})
     return decoder
+
+
+def pad_of(folder: Path) -> int:
+    """The token that fills rows that differ."""
+    return model_config(folder).get("pad_token_id") or 0
 
 
 def model_config(folder: Path) -> dict[str, Any]:

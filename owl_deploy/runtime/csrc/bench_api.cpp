@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -11,8 +12,8 @@
 
 namespace {
 
-// Runs work(thread) on `threads` threads `repeat` times, all starting a pass together; best[i] =
-// seconds of pass i.
+// Runs work(thread) on `threads` threads `repeat` times, all starting a pass together; seconds[i]:
+// of pass i. Throws std::system_error where there are not so many threads.
 template <class Work>
 void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work work) {
   std::atomic<std::size_t> arrived{0};
@@ -20,7 +21,10 @@ void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work 
     ++arrived;
     while (arrived.load() < target) std::this_thread::yield();
   };
+  std::atomic<int> told{0};  // 1: begin, -1: there are too few of us
   auto body = [&](std::size_t t) {
+    while (told.load() == 0) std::this_thread::yield();
+    if (told.load() < 0) return;
     for (std::size_t r = 0; r < repeat; ++r) {
       meet((2 * r + 1) * threads);
       const auto start = std::chrono::steady_clock::now();
@@ -32,9 +36,19 @@ void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work 
     }
   };
   std::vector<std::thread> others;
-  for (std::size_t t = 1; t < threads; ++t) others.emplace_back(body, t);
+  auto end = [&] {
+    for (std::thread& thread : others) thread.join();
+  };
+  try {
+    for (std::size_t t = 1; t < threads; ++t) others.emplace_back(body, t);
+  } catch (const std::system_error&) {
+    told = -1;
+    end();
+    throw;
+  }
+  told = 1;
   body(0);
-  for (std::thread& thread : others) thread.join();
+  end();
 }
 
 // Rows times groups [begin, end), whose sums go nowhere.
@@ -63,47 +77,50 @@ void multiply(const owl::Kernels& kernels, const owl::PackedMatrix& w, std::size
 OWL_EXPORT int owl_time_matmul(const char* isa, const void* const* packed, const std::size_t* sizes,
                                std::size_t count, std::size_t rows, int many, std::size_t threads,
                                std::size_t repeat, double* seconds) {
-  const owl::Kernels* kernels = owl_c::kernels_for(isa);
-  if (kernels == nullptr) return 1;
-  if (rows == 0) return owl_c::fail("there are no rows");
-  std::vector<owl::PackedMatrix> weights(count);
-  for (std::size_t i = 0; i < count; ++i)
-    if (const auto wrong = owl::parse_packed(packed[i], sizes[i], &weights[i]); !wrong.empty())
-      return owl_c::fail(wrong);
-  const owl::ActivationLayout layout = kernels->layout(weights[0]);
-  std::vector<float> x(weights[0].cols, 0.5F);
-  std::vector<std::uint8_t> storage(layout.stride * rows + 64);
-  auto* prepared = storage.data() + (64 - reinterpret_cast<std::uintptr_t>(storage.data()) % 64);
-  for (std::size_t m = 0; m < rows; ++m)
-    kernels->prepare(weights[0], layout, x.data(), prepared + m * layout.stride);
-  time_passes(threads, repeat, seconds, [&](std::size_t t) {
-    for (const owl::PackedMatrix& w : weights)
-      multiply(*kernels, w, w.groups * t / threads, w.groups * (t + 1) / threads, layout, prepared,
-               rows, many != 0);
+  return owl_c::guarded([&] {
+    const owl::Kernels* kernels = owl_c::kernels_for(isa);
+    if (kernels == nullptr) return 1;
+    if (rows == 0) return owl_c::fail("there are no rows");
+    std::vector<owl::PackedMatrix> weights(count);
+    for (std::size_t i = 0; i < count; ++i)
+      if (const auto wrong = owl::parse_packed(packed[i], sizes[i], &weights[i]); !wrong.empty())
+        return owl_c::fail(wrong);
+    const owl::ActivationLayout layout = kernels->layout(weights[0]);
+    std::vector<float> x(weights[0].cols, 0.5F);
+    std::vector<std::uint8_t> storage(layout.stride * rows + 64);
+    auto* prepared = storage.data() + (64 - reinterpret_cast<std::uintptr_t>(storage.data()) % 64);
+    for (std::size_t m = 0; m < rows; ++m)
+      kernels->prepare(weights[0], layout, x.data(), prepared + m * layout.stride);
+    time_passes(threads, repeat, seconds, [&](std::size_t t) {
+      for (const owl::PackedMatrix& w : weights)
+        multiply(*kernels, w, w.groups * t / threads, w.groups * (t + 1) / threads, layout,
+                 prepared, rows, many != 0);
+    });
+    return 0;
   });
-  return 0;
 }
 
-// Reads [size] bytes once a pass: what memory gives to these threads. Returns a sum so that nothing
-// is optimised away.
-OWL_EXPORT std::uint64_t owl_time_read(const void* data, std::size_t size, std::size_t threads,
-                                       std::size_t repeat, double* seconds) {
-  std::atomic<std::uint64_t> total{0};
-  time_passes(threads, repeat, seconds, [&](std::size_t t) {
-    using Line = std::uint64_t __attribute__((vector_size(64), aligned(64)));
-    const auto* begin = static_cast<const Line*>(data) + size / 64 * t / threads;
-    const auto* end = static_cast<const Line*>(data) + size / 64 * (t + 1) / threads;
-    Line sums[4] = {};
-    for (const Line* p = begin; p + 4 <= end; p += 4) {
-      for (int i = 0; i < 4; ++i) {
-        __builtin_prefetch(p + i + 32);
-        sums[i] += p[i];
+// Reads [size] bytes once a pass: what memory gives to these threads.
+OWL_EXPORT int owl_time_read(const void* data, std::size_t size, std::size_t threads,
+                             std::size_t repeat, double* seconds) {
+  static std::atomic<std::uint64_t> total{0};  // seen from outside: nothing is optimised away
+  return owl_c::guarded([&] {
+    time_passes(threads, repeat, seconds, [&](std::size_t t) {
+      using Line = std::uint64_t __attribute__((vector_size(64), aligned(64)));
+      const auto* begin = static_cast<const Line*>(data) + size / 64 * t / threads;
+      const auto* end = static_cast<const Line*>(data) + size / 64 * (t + 1) / threads;
+      Line sums[4] = {};
+      for (const Line* p = begin; p + 4 <= end; p += 4) {
+        for (int i = 0; i < 4; ++i) {
+          __builtin_prefetch(p + i + 32);
+          sums[i] += p[i];
+        }
       }
-    }
-    std::uint64_t sum = 0;
-    for (const Line& line : sums)
-      for (int i = 0; i < 8; ++i) sum += line[i];
-    total += sum;
+      std::uint64_t sum = 0;
+      for (const Line& line : sums)
+        for (int i = 0; i < 8; ++i) sum += line[i];
+      total += sum;
+    });
+    return 0;
   });
-  return total;
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -26,7 +27,10 @@ void run_threads(void* context, std::size_t count, void (*task)(void*, std::size
     for (std::size_t i = next++; i < count; i = next++) task(argument, i);
   };
   std::vector<std::thread> others;
-  for (std::size_t t = 1; t < threads && t < count; ++t) others.emplace_back(work);
+  try {
+    for (std::size_t t = 1; t < threads && t < count; ++t) others.emplace_back(work);
+  } catch (const std::system_error&) {  // no more are to be had: those that there are do it
+  }
   work();
   for (std::thread& thread : others) thread.join();
 }
@@ -72,22 +76,24 @@ OWL_EXPORT int owl_matmul(const char* isa, const void* packed, std::size_t size,
                           std::size_t rows, float* y, std::size_t threads, int epilogue,
                           const float* bias, const float* skip, const float* gamma, float epsilon,
                           float* sum) {
-  const owl::Kernels* kernels = kernels_for(isa);
-  if (kernels == nullptr) return 1;
-  owl::Linear op;
-  const std::string wrong = owl::parse_packed(packed, size, &op.weight);
-  if (!wrong.empty()) return fail(wrong);
-  op.epilogue = static_cast<owl::Epilogue>(epilogue);
-  op.outputs = owl::linear_outputs(op.weight, op.epilogue);
-  op.bias = bias;
-  op.skip = skip;
-  op.gamma = gamma;
-  op.epsilon = epsilon;
-  const owl::Pool pool{run_threads, &threads};
-  owl::Plan plan(*kernels);
-  plan.add(op, x, rows, y, sum);
-  plan.run(pool);
-  return 0;
+  return owl_c::guarded([&] {
+    const owl::Kernels* kernels = kernels_for(isa);
+    if (kernels == nullptr) return 1;
+    owl::Linear op;
+    const std::string wrong = owl::parse_packed(packed, size, &op.weight);
+    if (!wrong.empty()) return fail(wrong);
+    op.epilogue = static_cast<owl::Epilogue>(epilogue);
+    op.outputs = owl::linear_outputs(op.weight, op.epilogue);
+    op.bias = bias;
+    op.skip = skip;
+    op.gamma = gamma;
+    op.epsilon = epsilon;
+    const owl::Pool pool{run_threads, &threads};
+    owl::Plan plan(*kernels);
+    plan.add(op, x, rows, y, sum);
+    plan.run(pool);
+    return 0;
+  });
 }
 
 OWL_EXPORT int owl_gather(const void* packed, std::size_t size, std::size_t row, float* out) {
@@ -137,9 +143,11 @@ OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t leng
                               keys,
                               values,
                               out};
-  const owl::Pool pool{run_threads, &threads};
-  owl::Plan plan(*kernels);
-  plan.add(op, {run});
-  plan.run(pool);
-  return 0;
+  return owl_c::guarded([&] {
+    const owl::Pool pool{run_threads, &threads};
+    owl::Plan plan(*kernels);
+    plan.add(op, {run});
+    plan.run(pool);
+    return 0;
+  });
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <exception>
@@ -13,6 +12,8 @@
 #include <new>
 #include <thread>
 #include <vector>
+
+#include "memory.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,28 +37,6 @@ class DenormalsAreZero {
   DenormalsAreZero() {}
   ~DenormalsAreZero() {}
 #endif
-};
-
-// A thread's memory for one purpose: grows, is kept, and is aligned to 64 bytes.
-class Scratch {
- public:
-  template <class T>
-  T* get(std::size_t count) {
-    const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_) {
-      memory_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(64, bytes)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return reinterpret_cast<T*>(memory_.get());
-  }
-
- private:
-  struct Free {
-    void operator()(std::uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<std::uint8_t, Free> memory_;
-  std::size_t size_ = 0;
 };
 
 thread_local Scratch caller_rows;  // activations, shared with the tasks
@@ -598,6 +577,7 @@ class Plan::Steps {
 
   void run(const Pool& pool) {
     if (phases_.empty()) return;
+    const DenormalsAreZero guard;  // the first phase is begun here, before anyone takes part
     rows_ = caller_rows.get<std::uint8_t>(row_bytes_);
     extra_ = caller_extra.get<float>(extra_floats_);
     Run run(phases_, caller_counters.get<std::uint8_t>(Run::bytes(phases_.size())));

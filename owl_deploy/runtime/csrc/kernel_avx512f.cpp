@@ -1,4 +1,4 @@
-// AVX-512 F, BW, VL, DQ without VBMI2, VNNI or BF16: Skylake-X, Cascade Lake.
+// AVX-512 F, BW, VL, DQ without VBMI2: Skylake-X, and Cascade Lake, whose VNNI goes unused.
 #include <immintrin.h>
 
 #include "kernel_table.h"

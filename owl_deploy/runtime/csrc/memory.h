@@ -5,6 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 namespace owl {
 
@@ -24,6 +27,30 @@ class HugeMemory {
   void* mapping_ = nullptr;
   std::size_t mapped_ = 0;
   std::uint8_t* data_ = nullptr;
+};
+
+// A thread's memory for one purpose: grows, is kept, and is aligned to 64 bytes.
+class Scratch {
+ public:
+  template <class T>
+  T* get(std::size_t count) {
+    const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      memory_.reset();  // before there is more: of a large one there may be no two
+      size_ = 0;
+      memory_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(64, bytes)));
+      if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(std::uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<std::uint8_t, Free> memory_;
+  std::size_t size_ = 0;
 };
 
 // Gives back the resident pages of [data, data + size) if they are a view of a file, which keeps

@@ -263,6 +263,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     return api->CreateStatus(e.GetOrtErrorCode(), e.what());
   } catch (const std::invalid_argument& e) {
     return api->CreateStatus(ORT_INVALID_ARGUMENT, e.what());
+  } catch (const std::exception& e) {
+    return api->CreateStatus(ORT_FAIL, e.what());
   }
   return nullptr;
 }

@@ -19,7 +19,6 @@
 // 2048 tokens of a vocabulary of 49152, is never taken.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -162,27 +161,7 @@ class Reader {
 };
 
 // Buffers between steps: the calling thread's, kept from one run to the next.
-class Slots {
- public:
-  float* get(std::size_t floats) {
-    if (floats > size_) {
-      memory_.reset();
-      memory_.reset(
-          static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  std::size_t size_ = 0;
-};
-thread_local Slots slots;
+thread_local owl::Scratch slots;
 
 // Every input and output exists and is connected, every slot and output is written before it is
 // read, by one step, and no wider than it is.
@@ -287,7 +266,11 @@ class ProgramKernel {
     std::size_t total = 0;
     for (Step& s : steps_)
       if (auto* matmul = std::get_if<MatMulStep>(&s)) total += room(matmul->op.weight);
-    memory_ = owl::HugeMemory(total);
+    try {
+      memory_ = owl::HugeMemory(total);
+    } catch (const std::bad_alloc&) {
+      return;  // they serve where they are, more slowly
+    }
     std::uint8_t* at = memory_.data();
     std::vector<Copy> copies;
     for (Step& s : steps_) {
@@ -367,7 +350,7 @@ class ProgramKernel {
         total += width * rows();
         require(total <= kMaxSlotFloats, "the steps need too much memory");
       }
-      float* at = slots.get(total);
+      float* at = slots.get<float>(total);
       for (std::size_t i = 0; i < slot_now_.size(); ++i) {
         slot_now_[i] = {at, 0};
         at += kernel_.slot_widths_[i] * rows();

@@ -1,4 +1,4 @@
-// What the two AVX-512 files share: 16 floats in one register.
+// What the AVX-512 files share: 16 floats in one register.
 #pragma once
 
 #include <immintrin.h>

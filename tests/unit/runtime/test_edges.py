@@ -202,3 +202,13 @@ def test_owl_says_that_owl_isa_is_wrong(kernels: Kernels) -> None:
     assert "Traceback" not in done.stderr
     assert with_isa(kernels.isas()[-1].upper(), "-m", "owl_deploy", "engines", "ls").returncode == 0
     assert with_isa("", "-m", "owl_deploy", "engines", "ls").returncode == 0  # as if it were unset
+
+
+def test_what_is_next_to_nothing_is_nothing_in_one_row_and_in_two(
+    kernels: Kernels, isa: str
+) -> None:
+    block = packed(sparse_weight(16, 64, 0.5), "fp32")
+    x, gamma = np.full((2, 64), 1e-41, dtype=np.float32), np.ones(64, dtype=np.float32)
+    together, _ = kernels.matmul(isa, block, x, 16, gamma=gamma)
+    alone, _ = kernels.matmul(isa, block, x[:1], 16, gamma=gamma)
+    assert np.array_equal(alone[0], together[0])

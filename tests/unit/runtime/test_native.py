@@ -2,6 +2,8 @@
 
 import _ctypes
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +50,37 @@ def test_a_failure_speaks_in_the_librarys_words(kernels: Kernels) -> None:
     weights, sizes = (np.array([n], dtype=np.uintp) for n in (block.ctypes.data, block.size - 64))
     with pytest.raises(ValueError, match="the block's length differs"):
         kernels.call("owl_time_matmul", b"portable", weights, sizes, 1, 1, 0, 1, 1, np.zeros(1))
+
+
+def test_a_product_for_which_there_is_no_room_spoils_no_other() -> None:
+    code = """if True:
+        import resource
+        import numpy as np
+        from owl_deploy.runtime import library_path, pack
+        from owl_deploy.runtime.native import Library
+
+        library, block = Library(library_path()), pack.pack(np.ones((16, 64), np.float32), "int8")
+
+        def product(x, y):
+            rest = (1, 0, None, None, None, 1e-5, None)
+            library.call("owl_matmul", b"", block, block.size, x, len(x), y, *rest)
+            return y[0]
+
+        one, many = (
+            (np.ones((rows, 64), np.float32), np.zeros((rows, 16), np.float32)) for rows in (1, 64)
+        )
+        huge = np.zeros((3_000_000, 64), np.float32), np.zeros((3_000_000, 16), np.float32)
+        first = product(*one).copy()
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20),) * 2)
+        try:
+            product(*huge)
+        except ValueError as error:
+            print(error)
+        for x, y in (one, many):
+            assert np.array_equal(product(x, y), first)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bad_alloc" in done.stdout
