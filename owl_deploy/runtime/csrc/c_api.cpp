@@ -29,9 +29,10 @@ void run_threads(void* context, std::size_t count, void (*task)(void*, std::size
   std::vector<std::thread> others;
   try {
     for (std::size_t t = 1; t < threads && t < count; ++t) others.emplace_back(work);
-  } catch (const std::system_error&) {  // no more are to be had: those that there are do it
+    work();
+  } catch (const std::system_error&) {
+    work();  // no more threads are to be had: those that there are do it
   }
-  work();
   for (std::thread& thread : others) thread.join();
 }
 

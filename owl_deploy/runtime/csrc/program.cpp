@@ -350,7 +350,7 @@ class ProgramKernel {
         total += width * rows();
         require(total <= kMaxSlotFloats, "the steps need too much memory");
       }
-      float* at = slots.get<float>(total);
+      auto* at = slots.get<float>(total);
       for (std::size_t i = 0; i < slot_now_.size(); ++i) {
         slot_now_[i] = {at, 0};
         at += kernel_.slot_widths_[i] * rows();
