@@ -253,10 +253,10 @@ def replaced(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def all_to_disk(folder: Path) -> None:
-    """Make sure that a folder, and all that is in it, outlives a power failure."""
-    for path in [*folder.rglob("*"), folder]:
-        _to_disk(path)
+def all_to_disk(path: Path) -> None:
+    """Make sure that a file, or a folder and all that is in it, outlives a power failure."""
+    for one in [*path.rglob("*"), path]:
+        _to_disk(one)
 
 
 def _to_disk(path: Path) -> None:

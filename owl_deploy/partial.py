@@ -5,19 +5,18 @@ The hidden folder `.NAME.owl-partial` holds `run.json`, what was asked, and what
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import make_folder, write_json
+from owl_deploy.artefact import all_to_disk, make_folder, write_json
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
-_ASKED = "run.json"
+ASKED = "run.json"
 ROUNDING = "rounding"  # of what is asked: what decides no more than in which order sums are made
 
 
@@ -44,10 +43,10 @@ class Partial:
             raise BadInput(f"There is no interrupted run for {output} to resume.")
         make_folder(self.folder)
         if there and resume:
-            _refuse_other_arguments(self.read(_ASKED), asked)
+            _refuse_other_arguments(self.read(ASKED), asked)
         else:
             self._clear()
-            write_json(self.folder / _ASKED, asked)
+            write_json(self.folder / ASKED, asked)
         self.resumed = resume
 
     def _clear(self) -> None:
@@ -69,13 +68,9 @@ class Partial:
         """Write a safetensors file of the folder, durably, whole or not at all."""
         from safetensors.torch import save_file
 
-        temporary = self.folder / "unfinished"
+        temporary = self.folder / "unfinished"  # of a run that was killed, the next one's takes it
         save_file(dict(named), temporary, metadata={"format": "pt"})
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        all_to_disk(temporary)
         temporary.replace(path)
 
     @property
@@ -96,12 +91,12 @@ def partial_folder(output: Path) -> Path:
 
 def is_interrupted(output: Path) -> bool:
     """Whether a run for `output` was stopped and left a partial result."""
-    return (partial_folder(output) / _ASKED).is_file()
+    return (partial_folder(output) / ASKED).is_file()
 
 
 def asked_before(output: Path) -> dict[str, Any]:
     """What the run that was stopped was asked; empty where there is none."""
-    found = _read(partial_folder(output) / _ASKED)
+    found = _read(partial_folder(output) / ASKED)
     return {} if found is None else dict(found)
 
 

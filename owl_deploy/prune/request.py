@@ -27,7 +27,6 @@ from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, token_digest
 from owl_deploy.tokens import load_tokens
 
-_ALIKE = ("model", "settings", "device", "dtype")  # in all processes
 HELD_OUT_TOKENS = 4096  # that losses are measured by, in whole windows
 
 
@@ -172,7 +171,7 @@ def check(
     # The same everywhere, and so again when the run resumes.
     batch = min(ranks.gathered(find_batch(hardware.batch_size, own, skeleton)))
     training_dtype = find_training_dtype(hardware.dtype, device)
-    request = Request(
+    return Request(
         skeleton,
         settings,
         shape,
@@ -185,9 +184,6 @@ def check(
         training_dtype,
         ranks,
     )
-    asked = request.deciding()
-    ranks.check_alike({"text": asked.pop("calibration")} | {what: asked[what] for what in _ALIKE})
-    return request
 
 
 def _check_alone(settings: PruneSettings, processes: int) -> None:

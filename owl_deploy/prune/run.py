@@ -65,6 +65,8 @@ def prune(
             planned=planned,
         )
         asked = request.deciding()
+        alike = {what: asked[what] for what in ("model", "settings", "device", "dtype")}
+        ranks.check_alike({"text": asked["calibration"]} | alike)
         store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
         with kept_for_resuming(store, "use a smaller --batch-size"):
             if (whole := ranks.from_leader(store.finished)) is not None:

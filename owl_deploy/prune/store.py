@@ -15,7 +15,7 @@ import torch
 from owl_deploy.artefact import MANIFEST, publish
 from owl_deploy.grid import SCALE
 from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.partial import Partial
+from owl_deploy.partial import ASKED, Partial
 
 PLAN = "plan.json"
 SEARCH = "search.json"  # how far a search for an allocation has come
@@ -110,7 +110,7 @@ class Store(Partial):
             for path in self.folder.glob(f"*.{ending}"):
                 path.unlink()
         publish(self.folder, self.output)
-        for name in (PLAN, "run.json"):
+        for name in (PLAN, ASKED):
             (self.output / name).unlink()
 
     def path(self, name: str) -> Path:

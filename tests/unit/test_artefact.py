@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -62,41 +64,43 @@ def test_two_renames_serve_where_folders_cannot_be_swapped(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture
+def renames_fail(monkeypatch):
+    """Make renames fail, the ones of these numbers, on a file system that cannot swap."""
+    monkeypatch.setattr(artefact.ctypes, "CDLL", lambda *_, **__: object())
+    rename = Path.rename
+
+    @contextlib.contextmanager
+    def failing(numbers):
+        calls = itertools.count(1)
+
+        def fails(self, target):
+            if next(calls) in numbers:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return rename(self, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", fails)
+            yield
+
+    return failing
+
+
 @pytest.mark.parametrize("step", [2, 3])
-def test_an_exchange_that_was_cut_in_two_is_undone(tmp_path, monkeypatch, step):
+def test_an_exchange_that_was_cut_in_two_is_undone(tmp_path, renames_fail, step):
     """As by a kill, or a share that drops, between the renames of a file system without a swap."""
     write_folder(tmp_path / "out", "old")
-    monkeypatch.setattr(artefact.ctypes, "CDLL", lambda *_, **__: object())
-    rename, calls = Path.rename, iter(range(1, 9))
-
-    def cut(self, target):
-        if next(calls) >= step:
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return rename(self, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", cut)
-        with pytest.raises(OSError, match="Stale"):
-            write_folder(tmp_path / "out", "new", force=True)
+    with renames_fail(range(step, 9)), pytest.raises(OSError, match="Stale"):
+        write_folder(tmp_path / "out", "new", force=True)
     with artefact.only_writer(tmp_path / "out", force=True):
         assert content_of(tmp_path / "out") == {"content": "old" if step == 2 else "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_rename_that_fails_once_leaves_the_old_one_in_its_place(tmp_path, monkeypatch):
+def test_a_rename_that_fails_once_leaves_the_old_one_in_its_place(tmp_path, renames_fail):
     write_folder(tmp_path / "out", "old")
-    monkeypatch.setattr(artefact.ctypes, "CDLL", lambda *_, **__: object())
-    rename, calls = Path.rename, iter(range(1, 9))
-
-    def fails_once(self, target):
-        if next(calls) == 2:
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return rename(self, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", fails_once)
-        with pytest.raises(OSError, match="Stale"):
-            write_folder(tmp_path / "out", "new", force=True)
+    with renames_fail([2]), pytest.raises(OSError, match="Stale"):
+        write_folder(tmp_path / "out", "new", force=True)
     assert content_of(tmp_path / "out") == {"content": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

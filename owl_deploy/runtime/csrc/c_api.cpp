@@ -1,15 +1,14 @@
 // A small C interface to the kernels, for tests and kernel benchmarks: no ONNX Runtime needed,
 // threads of its own.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "c_api.h"
 #include "engine.h"
+#include "threads.h"
 
 using owl_c::fail;
 using owl_c::kernels_for;
@@ -26,14 +25,7 @@ void run_threads(void* context, std::size_t count, void (*task)(void*, std::size
   auto work = [&] {
     for (std::size_t i = next++; i < count; i = next++) task(argument, i);
   };
-  std::vector<std::thread> others;
-  try {
-    for (std::size_t t = 1; t < threads && t < count; ++t) others.emplace_back(work);
-    work();
-  } catch (const std::system_error&) {
-    work();  // no more threads are to be had: those that there are do it
-  }
-  for (std::thread& thread : others) thread.join();
+  owl::on_threads(std::min(threads, count), work);
 }
 
 }  // namespace

@@ -22,13 +22,13 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <variant>
 #include <vector>
 
 #include "memory.h"
 #include "ops.h"
+#include "threads.h"
 
 namespace owl_ops {
 namespace {
@@ -302,16 +302,9 @@ class ProgramKernel {
         owl::release_file_pages(copies[i].from, copies[i].size);
       }
     };
-    std::vector<std::thread> others;
-    const auto threads =
-        std::min<std::size_t>({std::thread::hardware_concurrency(), kMaxCopiers, copies.size()});
-    try {
-      for (std::size_t i = 1; i < threads; ++i) others.emplace_back(work);
-      work();
-    } catch (const std::system_error&) {
-      work();  // no more threads are to be had: those that there are do it
-    }
-    for (std::thread& other : others) other.join();
+    owl::on_threads(
+        std::min<std::size_t>({std::thread::hardware_concurrency(), kMaxCopiers, copies.size()}),
+        work);
   }
 
   // One run: where values lie this time, and how wide they are.
