@@ -20,18 +20,19 @@ from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.blocks import Activations
 from owl_deploy.hardware import Hardware
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, Request, check
-from owl_deploy.prune.sensitivity import Found, Measuring, Way
+from owl_deploy.prune.sensitivity import Found, Measuring
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import settings
 
-PROBE = Way(0.0, 4)
+PROBE = Format(4)
 WAYS = (
     PROBE,
-    Way(0.0, 3),
-    *(Way(sparsity, 4) for sparsity in (0.5, 0.7)),
-    *(Way(sparsity) for sparsity in (0.3, 0.5, 0.7)),
+    Format(3),
+    *(Format(4, sparsity) for sparsity in (0.5, 0.7)),
+    *(Format(None, sparsity) for sparsity in (0.3, 0.5, 0.7)),
 )
 Linear = tuple[int, str]  # a block's number, a name in it
 

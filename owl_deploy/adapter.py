@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from owl_deploy.artefact import read_object, sha256
 from owl_deploy.checkpoint import Checkpoint
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, first_line
 from owl_deploy.manifest import AdapterManifest, read_manifest
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # no
         with _older_names():
             adapted = peft.PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # peft's and torch's complaints about what does not fit: many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise _for_another(folder, checkpoint, reason) from error
+        raise _for_another(folder, checkpoint, first_line(error)) from error
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         there = set(file.keys())
     wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))

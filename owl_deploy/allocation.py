@@ -77,26 +77,17 @@ def owl(
     return hold_mean([-density for density in _scaled(ratios, spread)], sizes, sparsity)
 
 
-def dlp(
-    sparsity: float, sizes: Sequence[int], medians: Sequence[float], spread: float
+def low_first(
+    sparsity: float, sizes: Sequence[int], values: Sequence[float], spread: float
 ) -> list[float]:
-    """Less sparsity for blocks whose median score is low (Dynamic Layerwise Pruning, 2505.23807).
+    """Less sparsity for blocks of a lower statistic: 1 - value / sum(values), moved as in OWL.
 
-    The importance 1 - median / sum(medians), scaled and moved as in OWL.
+    Of their median score: Dynamic Layerwise Pruning (DLP, arXiv 2505.23807). Of the error of their
+    outputs without half of each row: "Layer-wise Sparsity Allocation for Large Language Model
+    Pruning Based on Minimal Linear Reconstruction Error" (LSA, ICLR 2026,
+    openreview.net/forum?id=xq3lza5IjN, section 3; its form by layer).
     """
-    return hold_mean(_scaled(medians, spread), sizes, sparsity)
-
-
-def lsa(
-    sparsity: float, sizes: Sequence[int], errors: Sequence[float], spread: float
-) -> list[float]:
-    """Less sparsity for blocks whose outputs err less without half of each row (LSA, ICLR 2026).
-
-    The importance 1 - error / sum(errors), scaled and moved as in OWL. ("Layer-wise Sparsity
-    Allocation for Large Language Model Pruning Based on Minimal Linear Reconstruction Error",
-    openreview.net/forum?id=xq3lza5IjN, section 3; its form by layer.)
-    """
-    return hold_mean(_scaled(errors, spread), sizes, sparsity)
+    return hold_mean(_scaled(values, spread), sizes, sparsity)
 
 
 def linear(
@@ -184,8 +175,8 @@ DEFAULT = "fisher"  # what lost least, with every method and at every sparsity t
 ALLOCATIONS: dict[str, Allocation] = {
     "owl": Allocation(owl, 0.08, _OUTLIERS),
     "owl-per-linear": Allocation(owl, 0.08, _OUTLIERS, per="Linear"),
-    "dlp": Allocation(dlp, 0.15, _MEDIAN),
-    "lsa": Allocation(lsa, 0.15, _ERROR),
+    "dlp": Allocation(low_first, 0.15, _MEDIAN),
+    "lsa": Allocation(low_first, 0.15, _ERROR),
     "linear": Allocation(linear, 0.15),
     "uniform": Allocation(uniform),
     "fisher": Allocation(None, losses=True, per="Linear"),

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         BadInput,
         EngineFailed,
         EnvironmentFailed,
-        Incomparable,
         OwlError,
     )
     from owl_deploy.evaluate.perplexity import Perplexity
@@ -65,7 +64,6 @@ __all__ = [
     "Evaluation",
     "FinetuneSettings",
     "Hardware",
-    "Incomparable",
     "Outcome",
     "OwlError",
     "ParityFailed",
@@ -103,7 +101,6 @@ WHERE = {
     "Evaluation": "owl_deploy.evaluate.run:Evaluation",
     "FinetuneSettings": "owl_deploy.finetune.settings:FinetuneSettings",
     "Hardware": "owl_deploy.hardware:Hardware",
-    "Incomparable": "owl_deploy.errors:Incomparable",
     "Outcome": "owl_deploy.bench.run:Outcome",
     "OwlError": "owl_deploy.errors:OwlError",
     "ParityFailed": "owl_deploy.export.parity:ParityFailed",

@@ -292,6 +292,19 @@ def read_object(path: Path, way_out: str) -> dict[str, Any]:
     return value
 
 
+def link(source: Path, target: Path) -> None:
+    """Make `target` a second name of the file `source`, or a copy where the disk has no such names.
+
+    Raises `FileExistsError` if it is there.
+    """
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def sha256(path: Path) -> str:
     """The digest of a file, in hexadecimal."""
     with path.open("rb") as file:

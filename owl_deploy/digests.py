@@ -1,14 +1,18 @@
-"""SHA-256 of files, kept in the cache folder for as long as a file is the one that was read.
+"""SHA-256, in hexadecimal, of files and of what tells one thing from another.
 
-A file counts as that while its device and inode, its size, and the times at which its content and
-its inode last changed are what they were; the last of these no program can set. So opening a
-deployment does not read all of it first. What rots on the disk without being written is found by
-`owl verify`, which always reads every byte.
+A file's is kept in the cache folder for as long as the file is the one that was read. It counts
+as that while its device and inode, its size, and the times at which its content and its inode last
+changed are what they were; the last of these no program can set. So opening a deployment does not
+read all of it first. What rots on the disk without being written is found by `owl verify`, which
+always reads every byte.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from owl_deploy.artefact import read_object, sha256, write_json
@@ -22,7 +26,7 @@ _SETTLED_S = 2.0
 
 
 def digest(path: Path, *, again: bool = False) -> str:
-    """The digest of a file, in hexadecimal; with `again` it is read whatever is known of it."""
+    """The digest of a file; with `again` it is read whatever is known of it."""
     before = path.stat()
     if before.st_size < _LEAST_BYTES:
         return sha256(path)
@@ -35,6 +39,17 @@ def digest(path: Path, *, again: bool = False) -> str:
         with contextlib.suppress(OwlError, OSError):  # a cache that cannot be written costs time
             write_json(cache_dir("digests") / name, {"state": _state(after), "sha256": found})
     return found
+
+
+def of_json(value: object) -> str:
+    """One digest of a value as JSON, whatever the order of its keys; what JSON lacks, as text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def of_files(known: Iterable[tuple[str, str]]) -> str:
+    """One digest of files in order, of each its name and its digest."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in known)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _state(status: os.stat_result) -> list[int]:

@@ -34,12 +34,6 @@ class BadInput(OwlError):
     exit_code = 2
 
 
-class Incomparable(OwlError):
-    """Two results cannot be compared, or not decided between: exit code 3."""
-
-    exit_code = 3
-
-
 class EngineFailed(OwlError):
     """An inference engine aborted, hung, or refused the model: exit code 4."""
 
@@ -47,7 +41,7 @@ class EngineFailed(OwlError):
 
 
 class EnvironmentFailed(OwlError):
-    """An environment or a library that an engine needs is missing or broken: exit code 4."""
+    """A package, the disk, memory, a store or another process failed: exit code 4."""
 
     exit_code = 4
 
@@ -101,8 +95,8 @@ def invalid(what: str, error: "ValidationError", hint: str = "") -> BadInput:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of any library says, as one line of bearable length."""
-    line = " ".join(str(error).split())
+    """What an exception of any library says, or else its type, as one line of bearable length."""
+    line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 200 else f"{line[:200]} ..."
 
 

@@ -28,7 +28,7 @@ from owl_deploy.engines.speculate import (
     Tally,
     share_of,
 )
-from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.errors import BadInput, EngineFailed, first_line
 
 STDIN = "-"
 DEFAULT_NEW_TOKENS = 128
@@ -378,8 +378,9 @@ class Writer:
         try:
             yield
         except RuntimeError as error:  # onnxruntime-genai has this one type for all that is wrong
-            reason = str(error).splitlines()[0]
-            raise EngineFailed(f"onnxruntime-genai failed with {self.path}: {reason}") from error
+            raise EngineFailed(
+                f"onnxruntime-genai failed with {self.path}: {first_line(error)}"
+            ) from error
 
 
 def _check_prompt(prompt: str, what: str = "The prompt") -> None:
@@ -417,7 +418,7 @@ def _in_engine(
     context = opened.max_context or next(iter(told), DEFAULT_CONTEXT)
     length = _length(len(tokens), sampling.max_new_tokens, context)
     room = length - len(tokens)
-    ends = set() if sampling.ignore_eos else _ends(opened.path, tokenizer)
+    ends = set() if sampling.ignore_eos else {*opened.ends, tokenizer.eos_token_id}
     speed.prompt_tokens = len(tokens)
     with EngineProcess(engine, opened.path, threads=threads, context=length) as process:
         yield from _words(_greedy(process, tokens, room, ends, speed), tokenizer)
@@ -449,13 +450,6 @@ def _words(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:  # noqa: ANN
         if not text.endswith("\ufffd"):
             yield text[len(before) :]
             told, new = new, []
-
-
-def _ends(folder: Path, tokenizer: Any) -> set[int]:  # noqa: ANN401
-    """The tokens that end a text."""
-    files = ("config.json", "generation_config.json")
-    told = [token for name in files for token in told_numbers(folder / name, "eos_token_id")]
-    return {token for token in (tokenizer.eos_token_id, *told) if token is not None}
 
 
 def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
-from owl_deploy.runtime.pack import SHARED_COLUMNS
+from owl_deploy.runtime.pack import INTEGERS, SHARED_COLUMNS, TRAITS
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,9 @@ SCALE = "weight_scale"  # the name of a Linear's scales, beside its weight
 
 def limits(bits: int) -> tuple[int, int]:
     """The least and the largest integer of so many bits; 8 leave out -128, as the engine does."""
-    half = 1 << (bits - 1)
-    return (1 - half if bits == 8 else -half), half - 1
+    levels = TRAITS[INTEGERS[bits]].levels
+    assert levels is not None
+    return levels
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,18 @@ class KeptGrid:
 
 
 def write_grid(
-    checkpoint: Path, scales: "dict[str, torch.Tensor]", bits: int | Mapping[str, int], group: int
+    checkpoint: Path, scales: "dict[str, torch.Tensor]", bits: Mapping[str, int], group: int
 ) -> None:
     """Write the grid of the checkpoint in a folder.
 
-    `scales` [out, ceil(in / group)], by the tensors' names; `bits`: of all, or by the Linears'.
+    `scales` [out, ceil(in / group)], by the tensors' names; `bits`, by the Linears'.
     """
     from safetensors.torch import save_file
 
-    one = {"bits": bits} if isinstance(bits, int) else {f"{k}.bits": n for k, n in bits.items()}
-    told = {name: str(number) for name, number in (one | {"group": group}).items()}
-    save_file(scales, checkpoint / GRID, metadata=told)
+    told = {f"{name}.bits": str(number) for name, number in bits.items()}
+    if len(set(told.values())) == 1:
+        told = {"bits": min(told.values())}
+    save_file(scales, checkpoint / GRID, metadata=told | {"group": str(group)})
 
 
 def read_grid(checkpoint: Path) -> KeptGrid | None:

@@ -90,7 +90,7 @@ class Linear(_Part):
     costs: tuple[Cost, ...] | None = None
 
 
-class Half(_Part):
+class TrainedHalf(_Part):
     """A half of a block that was trained to give the dense one's output: its error on held-out text
     `before` and `after`, as a share of the output's squared norm, the mean over tokens. `epochs`:
     after how many the weights that were kept stood; 0 where it was put back.
@@ -121,7 +121,7 @@ class Block(BlockShares):
 
     weights: int = 0
     linears: dict[str, Linear] = {}
-    halves: dict[str, Half] = {}
+    halves: dict[str, TrainedHalf] = {}
 
 
 class Shares(_Part):

@@ -3,22 +3,21 @@
 A task leaves one artefact, and a receipt beside it: what it was asked, and digests of what it read.
 Where both are there and agree it is done. So a plan that was killed goes on, one that is widened
 does only what is new, and one whose inputs have changed makes again what depends on them. A task
-goes through JSON and pickle, and knows no process, machine or terminal: `do` runs it wherever the
+goes through pickle, and knows no process, machine or terminal: `do` runs it wherever the
 files are seen, once the tasks that it needs are done.
 """
 
-import hashlib
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
-from owl_deploy import __version__, api
+from owl_deploy import __version__, api, digests
 from owl_deploy.artefact import MANIFEST, MEASURED, make_folder, read_object, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
@@ -371,10 +370,6 @@ class Bench(Task):
 
 
 Plan = Sequence[Task]
-_Any = Prune | Finetune | Export | Evaluate | RunTasks | Bench
-PLAN: TypeAdapter[tuple[_Any, ...]] = TypeAdapter(
-    tuple[Annotated[_Any, Field(discriminator="task")], ...]
-)
 
 
 def _text_inputs(source: str | None) -> list[Path | str]:
@@ -394,8 +389,7 @@ def digest(source: Path | str) -> str:
         return str(source)
     manifest = path / MANIFEST
     files = [manifest] if manifest.is_file() else sorted(filter(Path.is_file, path.iterdir()))
-    lines = "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return digests.of_files((file.name, file_digest(file)) for file in files)
 
 
 def state(task: Task) -> State:

@@ -1,15 +1,13 @@
 """`owl sweep`: methods x allocations x sparsities x targets, and the trade-off between them."""
 
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from owl_deploy import api
+from owl_deploy import api, digests
 from owl_deploy.allocation import DEFAULT
 from owl_deploy.bench import decision
 from owl_deploy.bench.plan import BenchPlan
@@ -146,8 +144,7 @@ def _evaluate(deployment: Path, text: str, plan: SweepPlan) -> Evaluate:
 def _bench(bench: BenchPlan, output: Path) -> Bench:
     """The benchmark of all, in a folder of its own."""
     bench.described()  # to hear now what is wrong with it
-    identity = json.dumps(bench.model_dump(mode="json"), sort_keys=True)
-    name = f"bench-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    name = f"bench-{digests.of_json(bench.model_dump(mode='json'))[:8]}"
     title = f"Benchmarking {len(bench.candidates) + len(bench.baselines)} deployments"
     return Bench(title=title, output=output / name, plan=bench)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, first_line
 from owl_deploy.progress import error_console
 
 if TYPE_CHECKING:
@@ -186,9 +186,8 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokeniz
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # missing, truncated, or of an unknown class: many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
-            f"{folder} holds no tokenizer that can be read ({reason}).",
+            f"{folder} holds no tokenizer that can be read ({first_line(error)}).",
             "Copy the model's tokenizer files there.",
         ) from error
 

@@ -1,7 +1,6 @@
 """`--save-baseline` and `--check`: a benchmark as a gate; the verdicts come from gate.py."""
 
 import datetime
-import hashlib
 import json
 import math
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from owl_deploy import __version__, artefact
+from owl_deploy import __version__, artefact, digests
 from owl_deploy.bench import counters, gate
 from owl_deploy.bench.gate import Margins, Side, Verdict
 from owl_deploy.bench.measure import Progress, asked_of, fitted, run_bench
@@ -91,7 +90,7 @@ def _write(path: Path, side: Side, result: Result, margin: float) -> None:
         "margins": asdict(margins),
         "side": asdict(side),
     }
-    artefact.write_json(path, {**content, "digest": _digest(content)})
+    artefact.write_json(path, {**content, "digest": digests.of_json(content)})
 
 
 def check(
@@ -174,7 +173,7 @@ def _told(plan: BenchPlan, engine: str) -> dict[str, Any]:
     by = software(engine)
     found: dict[str, Any] = {told[name]: by[name] for name in told if name in by}
     if prompts := asked_of(plan):
-        found["prompts"] = _digest({"prompts": prompts})
+        found["prompts"] = digests.of_json({"prompts": prompts})
     return found
 
 
@@ -221,18 +220,13 @@ def read(path: Path) -> tuple[Side, Margins]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("digest")
-        if digest != _digest(content):
+        if digest != digests.of_json(content):
             raise BadInput(f"The baseline file {path} was edited or damaged.", hint)
         return Side(**content["side"]), Margins(**content["margins"])
     except OSError as error:
         raise BadInput(f"The baseline file {path} cannot be read ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is not a baseline file, or a damaged one.", hint) from error
-
-
-def _digest(content: dict[str, Any]) -> str:
-    """The digest of a file's content: numbers as written, keys in order."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def markdown(verdicts: Sequence[Verdict], result: Result | None) -> str:

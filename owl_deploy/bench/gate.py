@@ -151,13 +151,13 @@ def check_memory(saved: Side, now: Side, margins: Margins) -> list[Verdict]:
     return [_counted("peak memory, MiB", mib[0], mib[1], margins.memory)]
 
 
-def check_time(saved: Side, now: Side, margins: Margins, seed: int = 0) -> list[Verdict]:
+def check_time(saved: Side, now: Side, margins: Margins) -> list[Verdict]:
     """Whether each metric's ratio to the reference is no worse than it was."""
     if saved.ratios.keys() != now.ratios.keys():
         names = sorted(saved.ratios.keys() ^ now.ratios.keys())
         return [Verdict("time", "INCOMPARABLE", f"other metrics: {', '.join(names)}")]
     return [
-        judge_time(metric, saved.ratios[metric], now.ratios[metric], margins.time, seed)
+        judge_time(metric, saved.ratios[metric], now.ratios[metric], margins.time)
         for metric in saved.ratios
     ]
 

@@ -1,12 +1,11 @@
 """Samples kept as they are taken, so that a benchmark that was interrupted goes on where it was."""
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
+from owl_deploy import digests
 from owl_deploy.bench.result import Sample, Subject
 from owl_deploy.cache import cache_dir
 
@@ -19,11 +18,10 @@ _KEPT_S = 7 * 24 * 3600.0
 class Journal:
     """A file of JSON lines, one a sample, for one plan on one machine; deleted when done."""
 
-    def __init__(self, identity: Any, folder: Path | None = None) -> None:  # noqa: ANN401 - JSON
-        folder = folder or cache_dir("bench")
+    def __init__(self, identity: Any) -> None:  # noqa: ANN401 - JSON
+        folder = cache_dir("bench")
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(identity, sort_keys=True, default=str)
-        self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.jsonl"
+        self.path = folder / f"{digests.of_json(identity)[:24]}.jsonl"
 
     def add(self, name: str, about: dict[str, Any], sample: Sample) -> None:
         """Keep a sample of the subject `name`."""

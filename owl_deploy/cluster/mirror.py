@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from owl_deploy.artefact import (
     MANIFEST,
     check_room,
+    link,
     make_folder,
     wait_for_writer,
     write_text,
@@ -139,8 +140,8 @@ def _publish(store: Store, name: str, task: Task, asked: dict[str, Any]) -> None
     )
     for path, content in contents.items():  # for later tasks of this node
         kept = cache_dir("store", "files") / content.sha256
-        if not kept.exists():
-            _link(base / path, kept)
+        with contextlib.suppress(FileExistsError):
+            link(base / path, kept)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ class Mirror:
             target = (place if stored.is_folder else place.parent) / name
             make_folder(target.parent)
             target.unlink(missing_ok=True)
-            _link(fetched(file), target)
+            with contextlib.suppress(FileExistsError):  # another task of this node was faster
+                link(fetched(file), target)
 
     def told(self, task: Task) -> None:
         """Tell the paths in what a task has left as the driver knows them."""
@@ -200,16 +202,6 @@ def _cached(store: Store, way_out: str, file: File) -> Path:
         if not (path.is_file() and path.stat().st_size == file.bytes):
             store.fetch(file, path, way_out)
     return path
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where the file system has no links."""
-    try:
-        target.hardlink_to(source)
-    except FileExistsError:  # another task of this node was faster
-        pass
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _mapped(value: _T, change: Callable[[str], str]) -> _T:

@@ -18,7 +18,7 @@ from owl_deploy.cluster.job import Job
 from owl_deploy.cluster.needs import ROWS, Given, Need, needs_of
 from owl_deploy.cluster.show import Board
 from owl_deploy.cluster.store import Store
-from owl_deploy.cluster.stored import StoredPlan
+from owl_deploy.cluster.stored import StoredPlan, name_of
 from owl_deploy.errors import first_line
 from owl_deploy.pipeline import Plan, Task, needs, survey
 from owl_deploy.progress import error_console
@@ -109,11 +109,8 @@ def _job(task: Task, folder: Path, wanted: dict[str, Need]) -> Job:
 
 def log_of(task: Task, folder: Path) -> Path:
     """Where the log of a task lies, without an ending: no two have the same."""
-    output = task.output.absolute()
-    if output.is_relative_to(folder.absolute()):
-        output = output.relative_to(folder.absolute())
-    name = "-".join(part for part in output.parts if part != "/")
-    return folder.absolute() / "logs" / name.removesuffix(".json")
+    name = name_of(task, folder).replace("/", "-").removesuffix(".json")
+    return folder.absolute() / "logs" / name
 
 
 @dataclass

@@ -290,8 +290,7 @@ def _not_installed(scheme: str, error: BaseException | None) -> EnvironmentFaile
 
 def version_of(contents: Mapping[str, Content]) -> str:
     """What tells these files from others, in a few digits."""
-    lines = "".join(f"{one.sha256}  {path}\n" for path, one in sorted(contents.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()[:12]
+    return digests.of_files((path, one.sha256) for path, one in sorted(contents.items()))[:12]
 
 
 def contents_of(base: Path, files: Iterable[Path]) -> dict[str, Content]:

@@ -24,7 +24,7 @@ class StoredPlan:
 
     def __init__(self, store: Store, plan: Plan, folder: Path) -> None:
         self.store, self._plan, self._folder = store, plan, folder
-        self._made = {task.output: _name(task, folder) for task in plan}
+        self._made = {task.output: name_of(task, folder) for task in plan}
         self._found: dict[str, Stored | None] = {}
         self._running: dict[int, Record] = {}
         self._looked = 0.0
@@ -154,7 +154,7 @@ class StoredPlan:
                 self.store.fetch(file, staging / path, self.store.again(name))
 
 
-def _name(task: Task, folder: Path) -> str:
+def name_of(task: Task, folder: Path) -> str:
     """The name of a task's artefact in a store: its path in the output `folder`."""
     output = task.output.absolute()
     if output.is_relative_to(folder.absolute()):

@@ -1,6 +1,7 @@
 """What a deployment folder is, before an engine opens it."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,13 @@ class Deployment:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end a text, as far as its settings or its config.json say."""
+        """The tokens that end a text, by genai_config.json or else by the model's own files."""
         told = self.folder.settings.get("model", {}).get("eos_token_id")
-        if told is None:
-            return told_numbers(self.path / "config.json", "eos_token_id")
-        return _listed(told)
+        if told is not None:
+            return _listed(told)
+        files = ("config.json", "generation_config.json")
+        every = (told_numbers(self.path / name, "eos_token_id") for name in files)
+        return list(dict.fromkeys(chain.from_iterable(every)))
 
     @property
     def blocks(self) -> tuple[BlockShares, ...]:

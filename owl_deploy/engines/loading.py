@@ -5,7 +5,6 @@ that nothing broke on the way. So, before a runtime sees the folder, each name i
 operators that run are this installation's, unless the user trusts the folder's own.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -308,5 +307,4 @@ def _digest(file: Path, _size: int, _modified_ns: int, thorough: bool) -> str:
 
 def fingerprint(rows: list[Row]) -> str:
     """One digest over the names and digests of all files, whatever the folder is called."""
-    lines = "".join(f"{row.sha256}  {row.name}\n" for row in rows)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return digests.of_files((row.name, row.sha256) for row in rows)

@@ -222,18 +222,18 @@ class Worker:
         steps = [self.decoder.row_tokens() for _ in range(count)]
         return {"tokens": [list(row) for row in zip(*steps)]}  # noqa: B905 - as old as 3.8
 
-    def score(self, tokens_file: str, window: int, windows: int = 0) -> dict[str, Any]:
+    def score(self, tokens_file: str, window: int) -> dict[str, Any]:
         """Negative log-likelihood of a token file (int .npy [n]), for perplexity.
 
         Windows of `window` tokens do not overlap, and each is read alone: an empty cache, no token
         put before it, so its first token is not predicted. A last part shorter than `window` is
-        left out. `windows` limits how many (0: all). Needs `all_logits` at load. Returns the sum
-        for each window, over `window - 1` predictions, in nats.
+        left out. Needs `all_logits` at load. Returns the sum for each window, over `window - 1`
+        predictions, in nats.
         """
         tokens = np.load(tokens_file)
         total = len(tokens) // window
         sums = []
-        for index in range(min(total, windows) if windows else total):
+        for index in range(total):
             part = tokens[index * window : (index + 1) * window]
             sums.append(self._window_nll(part.astype(np.int64)))
         return {"nll": sums, "predictions": window - 1}

@@ -1,12 +1,12 @@
 """Answers that are kept as they come, so that an evaluation that was ended goes on."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from owl_deploy import digests
 from owl_deploy.cache import cache_dir
 from owl_deploy.progress import bar
 
@@ -21,7 +21,7 @@ class KeptAnswers:
 
     def __init__(self, model: Any, batch: int, key: object, rank: int = 0) -> None:  # noqa: ANN401 - no types
         self._model, self._batch = model, batch
-        self._folder, self._name = cache_dir("eval", "answers"), _digest(key)
+        self._folder, self._name = cache_dir("eval", "answers"), digests.of_json(key)
         self._file = self._folder / f"{self._name}{f'-{rank}' if rank else ''}.jsonl"
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
@@ -29,7 +29,7 @@ class KeptAnswers:
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The answers, of the file or of the model."""
-        keys = [_digest(request.args) for request in requests]
+        keys = [digests.of_json(request.args) for request in requests]
         answers = self._read()
         missing = [number for number, key in enumerate(keys) if key not in answers]
         with bar("Generating", len(requests)) as advance, self._file.open("ab") as file:
@@ -74,8 +74,3 @@ def state_of(folder: Path) -> list[list[Any]]:
                 yield [path.name, about.st_size, about.st_mtime_ns]
 
     return [[str(folder.resolve())], *files()]
-
-
-def _digest(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

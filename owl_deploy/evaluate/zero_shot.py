@@ -16,7 +16,7 @@ from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment, software
 from owl_deploy.engines.deployment import seen_of
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, first_line
 from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.perplexity import (
     check_window,
@@ -160,7 +160,8 @@ def _load(manager: Any, name: str) -> dict[str, Any]:  # noqa: ANN401 - the harn
         found: dict[str, Any] = manager.load([name])
     except Exception as error:  # no network, no such file, a wrong YAML: many types
         raise BadInput(
-            f"The data of the task {name!r} cannot be had ({_first_line(error)}).",
+            f"The data of the task {name!r} cannot be had ({type(error).__name__}: "
+            f"{first_line(error)}).",
             "The harness's come from the Hugging Face Hub: run it once where there is a network.",
         ) from error
     return found
@@ -215,7 +216,8 @@ def evaluate_tasks(
             }
         except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
             raise BadInput(
-                f"The harness could not run these tasks on {folder} ({_first_line(error)}).",
+                f"The harness could not run these tasks on {folder} ({type(error).__name__}: "
+                f"{first_line(error)}).",
                 "Is --window large enough for their continuations?",
             ) from error
     if adapter is None and ranks.leads:
@@ -401,8 +403,3 @@ def means(results: Mapping[str, TaskResult]) -> dict[str, Metric]:
             stderr = math.sqrt(sum(error**2 for error in errors)) / len(own) if whole else None
             found[name] = Metric(sum(metric.value for metric in own) / len(own), stderr)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    words = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__

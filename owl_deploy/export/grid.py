@@ -11,7 +11,7 @@ from owl_deploy.grid import read_grid
 from owl_deploy.runtime import pack
 
 QKV = ("q_proj", "k_proj", "v_proj")
-_INTEGERS: tuple[pack.Values, ...] = ("int3", "int4", "int8")  # the narrowest first
+_INTEGERS = [name for _, name in sorted(pack.INTEGERS.items())]  # the narrowest first
 
 
 @dataclass(frozen=True)

@@ -56,14 +56,13 @@ class Target:
 
     Attributes: `build`, which writes the model and returns what the manifest says of it;
     `precisions`, by name, the default first; `engine`, whose parity is checked where it is
-    installed, and which the deployment is for; `purpose`, one line for people; `heads`, the ways
-    to store the head if there is a choice.
+    installed, and which the deployment is for; `heads`, the ways to store the head if there is a
+    choice.
     """
 
     build: Callable[[Request], dict[str, Any]]
     precisions: Mapping[str, Precision]
     engine: str
-    purpose: str
     heads: tuple[str, ...] = ()
 
 
@@ -120,7 +119,6 @@ TARGETS: dict[str, Target] = {
         build=_traced,
         precisions={"fp32": Precision(4, 1e-3)},
         engine="deepsparse",
-        purpose="DeepSparse 1.8 with its KV cache (evaluation only); any ONNX Runtime",
     ),
     "onnxruntime": Target(
         build=_genai,
@@ -131,7 +129,6 @@ TARGETS: dict[str, Target] = {
             "int4": Precision(0.9),
         },
         engine="onnxruntime",
-        purpose="stock onnxruntime-genai, production",
     ),
     "owl": Target(
         build=_owl,
@@ -147,7 +144,6 @@ TARGETS: dict[str, Target] = {
         },
         engine="owl",
         heads=get_args(Head),
-        purpose="stock onnxruntime-genai with this package's sparse operators, production",
     ),
     "llama.cpp": Target(
         build=_gguf,
@@ -162,7 +158,6 @@ TARGETS: dict[str, Target] = {
             "Q2_K": Precision(4 + 0.45),
         },
         engine="llama.cpp",
-        purpose="llama.cpp, production; a dense rival",
     ),
 }
 

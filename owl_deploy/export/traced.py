@@ -29,7 +29,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 from transformers import AttentionInterface
 
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, first_line
 from owl_deploy.export import onnx_file, passes
 from owl_deploy.export.source import Source, cache_keyword
 
@@ -330,8 +330,8 @@ def build(source: Source, folder: Path, external_bytes: int) -> dict[str, Any]:
             passes.simplify(model, [example(heads, 2, 3, 4), example(heads, 3, 5, 6)])
             onnx_file.save(model, folder, external=passes.take_weights(model) > external_bytes)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(
-            f"The {source.config['model_type']!r} model in {source.folder} does not trace: {reason}"
+            f"The {source.config['model_type']!r} model in {source.folder} does not trace: "
+            f"{first_line(error)}"
         ) from error
     return {"graph": "traced", "opset": OPSET, "max_context": max_context(source.model.config)}

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import math
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from torch import nn
 from owl_deploy import adapter
 from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish, sha256
 from owl_deploy.checkpoint import GRID, open_checkpoint, shards, write_compatible
+from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.finetune.logits import TeacherCache, cache_bytes
 from owl_deploy.finetune.picture import learning_curve_svg
@@ -472,7 +472,7 @@ class Run:
             "tokens_per_second": round(tokens_per_second(curve), 1),
             "held_out_loss": {"before": held_out[0], "after": held_out[-1]},
             "training_loss": {"first": losses[0], "last": losses[-1]},
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_bytes(),
             "resumed": resumed,
             "command": sys.argv,
             "versions": _versions(),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
-from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.ending import Defect
+from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.recipe import is_named
@@ -139,7 +140,7 @@ class Source:
                 before = self.checkpoint.read(f"{block}.{name}")
                 after = result.read(f"{block}.{name}")
                 if after.dtype != before.dtype or not torch.equal(before == 0, after == 0):
-                    raise EnvironmentFailed(
+                    raise Defect(
                         f"The zeros of {block}.{name} are not those before the fine-tuning.",
                         "This is a fault of owl: please report it.",
                     )

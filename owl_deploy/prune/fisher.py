@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from owl_deploy.allocation import hold_mean, most_removed, whole_kept
 from owl_deploy.methods import METHODS
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.knapsack import Option, cheapest
 from owl_deploy.prune.request import Request
-from owl_deploy.prune.sensitivity import Way, measure_losses
+from owl_deploy.prune.sensitivity import measure_losses
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import PruneSettings
 
@@ -33,7 +34,7 @@ def by_fisher(request: Request, store: Store) -> list[dict[str, float]]:
     if not settings.sparsity:
         return shape.by_block([0.0] * len(sizes))
     asked = levels(settings.sparsity, settings.group)
-    ways = [Way(sparsity, settings.bits) for sparsity in asked]
+    ways = [Format(settings.bits, sparsity) for sparsity in asked]
     found = measure_losses(request, store, _quick(settings), ways, errors=False)
     losses = [[one.loss for one in own] for block in found for own in block.values()]
     return shape.by_block(divided(settings.sparsity, settings.group, sizes, asked, losses))

@@ -9,18 +9,18 @@ from owl_deploy.runtime import pack
 
 @dataclass(frozen=True)
 class Format:
-    """How a Linear may be stored: integers of `bits` bits, a share `sparsity` of them removed."""
+    """How a Linear may be made: a share `sparsity` removed, and rounded to `bits` where given."""
 
-    bits: int
+    bits: int | None
     sparsity: float = 0.0
 
     @property
     def values(self) -> pack.Values:
-        """The engine's type that holds it."""
-        return _VALUES[self.bits]
+        """The engine's type that holds what is rounded."""
+        assert self.bits is not None
+        return pack.INTEGERS[self.bits]
 
 
-_VALUES: dict[int, pack.Values] = {8: "int8", 4: "int4", 3: "int3"}
 # Half of the weights in 8 bits take more than all of them in 4, and lose more; in 3 bits they take
 # as much as in 4.
 FORMATS = (

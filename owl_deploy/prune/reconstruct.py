@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from owl_deploy.blocks import Activations, Skeleton
+from owl_deploy.manifest import TrainedHalf
 from owl_deploy.progress import Advance
 from owl_deploy.prune.halves import Half, Run, halves
 from owl_deploy.survivors import finished, sparse_linears, sparsify
@@ -30,18 +31,6 @@ _PATIENCE = 2  # epochs in which the held-out error may grow
 
 Stream = Literal["pruned", "dense"]
 Tensors = dict[str, torch.Tensor]  # of a block, in the checkpoint's dtypes, by their names in it
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the training of one half gave: its held-out error (see `error`) before and after.
-
-    `epochs`: after how many the weights that were kept stood; 0 where none was better than before.
-    """
-
-    before: float
-    after: float
-    epochs: int
 
 
 @dataclass(frozen=True)
@@ -103,14 +92,14 @@ class Reconstruction:
 
     def block(
         self, index: int, weights: Tensors, pruned: Collection[str], advance: Advance
-    ) -> tuple[Tensors, dict[str, Outcome]]:
+    ) -> tuple[Tensors, dict[str, TrainedHalf]]:
         """The block's `weights` after its halves are trained, and what came of each, by name.
 
         `pruned`: the Linears of which weights were removed; a half without one is left as it is.
         """
         name = self.skeleton.names[index]
         dense = self.skeleton.checkpoint.read_module(name)
-        outcomes: dict[str, Outcome] = {}
+        outcomes: dict[str, TrainedHalf] = {}
         for half in self.halves:
             self._pass(half, index, dense, "dense")
             if any(map(half.holds, pruned)):
@@ -130,7 +119,7 @@ class Reconstruction:
 
     def _trained(
         self, half: Half, index: int, weights: Tensors, advance: Advance
-    ) -> tuple[Tensors, Outcome]:
+    ) -> tuple[Tensors, TrainedHalf]:
         """The weights of the epoch with the least held-out error, or as they were; and that."""
         name = self.skeleton.names[index]
         student = _student(self.skeleton.fill(name, weights), weights, self.dtype)
@@ -149,7 +138,7 @@ class Reconstruction:
             if epoch - kept >= _PATIENCE:
                 advance((self.epochs - epoch) * units)
                 break
-        return weights, Outcome(errors[0], errors[kept], kept)
+        return weights, TrainedHalf(before=errors[0], after=errors[kept], epochs=kept)
 
     def _epochs(self, half: Half, index: int, student: nn.Module) -> Iterator[None]:
         """Train the `student` in place; stop after every epoch."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 
-def magnitude(weight: torch.Tensor, input_norm: torch.Tensor | None = None) -> torch.Tensor:
+def magnitude(weight: torch.Tensor) -> torch.Tensor:
     """|W|, shape [out, in]; the inputs do not matter."""
     return weight.abs()
 

@@ -24,8 +24,6 @@ until half a nat is lost (`benchmarks/foretold.py`).
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -33,6 +31,7 @@ from typing import TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from owl_deploy import digests
 from owl_deploy.artefact import read_object, write_json
 from owl_deploy.blocks import Activations
 from owl_deploy.cache import cache_dir, cache_path
@@ -57,16 +56,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a Linear may be made: a share `sparsity` removed, and rounded to `bits` where given."""
-
-    sparsity: float
-    bits: int | None = None
-
-
-@dataclass(frozen=True)
 class Found:
-    """What one way costs: `loss` in nats a token, `zeros` as a share, and the `error` of the
+    """What one format costs: `loss` in nats a token, `zeros` as a share, and the `error` of the
     outputs as a share of their squares (0 where that is not asked for).
     """
 
@@ -80,7 +71,7 @@ Losses = list[dict[str, list[Found]]]  # of each block, by the names of its prun
 
 def measure_costs(request: Request, store: Store) -> Costs:
     """The costs of the formats that the method can make, of every pruned Linear."""
-    ways = [Way(form.sparsity, form.bits) for form in formats(request.settings.method)]
+    ways = formats(request.settings.method)
     return costs(request, measure_losses(request, store, request.settings, ways, errors=True))
 
 
@@ -114,7 +105,7 @@ def measure_losses(
     request: Request,
     store: Store,
     settings: PruneSettings,
-    ways: Sequence[Way],
+    ways: Sequence[Format],
     *,
     errors: bool,
 ) -> Losses:
@@ -149,8 +140,7 @@ def remembered(
     decided["settings"] = settings.model_dump(mode="json", include=making)
     assert request.held_out is not None
     decided["held_out"] = token_digest(request.held_out)
-    text = json.dumps(decided, sort_keys=True)
-    name = f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    name = f"{digests.of_json(decided)}.json"
 
     def kept() -> T | None:
         with contextlib.suppress(OwlError, OSError, ValidationError, KeyError):
@@ -181,7 +171,7 @@ class Measuring:
     """
 
     def __init__(
-        self, request: Request, store: Store, maker: Maker, ways: Sequence[Way], *, errors: bool
+        self, request: Request, store: Store, maker: Maker, ways: Sequence[Format], *, errors: bool
     ) -> None:
         assert request.held_out is not None
         self.request, self.store, self.skeleton = request, store, request.skeleton

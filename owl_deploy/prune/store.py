@@ -7,14 +7,14 @@ is a plan, what was measured of a block for it, or how far a search has come, li
 checkpoint of several shards takes the blocks' files as they are, so that the disk holds them once.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from owl_deploy.artefact import MANIFEST, publish
 from owl_deploy.grid import SCALE
-from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.manifest import CheckpointManifest, TrainedHalf, read_manifest
 from owl_deploy.partial import ASKED, Partial
 
 PLAN = "plan.json"
@@ -77,13 +77,14 @@ class Store(Partial):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
-    def keep_halves(self, name: str, outcomes: dict[str, Any]) -> None:
+    def keep_halves(self, name: str, halves: Mapping[str, TrainedHalf]) -> None:
         """Keep what came of a block's reconstruction; before the block is saved, which ends it."""
-        self.write(f"{name}.halves", outcomes)
+        self.write(f"{name}.halves", {key: one.model_dump() for key, one in halves.items()})
 
-    def halves(self, name: str) -> dict[str, Any]:
+    def halves(self, name: str) -> dict[str, TrainedHalf]:
         """What `keep_halves` was given of a finished block; empty where it was not."""
-        return self.read(f"{name}.halves") or {}
+        kept = self.read(f"{name}.halves") or {}
+        return {key: TrainedHalf.model_validate(one) for key, one in kept.items()}
 
     @property
     def has_work(self) -> bool:

@@ -5,20 +5,21 @@ it and prunes its part of the Linears (`ranks`); the first writes.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from owl_deploy.blocks import Activations
 from owl_deploy.grid import SCALE
+from owl_deploy.manifest import TrainedHalf
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather, gather_head
 from owl_deploy.prune.owners import divide, owners
 from owl_deploy.prune.plan import Plan
-from owl_deploy.prune.reconstruct import Outcome, Reconstruction
+from owl_deploy.prune.reconstruct import Reconstruction
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 
@@ -37,7 +38,7 @@ class Part:
     sparsities: Mapping[str, float]
     bits: Mapping[str, int | None]
     tensors: Mapping[str, torch.Tensor]
-    halves: Mapping[str, Outcome] = field(default_factory=dict)
+    halves: Mapping[str, TrainedHalf] = field(default_factory=dict)
 
     def weight(self, linear: str) -> torch.Tensor:
         """The weight of one of its Linears."""
@@ -81,7 +82,7 @@ class Walk:
                     self._save(name, weights)
                 linears, asked = self.request.shape.linears[index], self.plan.sparsities[index]
                 bits = {key: self.plan.bits_of(index, key) for key in linears}
-                halves = {key: Outcome(**one) for key, one in self.store.halves(name).items()}
+                halves = self.store.halves(name)
                 yield Part(name, linears, asked, bits, weights, halves)
             if head:
                 yield self._finish_head(head, stored=head in held)
@@ -119,7 +120,7 @@ class Walk:
                 asked = self.plan.sparsities[index]
                 removed = [key for key, sparsity in asked.items() if sparsity]
                 weights, halves = self.reconstruction.block(index, weights, removed, self.advance)
-                self.store.keep_halves(name, {key: asdict(one) for key, one in halves.items()})
+                self.store.keep_halves(name, halves)
                 self.advance(self.request.steps)
             else:
                 self._pass_on(block, index)

@@ -1,6 +1,5 @@
 """What a pruning leaves: the checkpoint's files, and the manifest that says what was done."""
 
-import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 
 from owl_deploy.checkpoint import shards, write_compatible
+from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.grid import write_grid
-from owl_deploy.manifest import Block, Cost, Half, Linear, Manifest, read_manifest, versions
+from owl_deploy.manifest import Block, Cost, Linear, Manifest, read_manifest, versions
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
@@ -34,7 +34,6 @@ def report(
     whole = next(iter(asked.values()), 0.0)
     if len(set(asked.values())) > 1:
         whole = sum(asked[name] * size for name, size in sizes.items()) / total
-    halves = {name: Half(**asdict(one)) for name, one in part.halves.items()}
     return Block(
         name=part.name,
         outlier_ratio=outlier_ratio,
@@ -50,7 +49,7 @@ def report(
             for name, size in sizes.items()
             if name
         },
-        **({"halves": halves} if halves else {}),
+        **({"halves": dict(part.halves)} if part.halves else {}),
     )
 
 
@@ -92,10 +91,7 @@ def _write_grid(request: Request, plan: Plan, store: Store) -> None:
     if head and plan.bits_of_head:
         bits[head] = plan.bits_of_head
     assert request.settings.bits_group is not None
-    same = set(bits.values())
-    write_grid(
-        store.folder, scales, same.pop() if len(same) == 1 else bits, request.settings.bits_group
-    )
+    write_grid(store.folder, scales, bits, request.settings.bits_group)
 
 
 def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str) -> dict[str, Any]:
@@ -105,7 +101,6 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
     """
     blocks = reports[: len(request.shape.names)]
     total = sum(block.weights for block in blocks)
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     skeleton = request.skeleton
     on_gpu = skeleton.device.type == "cuda"
     before = read_manifest(request.checkpoint.folder, Manifest)
@@ -128,6 +123,6 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
         "blocks": blocks,
         "head": reports[-1] if plan.settings.changes_head else None,
         "spent": plan.spent,
-        "peak_memory_bytes": peak_kib * 1024,
+        "peak_memory_bytes": peak_bytes(),
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }

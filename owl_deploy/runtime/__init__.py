@@ -3,7 +3,6 @@
 import os
 import sys
 from pathlib import Path
-from typing import Protocol
 
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.runtime.native import Library
@@ -16,12 +15,6 @@ _NAMES = {
 }
 LIBRARY_NAMES = frozenset(_NAMES.values())
 LIBRARY_NAME = _NAMES.get(sys.platform, _NAMES["linux"])
-
-
-class _SessionOptions(Protocol):
-    """What `register` needs of `onnxruntime.SessionOptions`."""
-
-    def register_custom_ops_library(self, path: str) -> None: ...
 
 
 def library_path() -> Path:
@@ -52,8 +45,3 @@ def kernels() -> str | None:
         return library.best_isa()
     except ValueError as error:
         raise BadInput(f"{error}.", "Set it to one of them, or not at all.") from None
-
-
-def register(session_options: _SessionOptions) -> None:
-    """Make the operators of domain `ai.owl` known to sessions opened with `session_options`."""
-    session_options.register_custom_ops_library(str(library_path()))

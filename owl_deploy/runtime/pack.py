@@ -598,6 +598,9 @@ TRAITS: dict[Values, ValueTraits] = {
     ),
 }
 
+# The types whose values are integers, by their bits.
+INTEGERS: dict[int, Values] = {one.stored_bits: name for name, one in TRAITS.items() if one.levels}
+
 
 def _to_cells(encoded: NDArray[np.generic], packed_columns: int) -> NDArray[np.generic]:
     """[rows, cols] -> [groups, cells, 16 * pack], zero-padded."""

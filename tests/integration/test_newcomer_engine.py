@@ -86,7 +86,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         skips_zeros=True,
     )
     precisions = {"plain": Precision(4), "quick": Precision(2)}
-    target = Target(build, precisions, engine="newcomer", purpose="the newcomer")
+    target = Target(build, precisions, engine="newcomer")
     monkeypatch.setitem(ENGINES, "newcomer", row)
     monkeypatch.setitem(TARGETS, "for-newcomer", target)
 

@@ -58,7 +58,9 @@ def test_dlp_gives_less_to_blocks_with_high_medians():
     low, high = min(importance), max(importance)
     scaled = [(value - low) / (high - low) * 2 * spread for value in importance]
     expected = [1 - (value - sum(scaled) / 3 + 0.3) for value in scaled]
-    assert allocation.dlp(0.7, [5, 5, 5], medians, spread) == pytest.approx(expected, abs=1e-12)
+    assert allocation.low_first(0.7, [5, 5, 5], medians, spread) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_linear_grows_by_equal_steps():

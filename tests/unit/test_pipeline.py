@@ -24,7 +24,6 @@ from owl_deploy.manifest import (
     measurement_file,
 )
 from owl_deploy.pipeline import (
-    PLAN,
     Bench,
     Evaluate,
     Export,
@@ -168,8 +167,7 @@ ALL = (
 )
 
 
-def test_a_plan_goes_through_json_and_pickle():
-    assert PLAN.validate_json(PLAN.dump_json(ALL)) == ALL
+def test_a_plan_goes_through_pickle():
     assert pickle.loads(pickle.dumps(ALL)) == ALL
     assert needs(ALL) == [[], [0], [1], [1, 2]]
 
@@ -230,7 +228,6 @@ def test_a_checkpoint_to_a_budget_without_a_receipt_is_judged_by_its_manifest(tm
 def test_a_fine_tuned_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     settings = FinetuneSettings(method="masked", max_minutes=5)
     task = Finetune(title="f", output=tmp_path, checkpoint="a/c", text="t.txt", settings=settings)
-    assert PLAN.validate_json(PLAN.dump_json((task,))) == (task,)
     CheckpointManifest().write(tmp_path)
     assert state(task) == "outdated"  # pruned, and not trained
     done = {

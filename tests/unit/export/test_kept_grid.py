@@ -65,7 +65,8 @@ def test_where_each_has_its_own_bits_it_keeps_them(tmp_path: Path) -> None:
 
 
 def test_a_grid_that_leaves_out_the_bits_of_a_linear(tmp_path: Path) -> None:
-    write_grid(tmp_path, {f"{n}.weight_scale": torch.ones(4, 1) for n in "ab"}, {"a": 4}, 32)
+    scales = {f"{n}.weight_scale": torch.ones(4, 1) for n in "abc"}
+    write_grid(tmp_path, scales, {"a": 4, "c": 8}, 32)
     with pytest.raises(BadInput, match=r"not a grid: 'b\.bits'"):
         Grid.read(tmp_path)
 

@@ -13,10 +13,11 @@ from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.prune import fisher, sensitivity
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.run import prune
-from owl_deploy.prune.sensitivity import Measuring, Way
+from owl_deploy.prune.sensitivity import Measuring
 from owl_deploy.prune.store import Store
 from tests.reference import sensitivity as reference
 
@@ -127,7 +128,7 @@ def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file,
     calibration = Calibration(str(text_file), samples=4, sequence_length=256, seed=3)
     request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
     store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
-    ways = [Way(one) for one in (0.3, 0.5, 0.7)]
+    ways = [Format(None, one) for one in (0.3, 0.5, 0.7)]
     found = Measuring(request, store, Maker(settings), ways, errors=False).run()
     whole = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     for name, block in zip(request.shape.names, found, strict=True):

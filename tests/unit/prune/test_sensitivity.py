@@ -13,7 +13,7 @@ from owl_deploy.prune import sensitivity
 from owl_deploy.prune.formats import FORMATS, Format, formats, packed_size
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, check
-from owl_deploy.prune.sensitivity import Measuring, Way
+from owl_deploy.prune.sensitivity import Measuring
 from owl_deploy.prune.store import Store
 from tests import tiny
 from tests.reference import sensitivity as reference
@@ -40,7 +40,7 @@ def measured(request, folder):
 
 def costs_by(request, store):
     """The costs, measured in the store whatever the cache holds."""
-    ways = [Way(form.sparsity, form.bits) for form in formats(request.settings.method)]
+    ways = formats(request.settings.method)
     found = Measuring(request, store, Maker(request.settings), ways, errors=True).run()
     return sensitivity.costs(request, found)
 

@@ -128,10 +128,10 @@ def test_the_largest_activations_do_not_overflow_on_the_way(
 CHOSEN = """
 import sys
 import numpy as np, onnxruntime
-from owl_deploy.runtime import kernels, register
+from owl_deploy.runtime import kernels, library_path
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
-register(options)
+options.register_custom_ops_library(str(library_path()))
 session = onnxruntime.InferenceSession(sys.argv[1], options)
 x = np.load(sys.argv[2])
 parts = [session.run(None, {"x": part})[0] for part in (x, x[:1])]
@@ -171,8 +171,8 @@ def test_owl_isa_chooses_the_kernels_of_a_session(
 
 REGISTERED = """
 import onnxruntime
-from owl_deploy.runtime import register
-register(onnxruntime.SessionOptions())
+from owl_deploy.runtime import library_path
+onnxruntime.SessionOptions().register_custom_ops_library(str(library_path()))
 """
 CALLED = """
 import numpy as np

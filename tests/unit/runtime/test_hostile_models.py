@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from owl_deploy.runtime import library_path, pack, register
+from owl_deploy.runtime import library_path, pack
 
 from .test_pack import VALUES, sparse_weight
 from .test_program import SIZE, TOTAL, decoder, joined, with_mask
@@ -229,7 +229,7 @@ def run_mutant(seed: int) -> str:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = dice.choice([1, 2])
-    register(options)
+    options.register_custom_ops_library(str(library_path()))
     length, past = dice.choice([(1, 13), (4, 13), (1, 0), (5, 0)])
     inputs = feed(dice, model, length, past, wild=dice.random() < 0.4)
     try:

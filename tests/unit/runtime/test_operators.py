@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from owl_deploy.runtime import pack, register
+from owl_deploy.runtime import library_path, pack
 
 from .conftest import Kernels
 from .test_attention import rotary_tables
@@ -41,7 +41,7 @@ def opened(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSes
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    register(options)
+    options.register_custom_ops_library(str(library_path()))
     return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
@@ -122,7 +122,7 @@ def test_a_truncated_data_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "d").write_bytes(data[:size])
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        register(options)
+        options.register_custom_ops_library(str(library_path()))
         with pytest.raises(Exception, match=r"out of bounds|external|size|ai\.owl"):
             onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options)
 

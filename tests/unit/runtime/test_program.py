@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from owl_deploy.export.program import join_programs
-from owl_deploy.runtime import pack, register
+from owl_deploy.runtime import library_path, pack
 
 from .test_pack import VALUES, packed, sparse_weight
 
@@ -99,7 +99,7 @@ def run(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    register(options)
+    options.register_custom_ops_library(str(library_path()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     rng = np.random.default_rng(5)
     feeds = {
