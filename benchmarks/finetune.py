@@ -24,6 +24,7 @@ from owl_deploy.bench.machine import look
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.engines import default_threads
 from owl_deploy.evaluate.perplexity import perplexity
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.manifest import Manifest, read_manifest, versions
 from owl_deploy.partial import partial_folder
 
@@ -90,7 +91,9 @@ def evaluate(checkpoint: Path, work: Path, adapter: Path | None = None) -> float
     file = work / f"{(adapter or checkpoint).name}.perplexity.json"
     if not file.is_file():
         text = str(demo_input() / EVALUATION)
-        found = perplexity(checkpoint, text, window=WINDOW, limit=WINDOWS, adapter=adapter)
+        found = perplexity(
+            checkpoint, EvaluationSettings(text, window=WINDOW, windows=WINDOWS, adapter=adapter)
+        )
         write_json(file, found.value)
     return float(json.loads(file.read_text()))
 

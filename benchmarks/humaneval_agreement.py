@@ -22,7 +22,7 @@ from owl_deploy.bench.machine import look
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import EngineProcess, get_engine, open_deployment, threads_for
 from owl_deploy.evaluate.humaneval import REQUEST, problems
-from owl_deploy.evaluate.perplexity import engine_of
+from owl_deploy.evaluate.subject import engine_of
 from owl_deploy.text import load_tokenizer
 
 _KEPT = 8  # of the likeliest tokens at each place

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
         OwlError,
     )
     from owl_deploy.evaluate.perplexity import Perplexity
-    from owl_deploy.evaluate.run import Asked, Evaluation, evaluate
+    from owl_deploy.evaluate.run import Evaluation, evaluate
+    from owl_deploy.evaluate.settings import EvaluationSettings
     from owl_deploy.evaluate.zero_shot import TaskResult
     from owl_deploy.export.parity import ParityFailed
     from owl_deploy.export.targets import TARGETS, export
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 __all__ = [
     "TARGETS",
     "AdapterManifest",
-    "Asked",
     "BadInput",
     "BenchPlan",
     "Calibration",
@@ -62,6 +62,7 @@ __all__ = [
     "EngineFailed",
     "EnvironmentFailed",
     "Evaluation",
+    "EvaluationSettings",
     "FinetuneSettings",
     "Hardware",
     "Outcome",
@@ -89,7 +90,6 @@ __all__ = [
 # Where each name is; the same as above says to type checkers.
 WHERE = {
     "AdapterManifest": "owl_deploy.manifest:AdapterManifest",
-    "Asked": "owl_deploy.evaluate.run:Asked",
     "BadInput": "owl_deploy.errors:BadInput",
     "BenchPlan": "owl_deploy.bench.plan:BenchPlan",
     "Calibration": "owl_deploy.prune.request:Calibration",
@@ -99,6 +99,7 @@ WHERE = {
     "EngineFailed": "owl_deploy.errors:EngineFailed",
     "EnvironmentFailed": "owl_deploy.errors:EnvironmentFailed",
     "Evaluation": "owl_deploy.evaluate.run:Evaluation",
+    "EvaluationSettings": "owl_deploy.evaluate.settings:EvaluationSettings",
     "FinetuneSettings": "owl_deploy.finetune.settings:FinetuneSettings",
     "Hardware": "owl_deploy.hardware:Hardware",
     "Outcome": "owl_deploy.bench.run:Outcome",

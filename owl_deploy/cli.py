@@ -284,7 +284,7 @@ def evaluate(
     """Measure perplexity and tasks, of checkpoints and of deployments as they run."""
     from owl_deploy.evaluate.show import show
 
-    asked = api.Asked(
+    asked = api.EvaluationSettings(
         text=perplexity,
         tasks=tuple(name for part in tasks or () for name in part.split(",") if name),
         tasks_path=tasks_path,

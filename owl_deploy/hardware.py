@@ -15,11 +15,18 @@ _TOKENS_A_BATCH = 1024  # on a CPU more is no faster, and leaves the caches
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how to compute; "auto" and None are chosen by what is there."""
+    """Where and how to compute; "auto" and None are chosen by what is there.
+
+    Raises `BadInput` for a batch of no samples.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise BadInput("--batch-size must be at least 1.")
 
 
 ANY_HARDWARE = Hardware()
@@ -95,8 +102,6 @@ def multiplies_bfloat16() -> bool:
 def find_batch(given: int | None, windows: torch.Tensor | None, skeleton: Skeleton) -> int:
     """Samples that go through a block together: as many as a quarter of the free memory holds."""
     if given is not None:
-        if given < 1:
-            raise BadInput("--batch-size must be at least 1.")
         return given
     if windows is None:
         return 1

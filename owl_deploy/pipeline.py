@@ -278,9 +278,10 @@ class Evaluate(Measurement):
             value = read_object(self.known, "Delete it.") | {"engine": "torch"}
             keep_measurement(self.model, "perplexity", value)
             return
-        found = perplexity(
-            self.model, self.text, window=self.window, limit=self.windows, threads=self.threads
+        asked = api.EvaluationSettings(
+            text=self.text, window=self.window, windows=self.windows, threads=self.threads
         )
+        found = perplexity(self.model, asked)
         if self.output != measurement_file(self.model, "perplexity"):  # where it was kept already
             write_json(self.output, asdict(found))
 
@@ -311,7 +312,7 @@ class RunTasks(Measurement):
 
     @override
     def run(self) -> None:
-        asked = api.Asked(
+        asked = api.EvaluationSettings(
             tasks=self.names,
             allow_code=self.allow_code,
             limit=self.limit,

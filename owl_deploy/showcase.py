@@ -30,7 +30,7 @@ from owl_deploy.demo_input import CALIBRATION, EVALUATION
 from owl_deploy.ending import exit_code
 from owl_deploy.errors import BadInput, EnvironmentFailed, not_installed
 from owl_deploy.evaluate.sandbox import require_sandbox
-from owl_deploy.evaluate.zero_shot import check_share
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export.targets import TARGETS
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import measurement_file
@@ -517,7 +517,7 @@ def _check_numbers(plan: Plan, output: Path) -> None:
     """Raise `BadInput` now for what would be refused after hours."""
     if plan.tune_minutes is not None:
         check_search(plan.pruning, plan.tune_minutes)
-    check_share(plan.limit, plan.every)
+    EvaluationSettings(limit=plan.limit, every=plan.every)
     for task in tasks(plan, Path(), Path(), output):
         if isinstance(task, Bench):
             task.plan.described()

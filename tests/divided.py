@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from owl_deploy import ranks, recipe
 from owl_deploy.ending import exit_code
-from owl_deploy.evaluate.run import Asked, evaluate
+from owl_deploy.evaluate.run import evaluate
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.hardware import Hardware
 from owl_deploy.prune import run as pruning
 from owl_deploy.prune.calibrate import InputStatistics
@@ -51,7 +52,9 @@ def run(one: dict[str, Any]) -> None:
         _count_last_rank(one["times"])
     if "window" in one:
         apart = ("model", "output", "killed")
-        asked = Asked(**{name: value for name, value in one.items() if name not in apart})
+        asked = EvaluationSettings(
+            **{name: value for name, value in one.items() if name not in apart}
+        )
         (found,) = evaluate([one["model"]], asked)
         if ranks.leads():
             Path(one["output"]).write_text(json.dumps(found.to_json()))

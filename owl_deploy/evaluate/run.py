@@ -1,49 +1,20 @@
 """`owl eval`: several folders side by side, by perplexity, by tasks, or by both."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from owl_deploy.engines import threads_for
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate import zero_shot
-from owl_deploy.evaluate.perplexity import Perplexity, is_deployment, perplexity
+from owl_deploy.evaluate.perplexity import Perplexity, perplexity
+from owl_deploy.evaluate.settings import EvaluationSettings
+from owl_deploy.evaluate.subject import is_deployment
 from owl_deploy.evaluate.zero_shot import TaskResult
-from owl_deploy.hardware import ANY_HARDWARE, Hardware
 from owl_deploy.manifest import versions
 from owl_deploy.progress import error_console
 from owl_deploy.ranks import Ranks, join
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What to evaluate by: a text (SOURCE), names of tasks, or both; and on how much of them.
-
-    `window`: tokens a window of the text, and what the model sees at most of a task's; `windows`
-    and `limit`: at most so many windows, and documents of a task, of which each `every`-th is
-    taken: the first may be the easier ones. `tasks_path`: a folder with task files of one's own;
-    `allow_code`: run the programs that the model writes for HumanEval.
-    `hardware`, `blockwise` (one block in memory at a time; None: if memory is short) and `adapter`
-    (LoRA's, in PEFT's format) are for checkpoints; `engine` (None: the one it is made for),
-    `threads` (None: the physical cores) and `trust_library` (run operators that the folder brings)
-    for deployments.
-    """
-
-    text: str | None = None
-    tasks: tuple[str, ...] = ()
-    tasks_path: Path | None = None
-    allow_code: bool = False
-    window: int = 2048
-    windows: int | None = None
-    limit: int | None = None
-    every: int = 1
-    hardware: Hardware = ANY_HARDWARE
-    blockwise: bool | None = None
-    engine: str | None = None
-    threads: int | None = None
-    trust_library: bool = False
-    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +36,7 @@ class Evaluation:
         }
 
 
-def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
+def evaluate(folders: Sequence[str | Path], asked: EvaluationSettings) -> list[Evaluation]:
     """Evaluate each of `folders`, checkpoints and deployments; tasks are loaded once for all.
 
     What came out is kept in a folder that owl wrote, as a measurement of it, without an adapter.
@@ -77,7 +48,7 @@ def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
     _check_read(folders, asked)
     ranks = join(versions())
     _refuse_deployments(folders, ranks)
-    threads = threads_for(asked.threads)
+    asked = replace(asked, threads=threads_for(asked.threads))
     tasks = None
     if asked.tasks:
         tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path, asked.allow_code)
@@ -85,41 +56,13 @@ def evaluate(folders: Sequence[str | Path], asked: Asked) -> list[Evaluation]:
     for folder in map(Path, folders):
         if len(folders) > 1:
             error_console().print(f"{folder}:", highlight=False)
-        loss = None
-        if asked.text is not None:
-            loss = perplexity(
-                folder,
-                asked.text,
-                window=asked.window,
-                limit=asked.windows,
-                hardware=asked.hardware,
-                blockwise=asked.blockwise,
-                engine=asked.engine,
-                threads=threads,
-                trust_library=asked.trust_library,
-                adapter=asked.adapter,
-                ranks=ranks,
-            )
-        results: dict[str, TaskResult] = {}
-        if tasks is not None:
-            results = zero_shot.evaluate_tasks(
-                folder,
-                tasks,
-                limit=asked.limit,
-                every=asked.every,
-                window=asked.window,
-                hardware=asked.hardware,
-                engine=asked.engine,
-                threads=threads,
-                trust_library=asked.trust_library,
-                adapter=asked.adapter,
-                ranks=ranks,
-            )
+        loss = None if asked.text is None else perplexity(folder, asked, ranks)
+        results = {} if tasks is None else zero_shot.evaluate_tasks(folder, tasks, asked, ranks)
         found.append(Evaluation(str(folder), loss, results))
     return found
 
 
-def _check_read(folders: Sequence[str | Path], asked: Asked) -> None:
+def _check_read(folders: Sequence[str | Path], asked: EvaluationSettings) -> None:
     """Raise `BadInput` for what is asked and nothing would read."""
     kinds = [is_deployment(Path(folder)) for folder in folders]
     readers = {
@@ -128,7 +71,7 @@ def _check_read(folders: Sequence[str | Path], asked: Asked) -> None:
         "checkpoints": (not all(kinds), ("hardware", "blockwise")),
         "deployments": (any(kinds), ("engine", "threads", "trust_library")),
     }
-    usual = {one.name: one.default for one in fields(Asked)}
+    usual = {one.name: one.default for one in fields(EvaluationSettings)}
     for reader, (there, names) in readers.items():
         for name in names if not there else ():
             if getattr(asked, name) != usual[name]:

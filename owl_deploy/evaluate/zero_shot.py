@@ -18,16 +18,10 @@ from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deplo
 from owl_deploy.engines.deployment import seen_of
 from owl_deploy.errors import BadInput, first_line
 from owl_deploy.evaluate.kept import KeptAnswers, state_of
-from owl_deploy.evaluate.perplexity import (
-    check_window,
-    engine_of,
-    is_deployment,
-    load_model,
-    record,
-    refuse_adapter,
-)
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.shared import SharedModel
-from owl_deploy.hardware import ANY_HARDWARE, Hardware, find_device, find_dtype
+from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
+from owl_deploy.hardware import find_device, find_dtype
 from owl_deploy.manifest import versions
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, leads
@@ -167,43 +161,20 @@ def _load(manager: Any, name: str) -> dict[str, Any]:  # noqa: ANN401 - the harn
     return found
 
 
-def check_share(limit: int | None, every: int) -> None:
-    """Raise `BadInput` for numbers that leave no document of a task."""
-    if limit is not None and limit < 1:
-        raise BadInput("--limit must be at least 1.")
-    if every < 1:
-        raise BadInput("--every must be at least 1.")
-
-
 @_one_speaks()
 def evaluate_tasks(
-    folder: Path,
-    tasks: Tasks,
-    *,
-    limit: int | None = None,
-    every: int = 1,
-    window: int = 2048,
-    hardware: Hardware = ANY_HARDWARE,
-    engine: str | None = None,
-    threads: int | None = None,
-    trust_library: bool = False,
-    adapter: Path | None = None,
-    ranks: Ranks = ALONE,
+    folder: Path, tasks: Tasks, asked: EvaluationSettings, ranks: Ranks = ALONE
 ) -> dict[str, TaskResult]:
     """Run `tasks` on a checkpoint, or on a deployment as it runs; results by task name.
 
-    `limit`: only so many documents of each; `every` n: only each n-th. `window`: what the model
-    sees at most; longer contexts are cut on the left. `hardware` and `adapter` are for checkpoints,
-    `engine` and `threads` for deployments. Beside a folder that owl wrote lie its results without
-    an adapter. Of several `ranks` each answers for its documents, by a checkpoint.
+    Contexts longer than the window are cut on the left. Beside a folder that owl wrote lie its
+    results without an adapter. Of several `ranks` each answers for its documents, by a checkpoint.
     Raises `BadInput` for what cannot be run.
     """
-    check_share(limit, every)
-    check_window(window)
     if not folder.is_dir():  # a name of the Hub
         folder = open_checkpoint(folder).folder
-    how = (window, hardware, engine, threads, trust_library, adapter)
-    with _opened(folder, tasks, *how) as opened:
+    adapter = asked.adapter
+    with _opened(folder, tasks, asked) as opened:
         by = [__version__, opened.by, opened.software, opened.window]
         key = [state_of(folder), adapter and state_of(adapter), *by]
         kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
@@ -212,7 +183,7 @@ def evaluate_tasks(
             results = {
                 name: result
                 for group in _groups(tasks, opened, ranks)
-                for name, result in _run(model, group, (limit, every), opened).items()
+                for name, result in _run(model, group, asked, opened).items()
             }
         except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
             raise BadInput(
@@ -221,7 +192,7 @@ def evaluate_tasks(
                 "Is --window large enough for their continuations?",
             ) from error
     if adapter is None and ranks.leads:
-        record(folder, "tasks", {name: asdict(one) for name, one in results.items()}, add=True)
+        keep(folder, "tasks", {name: asdict(one) for name, one in results.items()}, add=True)
     ranks.gathered(None)  # nobody reads or writes answers any more
     kept.forget()
     return results
@@ -257,13 +228,13 @@ def _groups(tasks: Tasks, opened: "_Opened", ranks: Ranks) -> list[_Group]:
 def _run(
     model: Any,  # noqa: ANN401 - the harness has no types
     group: _Group,
-    chosen: tuple[int | None, int],
+    asked: EvaluationSettings,
     opened: "_Opened",
 ) -> dict[str, TaskResult]:
-    """The results of a group, on the documents that are `chosen`: at most so many, of each n-th."""
+    """The results of a group."""
     from lm_eval.evaluator import evaluate
 
-    limit, every = chosen
+    limit, every = asked.limit, asked.every
     tasks = group.loaded["tasks"]
     for task in tasks.values():
         task.set_fewshot_seed(seed=1234)  # the harness's own; each model gets the same examples
@@ -290,7 +261,7 @@ def _run(
             window=opened.window,
             by=opened.by,
             every=every,
-            limit=chosen[0],
+            limit=limit,
             answers=[asdict(one) for one in getattr(tasks[name], "answers", [])],
         )
         for name, row in found["results"].items()
@@ -312,31 +283,22 @@ class _Opened:
 
 
 @contextlib.contextmanager
-def _opened(
-    folder: Path,
-    tasks: Tasks,
-    window: int,
-    hardware: Hardware,
-    engine: str | None,
-    threads: int | None,
-    trust_library: bool,
-    adapter: Path | None,
-) -> Iterator[_Opened]:
+def _opened(folder: Path, tasks: Tasks, asked: EvaluationSettings) -> Iterator[_Opened]:
     if is_deployment(folder):
-        refuse_adapter(adapter)
+        refuse_adapter(asked.adapter)
         from owl_deploy.evaluate.harness import DeploymentLM
 
-        deployment = open_deployment(folder, trust_library=trust_library)
-        name = engine_of(deployment, engine)
+        deployment = open_deployment(folder, trust_library=asked.trust_library)
+        name = engine_of(deployment, asked.engine)
         rows = _rows(tasks, deployment, name)
-        seen = seen_of(folder, window)
+        seen = seen_of(folder, asked.window)
         tokenizer = load_tokenizer(folder)
         context = get_engine(name).context_for(seen)
         with EngineProcess(
             name,
             folder,
-            threads=threads,
-            trust_library=trust_library,
+            threads=asked.threads,
+            trust_library=asked.trust_library,
             context=context,
             all_logits=rows == 1,
             batch=rows,
@@ -346,15 +308,13 @@ def _opened(
         return
     from lm_eval.models.huggingface import HFLM
 
-    checkpoint = open_checkpoint(folder)
+    checkpoint, hardware = open_checkpoint(folder), asked.hardware
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
-    seen = seen_of(checkpoint.folder, window)
-    batch = 1 if hardware.batch_size is None else hardware.batch_size
-    if batch < 1:
-        raise BadInput("--batch-size must be at least 1.")
+    seen = seen_of(checkpoint.folder, asked.window)
+    batch = hardware.batch_size or 1
     model = HFLM(
-        pretrained=load_model(checkpoint, dtype, device, adapter),
+        pretrained=load_model(checkpoint, dtype, device, asked.adapter),
         tokenizer=load_tokenizer(checkpoint.folder),
         max_length=seen,
         batch_size=batch,

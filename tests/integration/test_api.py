@@ -81,7 +81,9 @@ def test_folders_may_be_strings_and_defaults_do(work):
     assert list(api.generate("deployment", "The river ran", speed=speed))
     assert speed.new_tokens > 0
     assert list(api.generate("deployment", "The river ran", api.Sampling(1)))
-    (found,) = api.evaluate(["deployment"], api.Asked(text="text.txt", window=64, windows=1))
+    (found,) = api.evaluate(
+        ["deployment"], api.EvaluationSettings(text="text.txt", window=64, windows=1)
+    )
     assert found.perplexity is not None
     assert api.verify("deployment").whole
     plan = api.BenchPlan(candidates=("deployment",), pairs=1, scenarios=("decode",), context=64)

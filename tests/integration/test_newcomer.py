@@ -15,6 +15,7 @@ from owl_deploy.bench import BenchPlan, run_bench
 from owl_deploy.bench.report import write_report
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import perplexity
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export.targets import export
 from owl_deploy.families import FAMILIES, Family
 from owl_deploy.methods import METHODS, Method, Modifier, Options
@@ -56,7 +57,8 @@ def the_whole_way(dense, settings, calibration, tmp_path):
     manifest = prune(dense, tmp_path / "sparse", settings, calibration).to_json()
     assert manifest["sparsity"]["asked"] == pytest.approx(settings.sparsity, abs=1e-6)
     assert manifest["sparsity"]["achieved"] >= settings.sparsity - 1e-3  # some are 0 before
-    assert perplexity(tmp_path / "sparse", calibration.source, window=32, limit=2).value > 1
+    asked = EvaluationSettings(calibration.source, window=32, windows=2)
+    assert perplexity(tmp_path / "sparse", asked).value > 1
     for name, folder in (("candidate", tmp_path / "sparse"), ("baseline", dense)):
         deployed = export(folder, tmp_path / name, target="deepsparse").to_json()
         assert deployed["parity"]["relative_difference"] < 1e-4

@@ -12,6 +12,7 @@ from owl_deploy import recipe
 from owl_deploy.engines import EngineProcess, open_deployment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export import targets
 from owl_deploy.export.parity import Session
 from owl_deploy.export.source import Source
@@ -60,8 +61,8 @@ def test_the_deployment_computes_what_the_checkpoint_does(
     assert manifest["nonzeros"] == pytest.approx(kept + head, rel=0.02)  # rounding adds zeros
 
     text = str(text_file)
-    dense = checkpoint_perplexity(pruned, text, window=128, limit=8)
-    found = deployment_perplexity(tmp_path / "out", text, window=128, limit=8)
+    dense = checkpoint_perplexity(pruned, EvaluationSettings(text, window=128, windows=8))
+    found = deployment_perplexity(tmp_path / "out", EvaluationSettings(text, window=128, windows=8))
     assert found.value == pytest.approx(dense.value, rel=quality)
     recorded = measurement(tmp_path / "out", "perplexity")
     assert recorded["value"] == found.value
@@ -100,8 +101,10 @@ def test_few_bits_on_a_grid_are_what_the_checkpoint_holds(rounded, text_file, tm
     assert np.abs(logits[narrow] - logits["fp32"]).mean() <= 2e-2 * size
 
     text = str(text_file)
-    dense = checkpoint_perplexity(rounded, text, window=128, limit=8)
-    found = deployment_perplexity(tmp_path / narrow, text, window=128, limit=8)
+    dense = checkpoint_perplexity(rounded, EvaluationSettings(text, window=128, windows=8))
+    found = deployment_perplexity(
+        tmp_path / narrow, EvaluationSettings(text, window=128, windows=8)
+    )
     assert found.value == pytest.approx(dense.value, rel=5e-3)
     pieces = list(generate(tmp_path / narrow, "The river ran", Sampling(max_new_tokens=8), Speed()))
     assert 1 <= len(pieces) <= 8
@@ -186,8 +189,8 @@ def test_int4_without_a_grid_is_rounded_to_nearest(pruned, text_file, tmp_path):
     assert manifest["packing"]["screened_head"]
     assert "--bits 4 loses less" in manifest["note"]
     text = str(text_file)
-    dense = checkpoint_perplexity(pruned, text, window=128, limit=8)
-    found = deployment_perplexity(tmp_path / "out", text, window=128, limit=8)
+    dense = checkpoint_perplexity(pruned, EvaluationSettings(text, window=128, windows=8))
+    found = deployment_perplexity(tmp_path / "out", EvaluationSettings(text, window=128, windows=8))
     assert found.value == pytest.approx(dense.value, rel=5e-2)
 
 

@@ -11,6 +11,7 @@ from owl_deploy import engines
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export.targets import export
 from owl_deploy.manifest import measurement
 from owl_deploy.runtime import library_path
@@ -90,10 +91,12 @@ def missing(target, engine):
 def test_a_deployment_answers_as_the_checkpoint(checkpoint, deployment, tasks, target, engine):
     if reason := missing(target, engine):
         pytest.skip(reason)
-    wanted = zero_shot.evaluate_tasks(checkpoint, tasks, window=WINDOW)
+    wanted = zero_shot.evaluate_tasks(checkpoint, tasks, EvaluationSettings(window=WINDOW))
     by_torch = responses(tasks)
     folder = deployment(target)
-    found = zero_shot.evaluate_tasks(folder, tasks, window=WINDOW, engine=engine)
+    found = zero_shot.evaluate_tasks(
+        folder, tasks, EvaluationSettings(window=WINDOW, engine=engine)
+    )
     by_engine = responses(tasks)
 
     assert by_torch.keys() == by_engine.keys() == set(NAMES)
@@ -133,23 +136,25 @@ def test_perplexity_of_a_deployment_is_the_checkpoints(checkpoint, deployment, t
     if reason := missing("deepsparse", engine):
         pytest.skip(reason)
     folder = deployment("deepsparse" if engine == "deepsparse" else "onnxruntime")
-    options = {"window": 128, "limit": 4}
-    wanted = checkpoint_perplexity(checkpoint, str(text_file), **options)
-    found = deployment_perplexity(folder, str(text_file), **options, engine=engine)
+    options = {"window": 128, "windows": 4}
+    wanted = checkpoint_perplexity(checkpoint, EvaluationSettings(str(text_file), **options))
+    found = deployment_perplexity(
+        folder, EvaluationSettings(str(text_file), **options, engine=engine)
+    )
     assert found.value == pytest.approx(wanted.value, rel=1e-3)
     assert measurement(folder, "perplexity")["engine"] == engine
 
 
 def test_requests_are_built_once_for_the_harnesss_own_tasks(checkpoint, caches, tasks, monkeypatch):
     theirs = zero_shot.Tasks(tasks.loaded, own=False)
-    first = zero_shot.evaluate_tasks(checkpoint, theirs, window=WINDOW)
+    first = zero_shot.evaluate_tasks(checkpoint, theirs, EvaluationSettings(window=WINDOW))
     (folder,) = (caches / "eval").iterdir()
     assert len(list(folder.iterdir())) == len(NAMES)
     for task in tasks.loaded["tasks"].values():
         monkeypatch.setattr(task, "fewshot_context", None)  # what builds them
-    again = zero_shot.evaluate_tasks(checkpoint, theirs, window=WINDOW, limit=3)
+    again = zero_shot.evaluate_tasks(checkpoint, theirs, EvaluationSettings(window=WINDOW, limit=3))
     assert again["owl_texts"].documents == 3
-    assert zero_shot.evaluate_tasks(checkpoint, theirs, window=WINDOW) == first
+    assert zero_shot.evaluate_tasks(checkpoint, theirs, EvaluationSettings(window=WINDOW)) == first
 
 
 def test_the_command_line_shows_models_side_by_side(owl, checkpoint, deployment, text_file):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from owl_deploy.evaluate import zero_shot
-from owl_deploy.evaluate.run import Asked, evaluate
+from owl_deploy.evaluate.run import evaluate
+from owl_deploy.evaluate.settings import EvaluationSettings
 from tests import divided, fresh
 
 pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
@@ -33,7 +34,7 @@ def test_several_processes_find_what_one_does(llama, processes):
     done = fresh.group(processes, fresh.owl, *line, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Loading the tasks' data") == 1
-    (one,) = evaluate([llama], Asked(tasks=NAMES, tasks_path=FOLDER, window=64))
+    (one,) = evaluate([llama], EvaluationSettings(tasks=NAMES, tasks_path=FOLDER, window=64))
     assert json.loads(done.stdout) == one.to_json()  # one speaks, to the last bit the same
 
 
@@ -49,7 +50,7 @@ def test_every_model_gets_the_same_examples(llama):
     (task,) = tasks.loaded["tasks"].values()
     asked = []
     for _ in range(2):
-        zero_shot.evaluate_tasks(llama, tasks, window=64)
+        zero_shot.evaluate_tasks(llama, tasks, EvaluationSettings(window=64))
         asked.append([request.args for request in task.instances])
     assert asked[0] == asked[1]
 

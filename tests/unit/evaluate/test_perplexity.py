@@ -12,6 +12,7 @@ from owl_deploy.artefact import write_json
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import fits, from_nll, perplexity, windows_of
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.hardware import Hardware
 from owl_deploy.manifest import measurement
 from owl_deploy.text import load_tokenizer
@@ -19,7 +20,7 @@ from tests import tiny
 
 
 def test_equals_the_loss_of_transformers_window_by_window(llama, text_file):
-    found = perplexity(llama, str(text_file), window=300, limit=3)
+    found = perplexity(llama, EvaluationSettings(str(text_file), window=300, windows=3))
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     ids = torch.tensor(load_tokenizer(llama)(tiny.text())["input_ids"][:900]).view(3, 300)
     with torch.no_grad():
@@ -31,15 +32,15 @@ def test_equals_the_loss_of_transformers_window_by_window(llama, text_file):
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_a_block_at_a_time_equals_the_whole_model(tmp_path, text_file, family):
     model = tiny.write_model(family, tmp_path / "model")
-    options = {"window": 300, "limit": 3}
-    whole = perplexity(model, str(text_file), **options, blockwise=False)
-    streamed = perplexity(model, str(text_file), **options, blockwise=True)
+    options = {"window": 300, "windows": 3}
+    whole = perplexity(model, EvaluationSettings(str(text_file), **options, blockwise=False))
+    streamed = perplexity(model, EvaluationSettings(str(text_file), **options, blockwise=True))
     assert streamed.value == pytest.approx(whole.value, rel=1e-6)
 
 
 def test_gemmas_cap_on_logits_counts(tmp_path, text_file):
     model = tiny.write_model("gemma3_text", tmp_path / "model", final_logit_softcapping=0.5)
-    found = perplexity(model, str(text_file), window=300, limit=1)
+    found = perplexity(model, EvaluationSettings(str(text_file), window=300, windows=1))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
     ids = torch.tensor([load_tokenizer(model)(tiny.text())["input_ids"][:300]])
     with torch.no_grad():
@@ -49,14 +50,16 @@ def test_gemmas_cap_on_logits_counts(tmp_path, text_file):
 @pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_added_up_in_float32(llama, text_file, dtype, blockwise):
-    exact = perplexity(llama, str(text_file), window=300, limit=3)
+    exact = perplexity(llama, EvaluationSettings(str(text_file), window=300, windows=3))
     found = perplexity(
         llama,
-        str(text_file),
-        window=300,
-        limit=3,
-        hardware=Hardware("cpu", dtype),
-        blockwise=blockwise,
+        EvaluationSettings(
+            str(text_file),
+            window=300,
+            windows=3,
+            hardware=Hardware("cpu", dtype),
+            blockwise=blockwise,
+        ),
     )
     assert found.value == pytest.approx(exact.value, rel=5e-3)
     assert found.value != exact.value
@@ -72,25 +75,25 @@ def test_blocks_stream_where_the_model_does_not_fit(llama, text_file, monkeypatc
     assert fits(checkpoint, torch.bfloat16, cpu)
     assert not fits(checkpoint, torch.float32, cpu)
     monkeypatch.setattr("owl_deploy.evaluate.perplexity.load_model", None)  # not to be called
-    perplexity(llama, str(text_file), window=300, limit=1)
+    perplexity(llama, EvaluationSettings(str(text_file), window=300, windows=1))
 
 
 def test_a_result_is_kept_where_owl_wrote_the_folder(llama, text_file, tmp_path, monkeypatch):
     ours = Path(shutil.copytree(llama, tmp_path / "model"))
     write_json(ours / "owl.json", {"kind": "checkpoint"})
     before = (ours / "owl.json").read_bytes()
-    found = perplexity(ours, str(text_file), window=300, limit=1)
+    found = perplexity(ours, EvaluationSettings(str(text_file), window=300, windows=1))
     recorded = measurement(ours, "perplexity")
     assert (recorded["value"], recorded["dtype"]) == (found.value, "float32")
-    perplexity(llama, str(text_file), window=300, limit=1)
+    perplexity(llama, EvaluationSettings(str(text_file), window=300, windows=1))
     assert measurement(llama, "perplexity") is None
     assert (ours / "owl.json").read_bytes() == before  # a finished manifest stays as it is
 
     def refuse(*_, **__):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("owl_deploy.evaluate.perplexity.keep_measurement", refuse)
-    assert perplexity(ours, str(text_file), window=300, limit=1) == found
+    monkeypatch.setattr("owl_deploy.evaluate.subject.keep_measurement", refuse)
+    assert perplexity(ours, EvaluationSettings(str(text_file), window=300, windows=1)) == found
 
 
 def test_a_tokenizer_that_begins_a_text_does_so_once(llama, text_file, tmp_path):
@@ -113,23 +116,28 @@ def test_a_loss_that_is_no_number_is_an_error(nll):
 
 @pytest.mark.parametrize(
     ("window", "limit", "complaint"),
-    [(100_000, None, "takes 512 tokens, not 100000"), (1, None, "too small"), (64, 0, "too small")],
+    [
+        (100_000, None, "takes 512 tokens, not 100000"),
+        (1, None, "too small"),
+        (64, 0, "at least 1"),
+    ],
 )
 def test_windows_that_cannot_be(llama, text_file, window, limit, complaint):
     with pytest.raises(BadInput, match=complaint):
-        perplexity(llama, str(text_file), window=window, limit=limit)
+        perplexity(llama, EvaluationSettings(str(text_file), window=window, windows=limit))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_window_that_the_model_does_not_take(tmp_path, text_file, family):
     model = tiny.write_model(family, tmp_path / "model", max_position_embeddings=128)
     with pytest.raises(BadInput, match=r"takes 128 tokens, not 129.*smaller --window"):
-        perplexity(model, str(text_file), window=129)
+        perplexity(model, EvaluationSettings(str(text_file), window=129))
 
 
 def test_the_tokens_that_were_read_are_told_from_others(llama, text_file):
     first, same, other = (
-        perplexity(llama, str(text_file), window=window, limit=2) for window in (40, 40, 41)
+        perplexity(llama, EvaluationSettings(str(text_file), window=window, windows=2))
+        for window in (40, 40, 41)
     )
     assert first == same
     assert first.token_ids_sha256 != other.token_ids_sha256

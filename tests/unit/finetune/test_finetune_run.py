@@ -13,6 +13,7 @@ from owl_deploy import adapter, recipe
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import perplexity
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.finetune import run as module
 from owl_deploy.finetune import train as training
 from owl_deploy.finetune.run import finetune
@@ -61,7 +62,7 @@ def test_every_zero_stays_and_no_other_comes(models, text_file, tmp_path, family
 def test_what_was_measured_before_is_not_said_of_the_result(models, text_file, tmp_path):
     _, sparse = models("llama")
     evaluated = shutil.copytree(sparse, tmp_path / "evaluated")
-    perplexity(evaluated, str(text_file), window=64, limit=1)
+    perplexity(evaluated, EvaluationSettings(str(text_file), window=64, windows=1))
     assert measurement(evaluated, "perplexity")
     settings = QUICK | {"method": "masked"}
     manifest = finetune(evaluated, tmp_path / "out", str(text_file), settings).to_json()
@@ -138,22 +139,36 @@ def test_the_adapter_is_pefts_and_its_merge_is_the_formula(models, text_file, tm
             expected = reference.merge_under_the_mask(before[f"{name}.weight"], a, b, 16 / 8)
             torch.testing.assert_close(after[f"{name}.weight"], expected, rtol=0, atol=1e-6)
 
-    with_it = perplexity(sparse, str(text_file), window=32, limit=9, adapter=tmp_path / "adapter")
-    assert with_it.value < perplexity(sparse, str(text_file), window=32, limit=9).value
+    with_it = perplexity(
+        sparse,
+        EvaluationSettings(str(text_file), window=32, windows=9, adapter=tmp_path / "adapter"),
+    )
+    assert (
+        with_it.value
+        < perplexity(sparse, EvaluationSettings(str(text_file), window=32, windows=9)).value
+    )
 
 
 def test_an_adapter_for_another_model(models, text_file, tmp_path):
     dense, sparse = models("llama")
     finetune(sparse, tmp_path / "adapter", str(text_file), QUICK)
     with pytest.raises(BadInput, match=r"is not for .* it was trained on"):
-        perplexity(dense, str(text_file), window=32, limit=1, adapter=tmp_path / "adapter")
+        perplexity(
+            dense,
+            EvaluationSettings(str(text_file), window=32, windows=1, adapter=tmp_path / "adapter"),
+        )
     (tmp_path / "adapter" / "owl.json").unlink()  # as from elsewhere: names and shapes decide
     for family, changes in (("opt", {}), ("llama", {"num_hidden_layers": 3})):
         other = tiny.write_model(family, tmp_path / f"{family}-other", **changes)
         with pytest.raises(BadInput, match="is not for"):
-            perplexity(other, str(text_file), window=32, limit=1, adapter=tmp_path / "adapter")
+            perplexity(
+                other,
+                EvaluationSettings(
+                    str(text_file), window=32, windows=1, adapter=tmp_path / "adapter"
+                ),
+            )
     with pytest.raises(BadInput, match=r"no adapter_config\.json"):
-        perplexity(sparse, str(text_file), window=32, limit=1, adapter=sparse)
+        perplexity(sparse, EvaluationSettings(str(text_file), window=32, windows=1, adapter=sparse))
 
 
 def test_a_lost_mask_is_seen_before_anything_appears(models, text_file, tmp_path, monkeypatch):

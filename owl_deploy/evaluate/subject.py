@@ -1,0 +1,73 @@
+"""What is evaluated: a checkpoint or a deployment, and where what came out is kept."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from owl_deploy.adapter import with_adapter
+from owl_deploy.artefact import is_artefact
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.engines import engine_for, get_engine
+from owl_deploy.engines.deployment import Deployment
+from owl_deploy.engines.loading import Folder
+from owl_deploy.errors import BadInput
+from owl_deploy.manifest import DeploymentManifest, Manifest, keep_measurement, read_manifest
+from owl_deploy.progress import error_console
+
+
+def is_deployment(folder: Path) -> bool:
+    """Whether it is one: owl says so, or there is what an engine opens and no checkpoint's weights.
+
+    A stranger's deployment has no manifest.
+    """
+    if read_manifest(folder, Manifest) is not None:
+        return read_manifest(folder, DeploymentManifest) is not None
+    return Folder(folder).has_model and not any(folder.glob("*.safetensors"))
+
+
+def engine_of(deployment: Deployment, asked: str | None) -> str:
+    """The engine to evaluate a deployment in: the one `asked` for, or the fastest that opens it."""
+    if asked is None:
+        own = engine_for(deployment.target)
+        return own.evaluated_in or own.name
+    if deployment.target not in get_engine(asked).targets:
+        raise BadInput(
+            f"The engine {asked!r} does not open {deployment.path}, which was exported for "
+            f"{deployment.target}.",
+            f"Leave --engine away, or export again with --target {asked}.",
+        )
+    return asked
+
+
+def refuse_adapter(adapter: Path | None) -> None:
+    """Raise `BadInput` if there is one, for a deployment."""
+    if adapter is not None:
+        raise BadInput("--adapter goes with a checkpoint; a deployment is as it was exported.")
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, adapter: Path | None
+) -> Any:  # noqa: ANN401 - transformers is untyped
+    """The whole model, with a LoRA adapter if there is one, for inference.
+
+    Raises `BadInput` for weights that are incomplete or not finite, and for an adapter that is
+    not for them.
+    """
+    model = checkpoint.load(dtype)
+    if adapter is not None:
+        model = with_adapter(model, checkpoint, adapter).get_base_model()
+    return model.to(device).eval()
+
+
+def keep(folder: Path, key: str, value: dict[str, Any], *, add: bool = False) -> None:
+    """Keep a result beside what was measured (`add`: to it), if `folder` is an artefact of ours.
+
+    A folder that cannot be written costs a remark, not the result.
+    """
+    if not is_artefact(folder):
+        return
+    try:
+        keep_measurement(folder, key, value, add=add)
+    except OSError as error:
+        error_console().print(f"{folder} does not keep the result ({error}).", highlight=False)
