@@ -39,9 +39,11 @@ def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # no
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise BadInput(f"{folder} has no {name}.", "Give a folder that holds a PEFT adapter.")
-    kind = read_object(folder / CONFIG, "Get the adapter again.").get("peft_type")
-    if kind != "LORA":  # of PEFT's others some read files, or models of the Hub, that they name
+    config = read_object(folder / CONFIG, "Get the adapter again.")
+    if (kind := config.get("peft_type")) != "LORA":  # of others some read what they name
         raise BadInput(f"The adapter in {folder} is of PEFT's type {kind!r}.", "Give a LoRA one.")
+    if config.get("megatron_config"):  # for it PEFT imports the module `megatron_core`
+        raise BadInput(f"The adapter in {folder} is for Megatron.", "Give one for Transformers.")
     manifest = read_manifest(folder, AdapterManifest)
     trained_on = manifest.finetune.checkpoint if manifest and manifest.finetune else None
     if trained_on and trained_on.weights_sha256 != weights_digest(checkpoint):

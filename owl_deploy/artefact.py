@@ -9,12 +9,15 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from owl_deploy.errors import BadInput, EnvironmentFailed, first_line
 from owl_deploy.lease import STALE_S, Held, holds, lease
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "owl.json"  # what each artefact holds, see manifest.py
 MEASURED = "measured"  # the folder within an artefact that holds what was measured of it
@@ -281,6 +284,16 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def save_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path, **metadata: str) -> None:
+    """Write a safetensors file, for whoever may read the files that this process makes."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)  # it is its maker's alone otherwise
+
+
 def read_object(path: Path, way_out: str) -> dict[str, Any]:
     """The JSON object in a file; raises `BadInput`, with `way_out`, where there is none."""
     try:
@@ -303,6 +316,33 @@ def link(source: Path, target: Path) -> None:
         raise
     except OSError:
         shutil.copyfile(source, target)
+
+
+def end_line(path: Path) -> None:
+    """End the last line of the file `path`, which a kill may have cut short, so that what is
+    appended begins another; make the file where there is none.
+    """
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file of a folder that a stranger may have packed; raises `BadInput` as `own` does."""
+    shutil.copyfile(own(source), target)
+
+
+def own(path: Path) -> Path:
+    """`path`, unless it is a link to a file of another name, which may be its reader's secret.
+
+    Those of the Hub's cache lead to blobs, whose names are digests.
+    """
+    found = path.resolve()
+    if path.is_symlink() and path.name != found.name and found.parent.name != "blobs":
+        raise BadInput(f"{path} is a link to {found}.", "If you want that file, copy it there.")
+    return path
 
 
 def sha256(path: Path) -> str:

@@ -198,6 +198,7 @@ class Skeleton:
                 )
                 (found,) = torch.autograd.grad(left, hidden, by_left)
                 gradients[place] = found.to(gradients.device)
+        check_finite(gradients, "the gradient of the loss")
         return gradients
 
     @torch.no_grad()
@@ -425,13 +426,23 @@ def _drawn_gradient(
     return found
 
 
+def free_on(device: torch.device) -> int:
+    """The bytes that a device, or else the host, has free; those that PyTorch keeps for itself
+    count as that.
+    """
+    if device.type != "cuda":
+        return free_memory()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
 def room_for(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scratch: Path
 ) -> torch.Tensor:
     """An empty tensor on the device where half of what is free holds it, else in memory, else
     in a file that is mapped."""
     size = math.prod(shape) * dtype.itemsize
-    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and size < free_on(device) / 2:
         return torch.empty(shape, dtype=dtype, device=device)
     if size < free_memory() / 2:
         return torch.empty(shape, dtype=dtype)

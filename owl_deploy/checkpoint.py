@@ -9,12 +9,11 @@ import json
 import math
 import re
 import reprlib
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import link, read_object, sha256
+from owl_deploy.artefact import copy, link, read_object, save_tensors, sha256
 from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_out_of_memory
 from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
@@ -62,6 +61,11 @@ class Checkpoint:
             raise BadInput(f"{folder / 'config.json'} is missing.", hint)
         self.config = read_object(folder / "config.json", "Get the file again.")
         self.family = family_of(self.config)
+        if (folder / "adapter_config.json").is_file():  # transformers would apply it, unasked
+            raise BadInput(
+                f"{folder} holds an adapter beside the model.",
+                "Move its files (adapter_*) to a folder of their own, and give that to --adapter.",
+            )
         if self.config.get("quantization_config"):
             raise BadInput(f"{folder} is quantized.", "Give the model as it was before.")
         found = _tensor_files(folder)
@@ -340,8 +344,6 @@ def shards(
     Holds one shard (`SHARD_BYTES`) in memory at a time. The files `ready`, on the same disk, become
     the first shards as they are, without a copy, and stay where they are too.
     """
-    from safetensors.torch import save_file
-
     parts: list[tuple[Path, list[str]]] = []
     for path in ready:
         with _open_safetensors(path) as file:
@@ -353,7 +355,7 @@ def shards(
 
     def flush(shard: dict[str, "torch.Tensor"]) -> None:
         path = folder / f"part-{len(parts)}"
-        save_file(shard, path, metadata={"format": "pt"})
+        save_tensors(shard, path)
         parts.append((path, list(shard)))
 
     shard: dict[str, torch.Tensor] = {}
@@ -386,7 +388,7 @@ def write_compatible(source: Checkpoint, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in _TOKENIZER_FILES:
         if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+            copy(source.folder / name, folder / name)
     _rewrite(folder / "tokenizer.json", _string_merges)
     _rewrite(folder / "tokenizer_config.json", _known_tokenizer_class)
 

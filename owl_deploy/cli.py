@@ -19,7 +19,7 @@ from owl_deploy.methods import METHODS
 from owl_deploy.ranks import leads, leave, local_rank
 
 if TYPE_CHECKING:
-    from owl_deploy.pipeline import Plan, State
+    from owl_deploy.pipeline import Export, Plan, State
     from owl_deploy.record import Record
 
 
@@ -390,35 +390,42 @@ def bench(
     loss = read_loss(max_loss) if max_loss else None
     if strict and not check:
         raise api.BadInput("--strict is for the verdicts of --check.", "Give both, or neither.")
-    if dense:
-        made = _dense(dense, deployments, trust_library)
-        given["baselines"] = (*given.get("baselines", ()), *made)
-    check_measured((*deployments, *given.get("baselines", ())), quality_metric)
+    exports = _dense(dense, deployments, trust_library) if dense else ()
+    given["baselines"] = (*given.get("baselines", ()), *(one.output for one in exports))
     given.setdefault("looks", CHECK_LOOKS if check else 1)
     if draft:
         given.setdefault("scenarios", ("answers",))
+    plan = api.BenchPlan(candidates=tuple(deployments), **given)
+
+    def prepare() -> None:
+        if exports:
+            from owl_deploy import pipeline
+
+            pipeline.execute(exports, _say)
+        check_measured((*plan.candidates, *plan.baselines), quality_metric)
+
     outcome = api.run_gate(
-        api.BenchPlan(candidates=tuple(deployments), **given),
+        plan,
         save=save_baseline,
         check=check,
         margin=margin,
         output=output,
         force=force,
         summary=summary,
+        prepare=prepare,
     )
-    _emit(outcome.to_json(), as_json, lambda: show_outcome(outcome, None, loss, quality_metric))
+    whole = outcome.to_json(loss, quality_metric)
+    _emit(whole, as_json, lambda: show_outcome(outcome, None, loss, quality_metric))
     sys.exit(outcome.exit_code(strict))
 
 
-def _dense(checkpoint: Path, deployments: list[Path], trust_library: bool) -> tuple[Path, ...]:
-    """The dense baselines that suit these deployments, made if they are not there."""
+def _dense(checkpoint: Path, deployments: list[Path], trust_library: bool) -> "tuple[Export, ...]":
+    """What makes the dense baselines that suit these deployments."""
     from owl_deploy import pipeline
     from owl_deploy.engines import open_deployment
 
     opened = [open_deployment(path, trust_library=trust_library) for path in deployments]
-    tasks = pipeline.dense_exports(checkpoint, [(one.target, one.precision) for one in opened])
-    pipeline.execute(tasks, _say)
-    return tuple(task.output for task in tasks)
+    return pipeline.dense_exports(checkpoint, [(one.target, one.precision) for one in opened])
 
 
 @app.command()
@@ -504,6 +511,7 @@ def report(
     output: options.Page = Path("report.html"),
     max_loss: options.MaxLoss = None,
     quality_metric: options.QualityMetric = None,
+    force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Write benchmark results as one page with pictures and tables."""
@@ -522,7 +530,7 @@ def report(
     ]
     loss = read_loss(max_loss) if max_loss else None
     measured = [api.read_result(path) for path in results if not trained[path]]
-    write_report(measured, output, curves, loss, quality_metric)
+    write_report(measured, output, curves, loss, quality_metric, force=force)
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
 
 

@@ -302,7 +302,7 @@ def conclude(
     report`. Raises `EngineFailed` after all that where an engine has failed.
     """
     write_json(output / "table.json", table)
-    write_report(results, output / "report.html", max_loss=max_loss)
+    write_report(results, output / "report.html", max_loss=max_loss, force=True)
     show(results[0], table)
     error_console().print(f"The report: {output}/report.html", style="dim")
     failures = [failure for result in results for failure in result.failures]

@@ -26,6 +26,7 @@ from owl_deploy.errors import (
     is_full_disk,
     is_out_of_memory,
     not_installed,
+    printable,
 )
 from owl_deploy.ranks import one_voice
 
@@ -108,7 +109,7 @@ def echo(sentence: str) -> None:
     """Say why owl ends, on stderr; of several processes one does."""
     with one_voice() as speaks:
         if speaks:
-            typer.echo(f"owl: {sentence}", err=True)
+            typer.echo(f"owl: {printable(sentence)}", err=True)
 
 
 def _without_stdout(lost: OSError) -> int:

@@ -4,6 +4,7 @@ import difflib
 import errno
 import reprlib
 import sys
+import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,14 @@ def first_line(error: BaseException) -> str:
     """What an exception of any library says, or else its type, as one line of bearable length."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 200 else f"{line[:200]} ..."
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal obeys instead of showing it: names of files may hold that."""
+    return "".join(
+        c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf") else ascii(c)[1:-1]
+        for c in text
+    )
 
 
 def is_full_disk(error: BaseException) -> bool:

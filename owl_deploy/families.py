@@ -78,6 +78,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
         error.hint = f"Supported: {', '.join(FAMILIES)}."
         raise error
     family = FAMILIES[model_type]
+    if config.get("word_embed_proj_dim") not in (None, config.get("hidden_size")):  # OPT-350m's
+        projected = (*family.embeddings, f"{family.backbone}.project_in")
+        family = replace(family, embeddings=projected)
     if config.get("do_layer_norm_before", True):
         return family
     return replace(family, halves=None)  # OPT-350m has each norm at the end of its half

@@ -5,6 +5,7 @@ Through onnxruntime-genai, or, greedily, through the process of an engine that r
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from owl_deploy.engines.deployment import Deployment, open_deployment, told_numb
 from owl_deploy.engines.draft import Draft, open_draft
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.process import DEFAULT_CONTEXT
+from owl_deploy.engines.registry import MOST_ROWS
 from owl_deploy.engines.speculate import (
     Lookup,
     Proposer,
@@ -33,7 +35,12 @@ from owl_deploy.errors import BadInput, EngineFailed, first_line
 STDIN = "-"
 DEFAULT_NEW_TOKENS = 128
 UNLIMITED = -1  # new tokens: on until the context is full, as in llama.cpp
+_PART = 128  # tokens of a prompt that are run at once: a tenth of a second of a small model
+_LONGEST_WORD = 8192  # letters, or digits, signs or blanks
 _LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
+
+
+_WORDS = re.compile(r"[^\W\d_]+|\d+|[^\w\s]+|\s+|_+")
 
 
 @dataclass(frozen=True)
@@ -267,7 +274,10 @@ class Writer:
         pad = opened.folder.settings["model"].get("pad_token_id")
         # Prompts that are run in parts, as the settings may ask for, go alone.
         in_parts = "chunk_size" in opened.folder.settings.get("search", {})
+        if not 1 <= batch <= MOST_ROWS:
+            raise BadInput(f"--batch {batch} is not between 1 and {MOST_ROWS}.")
         self.batch = 1 if in_parts or pad is None else batch
+        self._vocabulary = opened.vocab
         self._pad = pad or 0
         import onnxruntime_genai
 
@@ -290,6 +300,13 @@ class Writer:
 
     def row(self, prompt: str, sampling: Sampling, speed: Speed) -> Row:
         """What is to be written after `prompt`; raises `BadInput` for one that is too long."""
+        # The library's tokenizer takes time by the square of a word's length, and holds the lock.
+        if any(len(word[0]) > _LONGEST_WORD for word in _WORDS.finditer(prompt)):
+            raise BadInput(
+                f"The prompt has more than {_LONGEST_WORD} letters, digits, signs or blanks in "
+                "a row.",
+                "Divide them.",
+            )
         with self._stumbling():
             tokens = self._tokenizer.encode(prompt).tolist()
         speed.prompt_tokens = len(tokens)
@@ -341,8 +358,13 @@ class Writer:
 
         ids = in_rows([row.tokens for row in rows], self._pad)
         length = min(ids.shape[1] + max(row.room for row in rows), self.context)
-        generator = _generator(self._model, length, rows[0].sampling, len(rows))
-        append(generator, ids, self._pad)
+        sampling = rows[0].sampling
+        sampling = replace(sampling, top_k=min(sampling.top_k, self._vocabulary))
+        generator = _generator(self._model, length, sampling, len(rows))
+        # In parts, after each of which other threads may run: the library holds Python's lock.
+        part = _PART if len(rows) == 1 else ids.shape[1]
+        for start in range(0, ids.shape[1], part):
+            append(generator, ids[:, start : start + part], self._pad)
         while not generator.is_done() and not all(row.ended for row in rows):
             generator.generate_next_token()
             yield generator.get_next_tokens().tolist()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from owl_deploy.artefact import save_tensors
 from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
 from owl_deploy.runtime.pack import INTEGERS, SHARED_COLUMNS, TRAITS
@@ -43,12 +44,10 @@ def write_grid(
 
     `scales` [out, ceil(in / group)], by the tensors' names; `bits`, by the Linears'.
     """
-    from safetensors.torch import save_file
-
     told = {f"{name}.bits": str(number) for name, number in bits.items()}
     if len(set(told.values())) == 1:
         told = {"bits": min(told.values())}
-    save_file(scales, checkpoint / GRID, metadata=told | {"group": str(group)})
+    save_tensors(scales, checkpoint / GRID, **told, group=str(group))
 
 
 def read_grid(checkpoint: Path) -> KeptGrid | None:

@@ -1,13 +1,15 @@
 """Where a model is computed: device, dtype and batch size."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from owl_deploy.blocks import Skeleton
+from owl_deploy.blocks import Skeleton, free_on
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, unknown_name
-from owl_deploy.ranks import free_memory, local_rank
+from owl_deploy.ranks import local_rank
 
 _DEVICES = ("auto", "cpu", "cuda")
 _TOKENS_A_BATCH = 1024  # on a CPU more is no faster, and leaves the caches
@@ -30,6 +32,19 @@ class Hardware:
 
 
 ANY_HARDWARE = Hardware()
+
+
+@contextlib.contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """Compute on `count` of PyTorch's threads in this block, as the run did that is gone on with:
+    sums are made in another order on others. None: on as many as ever.
+    """
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count or usual)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def find_device(name: str) -> torch.device:
@@ -67,16 +82,17 @@ def find_dtype(
 ) -> torch.dtype:
     """The dtype to compute in: `auto` is the checkpoint's own where the device is fast in it.
 
-    A CPU is not in float16, nor in bfloat16 without instructions for it: float32 then, and always
-    where `exact`, so that a result does not depend on which CPU it was.
+    A CPU is not in float16, nor any device in bfloat16 without instructions for it: float32 then,
+    and on a CPU always where `exact`, so that a result does not depend on which it was.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
         stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         dtype = known.get(str(stored), torch.float32)
-        if device.type == "cpu" and (exact or dtype != torch.bfloat16 or not multiplies_bfloat16()):
+        if device.type == "cpu" and (exact or dtype == torch.float16):
             return torch.float32
-        return dtype
+        slow = dtype == torch.bfloat16 and not multiplies_bfloat16(device)
+        return torch.float32 if slow else dtype
     if name not in known:
         raise unknown_name("dtype", name, ("auto", *known))
     return known[name]
@@ -89,13 +105,13 @@ def find_training_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for that, a CPU AVX-512 BF16 or AMX: twice as fast as float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has AVX-512 BF16 or AMX: about twice as fast as float32 then."""
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -108,8 +124,7 @@ def find_batch(given: int | None, windows: torch.Tensor | None, skeleton: Skelet
     config = skeleton.checkpoint.config
     width = 8 * config.get("hidden_size", 0) + 4 * config.get("intermediate_size", 0)
     sample = windows.shape[1] * width * skeleton.dtype.itemsize
-    if skeleton.device.type == "cuda":
-        free = torch.cuda.mem_get_info(skeleton.device)[0]
-    else:
-        free = min(free_memory(), 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
+    free = free_on(skeleton.device)
+    if skeleton.device.type == "cpu":
+        free = min(free, 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)
     return max(1, min(len(windows), int(free // 4 // max(sample, 1))))

@@ -111,7 +111,17 @@ def _is_void(path: Path) -> bool:
     found, here = _read(path), _here()
     if found and {name: found.get(name) for name in here} == here:
         return not _lives(found)
-    return _age_s(path) > STALE_S
+    age_s = _age_s(path)
+    return age_s > STALE_S or (age_s < -1 and _stands_still(path))
+
+
+def _stands_still(path: Path) -> bool:
+    """Whether nobody touches a file that is of a time to come, for a clock was set back, say."""
+    with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+        before = path.stat().st_mtime_ns
+        time.sleep(2 * BEAT_S)
+        return path.stat().st_mtime_ns == before
+    return False
 
 
 def _age_s(path: Path) -> float:

@@ -6,6 +6,7 @@ tools add theirs; what nobody set is left out of the file.
 """
 
 import contextlib
+import errno
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -420,11 +421,16 @@ def keep_measurement(folder: Path, name: str, value: dict[str, Any], *, add: boo
     """Keep what was measured of an artefact beside its manifest: one file a measurement.
 
     So a finished manifest is never written again. With `add` what was there stays, but for the keys
-    that `value` has; two that measure at once lose nothing.
+    that `value` has; two that measure at once lose nothing. Raises `OSError` where it cannot be
+    written, or where a link would lead elsewhere: the folder may be a stranger's.
     """
     file = measurement_file(folder, name)
+    lock = file.with_name(f".{name}.owl-lock")
     file.parent.mkdir(exist_ok=True)
-    with lease(file.with_name(f".{name}.owl-lock"), wait=True):
+    for path in (file.parent, file, lock):
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link", str(path))
+    with lease(lock, wait=True):
         earlier = measurement(folder, name) if add else None
         write_json(file, (earlier or {}) | value)
 

@@ -19,7 +19,7 @@ _SOURCE = "a file, a folder, a pattern, wikitext, c4, ptb, or hf:N:C:S:COL."
 # --- of several verbs -----------------------------------------------------------------------------
 
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
-Force = Annotated[bool, Option("--force", "-f", help="Replace an existing output folder.")]
+Force = Annotated[bool, Option("--force", "-f", help="Replace an output that is there.")]
 Resume = Annotated[bool, Option("--resume", help="Continue a run that was stopped.")]
 Output = Annotated[Path, Option("--output", "-o", help="The folder to write.")]
 Threads = Annotated[int | None, Option("--threads", "-t", help=_CORES)]
@@ -139,7 +139,8 @@ ServedDeployment = Annotated[Path, Argument(help="A deployment for owl or onnxru
 Host = Annotated[str, Option(help="The address to listen at; OWL_API_KEY must be set for others'.")]
 Port = Annotated[int, Option(min=0, max=65535, help="The port; 0 takes a free one.")]
 ServedBatch = Annotated[
-    int, Option(min=1, help="Requests that wait are answered together, up to so many.")
+    int,
+    Option(min=1, help="Requests that wait are answered together, up to so many."),
 ]
 Waiting = Annotated[int, Option(min=0, help="Requests in line behind those that are answered.")]
 ServedContext = Annotated[int, Option(min=2, help="Tokens of a prompt and its answer, at most.")]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import all_to_disk, make_folder, write_json
+from owl_deploy.artefact import all_to_disk, make_folder, save_tensors, write_json
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Partial:
     That run is the `only_writer` of `output`; other processes of it are sent this object, to read.
     Raises `BadInput` when there is one and `resume` is not asked for (and `force` neither), or when
     it was started with other arguments. What `asked` has under `ROUNDING` may differ where the
-    number of processes does, which adds up in another order anyhow.
+    number of processes does, which adds up in another order anyhow, and so may the batch size, of
+    which there may have been too much memory asked.
     """
 
     def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
@@ -66,10 +67,8 @@ class Partial:
 
     def write_tensors(self, named: "Mapping[str, torch.Tensor]", path: Path) -> None:
         """Write a safetensors file of the folder, durably, whole or not at all."""
-        from safetensors.torch import save_file
-
         temporary = self.folder / "unfinished"  # of a run that was killed, the next one's takes it
-        save_file(dict(named), temporary, metadata={"format": "pt"})
+        save_tensors(named, temporary)
         all_to_disk(temporary)
         temporary.replace(path)
 
@@ -104,7 +103,8 @@ def asked_before(output: Path) -> dict[str, Any]:
 def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
     """Keep what is finished when a run is stopped; drop it when it could only fail again.
 
-    Raises `EnvironmentFailed`, with `to_save_memory` in the way out, for a full disk or memory.
+    Raises `EnvironmentFailed`, with `to_save_memory`, a sentence, in the way out, for a full disk
+    or memory.
     """
     try:
         yield
@@ -123,7 +123,7 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise EnvironmentFailed(
                 "There is not enough memory.",
-                f"Free some, or {to_save_memory}, {way_out}.",
+                f"Free some, {way_out}. {to_save_memory}",
             ) from error
         if kept and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt("the same command with --resume goes on from here") from error
@@ -136,8 +136,12 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - any JSON value
 
 def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> None:
     asked = json.loads(json.dumps(asked))
-    if before.get(ROUNDING, {}).get("processes") != asked.get(ROUNDING, {}).get("processes"):
-        before, asked = ({**one, ROUNDING: None} for one in (before, asked))
+    rounding = [dict(one.get(ROUNDING) or {}, batch_size=None) for one in (before, asked)]
+    if rounding[0].get("processes") != rounding[1].get("processes"):
+        rounding = [{}, {}]
+    before, asked = (
+        one | {ROUNDING: own} for one, own in zip((before, asked), rounding, strict=True)
+    )
     differing = _differences(before, asked)
     if differing:
         raise BadInput(

@@ -30,7 +30,7 @@ class Grid:
     def at(self, positions: torch.Tensor, columns: int) -> torch.Tensor:
         """The scales at `positions` of a flat weight with so many columns, float32."""
         rows, places = positions // columns, positions % columns
-        return self.scales.float()[rows, places // self.group]
+        return self.scales.to(positions.device).float()[rows, places // self.group]
 
 
 class _Product(torch.autograd.Function):

@@ -165,7 +165,7 @@ def run(
         plan = rest
     records = [record for _, record in sorted(left.items())]
     result = None if last in left else api.read_result(plan[-1].output)
-    write_report([result] if result else [], output / REPORT, left=records)
+    write_report([result] if result else [], output / REPORT, left=records, force=True)
     return result, records
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from owl_deploy.artefact import MANIFEST
 from owl_deploy.engines.loading import Folder, Row, digest, fingerprint
-from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.errors import BadInput, EnvironmentFailed, printable
 from owl_deploy.progress import result_console
 from owl_deploy.runtime import LIBRARY_NAMES, library_path
 
@@ -74,11 +74,11 @@ def show(found: Verified, folder: str, console: Console | None = None) -> None:
         table.add_column(column, overflow="fold")
     for row in found.rows:
         state = Text(row.state, style="red" if row.refused else "")
-        table.add_row(row.name, row.part, row.sha256[:16], state)
+        table.add_row(printable(row.name), row.part, row.sha256[:16], state)
     console = console or result_console()
     console.print(table)
     for sentence in _sentences(found, folder):
-        console.print(sentence, soft_wrap=True)
+        console.print(printable(sentence), soft_wrap=True)
 
 
 def _sentences(found: Verified, folder: str) -> list[str]:

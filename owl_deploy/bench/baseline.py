@@ -44,6 +44,24 @@ def one_of_each(plan: BenchPlan) -> None:
         raise BadInput("A gate runs in one engine.", "Give --engine once, or not at all.")
 
 
+def check_save(path: Path, plan: BenchPlan, force: bool) -> None:
+    """Raise `BadInput` for a plan that makes no baseline, and for a file that is to stay."""
+    one_of_each(plan)
+    if plan.pairs < gate.MIN_ROUNDS:
+        raise BadInput(f"A baseline needs --pairs {gate.MIN_ROUNDS} or more.")
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder.", "Give --save-baseline the name of a file.")
+    if path.exists() and not force:
+        try:
+            read(path)
+        except BadInput as error:
+            raise BadInput(
+                f"{path} is there, and is no baseline.", "Give another name, or --force."
+            ) from error
+
+
 def save(
     path: Path,
     plan: BenchPlan,
@@ -55,13 +73,6 @@ def save(
 
     Here and in `check` that is given to `keep` before its samples are forgotten.
     """
-    one_of_each(plan)
-    if plan.pairs < gate.MIN_ROUNDS:
-        raise BadInput(f"A baseline needs --pairs {gate.MIN_ROUNDS} or more.")
-    if not path.absolute().parent.is_dir():
-        raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder.", "Give --save-baseline the name of a file.")
     side = still_side(plan)
     if not math.isfinite(side.probe["scale"]):
         raise EngineFailed(
@@ -131,7 +142,7 @@ def _check_times(
         return gate.check_memory(saved, side, margins) + gate.check_time(saved, side, margins)
 
     def decided(result: Result) -> bool:
-        return gate.overall(timed(result)) != "INCONCLUSIVE"
+        return bool(result.failures) or gate.overall(timed(result)) != "INCONCLUSIVE"
 
     result = run(decided=decided)
     if result.failures:

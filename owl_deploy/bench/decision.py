@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from owl_deploy.bench.result import Result, Score, Subject, metrics_of
 from owl_deploy.errors import BadInput, unknown_name
@@ -123,6 +124,7 @@ def scores_of(folder: Path) -> dict[str, Score]:
                 documents=row.get("documents", 0),
                 passed={one["problem"]: one["passed"] for one in row.get("answers", ())},
                 window=row.get("window"),
+                every=row.get("every"),
             )
     return found
 
@@ -175,7 +177,11 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
         )
     for name, score in found.items():
         first, other = next(iter(found.items()))
-        if score.documents != other.documents or score.passed.keys() != other.passed.keys():
+        if (
+            score.documents != other.documents
+            or score.passed.keys() != other.passed.keys()
+            or (None not in (score.every, other.every) and score.every != other.every)
+        ):
             raise BadInput(
                 f"{first} and {name} were asked other documents of {key}.",
                 "Evaluate both with the same --limit and --every.",
@@ -270,6 +276,27 @@ def choose(options: Iterable[Option], max_loss: float | None) -> Option | None:
     """The fastest of those that `max_loss` allows (see `Option.allowed`), if there is one."""
     kept = [option for option in options if option.is_allowed(max_loss)]
     return max(kept, key=lambda option: option.tokens_per_s, default=None)
+
+
+def to_json(judged: Judged, max_loss: float | None = None) -> dict[str, Any]:
+    """What `sentence` says, as JSON values; shares of quality lost, tokens/s."""
+    pick = choose(judged.options, max_loss)
+    return {
+        "deploy": pick and pick.subject.name,
+        "why": sentence(judged, max_loss),
+        "quality": judged.key,
+        "options": [
+            {
+                "name": one.subject.name,
+                "tokens_per_s": one.tokens_per_s,
+                "value": one.value,
+                "loss": one.loss,
+                "allowed": one.allowed(max_loss),
+                "on_front": one.on_front,
+            }
+            for one in judged.options
+        ],
+    }
 
 
 def sentence(judged: Judged, max_loss: float | None = None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from owl_deploy import digests
+from owl_deploy.artefact import end_line
 from owl_deploy.bench.result import Sample, Subject
 from owl_deploy.cache import cache_dir
 
@@ -61,6 +62,7 @@ class Journal:
     def _lines(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
             return
+        end_line(self.path)
         if time.time() - self.path.stat().st_mtime > _KEPT_S:
             self.path.unlink()
             return

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _Rows = list[tuple[str, ...]]
+_GENERATOR = b'<meta name="generator" content="owl-deploy'  # of every page
 
 
 def write_report(
@@ -31,8 +32,11 @@ def write_report(
     max_loss: float | None = None,
     quality_metric: str | None = None,
     left: Sequence[Record] = (),
+    force: bool = False,
 ) -> None:
     """Write the page for `results` to the file `path`; raises `BadInput` if that cannot be.
+
+    It replaces another of owl's pages; `force`: whatever is there.
 
     `curves`: learning curves of fine-tunings, each a caption and an SVG. `max_loss`: the share of
     quality that may go in the choice of what to deploy, and `quality_metric` what quality that is
@@ -42,6 +46,8 @@ def write_report(
     if not path.absolute().parent.is_dir():
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
     try:
+        if not force and path.exists() and _GENERATOR not in path.read_bytes():
+            raise BadInput(f"{path} is no page of owl's.", "Give another -o, or --force.")
         write_text(path, page)
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}).") from error

@@ -51,7 +51,7 @@ class Score(_Model):
     """What a task gave: a `metric`, with its standard error where there is one.
 
     `passed`: of a task whose answers are kept, which problems were solved, by name; `window`: the
-    tokens that the model saw, where that was kept.
+    tokens that the model saw, and `every`: that each so-manieth document was taken, where kept.
     """
 
     metric: str
@@ -60,6 +60,7 @@ class Score(_Model):
     documents: int = 0
     passed: dict[str, bool] = {}
     window: int | None = None
+    every: int | None = None
 
 
 class Subject(_Model):

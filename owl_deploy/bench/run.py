@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from owl_deploy import artefact
-from owl_deploy.bench import baseline, gate
+from owl_deploy.bench import baseline, decision, gate
 from owl_deploy.bench.gate import Verdict
 from owl_deploy.bench.measure import Progress, run_bench
 from owl_deploy.bench.plan import BenchPlan
@@ -28,15 +28,22 @@ class Outcome:
 
     def exit_code(self, strict: bool = False) -> int:
         """0 to 4, as documented for `owl bench`."""
-        if self.result is not None and self.result.failures:
-            return 4
-        return 0 if self.verdicts is None else gate.exit_code(gate.overall(self.verdicts), strict)
+        if self.verdicts is not None:
+            return gate.exit_code(gate.overall(self.verdicts), strict)
+        return 4 if self.result is not None and self.result.failures else 0
 
-    def to_json(self) -> dict[str, object]:
-        """The result, and the verdicts if there are any, as JSON values."""
+    def to_json(
+        self, max_loss: float | None = None, quality_metric: str | None = None
+    ) -> dict[str, object]:
+        """The result with what to deploy, and the verdicts if there are any, as JSON values.
+
+        `max_loss`, `quality_metric`: as in decision.py.
+        """
         value: dict[str, object] = {}
         if self.result is not None:
+            judged = decision.judge(self.result, quality_metric)
             value = self.result.model_dump(mode="json")
+            value["decision"] = decision.to_json(judged, max_loss)
         if self.verdicts is not None:
             value["verdict"] = gate.overall(self.verdicts)
             value["verdicts"] = [vars(verdict) for verdict in self.verdicts]
@@ -77,17 +84,22 @@ def run_gate(
     output: Path | None = None,
     force: bool = False,
     summary: Path | None = None,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """As `bench`, and save a baseline file or check against one.
 
     `margin` is the share of time that may be lost, kept in the saved file [0.05]; `summary` a file
-    that the verdicts, or the reason why there are none, are appended to as markdown. Raises
-    `BadInput` for a file that is no baseline.
+    that the verdicts, or the reason why there are none, are appended to as markdown. `prepare`
+    makes what is to be measured, once all is looked at that can be wrong before. Raises `BadInput`
+    for a file that is no baseline, and for one to be saved that would replace another thing, unless
+    `force`.
     """
     if summary and not check:
         raise BadInput("--summary is for the verdicts of --check.", "Give both, or neither.")
     _append(summary, "")  # what cannot be written is said before anything is measured
     try:
+        _check_gate(plan, save, check, margin, output, force)
+        prepare()
         outcome = _run_gate(plan, save, check, margin, output, force)
     except OwlError as error:
         _append(summary, baseline.no_verdict(str(error)))
@@ -95,6 +107,32 @@ def run_gate(
     if outcome.verdicts is not None:
         _append(summary, baseline.markdown(outcome.verdicts, outcome.result))
     return outcome
+
+
+def _check_gate(
+    plan: BenchPlan,
+    save: Path | None,
+    check: Path | None,
+    margin: float | None,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Raise `BadInput` for what can be known to be wrong before anything is made or measured."""
+    plan.described()
+    if save and check:
+        raise BadInput("--save-baseline and --check exclude each other.", "Check first, then save.")
+    if plan.draft and (save or check):
+        raise BadInput("A draft is compared with none, not with a file.", "Leave out --draft.")
+    if margin is not None and not save:
+        raise BadInput("--margin is for --save-baseline, whose file keeps it.", "Leave it out.")
+    if margin is not None and not 0 < margin < 1:
+        raise BadInput(f"--margin {margin} is not between 0 and 1.", "0.05 is five per cent.")
+    if save:
+        baseline.check_save(save, plan, force)
+    if check:
+        baseline.read(check)
+    if output is not None:
+        artefact.check_output(output, force)
 
 
 def _append(file: Path | None, text: str) -> None:
@@ -115,22 +153,12 @@ def _run_gate(
     output: Path | None,
     force: bool,
 ) -> Outcome:
-    if save and check:
-        raise BadInput("--save-baseline and --check exclude each other.", "Check first, then save.")
-    if plan.draft and (save or check):
-        raise BadInput("A draft is compared with none, not with a file.", "Leave out --draft.")
-    if margin is not None and not save:
-        raise BadInput("--margin is for --save-baseline, whose file keeps it.", "Leave it out.")
-    margin = gate.Margins.time if margin is None else margin
-    if not 0 < margin < 1:
-        raise BadInput(f"--margin {margin} is not between 0 and 1.", "0.05 is five per cent.")
     if not save and not check:
         return Outcome(bench(plan, output, force))
-    if output is not None:
-        artefact.check_output(output, force)
     keep = _keeping(output, force)
     with _shown() as progress:
         if save:
+            margin = gate.Margins.time if margin is None else margin
             return Outcome(baseline.save(save, plan, progress, margin, keep))
         assert check is not None
         verdicts, result = baseline.check(check, plan, progress, keep)

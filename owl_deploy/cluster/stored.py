@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from owl_deploy.artefact import make_folder, staged_folder, write_json, write_text
+from owl_deploy.artefact import make_folder, own, staged_folder, write_json, write_text
 from owl_deploy.cluster.mirror import Share
 from owl_deploy.cluster.store import INPUTS, LOGS, Content, Store, Stored, contents_of
 from owl_deploy.errors import OwlError
@@ -167,7 +167,7 @@ def _input(path: Path, files: dict[str, tuple[Path, int]]) -> Stored:
     is_folder = path.is_dir()
     base = path if is_folder else path.parent
     found = sorted(filter(Path.is_file, path.iterdir())) if is_folder else [path]
-    contents = contents_of(base, found)
+    contents = contents_of(base, map(own, found))
     files.update({_key(one): (base / name, one.bytes) for name, one in contents.items()})
     return Stored(
         is_folder=is_folder,

@@ -25,6 +25,8 @@ from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.lease import lease
 from owl_deploy.runtime import kernels, library_path
 
+WORKER = Path(__file__).with_name("worker.py")
+
 Progress = Callable[[str], None]
 MARKER = ".complete"
 _ABOUT = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
@@ -277,8 +279,10 @@ def _run(command: list[str], what: str, progress: Progress, **variables: str) ->
     environment |= variables
     environment.pop("PYTHONPATH", None)
     lines: list[str] = []
+    program, *rest = command
     with subprocess.Popen(
-        command,
+        # A killed owl leaves none at work in a folder that the next one clears.
+        [sys.executable, "-I", str(WORKER), program, str(os.getpid()), *rest],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

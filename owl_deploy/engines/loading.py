@@ -34,6 +34,8 @@ _HARMLESS = {
     *("intra_op_num_threads", "inter_op_num_threads", "enable_cpu_mem_arena", "enable_mem_pattern"),
     *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", LAST_LOGITS),
 }
+# What else a decoder's settings hold beside numbers; of `model` it is "type".
+_NAMES = {"filename", "session_options", "inputs", "outputs", "sliding_window"}
 _EXPORT_AGAIN = "Export again."
 AS_EXPORTED, CHANGED, MISSING = "as exported", "changed", "missing"
 UNLISTED, EDITED, UNUSED = "not listed", "edited", "not loaded"
@@ -127,14 +129,11 @@ class Folder:
             model = self.settings.get("model", {})
             decoder = model.get("decoder", {})
             options = dict(decoder.get("session_options", {}))
+            library, graph = options.pop("custom_ops_library", None), decoder.get("filename", MODEL)
+            strange = _strange(self.settings, options)
         except (AttributeError, TypeError, ValueError) as error:
             place = self.path / GENAI_CONFIG
             raise BadInput(f"{place} is not a decoder's.", _EXPORT_AGAIN) from error
-        library, graph = options.pop("custom_ops_library", None), decoder.get("filename", MODEL)
-        strange = {key for key, value in model.items() if isinstance(value, dict)} - {"decoder"}
-        strange |= (decoder.keys() & {"pipeline"}) | (options.keys() - _HARMLESS)
-        if options.get("provider_options") == []:
-            strange -= {"provider_options"}
         complaint = ""
         if strange:
             complaint = f"sets {', '.join(sorted(strange))}, which owl never writes"
@@ -282,6 +281,25 @@ def _refuse_scattered_links(path: Path, names: set[str]) -> None:
                 "from the graph's own folder.",
                 f"Copy the deployment with its files: cp -rL {path.parent} COPY.",
             )
+
+
+def _strange(settings: dict[str, Any], options: dict[str, Any]) -> set[str]:
+    """The settings that may name something to read or to write: all but what owl writes."""
+    model, search = settings.get("model", {}), settings.get("search", {})
+    decoder = model.get("decoder", {})
+    strange = {key for key in settings.keys() - {"model", "search"} if settings[key]}
+    strange |= {key for key in model.keys() - {"type", "decoder"} if not _is_number(model[key])}
+    strange |= {key for key in decoder.keys() - _NAMES if not _is_number(decoder[key])}
+    strange |= {key for key in search if not _is_number(search[key])}
+    strange |= options.keys() - _HARMLESS
+    return strange - ({"provider_options"} if options.get("provider_options") == [] else set())
+
+
+def _is_number(value: Any) -> bool:  # noqa: ANN401 - a JSON value
+    """Whether it is a number, several, or nothing."""
+    if isinstance(value, list):
+        return all(map(_is_number, value))
+    return value is None or isinstance(value, int | float)
 
 
 def _tensors(graph: "onnx.GraphProto") -> Iterator["onnx.TensorProto"]:

@@ -15,12 +15,11 @@ from typing import IO, Any, Self
 
 import psutil
 
-from owl_deploy.engines.environment import python_of
+from owl_deploy.engines.environment import WORKER, python_of
 from owl_deploy.engines.loading import Folder
 from owl_deploy.engines.registry import LOOKUP, Engine, get_engine
 from owl_deploy.errors import BadInput, EngineFailed
 
-WORKER = Path(__file__).with_name("worker.py")
 DEFAULT_CONTEXT = 512
 DEFAULT_TIMEOUT_S = 600.0
 _STACK = re.compile(r"^ *(?:0# |#0 |Traceback |backtrace)", re.MULTILINE)

@@ -41,8 +41,9 @@ class Server:
     """How an engine serves a deployment by OpenAI's API, at /v1, with its state at /health.
 
     `program`: a file in the folder of its Python's packages, or else that Python itself. `options`
-    come after it, in which {deployment}, {port}, {threads}, {rows} (requests at once), {context}
-    (tokens of a prompt and its answer) and {cache} (`rows` times as many) stand for what is asked;
+    come after it, in which {deployment}, {port}, {threads}, {rows} (requests at once), {batch} (as
+    many of them as onnxruntime-genai takes), {context} (tokens of a prompt and its answer) and
+    {cache} (`rows` times as many) stand for what is asked;
     `trusting` does for a deployment with operators of its own that is trusted. `unset`: beginnings
     of the names of environment variables that would change what it does.
     """
@@ -96,11 +97,12 @@ class Engine:
         return max(tokens + self.spare_context, self.least_context)
 
 
+MOST_ROWS = 32  # that onnxruntime-genai takes in a batch
 _OWL_SERVE = Server(
     options=(
         # -P: nothing is imported from the folder that the benchmark is run in.
         *("-P", "-m", "owl_deploy", "serve", "{deployment}", "--port", "{port}"),
-        *("--batch", "{rows}", "--waiting", "{rows}"),
+        *("--batch", "{batch}", "--waiting", "{rows}"),
         *("--context", "{context}", "--threads", "{threads}"),
     ),
     trusting=("--trust-library",),

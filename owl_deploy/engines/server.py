@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from owl_deploy.engines.environment import installed_version, server_of
-from owl_deploy.engines.process import DEFAULT_TIMEOUT_S, WORKER, Child, threads_for
+from owl_deploy.engines.environment import WORKER, installed_version, server_of
+from owl_deploy.engines.process import DEFAULT_TIMEOUT_S, Child, threads_for
+from owl_deploy.engines.registry import MOST_ROWS
 from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.errors import EngineFailed
 
@@ -95,6 +96,7 @@ class ServerProcess(Child):
             "port": self._port,
             "threads": self.threads,
             "rows": self.rows,
+            "batch": min(self.rows, MOST_ROWS),
             "context": self.context,
             "cache": self.rows * self.context,
         }

@@ -1,5 +1,6 @@
 """Answers that are kept as they come, so that an evaluation that was ended goes on."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy import digests
+from owl_deploy.artefact import end_line
 from owl_deploy.cache import cache_dir
 from owl_deploy.progress import bar
 
@@ -32,6 +34,7 @@ class KeptAnswers:
         keys = [digests.of_json(request.args) for request in requests]
         answers = self._read()
         missing = [number for number, key in enumerate(keys) if key not in answers]
+        end_line(self._file)
         with bar("Generating", len(requests)) as advance, self._file.open("ab") as file:
             advance(len(requests) - len(missing))
             for start in range(0, len(missing), self._batch):
@@ -56,11 +59,11 @@ class KeptAnswers:
     def _read(self) -> dict[str, str]:
         answers: dict[str, str] = {}
         for file in self._files():
-            kept, _, cut = file.read_bytes().rpartition(b"\n")
-            # A run that was killed may have left half a line; another process may be at it now.
-            if cut and file == self._file:
-                file.write_bytes(kept + b"\n" if kept else b"")
-            answers |= dict(json.loads(line) for line in kept.splitlines())
+            for line in file.read_bytes().splitlines():
+                # Half a line is of a run that was killed, or of one that is at it now.
+                with contextlib.suppress(ValueError, TypeError):
+                    key, answer = json.loads(line)
+                    answers[key] = answer
         return answers
 
 

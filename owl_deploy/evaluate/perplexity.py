@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from owl_deploy.blocks import Skeleton, window_nll
+from owl_deploy.blocks import Skeleton, free_on, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import get_engine
 from owl_deploy.engines.deployment import open_deployment
@@ -19,7 +19,7 @@ from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
 from owl_deploy.hardware import find_batch, find_device, find_dtype
 from owl_deploy.progress import bar
-from owl_deploy.ranks import ALONE, Ranks, free_memory
+from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.text import (
     evaluation_windows,
     load_evaluation_text,
@@ -166,9 +166,7 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
 
 def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether four fifths of the free memory of `device` hold the weights in `dtype`."""
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
-    return checkpoint.weights() * dtype.itemsize < 0.8 * free
+    return checkpoint.weights() * dtype.itemsize < 0.8 * free_on(device)
 
 
 def _whole_nll(model: Any, windows: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped

@@ -10,7 +10,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.perplexity import Perplexity, perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.evaluate.subject import is_deployment
+from owl_deploy.evaluate.subject import check_subject, is_deployment
 from owl_deploy.evaluate.zero_shot import TaskResult
 from owl_deploy.manifest import versions
 from owl_deploy.progress import error_console
@@ -48,6 +48,8 @@ def evaluate(folders: Sequence[str | Path], asked: EvaluationSettings) -> list[E
     _check_read(folders, asked)
     ranks = join(versions())
     _refuse_deployments(folders, ranks)
+    for folder in folders if len(folders) > 1 else ():
+        check_subject(Path(folder), asked)
     asked = replace(asked, threads=threads_for(asked.threads))
     tasks = None
     if asked.tasks:
@@ -67,7 +69,7 @@ def _check_read(folders: Sequence[str | Path], asked: EvaluationSettings) -> Non
     kinds = [is_deployment(Path(folder)) for folder in folders]
     readers = {
         "--tasks": (bool(asked.tasks), ("limit", "every", "tasks_path", "allow_code")),
-        "--perplexity": (asked.text is not None, ("windows",)),
+        "--perplexity": (asked.text is not None, ("windows", "blockwise")),
         "checkpoints": (not all(kinds), ("hardware", "blockwise")),
         "deployments": (any(kinds), ("engine", "threads", "trust_library")),
     }

@@ -73,7 +73,8 @@ def require_sandbox() -> None:
 def judge(program: str, tests: str, entry_point: str, seconds: float = 20.0) -> Outcome:
     """Whether `program` passes `check(candidate)` of `tests`, where that is its `entry_point`.
 
-    `tests` is trusted: it runs in this process. Its other names may be the program's, too.
+    `tests` is trusted: it runs in this process. Its other names may be the program's, too, but for
+    those of Python itself: an `abs` of the program's could have its tests say what it likes.
     `seconds`: for all of it together, by the wall clock.
     """
     with _Program(seconds) as suspect:
@@ -81,7 +82,8 @@ def judge(program: str, tests: str, entry_point: str, seconds: float = 20.0) -> 
             defined = suspect.start(program)
             if entry_point not in defined:
                 return Outcome(False, f"defines no {entry_point}")
-            names: dict[str, Any] = {name: suspect.function(name) for name in defined}
+            others = [name for name in defined if not hasattr(builtins, name)]
+            names: dict[str, Any] = {name: suspect.function(name) for name in others}
             exec(tests, names)
             names["check"](suspect.function(entry_point))
         except _Failed as error:
@@ -136,12 +138,7 @@ class _Program:
         return lambda *arguments: self._ask((name, arguments))
 
     def _ask(self, question: object) -> Any:  # noqa: ANN401 - any literal
-        line = repr(question).encode() + b"\n"
-        try:
-            assert self.process.stdin is not None
-            self.process.stdin.write(line)
-        except BrokenPipeError as error:
-            raise _Failed("ended by itself") from error
+        self._send(repr(question).encode() + b"\n")
         try:
             kind, value = ast.literal_eval(self._line().decode())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
@@ -153,12 +150,26 @@ class _Program:
             raise raised
         raise _Failed(f"raised {str(value)[:80]}")
 
+    def _send(self, line: bytes) -> None:
+        """Write a line, which a program that reads none would block once the pipe is full."""
+        assert self.process.stdin is not None
+        file = self.process.stdin.fileno()
+        while line:
+            if not select.select([], [file], [], self._left())[1]:
+                raise _Failed("took too long")
+            try:
+                line = line[os.write(file, line[: select.PIPE_BUF]) :]
+            except BrokenPipeError as error:
+                raise _Failed("ended by itself") from error
+
+    def _left(self) -> float:
+        return max(0.0, self._ends - time.monotonic())
+
     def _line(self) -> bytes:
         assert self.process.stdout is not None
         file = self.process.stdout.fileno()
         while b"\n" not in self._pending:
-            left = self._ends - time.monotonic()
-            if left <= 0 or not select.select([file], [], [], left)[0]:
+            if not select.select([file], [], [], self._left())[0]:
                 raise _Failed("took too long")
             piece = os.read(file, 2**16)
             if not piece:

@@ -7,13 +7,15 @@ import torch
 
 from owl_deploy.adapter import with_adapter
 from owl_deploy.artefact import is_artefact
-from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import engine_for, get_engine
-from owl_deploy.engines.deployment import Deployment
+from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.loading import Folder
 from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.manifest import DeploymentManifest, Manifest, keep_measurement, read_manifest
 from owl_deploy.progress import error_console
+from owl_deploy.text import load_tokenizer
 
 
 def is_deployment(folder: Path) -> bool:
@@ -38,6 +40,16 @@ def engine_of(deployment: Deployment, asked: str | None) -> str:
             f"Leave --engine away, or export again with --target {asked}.",
         )
     return asked
+
+
+def check_subject(folder: Path, asked: EvaluationSettings) -> None:
+    """Raise `BadInput` for a folder that could not be evaluated, before others are for hours."""
+    if is_deployment(folder):
+        refuse_adapter(asked.adapter)
+        engine_of(open_deployment(folder, trust_library=asked.trust_library), asked.engine)
+    else:
+        folder = open_checkpoint(folder).folder
+    load_tokenizer(folder)
 
 
 def refuse_adapter(adapter: Path | None) -> None:

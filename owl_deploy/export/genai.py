@@ -145,8 +145,8 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
 def refuse_no_room(what: str, returncode: int, words: str) -> None:
     """Say what a process that failed had no room for, where that is known.
 
-    Raises `BadInput` where its output says that the disk is full, and `EnvironmentFailed` where it
-    was killed, which is how Linux takes memory back.
+    Raises `EnvironmentFailed` where its output says that the disk is full, and where it was killed,
+    which is how Linux takes memory back.
     """
     if returncode == -signal.SIGKILL:
         raise EnvironmentFailed(
@@ -154,7 +154,9 @@ def refuse_no_room(what: str, returncode: int, words: str) -> None:
             "Free some, or export on a machine with more.",
         )
     if any(sign in words for sign in _FULL_DISK):
-        raise BadInput("The disk is full.", "Free some space, or choose another output folder.")
+        raise EnvironmentFailed(
+            "The disk is full.", "Free some space, or choose another output folder."
+        )
 
 
 def last_line(words: str) -> str:

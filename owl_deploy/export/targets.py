@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 from owl_deploy import artefact, checkpoint
 from owl_deploy.engines.registry import MODEL
-from owl_deploy.errors import BadInput, is_full_disk, unknown_name
+from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, unknown_name
 from owl_deploy.export import describe, genai, gguf, parity, traced
 from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
@@ -258,7 +258,7 @@ def _disk_errors(destination: Path) -> Iterator[None]:
     except OSError as error:
         if not is_full_disk(error):
             raise
-        raise BadInput(
+        raise EnvironmentFailed(
             f"The disk became full while {destination} was written; nothing was left there.",
             "Free some space, or choose another output folder.",
         ) from error

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from owl_deploy import adapter
-from owl_deploy.artefact import MANIFEST, check_room, only_writer, publish, sha256
+from owl_deploy.artefact import MANIFEST, check_room, copy, only_writer, own, publish, sha256
 from owl_deploy.checkpoint import GRID, open_checkpoint, shards, write_compatible
 from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.errors import BadInput, unknown_name
@@ -42,14 +42,17 @@ from owl_deploy.finetune.train import (
     train,
 )
 from owl_deploy.finetune.trainee import Distillation, Trainee
-from owl_deploy.hardware import find_device, find_training_dtype
+from owl_deploy.hardware import find_device, find_training_dtype, on_threads
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
-from owl_deploy.partial import Partial, kept_for_resuming
+from owl_deploy.partial import Partial, asked_before, kept_for_resuming
 from owl_deploy.ranks import ALONE, Ranks, join
 from owl_deploy.survivors import finished, freeze, nonzero, sparsify
 
 T = TypeVar("T")
 
+_LESS_MEMORY = (
+    "A smaller --batch-size or --block-group takes less; it is another training (--force)."
+)
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 _RECIPE = "recipe.yaml"
 # Of the Trainer's checkpoints: bytes a trained number, with Adam's two moments; at once at most.
@@ -84,10 +87,15 @@ def finetune(
     complete, output = resolved(settings, teacher is not None), Path(output)
     _refuse_sharding()
     ranks = join(_versions())
-    with only_writer(output, force, model) if ranks.leads else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if ranks.leads:
+            stack.enter_context(only_writer(output, force, model))
+        before = ranks.from_leader(lambda: asked_before(output) if resume else {})
+        same = before.get("processes") == ranks.size
+        stack.enter_context(on_threads(before.get("threads") if same else None))
         run = Run(Source(model), complete, text, teacher, ranks)
         partial = ranks.from_leader(lambda: run.begin(output, resume=resume, force=force))
-        with kept_for_resuming(partial, "use a smaller --batch-size or --block-group"):
+        with kept_for_resuming(partial, _LESS_MEMORY):
             outcome = run.execute(partial)
             done = run.describe(outcome, resumed=partial.resumed)
             return ranks.from_leader(lambda: run.complete(partial, done))
@@ -443,12 +451,12 @@ class Run:
         self.source.check_same_zeros(staging)
         for name in _CARRIED:
             if (self.source.folder / name).is_file():
-                shutil.copyfile(self.source.folder / name, staging / name)
+                copy(self.source.folder / name, staging / name)
         recipe = self.source.folder / _RECIPE
         if recipe.is_file():
             merge = ", merged under the mask" if self.settings.merge else ""
             heading = f"# Then fine-tuned by owl: {self.settings.method}{merge}; see {MANIFEST}.\n"
-            content = recipe.read_text(encoding="utf-8")
+            content = own(recipe).read_text(encoding="utf-8")
             (staging / _RECIPE).write_text(heading + content, encoding="utf-8")
 
     def describe(self, outcome: dict[str, Any], *, resumed: bool) -> Finetuning:

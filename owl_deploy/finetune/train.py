@@ -14,6 +14,7 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from owl_deploy.artefact import all_to_disk
 from owl_deploy.ending import on_interrupt
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
@@ -115,6 +116,7 @@ def _trainer(
         report_to="none",
         ddp_find_unused_parameters=False,
     )
+    arguments._n_gpu = 1  # else all that it sees, by nn.DataParallel, with as many times the batch
     optimizer = torch.optim.AdamW(
         trainee.trained().values(), lr=settings.learning_rate or 0.0, weight_decay=0.0, fused=True
     )
@@ -299,7 +301,10 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         """Mark the checkpoint as whole: a kill may have come while one was written."""
         self._agree()  # all have written their part
         if self.ranks.leads:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            all_to_disk(saved)
+            (saved / _COMPLETE).touch()
+            all_to_disk(saved)
         self._saved = self.seconds()
 
     def _move(self, steps: int) -> None:

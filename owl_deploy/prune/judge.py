@@ -116,11 +116,9 @@ class Judge:
                     self.orders.append({})
                     for key in self.shape.linears[index]:
                         scores = score.wanda(linears[key].weight.float(), norms[index][key])
-                        found = room_for(
-                            tuple(scores.shape), torch.uint8, scores.device, self.scratch
-                        )
-                        found.copy_(levels(scores, self.group))
-                        self.orders[index][key] = found
+                        shape, order = tuple(scores.shape), levels(scores, self.group)
+                        found = room_for(shape, torch.uint8, scores.device, self.scratch)
+                        self.orders[index][key] = found.copy_(order)
                     self.dense.through(block, index, advance, keep=True)
 
     @staticmethod

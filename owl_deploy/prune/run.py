@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.artefact import all_to_disk, only_writer
-from owl_deploy.hardware import ANY_HARDWARE, Hardware
+from owl_deploy.hardware import ANY_HARDWARE, Hardware, on_threads
 from owl_deploy.manifest import CheckpointManifest, versions
 from owl_deploy.partial import ROUNDING, asked_before, kept_for_resuming, partial_folder
 from owl_deploy.progress import error_console
@@ -45,21 +45,27 @@ def prune(
     `calibration` may be None when neither method nor allocation looks at inputs; `hardware` says
     where to compute. For `tune_minutes` the sparsities of the Linears are searched for, from the
     allocation on (see `tune`). `force` replaces an output that is there. Every finished block is
-    durable: a run that was stopped continues with `resume`, to bit-identical weights; a search goes
-    on for the time that it has left. `origin` (see `recipe.origin`) is recorded in the manifest:
-    what the settings were made from. Returns the manifest, which says of
-    each block what share of its weights was asked to go and went. Raises `BadInput` before any work
-    for whatever can be known to be wrong by then, `EnvironmentFailed` for a full disk or memory.
+    durable: a run that was stopped continues with `resume`, to bit-identical weights (on a CPU,
+    with as many processes and the same batch size); a search goes on for the time that it has left.
+    `origin` (see `recipe.origin`) is recorded in the manifest: what the settings were made from.
+    Returns the manifest, which says of each block what share of its weights was asked to go and
+    went. Raises `BadInput` before any work for whatever can be known to be wrong by then,
+    `EnvironmentFailed` for a full disk or memory.
     """
     started, output = time.perf_counter(), Path(output)
     ranks = join(versions())
-    with only_writer(output, force, model) if ranks.leads else contextlib.nullcontext():
-        before, planned = ranks.from_leader(lambda: _before(output) if resume else ({}, False))
+    with contextlib.ExitStack() as stack:
+        if ranks.leads:
+            stack.enter_context(only_writer(output, force, model))
+        before, planned = ranks.from_leader(
+            lambda: _before(output, ranks) if resume else ({}, False)
+        )
+        stack.enter_context(on_threads(before.get("threads")))
         request = check(
             model,
             settings,
             calibration,
-            _as_before(hardware, before, ranks),
+            _as_before(hardware, before),
             tune_minutes=tune_minutes,
             ranks=ranks,
             planned=planned,
@@ -68,7 +74,7 @@ def prune(
         alike = {what: asked[what] for what in ("model", "settings", "device", "dtype")}
         ranks.check_alike({"text": asked["calibration"]} | alike)
         store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
-        with kept_for_resuming(store, "use a smaller --batch-size"):
+        with kept_for_resuming(store, "A smaller --batch-size takes less."):
             if (whole := ranks.from_leader(store.finished)) is not None:
                 return whole
             plan, first = resolve(request, store)
@@ -85,14 +91,18 @@ def prune(
             return ranks.from_leader(lambda: _complete(request, plan, store, facts, started))
 
 
-def _before(output: Path) -> tuple[dict[str, Any], bool]:
-    """What the run that is resumed was asked of `ROUNDING`, and whether it has come to a plan."""
-    return asked_before(output).get(ROUNDING, {}), (partial_folder(output) / PLAN).is_file()
+def _before(output: Path, ranks: Ranks) -> tuple[dict[str, Any], bool]:
+    """What the run that is resumed was asked of `ROUNDING`, nothing where it had other processes,
+    and whether it has come to a plan.
+    """
+    asked = asked_before(output).get(ROUNDING, {})
+    same = asked.get("processes") == ranks.size
+    return asked if same else {}, (partial_folder(output) / PLAN).is_file()
 
 
-def _as_before(hardware: Hardware, before: dict[str, Any], ranks: Ranks) -> Hardware:
+def _as_before(hardware: Hardware, before: dict[str, Any]) -> Hardware:
     """The `hardware`, with the batch that the run before chose by the memory that was free then."""
-    if hardware.batch_size is not None or before.get("processes") != ranks.size:
+    if hardware.batch_size is not None or not before:
         return hardware
     return replace(hardware, batch_size=before["batch_size"])
 

@@ -33,7 +33,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from owl_deploy import digests
 from owl_deploy.artefact import read_object, write_json
-from owl_deploy.blocks import Activations
+from owl_deploy.blocks import Activations, check_finite
 from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.errors import OwlError
 from owl_deploy.manifest import Cost
@@ -313,6 +313,7 @@ class Measuring:
                 for at, key in enumerate(keys):
                     losses[at] += _squares(by_weight[at].float(), *kept[key])
                 advance(1)
+        check_finite(losses, f"the gradient in {name}")
         found = {f"{key}.measured": forward[f"{key}.measured"] for key in keys}
         shares = self.ranks.summed(losses) / (2 * self.held_out.numel())
         return found | {f"{key}.loss": own for key, own in zip(keys, shares, strict=True)}

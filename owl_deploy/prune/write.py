@@ -101,8 +101,8 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
     """
     blocks = reports[: len(request.shape.names)]
     total = sum(block.weights for block in blocks)
-    skeleton = request.skeleton
-    on_gpu = skeleton.device.type == "cuda"
+    skeleton, device = request.skeleton, request.skeleton.device
+    of_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     before = read_manifest(request.checkpoint.folder, Manifest)
     return {
         "versions": versions(),
@@ -113,7 +113,7 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
         "tuning": [asdict(trial) for trial in plan.trials] or None,
         "calibration": request.describe_calibration(),
         "processes": request.ranks.size,
-        "device": str(skeleton.device),
+        "device": str(device),
         "dtype": str(skeleton.dtype).removeprefix("torch."),
         "weights": total,
         "sparsity": {
@@ -124,5 +124,5 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
         "head": reports[-1] if plan.settings.changes_head else None,
         "spent": plan.spent,
         "peak_memory_bytes": peak_bytes(),
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_device_memory_bytes": of_gpu,
     }

@@ -32,6 +32,7 @@ from owl_deploy.serve.line import Answer, Asked, Line, Part
 
 KEY = "OWL_API_KEY"  # from the environment, for everybody on a machine sees command lines
 MOST_BYTES = 2**20  # of a request's body
+_BYTES_A_TOKEN = 32  # no prompt has more on average, beside some for the rest of the body
 GRACE_S = 30  # for answers in the making after SIGTERM
 _LOOK_S = 0.25  # how often a request that waits looks whether its client is still there
 _RETRY_S = 1
@@ -49,6 +50,7 @@ class Service:
     def __init__(self, writer: Writer, name: str, waiting: int, key: str | None = None) -> None:
         self._writer, self._name, self._key = writer, name, key
         self._line = Line(writer, waiting)
+        self._most_bytes = min(MOST_BYTES, 2**16 + _BYTES_A_TOKEN * writer.context)
 
     def app(self, hosts: list[str]) -> Starlette:
         """The application; `hosts`: the names that it answers to, against DNS rebinding."""
@@ -87,7 +89,7 @@ class Service:
         return await self._answer(request, wire.Completion)
 
     async def _answer(self, request: HttpRequest, kind: type[wire.Request]) -> Response:
-        asked = wire.parse(kind, await _body(request))
+        asked = wire.parse(kind, await _body(request, self._most_bytes))
         if asked.model != self._name:
             raise wire.Refused(
                 404, f"There is no model {asked.model!r}, but {self._name!r}.", "model_not_found"
@@ -163,7 +165,7 @@ async def _parts(
     yield "data: [DONE]\n\n"
 
 
-async def _body(request: HttpRequest) -> bytes:
+async def _body(request: HttpRequest, most_bytes: int) -> bytes:
     """The body, if it is JSON of a bearable size.
 
     Of another type a browser would send it from any page, and without asking (CORS's preflight).
@@ -173,8 +175,8 @@ async def _body(request: HttpRequest) -> bytes:
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MOST_BYTES:
-            raise wire.Refused(413, f"The body has more than {MOST_BYTES} bytes.")
+        if len(body) > most_bytes:
+            raise wire.Refused(413, f"The body has more than {most_bytes} bytes.")
     return bytes(body)
 
 

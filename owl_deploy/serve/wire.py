@@ -20,7 +20,8 @@ _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("n", "best_of"), (1,)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
-    **dict.fromkeys(("logprobs", "echo", "top_logprobs"), (False,)),
+    **dict.fromkeys(("logprobs", "echo"), (False,)),
+    "top_logprobs": (0,),
     **dict.fromkeys(("tools", "functions", "logit_bias"), ([], {})),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
@@ -192,11 +193,18 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         place = ".".join(str(part) for part in first["loc"])
         raise Refused(400, f"{place or 'the body'}: {first['msg']}", param=place or None) from error
     for name, value in (asked.model_extra or {}).items():
-        if name in _NOT_DONE and value is not None and value not in _NOT_DONE[name]:
+        if name in _NOT_DONE and value is not None and not _asks_nothing(name, value):
             raise Refused(400, f"{name} is not supported here.", "unsupported_parameter", name)
     if _NUL.search(body):  # onnxruntime-genai would read no further
         raise Refused(400, "The text has a NUL character.")
     return asked
+
+
+def _asks_nothing(name: str, value: Any) -> bool:  # noqa: ANN401 - a JSON value
+    # 0 is equal to False, and of `logprobs` another wish.
+    return any(
+        isinstance(value, bool) == isinstance(x, bool) and value == x for x in _NOT_DONE[name]
+    )
 
 
 def usage(speed: Speed) -> dict[str, int]:

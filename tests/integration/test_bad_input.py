@@ -198,6 +198,24 @@ def test_eval_of_nothing(owl, tmp_path, text_file):
     assert (code, "There is no model folder" in err) == (2, True)
 
 
+def test_eval_looks_at_every_folder_before_it_begins(owl, llama, text_file, tmp_path):
+    code, out, err = owl("eval", llama, tmp_path / "typo", "-p", text_file, "--window", 128)
+    assert (code, out) == (2, ""), err
+    assert "There is no model folder" in err
+    assert "Perplexity" not in err
+
+
+def test_a_bench_makes_no_dense_exports_for_nothing(owl, llama, tmp_path):
+    assert owl("export", llama, "-o", tmp_path / "d", "--precision", "fp32")[0] == 0
+    for wrong, complaint in (
+        (["--pairs", 0], "--pairs 0 is too small"),
+        (["-o", tmp_path / "d"], "exists"),
+        (["--save-baseline", "x", "--check", "y"], "exclude each other"),
+    ):
+        code, _, err = owl("bench", tmp_path / "d", "--dense", llama, *wrong)
+        assert (code, complaint in err, "Exporting" in err) == (2, True, False), err
+
+
 def test_a_sweep_refuses_a_precision_before_it_prunes(owl, llama, text_file, tmp_path):
     line = ["sweep", llama, "-o", tmp_path / "out", "-t", "onnxruntime", "-t", "owl:int2"]
     code, _, err = owl(*line, "-c", text_file, "-p", text_file)
@@ -227,7 +245,7 @@ def test_eval_refuses_impossible_tasks(owl, llama, options, complaint):
         (["--every", 5], "--every is for --tasks."),
         (["--allow-code"], "--allow-code is for --tasks."),
         (["--tasks-path", "x"], "--tasks-path is for --tasks."),
-        (["--window", 64, "--windows", 0], "--windows 0 is too small"),
+        (["--window", 64, "--windows", 0], "--windows must be at least 1"),
         (["--window", 1], "--window 1 is too small"),
         (["--engine", "owl"], "--engine is for deployments."),
         (["--threads", 2], "--threads is for deployments."),

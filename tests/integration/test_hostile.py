@@ -130,9 +130,21 @@ def profile(deployment, evil):
     )
 
 
+def profile_of_a_run(deployment, evil):
+    """Would write a file for every token."""
+    options = {"enable_profiling": str(evil) + "x"}
+    change(deployment, "model", "decoder", "run_options", value=options)
+
+
+def other_tokenizer(deployment, evil):
+    """Would read files beside the folder."""
+    change(deployment, "model", "tokenizer_dir", value="../elsewhere")
+
+
 CASES = (
     *(unlisted, absolute, upwards, replaced, other_graph),
     *(named_twice, in_a_pipeline, in_another_part, profile),
+    *(profile_of_a_run, other_tokenizer),
 )
 
 
@@ -265,3 +277,9 @@ def test_verify_for_machines(owl, deployment):
     assert code == 0  # neither is code or weights
     assert (states["tokenizer.json"], states["note.txt"]) == ("edited", "not loaded")
     assert json.loads(out)["fingerprint"] != found["fingerprint"]
+
+
+def test_verify_shows_what_a_terminal_would_obey(owl, deployment):
+    (deployment / "\x1b[2Knote").touch()
+    code, out, _ = owl("verify", deployment)
+    assert (code, "\\x1b[2Knote" in out, "\x1b" in out) == (0, True, False)

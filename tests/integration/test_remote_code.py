@@ -66,13 +66,28 @@ def test_code_in_a_folder_is_neither_run_nor_asked_about(owl, model, asked, text
     assert code == 2, said
 
 
-def test_an_adapter_of_another_kind_is_not_opened(owl, llama, asked, text_file, tmp_path):
-    """PEFT's SHADOW loads a model of the Hub that the adapter names, with its code."""
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        # Loads a model of the Hub that the adapter names, with its code.
+        (
+            {"peft_type": "SHADOW", "shadow_model": "evil/repo"},
+            "of PEFT's type 'SHADOW'. Give a LoRA one",
+        ),
+        # Imports a module that the adapter names.
+        (
+            {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "evil"},
+            "is for Megatron. Give one for Transformers",
+        ),
+    ],
+)
+def test_an_adapter_of_another_kind_is_not_opened(
+    owl, llama, asked, text_file, tmp_path, config, complaint
+):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    config = {"peft_type": "SHADOW", "shadow_model": "evil/repo"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "adapter_model.safetensors").touch()
     code, _, said = owl("eval", llama, "--adapter", adapter, "-p", text_file, "--window", 32)
     assert (code, asked) == (2, [])
-    assert "of PEFT's type 'SHADOW'. Give a LoRA one" in " ".join(said.split())
+    assert complaint in " ".join(said.split())

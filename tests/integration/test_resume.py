@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from owl_deploy import checkpoint, recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.hardware import Hardware, on_threads
 from owl_deploy.partial import partial_folder
 from owl_deploy.prune import run, store, tune
 from owl_deploy.prune.run import Calibration, prune
@@ -86,7 +88,9 @@ def test_a_killed_run_resumes_to_the_same_weights(
     killed(model, out, text_file, asked, "save:1")  # one block is finished
     killed(model, out, text_file, asked, "save:2", resume=True)  # three are
     killed(model, out, text_file, asked, "finish:0", resume=True)  # all, but nothing is published
-    manifest = prune(model, out, settings, calibration, tune_minutes=1e-9, resume=True).to_json()
+    with on_threads(1 if torch.get_num_threads() > 1 else 2):  # as on another node
+        manifest = prune(model, out, settings, calibration, tune_minutes=1e-9, resume=True)
+    manifest = manifest.to_json()
     assert manifest["resumed"]
     assert manifest["blocks"] == first["blocks"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -270,6 +274,26 @@ def test_a_full_disk_or_memory_ends_with_a_sentence_and_resumes(
     assert not (tmp_path / "out").exists()
     prune(model, tmp_path / "out", settings, calibration, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_out_of_memory_it_goes_on_with_a_smaller_batch(model, text_file, tmp_path, monkeypatch):
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    settings, save, calls = recipe.settings(sparsity=0.6), store.Store.save, itertools.count()
+
+    def failing(self, *arguments):
+        if next(calls):
+            raise MemoryError
+        save(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.Store, "save", failing)
+        with pytest.raises(
+            EnvironmentFailed, match=r"--resume\. A smaller --batch-size takes less"
+        ):
+            prune(model, tmp_path / "out", settings, calibration, Hardware(batch_size=4))
+    smaller = Hardware(batch_size=2)
+    found = prune(model, tmp_path / "out", settings, calibration, smaller, resume=True)
+    assert found.resumed
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")

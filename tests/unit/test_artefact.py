@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from owl_deploy import artefact
 from owl_deploy.errors import BadInput, EnvironmentFailed
@@ -246,3 +248,45 @@ def test_of_a_linked_file_what_it_leads_to_is_replaced(tmp_path):
     artefact.write_json(latest, {"a": 1})
     assert latest.is_symlink()
     assert json.loads(dated.read_text()) == {"a": 1}
+
+
+def test_a_link_to_a_file_of_another_name_is_not_copied(tmp_path):
+    """A stranger's model could have owl publish what its user alone may read."""
+    (tmp_path / "blobs").mkdir()
+    for name in ("id_rsa", "blobs/0123", "merges.txt"):
+        (tmp_path / name).write_text(name)
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, target in (
+        ("a.txt", "id_rsa"),
+        ("b.txt", "blobs/0123"),
+        ("merges.txt", "merges.txt"),
+    ):
+        (model / name).symlink_to(tmp_path / target)
+    with pytest.raises(BadInput, match=r"a\.txt is a link to .*id_rsa"):
+        artefact.copy(model / "a.txt", tmp_path / "copy")
+    for name, content in (("b.txt", "blobs/0123"), ("merges.txt", "merges.txt")):
+        artefact.copy(model / name, tmp_path / "copy")
+        assert (tmp_path / "copy").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, b""), (b"", b""), (b"a", b"a\n"), (b"a\n", b"a\n")]
+)
+def test_a_line_that_was_cut_short_is_ended(tmp_path, before, after):
+    file = tmp_path / "lines"
+    if before is not None:
+        file.write_bytes(before)
+    artefact.end_line(file)
+    assert file.read_bytes() == after
+
+
+def test_tensors_are_for_whoever_may_read_what_is_made_here(tmp_path):
+    before = os.umask(0o027)
+    try:
+        artefact.save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors", by="me")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "by": "me"}

@@ -213,3 +213,19 @@ def test_a_block_with_a_tensor_that_the_model_has_not(copy):
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match=r"holds 'model\.layers\.0\.self_attn\.k_proj\.bias'"):
         checkpoint.open_checkpoint(copy).load(torch.float32)
+
+
+def test_an_adapter_beside_the_model(copy):
+    """Transformers would apply it where the whole model is loaded, and a block has it not."""
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"an adapter beside the model.* --adapter"):
+        checkpoint.Checkpoint(copy)
+
+
+def test_a_tokenizer_file_that_is_a_link_elsewhere_is_not_carried_on(copy, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (copy / "merges.txt").unlink(missing_ok=True)
+    (copy / "merges.txt").symlink_to(tmp_path / "secret")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadInput, match="is a link to"):
+        checkpoint.write_compatible(checkpoint.Checkpoint(copy), tmp_path / "out")

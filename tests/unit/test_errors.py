@@ -8,7 +8,14 @@ from packaging.requirements import Requirement
 from torch.distributed.checkpoint.api import CheckpointException
 
 from owl_deploy import api
-from owl_deploy.errors import MISSING, EnvironmentFailed, is_full_disk, not_installed
+from owl_deploy.errors import (
+    MISSING,
+    EnvironmentFailed,
+    first_line,
+    is_full_disk,
+    not_installed,
+    printable,
+)
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 
@@ -52,3 +59,14 @@ def test_a_disk_that_is_full_is_told_in_many_ways():
     other = CheckpointException("write", {1: (ValueError("no"), traceback.StackSummary())})
     for error in (RuntimeError("sizes do not match"), other, OSError(errno.EIO, "Input/output")):
         assert not is_full_disk(error)
+
+
+def test_what_a_terminal_would_obey_is_shown():
+    assert (
+        printable("a\x1b[2K\x07\u202eb\nc\u00e9 \u2603") == "a\\x1b[2K\\x07\\u202eb\nc\u00e9 \u2603"
+    )
+
+
+def test_an_exception_that_says_nothing_has_its_name():
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(ValueError("a\n  b")) == "a b"

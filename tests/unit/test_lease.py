@@ -96,6 +96,18 @@ def test_another_machine_that_was_not_heard_of_for_long(path):
     assert left(path) == []
 
 
+def test_a_lease_of_a_time_to_come_is_void_if_nobody_touches_it(path, monkeypatch):
+    """A clock was set back, or a stranger left it: its age would never come."""
+    monkeypatch.setattr(leases, "BEAT_S", 0.2)
+    elsewhere(path, -3600)
+    with lease(path):
+        assert holds(path)
+    elsewhere(path, -3600)
+    threading.Timer(0.1, elsewhere, (path, -3601)).start()
+    with pytest.raises(Held), lease(path):
+        pass
+
+
 def test_a_file_that_says_nothing_is_judged_by_its_age(path):
     """One that is being written, or the lock of an earlier version."""
     path.touch()

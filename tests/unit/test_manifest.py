@@ -169,3 +169,20 @@ def test_a_damaged_measurement_in_an_earlier_manifest_is_refused(tmp_path, name,
     (tmp_path / MANIFEST).write_text(json.dumps({name: value}))
     with pytest.raises(BadInput, match=rf"^{name}.* in .*owl\.json is .*Measure again"):
         measurement(tmp_path, name)
+
+
+@pytest.mark.parametrize("which", ["measured", "measured/tasks.json", "measured/.tasks.owl-lock"])
+def test_nothing_is_measured_through_a_link(tmp_path, which):
+    """A stranger's folder could have it overwrite whatever its reader may write."""
+    model, secret = tmp_path / "model", tmp_path / "secret"
+    model.mkdir()
+    link = model / which
+    if link.parent == model:
+        secret.mkdir()
+    else:
+        link.parent.mkdir()
+        secret.write_text("mine")
+    link.symlink_to(secret)
+    with pytest.raises(OSError, match="it is a link"):
+        keep_measurement(model, "tasks", {})
+    assert list(secret.iterdir()) == [] if secret.is_dir() else secret.read_text() == "mine"

@@ -1,3 +1,4 @@
+import json
 import math
 import statistics
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_losses_are_shares_of_the_best_dense_ones_log_perplexity() -> None:
     assert by_name["dense-fp32"].loss == 0
     expected = math.log(16.2 / 13.7) / math.log(13.7)
     assert by_name["owl-50-deepsparse"].loss == pytest.approx(expected)
+
+
+def test_for_machines() -> None:
+    judged = decision.judge(result())
+    found = decision.to_json(judged, max_loss=0.5)
+    pick = decision.choose(judged.options, 0.5)
+    assert pick is not None
+    assert found["deploy"] == pick.subject.name
+    assert found["why"] == decision.sentence(judged, 0.5)
+    assert found["quality"] == "perplexity"
+    allowed = {one["name"] for one in found["options"] if one["loss"] <= one["allowed"]}
+    assert pick.subject.name in allowed
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_sentences() -> None:
@@ -194,15 +208,24 @@ def test_what_is_measured_later_is_taken_up(tmp_path: Path) -> None:
     assert found.scores == {"humaneval": score}
 
 
-def test_answers_that_were_cut_at_different_lengths_are_not_compared() -> None:
+@pytest.mark.parametrize(
+    ("how", "usual", "other", "complaint"),
+    [
+        ("window", 2048, 512, r"saw 2048 tokens .*512.* the same --window"),
+        ("every", 1, 4, r"were asked other documents .* the same --limit and --every"),
+    ],
+)
+def test_what_was_asked_otherwise_is_not_compared(
+    how: str, usual: int, other: int, complaint: str
+) -> None:
     made = with_code()
     subjects = []
     for place, one in enumerate(made.subjects):
-        seen = {"window": 512 if place == 3 else 2048}
+        seen = {how: other if place == 3 else usual}
         scores = {name: score.model_copy(update=seen) for name, score in one.scores.items()}
         subjects.append(one.model_copy(update={"scores": scores}))
     found = made.model_copy(update={"subjects": tuple(subjects)})
-    with pytest.raises(BadInput, match=r"saw 2048 tokens .*512.* the same --window"):
+    with pytest.raises(BadInput, match=complaint):
         decision.judge(found, "humaneval")
 
 

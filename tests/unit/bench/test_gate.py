@@ -359,6 +359,36 @@ def test_an_engine_that_fails_writes_no_baseline(fake: Fake, tmp_path: Path) -> 
     assert not file.exists()
 
 
+def test_an_engine_that_fails_the_check_has_regressed(
+    fake: Fake, tmp_path: Path, loads: list[Any]
+) -> None:
+    file = tmp_path / "baseline.json"
+    good = fake("candidate", fail={"op": "none", "how": "raise"})  # as many bytes
+    assert bench(good, fake("reference"), "--save-baseline", file).exit_code == 0
+    loads.clear()
+    bad = fake("candidate", fail={"op": "next", "how": "raise"})
+    answer = bench(bad, tmp_path / "reference", "--check", file)
+    assert answer.exit_code == 1, answer.output
+    assert "Overall: REGRESSED" in answer.stdout
+    assert len(loads) == 1 + 1 + 8  # its logits, the sample that fails, the reference in one look
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_of_another_kind_is_no_baseline_to_replace(
+    fake: Fake, tmp_path: Path, force: bool
+) -> None:
+    file = tmp_path / "precious"
+    file.write_text("precious")
+    options = ["--force"] if force else []
+    answer = bench(fake("a"), fake("b"), "--save-baseline", file, *options)
+    assert (answer.exit_code == 0) is force
+    assert (file.read_text() == "precious") is not force
+    if not force:
+        assert "is there, and is no baseline" in str(answer.exception)
+    else:  # one baseline replaces another
+        assert bench(fake("a"), fake("b"), "--save-baseline", file).exit_code == 0
+
+
 def test_what_cannot_be_written_is_said_before_anything_is_timed(
     fake: Fake, saved: Path, tmp_path: Path, loads: list[Any]
 ) -> None:

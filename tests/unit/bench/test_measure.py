@@ -250,8 +250,16 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(
         run_bench(plan, interrupt, recording(opened))
     assert opened == ["sparse", "dense", "dense"]
     (journal,) = (cache / "bench").iterdir()
-    with journal.open("a") as file:
-        file.write('{"at": 1, "na')  # as a kill in the middle of a line leaves it
+    cut = '{"at": 1, "na'  # as a kill in the middle of a line leaves it
+    journal.write_text(journal.read_text() + cut)
+
+    def interrupt_later(line: str) -> None:
+        if line.startswith("Round 3") and line.endswith("dense"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(plan, interrupt_later, recording(opened))
+    journal.write_text(journal.read_text() + cut)
     result = run_bench(plan, opener=recording(opened))
     assert opened == ["sparse", "dense", "dense", "sparse", "sparse", "dense"]
     assert [sample.round for sample in result.subjects[0].samples] == [0, 1, 2]
@@ -349,7 +357,11 @@ def test_the_command_writes_a_result_that_reads_back(
     answer = CliRunner().invoke(app, [*arguments, "--json"])
     assert answer.exit_code == 0, answer.output
     result = read_result(output)
-    assert json.loads(answer.stdout) == result.model_dump(mode="json")
+    told = json.loads(answer.stdout)
+    decision = told.pop("decision")
+    assert told == result.model_dump(mode="json")
+    assert decision["deploy"] is None
+    assert "no quality is known" in decision["why"]
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, BadInput)
     assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0

@@ -159,8 +159,14 @@ def test_the_verb(tmp_path: Path) -> None:
     answer = CliRunner().invoke(app, line)
     assert answer.exit_code == 0, answer.output
     assert out.read_text().count("<h2>Measured ") == 2
+    assert CliRunner().invoke(app, line).exit_code == 0  # a page of owl's is replaced
     with pytest.raises(BadInput, match="does not exist"):
         write_report([result(4)], tmp_path / "nowhere" / "r.html")
+    out.write_text("<p>mine")
+    with pytest.raises(BadInput, match=r"no page of owl's.*--force"):
+        write_report([result(4)], out)
+    assert CliRunner().invoke(app, [*line, "--force"]).exit_code == 0
+    assert "<h2>Measured " in out.read_text()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

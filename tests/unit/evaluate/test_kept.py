@@ -53,6 +53,17 @@ def test_a_run_that_was_ended_asks_only_for_the_rest(cache: Path) -> None:
     assert second.asked == ["c", "d", "e"]
 
 
+def test_two_at_once_leave_lines_that_can_be_read_over(cache: Path) -> None:
+    KeptAnswers(Model(), 1, "key").generate_until(REQUESTS[:2])
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes() + b'swer"]\n7\n["half')
+    model = Model()
+    answers = KeptAnswers(model, 1, "key")
+    assert answers.generate_until(REQUESTS) == list("ABCDE")
+    assert answers.generate_until(REQUESTS) == list("ABCDE")
+    assert model.asked == ["c", "d", "e"]
+
+
 def test_processes_write_apart_and_read_what_any_has_kept(cache: Path) -> None:
     KeptAnswers(Model(), 1, "key", rank=0).generate_until(REQUESTS[:2])
     KeptAnswers(Model(), 1, "key", rank=2).generate_until(REQUESTS[3:])

@@ -169,3 +169,23 @@ def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EnvironmentFailed, match="bwrap"):
         sandbox.require_sandbox()
+
+
+def test_a_program_that_reads_nothing_cannot_hold_its_judge() -> None:
+    """Its answer comes back as an argument, more than a pipe holds, and it sleeps."""
+    program = """
+import os, time
+def f(x):
+    os.write(1, repr(("value", "a" * 900_000)).encode() + b"\\n")
+    time.sleep(99)
+"""
+    tests = "def check(f):\n    f(f(1))"
+    began = time.monotonic()
+    assert judge(program, tests, "f", seconds=2) == Outcome(False, "took too long")
+    assert time.monotonic() - began < 30
+
+
+def test_the_tests_have_python_s_own_functions() -> None:
+    program = "def abs(x):\n    return 0\n\n\ndef f(x):\n    return 99"
+    tests = "def check(f):\n    assert abs(f(1) - 5) < 1e-6"
+    assert judge(program, tests, "f") == Outcome(False, "a test failed")

@@ -27,8 +27,8 @@ def test_a_tokenizer_that_the_converter_misses_is_named() -> None:
         _output(say(words), "converter")
 
 
-def test_a_full_disk_is_bad_input() -> None:
-    with pytest.raises(BadInput, match="The disk is full"):
+def test_a_full_disk_is_the_environments() -> None:
+    with pytest.raises(EnvironmentFailed, match="The disk is full"):
         _output(say("OSError: [Errno 28] No space left on device: 'x'"))
 
 

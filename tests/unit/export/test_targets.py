@@ -113,7 +113,7 @@ def file_limit(size_bytes):
 @pytest.mark.parametrize("external_bytes", [0, targets.EXTERNAL_BYTES])
 def test_a_disk_that_becomes_full(llama, tmp_path, monkeypatch, external_bytes):
     monkeypatch.setattr(targets, "EXTERNAL_BYTES", external_bytes)
-    with file_limit(100_000), pytest.raises(BadInput, match="The disk became full"):
+    with file_limit(100_000), pytest.raises(EnvironmentFailed, match="The disk became full"):
         export(llama, tmp_path / "out", target="deepsparse")
     assert list(tmp_path.iterdir()) == []
 
@@ -163,7 +163,7 @@ def test_a_family_that_the_builder_lacks_is_traced(llama, tmp_path, monkeypatch)
             genai.FamilyNotBuilt,
             "x model",
         ),
-        ("OSError: [Errno 28] No space left on device", BadInput, "disk is full"),
+        ("OSError: [Errno 28] No space left on device", EnvironmentFailed, "disk is full"),
         ("ModuleNotFoundError: No module named 'onnx_ir'", EnvironmentFailed, "'onnx_ir'"),
         ("Reading\nKeyError: 'rope_type'\n", EngineFailed, "KeyError: 'rope_type'"),
         ("", EngineFailed, "no output"),

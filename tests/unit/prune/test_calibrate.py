@@ -95,7 +95,7 @@ def test_a_cpu_computes_in_the_stored_dtype_where_it_is_fast_in_it(
 ):
     checkpoint = open_checkpoint(llama)
     checkpoint.config["dtype"] = stored
-    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda _: fast)
     cpu = torch.device("cpu")
     assert hardware.find_dtype("auto", checkpoint, cpu) == expected
     assert hardware.find_dtype("auto", checkpoint, cpu, exact=True) == torch.float32
