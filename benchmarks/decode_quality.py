@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.bench.machine import look
 from owl_deploy.export.parity import Session
-from owl_deploy.text import load_text, load_tokenizer, tokenize
+from owl_deploy.tokens import load_tokens
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    tokens = tokenize(load_tokenizer(arguments.checkpoint), load_text(arguments.text)).numpy()
+    tokens = load_tokens(arguments.checkpoint, [arguments.text]).numpy()
     size = arguments.windows * arguments.length
     windows = tokens[:size].reshape(arguments.windows, arguments.length)
     expected = reference(arguments.checkpoint, windows)

@@ -29,7 +29,8 @@ from owl_deploy import recipe
 from owl_deploy.bench.machine import look
 from owl_deploy.prune.request import Calibration
 from owl_deploy.prune.run import prune
-from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
+from owl_deploy.text import calibration_windows
+from owl_deploy.tokens import load_tokens
 
 SPARSITY, MULTIPLE, SPREAD, DAMPENING, BLOCK = 0.7, 5.0, 0.08, 0.01, 128
 
@@ -173,7 +174,7 @@ def run_one(who: str, method: str, model: Path, text: Path, samples: int, length
         if who == "ours":
             prune(model, out, settings, Calibration(str(text), samples, length))
         else:
-            tokens = tokenize(load_tokenizer(model), load_text(str(text)))
+            tokens = load_tokens(model, [str(text)])
             windows = calibration_windows(tokens, samples, length, 0)
             published(model, windows, method, getattr(torch, who), out)
         print(time.perf_counter() - started)

@@ -33,7 +33,8 @@ from owl_deploy.prune.halves import Half
 from owl_deploy.prune.plan import resolve
 from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.store import Store
-from owl_deploy.text import evaluation_windows, load_text, load_tokenizer, tokenize
+from owl_deploy.text import evaluation_windows
+from owl_deploy.tokens import load_tokens
 
 AS_THE_VERB = f"{reconstruct.LEARNING_RATE:g}:{reconstruct.TOKENS_A_STEP}:relative:stream"
 
@@ -100,7 +101,7 @@ def row(asked: str, given: argparse.Namespace) -> dict[str, Any]:
     request = check(given.model, settings, text, Hardware(), tune_minutes=None)
     parts = first_parts(request, given.blocks)
     seconds = time.process_time() - before
-    tokens = tokenize(load_tokenizer(Path(given.model)), load_text(given.evaluation))
+    tokens = load_tokens(Path(given.model), [given.evaluation])
     windows = evaluation_windows(tokens, given.window, given.windows)
     halves = [(half.before, half.after, half.epochs) for p in parts for half in p.halves.values()]
     return {

@@ -26,7 +26,8 @@ from owl_deploy.methods import METHODS
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.refit import refit
 from owl_deploy.recipe import parse_structure
-from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
+from owl_deploy.text import calibration_windows
+from owl_deploy.tokens import load_tokens
 
 SAMPLES, LENGTH = 32, 512  # as for the perplexities in docs/benchmarks.md
 COMPARED = ("sparsegpt", "alps", "wanda", "wanda --refit", "sparsegpt --refit")
@@ -36,10 +37,9 @@ def statistics(
     skeleton: Skeleton, blocks: set[int], scratch: Path
 ) -> Iterator[tuple[int, InputStatistics, InputStatistics]]:
     """Of each of `blocks`, what enters its Linears: of the calibration, and of the other text."""
-    tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     states = []
     for name in (CALIBRATION, EVALUATION):
-        tokens = tokenize(tokenizer, load_text(str(demo_input() / name)))
+        tokens = load_tokens(skeleton.checkpoint.folder, [str(demo_input() / name)])
         windows = calibration_windows(tokens, SAMPLES, LENGTH, 0)
         states.append(skeleton.embed(windows, 4, scratch))
     for index in range(max(blocks) + 1):

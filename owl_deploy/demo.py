@@ -24,7 +24,7 @@ from owl_deploy.bench.result import Comparison, Subject
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.ending import exit_code
 from owl_deploy.errors import EngineFailed, EnvironmentFailed
-from owl_deploy.manifest import measurement_file
+from owl_deploy.measurements import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, execute
 from owl_deploy.progress import error_console, result_console
 from owl_deploy.runtime import library_path

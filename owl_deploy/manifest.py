@@ -6,7 +6,6 @@ tools add theirs; what nobody set is left out of the file.
 """
 
 import contextlib
-import errno
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import Any, ClassVar, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from owl_deploy import __version__
-from owl_deploy.artefact import MANIFEST, MEASURED, read_object, write_json
+from owl_deploy.artefact import MANIFEST, read_object, write_json
 from owl_deploy.errors import BadInput, invalid
-from owl_deploy.lease import lease
 
 VERSION: Final = 1
 _AGAIN = "Make the artefact again."
-_MEASURE = "Measure again."
 
 
 class _Part(BaseModel):
@@ -390,72 +387,6 @@ def _upgraded(content: dict[str, Any], what: str) -> dict[str, Any]:
     if content["kind"] == "benchmark":
         content.pop("schema", None)
     return content
-
-
-class _Perplexity(_Part):
-    value: FiniteFloat
-
-
-class _Metric(_Part):
-    value: FiniteFloat
-    stderr: FiniteFloat | None = None
-
-
-class _Answer(_Part):
-    problem: str
-    passed: bool
-
-
-class _Task(_Part):
-    metrics: dict[str, _Metric] = {}
-    documents: int = 0
-    answers: tuple[_Answer, ...] = ()
-
-
-class _Measured(_Part):
-    perplexity: _Perplexity | None = None
-    tasks: dict[str, _Task] | None = None
-
-
-def keep_measurement(folder: Path, name: str, value: dict[str, Any], *, add: bool = False) -> None:
-    """Keep what was measured of an artefact beside its manifest: one file a measurement.
-
-    So a finished manifest is never written again. With `add` what was there stays, but for the keys
-    that `value` has; two that measure at once lose nothing. Raises `OSError` where it cannot be
-    written, or where a link would lead elsewhere: the folder may be a stranger's.
-    """
-    file = measurement_file(folder, name)
-    lock = file.with_name(f".{name}.owl-lock")
-    file.parent.mkdir(exist_ok=True)
-    for path in (file.parent, file, lock):
-        if path.is_symlink():
-            raise OSError(errno.ELOOP, "it is a link", str(path))
-    with lease(lock, wait=True):
-        earlier = measurement(folder, name) if add else None
-        write_json(file, (earlier or {}) | value)
-
-
-def measurement(folder: Path, name: str) -> dict[str, Any] | None:
-    """What was measured of an artefact, by name ("perplexity", "tasks"); None if it was not.
-
-    Raises `BadInput` for what cannot be read.
-    """
-    file = measurement_file(folder, name)
-    if file.is_file():
-        value: dict[str, Any] | None = read_object(file, _MEASURE)
-    else:
-        manifest = read_manifest(folder, Manifest)
-        file, value = folder / MANIFEST, (manifest.measured if manifest else {}).get(name)
-    try:
-        _Measured.model_validate({name: value})
-    except ValidationError as error:
-        raise invalid(str(file), error, _MEASURE) from error
-    return value
-
-
-def measurement_file(folder: Path, name: str) -> Path:
-    """Where a measurement of the artefact in `folder` is kept."""
-    return folder / MEASURED / f"{name}.json"
 
 
 def what_it_is(folder: Path) -> str:

@@ -28,13 +28,8 @@ from owl_deploy.engines.loading import digest as file_digest
 from owl_deploy.engines.registry import LOOKUP
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.manifest import (
-    CheckpointManifest,
-    DeploymentManifest,
-    keep_measurement,
-    measurement_file,
-    read_manifest,
-)
+from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, read_manifest
+from owl_deploy.measurements import keep_measurement, measurement_file
 from owl_deploy.partial import is_interrupted
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.record import Record, skipped

@@ -33,7 +33,7 @@ from owl_deploy.evaluate.sandbox import require_sandbox
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export.targets import TARGETS
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.manifest import measurement_file
+from owl_deploy.measurements import measurement_file
 from owl_deploy.pipeline import (
     Bench,
     Evaluate,

@@ -15,7 +15,7 @@ from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Result
 from owl_deploy.errors import BadInput, invalid
 from owl_deploy.export.targets import precision_of
-from owl_deploy.manifest import measurement_file
+from owl_deploy.measurements import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Plan, Prune, Task, dense_exports
 from owl_deploy.recipe import PruneSettings, read_yaml
 from owl_deploy.record import Record

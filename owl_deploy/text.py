@@ -1,4 +1,9 @@
-"""Text to calibrate, train and evaluate on: local files, or a named data set of the Hub."""
+"""Text to calibrate, train and evaluate on: local files, or a named data set of the Hub.
+
+A SOURCE is a UTF-8 file; a folder, of which all files are read that are UTF-8 text and not hidden;
+a pattern with *, ? or ** for such files; a name from the tables here, of which a part is read from
+the Hub to prune or train on and another to evaluate on; or hf:NAME:CONFIG:SPLIT:COLUMN.
+"""
 
 import glob
 import hashlib
@@ -50,28 +55,22 @@ _EVALUATION = {
 _EVALUATION_WINDOWS = {"c4": 256}  # at most so many; of the other texts all
 
 
-def load_text(source: str) -> str:
-    """The text of a SOURCE to prune or train on, its documents joined by a blank line.
-
-    A SOURCE is a UTF-8 file; a folder, of which all files are read that are UTF-8 text and not
-    hidden; a pattern with *, ? or ** for such files; a name from the table, of which the training
-    part is read from the Hub; or hf:NAME:CONFIG:SPLIT:COLUMN. Raises `BadInput`.
-    """
-    return _load(source, _TRAINING)
-
-
 def load_evaluation_text(source: str) -> tuple[str, int | None]:
     """The text of a SOURCE to evaluate on, and how many windows of it the papers read at most.
 
-    As `load_text`, but of the names in the table the part, and the way of joining its documents,
-    that the papers evaluate on. Raises `BadInput`.
+    Its documents are joined by a blank line; those of a named data set as the papers do. Raises
+    `BadInput`.
     """
     named = source in _EVALUATION and not Path(source).exists()
-    return _load(source, _EVALUATION), _EVALUATION_WINDOWS.get(source) if named else None
+    text = SEPARATOR.join(map(read_document, _documents(source, _EVALUATION)))
+    return text, _EVALUATION_WINDOWS.get(source) if named else None
 
 
 def training_documents(source: str) -> list[Path | str]:
-    """The documents of a SOURCE to prune or train on: files, or what is no file, as its text."""
+    """The documents of a SOURCE to prune or train on: files, or what is no file, as its text.
+
+    Raises `BadInput` for one that names nothing.
+    """
     return _documents(source, _TRAINING)
 
 
@@ -95,10 +94,6 @@ def source_files(source: str) -> list[Path]:
     pattern = f"{glob.escape(source)}/**" if path.is_dir() else source
     found = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - not the hidden
     return list({one.resolve(): one for one in found if one.is_file()}.values())
-
-
-def _load(source: str, names: Mapping[str, _Part]) -> str:
-    return SEPARATOR.join(map(read_document, _documents(source, names)))
 
 
 def _documents(source: str, names: Mapping[str, _Part]) -> list[Path | str]:

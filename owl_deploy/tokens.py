@@ -33,7 +33,7 @@ _LEAST_BYTES = 1 << 20  # a shorter text is tokenized in a second
 def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     """What the tokenizer in `folder` makes of the SOURCEs to prune or train on: int32 [tokens].
 
-    Their documents (see `text.load_text`) stand one after another as they are named, a file that is
+    Their documents (see text.py) stand one after another as they are named, a file that is
     named twice once, and a blank line after each but the last. Raises `BadInput`.
     """
     named = [one for source in sources for one in training_documents(source)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from owl_deploy.bench.result import Result, Score, Subject, metrics_of
 from owl_deploy.errors import BadInput, unknown_name
-from owl_deploy.manifest import measurement
+from owl_deploy.measurements import measurement
 
 NOTHING = 0.005  # less is not noticed: int8 values lose about so much
 PERPLEXITY, HUMANEVAL = "perplexity", "humaneval"

@@ -13,10 +13,10 @@ from owl_deploy.manifest import (
     BlockShares,
     CheckpointManifest,
     DeploymentManifest,
-    measurement,
     read_manifest,
     what_it_is,
 )
+from owl_deploy.measurements import measurement
 from owl_deploy.runtime import kernels
 
 

@@ -13,7 +13,8 @@ from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.loading import Folder
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.manifest import DeploymentManifest, Manifest, keep_measurement, read_manifest
+from owl_deploy.manifest import DeploymentManifest, Manifest, read_manifest
+from owl_deploy.measurements import keep_measurement
 from owl_deploy.progress import error_console
 from owl_deploy.text import load_tokenizer
 

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from owl_deploy import adapter
-from owl_deploy.artefact import MANIFEST, check_room, copy, only_writer, own, publish, sha256
-from owl_deploy.checkpoint import GRID, open_checkpoint, shards, write_compatible
+from owl_deploy.artefact import check_room, only_writer, publish, sha256
+from owl_deploy.checkpoint import GRID, open_checkpoint
 from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.finetune.logits import TeacherCache, cache_bytes
@@ -42,11 +42,12 @@ from owl_deploy.finetune.train import (
     train,
 )
 from owl_deploy.finetune.trainee import Distillation, Trainee
+from owl_deploy.finetune.write import merged, write_adapter, write_checkpoint
 from owl_deploy.hardware import find_device, find_training_dtype, on_threads
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, asked_before, kept_for_resuming
 from owl_deploy.ranks import ALONE, Ranks, join
-from owl_deploy.survivors import finished, freeze, nonzero, sparsify
+from owl_deploy.survivors import finished, freeze, sparsify
 
 T = TypeVar("T")
 
@@ -54,13 +55,11 @@ _LESS_MEMORY = (
     "A smaller --batch-size or --block-group takes less; it is another training (--force)."
 )
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
-_RECIPE = "recipe.yaml"
 # Of the Trainer's checkpoints: bytes a trained number, with Adam's two moments; at once at most.
 _SAVED_BYTES, _SAVED = 12, KEPT_CHECKPOINTS + 1
 _HASHED = 1024  # windows at once: the text is larger than memory, perhaps
 # What `accelerate launch` sets to shard a model, which this does not do.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-_CARRIED = ("sparsity.svg", GRID)  # what else of the source still tells the truth
 
 
 def finetune(
@@ -75,7 +74,7 @@ def finetune(
 ) -> CheckpointManifest | AdapterManifest:
     """Fine-tune the checkpoint `model` on `text` into the folder `output`.
 
-    `text`: a SOURCE (see `text.load_text`), or several, which are read one after another.
+    `text`: a SOURCE (see text.py), or several, which are read one after another.
     `settings`, or only those that are given, as a dict: what is None there gets its method's own
     default. `teacher`: a dense checkpoint to learn from as well. The result is an adapter in PEFT's
     format, or, masked, a checkpoint whose zeros are exactly those of `model`: that is checked
@@ -280,7 +279,7 @@ class Run:
         model = self.source.load(self.stored)
         if self.settings.method == "masked":
             tensors, outcome = self._masked(model, partial)
-            self._write_checkpoint(tensors, staging)
+            self._write(tensors, staging)
             return outcome
         return self._lora(model, partial, staging)
 
@@ -299,10 +298,11 @@ class Run:
         gather_trained(adapted)
         kept = 0
         if self.settings.merge is None:
-            self._write_adapter(adapted, staging)
+            if self.ranks.leads:
+                write_adapter(adapted, staging)
         else:
             tensors, kept = merged(self.source, adapter.deltas(adapted))
-            self._write_checkpoint(tensors, staging)
+            self._write(tensors, staging)
         return {"curve": curve, "parameters_trained": count, "kept_off_zero": kept}
 
     def _masked(
@@ -431,33 +431,9 @@ class Run:
         windows = self.settings.batch_size * self.settings.gradient_accumulation * self.ranks.size
         return math.ceil(len(self.windows[0]) / windows)
 
-    def _write_adapter(self, adapted: Any, staging: Path) -> None:  # noqa: ANN401
+    def _write(self, tensors: dict[str, torch.Tensor], staging: Path) -> None:
         if self.ranks.leads:
-            adapted.save_pretrained(str(staging), save_embedding_layers=False)
-            (staging / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
-
-    def _write_checkpoint(self, tensors: dict[str, torch.Tensor], staging: Path) -> None:
-        """The leader's: write the trained `tensors` and the others, and check every zero."""
-        if not self.ranks.leads:
-            return
-        checkpoint = self.source.checkpoint
-
-        def all_tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            for name in checkpoint.files:
-                yield name, tensors[name] if name in tensors else checkpoint.read(name)
-
-        shards(all_tensors(), staging)
-        write_compatible(checkpoint, staging)
-        self.source.check_same_zeros(staging)
-        for name in _CARRIED:
-            if (self.source.folder / name).is_file():
-                copy(self.source.folder / name, staging / name)
-        recipe = self.source.folder / _RECIPE
-        if recipe.is_file():
-            merge = ", merged under the mask" if self.settings.merge else ""
-            heading = f"# Then fine-tuned by owl: {self.settings.method}{merge}; see {MANIFEST}.\n"
-            content = own(recipe).read_text(encoding="utf-8")
-            (staging / _RECIPE).write_text(heading + content, encoding="utf-8")
+            write_checkpoint(self.source, self.settings, tensors, staging)
 
     def describe(self, outcome: dict[str, Any], *, resumed: bool) -> Finetuning:
         """What was done, for the manifest."""
@@ -495,21 +471,6 @@ class Run:
         carried = self.source.manifest.to_json()
         carried.pop("measured", None)  # of the weights before
         return CheckpointManifest.model_validate(carried | {"finetune": done})
-
-
-def merged(source: Source, deltas: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-    """The weights with `deltas` added where they are not zero, and how many were kept off zero.
-
-    Both are [out, in] by the checkpoint's names; the result has the checkpoint's dtypes.
-    """
-    tensors, count = {}, 0
-    for name, delta in deltas.items():
-        weight = source.checkpoint.read(name)
-        summed = weight.float() + delta.cpu()
-        kept, _ = nonzero(summed.to(weight.dtype), weight)
-        tensors[name] = kept.masked_fill(weight == 0, 0)
-        count += int(((summed.to(weight.dtype) == 0) & (weight != 0)).sum())
-    return tensors, count
 
 
 def _targets(source: Source, asked: tuple[str, ...] | None) -> list[str]:

@@ -34,7 +34,7 @@ HELD_OUT_TOKENS = 4096  # that losses are measured by, in whole windows
 class Calibration:
     """The text that the model is run on: `samples` windows of `sequence_length` tokens.
 
-    `source`: a SOURCE (see `text.load_text`). `seed`: of the draw of windows. Raises `BadInput` for
+    `source`: a SOURCE (see text.py). `seed`: of the draw of windows. Raises `BadInput` for
     fewer than one window, or than two tokens.
     """
 

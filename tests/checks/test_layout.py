@@ -22,7 +22,7 @@ LAYERS = (
     ("demo_input",),
     ("blocks", "grid", "tokens"),
     ("runtime", "recipe", "checkpoint", "options", "text"),
-    ("partial", "families", "allocation", "methods"),
+    ("partial", "families", "allocation", "methods", "measurements"),
     ("manifest", "digests", "record"),
     ("artefact", "cache", "ending", "picture", "progress"),
     ("lease", "ranks"),

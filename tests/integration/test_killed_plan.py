@@ -17,7 +17,8 @@ from owl_deploy.bench import machine, read_result
 from owl_deploy.bench.decision import refreshed
 from owl_deploy.demo import CALIBRATION, EVALUATION, MODEL, Plan, Variant, conclude, rows, tasks
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.manifest import CheckpointManifest, measurement, read_manifest
+from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.measurements import measurement
 from owl_deploy.pipeline import RunTasks, Task, execute, survey
 from owl_deploy.recipe import PruneSettings
 from tests import fresh, tiny

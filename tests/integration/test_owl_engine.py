@@ -18,7 +18,7 @@ from owl_deploy.export.parity import Session
 from owl_deploy.export.source import Source
 from owl_deploy.export.targets import export
 from owl_deploy.generate import Sampling, Speed, generate
-from owl_deploy.manifest import measurement
+from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.runtime import library_path
 from tests import tiny

@@ -13,7 +13,7 @@ from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export.targets import export
-from owl_deploy.manifest import measurement
+from owl_deploy.measurements import measurement
 from owl_deploy.runtime import library_path
 from owl_deploy.text import load_tokenizer
 from tests import tiny

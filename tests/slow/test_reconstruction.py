@@ -9,7 +9,8 @@ from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
 from owl_deploy.methods import ALPSOptions, Options, SparseGPTOptions
 from owl_deploy.prune import alps, by_score, sparsegpt
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
-from owl_deploy.text import calibration_windows, load_text, load_tokenizer, tokenize
+from owl_deploy.text import calibration_windows
+from owl_deploy.tokens import load_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,7 +29,7 @@ def squared_error(block, arguments, inputs, expected):
 def test_each_solver_reconstructs_better_than_the_one_before(tmp_path):
     folder = demo_input() / MODEL
     skeleton = Skeleton(open_checkpoint(folder), torch.float32, torch.device("cpu"))
-    tokens = tokenize(load_tokenizer(folder), load_text(str(demo_input() / CALIBRATION)))
+    tokens = load_tokens(folder, [str(demo_input() / CALIBRATION)])
     windows = calibration_windows(tokens, SAMPLES, LENGTH, 0)
     hidden = skeleton.embed(windows, 1, tmp_path)
     methods = {

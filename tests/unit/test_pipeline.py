@@ -16,13 +16,8 @@ from owl_deploy.artefact import staged_folder, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.manifest import (
-    CheckpointManifest,
-    DeploymentManifest,
-    Pruning,
-    keep_measurement,
-    measurement_file,
-)
+from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, Pruning
+from owl_deploy.measurements import keep_measurement, measurement_file
 from owl_deploy.pipeline import (
     Bench,
     Evaluate,

@@ -29,16 +29,21 @@ def test_evaluation_windows_are_the_first_ones():
         text.evaluation_windows(tokens, 106, None)
 
 
+def load_text(source):
+    """The text to prune on."""
+    return "\n\n".join(map(text.read_document, text.training_documents(source)))
+
+
 @pytest.mark.parametrize("source", ["no-such-file.txt", "wikitex", "hf:a:b:c", "hf:a::c:d"])
 def test_a_source_that_does_not_exist(source):
     with pytest.raises(BadInput):
-        text.load_text(source)
+        load_text(source)
 
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="not UTF-8"):
-        text.load_text(str(tmp_path / "a.txt"))
+        load_text(str(tmp_path / "a.txt"))
 
 
 class Rows(list):
@@ -61,11 +66,11 @@ def hub(monkeypatch):
 
 
 def test_a_data_set_is_joined_by_blank_lines(hub):
-    found = text.load_text("hf:org/set:en:test:sentence")
+    found = load_text("hf:org/set:en:test:sentence")
     assert found.startswith("test 0\n\ntest 1\n\n")
     assert hub == [("org/set", "en", "test", None)]
     with pytest.raises(BadInput, match="test split of the data set org/set could not be read"):
-        text.load_text("hf:org/set:en:test:title")
+        load_text("hf:org/set:en:test:title")
 
 
 # The protocols as they stand in SparseGPT's datautils.py, which Wanda and OWL took over.
@@ -86,7 +91,7 @@ def test_evaluation_reads_what_the_papers_read(hub, source, split, separator, do
 
 @pytest.mark.parametrize("source", ["wikitext", "c4", "ptb"])
 def test_a_model_is_never_pruned_on_the_text_that_evaluates_it(hub, source):
-    assert text.load_text(source).startswith("train 0")
+    assert load_text(source).startswith("train 0")
 
 
 def test_a_file_called_like_a_data_set_is_read_whole(tmp_path, monkeypatch):
@@ -99,7 +104,7 @@ def test_a_folder_called_like_a_data_set_is_read_too(tmp_path, monkeypatch):
     (tmp_path / "c4").mkdir()
     (tmp_path / "c4" / "a.txt").write_text("of mine")
     monkeypatch.chdir(tmp_path)
-    assert text.load_text("c4") == "of mine"
+    assert load_text("c4") == "of mine"
     assert text.load_evaluation_text("c4") == ("of mine", None)
 
 

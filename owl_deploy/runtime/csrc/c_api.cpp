@@ -58,9 +58,11 @@ OWL_EXPORT const char* owl_isa_name(std::size_t i) { return owl::kernel_name(i);
 OWL_EXPORT int owl_isa_supported(const char* isa) { return owl::find_kernels(isa) != nullptr; }
 
 OWL_EXPORT int owl_check_packed(const void* packed, std::size_t size) {
-  owl::PackedMatrix matrix;
-  const std::string wrong = owl::parse_packed(packed, size, &matrix);
-  return wrong.empty() ? 0 : fail(wrong);
+  return owl_c::guarded([&] {
+    owl::PackedMatrix matrix;
+    const std::string wrong = owl::parse_packed(packed, size, &matrix);
+    return wrong.empty() ? 0 : fail(wrong);
+  });
 }
 
 // x [rows, cols] -> y [rows, outputs]. bias, skip, gamma and sum may be null. 0, or 1 and
@@ -90,12 +92,15 @@ OWL_EXPORT int owl_matmul(const char* isa, const void* packed, std::size_t size,
 }
 
 OWL_EXPORT int owl_gather(const void* packed, std::size_t size, std::size_t row, float* out) {
-  owl::PackedMatrix matrix;
-  const std::string wrong = owl::parse_packed(packed, size, &matrix);
-  if (!wrong.empty()) return fail(wrong);
-  if (matrix.sparse() || row >= matrix.rows) return fail("no such row");
-  owl::gather_row(matrix, row, out);
-  return 0;
+  return owl_c::guarded([&] {
+    owl::PackedMatrix matrix;
+    const std::string wrong = owl::parse_packed(packed, size, &matrix);
+    if (!wrong.empty()) return fail(wrong);
+    if (matrix.sparse()) return fail("rows are taken of dense matrices");
+    if (row >= matrix.rows) return fail("no such row");
+    owl::gather_row(matrix, row, out);
+    return 0;
+  });
 }
 
 // One sequence: qkv [length, (heads + 2 * kv_heads) * head_size], cache [kv_heads, capacity,

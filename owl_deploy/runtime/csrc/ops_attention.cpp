@@ -120,8 +120,7 @@ void AttentionNode::add_sequences(owl::Plan& plan, const AttentionTensors& tenso
   const float* k = packed ? tensors.q + width : tensors.k;
   const float* v = packed ? k + kv_width : tensors.v;
   const std::size_t length = tensors.length;
-  const std::size_t bytes =
-      attention.head_size * (attention.cache == owl::CacheType::kFp16 ? 2 : 4);
+  const std::size_t bytes = attention.head_size * owl::cache_bytes(attention.cache);
   const std::size_t sequence_bytes = attention.kv_heads * attention.capacity * bytes;
   std::vector<owl::AttentionRun> runs;
   for (std::size_t b = 0; b < tensors.batch; ++b) {

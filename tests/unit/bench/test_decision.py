@@ -8,7 +8,7 @@ import pytest
 from owl_deploy.bench import decision
 from owl_deploy.bench.result import Result, Score
 from owl_deploy.errors import BadInput
-from owl_deploy.manifest import keep_measurement
+from owl_deploy.measurements import keep_measurement
 from tests.unit.bench.made import result, with_code
 
 

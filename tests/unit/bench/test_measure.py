@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from owl_deploy.bench import BenchPlan, Result, measure, read_result, run_bench, table
+from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, run_bench, table
 from owl_deploy.bench.measure import Opener
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, environment
@@ -489,5 +489,5 @@ def test_what_is_of_a_check_is_refused_without(pair: tuple[Path, Path], option: 
 def test_what_was_only_rounded_is_not_sparse() -> None:
     rounded = BlockShares(name="model.layers.0", achieved=0.13, sparsity=0.0)
     pruned = rounded.model_copy(update={"sparsity": 0.13})
-    assert measure._pruned([rounded, rounded]) == ()
-    assert [one.sparsity for one in measure._pruned([rounded, pruned])] == [0.13, 0.13]
+    assert entries._pruned([rounded, rounded]) == ()
+    assert [one.sparsity for one in entries._pruned([rounded, pruned])] == [0.13, 0.13]

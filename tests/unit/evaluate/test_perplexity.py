@@ -15,7 +15,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import fits, from_nll, perplexity, windows_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.hardware import Hardware
-from owl_deploy.manifest import measurement
+from owl_deploy.measurements import measurement
 from owl_deploy.text import load_tokenizer
 from tests import tiny
 

@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from owl_deploy import adapter, recipe
 from owl_deploy.checkpoint import Checkpoint
-from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.ending import Defect
+from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.finetune import run as module
 from owl_deploy.finetune import train as training
 from owl_deploy.finetune.run import finetune
 from owl_deploy.finetune.source import Source
-from owl_deploy.manifest import measurement
+from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import prune
 from tests import tiny
 from tests.reference import finetune as reference
@@ -178,7 +179,7 @@ def test_a_lost_mask_is_seen_before_anything_appears(models, text_file, tmp_path
         return {name: source.checkpoint.read(name) + delta for name, delta in deltas.items()}, 0
 
     monkeypatch.setattr(module, "merged", careless)
-    with pytest.raises(EnvironmentFailed, match="zeros of"):
+    with pytest.raises(Defect, match="zeros of"):
         finetune(sparse, tmp_path / "out", str(text_file), QUICK | {"merge": "masked"})
     assert not (tmp_path / "out").exists()
 
