@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from owl_deploy import engines
+from owl_deploy import generate as module
 from owl_deploy.artefact import MANIFEST, sha256, write_json
+from owl_deploy.engines import open_deployment
+from owl_deploy.errors import BadInput
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export
-from owl_deploy.generate import Sampling, Speed, generate
+from owl_deploy.generate import Sampling, Speed, Writer, generate
 from tests import tiny
 
 PROMPT = "The river ran"
@@ -170,3 +173,29 @@ def test_a_model_without_a_chat_template_is_not_asked_in_one(owl, deployment):
 def test_what_is_of_sampling_is_refused_without(owl, deployment, option):
     code, _, err = owl("generate", deployment, PROMPT, option)
     assert (code, "Give --do-sample as well" in err) == (2, True)
+
+
+def test_a_long_prompt_is_run_in_parts_to_the_same_end(deployment, monkeypatch):
+    """Between them other threads run: a server answers for its health."""
+    prompt, said = PROMPT * 30, []
+    for part in (1000, 50, 7):
+        monkeypatch.setattr(module, "_PART", part)
+        speed = Speed()
+        said.append(list(generate(deployment, prompt, Sampling(8), speed, threads=1)))
+        assert speed.prompt_tokens > 64
+    assert said[0] == said[1] == said[2]
+
+
+def test_a_word_whose_tokenizing_would_take_minutes_is_refused(deployment):
+    with pytest.raises(BadInput, match="letters, digits, signs or blanks in a row"):
+        next(generate(deployment, PROMPT + "x" * 10_000))
+
+
+def test_more_rows_than_the_library_takes(deployment):
+    with pytest.raises(BadInput, match="--batch 33 is not between 1 and 32"):
+        Writer(open_deployment(deployment), 1, batch=33)
+
+
+def test_more_of_the_likeliest_than_there_are_tokens(deployment):
+    sampling = Sampling(4, do_sample=True, top_k=10**6, seed=0)
+    assert len(list(generate(deployment, PROMPT, sampling, threads=1))) == 4
