@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from owl_deploy import __version__, api, options
 from owl_deploy.ending import echo, exit_code
+from owl_deploy.errors import option
 from owl_deploy.methods import METHODS
 from owl_deploy.ranks import leads, leave, local_rank
 
@@ -97,9 +98,9 @@ def _with_method_options(command: Callable[..., None]) -> Callable[..., None]:
             told = f"Of {method}: {field.description}.{default}"
             if name in found:  # of another method, too
                 told = f"{found[name].default.help} {told}"
-            option = typer.Option(None, f"--{name.replace('_', '-')}", help=told)
+            given = typer.Option(None, option(name), help=told)
             kind: Any = field.annotation
-            found[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+            found[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=given, annotation=kind)
     command.__signature__ = Signature([*own, *found.values()])  # type: ignore[attr-defined]
     return command
 

@@ -70,6 +70,11 @@ def not_installed(error: BaseException) -> EnvironmentFailed | None:
     )
 
 
+def option(name: str) -> str:
+    """What the command line calls a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> BadInput:
     """The error for a `name` that is none of the `known` ones, with the nearest as a hint."""
     choices = list(known)

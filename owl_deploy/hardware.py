@@ -98,6 +98,11 @@ def find_dtype(
     return known[name]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """What `--dtype` and manifests call it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def find_training_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the products of a training whose parameters, sums and losses are float32.
 

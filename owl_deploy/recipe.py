@@ -26,7 +26,7 @@ from pydantic import (
 
 from owl_deploy.allocation import ALLOCATIONS, DEFAULT, SEARCHED
 from owl_deploy.artefact import sha256
-from owl_deploy.errors import BadInput, first_line, invalid, unknown_name
+from owl_deploy.errors import BadInput, first_line, invalid, option, unknown_name
 from owl_deploy.families import FAMILIES, heads
 from owl_deploy.methods import METHODS, Modifier, Options, Statistic
 
@@ -158,9 +158,9 @@ class PruneSettings(BaseModel):
                 raise BadInput(f"The method {self.method} only rounds.", "Give --bits.")
             if self.head_sparsity:
                 raise BadInput(f"The method {self.method} removes nothing.", "Give another method.")
-        for option, value in (("--group", self.bits_group), ("--head-bits", self.head_bits)):
+        for given, value in (("--group", self.bits_group), ("--head-bits", self.head_bits)):
             if not self.rounds and value is not None:
-                raise BadInput(f"{option} is of --bits.", "Give --bits as well.")
+                raise BadInput(f"{given} is of --bits.", "Give --bits as well.")
         for option, value, known in (
             ("--bits", self.bits, _BITS),
             ("--head-bits", self.head_bits, _BITS_OF_HEAD),
@@ -359,7 +359,7 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
     for name, means in (("spread", row.spread), ("outlier_multiple", row.counts_outliers)):
         if overrides.get(name) is not None and not means:
             raise BadInput(
-                f"--{name.replace('_', '-')} means nothing to the allocation {found.allocation}.",
+                f"{option(name)} means nothing to the allocation {found.allocation}.",
                 "Leave it out, or give another --allocation.",
             )
     return found

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from owl_deploy.bench.scenario import KINDS, Scenario
 from owl_deploy.engines import Deployment
-from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.errors import BadInput, option, unknown_name
 
 _KEY = re.compile(
     rf"(?P<kind>{'|'.join(KINDS)})@(?P<tokens>\d+)(\+(?P<new>\d+))?(x(?P<several>\d+))?"
@@ -106,7 +106,7 @@ class BenchPlan(BaseModel):
             if name in self.model_fields_set and readers.isdisjoint(self.scenarios):
                 known = " or ".join(sorted(readers))
                 raise BadInput(
-                    f"{_option(name)} is for --scenario {known}.", "Give that, or leave it out."
+                    f"{option(name)} is for --scenario {known}.", "Give that, or leave it out."
                 )
         if "answers" in self.scenarios and len(self.context) > 1:
             raise BadInput("--scenario answers has one room for all.", "Give one --context.")
@@ -139,7 +139,7 @@ class BenchPlan(BaseModel):
             if one and one.context > limit:
                 raise BadInput(f"--scenario {one.key} is more than {takes}.", "Give a shorter one.")
         notes = [
-            f"{_option(name)} is {_numbers(value)} instead of {_numbers(getattr(self, name))}: "
+            f"{option(name)} is {_numbers(value)} instead of {_numbers(getattr(self, name))}: "
             f"{path} takes {limit} tokens."
             for name, value in changed.items()
             if name not in self.model_fields_set and (name != "context" or self._decodes)
@@ -230,10 +230,6 @@ class BenchPlan(BaseModel):
     def _room(self, tokens: int) -> int:
         """The context to make caches for: the first asked that holds `tokens`, or just them."""
         return next((context for context in self.context if context >= tokens), tokens)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _numbers(value: int | tuple[int, ...]) -> str:

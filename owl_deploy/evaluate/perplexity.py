@@ -17,7 +17,7 @@ from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
-from owl_deploy.hardware import find_batch, find_device, find_dtype
+from owl_deploy.hardware import find_batch, find_device, find_dtype, name_of
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.text import (
@@ -121,7 +121,7 @@ def checkpoint_perplexity(
         nll = _whole_nll(load_model(checkpoint, dtype, device, adapter), own.to(device))
     result = from_nll(asked.text, sum(ranks.gathered(nll)), windows)
     if adapter is None and ranks.leads:
-        computed = {**asdict(result), "dtype": str(dtype).removeprefix("torch.")}
+        computed = {**asdict(result), "dtype": name_of(dtype)}
         keep(folder, "perplexity", computed)
     return result
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.engines import threads_for
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, option
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.perplexity import Perplexity, perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
@@ -77,10 +77,10 @@ def _check_read(folders: Sequence[str | Path], asked: EvaluationSettings) -> Non
     for reader, (there, names) in readers.items():
         for name in names if not there else ():
             if getattr(asked, name) != usual[name]:
-                option = f"--{name.replace('_', '-')} is"
+                told = f"{option(name)} is"
                 if name == "hardware":
-                    option = "--device, --dtype and --batch-size are"
-                raise BadInput(f"{option} for {reader}.", "Leave it out.")
+                    told = "--device, --dtype and --batch-size are"
+                raise BadInput(f"{told} for {reader}.", "Leave it out.")
 
 
 def _refuse_deployments(folders: Sequence[str | Path], ranks: Ranks) -> None:

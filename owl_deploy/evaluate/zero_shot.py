@@ -21,7 +21,7 @@ from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
-from owl_deploy.hardware import find_device, find_dtype
+from owl_deploy.hardware import find_device, find_dtype, name_of
 from owl_deploy.manifest import versions
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, leads
@@ -320,7 +320,7 @@ def _opened(folder: Path, tasks: Tasks, asked: EvaluationSettings) -> Iterator[_
         batch_size=batch,
         softmax_dtype="float32",
     )
-    yield _Opened(model, str(dtype).removeprefix("torch."), versions(), seen, batch)
+    yield _Opened(model, name_of(dtype), versions(), seen, batch)
 
 
 def _rows(tasks: Tasks, deployment: Deployment, engine: str) -> int:

@@ -43,7 +43,7 @@ from owl_deploy.finetune.train import (
 )
 from owl_deploy.finetune.trainee import Distillation, Trainee
 from owl_deploy.finetune.write import merged, write_adapter, write_checkpoint
-from owl_deploy.hardware import find_device, find_training_dtype, on_threads
+from owl_deploy.hardware import find_device, find_training_dtype, name_of, on_threads
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, asked_before, kept_for_resuming
 from owl_deploy.ranks import ALONE, Ranks, join
@@ -201,7 +201,7 @@ class Run:
             "grid": sha256(grid) if (grid := self.source.folder / GRID).is_file() else None,
             "teacher": None if self.teacher is None else self.teacher.identity(),
             "device": find_device("auto").type,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": name_of(self.dtype),
             "threads": torch.get_num_threads(),
             "processes": self.ranks.size,
             "versions": _versions(),
@@ -448,7 +448,7 @@ class Run:
             "settings": self.settings.model_dump(mode="json"),
             "text": self._describe_text(),
             "teacher": self.asked_teacher,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": name_of(self.dtype),
             "processes": self.ranks.size,
             "steps": len(losses),
             "seconds": curve[-1]["seconds"],

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.errors import BadInput, option, unknown_name
 
 METHODS = ("lora", "masked")
 MERGES = ("masked",)
@@ -87,11 +87,11 @@ class FinetuneSettings(BaseModel):
             too_small = value is not None and (value < bound or (bound == 0 and value == 0))
             if value is not None and (too_small or not math.isfinite(value)):
                 limit = f"at least {bound}" if bound else "above 0"
-                raise BadInput(f"{_option(name)} must be {limit}.")
+                raise BadInput(f"{option(name)} must be {limit}.")
         for name in ("warmup", "teacher_weight", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise BadInput(f"{_option(name)} is a share: from 0 to 1.")
+                raise BadInput(f"{option(name)} is a share: from 0 to 1.")
 
 
 def resolved(values: FinetuneSettings | dict[str, Any], teacher: bool) -> FinetuneSettings:
@@ -135,8 +135,4 @@ def resolved(values: FinetuneSettings | dict[str, Any], teacher: bool) -> Finetu
 def _refuse(asked: FinetuneSettings, names: tuple[str, ...], why: str) -> None:
     for name in names:
         if getattr(asked, name) is not None:
-            raise BadInput(f"{_option(name)} {why}")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+            raise BadInput(f"{option(name)} {why}")

@@ -9,13 +9,14 @@ import torch
 from owl_deploy.allocation import ALLOCATIONS, SEARCHED
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, option
 from owl_deploy.hardware import (
     Hardware,
     find_batch,
     find_device,
     find_dtype,
     find_training_dtype,
+    name_of,
 )
 from owl_deploy.manifest import versions
 from owl_deploy.methods import METHODS, Method
@@ -46,7 +47,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("sequence_length", 2)):
             if getattr(self, name) < least:
-                raise BadInput(f"--{name.replace('_', '-')} must be at least {least}.")
+                raise BadInput(f"{option(name)} must be at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class Request:
             "tune_minutes": self.tune_minutes,
             "calibration": self.describe_calibration(),
             "device": self.skeleton.device.type,
-            "dtype": str(self.skeleton.dtype).removeprefix("torch."),
-            "training_dtype": str(self.training_dtype).removeprefix("torch."),
+            "dtype": name_of(self.skeleton.dtype),
+            "training_dtype": name_of(self.training_dtype),
             ROUNDING: {
                 "processes": self.ranks.size,
                 "threads": torch.get_num_threads(),

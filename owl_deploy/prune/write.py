@@ -11,6 +11,7 @@ import torch
 from owl_deploy.checkpoint import shards, write_compatible
 from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.grid import write_grid
+from owl_deploy.hardware import name_of
 from owl_deploy.manifest import Block, Cost, Linear, Manifest, read_manifest, versions
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.request import Request
@@ -114,7 +115,7 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
         "calibration": request.describe_calibration(),
         "processes": request.ranks.size,
         "device": str(device),
-        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "dtype": name_of(skeleton.dtype),
         "weights": total,
         "sparsity": {
             "asked": sum(b.sparsity * b.weights for b in blocks) / total,
