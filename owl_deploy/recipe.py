@@ -161,14 +161,14 @@ class PruneSettings(BaseModel):
         for given, value in (("--group", self.bits_group), ("--head-bits", self.head_bits)):
             if not self.rounds and value is not None:
                 raise BadInput(f"{given} is of --bits.", "Give --bits as well.")
-        for option, value, known in (
+        for given, value, known in (
             ("--bits", self.bits, _BITS),
             ("--head-bits", self.head_bits, _BITS_OF_HEAD),
             ("--group", self.bits_group, _BITS_GROUPS),
         ):
             if value is not None and value not in known:
                 raise BadInput(
-                    f"{option} {value} is not possible.",
+                    f"{given} {value} is not possible.",
                     f"There are: {', '.join(map(str, known))}.",
                 )
         if self.group and self.bits_group:
