@@ -59,6 +59,39 @@ def test_a_killed_run_resumes_to_the_same_losses(owl, sparse, text_file, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_the_adapter_is_as_asked_for(owl, sparse, text_file, tmp_path):
+    asked = ["--rank", 4, "--alpha", 24, "--dropout", 0.25]
+    asked += ["--target-module", "up_proj", "--target-module", "o_proj"]
+    code, _, err = owl(*arguments(sparse, text_file, tmp_path / "out", *asked, "--max-steps", 1))
+    assert code == 0, err
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 24, 0.25)
+    assert sorted(config["target_modules"]) == ["o_proj", "up_proj"]
+    shapes = {
+        name.removeprefix("base_model.model.model.layers."): list(one.shape)
+        for name, one in load_file(tmp_path / "out" / "adapter_model.safetensors").items()
+    }
+    assert shapes["1.mlp.up_proj.lora_A.weight"] == [4, 64]
+    assert {name.split(".")[2] for name in shapes} == {"o_proj", "up_proj"}
+
+
+def test_a_seed_decides_the_adapter(owl, sparse, text_file, tmp_path):
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        output = tmp_path / str(number)
+        more = ("--max-steps", 1, "--seed", seed, "--json")
+        code, out, err = owl(*arguments(sparse, text_file, output, *more))
+        assert code == 0, err
+        weights = load_file(output / "adapter_model.safetensors")
+        losses = [row["loss"] for row in json.loads(out)["finetune"]["curve"] if "loss" in row]
+        found.append((weights, losses))
+    (one, read), (again, read_again), (other, read_other) = found
+    assert all(one[name].equal(again[name]) for name in one)
+    # A, which the first step does not move, as it is drawn; and which windows are read.
+    assert not any(one[name].equal(other[name]) for name in one if "lora_A" in name)
+    assert read == read_again != read_other
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

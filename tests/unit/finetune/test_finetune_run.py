@@ -23,6 +23,7 @@ from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import prune
 from tests import tiny
 from tests.reference import finetune as reference
+from tests.reference.divergence import divergence
 
 QUICK = {
     "sequence_length": 32,
@@ -250,6 +251,32 @@ def test_a_mask_and_a_manifest_that_disagree(models, text_file, tmp_path):
     save_file(tensors, changed / "model.safetensors")
     with pytest.raises(BadInput, match=r"model\.layers\.1 .* its manifest says 60\.\d\d%"):
         finetune(changed, tmp_path / "out", str(text_file), QUICK)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 1.0])
+def test_the_teachers_logits_count_by_their_weight(models, tmp_path, share):
+    dense, sparse = models("llama")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    windows = Source(sparse).windows([str(tmp_path / "text.txt")], 32)[0].long()
+    # One batch of all windows: the order in which they are drawn is nothing to the loss.
+    values = QUICK | {"batch_size": len(windows), "max_steps": 1, "learning_rate": 1e-4}
+    values |= {} if share is None else {"teacher_weight": share}
+    text = str(tmp_path / "text.txt")
+    manifest = finetune(sparse, tmp_path / "out", text, values, teacher=str(dense))
+    (first,) = (row.loss for row in manifest.finetune.curve if row.loss is not None)
+
+    teacher, student = map(transformers.AutoModelForCausalLM.from_pretrained, (dense, sparse))
+    linears = {
+        name: module.weight
+        for name, module in student.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    told = divergence(teacher, linears, windows[:, :-1])  # the last token predicts nothing
+    with torch.no_grad():
+        untold = student(input_ids=windows, labels=windows).loss.item()
+    assert abs(told - untold) > 1
+    share = 0.5 if share is None else share
+    assert first == pytest.approx(share * told + (1 - share) * untold, rel=1e-5)
 
 
 def test_a_teacher_with_another_vocabulary(models, text_file, tmp_path):

@@ -1,3 +1,4 @@
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -66,6 +67,30 @@ def test_evaluating_takes_a_part_of_the_time(limit, took, evaluations):
     assert asked == evaluations
 
 
+def rates(schedule, moments):
+    """The learning rate's factor at each (step, seconds), with a fifth of the run to warm up."""
+    clock = _Clock(schedule, None, lambda _: None)
+    found = []
+    for step, seconds in moments:
+        clock.seconds = lambda seconds=seconds: seconds
+        found.append(clock.rate(0.2)(step))
+    return found
+
+
+def test_the_rate_rises_and_falls_with_the_steps():
+    by_hand = [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0]
+    moments = [(step, 1e6) for step in range(11)]  # without a limit time is nothing to it
+    assert rates(Schedule(10, None), moments) == pytest.approx(by_hand)
+
+
+def test_the_rate_rises_and_falls_with_the_time():
+    moments = [(0, 0.0), (1, 10.0), (2, 20.0), (3, 60.0), (4, 90.0), (5, 100.0), (6, 110.0)]
+    by_hand = [0.005, 0.505, 1, 0.5, 0.125, 0, 0]
+    assert rates(Schedule(1000, 100.0), moments) == pytest.approx(by_hand)
+    # Whichever is further on: half of the steps here, and half of the time.
+    assert rates(Schedule(10, 100.0), [(5, 10.0), (1, 50.0)]) == pytest.approx([0.625, 0.625])
+
+
 def test_there_is_nothing_but_survivors_to_optimize(models):
     source = Source(models("llama")[1])
     model = source.load(torch.float32)
@@ -98,7 +123,9 @@ def test_bfloat16_products_keep_float32_weights(models, tmp_path):
         assert sparse.weight.flatten()[positions].equal(sparse.values.bfloat16())
 
 
-def test_the_clock_ends_a_training_and_its_learning_rate(models, tmp_path):
+def test_the_clock_ends_a_training_and_its_learning_rate(models, tmp_path, monkeypatch):
+    looks = itertools.count()  # a hundredth of a second each, however busy the machine is
+    monkeypatch.setattr(_Clock, "_own_seconds", lambda _: next(looks) / 100)
     source = Source(models("llama")[1])
     model = source.load(torch.float32)
     sparsify(model.get_submodule(source.blocks[0]), torch.float32)
@@ -107,6 +134,7 @@ def test_the_clock_ends_a_training_and_its_learning_rate(models, tmp_path):
     curve = train(Trainee(model), windows, asked, Schedule(10**6, 1.0), tmp_path, "Training")
     rates = [row["learning_rate"] for row in curve if "loss" in row]
     assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 5 * rates[-1]
     assert curve[-1]["seconds"] >= 1
     assert "eval_loss" in curve[-1]
 
