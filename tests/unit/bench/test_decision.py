@@ -256,15 +256,22 @@ def test_perplexities_of_different_text_are_not_compared(tmp_path: Path) -> None
         decision.check_measured(folders, "perplexity")
 
 
-def test_a_better_one_that_is_slower_is_named() -> None:
-    made = result()
+def with_perplexity(made: Result, name: str, value: float, role: str) -> Result:
     subjects = [
-        one.model_copy(update={"perplexity": 9.0}) if one.name == "owl-50-deepsparse" else one
+        one.model_copy(update={"perplexity": value, "role": role}) if one.name == name else one
         for one in made.subjects
     ]
-    told = said(made.model_copy(update={"subjects": tuple(subjects)}))
-    if told.startswith("Deploy owl-50-deepsparse"):
-        assert "none has better" in told
-    else:
-        assert "none has better" not in told
-        assert "owl-50-deepsparse (deepsparse, fp32) has 9.00" in told
+    return made.model_copy(update={"subjects": tuple(subjects)})
+
+
+def test_of_the_best_nothing_better_is_named() -> None:
+    told = said(with_perplexity(result(), "owl-50-deepsparse", 9.0, "candidate"))
+    assert told.startswith("Deploy owl-50-deepsparse (deepsparse, fp32): 5")
+    assert "(perplexity 9.00, none has better)." in told
+
+
+def test_a_better_one_that_is_slower_is_named() -> None:
+    # Not a baseline, which would be what losses are counted from.
+    told = said(with_perplexity(result(), "dense-fp32", 9.0, "candidate"), 0.0)
+    assert told.startswith("Deploy dense-deepsparse (deepsparse, fp32): 4")
+    assert "(perplexity 13.7, dense-fp32 (onnxruntime, fp32) has 9.00)." in told

@@ -1,4 +1,5 @@
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -62,11 +63,21 @@ def test_speedups_name_their_baseline_and_are_not_claimed_in_vain(
     decode, prefill = result.comparisons
     assert decode.verdict == "faster"
     assert decode.ratio == pytest.approx(1.5, rel=0.05)
-    assert decode.low < 1.5 < decode.high or decode.ratio == pytest.approx(1.5, rel=0.05)
     assert (decode.candidate, decode.baseline) == ("sparse", "dense")
-    assert prefill.verdict in ("no speed-up", "inconclusive", "faster", "slower")
     assert abs(prefill.ratio - 1) < 0.05
     assert result.statistics["decode@512"]["sparse"]["tokens_per_s"] == pytest.approx(100, rel=0.05)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_equal_times_are_seldom_told_apart(tmp_path: Path) -> None:
+    one, other = (fake(tmp_path / name, prefill_ms=50, noise=0.05) for name in ("one", "other"))
+    plan = BenchPlan(candidates=(one,), baselines=(other,), scenarios=("prefill",), pairs=8)
+    told = []
+    for seed in range(20):
+        random.seed(seed)  # the fake engine draws its noise from it
+        told += [comparison.verdict for comparison in run_bench(plan).comparisons]
+    assert len(told) == 20
+    assert told.count("faster") + told.count("slower") <= 2  # of intervals of 90 %
 
 
 def test_the_prompt_leaves_room_so_that_the_last_token_sees_the_context(

@@ -1,5 +1,6 @@
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -114,25 +115,29 @@ def test_files_are_bounded_and_vanish(tmp_path: Path) -> None:
 
 def test_there_is_no_network() -> None:
     program = (
-        "import socket\ndef f(x):\n    s = socket.socket()\n    s.settimeout(1)\n"
-        "    s.connect(('{}', {}))\n    return x * x"
+        "import socket\ndef f(x):\n    own = socket.create_server(('127.0.0.1', 0))\n"
+        "    socket.create_connection(('127.0.0.1', {}), 1)\n    return x * x"
     )
-    import socket
-
+    # Sockets are there, and a network with nothing in it but the program's own.
+    assert judge(program.format("own.getsockname()[1]"), TESTS, "f") == Outcome(True)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        outcome = judge(program.format("127.0.0.1", server.getsockname()[1]), TESTS, "f")
-    assert outcome.why.startswith("raised")
+        outcome = judge(program.format(server.getsockname()[1]), TESTS, "f")
+    assert outcome == Outcome(False, "raised ConnectionRefusedError")
 
 
 def test_nobody_else_can_be_signalled() -> None:
-    program = (
-        "import os, signal\ndef f(x):\n"
-        f"    for who in ({os.getpid()}, os.getppid(), -1, 0):\n"
-        "        try: os.kill(who, signal.SIGTERM)\n"
-        "        except (ProcessLookupError, PermissionError): pass\n"
-        "    return x * x"
-    )
-    judge(program, TESTS, "f")  # this process is still here to say so
+    def kills(who: str | int, signal: str) -> Outcome:
+        program = (
+            f"import os\nfrom signal import SIGTERM\ndef f(x):\n    os.kill({who}, {signal})\n"
+            "    return x * x"
+        )
+        return judge(program, TESTS, "f")
+
+    assert kills("os.getpid()", "0") == Outcome(True)
+    assert kills("os.getpid()", "SIGTERM") == Outcome(False, "ended by itself")
+    assert kills(0, "SIGTERM") == Outcome(False, "ended by itself")  # the group of its own
+    for who in (os.getpid(), -1):  # this process, and all that there are
+        assert kills(who, "SIGTERM") == Outcome(False, "raised ProcessLookupError")
 
 
 def test_the_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
