@@ -386,7 +386,7 @@ def bench(
 
     from owl_deploy.bench.decision import check_measured, read_loss
     from owl_deploy.bench.run import CHECK_LOOKS
-    from owl_deploy.bench.table import show_outcome
+    from owl_deploy.bench.show import show_outcome
 
     loss = read_loss(max_loss) if max_loss else None
     if strict and not check:
@@ -457,7 +457,7 @@ def sweep(
 
     from owl_deploy import pipeline
     from owl_deploy import sweep as sweeps
-    from owl_deploy.bench.table import show_trade_off
+    from owl_deploy.bench.show import show_trade_off
     from owl_deploy.record import Unfinished
 
     if needs and not ray:
@@ -588,7 +588,7 @@ app.add_typer(engines_app, name="engines")
 def list_engines(as_json: options.Json = False) -> None:
     """List the engines: installed version, what they open, what their licences allow."""
     from owl_deploy import engines
-    from owl_deploy.engines.table import show
+    from owl_deploy.engines.show import show
 
     known = engines.list_engines()
     _emit({"engines": known}, as_json, lambda: show(known))

@@ -13,7 +13,7 @@ from owl_deploy.bench import decision, plots
 from owl_deploy.bench.decision import Judged, Option
 from owl_deploy.bench.result import Result, Subject, metrics_of
 from owl_deploy.bench.scenario import Metric
-from owl_deploy.bench.table import headline
+from owl_deploy.bench.show import headline
 from owl_deploy.engines.registry import ENGINES
 from owl_deploy.errors import BadInput
 from owl_deploy.record import Record

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy.bench.table import show_trade_off
+from owl_deploy.bench.show import show_trade_off
 from owl_deploy.errors import BadInput
 from owl_deploy.pipeline import Bench, attempt, needs
 from owl_deploy.sweep import SweepPlan, read_plan, run, tasks, trade_off, without

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, run_bench, table
+from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, run_bench, show
 from owl_deploy.bench.measure import Opener
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, environment
@@ -344,7 +344,7 @@ def test_ctrl_c_ends_at_once_and_leaves_no_process(tmp_path: Path) -> None:
 def shown(result: Result) -> str:
     console = Console(width=80, record=True, quiet=False, highlight=False)
     with console.capture() as capture:
-        table.show(result, console)
+        show.show(result, console)
     text = capture.get()
     assert max(map(len, text.splitlines())) <= 80
     return text

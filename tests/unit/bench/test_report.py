@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from owl_deploy.bench import decision, plots, read_result, table, write_result
+from owl_deploy.bench import decision, plots, read_result, show, write_result
 from owl_deploy.bench.report import render, write_report
 from owl_deploy.cli import app
 from owl_deploy.engines import ENGINES
@@ -136,7 +136,7 @@ def test_one_sparsity_makes_no_picture_by_sparsity(page: str) -> None:
 def test_failures_are_in_the_page_and_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     made = result(failure="The engine 'x' was ended by SIGABRT.")
     assert "was ended by SIGABRT" in render([made])
-    table.show(made)
+    show.show(made)
     printed = capsys.readouterr().out
     assert "was ended by SIGABRT" in printed
     assert max(map(len, printed.splitlines())) <= 80

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy.bench import table
+from owl_deploy.bench import show
 from owl_deploy.bench.result import SCHEMA, Sample, Subject, choose_baselines, read_result
 from owl_deploy.errors import BadInput
 from tests.unit.bench import made
@@ -83,12 +83,12 @@ def test_a_later_result_is_refused_with_both_numbers(tmp_path: Path) -> None:
 
 def test_a_headline_calls_only_a_dense_one_dense() -> None:
     found = made.result()
-    assert all("the best dense." in line for line in table.headline(found))
+    assert all("the best dense." in line for line in show.headline(found))
     sparse = tuple(one.model_copy(update={"zeros": 0.5}) for one in found.subjects)
-    for line in table.headline(found.model_copy(update={"subjects": sparse})):
+    for line in show.headline(found.model_copy(update={"subjects": sparse})):
         assert "the best baseline." in line
         assert "the baseline's" in line
     unlike = tuple(one.model_copy(update={"perplexity_on": one.role}) for one in found.subjects)
-    told = table.headline(found.model_copy(update={"subjects": unlike}))
+    told = show.headline(found.model_copy(update={"subjects": unlike}))
     assert told
     assert not any("perplexity" in line for line in told)

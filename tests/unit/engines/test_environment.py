@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from owl_deploy.engines import environment, registry
-from owl_deploy.engines.table import show
+from owl_deploy.engines.show import show
 from owl_deploy.errors import BadInput, EnvironmentFailed
 
 THIS = f"{sys.version_info[0]}.{sys.version_info[1]}"
