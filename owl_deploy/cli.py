@@ -572,12 +572,14 @@ def validate_recipe(
     as_json: options.Json = False,
 ) -> None:
     """Read a recipe as `owl prune` does, and say what it means."""
-    settings = api.prune_settings(Path(name), {}).model_dump(mode="json", exclude_defaults=False)
-    _emit(
-        settings,
-        as_json,
-        lambda: typer.echo("\n".join(f"{k:17} {v}" for k, v in settings.items() if v)),
-    )
+    found = api.prune_settings(Path(name), {})
+    # Where layers are named, theirs is the sparsity.
+    settings = found.model_dump(mode="json", exclude={"sparsity"} if found.layers else None)
+    layers = settings.get("layers") or {}
+    told = {name: value for name, value in settings.items() if value and name != "layers"}
+    lines = [f"{name:17} {value}" for name, value in told.items()]
+    lines += [f"{layer}: {sparsity:.4f}" for layer, sparsity in layers.items()]
+    _emit(settings, as_json, lambda: typer.echo("\n".join(lines)))
 
 
 engines_app = typer.Typer(no_args_is_help=True, help="The inference engines.")

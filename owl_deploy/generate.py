@@ -277,7 +277,7 @@ class Writer:
         if not 1 <= batch <= MOST_ROWS:
             raise BadInput(f"--batch {batch} is not between 1 and {MOST_ROWS}.")
         self.batch = 1 if in_parts or pad is None else batch
-        self._vocabulary = opened.vocab
+        self._vocabulary, self._has_template = opened.vocab, opened.has_chat_template
         self._pad = pad or 0
         import onnxruntime_genai
 
@@ -291,7 +291,12 @@ class Writer:
             self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
 
     def in_template(self, messages: list[dict[str, str]]) -> str:
-        """The messages, each a `role` and its `content`, in the model's chat template."""
+        """The messages, each a `role` and its `content`, in the model's chat template.
+
+        Raises `BadInput` for a model that has none.
+        """
+        if not self._has_template:
+            raise BadInput(f"{self.path} has no chat template.", "Give a text to go on from.")
         with self._stumbling():
             text: str = self._tokenizer.apply_chat_template(
                 messages=json.dumps(messages), add_generation_prompt=True

@@ -55,8 +55,9 @@ def bar(description: str, total: float, note: Callable[[], str] = _nothing) -> I
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("and"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -64,6 +65,7 @@ def bar(description: str, total: float, note: Callable[[], str] = _nothing) -> I
         if console.is_terminal:
             yield lambda units: progress.update(task, advance=units, note=note())
             return
+        console.print(f"{description} ...", highlight=False)
         yield _log_lines(progress, console, note)
         ended = "done in" if progress.finished else "stopped after"
         console.print(f"{description}: {ended} {progress.tasks[0].elapsed or 0.0:.1f} s")

@@ -248,12 +248,12 @@ def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes", "times"]]
     "3.5" is in bits a weight, "400MB" (kB, MB, GB) in bytes, "1.5x" how many times as fast. Raises
     `BadInput` for what is none of these, or no gain.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?(kB|MB|GB|x)?", budget.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([kmg]b|x)?", budget.strip().lower())
     if match is None or not 0 < float(match[1]) < math.inf:
         raise BadInput(
             f"The budget {budget!r} is none.",
-            "It is in bits a weight, such as 3.5, a size, such as 400MB, or a gain in speed over "
-            "int8, such as 1.5x.",
+            "It is in bits a weight, such as 3.5, a size in kB, MB or GB, such as 400MB, or a gain "
+            "in speed over int8, such as 1.5x.",
         )
     if match[2] == "x":
         if float(match[1]) <= 1:
@@ -264,7 +264,7 @@ def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes", "times"]]
         return float(match[1]), "times"
     if match[2] is None:
         return float(match[1]), "bits"
-    return float(match[1]) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2]], "bytes"
+    return float(match[1]) * {"kb": 1e3, "mb": 1e6, "gb": 1e9}[match[2]], "bytes"
 
 
 def _options(method: str, given: Options | Mapping[str, Any]) -> Options:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.bench.result import Result, Score, Subject, metrics_of
+from owl_deploy.bench.result import Comparison, Result, Score, Subject, metrics_of
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.measurements import measurement
 
@@ -66,7 +66,8 @@ class Judged:
     """What a benchmark leaves to choose from, by `key`: perplexity, or a task with its `metric`.
 
     `documents`: of the task. `options` are in the order of the result's subjects. `unlike`: why
-    there are none, where what is known of them cannot be compared.
+    there are none, where what is known of them cannot be compared. `unknown`: the deployments whose
+    quality nobody measured; `comparisons`: of the benchmark, in its first metric.
     """
 
     key: str
@@ -74,6 +75,8 @@ class Judged:
     documents: int
     options: tuple[Option, ...]
     unlike: str = ""
+    unknown: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
 
     @property
     def by_task(self) -> bool:
@@ -202,19 +205,23 @@ def judge(result: Result, key: str | None = None) -> Judged:
     of it, and the best solves more than chance would let it, else perplexity. Raises `BadInput` for
     what is not measured of each.
     """
-    speeds = result.statistics.get(metrics_of(result.scenarios)[0].key, {})
+    metric = metrics_of(result.scenarios)[0].key
+    speeds = result.statistics.get(metric, {})
     timed = [subject for subject in result.subjects if subject.name in speeds]
+    compared = tuple(one for one in result.comparisons if one.scenario == metric)
     if key is None:
         with contextlib.suppress(BadInput):
             by_code = _judged(timed, speeds, HUMANEVAL)
             if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
-                return by_code
+                return replace(by_code, comparisons=compared)
+        unknown = tuple(subject.name for subject in timed if not subject.perplexity)
         timed = [subject for subject in timed if subject.perplexity]
         try:
-            return _judged(timed, speeds, PERPLEXITY)
+            judged = _judged(timed, speeds, PERPLEXITY)
         except BadInput as error:
             return Judged(PERPLEXITY, PERPLEXITY, 0, (), unlike=str(error))
-    return _judged(timed, speeds, key)
+        return replace(judged, comparisons=compared, unknown=unknown)
+    return replace(_judged(timed, speeds, key), comparisons=compared)
 
 
 def _judged(subjects: Sequence[Subject], speeds: dict[str, dict[str, float]], key: str) -> Judged:
@@ -308,7 +315,12 @@ def sentence(judged: Judged, max_loss: float | None = None) -> str:
             or "no quality is known. `owl eval DEPLOYMENT --perplexity TEXT`, or --tasks "
             "humaneval, records it before a benchmark."
         )
-    return " ".join(filter(None, (_pick(judged, pick, max_loss), _sparse(judged, pick, max_loss))))
+    unknown = ""
+    if judged.unknown:
+        them = " and ".join(judged.unknown)
+        unknown = f"Left out, for their perplexity is not known: {them} (owl eval records it)."
+    said = (_pick(judged, pick, max_loss), _sparse(judged, pick, max_loss), unknown)
+    return " ".join(filter(None, said))
 
 
 def _pick(judged: Judged, pick: Option, max_loss: float | None) -> str:
@@ -333,9 +345,8 @@ def _sparse(judged: Judged, pick: Option, max_loss: float | None) -> str:
     sparse = [option for option in judged.options if option.subject.is_sparse]
     dense = [option for option in judged.options if not option.subject.is_sparse]
     if pick.subject.is_sparse:
-        best = max((one.tokens_per_s for one in dense if one.is_allowed(max_loss)), default=0.0)
-        gain = f"{pick.tokens_per_s / best:.2f}x the best dense one's speed" if best else ""
-        return f"Sparsity pays: it is {gain}." if gain else ""
+        best = choose(dense, max_loss)
+        return _gain(judged, pick, best) if best else ""
     faster = [option for option in sparse if option.tokens_per_s > pick.tokens_per_s]
     if not faster:
         return "No sparse one is faster." if sparse else ""
@@ -348,6 +359,21 @@ def _sparse(judged: Judged, pick: Option, max_loss: float | None) -> str:
         f"{_percent(near.loss)} of {judged.quality} (it has {judged.said(near)}); it would be "
         f"the choice if that were {_percent(near.allowed(max_loss))} or less.{chance}"
     )
+
+
+def _gain(judged: Judged, pick: Option, best: Option) -> str:
+    """What the sparse `pick` is ahead of the `best` dense one, and whether that is sparsity's."""
+    names = (pick.subject.name, best.subject.name)
+    known = [one for one in judged.comparisons if (one.candidate, one.baseline) == names]
+    gain = known[0].text if known else f"{pick.tokens_per_s / best.tokens_per_s:.2f}x"
+    if known and known[0].verdict != "faster":
+        return f"Beside {best.title} it is {gain}."
+    if pick.subject.engine != best.subject.engine:
+        return (
+            f"It decodes at {gain} the speed of {best.title}, by its engine and sparsity together: "
+            f"a dense export for {pick.subject.engine} would tell what sparsity is worth."
+        )
+    return f"Sparsity pays: it is {gain} the best dense one's speed."
 
 
 def _percent(share: float) -> str:

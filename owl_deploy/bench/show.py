@@ -31,8 +31,7 @@ def show(
     """Print a result: what to deploy, a table for each scenario, the speed-ups, memory, notes."""
     console = console or result_console(WIDTH)
     judged = decision.judge(result, quality_metric)
-    if judged.options:
-        console.print(decision.sentence(judged, max_loss))
+    console.print(decision.sentence(judged, max_loss))
     for metric in metrics_of(result.scenarios):
         console.print(_speed(result, metric))
         if result.comparisons:

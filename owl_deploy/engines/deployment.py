@@ -161,7 +161,7 @@ def _described(folder: Folder, target: str | None) -> tuple[str, int]:
         )
     if target is None:  # a folder that has no manifest
         is_traced = "causal_mask" in inputs and not folder.settings
-        target = "deepsparse" if is_traced else "onnxruntime"
+        target = "deepsparse" if is_traced else "owl" if folder.library else "onnxruntime"
     if target not in known_targets():
         place = folder.path / "owl.json"
         raise unknown_name(f"target (in {place})", target, known_targets())

@@ -226,6 +226,7 @@ def list_engines() -> list[dict[str, Any]]:
             "environment": str(environment_folder(engine)) if engine.lock else None,
         }
         for engine in ENGINES.values()
+        if engine.name != "fake"  # the tests'
     ]
 
 

@@ -243,6 +243,11 @@ class Folder:
                 )
         else:
             _ = self.weights  # refuses places elsewhere; digests would tell nothing
+            if self.library in LIBRARY_NAMES:
+                _say_once(
+                    f"{self.path} has no {MANIFEST}, which owl writes: nothing tells whether its "
+                    "files are as they were exported."
+                )
         own = self.path / (self.library or "")
         if library is not None and own.is_file() and digest(own) != digest(library):
             _say_once(

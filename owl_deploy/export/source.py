@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family
 from owl_deploy.manifest import CheckpointManifest, read_manifest
@@ -57,11 +57,9 @@ class Source:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise BadInput(f"There is no model folder {str(folder)!r}.", "Check the path.")
-        self.folder = folder.absolute()
-        self.checkpoint = Checkpoint(folder)
-        self.config = self.checkpoint.config
+        self.checkpoint = open_checkpoint(folder)
+        folder = self.checkpoint.folder
+        self.folder, self.config = folder.absolute(), self.checkpoint.config
         self.family: Family = self.checkpoint.family
         self.manifest = read_manifest(folder, CheckpointManifest)
         _check_causal(self.config, folder)

@@ -47,7 +47,7 @@ def _table(manifest: CheckpointManifest) -> Table:
     table.add_column(f"sparsity (all: {whole.asked:.2f})", width=_BAR_WIDTH)
     for block, cells in zip(blocks, zip(*columns.values(), strict=True), strict=True):
         bar = Bar(1.0, 0.0, block.sparsity, width=_BAR_WIDTH, color="blue")
-        table.add_row(block.name, *cells, bar)
+        table.add_row(block.name.rpartition(".")[2], *cells, bar)
     table.add_section()
     ends = [("all blocks", whole.asked, whole.achieved)]
     if head := manifest.head:
@@ -80,8 +80,10 @@ def _rounded(manifest: CheckpointManifest) -> str:
     settings, spent = manifest.settings, manifest.spent
     if spent is not None:
         speed = f"{spent.speed_up:.2f}x dense int8's speed, " if spent.speed_up else ""
+        each = [one.bits for block in manifest.blocks for one in block.linears.values() if one.bits]
         return (
-            f"of 3 to 8 bits (groups of {settings.bits_group}), {spent.bytes / 1e6:.1f} MB or "
+            f"of {min(each)} to {max(each)} bits (groups of {settings.bits_group}), "
+            f"{spent.bytes / 1e6:.1f} MB or "
             f"{8 * spent.bytes / manifest.weights:.2f} bits a weight packed, {speed}expected to "
             f"lose {spent.loss:.3f} nats a token, "
         )
