@@ -65,7 +65,6 @@ def bar(description: str, total: float, note: Callable[[], str] = _nothing) -> I
         if console.is_terminal:
             yield lambda units: progress.update(task, advance=units, note=note())
             return
-        console.print(f"{description} ...", highlight=False)
         yield _log_lines(progress, console, note)
         ended = "done in" if progress.finished else "stopped after"
         console.print(f"{description}: {ended} {progress.tasks[0].elapsed or 0.0:.1f} s")

@@ -440,9 +440,7 @@ def test_a_budget_is_in_bits_or_bytes(budget, expected):
     assert recipe.parse_budget(budget) == expected
 
 
-@pytest.mark.parametrize(
-    "budget", ["", "many", "0", "-1", "3.5y", "x", "400mb", "400MiB", "1e9", "nan"]
-)
+@pytest.mark.parametrize("budget", ["", "many", "0", "-1", "3.5y", "x", "400MiB", "1e9", "nan"])
 def test_what_is_no_budget(budget):
     with pytest.raises(BadInput, match="is none"):
         recipe.settings(budget=budget)

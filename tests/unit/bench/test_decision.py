@@ -2,11 +2,12 @@ import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from owl_deploy.bench import decision
-from owl_deploy.bench.result import Result, Score
+from owl_deploy.bench.result import Result, Score, metrics_of
 from owl_deploy.errors import BadInput
 from owl_deploy.measurements import keep_measurement
 from tests.unit.bench.made import result, with_code
@@ -73,7 +74,43 @@ def test_sentences() -> None:
     assert "the fastest here that loses at most 2 % of log-perplexity" in told
     assert "owl-50-deepsparse (deepsparse, fp32) is 1.0" in told
     assert "it would be the choice if that were 2 % or less" in told
-    assert "Sparsity pays: it is 3.5" in said(result(), 0.5)
+    assert "a dense export for owl would tell what sparsity is worth" in said(result(), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "text", "says"),
+    [
+        ("faster", "1.3x (1.2 to 1.4)", "Sparsity pays: it is 1.3x (1.2 to 1.4) the best dense"),
+        ("inconclusive", "inconclusive (too few pairs): 1.1x", "it is inconclusive (too few"),
+        ("no speed-up", "no speed-up (0.9 to 1.1)", "it is no speed-up (0.9 to 1.1)."),
+    ],
+)
+def test_sparsity_pays_by_the_interval_and_in_one_engine(
+    verdict: Any, text: str, says: str
+) -> None:
+    made = result()
+    dense = next(one for one in made.subjects if not one.is_sparse)
+    sparse = max((one for one in made.subjects if one.is_sparse), key=lambda one: one.zeros or 0)
+    found = made.comparisons[0].model_copy(
+        update={
+            "scenario": metrics_of(made.scenarios)[0].key,
+            "candidate": sparse.name,
+            "baseline": dense.name,
+            "verdict": verdict,
+            "text": text,
+        }
+    )
+    subjects = (dense.model_copy(update={"engine": sparse.engine}), sparse)
+    told = said(made.model_copy(update={"subjects": subjects, "comparisons": (found,)}), 0.9)
+    assert says in told
+    assert ("Sparsity pays" in told) is (verdict == "faster")
+
+
+def test_who_is_left_out_is_named() -> None:
+    made = result()
+    blind = made.subjects[0].model_copy(update={"perplexity": None})
+    told = said(made.model_copy(update={"subjects": (blind, *made.subjects[1:])}))
+    assert f"Left out, for their perplexity is not known: {blind.name} (owl eval" in told
 
 
 def test_without_perplexities_nothing_is_said_to_deploy() -> None:

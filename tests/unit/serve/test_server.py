@@ -21,7 +21,7 @@ class FakeWriter:
     """Says a letter in each row for each `go`; `seen`: prompts and sampling, a list a batch."""
 
     def __init__(self, batch=1):
-        self.batch = batch
+        self.batch, self.context = batch, 100
         self.go = threading.Semaphore(0)
         self.rows, self.seen = {}, []
         self.line = None
