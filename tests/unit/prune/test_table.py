@@ -1,6 +1,10 @@
-"""Every method with every allocation, structure and family: what was asked is what comes out."""
+"""Every method with every allocation, structure and family: what was asked is what comes out.
+
+All pairs of them by default, and all combinations with the slow tests.
+"""
 
 import functools
+import itertools
 import json
 
 import pytest
@@ -16,6 +20,19 @@ from tests import tiny
 
 ALLOCATIONS = ("uniform", "owl", "owl-per-linear", "dlp", "linear")
 STRUCTURES = ("unstructured", "2:4", "3:8")
+CHOICES = (tuple(tiny.REMOVING), ALLOCATIONS, STRUCTURES, tuple(tiny.FAMILIES))
+
+
+def is_quick(*picks):
+    """Whether a combination, by its places in `CHOICES`, is among the few that hold all pairs."""
+    method, allocation, structure, family = picks
+    return (method + allocation + family) % 5 == (method + structure + 2 * family) % 3 == 0
+
+
+QUICK, SLOW = [], []
+for places in itertools.product(*(range(len(names)) for names in CHOICES)):
+    combination = tuple(names[place] for names, place in zip(CHOICES, places, strict=True))
+    (QUICK if is_quick(*places) else SLOW).append(combination)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +56,16 @@ def linears(folder):
     ]
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("method", tiny.REMOVING)
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations(range(len(CHOICES)), 2)])
+def test_every_pair_is_among_the_quick(one, other):
+    found = {(combination[one], combination[other]) for combination in QUICK}
+    assert found == set(itertools.product(CHOICES[one], CHOICES[other]))
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation", "structure", "family"),
+    [*QUICK, *(pytest.param(*combination, marks=pytest.mark.slow) for combination in SLOW)],
+)
 def test_every_combination(models, text_file, tmp_path, method, allocation, structure, family):
     values = {"method": method, "allocation": allocation, "structure": structure, "spread": 0.1}
     if structure == "unstructured":
