@@ -15,10 +15,11 @@ from owl_deploy.cli import app
 WORK = {
     "owl_deploy.api": ("prune", "evaluate", "finetune", "run_gate"),
     "owl_deploy.bench.decision": ("check_measured",),
-    "owl_deploy.bench.table": ("show_outcome",),
+    "owl_deploy.bench.show": ("show_outcome",),
     "owl_deploy.cli": ("_dense", "_emit", "_on_cluster"),
     "owl_deploy.evaluate.show": ("show",),
     "owl_deploy.finetune.show": ("show",),
+    "owl_deploy.pipeline": ("execute",),
     "owl_deploy.prune.show": ("show",),
     "owl_deploy.serve.server": ("serve",),
     "owl_deploy.sweep": ("tasks", "run"),
@@ -112,7 +113,8 @@ TABLE = {
     ],
     "bench sparse": [
         ("--baseline one -b two", "plan.baselines", (Path("one"), Path("two"))),
-        ("--dense model -b one", "plan.baselines", (Path("one"), Path("made of model"))),
+        ("--dense model -b one", "plan.baselines", (Path("one"), Path("made"))),
+        ("--dense model", "checkpoint", Path("model")),
         ("--engine owl --engine fake", "plan.engines", ("owl", "fake")),
         ("--scenario prefill --scenario decode@9", "plan.scenarios", ("prefill", "decode@9")),
         ("--context 99 --context 64", "plan.context", (99, 64)),
@@ -136,7 +138,9 @@ TABLE = {
         ("--check file", "plan.looks", 3),
         ("--margin 0.2", "margin", 0.2),
         ("--max-loss 2%", "max_loss", 0.02),
+        ("--max-loss 2%", "in_json", (0.02, None)),
         ("--quality-metric boolq", "quality_metric", "boolq"),
+        ("--quality-metric boolq", "in_json", (None, "boolq")),
         ("--quality-metric boolq", "key", "boolq"),  # checked before anything is timed
         ("--strict --check file", "strict", True),
         ("--summary file", "summary", Path("file")),
@@ -191,23 +195,25 @@ def arrived(owl, monkeypatch, tmp_path):
     (tmp_path / "plan.yaml").write_text("prompt: [99]")
     found = {}
 
-    def leave(strict):
+    def to_json(*how):
+        found["in_json"] = how
+        return {}
+
+    def exit_code(strict):
         found["strict"] = strict
         return 0
 
-    def done(name):
-        if name == "_dense":
-            return (Path(f"made of {found['checkpoint']}"),)
-        left = SimpleNamespace(to_json=dict, exit_code=leave)
-        return {"evaluate": [], "tasks": (), "run": (None, [])}.get(name, left)
+    outcome = SimpleNamespace(to_json=to_json, exit_code=exit_code)
+    made = SimpleNamespace(output=Path("made"))
+    results = {"_dense": (made,), "evaluate": [], "tasks": (), "run": (None, [])}
 
     def noting(name, function):
         def note(*arguments, **named):
             given = inspect.signature(function).bind(*arguments, **named).arguments
             found.update(given | found)  # what the first was given: later ones show it
-            if name == "_emit":
-                given["show"]()
-            return done(name)
+            for then in given.keys() & {"prepare", "show"}:
+                given[then]()
+            return results.get(name, outcome)
 
         return note
 
