@@ -52,7 +52,7 @@ def test_an_engine_that_failed_is_said_after_the_table(tmp_path, monkeypatch):
     made = result()
     failed = made.subjects[0].model_copy(update={"failure": "it aborted", "samples": ()})
     shown = []
-    monkeypatch.setattr(demo, "write_report", lambda results, file, max_loss: file.touch())
+    monkeypatch.setattr(demo, "write_report", lambda results, file, **_: file.touch())
     with pytest.raises(EngineFailed, match="it aborted") as raised:
         demo.conclude(
             [made.model_copy(update={"subjects": (failed, *made.subjects[1:])})],

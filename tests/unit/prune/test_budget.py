@@ -163,7 +163,7 @@ def test_what_is_skipped_stays(model, tmp_path, calibration):
         (["--budget", "0"], "The budget '0' is none."),
         (["--budget", "1x"], "The budget 1x is no gain over dense int8, which takes no pruning."),
         (["--budget", "50x"], "is more than this machine's kernels gain on this model, "),
-        (["--budget", "400mb"], "The budget '400mb' is none."),
+        (["--budget", "400mib"], "The budget '400mib' is none. It is in bits a weight, such as"),
         (["--budget", "4", "--bits", "4"], "and the settings say bits as well."),
         (["--budget", "4", "-s", "0.5"], "and the settings say sparsity as well."),
         (["--budget", "4", "-a", "owl"], "and the settings say allocation as well."),
@@ -217,7 +217,7 @@ def test_the_command_line(owl, model, text_file, tmp_path):
     code, out, _ = owl(*command[:-1], "--force")
     assert code == 0
     assert re.search(r"\b3: \d+%", out)
-    assert "M weights of 3 to 8 bits (groups of 32)" in out
+    assert "M weights of 3 to 4 bits (groups of 32)" in out
     assert "bits" in (tmp_path / "out" / "sparsity.svg").read_text()
 
 
