@@ -27,6 +27,7 @@ from owl_deploy.errors import (
     is_out_of_memory,
     not_installed,
     printable,
+    with_type,
 )
 from owl_deploy.ranks import one_voice
 
@@ -138,7 +139,7 @@ def explained(error: Exception) -> OwlError:
     if is_full_disk(error) or (isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM):
         return EnvironmentFailed(f"The system refused: {first_line(error)}.")
     return Defect(
-        f"{type(error).__name__}: {first_line(error)}.",
+        f"{with_type(error)}.",
         "This is a defect of owl: please report it, with what OWL_DEBUG=1 prints.",
     )
 

@@ -106,6 +106,12 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 200 else f"{line[:200]} ..."
 
 
+def with_type(error: BaseException) -> str:
+    """An exception's type, and what it says if it says anything."""
+    name = type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name
+
+
 def printable(text: str) -> str:
     """`text` without what a terminal obeys instead of showing it: names of files may hold that."""
     return "".join(

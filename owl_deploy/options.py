@@ -139,8 +139,7 @@ ServedDeployment = Annotated[Path, Argument(help="A deployment for owl or onnxru
 Host = Annotated[str, Option(help="The address to listen at; OWL_API_KEY must be set for others'.")]
 Port = Annotated[int, Option(min=0, max=65535, help="The port; 0 takes a free one.")]
 ServedBatch = Annotated[
-    int,
-    Option(min=1, help="Requests that wait are answered together, up to so many."),
+    int, Option(min=1, help="Requests that wait are answered together, up to so many.")
 ]
 Waiting = Annotated[int, Option(min=0, help="Requests in line behind those that are answered.")]
 ServedContext = Annotated[int, Option(min=2, help="Tokens of a prompt and its answer, at most.")]

@@ -183,19 +183,24 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
         if (
             score.documents != other.documents
             or score.passed.keys() != other.passed.keys()
-            or (None not in (score.every, other.every) and score.every != other.every)
+            or _differ(score.every, other.every)
         ):
             raise BadInput(
                 f"{first} and {name} were asked other documents of {key}.",
                 "Evaluate both with the same --limit and --every.",
             )
-        if None not in (score.window, other.window) and score.window != other.window:
+        if _differ(score.window, other.window):
             raise BadInput(
                 f"{first} saw {other.window} tokens of {key}'s documents, and {name} "
                 f"{score.window}.",
                 "Evaluate both with the same --window.",
             )
     return found
+
+
+def _differ(one: int | None, other: int | None) -> bool:
+    """Whether both are known and are not the same."""
+    return None not in (one, other) and one != other
 
 
 def judge(result: Result, key: str | None = None) -> Judged:
@@ -211,20 +216,25 @@ def judge(result: Result, key: str | None = None) -> Judged:
     compared = tuple(one for one in result.comparisons if one.scenario == metric)
     if key is None:
         with contextlib.suppress(BadInput):
-            by_code = _judged(timed, speeds, HUMANEVAL)
+            by_code = _judged(timed, speeds, HUMANEVAL, compared)
             if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
-                return replace(by_code, comparisons=compared)
+                return by_code
         unknown = tuple(subject.name for subject in timed if not subject.perplexity)
         timed = [subject for subject in timed if subject.perplexity]
         try:
-            judged = _judged(timed, speeds, PERPLEXITY)
+            judged = _judged(timed, speeds, PERPLEXITY, compared)
         except BadInput as error:
             return Judged(PERPLEXITY, PERPLEXITY, 0, (), unlike=str(error))
-        return replace(judged, comparisons=compared, unknown=unknown)
-    return replace(_judged(timed, speeds, key), comparisons=compared)
+        return replace(judged, unknown=unknown)
+    return _judged(timed, speeds, key, compared)
 
 
-def _judged(subjects: Sequence[Subject], speeds: dict[str, dict[str, float]], key: str) -> Judged:
+def _judged(
+    subjects: Sequence[Subject],
+    speeds: dict[str, dict[str, float]],
+    key: str,
+    compared: tuple[Comparison, ...],
+) -> Judged:
     scores = _scores({s.name: (s.perplexity, s.perplexity_on, s.scores) for s in subjects}, key)
     if not subjects:
         return Judged(key, key, 0, ())
@@ -245,7 +255,7 @@ def _judged(subjects: Sequence[Subject], speeds: dict[str, dict[str, float]], ke
     ]
     front = pareto([(option.tokens_per_s, option.loss) for option in found])
     options = (replace(one, on_front=place in front) for place, one in enumerate(found))
-    return Judged(key, best.metric, best.documents, tuple(options))
+    return Judged(key, best.metric, best.documents, tuple(options), comparisons=compared)
 
 
 def _loss(score: Score, best: Score) -> float:

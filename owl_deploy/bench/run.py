@@ -100,7 +100,7 @@ def run_gate(
     try:
         _check_gate(plan, save, check, margin, output, force)
         prepare()
-        outcome = _run_gate(plan, save, check, margin, output, force)
+        outcome = _measured(plan, save, check, margin, _keeping(output, force))
     except OwlError as error:
         _append(summary, baseline.no_verdict(str(error)))
         raise
@@ -145,24 +145,21 @@ def _append(file: Path | None, text: str) -> None:
         raise BadInput(f"The summary {file} cannot be written ({error.strerror}).") from error
 
 
-def _run_gate(
+def _measured(
     plan: BenchPlan,
     save: Path | None,
     check: Path | None,
     margin: float | None,
-    output: Path | None,
-    force: bool,
+    keep: Callable[[Result], None],
 ) -> Outcome:
-    if not save and not check:
-        return Outcome(bench(plan, output, force))
-    keep = _keeping(output, force)
     with _shown() as progress:
         if save:
             margin = gate.Margins.time if margin is None else margin
             return Outcome(baseline.save(save, plan, progress, margin, keep))
-        assert check is not None
-        verdicts, result = baseline.check(check, plan, progress, keep)
-    return Outcome(result, tuple(verdicts))
+        if check:
+            verdicts, result = baseline.check(check, plan, progress, keep)
+            return Outcome(result, tuple(verdicts))
+        return Outcome(run_bench(plan, progress, keep=keep))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from owl_deploy.cluster.needs import ROWS, Given, Need, needs_of
 from owl_deploy.cluster.show import Board
 from owl_deploy.cluster.store import Store
 from owl_deploy.cluster.stored import StoredPlan, name_of
-from owl_deploy.errors import first_line
+from owl_deploy.errors import first_line, with_type
 from owl_deploy.pipeline import Plan, Task, needs, survey
 from owl_deploy.progress import error_console
 from owl_deploy.record import Record, kept, skipped, with_ending
@@ -198,7 +198,7 @@ def _reason(error: RayError, need: Need) -> str:
     if isinstance(error, TaskCancelledError):  # see `_give_up_stuck`
         return f"no node that is left has {need}"
     if isinstance(error, RayTaskError):  # its record could not be kept, say
-        return f"{type(error.cause).__name__}: {first_line(error.cause)}"
+        return with_type(error.cause)
     return f"its worker died, and did so again {RETRIES} times ({first_line(error)})"
 
 

@@ -31,9 +31,9 @@ from owl_deploy.errors import (
     BadInput,
     EnvironmentFailed,
     OwlError,
-    first_line,
     is_full_disk,
     unknown_name,
+    with_type,
 )
 from owl_deploy.progress import Advance
 
@@ -271,8 +271,7 @@ class Store:
             asked_wrongly = isinstance(error, FileNotFoundError | PermissionError)
             kind = BadInput if asked_wrongly else EnvironmentFailed
             raise kind(
-                f"The store {self.address} cannot be used "
-                f"({type(error).__name__}: {first_line(error).rstrip('.')}).",
+                f"The store {self.address} cannot be used ({with_type(error).rstrip('.')}).",
                 "Check the address, and what this machine may do there.",
             ) from error
 

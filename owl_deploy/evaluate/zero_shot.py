@@ -16,7 +16,7 @@ from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment, software
 from owl_deploy.engines.deployment import seen_of
-from owl_deploy.errors import BadInput, first_line
+from owl_deploy.errors import BadInput, with_type
 from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.shared import SharedModel
@@ -154,8 +154,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:  # noqa: ANN401 - the harn
         found: dict[str, Any] = manager.load([name])
     except Exception as error:  # no network, no such file, a wrong YAML: many types
         raise BadInput(
-            f"The data of the task {name!r} cannot be had ({type(error).__name__}: "
-            f"{first_line(error)}).",
+            f"The data of the task {name!r} cannot be had ({with_type(error)}).",
             "The harness's come from the Hugging Face Hub: run it once where there is a network.",
         ) from error
     return found
@@ -187,8 +186,7 @@ def evaluate_tasks(
             }
         except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
             raise BadInput(
-                f"The harness could not run these tasks on {folder} ({type(error).__name__}: "
-                f"{first_line(error)}).",
+                f"The harness could not run these tasks on {folder} ({with_type(error)}).",
                 "Is --window large enough for their continuations?",
             ) from error
     if adapter is None and ranks.leads:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from owl_deploy.errors import EngineFailed
+from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.generate import UNLIMITED, Sampling, Speed, Writer
 
 _SEEDS = 2**31  # onnxruntime-genai's integers
@@ -145,7 +145,7 @@ class Chat(Request):
         ]
         try:
             return writer.in_template(said)
-        except EngineFailed as error:
+        except (BadInput, EngineFailed) as error:
             raise Refused(
                 400, f"The model's chat template does not take these messages: {error}"
             ) from error

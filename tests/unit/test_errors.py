@@ -15,6 +15,7 @@ from owl_deploy.errors import (
     is_full_disk,
     not_installed,
     printable,
+    with_type,
 )
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
@@ -70,3 +71,5 @@ def test_what_a_terminal_would_obey_is_shown():
 def test_an_exception_that_says_nothing_has_its_name():
     assert first_line(ValueError()) == "ValueError"
     assert first_line(ValueError("a\n  b")) == "a b"
+    assert with_type(ValueError()) == "ValueError"
+    assert with_type(ValueError("a\n  b")) == "ValueError: a b"
