@@ -38,7 +38,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name="owl",
     cls=_Group,
-    help="Prune a causal language model, export it to ONNX, and measure what that bought on a CPU.",
+    help="Prune or round a language model, run it on a CPU, and measure what that gains and costs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -59,7 +59,10 @@ _SHARED = ("prune", "eval", "finetune")  # the verbs whose work the processes of
 def _options(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     if local_rank() is not None and ctx.invoked_subcommand not in _SHARED:
@@ -138,7 +141,7 @@ def prune(
     as_json: options.Json = False,
     **own: Any,  # noqa: ANN401 - the methods' own, each of its type
 ) -> None:
-    """Prune a model in one shot and write a sparse checkpoint."""
+    """Prune or round a model in one shot, and write a checkpoint."""
     overrides = _given({**locals(), "options": _given(own, own)}, api.PruneSettings.model_fields)
     settings = api.prune_settings(recipe, overrides)
 
@@ -170,7 +173,7 @@ def export(
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Export a checkpoint to ONNX with a KV cache, and check it against PyTorch."""
+    """Export a checkpoint as a deployment, checked against PyTorch."""
     from owl_deploy.export.show import show, steps
 
     with steps() as progress:
@@ -194,10 +197,21 @@ def generate(
     chat: options.Chat = False,
     max_new_tokens: options.MaxNewTokens = None,
     do_sample: options.DoSample = False,
-    temperature: float = 1.0,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="With --do-sample: divides the logits; above 1 is more varied.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="With --do-sample: choose among this many likeliest tokens.")
+    ] = 50,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="With --do-sample: choose among the likeliest tokens of this total probability."
+        ),
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that occurred before become less likely.")
+    ] = 1.0,
     seed: options.SamplingSeed = None,
     draft: options.DraftFolder = None,
     draft_tokens: options.DraftTokens = None,
@@ -242,7 +256,7 @@ def serve(
     draft: options.DraftFolder = None,
     draft_tokens: options.DraftTokens = None,
 ) -> None:
-    """Serve a deployment through OpenAI's HTTP API, until SIGTERM or Ctrl-C."""
+    """Serve a deployment through OpenAI's HTTP API."""
     from owl_deploy.serve.server import serve as run
 
     how: dict[str, Any] = {"threads": threads, "trust_library": trust_library}
@@ -253,7 +267,7 @@ def serve(
 
 @app.command()
 def verify(deployment: options.AnyDeployment, as_json: options.Json = False) -> None:
-    """Say what opening a deployment would load, and whether that is what was exported."""
+    """Check that a deployment is as exported, without running it."""
     from owl_deploy.verify import show
 
     found = api.verify(deployment)
@@ -282,7 +296,7 @@ def evaluate(
     adapter: options.Adapter = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure perplexity and tasks, of checkpoints and of deployments as they run."""
+    """Measure perplexity and task scores of models and deployments."""
     from owl_deploy.evaluate.show import show
 
     asked = api.EvaluationSettings(
@@ -338,7 +352,7 @@ def finetune(
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a sparse checkpoint, or an adapter for it, so that it wins quality back."""
+    """Train a sparse checkpoint, or an adapter, to win quality back."""
     given = _given(locals(), api.FinetuneSettings.model_fields)
 
     from owl_deploy.finetune.show import show
@@ -381,7 +395,7 @@ def bench(
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure deployments against dense baselines, with intervals; or gate a change."""
+    """Time deployments against dense baselines, or gate a change."""
     given = _given(locals(), api.BenchPlan.model_fields)
 
     from owl_deploy.bench.decision import check_measured, read_loss
@@ -452,7 +466,10 @@ def sweep(
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """Prune, export, evaluate and bench every combination; run it again to go on or to widen it."""
+    """Prune, export, evaluate and bench every combination.
+
+    Run it again to go on, or to widen it.
+    """
     values = locals()
 
     from owl_deploy import pipeline
@@ -535,7 +552,7 @@ def report(
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
 
 
-recipes_app = typer.Typer(no_args_is_help=True, help="The pruning recipes.")
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show and validate pruning recipes.")
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -582,13 +599,13 @@ def validate_recipe(
     _emit(settings, as_json, lambda: typer.echo("\n".join(lines)))
 
 
-engines_app = typer.Typer(no_args_is_help=True, help="The inference engines.")
+engines_app = typer.Typer(no_args_is_help=True, help="List, install and remove inference engines.")
 app.add_typer(engines_app, name="engines")
 
 
 @engines_app.command(name="ls")
 def list_engines(as_json: options.Json = False) -> None:
-    """List the engines: installed version, what they open, what their licences allow."""
+    """List the engines: version, what they open, their licences."""
     from owl_deploy import engines
     from owl_deploy.engines.show import show
 
@@ -598,7 +615,7 @@ def list_engines(as_json: options.Json = False) -> None:
 
 @engines_app.command(name="install")
 def install_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepsparse.")]) -> None:
-    """Make the environment of an engine that needs one of its own."""
+    """Install an engine that needs an environment of its own."""
     from owl_deploy import engines
 
     typer.echo(f"{name}: {engines.get_engine(name).licence}", err=True)
@@ -607,8 +624,10 @@ def install_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepsp
 
 
 @engines_app.command(name="path")
-def engine_path(name: Annotated[str, typer.Argument(help="owl, or another engine.")]) -> None:
-    """Print where the owl operator library is, or the Python that drives another engine."""
+def engine_path(
+    name: Annotated[str, typer.Argument(help="owl, onnxruntime, llama.cpp or deepsparse.")],
+) -> None:
+    """Print the path of owl's library, or of another engine's Python."""
     from owl_deploy import engines
     from owl_deploy.runtime import library_path
 

@@ -28,11 +28,18 @@ class SparseGPTOptions(Options):
     weights that are zero already stay so, and count.
     """
 
-    block_size: int = Field(default=128, ge=1, description="columns a block")
-    dampening: float = Field(
-        default=0.01, gt=0, allow_inf_nan=False, description="share of the mean diagonal"
+    block_size: int = Field(
+        default=128, ge=1, description="columns whose updates are applied together"
     )
-    preserve_mask: bool = Field(default=False, description="zeros stay zeros")
+    dampening: float = Field(
+        default=0.01,
+        gt=0,
+        allow_inf_nan=False,
+        description="added to the Hessian's diagonal, as a share of its mean",
+    )
+    preserve_mask: bool = Field(
+        default=False, description="weights that are zero already stay zero"
+    )
 
 
 class ALPSOptions(Options):
@@ -42,9 +49,12 @@ class ALPSOptions(Options):
     """
 
     dampening: float = Field(
-        default=0.05, gt=0, allow_inf_nan=False, description="share of the diagonal"
+        default=0.05,
+        gt=0,
+        allow_inf_nan=False,
+        description="added to the diagonal, as a share of it",
     )
-    iterations: int = Field(default=20, ge=1, description="of the choice of weights")
+    iterations: int = Field(default=20, ge=1, description="iterations of the choice of weights")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from owl_deploy.allocation import ALLOCATIONS, DEFAULT
 from owl_deploy.methods import METHODS
 
 SEEDS = 2**31 - 1  # the largest that every library takes
-_CORES = "Of an engine. [the physical cores]"
-_SOURCE = "a file, a folder, a pattern, wikitext, c4, ptb, or hf:N:C:S:COL."
+_CORES = "CPU threads of the engine. [the physical cores]"
+_SOURCE = "file, folder, quoted pattern, wikitext, c4, ptb, or hf:NAME:CONFIG:SPLIT:COLUMN."
 
 # --- of several verbs -----------------------------------------------------------------------------
 
@@ -29,60 +29,86 @@ TrustLibrary = Annotated[
 ]
 MaxLoss = Annotated[
     str | None,
-    Option(help="Quality that may go in the choice of what to deploy, such as 2%. [none]"),
+    Option(
+        help="Loss of quality that is acceptable in the choice of what to deploy, such as 2%. "
+        "[0.5% of log-perplexity, or one standard error of a task's score]"
+    ),
 ]
 QualityMetric = Annotated[
     str | None,
     Option(
-        help="What that quality is: perplexity, humaneval (pass@1), or another task that owl eval "
-        "has measured. [humaneval if all have it, else perplexity]"
+        help="Quality to choose by: perplexity, humaneval (pass@1), or another task that owl eval "
+        "has measured. [humaneval if all were asked the same problems, else perplexity]"
     ),
 ]
-CheckpointFolder = Annotated[Path, Argument(help="A checkpoint: a Hugging Face model folder.")]
-CalibrationText = Annotated[str | None, Option("--calibration", "-c", help=f"Text: {_SOURCE}")]
-PerplexityText = Annotated[str | None, Option("--perplexity", "-p", help=f"Text: {_SOURCE}")]
+CheckpointFolder = Annotated[
+    Path, Argument(help="A model folder, or a name on the Hugging Face Hub.")
+]
+CalibrationText = Annotated[
+    str | None, Option("--calibration", "-c", help=f"Text to calibrate on: {_SOURCE}")
+]
+PerplexityText = Annotated[
+    str | None, Option("--perplexity", "-p", help=f"Text to measure on: {_SOURCE}")
+]
 Samples = Annotated[int, Option(help="Calibration windows.")]
-CalibrationLength = Annotated[int, Option(help="Tokens a calibration window.")]
+CalibrationLength = Annotated[int, Option(help="Tokens in a calibration window.")]
 
 # --- prune ----------------------------------------------------------------------------------------
 
 Model = Annotated[str, Argument(help="A model folder, or a name on the Hugging Face Hub.")]
 Recipe = Annotated[
     Path | None,
-    Option(help="A file in SparseML's grammar, or a shipped name; options override it."),
+    Option(
+        help="A SparseML recipe: file, shipped name, or pruned checkpoint; options override it."
+    ),
 ]
-Method = Annotated[str | None, Option("--method", "-m", help=f"{', '.join(METHODS)}. [wanda]")]
+Method = Annotated[
+    str | None,
+    Option(
+        "--method",
+        "-m",
+        help=f"{', '.join(METHODS)} (only rounds). [wanda; sparsegpt with --budget]",
+    ),
+]
 _RULES = ", ".join(name for name, row in ALLOCATIONS.items() if row.divides)
 Allocation = Annotated[
-    str | None, Option("--allocation", "-a", help=f"How sparsity is divided: {_RULES}. [{DEFAULT}]")
+    str | None,
+    Option(
+        "--allocation", "-a", help=f"How sparsity is divided over layers: {_RULES}. [{DEFAULT}]"
+    ),
 ]
 Sparsity = Annotated[
     float | None, Option("--sparsity", "-s", help="Share of weights to remove. [0.7]")
 ]
 Structure = Annotated[
-    str | None, Option(help="unstructured, or N:M: N kept of M, mixed unless uniform.")
+    str | None,
+    Option(
+        help="unstructured, or N:M: keep N of every M weights; N varies by layer unless "
+        "--allocation uniform. [unstructured]"
+    ),
 ]
 OutlierMultiple = Annotated[
-    float | None, Option(help="OWL's M: an outlier is above M times the mean. [5]")
+    float | None,
+    Option(help="For owl and owl-per-linear: an outlier is above this many times the mean. [5]"),
 ]
 _SPREADS = ", ".join(f"{name} {row.spread:g}" for name, row in ALLOCATIONS.items() if row.spread)
 Spread = Annotated[float | None, Option(help=f"Half the range of sparsities. [{_SPREADS}]")]
 Skip = Annotated[
-    list[str] | None, Option(help="A layer to leave dense, such as down_proj; repeat.")
+    list[str] | None, Option(help="A layer to leave dense, such as down_proj; repeatable.")
 ]
 HeadSparsity = Annotated[
     float | None,
-    Option(help="Prune the output head too, and the embedding if they are one matrix."),
+    Option(help="Share to remove of the output head (and of the embedding, if the same matrix)."),
 ]
 Bits = Annotated[
     int | None,
-    Option(help="Round what survives to 8, 4 or 3 bits; the inputs say how. [as the model's]"),
+    Option(help="Round what survives to 8, 4 or 3 bits, compensated by the text. [as the model's]"),
 ]
 HeadBits = Annotated[
     int | None,
     Option(
-        help="Round the output head as well, to 4 or 3 bits. [8 by the export; of a budget in MB, "
-        "what loses least]"
+        help="Round the output head as well, to 4 or 3 bits. [no: the export takes 8; a budget in "
+        "MB decides itself]"
     ),
 ]
 BitsGroup = Annotated[
@@ -91,26 +117,28 @@ BitsGroup = Annotated[
 Budget = Annotated[
     str | None,
     Option(
-        help="Bits a weight, such as 3.5, the size of all packed weights, such as 400MB, or the "
-        "gain over int8 on this machine, such as 1.5x: each layer gets the bits and the sparsity "
-        "that lose least within it. [none]"
+        help="Give each layer the bits and sparsity that lose least within bits per weight (3.5), "
+        "the size of all packed weights (400MB), or a speed-up over int8 on this machine (1.5x). "
+        "[none]"
     ),
 ]
 Refit = Annotated[
     bool | None,
-    Option("--refit", help="Give the weights that are left better values; alps always does."),
+    Option(
+        "--refit", help="Refit the weights that are left to the calibration text; alps always does."
+    ),
 ]
 Reconstruct = Annotated[
     int | None,
-    Option(help="Train what is left of each half block to give the dense one's output: epochs."),
+    Option(help="Epochs of training each half block to give the dense one's output. [off]"),
 ]
-WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Of the draw of windows.")]
-Device = Annotated[str, Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, Option(help="To compute in: auto, float32, bfloat16 or float16.")]
+WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Random seed for the choice of windows.")]
+Device = Annotated[str, Option(help="Where to compute: auto, cpu or cuda.")]
+Dtype = Annotated[str, Option(help="Type to compute in: auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int | None, Option(help="Windows at once. [by free memory]")]
 Tune = Annotated[
     float | None,
-    Option(help="Search each layer's sparsity on held-out text for so many minutes."),
+    Option(help="Minutes to search for each layer's sparsity on held-out text. [off]"),
 ]
 
 # --- export, generate, verify ---------------------------------------------------------------------
@@ -123,27 +151,31 @@ Precision = Annotated[
         "-p",
         help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8, int4, "
         "int3 or fp32 for owl; Q8_0, Q4_K_M, Q4_0, Q3_K_M or Q2_K for llama.cpp; fp32 for "
-        "deepsparse. [the first]",
+        "deepsparse. [the first of the target]",
     ),
 ]
 Head = Annotated[
     str | None,
     Option(
-        help="For owl: screened, an int8 head of which tokens far from the likeliest get 4 "
-        "bits, or whole, like the other weights. [screened for integers that it was not rounded "
-        "to before, else whole]"
+        help="For owl, how the output head is stored: screened (int8; for unlikely tokens only 4 "
+        "bits are read) or whole (like the other weights). [screened for int8, int4 and int3, "
+        "unless the head was rounded to fewer bits; else whole]"
     ),
 ]
 GenaiDeployment = Annotated[Path, Argument(help="A deployment for owl, onnxruntime or llama.cpp.")]
 ServedDeployment = Annotated[Path, Argument(help="A deployment for owl or onnxruntime.")]
-Host = Annotated[str, Option(help="The address to listen at; OWL_API_KEY must be set for others'.")]
+Host = Annotated[str, Option(help="Address to listen on; one that others reach needs OWL_API_KEY.")]
 Port = Annotated[int, Option(min=0, max=65535, help="The port; 0 takes a free one.")]
 ServedBatch = Annotated[
-    int, Option(min=1, help="Requests that wait are answered together, up to so many.")
+    int, Option(min=1, help="Waiting requests answered together, at most (32 is the limit).")
 ]
-Waiting = Annotated[int, Option(min=0, help="Requests in line behind those that are answered.")]
-ServedContext = Annotated[int, Option(min=2, help="Tokens of a prompt and its answer, at most.")]
-AnyDeployment = Annotated[Path, Argument(help="A deployment, also one that others made.")]
+Waiting = Annotated[
+    int, Option(min=0, help="Requests that may wait behind those; one more gets 429.")
+]
+ServedContext = Annotated[
+    int, Option(min=2, help="Most tokens of a prompt and its answer together.")
+]
+AnyDeployment = Annotated[Path, Argument(help="A deployment, which may be a stranger's.")]
 Prompt = Annotated[str | None, Argument(help="What the model continues; - reads it from stdin.")]
 PromptFile = Annotated[Path | None, Option(help="A UTF-8 file with the prompt, instead of PROMPT.")]
 Chat = Annotated[bool, Option("--chat", help="Put the prompt into the model's chat template.")]
@@ -152,42 +184,54 @@ MaxNewTokens = Annotated[
     Option(
         "--max-new-tokens",
         "-n",
-        help="At most so many; -1: on until the context is full. [128, or what fits]",
+        help="Most tokens to generate; -1: until the context is full. [128, or what fits]",
     ),
 ]
 DoSample = Annotated[
-    bool, Option("--do-sample", help="Sample; without it the likeliest token is taken.")
+    bool,
+    Option(
+        "--do-sample",
+        help="Choose tokens at random by probability, instead of always the likeliest.",
+    ),
 ]
 DraftFolder = Annotated[
     str | None,
     Option(
         "--draft",
-        help="A deployment with the same tokens that proposes some, for this one to verify; or "
-        "lookup, to find them in the text itself. The text stays the deployment's own.",
+        help="Speed up with a smaller deployment of the same vocabulary, whose proposals this "
+        "one verifies, or with lookup, which finds them in the text. The text stays this one's.",
     ),
 ]
-DraftTokens = Annotated[int | None, Option(help="Proposed at a time. [as many as pay, up to 15]")]
-SamplingSeed = Annotated[int | None, Option(min=0, max=SEEDS, help="Of sampling.")]
+DraftTokens = Annotated[
+    int | None, Option(help="Tokens the draft proposes at a time. [as many as pay, up to 15]")
+]
+SamplingSeed = Annotated[
+    int | None, Option(min=0, max=SEEDS, help="Random seed, with --do-sample.")
+]
 
 # --- eval -----------------------------------------------------------------------------------------
 
 Models = Annotated[
-    list[Path], Argument(help="Checkpoints and deployments; several stand side by side.")
+    list[Path],
+    Argument(help="Model folders, Hub names and deployments; several stand side by side."),
 ]
 Tasks = Annotated[
     list[str] | None,
-    Option(help="Of lm-evaluation-harness, by commas; `paper` is the paper's seven."),
+    Option(help="lm-evaluation-harness tasks, separated by commas; paper: the paper's seven."),
 ]
 TasksPath = Annotated[Path | None, Option(help="A folder with task files (YAML) of your own.")]
 AllowCode = Annotated[
     bool, Option("--allow-code", help="Run what the model writes for humaneval, in a sandbox.")
 ]
-Limit = Annotated[int | None, Option(help="At most so many documents a task.")]
-Every = Annotated[
-    int, Option(min=1, metavar="N", help="Of a task every N-th document, the first among them.")
+Limit = Annotated[
+    int | None, Option(help="Use only the first this many documents of a task. [all]")
 ]
-Window = Annotated[int, Option(help="Tokens a window; for tasks, at most.")]
-Windows = Annotated[int | None, Option(help="At most so many windows; the whole text without it.")]
+Every = Annotated[
+    int,
+    Option(min=1, metavar="N", help="Use every N-th document of a task, starting with the first."),
+]
+Window = Annotated[int, Option(help="Tokens in a window; for tasks, the most the model sees.")]
+Windows = Annotated[int | None, Option(help="Most windows of the text to use. [all]")]
 CheckpointDevice = Annotated[str, Option(help="For checkpoints: auto, cpu or cuda.")]
 CheckpointDtype = Annotated[
     str, Option(help="For checkpoints: auto, float32, bfloat16 or float16.")
@@ -196,10 +240,10 @@ CheckpointBatch = Annotated[
     int | None, Option(help="For checkpoints: windows or requests at once.")
 ]
 Blockwise = Annotated[
-    bool | None, Option(help="Perplexity with one block in memory at a time. [if short of it]")
+    bool | None, Option(help="Perplexity with one block in memory at a time. [if memory is short]")
 ]
 Engine = Annotated[
-    str | None, Option("--engine", "-e", help="For deployments. [the one made for it]")
+    str | None, Option("--engine", "-e", help="For deployments: the engine. [the one exported for]")
 ]
 Adapter = Annotated[
     Path | None, Option(help="A LoRA adapter for the checkpoint, in PEFT's format.")
@@ -207,50 +251,67 @@ Adapter = Annotated[
 
 # --- finetune -------------------------------------------------------------------------------------
 
-Trained = Annotated[str, Argument(help="A checkpoint: a Hugging Face model folder.")]
-TrainingText = Annotated[list[str], Option("--text", help=f"To train on; repeat: {_SOURCE}")]
-TrainingMethod = Annotated[
-    str, Option("--method", "-m", help="lora, or masked: the weights that are left.")
+Trained = Annotated[str, Argument(help="A model folder, or a name on the Hugging Face Hub.")]
+TrainingText = Annotated[
+    list[str], Option("--text", help=f"Text to train on; repeatable: {_SOURCE}")
 ]
-Merge = Annotated[str | None, Option(help="masked: fold LoRA's adapter in, and keep the zeros.")]
+TrainingMethod = Annotated[
+    str,
+    Option(
+        "--method", "-m", help="lora: train an adapter; masked: train the weights that are left."
+    ),
+]
+Merge = Annotated[
+    str | None, Option(help="masked: fold the LoRA adapter into the weights, and keep the zeros.")
+]
 Teacher = Annotated[str | None, Option(help="A dense checkpoint to learn from as well.")]
 LogitTemperature = Annotated[
-    float | None, Option(help="Of the teacher's and the student's logits. [1]")
+    float | None,
+    Option(help="Distillation: temperature of the teacher's and the student's logits. [1]"),
 ]
-TeacherWeight = Annotated[float | None, Option(help="The teacher's share in the loss. [0.5]")]
+TeacherWeight = Annotated[
+    float | None, Option(help="Distillation: the teacher's share in the loss. [0.5]")
+]
 FeatureWeight = Annotated[
     float | None,
-    Option(help="Of the squared errors of the blocks' outputs against the teacher's. [0]"),
+    Option(help="Distillation: weight of the blocks' squared errors against the teacher. [0]"),
 ]
 TeacherTop = Annotated[
     int | None,
-    Option(help="Its likeliest tokens that count, kept on disk where windows repeat. [all]"),
+    Option(help="Distillation: how many of the teacher's likeliest tokens count. [all]"),
 ]
-MaxSteps = Annotated[int | None, Option(help="Steps of the optimizer. [one pass over the text]")]
-MaxMinutes = Annotated[float | None, Option(help="Stop then, if the steps are not over before.")]
-LearningRate = Annotated[float | None, Option(help="At its highest. [lora 1e-4, masked 5e-4]")]
-TrainingBatch = Annotated[int, Option(help="Windows at once.")]
-TrainingLength = Annotated[int, Option(help="Tokens a window.")]
-GradientAccumulation = Annotated[int, Option(help="Batches a step.")]
-Warmup = Annotated[float, Option(help="Share in which the learning rate rises.")]
+MaxSteps = Annotated[int | None, Option(help="Optimizer steps. [one pass over the text]")]
+MaxMinutes = Annotated[
+    float | None, Option(help="Stop after this many minutes, if steps are left.")
+]
+LearningRate = Annotated[float | None, Option(help="Peak learning rate. [lora 1e-4, masked 5e-4]")]
+TrainingBatch = Annotated[int, Option(help="Windows at once, in each process.")]
+TrainingLength = Annotated[int, Option(help="Tokens in a window.")]
+GradientAccumulation = Annotated[int, Option(help="Batches per optimizer step.")]
+Warmup = Annotated[
+    float, Option(help="Share of the run in which the learning rate rises to its peak.")
+]
 TrainingSeed = Annotated[
-    int, Option(min=0, max=SEEDS, help="Of the order of windows, and of dropout.")
+    int, Option(min=0, max=SEEDS, help="Random seed for the order of windows and for dropout.")
 ]
 BlockGroup = Annotated[
-    int | None, Option(help="masked: train so many blocks at a time, to save memory.")
+    int | None, Option(help="masked: train this many blocks at a time, to save memory. [all]")
 ]
 Shard = Annotated[
     bool, Option("--shard", help="Divide the model over the processes (FSDP2), to save memory.")
 ]
-Rank = Annotated[int | None, Option(help="LoRA's. [8]")]
-Alpha = Annotated[int | None, Option(help="LoRA's. [16]")]
-Dropout = Annotated[float | None, Option(help="LoRA's. [0.05]")]
+Rank = Annotated[int | None, Option(help="lora: rank of the adapter. [8]")]
+Alpha = Annotated[int | None, Option(help="lora: scale of the adapter (alpha). [16]")]
+Dropout = Annotated[float | None, Option(help="lora: dropout. [0.05]")]
 TargetModules = Annotated[
     list[str] | None,
-    Option("--target-module", help="A layer for LoRA; repeat. [what makes queries and values]"),
+    Option(
+        "--target-module", help="lora: a layer to adapt; repeatable. [query and value projections]"
+    ),
 ]
 TrainingDtype = Annotated[
-    str, Option(help="To compute in: auto, float32 or bfloat16; it trains float32.")
+    str,
+    Option(help="Type of matrix products: auto, float32 or bfloat16; weights train in float32."),
 ]
 
 # --- bench ----------------------------------------------------------------------------------------
@@ -262,26 +323,29 @@ Baselines = Annotated[
 ]
 Dense = Annotated[
     Path | None,
-    Option(help="A dense checkpoint: make the baselines of it that a user would have."),
+    Option(
+        help="A dense model folder to export baselines from: onnxruntime in fp32, int8 and int4, "
+        "and whatever the deployments run in, if that skips zeros."
+    ),
 ]
 Engines = Annotated[
     list[str] | None,
-    Option("--engine", "-e", help="Instead of the one each is made for; repeatable."),
+    Option("--engine", "-e", help="Engine to run in; repeatable. [the one each was exported for]"),
 ]
 Scenarios = Annotated[
     list[str] | None,
     Option(
         "--scenario",
-        help="decode, prefill, generate, throughput, answers, requests, or one such as "
-        "decode@512x4; repeatable. [decode, prefill; with --draft answers]",
+        help="What to time: decode, prefill, generate, throughput, answers, requests, or one exact "
+        "case such as decode@512x4; repeatable. [decode, prefill; with --draft answers]",
     ),
 ]
 Context = Annotated[
     list[int] | None,
-    Option(help="Tokens that decoding attends to; repeatable. [512, or what fits]"),
+    Option(help="Context length while decoding; repeatable. [512, or what fits]"),
 ]
 PromptTokens = Annotated[
-    list[int] | None, Option(help="Tokens of a prompt; repeatable. [128, or what fits]")
+    list[int] | None, Option(help="Prompt length in tokens; repeatable. [128, or what fits]")
 ]
 Prompts = Annotated[
     Path | None, Option(help="JSON lines with a prompt each, for answers. [some shipped ones]")
@@ -290,50 +354,69 @@ BenchDraft = Annotated[
     str | None,
     Option(
         "--draft",
-        help="Measure the deployments with a draft, as for generate, against themselves without.",
+        help="Measure each deployment with this draft (as for generate) against itself without.",
     ),
 ]
-Batch = Annotated[list[int] | None, Option(help="Rows decoded together; repeatable. [1]")]
+Batch = Annotated[list[int] | None, Option(help="Sequences decoded together; repeatable. [1]")]
 Streams = Annotated[
     list[int] | None, Option(help="Streams at once, for throughput; repeatable. [2]")
 ]
 Clients = Annotated[
     list[int] | None,
-    Option(help="Clients at once of a server, for requests; repeatable. [1, 4, 16]"),
+    Option(help="Clients at once, for requests; repeatable. [1, 4, 16]"),
 ]
 NewTokens = Annotated[
     int | None, Option(help="Tokens of an answer, for generate, answers and requests. [64]")
 ]
-Pairs = Annotated[int, Option(help="Rounds; each is a fresh process a deployment.")]
+Pairs = Annotated[
+    int, Option(help="Rounds, each a fresh process per deployment; 8 or more for a gate.")
+]
 Looks = Annotated[
     int | None,
-    Option(help="Up to so many times --pairs while inconclusive. [1; 3 with --check]"),
+    Option(help="Repeat the rounds up to this many times while undecided. [1; 3 with --check]"),
 ]
-TimeLimit = Annotated[float, Option("--time-limit", help="Seconds for one step of an engine.")]
+TimeLimit = Annotated[
+    float, Option("--time-limit", help="Seconds that one step of an engine may take.")
+]
 SaveBaseline = Annotated[
-    Path | None, Option(help="A file for later --check: one deployment, one baseline.")
+    Path | None,
+    Option(help="Write a file for later --check, of one deployment and one --baseline."),
 ]
-Check = Annotated[Path | None, Option(help="Judge against a saved file: exit 0, 1 (worse), 3.")]
+Check = Annotated[
+    Path | None,
+    Option(help="Judge against such a file; exit code 0: fine, 1: worse, 3: undecided."),
+]
 Margin = Annotated[
-    float | None, Option(help="Share of time that may be lost, for --save-baseline. [0.05]")
+    float | None, Option(help="With --save-baseline: share of time that may be lost. [0.05]")
 ]
-Strict = Annotated[bool, Option("--strict", help="Exit 1 where it would be 3.")]
-Summary = Annotated[Path | None, Option(help="A file to append the verdicts to, as markdown.")]
+Strict = Annotated[bool, Option("--strict", help="With --check: exit with 1 instead of 3.")]
+Summary = Annotated[
+    Path | None, Option(help="With --check: a Markdown file to append the verdicts to.")
+]
 ResultFolder = Annotated[
     Path | None, Option("--output", "-o", help="A folder to write result.json to.")
 ]
 
 # --- sweep, report --------------------------------------------------------------------------------
 
-DenseModel = Annotated[Path, Argument(help="A dense checkpoint: a Hugging Face model folder.")]
+DenseModel = Annotated[Path, Argument(help="A dense Hugging Face model folder (no Hub name).")]
 SweepCalibration = Annotated[
     str, Option("--calibration", "-c", help="Text to prune by, as for prune.")
 ]
 SweepText = Annotated[str, Option("--perplexity", "-p", help="Text to evaluate on.")]
-SweepFile = Annotated[Path | None, Option("--plan", help="A YAML file; options go over it.")]
-Methods = Annotated[list[str] | None, Option("--method", "-m")]
-Allocations = Annotated[list[str] | None, Option("--allocation", "-a")]
-Sparsities = Annotated[list[float] | None, Option("--sparsity", "-s")]
+SweepFile = Annotated[
+    Path | None, Option("--plan", help="A YAML file with these settings; options override it.")
+]
+Methods = Annotated[
+    list[str] | None, Option("--method", "-m", help="As for prune; repeatable. [wanda]")
+]
+Allocations = Annotated[
+    list[str] | None, Option("--allocation", "-a", help=f"As for prune; repeatable. [{DEFAULT}]")
+]
+Sparsities = Annotated[
+    list[float] | None,
+    Option("--sparsity", "-s", help="Share of weights to remove; repeatable. [0.5, 0.7]"),
+]
 Targets = Annotated[
     list[str] | None,
     Option(
@@ -345,9 +428,9 @@ Targets = Annotated[
 ]
 SweepPairs = Annotated[int | None, Option(help="Rounds of the benchmark. [8]")]
 SweepSamples = Annotated[int | None, Option(help="Calibration windows. [128]")]
-SweepLength = Annotated[int | None, Option(help="Tokens a calibration window. [2048]")]
-SweepWindow = Annotated[int | None, Option(help="Tokens a window for perplexity. [2048]")]
-SweepWindows = Annotated[int | None, Option(help="At most so many for perplexity.")]
+SweepLength = Annotated[int | None, Option(help="Tokens in a calibration window. [2048]")]
+SweepWindow = Annotated[int | None, Option(help="Tokens in a window for perplexity. [2048]")]
+SweepWindows = Annotated[int | None, Option(help="Most windows for perplexity. [all]")]
 DryRun = Annotated[
     bool, Option("--dry-run", help="Only say what would be done, and what is done already.")
 ]
@@ -375,7 +458,5 @@ Needs = Annotated[
         "KIND: prune, export, evaluate or bench, which has all cores of its node.",
     ),
 ]
-Results = Annotated[
-    list[Path], Argument(help="What owl bench wrote; checkpoints that owl finetune did.")
-]
+Results = Annotated[list[Path], Argument(help="Folders that owl bench -o or owl finetune wrote.")]
 Page = Annotated[Path, Option("--output", "-o", help="The page to write.")]
