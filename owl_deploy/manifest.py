@@ -78,13 +78,15 @@ class Spent(_Part):
 class Linear(_Part):
     """The shares of a Linear's weights that were asked to go, and went.
 
-    `bits`: what is left was rounded to, if it was. `costs`: what a budget chose from.
+    `bits`: what is left was rounded to, if it was. `whole`: whether nothing had been removed before
+    that, so that its zeros are integers like others. `costs`: what a budget chose from.
     """
 
     achieved: FiniteFloat
     sparsity: FiniteFloat
     weights: int
     bits: int | None = None
+    whole: bool | None = None
     costs: tuple[Cost, ...] | None = None
 
 

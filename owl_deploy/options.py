@@ -280,11 +280,20 @@ TeacherTop = Annotated[
     int | None,
     Option(help="Distillation: how many of the teacher's likeliest tokens count. [all]"),
 ]
-MaxSteps = Annotated[int | None, Option(help="Optimizer steps. [one pass over the text]")]
+MaxSteps = Annotated[
+    int | None,
+    Option(help="Optimizer steps. [one pass over the text; with --max-minutes at most four]"),
+]
 MaxMinutes = Annotated[
     float | None, Option(help="Stop after this many minutes, if steps are left.")
 ]
-LearningRate = Annotated[float | None, Option(help="Peak learning rate. [lora 1e-4, masked 5e-4]")]
+LearningRate = Annotated[
+    float | None,
+    Option(
+        help="Peak learning rate; masked: as a share of the size of each tensor's weights. "
+        "[lora 1e-4, masked 0.0013]"
+    ),
+]
 TrainingBatch = Annotated[int, Option(help="Windows at once, in each process.")]
 TrainingLength = Annotated[int, Option(help="Tokens in a window.")]
 GradientAccumulation = Annotated[int, Option(help="Batches per optimizer step.")]

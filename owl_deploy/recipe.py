@@ -145,11 +145,6 @@ class PruneSettings(BaseModel):
             how = "--head-sparsity prunes" if self.head_bits is None else "--head-bits rounds"
             raise BadInput(f"--skip names the head, and {how} it.", "Drop one.")
         self._check_bits()
-        if self.reconstruct and self.rounds:
-            raise BadInput(
-                "--reconstruct would train the weights off the grid of --bits or --budget.",
-                "Reconstruct first, then round what came out: --method none --bits.",
-            )
         return self
 
     def _check_bits(self) -> None:

@@ -144,7 +144,6 @@ SHOWCASE = Plan(
     # only read code would forget how to answer: half of the loss is the dense one's.
     recovery=FinetuneSettings(
         method="masked",
-        learning_rate=1e-4,
         sequence_length=512,
         block_group=7,
         teacher_weight=0.5,

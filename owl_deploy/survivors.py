@@ -5,27 +5,35 @@ takes memory for its dense weight in the computing dtype and for 16 bytes a surv
 weight, its gradient, Adam's two moments), and 4 bytes for where it is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from owl_deploy.grid import limits
+
+SPARSE_FROM = 0.1  # share of zeros; a dense model's weights, rounded to 4 bits, have fewer
+
+
+_WITHIN = 0.49  # of a grid's step: what is moved so far still rounds to where it was
 
 
 @dataclass(frozen=True)
 class Grid:
     """What a weight was rounded to: integers of `bits` bits times `scales` [out, groups].
 
-    `group` columns of a row share a scale.
+    `group` columns of a row share a scale. `whole`: whether nothing was removed before, so that
+    zero is an integer like all others, and no hole in a mask.
     """
 
     bits: int
     group: int
     scales: torch.Tensor
+    whole: bool = False
 
     def at(self, positions: torch.Tensor, columns: int) -> torch.Tensor:
         """The scales at `positions` of a flat weight with so many columns, float32."""
@@ -65,13 +73,16 @@ class SparseLinear(nn.Module):
     they stand in the flat weight. `weight`: [out, in], what inputs are multiplied by, in the
     computing dtype; `refresh` brings it up to date after a step. With a `grid` the weight is what
     `values` are rounded to, and their gradients are those of what they are rounded to (the
-    straight-through estimator, arXiv 1308.3432). `weight` is None after `divide`.
+    straight-through estimator, arXiv 1308.3432); if that is `whole`, all weights are parameters,
+    and any may become zero. `weight` is None after `divide`.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, grid: Grid | None = None) -> None:
         super().__init__()
         dense = linear.weight.detach()
-        positions = dense.flatten().nonzero().flatten()
+        self.masked = grid is None or not grid.whole
+        kept = dense if self.masked else torch.ones_like(dense, dtype=torch.bool)
+        positions = kept.flatten().nonzero().flatten()
         self.values = nn.Parameter(dense.flatten()[positions].float())
         self.register_buffer("positions", positions.int())
         self.register_buffer("weight", dense.to(dtype, copy=True))
@@ -90,6 +101,18 @@ class SparseLinear(nn.Module):
             x.to(self.dtype), self.values, self
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def lean(self, dense: torch.Tensor) -> None:
+        """Move `values` towards `dense` [out, in] as far as they still round to what they are.
+
+        In the middle between two steps of their grid they would hardly ever leave it; so those
+        that were rounded furthest change first.
+        """
+        if self.scales is not None:
+            wanted = dense.flatten().index_select(0, self.positions) - self.values
+            reach = _WITHIN * self.scales
+            self.values.add_(wanted.clamp(-reach, reach))
 
     def divide(self) -> None:
         """Hold parameters only, which FSDP can divide over processes, as it does no buffer.
@@ -120,17 +143,21 @@ class SparseLinear(nn.Module):
         return weight
 
     def _rounded(self) -> torch.Tensor:
-        """The survivors as they count: on their grid, and no zero, if they have one."""
+        """The survivors as they count: on their grid, if they have one, and no zero of a mask."""
         values = self.values.detach()
         if self.scales is None:
             return values
         integers = (values / self.scales).round().clamp(*self.limits)
-        one = torch.ones_like(values).copysign(values)
-        return torch.where(integers == 0, one, integers) * self.scales
+        if self.masked:
+            one = torch.ones_like(values).copysign(values)
+            integers = torch.where(integers == 0, one, integers)
+        return integers * self.scales
 
     def dense(self, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
         """The whole weight [out, in] in `dtype`, and how many survivors were kept off zero."""
         values = self._rounded()
+        if not self.masked:
+            return self._filled(values, dtype), 0
         kept, count = nonzero(values.to(dtype), values)
         return self._filled(kept, dtype), count
 
@@ -166,6 +193,22 @@ def sparse_linears(module: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     for name, part in module.named_modules():
         if isinstance(part, SparseLinear):
             yield name, part
+
+
+def groups(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """An optimizer's groups, one a tensor, each with `rate` times its root mean square as its own.
+
+    Adam's steps are absolute, and weights of SmolLM2-135M are twelve times as large as those of
+    Qwen2.5-1.5B.
+    """
+    return [{"params": [one], "lr": rate * _root_mean_square(one)} for one in parameters]
+
+
+def _root_mean_square(parameter: nn.Parameter) -> float:
+    total = parameter.detach().square().sum()
+    if isinstance(total, DTensor):  # of this process's part
+        total = total.full_tensor()
+    return float((total / max(parameter.numel(), 1)).sqrt())
 
 
 def finished(

@@ -57,6 +57,7 @@ _LESS_MEMORY = (
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 # Of the Trainer's checkpoints: bytes a trained number, with Adam's two moments; at once at most.
 _SAVED_BYTES, _SAVED = 12, KEPT_CHECKPOINTS + 1
+_PASSES = 4  # over the text, at most, in a time: they teach as new text does (arXiv 2305.16264)
 _HASHED = 1024  # windows at once: the text is larger than memory, perhaps
 # What `accelerate launch` sets to shard a model, which this does not do.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -184,7 +185,7 @@ class Run:
     ) -> CheckpointManifest | AdapterManifest:
         """The leader's: make what was written the output, with its manifest."""
         staging = _staging(partial)
-        manifest = self.manifest(done)
+        manifest = self.manifest(done, staging)
         svg = learning_curve_svg(done.curve)
         (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
         manifest.write(staging)
@@ -410,16 +411,18 @@ class Run:
     def _train(
         self, trainee: Trainee, partial: Partial, index: int, groups: int
     ) -> list[dict[str, Any]]:
-        steps = self.settings.max_steps or self._steps_a_pass
         minutes = self.settings.max_minutes
+        steps = self.settings.max_steps or (_PASSES if minutes else 1) * self._steps_a_pass
         schedule = Schedule(
             math.ceil(steps / groups), None if minutes is None else 60 * minutes / groups
         )
         part = f", group {index + 1} of {groups}" if groups > 1 else ""
+        # Each group reads the text in another order, unless it finds the teacher's words kept.
+        seed = self.settings.seed + (index if self._cache is None else 0)
         return train(
             trainee,
             self.windows,
-            self.settings,
+            self.settings.model_copy(update={"seed": seed}),
             schedule,
             partial.folder / f"group-{index}",
             f"Fine-tuning{part}",
@@ -464,11 +467,11 @@ class Run:
         }
         return Finetuning.model_validate(description)
 
-    def manifest(self, done: Finetuning) -> CheckpointManifest | AdapterManifest:
-        """The source's manifest, which stays true of the zeros, and what was done to the rest."""
+    def manifest(self, done: Finetuning, written: Path) -> CheckpointManifest | AdapterManifest:
+        """The source's manifest, true of the zeros that are `written`, and what was done."""
         if not self.sparse_result:
             return AdapterManifest(versions=_versions(), finetune=done)
-        carried = self.source.manifest.to_json()
+        carried = self.source.recounted(written)
         carried.pop("measured", None)  # of the weights before
         return CheckpointManifest.model_validate(carried | {"finetune": done})
 

@@ -10,18 +10,20 @@ from owl_deploy.errors import BadInput, option, unknown_name
 METHODS = ("lora", "masked")
 MERGES = ("masked",)
 DTYPES = ("auto", "float32", "bfloat16")
-# LoRA's are the paper's; a masked run has no base weights to keep near to.
-_LEARNING_RATES = {"lora": 1e-4, "masked": 5e-4}
+# LoRA's are the paper's. A masked run's is a share of the size of each tensor's weights.
+_LEARNING_RATES = {"lora": 1e-4, "masked": 0.0013}
 _LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
 
 
 class FinetuneSettings(BaseModel):
     """What decides the result of a fine-tuning, besides the model and the text.
 
-    `merge`: "masked" folds a LoRA adapter into the weights that pruning left. `batch_size` windows
-    of `sequence_length` tokens go through the model at once, `gradient_accumulation` such batches
-    before a step. `max_steps`: None is one pass over the text; `max_minutes` ends a run before it.
-    `warmup`: share of the run in which the learning rate rises; then it falls linearly to 0.
+    `merge`: "masked" folds a LoRA adapter into the weights that pruning left. `learning_rate`: of
+    Adam at its highest; masked, as a share of the root mean square of each tensor's weights.
+    `batch_size` windows of `sequence_length` tokens go through the model at once,
+    `gradient_accumulation` such batches before a step. `max_steps`: None is one pass over the text,
+    or with `max_minutes`, which end a run, four at most. `warmup`: share of the run in which the
+    learning rate rises; then it falls linearly to 0.
     `block_group`: blocks trained at a time (masked), all when None. `temperature`,
     `teacher_weight` (the distillation loss's share) and `feature_weight` (of the squared errors of
     the blocks' outputs, each over its square; none when None) need a teacher, as does

@@ -14,11 +14,10 @@ from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.recipe import is_named
-from owl_deploy.survivors import Grid
+from owl_deploy.survivors import SPARSE_FROM, Grid
 from owl_deploy.text import load_tokenizer
 from owl_deploy.tokens import load_tokens
 
-_SPARSE_FROM = 0.1  # share of zeros; a dense model's weights, rounded to 4 bits, have fewer
 _HELD_OUT = (20, 8)  # one window in so many, and so many at most, for the held-out loss
 
 
@@ -26,8 +25,8 @@ class Source:
     """A checkpoint of a supported family, and where its blocks are.
 
     `blocks`: their names; `matrices`: by block, the names within it of its weight matrices;
-    `manifest`: owl's, or one that says nothing; `zeros` of `weights`: what pruning left in the
-    blocks.
+    `manifest`: owl's, or one that says nothing; `zeros` of `weights`: what was removed from the
+    blocks, and stays so. `whole`: the Linears that were rounded, and lost nothing before.
     Raises `BadInput` for a checkpoint whose zeros are not those that its manifest tells of.
     """
 
@@ -38,13 +37,22 @@ class Source:
         self.blocks = self.checkpoint.blocks
         self.matrices: dict[str, list[str]] = {}
         self.zeros = self.weights = 0
+        self.whole = self._whole()
         self._check_mask()
+
+    def _whole(self) -> set[str]:
+        linears = {
+            f"{block.name}.{name}": one
+            for block in self.manifest.blocks
+            for name, one in block.linears.items()
+        }
+        return {name for name, one in linears.items() if one.whole}
 
     def _check_mask(self) -> None:
         told = {block.name: block.achieved for block in self.manifest.blocks}
         skip = self.manifest.settings.skip
         for block in self.blocks:
-            zeros = weights = 0
+            zeros = left = weights = 0  # those that rounding left besides
             self.matrices[block] = []
             for name in self.checkpoint.names(block):
                 tensor = self.checkpoint.read(f"{block}.{name}")
@@ -53,20 +61,40 @@ class Source:
                 self.matrices[block].append(name)
                 linear = f"{block}.{name.removesuffix('.weight')}"
                 if not any(is_named(linear, one) for one in skip):
-                    zeros += int((tensor == 0).sum())
+                    found = int((tensor == 0).sum())
+                    zeros += 0 if linear in self.whole else found
+                    left += found if linear in self.whole else 0
                     weights += tensor.numel()
-            if block in told and zeros != round(told[block] * weights):
+            if block in told and zeros + left != round(told[block] * weights):
                 raise BadInput(
-                    f"{block} in {self.folder} has {zeros} zeros, and its manifest says "
+                    f"{block} in {self.folder} has {zeros + left} zeros, and its manifest says "
                     f"{told[block]:.2%} of {weights}: the weights were changed since.",
                     "Prune again, or remove owl.json if the zeros that are there are to be kept.",
                 )
             self.zeros += zeros
             self.weights += weights
 
+    def recounted(self, written: Path) -> dict[str, Any]:
+        """This one's manifest as JSON, with the zeros of the checkpoint in `written`.
+
+        They are others where nothing was removed: training moves weights to zero and off it.
+        """
+        found, result = self.manifest.to_json(), Checkpoint(written)
+        for block in found["blocks"] if self.whole else ():
+            for name, one in block["linears"].items():
+                if (linear := f"{block['name']}.{name}") in self.whole:
+                    zeros = int((result.read(f"{linear}.weight") == 0).sum())
+                    one["achieved"] = zeros / one["weights"]
+            shares = (one["achieved"] * one["weights"] for one in block["linears"].values())
+            block["achieved"] = sum(shares) / block["weights"]
+        if self.whole:
+            shares = (block["achieved"] * block["weights"] for block in found["blocks"])
+            found["sparsity"]["achieved"] = sum(shares) / found["weights"]
+        return found
+
     def refuse_dense(self, what: str) -> None:
         """Raise `BadInput` when there is no mask that `what` could keep."""
-        if not self.manifest.blocks and self.zeros < _SPARSE_FROM * self.weights:
+        if not self.manifest.blocks and self.zeros < SPARSE_FROM * self.weights:
             raise BadInput(
                 f"{self.folder} is dense ({self.zeros / self.weights:.1%} zeros), and {what} "
                 "keeps a sparse model's zeros.",
@@ -99,7 +127,8 @@ class Source:
             linear = f"{block}.{name}".removesuffix(".weight")
             if linear not in kept.scales:
                 continue
-            grid = Grid(kept.bits[linear], kept.group, kept.scales[linear])
+            whole = linear in self.whole
+            grid = Grid(kept.bits[linear], kept.group, kept.scales[linear], whole)
             rows, columns = self.checkpoint.shape(f"{block}.{name}")
             if list(grid.scales.shape) != [rows, -(-columns // grid.group)]:
                 raise BadInput(
@@ -133,10 +162,15 @@ class Source:
         return windows[:-held_out], windows[-held_out:]
 
     def check_same_zeros(self, written: Path) -> None:
-        """Raise unless the checkpoint in `written` has its zeros exactly where this one has."""
+        """Raise unless the checkpoint in `written` has its zeros exactly where this one has.
+
+        Where nothing was removed they are integers like others.
+        """
         result = Checkpoint(written)
         for block in self.blocks:
             for name in self.matrices[block]:
+                if f"{block}.{name}".removesuffix(".weight") in self.whole:
+                    continue
                 before = self.checkpoint.read(f"{block}.{name}")
                 after = result.read(f"{block}.{name}")
                 if after.dtype != before.dtype or not torch.equal(before == 0, after == 0):

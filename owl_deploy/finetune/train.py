@@ -22,11 +22,13 @@ from owl_deploy.finetune.shard import Shards
 from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.progress import Advance, bar
 from owl_deploy.ranks import ALONE, Ranks, talking
+from owl_deploy.survivors import groups
 
 _COMPLETE = "complete"  # a file in every checkpoint that was written to its end
 _EVALUATIONS = 4  # along the way and at the end, besides the one at the start
-_EVALUATING = 0.25  # of a time limit, at most, unless one at the end takes more
+_EVALUATING = 0.1  # of a time limit, at most, unless one at the end takes more
 _SAVE_SECONDS = 300.0
+_WARM = 10  # steps in which the learning rate rises, at least, where the time limits them
 KEPT_CHECKPOINTS = 2  # the last one stays whole while the next is written
 
 
@@ -65,7 +67,8 @@ def train(
     total = 100.0 if schedule.seconds else float(schedule.steps)
     speed = _Speed()
     with bar(description, total, speed.note) as advance:
-        clock = _Clock(schedule, trainee, lambda share: advance(share * total), ranks, speed)
+        rate = settings.learning_rate or 0.0
+        clock = _Clock(schedule, trainee, lambda share: advance(share * total), ranks, speed, rate)
         trainer = _trainer(trainee, windows, settings, clock, folder, fresh=before is None)
         with clock.interruptible(), talking():
             trainer.train(resume_from_checkpoint=None if before is None else str(before))
@@ -117,9 +120,7 @@ def _trainer(
         ddp_find_unused_parameters=False,
     )
     arguments._n_gpu = 1  # else all that it sees, by nn.DataParallel, with as many times the batch
-    optimizer = torch.optim.AdamW(
-        trainee.trained().values(), lr=settings.learning_rate or 0.0, weight_decay=0.0, fused=True
-    )
+    optimizer = _optimizer(trainee, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, clock.rate(settings.warmup))
     callbacks: list[TrainerCallback] = [clock]
     if settings.shard:
@@ -135,6 +136,12 @@ def _trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)  # stdout is for results
     return trainer
+
+
+def _optimizer(trainee: Trainee, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    rate, trained = settings.learning_rate or 0.0, trainee.trained().values()
+    found: Any = groups(trained, rate) if settings.method == "masked" else trained
+    return torch.optim.AdamW(found, lr=rate, weight_decay=0.0, fused=True)
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
@@ -199,12 +206,17 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         advance: Advance,
         ranks: Ranks = ALONE,
         speed: "_Speed | None" = None,
+        learning_rate: float = 0.0,
     ) -> None:
         self.schedule, self.trainee, self._advance = schedule, trainee, advance
         self.ranks, self.speed = ranks, speed or _Speed()
         self.interrupted = False  # as the ranks agreed
         self._told = False  # to this process
         self._done = 0.0  # share
+        self.learning_rate, self.factor = (
+            learning_rate,
+            0.0,
+        )  # at its highest, and what it has of it
         self._evaluations = _EVALUATIONS
         self._began: float | None = None
         self._agreed = 0.0
@@ -224,12 +236,22 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.interrupted = any(told for _, told in of_ranks)
 
     def rate(self, warmup: float) -> Callable[[int], float]:
-        """The learning rate's factor by the step: up within the share `warmup`, then down to 0."""
+        """The learning rate's factor by the step: up within the share `warmup`, then down to 0.
+
+        By the time, not before some steps: Adam's first ones are as large as its rate, whatever
+        the gradients are.
+        """
 
         def factor(step: int) -> float:
             done = self.schedule.progress(step, self.seconds())
-            rise = (done + 1 / self.schedule.steps) / warmup if warmup else 1.0
-            return max(0.0, min(1.0, rise, (1 - done) / (1 - warmup) if warmup < 1 else 1.0))
+            rise = fall = 1.0
+            if warmup:
+                rise = (done + 1 / self.schedule.steps) / warmup
+                rise = min(rise, (step + 1) / _WARM) if self.schedule.seconds else rise
+            if warmup < 1:
+                fall = (1 - done) / (1 - warmup)
+            self.factor = max(0.0, min(1.0, rise, fall))
+            return self.factor
 
         return factor
 
@@ -289,7 +311,10 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def on_log(self, _args: Any, state: Any, _control: Any, logs: Any, **_: Any) -> None:  # noqa: ANN401
         """Note the time; stop at a loss that is no number."""
         self._agree()
-        state.log_history[-1]["seconds"] = round(self.seconds(), 3)
+        row = state.log_history[-1]
+        row["seconds"] = round(self.seconds(), 3)
+        if "learning_rate" in row:  # else that of the first tensor
+            row["learning_rate"] = self.factor * self.learning_rate
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if not math.isfinite(loss):
             raise BadInput(

@@ -75,3 +75,8 @@ class Maker:
         if self.settings.refit and not self.row.refits:
             pruned = refit(dense, pruned, inputs)
         return pruned
+
+
+def zeros(weight: torch.Tensor) -> float:
+    """The share of a weight that is zero."""
+    return 1 - weight.count_nonzero().item() / weight.numel()

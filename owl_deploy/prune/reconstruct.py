@@ -4,13 +4,15 @@ EBFT (arXiv 2402.12419) trains a pruned block to give the dense one's output, th
 one; "A Free Lunch in LLM Compression" (arXiv 2510.14444) finds that attention and MLP, each by
 itself, serve as well. What enters a half here is what the pruned model makes of the text, and its
 target is the dense model's own stream at that place, so that a half makes up for what those before
-it lost, too.
+it lost, too. What is rounded trains on its grid, by the straight-through estimator, as the blocks of
+EfficientQAT do (arXiv 2407.11062), whose scales and zero points train, too.
 """
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -20,14 +22,12 @@ from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.manifest import TrainedHalf
 from owl_deploy.progress import Advance
 from owl_deploy.prune.halves import Half, Run, halves
-from owl_deploy.survivors import finished, sparse_linears, sparsify
+from owl_deploy.survivors import Grid, finished, groups, sparse_linears, sparsify
 
-# Of Adam at the start, as a share of the root mean square of what a tensor has left: weights of
-# SmolLM2-135M are twelve times as large as those of Qwen2.5-1.5B, and Adam's steps are absolute.
-LEARNING_RATE = 0.02
+LEARNING_RATE = 0.01  # of Adam at the start, as a share of the size of what a tensor has left
 TOKENS_A_STEP = 512
 _TRAINED_FOR_ONE = 8  # windows, for one that is held out
-_PATIENCE = 2  # epochs in which the held-out error may grow
+_PATIENCE = 3  # epochs in which the held-out error may grow
 
 Stream = Literal["pruned", "dense"]
 Tensors = dict[str, torch.Tensor]  # of a block, in the checkpoint's dtypes, by their names in it
@@ -91,19 +91,26 @@ class Reconstruction:
         )
 
     def block(
-        self, index: int, weights: Tensors, pruned: Collection[str], advance: Advance
+        self,
+        index: int,
+        weights: Tensors,
+        changed: Collection[str],
+        advance: Advance,
+        grids: Mapping[str, Grid] = MappingProxyType({}),
     ) -> tuple[Tensors, dict[str, TrainedHalf]]:
         """The block's `weights` after its halves are trained, and what came of each, by name.
 
-        `pruned`: the Linears of which weights were removed; a half without one is left as it is.
+        `changed`: the Linears that were pruned or rounded; a half without one is left as it is.
+        `grids`: of those that were rounded, which stay on them.
         """
         name = self.skeleton.names[index]
         dense = self.skeleton.checkpoint.read_module(name)
         outcomes: dict[str, TrainedHalf] = {}
         for half in self.halves:
             self._pass(half, index, dense, "dense")
-            if any(map(half.holds, pruned)):
-                weights, outcomes[half.name] = self._trained(half, index, weights, advance)
+            if any(map(half.holds, changed)):
+                trained = self._trained(half, index, weights, dense, grids, advance)
+                weights, outcomes[half.name] = trained
             self._pass(half, index, weights, "pruned")
         return weights, outcomes
 
@@ -118,11 +125,19 @@ class Reconstruction:
             states.through(half.of(block), index, lambda _: None, keep=True)
 
     def _trained(
-        self, half: Half, index: int, weights: Tensors, advance: Advance
+        self,
+        half: Half,
+        index: int,
+        weights: Tensors,
+        dense: Tensors,
+        grids: Mapping[str, Grid],
+        advance: Advance,
     ) -> tuple[Tensors, TrainedHalf]:
         """The weights of the epoch with the least held-out error, or as they were; and that."""
         name = self.skeleton.names[index]
-        student = _student(self.skeleton.fill(name, weights), weights, self.dtype)
+        student = _student(self.skeleton.fill(name, weights), weights, self.dtype, grids)
+        for linear, sparse in sparse_linears(student):
+            sparse.lean(dense[f"{linear}.weight"].to(sparse.values))
         dtypes = {key: tensor.dtype for key, tensor in weights.items()}
         windows = len(self.training.pruned.hidden)
         units = self.passes / self.epochs * windows / len(self.halves)  # of an epoch
@@ -145,11 +160,7 @@ class Reconstruction:
         order = torch.Generator().manual_seed(0)
         windows = len(self.training.pruned.hidden)
         steps = self.epochs * -(-windows // self.step)
-        groups = [
-            {"params": [one], "lr": LEARNING_RATE * float(one.detach().square().mean().sqrt())}
-            for one in student.parameters()
-        ]
-        optimizer = torch.optim.Adam(groups, fused=True)
+        optimizer = torch.optim.Adam(groups(student.parameters(), LEARNING_RATE), fused=True)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         run = half.of(student)
         trained = [linear for name, linear in sparse_linears(student) if half.holds(name)]
@@ -184,11 +195,13 @@ class Reconstruction:
         return total / windows
 
 
-def _student(block: nn.Module, weights: Tensors, dtype: torch.dtype) -> nn.Module:
-    """A copy of `block` with `weights`, of which those that are not zero train, in float32."""
+def _student(
+    block: nn.Module, weights: Tensors, dtype: torch.dtype, grids: Mapping[str, Grid]
+) -> nn.Module:
+    """A copy of `block` with `weights`, which train in float32 if they were not removed."""
     student = copy.deepcopy(block)
     device = next(block.parameters()).device
     own = {key: tensor.to(device, copy=True) for key, tensor in weights.items()}
     student.load_state_dict(own, assign=True)
-    sparsify(student, dtype)
+    sparsify(student, dtype, grids)
     return student

@@ -41,7 +41,7 @@ from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.clock import weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
-from owl_deploy.prune.linear import Maker
+from owl_deploy.prune.linear import Maker, zeros
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request
@@ -253,7 +253,7 @@ class Measuring:
             left = self.maker.tried(dense, inputs, way.sparsity, way.bits)
             difference = left - dense
             share = _output(difference, judging) / whole if judging and whole else 0.0
-            measured.append([share, _zeros(left)])
+            measured.append([share, zeros(left)])
             kept.append(in_steps(difference.cpu()))
         difference, step = (torch.stack(own) for own in zip(*kept, strict=True))
         return {
@@ -360,7 +360,3 @@ def _output(weight: torch.Tensor, inputs: Inputs) -> float:
 
 def _itself(hessian: torch.Tensor) -> torch.Tensor:
     return hessian
-
-
-def _zeros(weight: torch.Tensor) -> float:
-    return 1 - weight.count_nonzero().item() / weight.numel()

@@ -4,7 +4,7 @@ One block is on the device at a time. Of several processes each runs its part of
 it and prunes its part of the Linears (`ranks`); the first writes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,13 +15,14 @@ from owl_deploy.grid import SCALE
 from owl_deploy.manifest import TrainedHalf
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
-from owl_deploy.prune.linear import Maker
+from owl_deploy.prune.linear import Maker, zeros
 from owl_deploy.prune.measure import gather, gather_head
 from owl_deploy.prune.owners import divide, owners
 from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.reconstruct import Reconstruction
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
+from owl_deploy.survivors import SPARSE_FROM, Grid
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Part:
 
     `linears`: those that may be pruned, name to number of weights; the head is one itself, called
     "". `sparsities`: what was asked of them; `bits`: what they are rounded to, if they are.
-    `halves`: those that were reconstructed, by name.
+    `halves`: those that were reconstructed, by name. `whole`: the Linears that were rounded, and of
+    which nothing was removed.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Part:
     bits: Mapping[str, int | None]
     tensors: Mapping[str, torch.Tensor]
     halves: Mapping[str, TrainedHalf] = field(default_factory=dict)
+    whole: Collection[str] = ()
 
     def weight(self, linear: str) -> torch.Tensor:
         """The weight of one of its Linears."""
@@ -82,8 +85,8 @@ class Walk:
                     self._save(name, weights)
                 linears, asked = self.request.shape.linears[index], self.plan.sparsities[index]
                 bits = {key: self.plan.bits_of(index, key) for key in linears}
-                halves = self.store.halves(name)
-                yield Part(name, linears, asked, bits, weights, halves)
+                halves, whole = self.store.halves(name), self._whole(index)
+                yield Part(name, linears, asked, bits, weights, halves, whole)
             if head:
                 yield self._finish_head(head, stored=head in held)
 
@@ -117,14 +120,40 @@ class Walk:
             for key in self.plan.sparsities[index]:
                 linears[key].weight.copy_(weights[f"{key}.weight"])
             if self.reconstruction:
-                asked = self.plan.sparsities[index]
-                removed = [key for key, sparsity in asked.items() if sparsity]
-                weights, halves = self.reconstruction.block(index, weights, removed, self.advance)
-                self.store.keep_halves(name, halves)
+                weights = self._reconstructed(self.reconstruction, index, weights)
                 self.advance(self.request.steps)
             else:
                 self._pass_on(block, index)
         return weights
+
+    def _reconstructed(
+        self, reconstruction: Reconstruction, index: int, made: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What `made` of block `index`, its tensors and scales, becomes by training its halves."""
+        scales = {key: one for key, one in made.items() if key.endswith(f".{SCALE}")}
+        weights = {key: one for key, one in made.items() if key not in scales}
+        grids, changed, whole = {}, [], self._whole(index)
+        for key, sparsity in self.plan.sparsities[index].items():
+            bits, group = self.plan.bits_of(index, key), self.plan.settings.bits_group
+            if bits and group:
+                grids[key] = Grid(bits, group, scales[f"{key}.{SCALE}"], key in whole)
+            if bits or sparsity:
+                changed.append(key)
+        weights, halves = reconstruction.block(index, weights, changed, self.advance, grids)
+        self.store.keep_halves(self.names[index], halves)
+        return weights | scales
+
+    def _whole(self, index: int) -> set[str]:
+        """The Linears of block `index` that are rounded, and of which nothing is removed, or was.
+
+        Where a model was pruned before, its zeros stay.
+        """
+        asked = self.plan.sparsities[index].items()
+        rounded = {key for key, one in asked if self.plan.bits_of(index, key) and not one}
+        if not rounded:
+            return set()
+        before = self.request.checkpoint.read_module(self.names[index])
+        return {key for key in rounded if zeros(before[f"{key}.weight"]) < SPARSE_FROM}
 
     def _divided(
         self, dense: dict[str, torch.Tensor], statistics: InputStatistics | None, index: int

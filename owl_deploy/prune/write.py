@@ -45,6 +45,7 @@ def report(
             name: Linear.model_validate(
                 {"sparsity": asked[name], "achieved": zeros[name] / size, "weights": size}
                 | ({"bits": part.bits[name]} if part.bits[name] else {})
+                | ({"whole": True} if name in part.whole else {})
                 | ({"costs": costs[name]} if name in costs else {})
             )
             for name, size in sizes.items()

@@ -13,6 +13,7 @@ from owl_deploy import recipe
 from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune import train
+from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.prune.run import Calibration, prune
 from tests import fresh
 
@@ -154,6 +155,31 @@ def test_a_rounded_checkpoint_keeps_zeros_and_grid(owl, llama, text_file, tmp_pa
         assert -8 <= integers.min() <= integers.max() <= 7
         assert torch.equal(integers == 0, before[weight] == 0)
         assert not torch.equal(after[weight], before[weight]), name
+
+
+def test_of_what_was_only_rounded_weights_come_to_zero_and_off_it(owl, llama, text_file, tmp_path):
+    """And what was trained, with other zeros then, can be trained again."""
+    rounded, out = tmp_path / "rounded", tmp_path / "out"
+    calibration = Calibration(str(text_file), samples=4, sequence_length=32)
+    prune(llama, rounded, recipe.settings(method="none", bits=3), calibration)
+    how = ["--method", "masked", "--max-steps", 6, "--learning-rate", 0.3]
+    for folder, source in ((out, rounded), (tmp_path / "again", out)):
+        code, _, err = owl(*arguments(source, text_file, folder, *how))
+        assert code == 0, err
+    before, after = (load_file(folder / "model.safetensors") for folder in (rounded, out))
+    name = "model.layers.0.mlp.up_proj.weight"
+    gone, come = (
+        (a == 0) & (b != 0) for a, b in itertools.permutations((before[name], after[name]))
+    )
+    assert gone.any()
+    assert come.any()
+    blocks = read_manifest(out, CheckpointManifest).blocks
+    for block in blocks:
+        for linear, one in block.linears.items():
+            zeros = (after[f"{block.name}.{linear}.weight"] == 0).float().mean()
+            assert one.achieved == pytest.approx(float(zeros))
+        total = sum(one.achieved * one.weights for one in block.linears.values())
+        assert block.achieved == pytest.approx(total / block.weights)
 
 
 def test_what_would_leave_the_grid_is_refused(owl, llama, text_file, tmp_path):

@@ -72,6 +72,7 @@ ONE, SEVERAL = checkpoint.SHARD_BYTES, 30_000  # shards
         ({"method": "sparsegpt", "bits": 4}, SEVERAL),
         ({"method": "wanda", "reconstruct": 2}, ONE),
         ({"method": "wanda", "reconstruct": 2}, SEVERAL),
+        ({"method": "sparsegpt", "bits": 3, "reconstruct": 2}, ONE),
     ],
     ids=str,
 )

@@ -8,8 +8,9 @@ import torch
 def train_under_a_mask(model, blocks, window, steps, learning_rate):
     """Train all parameters of the `blocks` (dotted names) on one window [length], in place.
 
-    Returns the loss before each step. The learning rate falls linearly; gradients are clipped to
-    norm 1, as the Trainer does.
+    Returns the loss before each step. The learning rate, a share of the root mean square of what a
+    tensor has left at the start, falls linearly; gradients are clipped to norm 1, as the Trainer
+    does.
     """
     model.train()
     model.requires_grad_(False)
@@ -17,11 +18,14 @@ def train_under_a_mask(model, blocks, window, steps, learning_rate):
     masks = [(p != 0).float() if p.ndim == 2 else torch.ones_like(p) for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    sizes = [
+        p.detach()[m != 0].square().mean().sqrt() for p, m in zip(parameters, masks, strict=True)
+    ]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], weight_decay=0.0)
     losses = []
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - step / steps)
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = learning_rate * float(size) * (1 - step / steps)
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, window[1:])
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from owl_deploy.survivors import Grid, SparseLinear, finished, freeze, nonzero, sparsify
+from owl_deploy.survivors import Grid, SparseLinear, finished, freeze, groups, nonzero, sparsify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -55,6 +55,36 @@ def test_there_and_back():
     assert after.keys() == before.keys()
     assert torch.equal(after["0.0.weight"] == 0, before["0.0.weight"] == 0)
     assert torch.equal(after["0.1.weight"], before["0.1.weight"])
+
+
+def test_where_nothing_was_removed_zero_is_an_integer_like_others():
+    linear = torch.nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[0.5, 0.0, -1.0, 0.0]]))
+    sparse = SparseLinear(linear, torch.float32, Grid(4, 4, torch.tensor([[0.5]]), whole=True))
+    assert sparse.values.numel() == 4
+    x = torch.randn(3, 4)
+    sparse(x).square().sum().backward()
+    rounded = linear.weight.detach().clone().requires_grad_()
+    torch.nn.functional.linear(x, rounded).square().sum().backward()
+    torch.testing.assert_close(sparse.values.grad, rounded.grad.flatten())
+    with torch.no_grad():
+        sparse.values.add_(torch.tensor([-0.3, 0.3, 0.0, 0.0]))  # to 0.4 and 0.6 of a step
+        sparse.refresh()
+    dense, lost = sparse.dense(torch.bfloat16)
+    assert (dense.tolist(), lost) == ([[0.0, 0.5, -1.0, 0.0]], 0)
+    assert torch.equal(sparse.weight, dense.float())
+
+
+def test_the_learning_rate_of_each_tensor_goes_by_its_size():
+    linear = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[3.0, 0, 0, 4], [0, 0, 0, 5]]))
+        linear.bias.fill_(-2.0)
+    block = torch.nn.Sequential(linear)
+    sparsify(block, torch.float32)
+    found = {group["params"][0].numel(): group["lr"] for group in groups(block.parameters(), 0.1)}
+    assert found == pytest.approx({3: 0.1 * (50 / 3) ** 0.5, 2: 0.2})  # three are left, and a bias
 
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(8, -127, 127), (4, -8, 7), (3, -4, 3)])

@@ -30,17 +30,19 @@ def settings(**values):
 def test_equals_dense_training_with_masked_gradients(models, tmp_path, family):
     source = Source(models(family)[1])
     plain = source.load(torch.float32)
-    expected = reference.train_under_a_mask(plain, source.blocks, ids(), 5, 1e-2)
+    expected = reference.train_under_a_mask(plain, source.blocks, ids(), 5, 0.1)
 
     model = source.load(torch.float32)
     for name in source.blocks:
         sparsify(model.get_submodule(name), torch.float32)
     # Two equal windows a step give the gradient of one, whatever order they come in.
     windows = (ids().expand(2, -1).contiguous(), ids()[None])
-    asked = settings(learning_rate=1e-2, gradient_accumulation=2)
+    asked = settings(learning_rate=0.1, gradient_accumulation=2)
     curve = train(Trainee(model), windows, asked, Schedule(5, None), tmp_path, "Training")
 
     assert [row["loss"] for row in curve if "loss" in row] == pytest.approx(expected, abs=1e-6)
+    told = [row["learning_rate"] for row in curve if "loss" in row]
+    assert told == pytest.approx([0.08, 0.06, 0.04, 0.02, 0])  # as asked, whatever a tensor's is
     for name in source.blocks:
         found = model.get_submodule(name).state_dict()
         for key, wanted in plain.get_submodule(name).state_dict().items():
@@ -50,7 +52,7 @@ def test_equals_dense_training_with_masked_gradients(models, tmp_path, family):
 
 @pytest.mark.parametrize(
     ("limit", "took", "evaluations"),
-    [(600.0, 10.0, 4), (60.0, 4.9, 3), (60.0, 22.0, 1), (None, 22.0, 4)],
+    [(600.0, 10.0, 4), (60.0, 1.9, 3), (60.0, 22.0, 1), (None, 22.0, 4)],
 )
 def test_evaluating_takes_a_part_of_the_time(limit, took, evaluations):
     clock = _Clock(Schedule(100, limit), None, lambda _: None)
@@ -84,11 +86,18 @@ def test_the_rate_rises_and_falls_with_the_steps():
 
 
 def test_the_rate_rises_and_falls_with_the_time():
-    moments = [(0, 0.0), (1, 10.0), (2, 20.0), (3, 60.0), (4, 90.0), (5, 100.0), (6, 110.0)]
+    moments = [(0, 0.0), (8, 10.0), (9, 20.0), (13, 60.0), (14, 90.0), (15, 100.0), (16, 110.0)]
     by_hand = [0.005, 0.505, 1, 0.5, 0.125, 0, 0]
     assert rates(Schedule(1000, 100.0), moments) == pytest.approx(by_hand)
     # Whichever is further on: half of the steps here, and half of the time.
-    assert rates(Schedule(10, 100.0), [(5, 10.0), (1, 50.0)]) == pytest.approx([0.625, 0.625])
+    assert rates(Schedule(20, 100.0), [(10, 10.0), (9, 50.0)]) == pytest.approx([0.625, 0.625])
+
+
+def test_the_rate_rises_for_ten_steps_however_slow_they_are():
+    """Slow steps, or a slow evaluation before them, would leave the share of the time no room."""
+    moments = [(step, 25.0) for step in range(11)]
+    by_hand = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9375, 0.9375]
+    assert rates(Schedule(1000, 100.0), moments) == pytest.approx(by_hand)
 
 
 def test_there_is_nothing_but_survivors_to_optimize(models):
@@ -113,7 +122,7 @@ def test_bfloat16_products_keep_float32_weights(models, tmp_path):
     sparsify(model.get_submodule(source.blocks[0]), torch.bfloat16)
     windows = (ids()[None], ids()[None])
     trainee = Trainee(model, dtype=torch.bfloat16)
-    asked = settings(learning_rate=1e-2, gradient_accumulation=1)
+    asked = settings(learning_rate=0.1, gradient_accumulation=1)
     curve = train(trainee, windows, asked, Schedule(8, None), tmp_path, "Training")
     losses = [row["loss"] for row in curve if "loss" in row]
     assert losses[-1] < losses[0] - 0.1

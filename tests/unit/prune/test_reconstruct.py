@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from owl_deploy import blocks, recipe
 from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import WEIGHTS, open_checkpoint
+from owl_deploy.checkpoint import GRID, WEIGHTS, open_checkpoint
 from owl_deploy.errors import BadInput
+from owl_deploy.grid import limits
 from owl_deploy.prune import reconstruct
 from owl_deploy.prune.reconstruct import Reconstruction, error, held_out_windows
 from owl_deploy.prune.run import Calibration, prune
@@ -105,7 +106,7 @@ def test_two_blocks_against_the_plain_loop(models, family, tmp_path):
         for states, expected in zip(
             (reconstruction.training.pruned, reconstruction.training.dense), streams, strict=True
         ):
-            assert torch.allclose(states.hidden, expected, atol=1e-4)
+            assert torch.allclose(states.hidden, expected, atol=5e-4)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "alps"])
@@ -148,13 +149,13 @@ def test_what_gets_worse_is_put_back(models, tmp_path, calibration, monkeypatch)
 
 
 def test_it_stops_where_it_overfits(models, tmp_path, monkeypatch):
-    """The held-out error has its least after two epochs; of the ten, two more are tried."""
+    """The held-out error has its least after two epochs; of the ten, three more are tried."""
     skeleton = Skeleton(open_checkpoint(str(models["llama"])), torch.float32, torch.device("cpu"))
     windows = torch.zeros(1, 8, dtype=torch.long)
     reconstruction = Reconstruction(
         skeleton, (windows, windows), batch=1, epochs=10, dtype=torch.float32, scratch=tmp_path
     )
-    errors, seen = [5.0, 3.0, 2.0, 4.0, float("nan")], []
+    errors, seen = [5.0, 3.0, 2.0, 4.0, float("nan"), 3.0], []
 
     def next_error(_half, _index, weights):
         seen.append({name: one.clone() for name, one in weights.items()})
@@ -168,7 +169,7 @@ def test_it_stops_where_it_overfits(models, tmp_path, monkeypatch):
     assert list(outcomes) == ["mlp"]  # nothing was removed from the attention
     outcome = outcomes["mlp"]
     assert (outcome.before, outcome.after, outcome.epochs) == (5.0, 2.0, 2)
-    assert len(seen) == 5
+    assert len(seen) == 6
     assert all(torch.equal(found[name], seen[2][name]) for name in found)
     assert sum(advanced) == pytest.approx(reconstruction.passes / 2)
 
@@ -214,12 +215,73 @@ def test_the_table_says_what_it_gave(models, tmp_path, calibration, owl):
     [
         ({"reconstruct": 0}, "reconstruct.* 0"),
         ({"reconstruct": -1}, "reconstruct.* -1"),
-        ({"reconstruct": 2, "bits": 4}, "off the grid of --bits"),
     ],
 )
 def test_what_is_impossible_is_refused(values, complaint):
     with pytest.raises(BadInput, match=complaint):
         recipe.settings(**values)
+
+
+def on_grid(folder, bits):
+    """The integers of every rounded weight of a checkpoint, by name; each lies on its grid."""
+    weights, found = load_file(folder / WEIGHTS), {}
+    for name, scales in load_file(folder / GRID).items():
+        weight = weights[name.removesuffix("_scale")]
+        wide = scales.float().repeat_interleave(32, dim=1)[:, : weight.shape[1]]
+        integers = (weight / wide).round()
+        assert torch.equal(integers * wide, weight), name
+        least, most = limits(bits)
+        assert least <= integers.min() <= integers.max() <= most
+        found[name] = integers
+    return found
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_what_is_rounded_comes_nearer_on_its_grid(
+    models, tmp_path, calibration, monkeypatch, bits, sparsity
+):
+    """Zeros of a mask stay; of what was only rounded, weights come to zero and off it."""
+    asked = {"bits": bits, "sparsity": sparsity, "method": "sparsegpt" if sparsity else "none"}
+    pruned(models["llama"], tmp_path / "plain", calibration, **asked)
+    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 0.02)
+    manifest, _ = pruned(
+        models["llama"], tmp_path / "out", calibration, **asked, reconstruct=2 * EPOCHS
+    )
+    before, after = (on_grid(tmp_path / name, bits) for name in ("plain", "out"))
+    assert load_file(tmp_path / "plain" / GRID).keys() == before.keys() == after.keys()
+    halves = manifest["blocks"][0]["halves"]
+    assert list(halves) == ["attention", "mlp"]
+    assert halves["mlp"]["after"] < halves["mlp"]["before"]
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    gone = ((before[name] != 0) & (after[name] == 0)).sum()
+    come = ((before[name] == 0) & (after[name] != 0)).sum()
+    assert (before[name] != after[name]).any()
+    assert (gone > 0, come > 0) == (not sparsity, not sparsity)
+    wholes = {one.get("whole") for block in manifest["blocks"] for one in block["linears"].values()}
+    assert wholes == ({None} if sparsity else {True})
+
+
+def test_zeros_of_a_model_that_was_pruned_before_stay(models, tmp_path, calibration, monkeypatch):
+    _, sparse = pruned(models["llama"], tmp_path / "sparse", calibration, skip=("q_proj",))
+    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 0.02)
+    settings = {"method": "none", "sparsity": 0.0, "bits": 3, "reconstruct": EPOCHS}
+    manifest, _ = pruned(tmp_path / "sparse", tmp_path / "out", calibration, **settings)
+    found = on_grid(tmp_path / "out", 3)
+    for block in manifest["blocks"]:
+        for linear, one in block["linears"].items():
+            name = f"{block['name']}.{linear}.weight"
+            assert one.get("whole") == (True if linear.endswith("q_proj") else None)
+            if not one.get("whole"):
+                assert not found[f"{name}_scale"][sparse[name] == 0].any()
+
+
+def test_a_budget_is_reconstructed_in_each_format(models, tmp_path, calibration):
+    settings = recipe.settings(budget="5", reconstruct=1)
+    manifest = prune(models["llama"], tmp_path / "out", settings, calibration).to_json()
+    bits = {one["bits"] for block in manifest["blocks"] for one in block["linears"].values()}
+    assert len(bits) > 1
+    assert all(list(block["halves"]) == ["attention", "mlp"] for block in manifest["blocks"])
 
 
 def test_it_needs_a_text(models, tmp_path):
