@@ -1,16 +1,76 @@
-"""What a teacher says, cut to its likeliest tokens, and kept on disk while windows come again."""
+"""What a teacher says of the next tokens, whole, or cut to its likeliest and kept on disk."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 _IDS, _SHARES = np.dtype(np.int32), np.dtype(np.float16)
 
 # Tokens, int32 [rows, k]; their shares and, last, that of all others, float16 [rows, k + 1].
 Likeliest = tuple[torch.Tensor, torch.Tensor]
+
+_ROWS = 32  # of logits at once, so that what is made of them stays in the processor's caches
+
+
+def distilled_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    weight: float,
+) -> torch.Tensor:
+    """(1 - weight) times the cross-entropy plus `weight` times Hinton's loss, mean over the rows.
+
+    The latter is T^2 KL(teacher / T || student / T) (arXiv 1503.02531), whose factor keeps the
+    gradients' size whatever T is. Both are logits, float32 [rows, vocabulary]; `labels` [rows].
+    """
+    loss: torch.Tensor = _Distilled.apply(  # type: ignore[no-untyped-call]
+        student, teacher, labels, temperature, weight
+    )
+    return loss
+
+
+class _Distilled(torch.autograd.Function):
+    """The loss and its gradient in one pass over the rows: both are made of the same shares."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch gives it no type
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: float,
+        weight: float,
+    ) -> torch.Tensor:
+        gradient, total = torch.empty_like(student), student.new_zeros(())
+        for start in range(0, len(student), _ROWS):
+            rows = slice(start, start + _ROWS)
+            own = soft = student[rows].log_softmax(-1)
+            wanted = (teacher[rows] / temperature).log_softmax(-1)
+            if temperature != 1:
+                soft = (student[rows] / temperature).log_softmax(-1)
+            true, shares = labels[rows].unsqueeze(1), wanted.exp()
+            total -= (1 - weight) * own.gather(1, true).sum()
+            total += weight * temperature**2 * (shares * (wanted - soft)).sum()
+            torch.mul(own.exp(), 1 - weight, out=gradient[rows])
+            gradient[rows].scatter_add_(1, true, own.new_full(true.shape, weight - 1))
+            gradient[rows].add_(soft.exp().sub_(shares), alpha=weight * temperature)
+        ctx.save_for_backward(gradient.div_(len(student)))
+        return total / len(student)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        by_loss: torch.Tensor,
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(by_loss), None, None, None, None
 
 
 def likeliest(logits: torch.Tensor, k: int, temperature: float) -> Likeliest:
@@ -24,7 +84,7 @@ def likeliest(logits: torch.Tensor, k: int, temperature: float) -> Likeliest:
 def cut_distillation_loss(
     student: torch.Tensor, teacher: Likeliest, temperature: float
 ) -> torch.Tensor:
-    """As `trainee.distillation_loss`, all tokens but the teacher's likeliest taken as one.
+    """Hinton's loss as in `distilled_loss`, all tokens but the teacher's likeliest taken as one.
 
     `student`: logits [rows, vocabulary]; `teacher`: what `likeliest` made at that temperature.
     """

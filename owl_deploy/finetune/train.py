@@ -213,10 +213,8 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.interrupted = False  # as the ranks agreed
         self._told = False  # to this process
         self._done = 0.0  # share
-        self.learning_rate, self.factor = (
-            learning_rate,
-            0.0,
-        )  # at its highest, and what it has of it
+        self.learning_rate = learning_rate  # at its highest
+        self.factor = 0.0  # that it last had
         self._evaluations = _EVALUATIONS
         self._began: float | None = None
         self._agreed = 0.0

@@ -12,6 +12,7 @@ from owl_deploy.finetune.logits import (
     Likeliest,
     TeacherCache,
     cut_distillation_loss,
+    distilled_loss,
     likeliest,
 )
 from owl_deploy.survivors import sparse_linears
@@ -93,9 +94,7 @@ class Trainee(nn.Module):
         with _outputs(how.of_student) as own:
             logits = self._logits(self.model, input_ids)
         with _outputs(how.blocks) as theirs:
-            distilled = self._of_logits(how, logits, input_ids, windows)
-        loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
-        loss = (1 - how.weight) * loss + how.weight * distilled
+            loss = self._of_logits(how, logits, input_ids, labels[:, 1:].flatten(), windows)
         return loss + how.feature_weight * feature_loss(own, theirs) if own else loss
 
     def _of_logits(
@@ -103,15 +102,19 @@ class Trainee(nn.Module):
         how: Distillation,
         logits: torch.Tensor,
         input_ids: torch.Tensor,
+        labels: torch.Tensor,
         windows: torch.Tensor | None,
     ) -> torch.Tensor:
+        """The loss by the student's `logits` and by what the teacher says of the same places."""
         if how.top is None:
             with torch.no_grad():
                 wanted = self._logits(how.teacher, input_ids)
-            return distillation_loss(logits, wanted, how.temperature)
+            return distilled_loss(logits, wanted, labels, how.temperature, how.weight)
         with torch.no_grad():
             cut = self._likeliest(how, how.top, input_ids, windows)
-        return cut_distillation_loss(logits, cut, how.temperature)
+        distilled = cut_distillation_loss(logits, cut, how.temperature)
+        true = nn.functional.cross_entropy(logits, labels)
+        return (1 - how.weight) * true + how.weight * distilled
 
     def _likeliest(
         self, how: Distillation, top: int, input_ids: torch.Tensor, windows: torch.Tensor | None
@@ -196,19 +199,3 @@ def feature_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
     pairs = [(own.float(), wanted.float()) for own, wanted in zip(student, teacher, strict=True)]
     shares = [(own - wanted).square().mean() / wanted.square().mean() for own, wanted in pairs]
     return torch.stack(shares).sum()
-
-
-def distillation_loss(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Hinton's loss (arXiv 1503.02531): T^2 KL(teacher / T || student / T), mean over the rows.
-
-    Both are logits [rows, vocabulary]; the factor keeps the gradients' size whatever T is.
-    """
-    divergence = nn.functional.kl_div(
-        (student / temperature).log_softmax(-1),
-        (teacher / temperature).log_softmax(-1),
-        reduction="sum",
-        log_target=True,
-    )
-    return divergence * temperature**2 / len(student)

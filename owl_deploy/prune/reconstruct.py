@@ -4,8 +4,8 @@ EBFT (arXiv 2402.12419) trains a pruned block to give the dense one's output, th
 one; "A Free Lunch in LLM Compression" (arXiv 2510.14444) finds that attention and MLP, each by
 itself, serve as well. What enters a half here is what the pruned model makes of the text, and its
 target is the dense model's own stream at that place, so that a half makes up for what those before
-it lost, too. What is rounded trains on its grid, by the straight-through estimator, as the blocks of
-EfficientQAT do (arXiv 2407.11062), whose scales and zero points train, too.
+it lost, too. What is rounded trains on its grid, by the straight-through estimator, as blocks do in
+EfficientQAT (arXiv 2407.11062), whose scales and zero points train, too.
 """
 
 import copy
@@ -135,9 +135,8 @@ class Reconstruction:
     ) -> tuple[Tensors, TrainedHalf]:
         """The weights of the epoch with the least held-out error, or as they were; and that."""
         name = self.skeleton.names[index]
-        student = _student(self.skeleton.fill(name, weights), weights, self.dtype, grids)
-        for linear, sparse in sparse_linears(student):
-            sparse.lean(dense[f"{linear}.weight"].to(sparse.values))
+        block = self.skeleton.fill(name, weights)
+        student = _student(block, weights, dense, self.dtype, grids)
         dtypes = {key: tensor.dtype for key, tensor in weights.items()}
         windows = len(self.training.pruned.hidden)
         units = self.passes / self.epochs * windows / len(self.halves)  # of an epoch
@@ -196,12 +195,21 @@ class Reconstruction:
 
 
 def _student(
-    block: nn.Module, weights: Tensors, dtype: torch.dtype, grids: Mapping[str, Grid]
+    block: nn.Module,
+    weights: Tensors,
+    dense: Tensors,
+    dtype: torch.dtype,
+    grids: Mapping[str, Grid],
 ) -> nn.Module:
-    """A copy of `block` with `weights`, which train in float32 if they were not removed."""
+    """A copy of `block` with `weights`, which train in float32 if they were not removed.
+
+    Where they are on `grids`, they begin as near to the `dense` ones as these let them.
+    """
     student = copy.deepcopy(block)
     device = next(block.parameters()).device
     own = {key: tensor.to(device, copy=True) for key, tensor in weights.items()}
     student.load_state_dict(own, assign=True)
     sparsify(student, dtype, grids)
+    for name, sparse in sparse_linears(student):
+        sparse.lean(dense[f"{name}.weight"].to(sparse.values))
     return student

@@ -38,6 +38,12 @@ def train_under_a_mask(model, blocks, window, steps, learning_rate):
     return losses
 
 
+def distillation_loss(student, teacher, temperature):
+    """T^2 KL(teacher / T || student / T) of logits [rows, vocabulary], the mean over the rows."""
+    p, q = ((one / temperature).softmax(-1) for one in (teacher, student))
+    return temperature**2 * (p * (p / q).log()).sum(-1).mean()
+
+
 def merge_under_the_mask(weight, a, b, scale):
     """(W + scale B A) where W is not zero; weight [out, in], a [rank, in], b [out, rank]."""
     return (weight + scale * (b @ a)) * (weight != 0)

@@ -9,7 +9,7 @@ from owl_deploy.finetune.logits import (
     cut_distillation_loss,
     likeliest,
 )
-from owl_deploy.finetune.trainee import distillation_loss
+from tests.reference.finetune import distillation_loss
 
 
 def logits(*shape, seed=0):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.finetune.logits import distilled_loss
 from owl_deploy.finetune.source import Source, load_teacher
-from owl_deploy.finetune.trainee import Distillation, Trainee, distillation_loss, feature_loss
+from owl_deploy.finetune.trainee import Distillation, Trainee, feature_loss
 from tests.reference import finetune as reference
 
 
@@ -32,8 +33,29 @@ class Fixed(torch.nn.Module):
 def test_distillation_by_hand(temperature, expected):
     student = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
     teacher = torch.zeros(2, 2)
-    found = distillation_loss(student, teacher, temperature)
+    labels = torch.tensor([0, 1])
+    found = distilled_loss(student, teacher, labels, temperature, 1.0)
     assert float(found) == pytest.approx(expected, rel=1e-6)
+    half = 0.5 * expected - 0.5 * (math.log(1 / 4) + math.log(3 / 4)) / 2
+    found = distilled_loss(student, teacher, labels, temperature, 0.5)
+    assert float(found) == pytest.approx(half, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rows", [1, 32, 75])
+def test_the_loss_and_its_gradient(temperature, weight, rows):
+    """Of rows that fill the parts in which they are taken, and do not."""
+    generator = torch.Generator().manual_seed(rows)
+    student, teacher = 3 * torch.randn(2, rows, 50, generator=generator, dtype=torch.float64)
+    labels = torch.randint(50, (rows,), generator=generator)
+    student.requires_grad_()
+    expected = weight * reference.distillation_loss(student, teacher, temperature)
+    expected += (1 - weight) * torch.nn.functional.cross_entropy(student, labels)
+    (gradient,) = torch.autograd.grad(3 * expected, student)
+    found = distilled_loss(student, teacher, labels, temperature, weight)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(3 * found, student)[0], gradient)
 
 
 def test_the_teacher_weighs_in_training_only():
