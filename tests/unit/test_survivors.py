@@ -76,6 +76,20 @@ def test_where_nothing_was_removed_zero_is_an_integer_like_others():
     assert torch.equal(sparse.weight, dense.float())
 
 
+def test_values_lean_towards_the_dense_ones_and_round_as_before():
+    linear = torch.nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[0.5, 0.0, -1.0, 3.5]]))
+    dense = torch.tensor([[0.6, -2.0, -1.3, 9.0]])
+    for whole, expected in ((True, [0.6, -0.245, -1.245, 3.745]), (False, [0.6, -1.245, 3.745])):
+        grid = Grid(4, 4, torch.tensor([[0.5]]), whole)
+        sparse = SparseLinear(linear, torch.float32, grid)
+        sparse.lean(dense)
+        assert sparse.values.tolist() == pytest.approx(expected)
+        sparse.refresh()
+        assert torch.equal(sparse.weight, linear.weight)
+
+
 def test_the_learning_rate_of_each_tensor_goes_by_its_size():
     linear = torch.nn.Linear(4, 2)
     with torch.no_grad():
