@@ -4,16 +4,17 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
 #include "c_api.h"
+#include "threads.h"
 
 namespace {
 
 // Runs work(thread) on `threads` threads `repeat` times, all starting a pass together; seconds[i]:
-// of pass i. Throws std::system_error where there are not so many threads.
+// of pass i. Throws what starting a thread does where there are not so many.
 template <class Work>
 void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work work) {
   std::atomic<std::size_t> arrived{0};
@@ -35,20 +36,15 @@ void time_passes(std::size_t threads, std::size_t repeat, double* seconds, Work 
             std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
   };
-  std::vector<std::thread> others;
-  auto end = [&] {
-    for (std::thread& thread : others) thread.join();
-  };
+  owl::Joined others;
   try {
-    for (std::size_t t = 1; t < threads; ++t) others.emplace_back(body, t);
-  } catch (const std::system_error&) {
+    for (std::size_t t = 1; t < threads; ++t) others.threads.emplace_back(body, t);
+  } catch (const std::exception&) {
     told = -1;
-    end();
     throw;
   }
   told = 1;
   body(0);
-  end();
 }
 
 // Rows times groups [begin, end), whose sums go nowhere.
