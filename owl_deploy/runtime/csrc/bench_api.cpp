@@ -66,6 +66,13 @@ void multiply(const owl::Kernels& kernels, const owl::PackedMatrix& w, std::size
   }
 }
 
+constexpr const char* kNoThreads = "there are no threads";
+
+// Whether activations prepared for one weight serve the other.
+bool take_the_same_rows(const owl::PackedMatrix& a, const owl::PackedMatrix& b) {
+  return a.type == b.type && a.storage == b.storage && a.cols == b.cols;
+}
+
 }  // namespace
 
 // `rows` rows of activations times each of `count` packed weights, by the way of many rows if
@@ -77,10 +84,15 @@ OWL_EXPORT int owl_time_matmul(const char* isa, const void* const* packed, const
     const owl::Kernels* kernels = owl_c::kernels_for(isa);
     if (kernels == nullptr) return 1;
     if (rows == 0) return owl_c::fail("there are no rows");
+    if (count == 0) return owl_c::fail("there are no weights");
+    if (threads == 0) return owl_c::fail(kNoThreads);
     std::vector<owl::PackedMatrix> weights(count);
-    for (std::size_t i = 0; i < count; ++i)
+    for (std::size_t i = 0; i < count; ++i) {
       if (const auto wrong = owl::parse_packed(packed[i], sizes[i], &weights[i]); !wrong.empty())
         return owl_c::fail(wrong);
+      if (!take_the_same_rows(weights[i], weights[0]))
+        return owl_c::fail("the weights differ in their columns or values");
+    }
     const owl::ActivationLayout layout = kernels->layout(weights[0]);
     std::vector<float> x(weights[0].cols, 0.5F);
     std::vector<std::uint8_t> storage(layout.stride * rows + 64);
@@ -101,6 +113,7 @@ OWL_EXPORT int owl_time_read(const void* data, std::size_t size, std::size_t thr
                              std::size_t repeat, double* seconds) {
   static std::atomic<std::uint64_t> total{0};  // seen from outside: nothing is optimised away
   return owl_c::guarded([&] {
+    if (threads == 0) return owl_c::fail(kNoThreads);
     time_passes(threads, repeat, seconds, [&](std::size_t t) {
       using Line = std::uint64_t __attribute__((vector_size(64), aligned(64)));
       const auto* begin = static_cast<const Line*>(data) + size / 64 * t / threads;

@@ -720,6 +720,28 @@ std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue) {
   return epilogue == Epilogue::kNone ? weight.rows : weight.rows / 2;
 }
 
+std::string what_is_wrong(const Linear& op) {
+  if (op.epilogue > Epilogue::kGeluMul || op.epilogue < Epilogue::kNone) return "unknown epilogue";
+  if (op.outputs == 0 || op.outputs > linear_outputs(op.weight, op.epilogue))
+    return "columns must lie between 1 and what the weight has";
+  if (op.epilogue != Epilogue::kNone &&
+      (op.weight.groups % 2 != 0 || op.weight.storage == Storage::kPlanes))
+    return "a gated weight needs an even number of row groups, and no planes";
+  return "";
+}
+
+std::string what_is_wrong(const Attention& op) {
+  if (op.heads == 0 || op.kv_heads == 0 || op.heads % op.kv_heads != 0)
+    return "num_heads must be a multiple of kv_num_heads";
+  if (op.heads > kMaxHeads) return "num_heads is out of range";
+  if (op.heads / op.kv_heads > kMaxSharedHeads) return "too many query heads for each key head";
+  return "";
+}
+
+bool head_size_is_sound(std::size_t head_size) {
+  return head_size % 16 == 0 && head_size > 0 && head_size <= kMaxHeadSize;
+}
+
 void gather_row(const PackedMatrix& w, std::size_t row, float* out) {
   with_form(w, [&](auto form) { gather<decltype(form)>(w, row, out); });
 }

@@ -137,7 +137,8 @@ constexpr std::size_t kDecodeChunk = 128;  // cache positions of one decode task
 constexpr std::size_t kQueryBlock = 16;    // query positions of one prefill task
 constexpr std::size_t kKeyBlock = 64;      // cache positions of one prefill tile
 constexpr std::size_t kMaxHeadSize = 256;
-constexpr std::size_t kMaxHeads = 64;  // query heads for one kv head
+constexpr std::size_t kMaxSharedHeads = 64;              // query heads for one kv head
+constexpr std::size_t kMaxHeads = std::size_t{1} << 20;  // so that no width overflows
 
 // Floats of scratch that attend_one and attend_many need.
 constexpr std::size_t attend_one_scratch(std::size_t heads) { return heads * kDecodeChunk; }

@@ -100,12 +100,10 @@ OrtStatusPtr guarded(Body body) {
   }
 }
 
-inline void check_linear(const owl::Linear& op) {
-  require(op.outputs > 0 && op.outputs <= owl::linear_outputs(op.weight, op.epilogue),
-          "columns must lie between 1 and what the weight has");
-  if (op.epilogue != owl::Epilogue::kNone)
-    require(op.weight.groups % 2 == 0 && op.weight.storage != owl::Storage::kPlanes,
-            "a gated weight needs an even number of row groups, and no planes");
+// Of a linear layer or an attention: what the engine finds wrong.
+template <class Op>
+void check(const Op& op) {
+  if (const std::string wrong = owl::what_is_wrong(op); !wrong.empty()) reject(wrong);
 }
 
 template <class Op, class Kernel>
@@ -131,7 +129,6 @@ class AttentionNode {
  public:
   owl::Attention op;  // heads, kv_heads, scale, softcap, window, rotary and interleaved are set
 
-  void check_heads() const;
   // `present(i, shape)` gives the memory of the new keys (0) and values (1); `out(width)` that of
   // the result.
   template <class Out, class Present>

@@ -119,7 +119,7 @@ class Reader {
     s.op.epilogue = static_cast<owl::Epilogue>(epilogue);
     s.op.outputs = extent(integer());
     s.op.epsilon = number();
-    check_linear(s.op);
+    check(s.op);
     require(s.gamma.present || (!s.skip.present && !s.sum.present), "skip and sum need gamma");
     return s;
   }
@@ -142,7 +142,7 @@ class Reader {
     op.interleaved = integer() != 0;
     op.scale = number();
     op.softcap = number();
-    s.node.check_heads();
+    check(s.node.op);
     require(s.k.present == s.v.present, "keys come with values");
     for (const Value* v : {&s.past_key, &s.past_value, &s.seqlens, &s.total, &s.mask})
       require(v->place == Value::kInput, "caches, lengths and the mask must be inputs");
