@@ -89,7 +89,7 @@ OWL_EXPORT int owl_matmul(const char* isa, const void* packed, std::size_t size,
     op.epsilon = epsilon;
     owl::Plan plan(*kernels);
     plan.add(op, x, rows, y, sum);
-    plan.run({run_threads, &threads});
+    plan.run({run_threads, &threads, threads});
     return 0;
   });
 }
@@ -149,7 +149,7 @@ OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t leng
     if ((cosines == nullptr) != (sines == nullptr)) return fail("a rotary table is missing");
     owl::Plan plan(*kernels);
     plan.add(op, {run});
-    plan.run({run_threads, &threads});
+    plan.run({run_threads, &threads, threads});
     return 0;
   });
 }

@@ -84,8 +84,8 @@ struct Phase {
 // What the threads of one run share; a phase's counters have a cache line of their own.
 class Run {
  public:
-  explicit Run(const std::vector<Phase>& phases, std::uint8_t* memory)
-      : phases_(phases), counters_(reinterpret_cast<Counters*>(memory)) {
+  Run(const std::vector<Phase>& phases, std::size_t expected, std::uint8_t* memory)
+      : phases_(phases), expected_(expected), counters_(reinterpret_cast<Counters*>(memory)) {
     for (std::size_t p = 0; p < phases.size(); ++p) new (counters_ + p) Counters;
     open(0);
   }
@@ -112,11 +112,18 @@ class Run {
     std::atomic<std::size_t> taken{0}, done{0};
   };
 
+  // The threads among which a phase is shared. Those that a pool wakes arrive during the first
+  // phases, a preparation and its product: the first to arrive must leave them something.
+  std::size_t sharers(std::size_t p) const {
+    const std::size_t here = threads_.load(std::memory_order_relaxed);
+    return p < kArriving ? std::max(here, expected_) : here;
+  }
+
   // Weights and keys do not depend on what is waited for: meanwhile they come nearer. Whoever opens
   // the phase takes the first items, so that the next thread begins behind its share.
   void wait_for(std::size_t p) {
     const Phase& phase = phases_[p];
-    const std::size_t likely = phase.count / threads_.load(std::memory_order_relaxed);
+    const std::size_t likely = phase.count / sharers(p);
     const Memory next = phase.memory && likely < phase.count ? phase.memory(likely) : Memory{};
     for (std::size_t spins = 0; open_.load(std::memory_order_acquire) < p; ++spins) {
       if (spins < kAheadLines / 4) next.ask(4 * spins);
@@ -152,8 +159,7 @@ class Run {
     do {
       if (at >= phase.count) return false;
       size = phase.grain;
-      if (phase.in_runs)
-        size = std::max(size, (phase.count - at) / threads_.load(std::memory_order_relaxed));
+      if (phase.in_runs) size = std::max(size, (phase.count - at) / sharers(p));
       size = std::min(size, phase.count - at);
     } while (!taken.compare_exchange_weak(at, at + size, std::memory_order_relaxed));
     *begin = at;
@@ -172,10 +178,12 @@ class Run {
     }
   }
 
+  static constexpr std::size_t kArriving = 2;  // phases
   static constexpr std::size_t kSpins = 2000;
   static constexpr std::size_t kAheadLines = 128;
 
   const std::vector<Phase>& phases_;
+  const std::size_t expected_;  // threads
   Counters* counters_;
   std::atomic<std::size_t> open_{0};
   std::atomic<std::size_t> threads_{0};
@@ -580,7 +588,8 @@ class Plan::Steps {
     const DenormalsAreZero guard;  // the first phase is begun here, before anyone takes part
     rows_ = caller_rows.get<std::uint8_t>(row_bytes_);
     extra_ = caller_extra.get<float>(extra_floats_);
-    Run run(phases_, caller_counters.get<std::uint8_t>(Run::bytes(phases_.size())));
+    Run run(phases_, std::min(pool.threads, kMaxThreads),
+            caller_counters.get<std::uint8_t>(Run::bytes(phases_.size())));
     auto take_part = [](void* argument, std::size_t) { static_cast<Run*>(argument)->take_part(); };
     const bool alone =
         std::all_of(phases_.begin(), phases_.end(), [](const Phase& p) { return p.count == 1; });

@@ -17,6 +17,7 @@ namespace owl {
 struct Pool {
   void (*run)(void* context, std::size_t count, void (*task)(void*, std::size_t), void* argument);
   void* context;
+  std::size_t threads;  // that are likely to take part; a guess only makes shares of another size
 };
 
 // y = epilogue(norm(x + skip) * W^T + bias); everything but x, W and y is optional. With a weight

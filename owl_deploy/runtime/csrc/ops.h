@@ -5,7 +5,9 @@
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime/onnxruntime_cxx_api.h>
 
+#include <algorithm>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "engine.h"
@@ -53,7 +55,16 @@ inline void run_session_threads(void* context, std::size_t count, void (*task)(v
   Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(task, count, 0, argument);
 }
 
-inline owl::Pool session_pool(OrtKernelContext* context) { return {run_session_threads, context}; }
+// How many there are a session does not say: as many as the processor runs at once, of which a
+// large one has better things to do.
+inline std::size_t likely_session_threads() {
+  static const std::size_t likely = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+  return likely;
+}
+
+inline owl::Pool session_pool(OrtKernelContext* context) {
+  return {run_session_threads, context, likely_session_threads()};
+}
 
 // The packed weight at input `index`, which must be a constant of the model. It is validated here,
 // once.

@@ -52,6 +52,15 @@ def test_a_failure_speaks_in_the_librarys_words(kernels: Kernels) -> None:
         kernels.call("owl_time_matmul", b"portable", weights, sizes, 1, 1, 0, 1, 1, np.zeros(1))
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_thread_that_comes_late_finds_work(kernels: Kernels, rows: int) -> None:
+    """A pool's threads wake one by one: the first must not take the whole of a single product."""
+    block = pack.pack(np.ones((2048, 256), dtype=np.float32), "fp32")
+    found = np.zeros(1, dtype=np.int32)
+    kernels.call("owl_late_thread_works", block, block.size, rows, found)
+    assert found[0] == 1
+
+
 def ones(*shape: int) -> np.ndarray:
     return np.ones(shape, dtype=np.float32)
 
