@@ -586,6 +586,7 @@ class Plan::Steps {
   void run(const Pool& pool) {
     if (phases_.empty()) return;
     const DenormalsAreZero guard;  // the first phase is begun here, before anyone takes part
+    const Scratch::Borrowed rows(caller_rows), extra(caller_extra);
     rows_ = caller_rows.get<std::uint8_t>(row_bytes_);
     extra_ = caller_extra.get<float>(extra_floats_);
     Run run(phases_, std::min(pool.threads, kMaxThreads),

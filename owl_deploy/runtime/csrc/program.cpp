@@ -160,7 +160,7 @@ class Reader {
   std::size_t at_ = 0, number_at_ = 0;
 };
 
-// Buffers between steps: the calling thread's, kept from one run to the next.
+// Buffers between steps: the calling thread's, kept from one run to the next unless they are large.
 thread_local owl::Scratch slots;
 
 // Every input and output exists and is connected, every slot and output is written before it is
@@ -322,6 +322,7 @@ class ProgramKernel {
       length_ = extent(shape[1]);
       require(batch_ <= kMaxRows && length_ <= kMaxRows && rows() <= kMaxRows,
               "there are too many rows");
+      const owl::Scratch::Borrowed borrowed(slots);
       place_slots();
       owl::Plan plan(owl::best_kernels());
       for (const Step& s : kernel_.steps_)

@@ -130,6 +130,38 @@ def test_no_name_is_no_instruction_set(kernels: Kernels) -> None:
     assert not kernels._functions.owl_isa_supported(None)
 
 
+# What a process keeps, in MiB; shared by the codes of child processes.
+RESIDENT = """
+import gc
+import resource
+
+def resident():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_long_prompts_memory_is_given_back() -> None:
+    code = f"""{RESIDENT}
+import numpy as np
+from owl_deploy.runtime import library_path, pack
+from owl_deploy.runtime.native import Library
+
+library, block = Library(library_path()), pack.pack(np.ones((16, 1024), np.float32), "fp32")
+rest = (1, 0, None, None, None, 1e-5, None)
+x, y = np.ones((20000, 1024), np.float32), np.ones((20000, 16), np.float32)
+library.call("owl_matmul", b"", block, block.size, x, 1, y, *rest)
+before = resident()
+library.call("owl_matmul", b"", block, block.size, x, len(x), y, *rest)  # 80 MB prepared
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 20
+
+
 def test_a_product_for_which_there_is_no_room_spoils_no_other() -> None:
     code = """if True:
         import resource
