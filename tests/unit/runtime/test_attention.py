@@ -99,6 +99,23 @@ def test_a_few_positions_at_once_are_those_one_by_one(
     np.testing.assert_array_equal(together, single)
 
 
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFC00001])
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_what_is_not_a_number_stays_so(
+    kernels: Kernels, isa: str, length: int, bits: int, softcap: float
+) -> None:
+    """Whatever its bits: an exponential by a sum of exponents made the largest number of some."""
+    size = 32
+    qkv = np.ones((length, 4 * size), dtype=np.float32)
+    qkv[-1, 3] = np.array([bits], dtype=np.uint32).view(np.float32)[0]
+    caches = np.ones((2, 1, 40, size), dtype=np.float32)
+    out = kernels.attention(isa, qkv, *caches, 2, 5, None, softcap=softcap)
+    assert np.isnan(out[-1, :size]).all()
+    assert np.isfinite(out[-1, size:]).all()
+    assert np.isfinite(out[:-1]).all()
+
+
 @pytest.mark.parametrize("length", [1, 6])
 def test_thread_count_changes_no_bit(kernels: Kernels, isa: str, length: int) -> None:
     outputs = [
