@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <exception>
@@ -290,7 +291,10 @@ struct LinearStep {
     const auto near =
         std::count_if(sample, sample + size, [&](float value) { return value >= least; });
     if (size < kScreenSample || static_cast<std::size_t>(near) <= most) return least;
-    std::nth_element(sample, sample + most, sample + size, std::greater<float>());
+    // What is not a number has no place in an order.
+    float* end =
+        std::remove_if(sample, sample + size, [](float value) { return std::isnan(value); });
+    std::nth_element(sample, sample + most, end, std::greater<float>());
     return sample[most];
   }
 
