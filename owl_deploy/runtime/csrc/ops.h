@@ -89,13 +89,33 @@ inline owl::Epilogue epilogue_named(const std::string& name) {
   reject("unknown epilogue '" + name + "'");
 }
 
+// Whether `read` finds what it reads.
+template <class Read>
+bool succeeds(Read read) {
+  try {
+    read();
+    return true;
+  } catch (const Ort::Exception&) {
+    return false;
+  }
+}
+
+// Whether a node has the attribute, of any type: the runtime answers alike, in words only, for one
+// that is left out and for one of another type than asked for.
+inline bool has_attribute(const Ort::ConstKernelInfo& info, const char* name) {
+  return succeeds([&] { info.GetAttribute<std::int64_t>(name); }) ||
+         succeeds([&] { info.GetAttribute<float>(name); }) ||
+         succeeds([&] { info.GetAttribute<std::string>(name); }) ||
+         succeeds([&] { info.GetAttributes<std::int64_t>(name); }) ||
+         succeeds([&] { info.GetAttributes<float>(name); });
+}
+
 template <class T>
 T attribute_or(const Ort::ConstKernelInfo& info, const char* name, T fallback) {
-  try {
-    return info.GetAttribute<T>(name);
-  } catch (const Ort::Exception&) {
-    return fallback;
-  }
+  T value = fallback;
+  if (succeeds([&] { value = info.GetAttribute<T>(name); })) return value;
+  if (has_attribute(info, name)) reject(std::string("attribute ") + name + " has the wrong type");
+  return fallback;
 }
 
 // Runs `body`; an exception becomes a status, since none may cross into the runtime.
