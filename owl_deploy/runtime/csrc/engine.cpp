@@ -46,8 +46,6 @@ thread_local Scratch caller_counters;
 thread_local Scratch task_sums;
 thread_local Scratch task_tile;
 
-std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
-
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();

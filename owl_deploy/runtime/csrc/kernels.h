@@ -120,8 +120,7 @@ OWL_INLINE void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std
                               std::size_t end, const ActivationLayout& layout,
                               const std::uint8_t* rows, std::size_t count, float* sums,
                               std::size_t stride) {
-  const std::size_t passes = (count + kFewRows - 1) / kFewRows;
-  const std::size_t most = (count + passes - 1) / passes;
+  const std::size_t passes = divide_up(count, kFewRows), most = divide_up(count, passes);
   for (std::size_t m = 0; m < count; m += most)
     kernels.few(w, begin, end, layout, rows + m * layout.stride,
                 count - m < most ? count - m : most, sums + m * stride, stride);
