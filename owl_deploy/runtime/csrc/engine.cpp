@@ -23,7 +23,8 @@
 namespace owl {
 namespace {
 
-// Denormal operands cost some processors a hundred cycles; inside a task they count as zero.
+// Denormal operands cost some x86 processors a hundred cycles; inside a task they count as zero
+// there. Others take them as they are.
 class DenormalsAreZero {
  public:
 #if defined(__x86_64__)

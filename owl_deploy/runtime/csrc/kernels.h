@@ -98,8 +98,8 @@ struct Kernels {
   void (*attend_one)(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end,
                      float* scratch, float* out, float* maxima, float* sums);
   // `count` query positions of all heads, q [count, q_stride] with the heads side by side, the
-  // first at position `position`; reads keys [first_visible(position), position]. out [count,
-  // out_stride].
+  // first at position `position`; the one at p sees positions (p - window, p], or all up to p
+  // without a window. out [count, out_stride].
   void (*attend_many)(const AttentionSpan& span, const float* q, std::size_t q_stride,
                       std::size_t count, std::size_t position, std::size_t window,
                       std::uint8_t* scratch, float* out, std::size_t out_stride);
@@ -128,8 +128,8 @@ OWL_INLINE void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std
 
 constexpr std::size_t kPanelBlockCells =
     64;  // cells unpacked at a time: the tile stays in the first-level cache
-constexpr std::size_t kPanelGroups = 4;  // the largest panel_groups
-constexpr std::size_t kPanelScratch = kPanelBlockCells * kPanelGroups * kCellBytes;
+constexpr std::size_t kMaxPanelGroups = 4;  // the largest panel_groups
+constexpr std::size_t kPanelScratch = kPanelBlockCells * kMaxPanelGroups * kCellBytes;
 constexpr std::size_t kScreenGroups =
     32;  // row groups that are looked through for candidates at a time
 constexpr std::size_t kDecodeChunk = 128;  // cache positions of one decode task

@@ -41,6 +41,10 @@ struct Value {
   bool present = false;
   Place place = kInput;
   std::size_t index = 0;
+
+  bool same_as(const Value& other) const {
+    return present && other.present && place == other.place && index == other.index;
+  }
 };
 
 struct MatMulStep {
@@ -178,6 +182,7 @@ class Flow {
 
   void check(const MatMulStep& s) {
     for (const Value* v : {&s.x, &s.bias, &s.skip, &s.gamma}) reads(*v);
+    require(!s.y.same_as(s.sum), "a step writes two results to one place");
     writes(s.y, s.op.outputs);
     writes(s.sum, s.op.weight.cols);
   }

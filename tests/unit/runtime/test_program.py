@@ -166,6 +166,20 @@ def test_a_program_without_a_cache():
     np.testing.assert_array_equal(run(together, 3, 0)[0], run(model, 3, 0)[0])
 
 
+def test_two_results_do_not_go_to_one_place():
+    model, _ = joined(decoder(2, TensorProto.FLOAT))
+    (steps,) = (a.ints for a in model.graph.node[0].attribute if a.name == "steps")
+    # Block 0's second product, behind attention and its output's: 0, x, weight, bias, skip, gamma,
+    # y, sum, epilogue, columns. The sum's place is the wider one.
+    first = 10 + 18 + 10
+    y, total = first + 6, first + 7
+    assert steps[first] == 0
+    assert steps[y] != steps[total] >= 0
+    steps[y] = steps[total]
+    with pytest.raises(REFUSALS, match="two results to one place"):
+        run(model, 1, PAST)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_a_long_prompts_slots_are_given_back(tmp_path):
     model, count = joined(two_products())
