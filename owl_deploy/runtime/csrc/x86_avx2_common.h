@@ -21,11 +21,6 @@ struct Avx2Common {
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 4;  // 4 x 2 sums, 2 weights and their halves, in 16 registers
 
-  static int load32(const void* p) {
-    int v;
-    std::memcpy(&v, p, 4);
-    return v;
-  }
   static Cell held_cell(const void* p) { return load_cell(p); }
   static Cell load_cell(const void* p) {
     const auto* q = static_cast<const __m256i*>(p);

@@ -180,6 +180,18 @@ def test_two_results_do_not_go_to_one_place():
         run(model, 1, PAST)
 
 
+def test_one_weight_for_two_steps():
+    model = decoder(2, TensorProto.FLOAT)
+    for node in model.graph.node:
+        for at, name in enumerate(node.input):
+            if name == "down1":
+                node.input[at] = "down0"
+    together, count = joined(model)
+    assert count == 1
+    for apart, one in zip(run(model, 5, 0)[:1], run(together, 5, 0)[:1], strict=True):
+        np.testing.assert_array_equal(one, apart)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_a_long_prompts_slots_are_given_back(tmp_path):
     model, count = joined(two_products())
