@@ -49,7 +49,8 @@ def oracle(
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (5, 1, 48)]
+    ("heads", "kv_heads", "size"),
+    [(9, 3, 64), (4, 4, 32), (8, 1, 128), (5, 1, 48), (14, 2, 80), (2, 1, 256)],
 )
 @pytest.mark.parametrize(
     ("length", "past"),
