@@ -34,7 +34,7 @@ runtime: $(RUNNABLE)
 		{ echo "Installing the Debian packages $(NEEDED) (set OWL_NO_APT=1 to leave that out) ..."; \
 		(apt-get update -qq; for package in $(NEEDED); do apt-get install -y -qq $$package; done) \
 			>/dev/null 2>&1; } || true
-	@$(BIN)/python -m owl_deploy.runtime.build || echo "The engine owl is left out; all else works."
+	@$(BIN)/python -m owl_deploy.runtime.build $(if $(CI),--werror) || echo "The engine owl is left out; all else works."
 
 CPP := owl_deploy/runtime/csrc/*
 check: $(INSTALLED)
@@ -59,7 +59,7 @@ slow: $(INSTALLED)
 # A mutant may ask for more memory than there is: it gets an exception, as it would without ASan.
 # OWL_MUTANTS=10000 runs so many mutated models instead of 400.
 sanitize: $(INSTALLED)
-	$(BIN)/python -m owl_deploy.runtime.build --sanitize -o build/sanitized/libowl_runtime.so
+	$(BIN)/python -m owl_deploy.runtime.build --werror --sanitize -o build/sanitized/libowl_runtime.so
 	OWL_RUNTIME_LIBRARY=$(CURDIR)/build/sanitized/libowl_runtime.so \
 		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1 \
 		UBSAN_OPTIONS=print_stacktrace=1 \
@@ -68,7 +68,7 @@ sanitize: $(INSTALLED)
 
 # The kernels for AVX-VNNI, in AVX-512's encoding, on a processor that has only that.
 vnni: $(INSTALLED)
-	$(BIN)/python -m owl_deploy.runtime.build --evex -o build/evex/libowl_runtime.so
+	$(BIN)/python -m owl_deploy.runtime.build --werror --evex -o build/evex/libowl_runtime.so
 	OWL_RUNTIME_LIBRARY=$(CURDIR)/build/evex/libowl_runtime.so \
 		$(BIN)/python -m pytest -k avxvnni tests/unit/runtime
 

@@ -67,6 +67,8 @@ def _match_activation(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.
     """What goes in, nodes and epilogue of g * sigmoid(g), or of a tanh GELU, that makes `value`."""
     gelu = maker(value, "FastGelu", "Gelu")
     if gelu is not None:
+        if any(more is not None for more in gelu.inputs[1:]):
+            return None  # FastGelu's bias, which the epilogue does not add
         kind = "tanh" if gelu.op_type == "FastGelu" else gelu.attributes.get_string("approximate")
         return (gelu.inputs[0], [gelu], "gelu_mul") if kind == "tanh" else None
     product = maker(value, "Mul")

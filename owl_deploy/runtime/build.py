@@ -68,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, text in (
         ("sanitize", "with the address and undefined-behaviour sanitizers"),
+        ("werror", "with warnings as errors, as a change to the sources must pass"),
         ("evex", "AVX-VNNI's kernels in AVX-512's encoding, to test them without AVX-VNNI"),
     ):
         parser.add_argument(

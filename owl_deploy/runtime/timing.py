@@ -2,6 +2,7 @@
 
 import math
 import mmap
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from owl_deploy.runtime.native import Library
 _FILL = 192 << 20  # bytes of copies: more than caches hold
 _COPIES = 4096  # at most: of the smallest weights, which no cache is too small for
 _WEIGHTS = 1 << 22  # of a matrix that is timed; of a larger one, so many in whole rows
+_PRIVATE = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+)
 
 
 def from_memory(
@@ -51,9 +55,11 @@ def copies(block: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:
 
 def huge_memory(size_bytes: int) -> NDArray[np.uint8]:
     """Memory in huge pages, where the system gives them."""
-    pages = mmap.mmap(-1, size_bytes)
+    # Private, as the operators' is: for shared memory another setting decides, most often "never".
+    pages = mmap.mmap(-1, size_bytes, **_PRIVATE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # advice, which a kernel built without huge pages refuses
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype=np.uint8)
 
 

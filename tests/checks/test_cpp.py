@@ -23,7 +23,7 @@ def test_clang_tidy(pytestconfig: pytest.Config, tmp_path: Path) -> None:
     if pytestconfig.cache.get("clang-tidy/passed", "") == digest:
         return
     try:
-        configure(tmp_path)
+        configure(tmp_path, ["OWL_WERROR"])
     except EnvironmentFailed as error:
         pytest.skip(f"clang-tidy is left out. {error}")
     built = (tmp_path / "compile_commands.json").read_text()

@@ -43,7 +43,7 @@ fi
 
 echo "Building the library for arm64 ..."
 cmake -S "$root" -B "$work/library" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DOWL_ORT_INCLUDE=/usr/include >/dev/null
+    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DOWL_ORT_INCLUDE=/usr/include -DOWL_WERROR=ON >/dev/null
 cmake --build "$work/library" --parallel >/dev/null
 
 # Only this folder's conftest.py: the others want torch. Only kernels: the operators want onnxruntime.

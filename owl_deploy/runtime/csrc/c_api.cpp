@@ -75,18 +75,21 @@ OWL_EXPORT int owl_matmul(const char* isa, const void* packed, std::size_t size,
     const owl::Kernels* kernels = kernels_for(isa);
     if (kernels == nullptr) return 1;
     owl::Linear op;
-    const std::string wrong = owl::parse_packed(packed, size, &op.weight);
+    std::string wrong = owl::parse_packed(packed, size, &op.weight);
     if (!wrong.empty()) return fail(wrong);
     op.epilogue = static_cast<owl::Epilogue>(epilogue);
     op.outputs = owl::linear_outputs(op.weight, op.epilogue);
+    wrong = owl::what_is_wrong(op);
+    if (!wrong.empty()) return fail(wrong);
+    if (gamma == nullptr && (skip != nullptr || sum != nullptr))
+      return fail("skip and sum need gamma");
     op.bias = bias;
     op.skip = skip;
     op.gamma = gamma;
     op.epsilon = epsilon;
-    const owl::Pool pool{run_threads, &threads};
     owl::Plan plan(*kernels);
     plan.add(op, x, rows, y, sum);
-    plan.run(pool);
+    plan.run({run_threads, &threads, threads});
     return 0;
   });
 }
@@ -112,11 +115,6 @@ OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t leng
                              void* keys, void* values, const float* cosines, const float* sines,
                              float scale, float softcap, std::size_t window, std::size_t threads,
                              float* out) {
-  const owl::Kernels* kernels = kernels_for(isa);
-  if (kernels == nullptr) return 1;
-  if (past + length > capacity || heads % kv_heads != 0 || head_size % 16 != 0 ||
-      head_size > owl::kMaxHeadSize)
-    return fail("unsupported shape");
   owl::Attention op;
   op.heads = heads;
   op.kv_heads = kv_heads;
@@ -142,10 +140,16 @@ OWL_EXPORT int owl_attention(const char* isa, const float* qkv, std::size_t leng
                               values,
                               out};
   return owl_c::guarded([&] {
-    const owl::Pool pool{run_threads, &threads};
+    const owl::Kernels* kernels = kernels_for(isa);
+    if (kernels == nullptr) return 1;
+    const std::string wrong = owl::what_is_wrong(op);
+    if (!wrong.empty()) return fail(wrong);
+    if (!owl::head_size_is_sound(head_size) || length > capacity || past > capacity - length)
+      return fail("unsupported shape");
+    if ((cosines == nullptr) != (sines == nullptr)) return fail("a rotary table is missing");
     owl::Plan plan(*kernels);
     plan.add(op, {run});
-    plan.run(pool);
+    plan.run({run_threads, &threads, threads});
     return 0;
   });
 }

@@ -69,7 +69,8 @@ const char* kernel_name(std::size_t i) {
 
 const Kernels* find_kernels(const char* name) {
   for (const Candidate& c : kCandidates)
-    if (strcasecmp(c.kernels->name, name) == 0) return c.supported() ? c.kernels : nullptr;
+    if (name != nullptr && strcasecmp(c.kernels->name, name) == 0)
+      return c.supported() ? c.kernels : nullptr;
   return nullptr;
 }
 

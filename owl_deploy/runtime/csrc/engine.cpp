@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <exception>
@@ -22,7 +23,8 @@
 namespace owl {
 namespace {
 
-// Denormal operands cost some processors a hundred cycles; inside a task they count as zero.
+// Denormal operands cost some x86 processors a hundred cycles; inside a task they count as zero
+// there. Others take them as they are.
 class DenormalsAreZero {
  public:
 #if defined(__x86_64__)
@@ -44,8 +46,6 @@ thread_local Scratch caller_extra;
 thread_local Scratch caller_counters;
 thread_local Scratch task_sums;
 thread_local Scratch task_tile;
-
-std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -84,8 +84,8 @@ struct Phase {
 // What the threads of one run share; a phase's counters have a cache line of their own.
 class Run {
  public:
-  explicit Run(const std::vector<Phase>& phases, std::uint8_t* memory)
-      : phases_(phases), counters_(reinterpret_cast<Counters*>(memory)) {
+  Run(const std::vector<Phase>& phases, std::size_t expected, std::uint8_t* memory)
+      : phases_(phases), expected_(expected), counters_(reinterpret_cast<Counters*>(memory)) {
     for (std::size_t p = 0; p < phases.size(); ++p) new (counters_ + p) Counters;
     open(0);
   }
@@ -112,11 +112,18 @@ class Run {
     std::atomic<std::size_t> taken{0}, done{0};
   };
 
+  // The threads among which a phase is shared. Those that a pool wakes arrive during the first
+  // phases, a preparation and its product: the first to arrive must leave them something.
+  std::size_t sharers(std::size_t p) const {
+    const std::size_t here = threads_.load(std::memory_order_relaxed);
+    return p < kArriving ? std::max(here, expected_) : here;
+  }
+
   // Weights and keys do not depend on what is waited for: meanwhile they come nearer. Whoever opens
   // the phase takes the first items, so that the next thread begins behind its share.
   void wait_for(std::size_t p) {
     const Phase& phase = phases_[p];
-    const std::size_t likely = phase.count / threads_.load(std::memory_order_relaxed);
+    const std::size_t likely = phase.count / sharers(p);
     const Memory next = phase.memory && likely < phase.count ? phase.memory(likely) : Memory{};
     for (std::size_t spins = 0; open_.load(std::memory_order_acquire) < p; ++spins) {
       if (spins < kAheadLines / 4) next.ask(4 * spins);
@@ -152,8 +159,7 @@ class Run {
     do {
       if (at >= phase.count) return false;
       size = phase.grain;
-      if (phase.in_runs)
-        size = std::max(size, (phase.count - at) / threads_.load(std::memory_order_relaxed));
+      if (phase.in_runs) size = std::max(size, (phase.count - at) / sharers(p));
       size = std::min(size, phase.count - at);
     } while (!taken.compare_exchange_weak(at, at + size, std::memory_order_relaxed));
     *begin = at;
@@ -172,10 +178,12 @@ class Run {
     }
   }
 
+  static constexpr std::size_t kArriving = 2;  // phases
   static constexpr std::size_t kSpins = 2000;
   static constexpr std::size_t kAheadLines = 128;
 
   const std::vector<Phase>& phases_;
+  const std::size_t expected_;  // threads
   Counters* counters_;
   std::atomic<std::size_t> open_{0};
   std::atomic<std::size_t> threads_{0};
@@ -282,7 +290,10 @@ struct LinearStep {
     const auto near =
         std::count_if(sample, sample + size, [&](float value) { return value >= least; });
     if (size < kScreenSample || static_cast<std::size_t>(near) <= most) return least;
-    std::nth_element(sample, sample + most, sample + size, std::greater<float>());
+    // What is not a number has no place in an order.
+    float* end =
+        std::remove_if(sample, sample + size, [](float value) { return std::isnan(value); });
+    std::nth_element(sample, sample + most, end, std::greater<float>());
     return sample[most];
   }
 
@@ -578,9 +589,11 @@ class Plan::Steps {
   void run(const Pool& pool) {
     if (phases_.empty()) return;
     const DenormalsAreZero guard;  // the first phase is begun here, before anyone takes part
+    const Scratch::Borrowed rows(caller_rows), extra(caller_extra);
     rows_ = caller_rows.get<std::uint8_t>(row_bytes_);
     extra_ = caller_extra.get<float>(extra_floats_);
-    Run run(phases_, caller_counters.get<std::uint8_t>(Run::bytes(phases_.size())));
+    Run run(phases_, std::min(pool.threads, kMaxThreads),
+            caller_counters.get<std::uint8_t>(Run::bytes(phases_.size())));
     auto take_part = [](void* argument, std::size_t) { static_cast<Run*>(argument)->take_part(); };
     const bool alone =
         std::all_of(phases_.begin(), phases_.end(), [](const Phase& p) { return p.count == 1; });
@@ -718,6 +731,28 @@ void Plan::run(const Pool& pool) { steps_->run(pool); }
 
 std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue) {
   return epilogue == Epilogue::kNone ? weight.rows : weight.rows / 2;
+}
+
+std::string what_is_wrong(const Linear& op) {
+  if (op.epilogue > Epilogue::kGeluMul || op.epilogue < Epilogue::kNone) return "unknown epilogue";
+  if (op.outputs == 0 || op.outputs > linear_outputs(op.weight, op.epilogue))
+    return "columns must lie between 1 and what the weight has";
+  if (op.epilogue != Epilogue::kNone &&
+      (op.weight.groups % 2 != 0 || op.weight.storage == Storage::kPlanes))
+    return "a gated weight needs an even number of row groups, and no planes";
+  return "";
+}
+
+std::string what_is_wrong(const Attention& op) {
+  if (op.heads == 0 || op.kv_heads == 0 || op.heads % op.kv_heads != 0)
+    return "num_heads must be a multiple of kv_num_heads";
+  if (op.heads > kMaxHeads) return "num_heads is out of range";
+  if (op.heads / op.kv_heads > kMaxSharedHeads) return "too many query heads for each key head";
+  return "";
+}
+
+bool head_size_is_sound(std::size_t head_size) {
+  return head_size % 16 == 0 && head_size > 0 && head_size <= kMaxHeadSize;
 }
 
 void gather_row(const PackedMatrix& w, std::size_t row, float* out) {

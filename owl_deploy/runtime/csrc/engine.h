@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -16,6 +17,7 @@ namespace owl {
 struct Pool {
   void (*run)(void* context, std::size_t count, void (*task)(void*, std::size_t), void* argument);
   void* context;
+  std::size_t threads;  // that are likely to take part; a guess only makes shares of another size
 };
 
 // y = epilogue(norm(x + skip) * W^T + bias); everything but x, W and y is optional. With a weight
@@ -33,6 +35,9 @@ struct Linear {
 
 // Columns of y that a weight yields under an epilogue.
 std::size_t linear_outputs(const PackedMatrix& weight, Epilogue epilogue);
+
+// What keeps a layer, but for the sizes of its vectors, from being computed; "" if nothing does.
+std::string what_is_wrong(const Linear& op);
 
 // How far below the largest output another one of a weight in planes may lie and still be computed
 // from all 8 bits. As logits: down to e^-12, 6e-6, of the likeliest token's probability.
@@ -57,6 +62,11 @@ struct Attention {
   CacheType cache = CacheType::kFp32;
   std::size_t capacity = 0;  // positions that keys and values hold
 };
+
+// What keeps an attention, but for its head size, which operators learn from the cache, from being
+// computed; "" if nothing does.
+std::string what_is_wrong(const Attention& op);
+bool head_size_is_sound(std::size_t head_size);
 
 // New positions of one sequence. Queries, keys and values of `length` of them, the first at
 // position `past`, are read at their strides; new keys and values are written into keys/values

@@ -24,38 +24,27 @@ constexpr HalfTable make_half_table(bool upper) {
   return table;
 }
 
-struct WordTable {  // 8 words of 2 bytes a mask
-  alignas(64) std::uint8_t entry[256][16];
+// Of wider values, `Lanes` of them in the 16 bytes.
+template <int Lanes>
+struct LaneTable {
+  alignas(64) std::uint8_t entry[1 << Lanes][16];
 };
-constexpr WordTable make_word_table() {
-  WordTable table{};
-  for (int mask = 0; mask < 256; ++mask) {
+template <int Lanes>
+constexpr LaneTable<Lanes> make_lane_table() {
+  constexpr int bytes = 16 / Lanes;
+  LaneTable<Lanes> table{};
+  for (int mask = 0; mask < 1 << Lanes; ++mask) {
     std::uint8_t next = 0;
-    for (int i = 0; i < 8; ++i)
-      for (int b = 0; b < 2; ++b)
-        table.entry[mask][2 * i + b] = (mask >> i & 1) ? next++ : std::uint8_t{0x80};
-  }
-  return table;
-}
-
-struct QuadTable {  // 4 floats of 4 bytes a mask
-  alignas(64) std::uint8_t entry[16][16];
-};
-constexpr QuadTable make_quad_table() {
-  QuadTable table{};
-  for (int mask = 0; mask < 16; ++mask) {
-    std::uint8_t next = 0;
-    for (int i = 0; i < 4; ++i)
-      for (int b = 0; b < 4; ++b)
-        table.entry[mask][4 * i + b] = (mask >> i & 1) ? next++ : std::uint8_t{0x80};
+    for (int i = 0; i < 16; ++i)
+      table.entry[mask][i] = (mask >> i / bytes & 1) ? next++ : std::uint8_t{0x80};
   }
   return table;
 }
 
 constexpr HalfTable kLowerHalf = make_half_table(false);
 constexpr HalfTable kUpperHalf = make_half_table(true);
-constexpr WordTable kWords = make_word_table();
-constexpr QuadTable kQuads = make_quad_table();
+constexpr LaneTable<8> kWords = make_lane_table<8>();
+constexpr LaneTable<4> kQuads = make_lane_table<4>();
 
 }  // namespace
 }  // namespace owl

@@ -24,8 +24,6 @@ struct Header {
 };
 static_assert(sizeof(Header) == 128, "the header is 128 bytes on every platform");
 
-std::uint64_t divide_up(std::uint64_t a, std::uint64_t b) { return (a + b - 1) / b; }
-
 // One region of the block: starts on a 64-byte boundary and lies inside.
 bool fits(std::uint64_t offset, std::uint64_t bytes, std::uint64_t total) {
   return offset % 64 == 0 && offset >= sizeof(Header) && offset <= total && bytes <= total - offset;

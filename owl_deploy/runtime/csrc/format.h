@@ -19,6 +19,12 @@
 
 namespace owl {
 
+// Places in a block are checked in 64 bits and then used as std::size_t: where that is narrower, a
+// weight that is too large would pass.
+static_assert(sizeof(std::size_t) == 8, "the engine needs a processor of 64 bits");
+
+OWL_INLINE constexpr std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
 enum class ValueType : std::uint32_t { kFp32 = 1, kBf16 = 2, kInt8 = 3, kInt4 = 4, kInt3 = 5 };
 
 // How values lie: those of set mask bits; all of them; or int8 in two planes, its upper 4 bits in

@@ -1,4 +1,5 @@
-// AVX-512 F, BW, VL, DQ without VBMI2: Skylake-X, and Cascade Lake, whose VNNI goes unused.
+// AVX-512 F, BW, VL, DQ without VBMI2: Skylake-X, and Cascade Lake and Cooper Lake, whose VNNI, and
+// BF16, go unused.
 #include <immintrin.h>
 
 #include "kernel_table.h"

@@ -27,6 +27,11 @@ constexpr std::size_t kPrefetchFarBytes = 8192;
 
 inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 inline std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+inline int load32(const void* p) {
+  int v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // Into the second-level cache: more of these can be under way at once, for what is needed some
 // microseconds later.

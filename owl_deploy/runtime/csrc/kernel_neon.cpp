@@ -240,11 +240,13 @@ struct Neon {
     vst1q_s8(out, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
     return rounded;
   }
-  // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23: n is added to the exponent.
+  // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23. A product, not a sum of
+  // exponents, so that NaN stays NaN whatever its bits.
   static F scale_by_power(const F& p, const F& shifted) {
     return each([&](int i) {
-      const int32x4_t power = vshlq_n_s32(vreinterpretq_s32_f32(shifted.v[i]), 23);
-      return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.v[i]), power));
+      const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(shifted.v[i]), 23);
+      const int32x4_t power = vaddq_s32(exponent, vdupq_n_s32(0x3f800000));
+      return vmulq_f32(p.v[i], vreinterpretq_f32_s32(power));
     });
   }
   static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {

@@ -159,9 +159,11 @@ struct Portable {
     }
     return rounded;
   }
+  // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23. A product, not a sum of
+  // exponents, so that NaN stays NaN whatever its bits.
   static F scale_by_power(const F& p, const F& shifted) {
-    const Words power = reinterpret_cast<Words>(shifted.v) << 23;
-    return {reinterpret_cast<Floats>(reinterpret_cast<Words>(p.v) + power)};
+    const Words power = (reinterpret_cast<Words>(shifted.v) << 23) + 0x3f800000U;
+    return {p.v * reinterpret_cast<Floats>(power)};
   }
   static float from_fp16(std::uint16_t h) {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000) << 16;

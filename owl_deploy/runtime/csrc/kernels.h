@@ -98,8 +98,8 @@ struct Kernels {
   void (*attend_one)(const AttentionSpan& span, const float* q, std::size_t begin, std::size_t end,
                      float* scratch, float* out, float* maxima, float* sums);
   // `count` query positions of all heads, q [count, q_stride] with the heads side by side, the
-  // first at position `position`; reads keys [first_visible(position), position]. out [count,
-  // out_stride].
+  // first at position `position`; the one at p sees positions (p - window, p], or all up to p
+  // without a window. out [count, out_stride].
   void (*attend_many)(const AttentionSpan& span, const float* q, std::size_t q_stride,
                       std::size_t count, std::size_t position, std::size_t window,
                       std::uint8_t* scratch, float* out, std::size_t out_stride);
@@ -120,8 +120,7 @@ OWL_INLINE void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std
                               std::size_t end, const ActivationLayout& layout,
                               const std::uint8_t* rows, std::size_t count, float* sums,
                               std::size_t stride) {
-  const std::size_t passes = (count + kFewRows - 1) / kFewRows;
-  const std::size_t most = (count + passes - 1) / passes;
+  const std::size_t passes = divide_up(count, kFewRows), most = divide_up(count, passes);
   for (std::size_t m = 0; m < count; m += most)
     kernels.few(w, begin, end, layout, rows + m * layout.stride,
                 count - m < most ? count - m : most, sums + m * stride, stride);
@@ -129,15 +128,16 @@ OWL_INLINE void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std
 
 constexpr std::size_t kPanelBlockCells =
     64;  // cells unpacked at a time: the tile stays in the first-level cache
-constexpr std::size_t kPanelGroups = 4;  // the largest panel_groups
-constexpr std::size_t kPanelScratch = kPanelBlockCells * kPanelGroups * kCellBytes;
+constexpr std::size_t kMaxPanelGroups = 4;  // the largest panel_groups
+constexpr std::size_t kPanelScratch = kPanelBlockCells * kMaxPanelGroups * kCellBytes;
 constexpr std::size_t kScreenGroups =
     32;  // row groups that are looked through for candidates at a time
 constexpr std::size_t kDecodeChunk = 128;  // cache positions of one decode task
 constexpr std::size_t kQueryBlock = 16;    // query positions of one prefill task
 constexpr std::size_t kKeyBlock = 64;      // cache positions of one prefill tile
 constexpr std::size_t kMaxHeadSize = 256;
-constexpr std::size_t kMaxHeads = 64;  // query heads for one kv head
+constexpr std::size_t kMaxSharedHeads = 64;              // query heads for one kv head
+constexpr std::size_t kMaxHeads = std::size_t{1} << 20;  // so that no width overflows
 
 // Floats of scratch that attend_one and attend_many need.
 constexpr std::size_t attend_one_scratch(std::size_t heads) { return heads * kDecodeChunk; }

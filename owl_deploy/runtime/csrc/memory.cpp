@@ -5,6 +5,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstring>
@@ -26,7 +27,6 @@ HugeMemory& HugeMemory::operator=(HugeMemory&& other) noexcept {
 namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
-constexpr std::size_t kPage = 4096;
 
 // Whether [begin, end) lies in one private mapping of a file.
 bool maps_a_file(std::uintptr_t begin, std::uintptr_t end) {
@@ -70,8 +70,10 @@ HugeMemory::~HugeMemory() {
 
 void release_file_pages(const void* data, std::size_t size) {
   const auto address = reinterpret_cast<std::uintptr_t>(data);
-  const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage,
-                       end = (address + size) / kPage * kPage;
+  // 4 KiB on x86; on Arm up to 64.
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t begin = (address + page - 1) / page * page,
+                       end = (address + size) / page * page;
   if (begin < end && maps_a_file(begin, end))
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }

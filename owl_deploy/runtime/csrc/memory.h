@@ -32,12 +32,27 @@ class HugeMemory {
 // A thread's memory for one purpose: grows, is kept, and is aligned to 64 bytes.
 class Scratch {
  public:
+  // For a call whose need grows with its input: what a long one took beyond kKept is given back at
+  // its end, an exception's too. A prompt of thousands of tokens takes hundreds of megabytes, the
+  // tokens after it next to nothing.
+  class Borrowed {
+   public:
+    explicit Borrowed(Scratch& scratch) : scratch_(scratch) {}
+    ~Borrowed() {
+      if (scratch_.size_ > kKept) scratch_.clear();
+    }
+    Borrowed(const Borrowed&) = delete;
+    Borrowed& operator=(const Borrowed&) = delete;
+
+   private:
+    Scratch& scratch_;
+  };
+
   template <class T>
   T* get(std::size_t count) {
     const std::size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
-      memory_.reset();  // before there is more: of a large one there may be no two
-      size_ = 0;
+      clear();  // before there is more: of a large one there may be no two
       memory_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(64, bytes)));
       if (!memory_) throw std::bad_alloc();
       size_ = bytes;
@@ -46,6 +61,13 @@ class Scratch {
   }
 
  private:
+  static constexpr std::size_t kKept = std::size_t{16} << 20;
+
+  void clear() {
+    memory_.reset();
+    size_ = 0;
+  }
+
   struct Free {
     void operator()(std::uint8_t* p) const { std::free(p); }
   };

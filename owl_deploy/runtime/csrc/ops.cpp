@@ -44,7 +44,7 @@ class SparseMatMulKernel {
     const std::size_t most = owl::linear_outputs(op_.weight, op_.epilogue);
     op_.outputs =
         extent(attribute_or<std::int64_t>(info, "columns", static_cast<std::int64_t>(most)));
-    check_linear(op_);
+    check(op_);
     writes_sum_ = has_output(info, 1);
   }
 
@@ -158,7 +158,7 @@ class CachedAttentionKernel {
     op.window = window > 0 ? extent(window) : 0;
     op.rotary = attribute_or<std::int64_t>(info, "do_rotary", 0) != 0;
     op.interleaved = attribute_or<std::int64_t>(info, "rotary_interleaved", 0) != 0;
-    node_.check_heads();
+    check(node_.op);
   }
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
     return guarded([&] { compute(raw); });

@@ -5,7 +5,9 @@
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime/onnxruntime_cxx_api.h>
 
+#include <algorithm>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "engine.h"
@@ -53,7 +55,16 @@ inline void run_session_threads(void* context, std::size_t count, void (*task)(v
   Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(task, count, 0, argument);
 }
 
-inline owl::Pool session_pool(OrtKernelContext* context) { return {run_session_threads, context}; }
+// How many there are a session does not say: as many as the processor runs at once, of which a
+// large one has better things to do.
+inline std::size_t likely_session_threads() {
+  static const std::size_t likely = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+  return likely;
+}
+
+inline owl::Pool session_pool(OrtKernelContext* context) {
+  return {run_session_threads, context, likely_session_threads()};
+}
 
 // The packed weight at input `index`, which must be a constant of the model. It is validated here,
 // once.
@@ -78,13 +89,33 @@ inline owl::Epilogue epilogue_named(const std::string& name) {
   reject("unknown epilogue '" + name + "'");
 }
 
+// Whether `read` finds what it reads.
+template <class Read>
+bool succeeds(Read read) {
+  try {
+    read();
+    return true;
+  } catch (const Ort::Exception&) {
+    return false;
+  }
+}
+
+// Whether a node has the attribute, of any type: the runtime answers alike, in words only, for one
+// that is left out and for one of another type than asked for.
+inline bool has_attribute(const Ort::ConstKernelInfo& info, const char* name) {
+  return succeeds([&] { info.GetAttribute<std::int64_t>(name); }) ||
+         succeeds([&] { info.GetAttribute<float>(name); }) ||
+         succeeds([&] { info.GetAttribute<std::string>(name); }) ||
+         succeeds([&] { info.GetAttributes<std::int64_t>(name); }) ||
+         succeeds([&] { info.GetAttributes<float>(name); });
+}
+
 template <class T>
 T attribute_or(const Ort::ConstKernelInfo& info, const char* name, T fallback) {
-  try {
-    return info.GetAttribute<T>(name);
-  } catch (const Ort::Exception&) {
-    return fallback;
-  }
+  T value = fallback;
+  if (succeeds([&] { value = info.GetAttribute<T>(name); })) return value;
+  if (has_attribute(info, name)) reject(std::string("attribute ") + name + " has the wrong type");
+  return fallback;
 }
 
 // Runs `body`; an exception becomes a status, since none may cross into the runtime.
@@ -100,12 +131,10 @@ OrtStatusPtr guarded(Body body) {
   }
 }
 
-inline void check_linear(const owl::Linear& op) {
-  require(op.outputs > 0 && op.outputs <= owl::linear_outputs(op.weight, op.epilogue),
-          "columns must lie between 1 and what the weight has");
-  if (op.epilogue != owl::Epilogue::kNone)
-    require(op.weight.groups % 2 == 0 && op.weight.storage != owl::Storage::kPlanes,
-            "a gated weight needs an even number of row groups, and no planes");
+// Of a linear layer or an attention: what the engine finds wrong.
+template <class Op>
+void check(const Op& op) {
+  if (const std::string wrong = owl::what_is_wrong(op); !wrong.empty()) reject(wrong);
 }
 
 template <class Op, class Kernel>
@@ -131,7 +160,6 @@ class AttentionNode {
  public:
   owl::Attention op;  // heads, kv_heads, scale, softcap, window, rotary and interleaved are set
 
-  void check_heads() const;
   // `present(i, shape)` gives the memory of the new keys (0) and values (1); `out(width)` that of
   // the result.
   template <class Out, class Present>

@@ -7,27 +7,13 @@
 
 namespace owl_ops {
 
-namespace {
-
-constexpr std::size_t kMaxAllHeads = std::size_t{1} << 20;  // so that no width overflows
-
-}  // namespace
-
-void AttentionNode::check_heads() const {
-  require(op.heads > 0 && op.kv_heads > 0 && op.heads % op.kv_heads == 0,
-          "num_heads must be a multiple of kv_num_heads");
-  require(op.heads <= kMaxAllHeads, "num_heads is out of range");
-  require(op.heads / op.kv_heads <= owl::kMaxHeads, "too many query heads for each key head");
-}
-
 AttentionNode::Cache AttentionNode::read(const AttentionTensors& tensors,
                                          owl::Attention& attention) const {
   const auto info = tensors.past_key.GetTensorTypeAndShapeInfo();
   const auto shape = info.GetShape();
   require(shape.size() == 4, "caches are [batch, heads, positions, size]");
   attention.head_size = extent(shape[3]);
-  require(attention.head_size % 16 == 0 && attention.head_size > 0 &&
-              attention.head_size <= owl::kMaxHeadSize,
+  require(owl::head_size_is_sound(attention.head_size),
           "the head size must be a multiple of 16, at most 256");
   require(extent(shape[0]) == tensors.batch && extent(shape[1]) == attention.kv_heads,
           "the cache has the wrong shape");

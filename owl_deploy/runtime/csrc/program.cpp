@@ -23,6 +23,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <unordered_map>
 #include <variant>
 #include <vector>
 
@@ -41,6 +42,10 @@ struct Value {
   bool present = false;
   Place place = kInput;
   std::size_t index = 0;
+
+  bool same_as(const Value& other) const {
+    return present && other.present && place == other.place && index == other.index;
+  }
 };
 
 struct MatMulStep {
@@ -119,7 +124,7 @@ class Reader {
     s.op.epilogue = static_cast<owl::Epilogue>(epilogue);
     s.op.outputs = extent(integer());
     s.op.epsilon = number();
-    check_linear(s.op);
+    check(s.op);
     require(s.gamma.present || (!s.skip.present && !s.sum.present), "skip and sum need gamma");
     return s;
   }
@@ -142,7 +147,7 @@ class Reader {
     op.interleaved = integer() != 0;
     op.scale = number();
     op.softcap = number();
-    s.node.check_heads();
+    check(s.node.op);
     require(s.k.present == s.v.present, "keys come with values");
     for (const Value* v : {&s.past_key, &s.past_value, &s.seqlens, &s.total, &s.mask})
       require(v->place == Value::kInput, "caches, lengths and the mask must be inputs");
@@ -160,7 +165,7 @@ class Reader {
   std::size_t at_ = 0, number_at_ = 0;
 };
 
-// Buffers between steps: the calling thread's, kept from one run to the next.
+// Buffers between steps: the calling thread's, kept from one run to the next unless they are large.
 thread_local owl::Scratch slots;
 
 // Every input and output exists and is connected, every slot and output is written before it is
@@ -178,6 +183,7 @@ class Flow {
 
   void check(const MatMulStep& s) {
     for (const Value* v : {&s.x, &s.bias, &s.skip, &s.gamma}) reads(*v);
+    require(!s.y.same_as(s.sum), "a step writes two results to one place");
     writes(s.y, s.op.outputs);
     writes(s.sum, s.op.weight.cols);
   }
@@ -260,45 +266,54 @@ class ProgramKernel {
   static constexpr std::size_t kMaxRows = std::size_t{1} << 28;
   static constexpr std::size_t kMaxSlotFloats = std::size_t{1} << 40;
 
-  // Into huge pages, next to each other in the order in which a token meets them.
+  // Into huge pages, next to each other in the order in which a token meets them; one that several
+  // steps read, once.
   void copy_weights() {
-    auto room = [](const owl::PackedMatrix& weight) { return (weight.size + 63) / 64 * 64; };
+    std::unordered_map<const std::uint8_t*, std::size_t> places;
+    std::vector<Copy> copies;
     std::size_t total = 0;
-    for (Step& s : steps_)
-      if (auto* matmul = std::get_if<MatMulStep>(&s)) total += room(matmul->op.weight);
+    for (const owl::PackedMatrix* weight : weights()) {
+      if (!places.emplace(weight->data, total).second) continue;
+      add_copies(*weight, total, copies);
+      total += (weight->size + 63) / 64 * 64;
+    }
     try {
       memory_ = owl::HugeMemory(total);
     } catch (const std::bad_alloc&) {
       return;  // they serve where they are, more slowly
     }
-    std::uint8_t* at = memory_.data();
-    std::vector<Copy> copies;
-    for (Step& s : steps_) {
-      auto* matmul = std::get_if<MatMulStep>(&s);
-      if (matmul == nullptr) continue;
-      owl::PackedMatrix& weight = matmul->op.weight;
-      for (std::size_t begin = 0; begin < weight.size; begin += kCopyBytes)
-        copies.push_back(
-            {at + begin, weight.data + begin, std::min(kCopyBytes, weight.size - begin)});
-      weight.move_to(at);
-      at += room(weight);
-    }
-    run(copies);
+    run(copies, memory_.data());
+    for (owl::PackedMatrix* weight : weights())
+      weight->move_to(memory_.data() + places.at(weight->data));
+  }
+
+  std::vector<owl::PackedMatrix*> weights() {
+    std::vector<owl::PackedMatrix*> found;
+    for (Step& s : steps_)
+      if (auto* matmul = std::get_if<MatMulStep>(&s)) found.push_back(&matmul->op.weight);
+    return found;
   }
 
   struct Copy {
-    std::uint8_t* to;
+    std::size_t to;
     const std::uint8_t* from;
     std::size_t size;
   };
 
+  static void add_copies(const owl::PackedMatrix& weight, std::size_t to,
+                         std::vector<Copy>& copies) {
+    for (std::size_t begin = 0; begin < weight.size; begin += kCopyBytes)
+      copies.push_back(
+          {to + begin, weight.data + begin, std::min(kCopyBytes, weight.size - begin)});
+  }
+
   // By several threads: most of the time is the system's, which clears each page before its first
   // use.
-  static void run(const std::vector<Copy>& copies) {
+  static void run(const std::vector<Copy>& copies, std::uint8_t* memory) {
     std::atomic<std::size_t> next{0};
     auto work = [&] {
       for (std::size_t i = next++; i < copies.size(); i = next++) {
-        std::memcpy(copies[i].to, copies[i].from, copies[i].size);
+        std::memcpy(memory + copies[i].to, copies[i].from, copies[i].size);
         owl::release_file_pages(copies[i].from, copies[i].size);
       }
     };
@@ -322,6 +337,7 @@ class ProgramKernel {
       length_ = extent(shape[1]);
       require(batch_ <= kMaxRows && length_ <= kMaxRows && rows() <= kMaxRows,
               "there are too many rows");
+      const owl::Scratch::Borrowed borrowed(slots);
       place_slots();
       owl::Plan plan(owl::best_kernels());
       for (const Step& s : kernel_.steps_)

@@ -2,24 +2,36 @@
 #pragma once
 
 #include <cstddef>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
 namespace owl {
 
+// Threads that are waited for at the end, an exception's too: one that is forgotten ends the
+// process.
+struct Joined {
+  std::vector<std::thread> threads;
+
+  Joined() = default;
+  ~Joined() {
+    for (std::thread& thread : threads) thread.join();
+  }
+  Joined(const Joined&) = delete;
+  Joined& operator=(const Joined&) = delete;
+};
+
 // Calls `work` on `count` threads, the calling one among them, or on as many as are to be had: each
 // call takes what is left of the work, and returns when nothing is.
 template <class Work>
 void on_threads(std::size_t count, Work work) {
-  std::vector<std::thread> others;
+  Joined others;
   try {
-    for (std::size_t i = 1; i < count; ++i) others.emplace_back(work);
-    work();
-  } catch (const std::system_error&) {
-    work();  // no more are to be had: those that there are do it
+    for (std::size_t i = 1; i < count; ++i) others.threads.emplace_back(work);
+  } catch (const std::exception&) {
+    return work();  // no more are to be had, or no memory for them: those that there are do it
   }
-  for (std::thread& other : others) other.join();
+  work();
 }
 
 }  // namespace owl

@@ -21,11 +21,6 @@ struct Avx2Common {
   static constexpr std::size_t kPanelGroups = 1;
   static constexpr int kFloatRows = 4;  // 4 x 2 sums, 2 weights and their halves, in 16 registers
 
-  static int load32(const void* p) {
-    int v;
-    std::memcpy(&v, p, 4);
-    return v;
-  }
   static Cell held_cell(const void* p) { return load_cell(p); }
   static Cell load_cell(const void* p) {
     const auto* q = static_cast<const __m256i*>(p);
@@ -157,10 +152,12 @@ struct Avx2Common {
         _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
     return rounded;
   }
-  // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23: n is added to the exponent.
+  // p * 2^n where `shifted` holds n in its low bits, above 1.5 * 2^23. A product, not a sum of
+  // exponents, so that NaN stays NaN whatever its bits.
   static __m256 scale_half(__m256 p, __m256 shifted) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(
-        _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+    const __m256i power = _mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
   }
   static F scale_by_power(F p, F shifted) {
     return {scale_half(p.lo, shifted.lo), scale_half(p.hi, shifted.hi)};

@@ -20,11 +20,6 @@ struct Avx512Common {
   static constexpr int kFloatRows = 6;  // 6 x 4 sums, 4 weights: 28 of 32 registers
   static constexpr int kInt8Rows = 3;   // 3 x 4 integer and as many float sums
 
-  static int load32(const void* p) {
-    int v;
-    std::memcpy(&v, p, 4);
-    return v;
-  }
   static Cell load_cell(const void* p) { return _mm512_loadu_si512(p); }
   // To stay in its register: GCC would load it again for each row that it meets, and loads of 64
   // bytes would then take longer than the products.

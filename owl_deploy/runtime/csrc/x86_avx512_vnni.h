@@ -1,5 +1,5 @@
-// AVX-512 with VBMI2 (byte and word expansion) and VNNI (int8 dot products), which Ice Lake and all
-// later have.
+// AVX-512 with VBMI2 (byte and word expansion) and VNNI (int8 dot products), which Ice Lake and
+// those after it have; Cooper Lake, which came later too, lacks VBMI2.
 #pragma once
 
 #include "x86_avx512_common.h"

@@ -86,13 +86,14 @@ def test_silu_gate_and_up_become_one(swapped: bool) -> None:
     ("gelu", "fused"),
     [
         (node("FastGelu", "a", "c", domain="com.microsoft"), 1),
+        (node("FastGelu", "a k", "c", domain="com.microsoft"), 0),  # it adds a bias first
         (node("Gelu", "a", "c", approximate="tanh"), 1),
         (node("Gelu", "a", "c"), 0),  # the exact one is another function
     ],
 )
 def test_only_the_tanh_gelu_is_fused(gelu: onnx.NodeProto, fused: int) -> None:
     nodes = [*GATED[:2], gelu, ("Mul", "c b", "y")]
-    graph = rewriter(nodes, {"g": weight(8, 20), "u": weight(8, 20)})
+    graph = rewriter(nodes, {"g": weight(8, 20), "u": weight(8, 20), "k": weight(20)})
     assert rewrites.fuse_gated(graph) == fused
     assert (attributes(graph.model.graph[0]).get("epilogue") == "gelu_mul") == bool(fused)
 

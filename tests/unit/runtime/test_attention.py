@@ -49,7 +49,8 @@ def oracle(
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 32), (8, 1, 128), (5, 1, 48)]
+    ("heads", "kv_heads", "size"),
+    [(9, 3, 64), (4, 4, 32), (8, 1, 128), (5, 1, 48), (14, 2, 80), (2, 1, 256)],
 )
 @pytest.mark.parametrize(
     ("length", "past"),
@@ -97,6 +98,23 @@ def test_a_few_positions_at_once_are_those_one_by_one(
         )
         np.testing.assert_array_equal(out[s], alone[0])
     np.testing.assert_array_equal(together, single)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFC00001])
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_what_is_not_a_number_stays_so(
+    kernels: Kernels, isa: str, length: int, bits: int, softcap: float
+) -> None:
+    """Whatever its bits: an exponential by a sum of exponents made the largest number of some."""
+    size = 32
+    qkv = np.ones((length, 4 * size), dtype=np.float32)
+    qkv[-1, 3] = np.array([bits], dtype=np.uint32).view(np.float32)[0]
+    caches = np.ones((2, 1, 40, size), dtype=np.float32)
+    out = kernels.attention(isa, qkv, *caches, 2, 5, None, softcap=softcap)
+    assert np.isnan(out[-1, :size]).all()
+    assert np.isfinite(out[-1, size:]).all()
+    assert np.isfinite(out[:-1]).all()
 
 
 @pytest.mark.parametrize("length", [1, 6])

@@ -87,6 +87,9 @@ def change_attribute(dice: random.Random, model: onnx.ModelProto) -> None:
     choices = NUMBERS if attribute.ints else FLOATS
     if dice.random() < 0.05:
         attribute.name = "other"
+    elif dice.random() < 0.05:
+        value = dice.choice([1, 0.5, "silu_mul", [1, 2], [0.5]])
+        attribute.CopyFrom(helper.make_attribute(attribute.name, value))
     elif numbers and dice.random() < 0.1:
         del numbers[dice.randrange(len(numbers)) :]
     elif numbers:

@@ -66,6 +66,16 @@ def test_against_oracle(
 SCREEN_MARGIN, SCREEN_SHARE = 12.0, 8  # kScreenMargin and kScreenShare in engine.h
 
 
+def halves_of_planes(
+    block: pack.Block, rows: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The weight by its upper bits alone, and whole."""
+    whole = pack.unpack(block).astype(np.float64)
+    high, low = (part[:rows].astype(np.float64) for part in pack.planes(block))
+    steps = 16 * high + low
+    return np.divide(whole, steps, out=np.zeros_like(whole), where=steps != 0) * 16 * high, whole
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (16, 32), (17, 65), (70, 127), (501, 160), (2085, 576)])
 @pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
 def test_one_row_times_planes_is_exact_near_the_largest(
@@ -75,10 +85,7 @@ def test_one_row_times_planes_is_exact_near_the_largest(
     block = pack.pack(sparse_weight(*shape, 0.0), "int8", sparse=False, planes=True)
     x = activations(1, shape[1])
     seen = as_kernels_see(x, "int8", isa)[0].astype(np.float64)
-    whole = pack.unpack(block).astype(np.float64)
-    high, low = (part[: shape[0]].astype(np.float64) for part in pack.planes(block))
-    steps = 16 * high + low
-    rough_weight = np.divide(whole, steps, out=np.zeros_like(whole), where=steps != 0) * 16 * high
+    rough_weight, whole = halves_of_planes(block, shape[0])
     factor = spread / np.abs(rough_weight @ seen).max() if shape[0] > 1 else 1.0
     bias = activations(1, shape[0], 3)[0]
     x, seen = (x * factor).astype(np.float32), seen * factor
@@ -94,6 +101,28 @@ def test_one_row_times_planes_is_exact_near_the_largest(
     error = np.abs(y[0] - np.where(near, exact, rough)) / np.maximum(size, 1e-30)
     assert error[~undecided].max() < 4e-6
     assert near.all() == (spread < 5 and len(sample) < 64) or shape[0] < 20
+
+
+def test_what_is_not_a_number_does_not_count_among_the_near(kernels: Kernels, isa: str) -> None:
+    """Outputs are sampled to see which are near: a comparison with NaN would order nothing."""
+    outputs = 2085
+    block = pack.pack(sparse_weight(outputs, 160, 0.0), "int8", sparse=False, planes=True)
+    x = activations(1, 160) * np.float32(0.02)
+    seen = as_kernels_see(x, "int8", isa)[0].astype(np.float64)
+    rough, whole = (weight @ seen for weight in halves_of_planes(block, outputs))
+    bias = np.zeros(outputs, dtype=np.float32)
+    # In the first group of some pairs, where the search for the largest passes over them.
+    bias[:1600:32] = np.nan
+    y = kernels.matmul(isa, block, x, outputs, bias=bias)[0][0]
+    bad = np.isnan(bias)
+    assert np.isnan(y[bad]).all()
+    sample = np.sort(rough[::16][: outputs // 16][~bad[::16][: outputs // 16]])[::-1]
+    least = sample[outputs // 16 // SCREEN_SHARE]
+    near = rough >= least
+    # Beside one of them an output may pass for one that is far.
+    decided = ~bad[::16].repeat(16)[:outputs] & (np.abs(rough - least) > 1e-5)
+    assert np.abs(rough - rough.max()).max() < SCREEN_MARGIN
+    np.testing.assert_allclose(y[decided], np.where(near, whole, rough)[decided], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 65), (70, 127), (501, 160)])

@@ -69,6 +69,19 @@ def test_wrong_width_is_refused(kernels: Kernels) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epilogue", 1), ("epilogue", [0.5]), ("columns", 50.0), ("columns", [50]), ("epsilon", "0")],
+)
+def test_an_attribute_of_another_type_is_refused(name: str, value: object) -> None:
+    """Not taken for one that is left out, whose default it would get."""
+    model = model_of(pack.pack(sparse_weight(50, 96, 0.7), "fp32"), 96)
+    model.graph.node[0].attribute.append(helper.make_attribute(name, value))
+    with pytest.raises(Exception, match=rf"ai\.owl: attribute {name} has the wrong type"):
+        opened(model)
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("rows", [1, 70])
 def test_no_thread_count_of_the_session_changes_a_bit(values: pack.Values, rows: int) -> None:
@@ -160,8 +173,11 @@ def gather_of(block: NDArray[np.uint8]) -> onnxruntime.InferenceSession:
 HEADS, KV, SIZE, POSITIONS = 4, 2, 16, 64
 
 
-def attention(mask: str = "") -> onnxruntime.InferenceSession:
-    """Packed queries, keys and values against a cache of fp32, with rotary tables; a `mask`."""
+def attention(mask: str = "", **others: object) -> onnxruntime.InferenceSession:
+    """Packed queries, keys and values against a cache of fp32, with rotary tables; a `mask`.
+
+    `others`: further attributes.
+    """
     floats = {
         "q": ["b", "n", "w"],
         "past_k": ["b", "h", "p", "d"],
@@ -185,6 +201,7 @@ def attention(mask: str = "") -> onnxruntime.InferenceSession:
         num_heads=HEADS,
         kv_num_heads=KV,
         do_rotary=1,
+        **others,
     )
     tables = [
         numpy_helper.from_array(table, name)
@@ -232,6 +249,16 @@ def test_hostile_attention_inputs_are_refused(name: str, value: NDArray[np.gener
     assert session.run(None, feeds())[1].shape == (1, KV, 11, SIZE)
     with pytest.raises(Exception, match=r"ai\.owl: "):
         session.run(None, feeds(**{name: value}))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scale", 1), ("softcap", "20"), ("local_window_size", 3.0), ("rotary_interleaved", [1])],
+)
+def test_attributes_of_attention_have_their_types(name: str, value: object) -> None:
+    with pytest.raises(Exception, match=rf"ai\.owl: attribute {name} has the wrong type"):
+        attention(**{name: value})
 
 
 # ---- Padding -------------------------------------------------------------------------------------

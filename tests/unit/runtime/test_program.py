@@ -1,5 +1,8 @@
 """Operators joined into programs: the numbers of node by node; what is left out is refused."""
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -11,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from owl_deploy.export.program import join_programs
 from owl_deploy.runtime import library_path, pack
 
+from .test_native import RESIDENT
 from .test_pack import VALUES, packed, sparse_weight
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -134,8 +138,8 @@ def test_same_numbers_as_node_by_node(length, past, cache, blocks, programs):
         np.testing.assert_array_equal(one[valid], apart[valid])
 
 
-def test_a_program_without_a_cache():
-    """Layers whose attention is not ours: empty outputs at a node's end are not written."""
+def two_products() -> onnx.ModelProto:
+    """A layer without attention."""
     weights = {
         "up": pack.pack(sparse_weight(2 * INNER, WIDTH, 0.6, seed=1), "fp32"),
         "down": pack.pack(sparse_weight(WIDTH, INNER, 0.6, seed=2), "fp32"),
@@ -151,10 +155,67 @@ def test_a_program_without_a_cache():
     constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     graph = helper.make_graph(nodes, "layer", [x], [y], constants)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def test_a_program_without_a_cache():
+    """Layers whose attention is not ours: empty outputs at a node's end are not written."""
+    model = two_products()
     together, count = joined(model)
     assert count == 1
     np.testing.assert_array_equal(run(together, 3, 0)[0], run(model, 3, 0)[0])
+
+
+def test_two_results_do_not_go_to_one_place():
+    model, _ = joined(decoder(2, TensorProto.FLOAT))
+    (steps,) = (a.ints for a in model.graph.node[0].attribute if a.name == "steps")
+    # Block 0's second product, behind attention and its output's: 0, x, weight, bias, skip, gamma,
+    # y, sum, epilogue, columns. The sum's place is the wider one.
+    first = 10 + 18 + 10
+    y, total = first + 6, first + 7
+    assert steps[first] == 0
+    assert steps[y] != steps[total] >= 0
+    steps[y] = steps[total]
+    with pytest.raises(REFUSALS, match="two results to one place"):
+        run(model, 1, PAST)
+
+
+def test_one_weight_for_two_steps():
+    model = decoder(2, TensorProto.FLOAT)
+    for node in model.graph.node:
+        for at, name in enumerate(node.input):
+            if name == "down1":
+                node.input[at] = "down0"
+    together, count = joined(model)
+    assert count == 1
+    for apart, one in zip(run(model, 5, 0)[:1], run(together, 5, 0)[:1], strict=True):
+        np.testing.assert_array_equal(one, apart)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_long_prompts_slots_are_given_back(tmp_path):
+    model, count = joined(two_products())
+    assert count == 1
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    code = f"""{RESIDENT}
+import sys
+import numpy as np, onnxruntime
+from owl_deploy.runtime import library_path
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+options.register_custom_ops_library(str(library_path()))
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+x = np.ones((1, 100000, {WIDTH}), np.float32)
+session.run(None, {{"x": x[:, :1]}})
+before = resident()
+session.run(None, {{"x": x}})  # 32 MB of slots and as much prepared
+print(resident() - before)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "m.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 25
 
 
 def with_mask(model: onnx.ModelProto) -> onnx.ModelProto:
