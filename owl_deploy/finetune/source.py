@@ -86,7 +86,7 @@ class Source:
                     zeros = int((result.read(f"{linear}.weight") == 0).sum())
                     one["achieved"] = zeros / one["weights"]
             shares = (one["achieved"] * one["weights"] for one in block["linears"].values())
-            block["achieved"] = sum(shares) / block["weights"]
+            block["achieved"] = sum(shares) / max(block["weights"], 1)  # it may be skipped
         if self.whole:
             shares = (block["achieved"] * block["weights"] for block in found["blocks"])
             found["sparsity"]["achieved"] = sum(shares) / found["weights"]
