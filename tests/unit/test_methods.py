@@ -38,7 +38,8 @@ def test_the_command_line_has_the_options_of_every_method(monkeypatch):
     assert helps == {
         "block_size": "Of sparsegpt: columns whose updates are applied together. [128]",
         "dampening": "Of sparsegpt: added to the Hessian's diagonal, as a share of its mean. "
-        "[0.01] Of alps: added to the diagonal, as a share of it. [0.05] Of own: of a spring. [0.5]",
+        "[0.01] Of alps: added to the diagonal, as a share of it. [0.05] "
+        "Of own: of a spring. [0.5]",
         "preserve_mask": "Of sparsegpt: weights that are zero already stay zero.",
         "iterations": "Of alps: iterations of the choice of weights. [20]",
         "steps": "Of own: at most. [30]",
