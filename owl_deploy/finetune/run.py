@@ -417,8 +417,8 @@ class Run:
             math.ceil(steps / groups), None if minutes is None else 60 * minutes / groups
         )
         part = f", group {index + 1} of {groups}" if groups > 1 else ""
-        # Each group reads the text in another order, unless it finds the teacher's words kept.
-        seed = self.settings.seed + (index if self._cache is None else 0)
+        # Each group reads the text in another order, unless what the teacher says of it is kept.
+        seed = self.settings.seed + (index if self.settings.teacher_top is None else 0)
         return train(
             trainee,
             self.windows,
