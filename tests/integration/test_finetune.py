@@ -141,7 +141,7 @@ def test_a_rounded_checkpoint_keeps_zeros_and_grid(owl, llama, text_file, tmp_pa
     rounded, out = tmp_path / "rounded", tmp_path / "out"
     calibration = Calibration(str(text_file), samples=4, sequence_length=32)
     prune(llama, rounded, recipe.settings(method="wanda", sparsity=0.5, bits=4), calibration)
-    how = ["--method", "masked", "--max-steps", 4, "--learning-rate", 0.01]
+    how = ["--method", "masked", "--max-steps", 4, "--learning-rate", 0.3]
     how += ["--block-group", group] if group else []
     code, _, err = owl(*arguments(rounded, text_file, out, *how))
     assert code == 0, err
