@@ -17,8 +17,6 @@ from torch.distributed.tensor import DTensor
 from owl_deploy.grid import limits
 
 SPARSE_FROM = 0.1  # share of zeros; a dense model's weights, rounded to 4 bits, have fewer
-
-
 _WITHIN = 0.49  # of a grid's step: what is moved so far still rounds to where it was
 
 
@@ -81,8 +79,9 @@ class SparseLinear(nn.Module):
         super().__init__()
         dense = linear.weight.detach()
         self.masked = grid is None or not grid.whole
-        kept = dense if self.masked else torch.ones_like(dense, dtype=torch.bool)
-        positions = kept.flatten().nonzero().flatten()
+        positions = torch.arange(dense.numel(), device=dense.device)
+        if self.masked:
+            positions = dense.flatten().nonzero().flatten()
         self.values = nn.Parameter(dense.flatten()[positions].float())
         self.register_buffer("positions", positions.int())
         self.register_buffer("weight", dense.to(dtype, copy=True))

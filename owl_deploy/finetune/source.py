@@ -41,18 +41,18 @@ class Source:
         self._check_mask()
 
     def _whole(self) -> set[str]:
-        linears = {
-            f"{block.name}.{name}": one
+        return {
+            f"{block.name}.{name}"
             for block in self.manifest.blocks
             for name, one in block.linears.items()
+            if one.whole
         }
-        return {name for name, one in linears.items() if one.whole}
 
     def _check_mask(self) -> None:
         told = {block.name: block.achieved for block in self.manifest.blocks}
         skip = self.manifest.settings.skip
         for block in self.blocks:
-            zeros = left = weights = 0  # those that rounding left besides
+            zeros = weights = 0
             self.matrices[block] = []
             for name in self.checkpoint.names(block):
                 tensor = self.checkpoint.read(f"{block}.{name}")
@@ -62,16 +62,15 @@ class Source:
                 linear = f"{block}.{name.removesuffix('.weight')}"
                 if not any(is_named(linear, one) for one in skip):
                     found = int((tensor == 0).sum())
-                    zeros += 0 if linear in self.whole else found
-                    left += found if linear in self.whole else 0
+                    zeros += found
+                    self.zeros += 0 if linear in self.whole else found
                     weights += tensor.numel()
-            if block in told and zeros + left != round(told[block] * weights):
+            if block in told and zeros != round(told[block] * weights):
                 raise BadInput(
-                    f"{block} in {self.folder} has {zeros + left} zeros, and its manifest says "
+                    f"{block} in {self.folder} has {zeros} zeros, and its manifest says "
                     f"{told[block]:.2%} of {weights}: the weights were changed since.",
                     "Prune again, or remove owl.json if the zeros that are there are to be kept.",
                 )
-            self.zeros += zeros
             self.weights += weights
 
     def recounted(self, written: Path) -> dict[str, Any]:

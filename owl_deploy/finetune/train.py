@@ -236,8 +236,8 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def rate(self, warmup: float) -> Callable[[int], float]:
         """The learning rate's factor by the step: up within the share `warmup`, then down to 0.
 
-        By the time, not before some steps: Adam's first ones are as large as its rate, whatever
-        the gradients are.
+        Where time is the limit it rises for `_WARM` steps at least: slow steps use that share up,
+        and Adam's first ones are as large as the rate, whatever the gradients.
         """
 
         def factor(step: int) -> float:

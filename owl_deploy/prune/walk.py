@@ -77,15 +77,16 @@ class Walk:
             passes += len(self.names) * self.reconstruction.passes
         with bar("Pruning", passes * self.request.steps) as self.advance:
             for index, name in enumerate(self.names):
+                whole = self._whole(index)
                 if name in held:
                     weights = self.store.load(name)
                     self._replay(index, weights)
                 else:
-                    weights = self._prune_block(index)
+                    weights = self._prune_block(index, whole)
                     self._save(name, weights)
                 linears, asked = self.request.shape.linears[index], self.plan.sparsities[index]
                 bits = {key: self.plan.bits_of(index, key) for key in linears}
-                halves, whole = self.store.halves(name), self._whole(index)
+                halves = self.store.halves(name)
                 yield Part(name, linears, asked, bits, weights, halves, whole)
             if head:
                 yield self._finish_head(head, stored=head in held)
@@ -110,7 +111,7 @@ class Walk:
             self.hidden = self.skeleton.embed(request.own_windows, request.batch, self.store.folder)
 
     @torch.no_grad()
-    def _prune_block(self, index: int) -> dict[str, torch.Tensor]:
+    def _prune_block(self, index: int, whole: set[str]) -> dict[str, torch.Tensor]:
         name = self.names[index]
         weights = self.request.checkpoint.read_module(name)
         linears = self.skeleton.linears(index)
@@ -120,19 +121,23 @@ class Walk:
             for key in self.plan.sparsities[index]:
                 linears[key].weight.copy_(weights[f"{key}.weight"])
             if self.reconstruction:
-                weights = self._reconstructed(self.reconstruction, index, weights)
+                weights = self._reconstructed(self.reconstruction, index, weights, whole)
                 self.advance(self.request.steps)
             else:
                 self._pass_on(block, index)
         return weights
 
     def _reconstructed(
-        self, reconstruction: Reconstruction, index: int, made: dict[str, torch.Tensor]
+        self,
+        reconstruction: Reconstruction,
+        index: int,
+        made: dict[str, torch.Tensor],
+        whole: set[str],
     ) -> dict[str, torch.Tensor]:
         """What `made` of block `index`, its tensors and scales, becomes by training its halves."""
         scales = {key: one for key, one in made.items() if key.endswith(f".{SCALE}")}
         weights = {key: one for key, one in made.items() if key not in scales}
-        grids, changed, whole = {}, [], self._whole(index)
+        grids, changed = {}, []
         for key, sparsity in self.plan.sparsities[index].items():
             bits, group = self.plan.bits_of(index, key), self.plan.settings.bits_group
             if bits and group:
