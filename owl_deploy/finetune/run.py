@@ -29,6 +29,7 @@ from owl_deploy.artefact import check_room, only_writer, publish, sha256
 from owl_deploy.checkpoint import GRID, open_checkpoint
 from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.finetune.frozen import halve
 from owl_deploy.finetune.logits import TeacherCache, cache_bytes
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
@@ -162,6 +163,7 @@ class Run:
         if self.teacher is not None:
             like = settings.feature_weight is not None
             self._teacher = load_teacher(source, self.teacher, self.dtype, like=like)
+            self._halve(self._teacher[0])
 
     def _check_ranks(self) -> None:
         """Refuse processes that would have nothing to read, or that read different things."""
@@ -278,11 +280,17 @@ class Run:
             name, top = f"teacher-{self.ranks.rank}", self.settings.teacher_top or 0
             self._cache = TeacherCache(partial.folder, name, windows, length - 1, top)
         model = self.source.load(self.stored)
+        self._halve(model)
         if self.settings.method == "masked":
             tensors, outcome = self._masked(model, partial)
             self._write(tensors, staging)
             return outcome
         return self._lora(model, partial, staging)
+
+    def _halve(self, model: nn.Module) -> None:
+        """Hold what is frozen in half the memory; one that is sharded is divided instead."""
+        if self.dtype == torch.float32 and not self.settings.shard:
+            halve(model)
 
     def _lora(self, model: Any, partial: Partial, staging: Path) -> dict[str, Any]:  # noqa: ANN401
         torch.manual_seed(self.settings.seed)
@@ -324,7 +332,9 @@ class Run:
                 self._train_group(model, names, partial, index, len(starts))
             own = _load(partial.folder / f"group-{index}.safetensors")
             for name in names if index + 1 < len(starts) else ():
-                freeze(model.get_submodule(name), _within(own, name), self.stored)
+                block = model.get_submodule(name)
+                freeze(block, _within(own, name), self.stored)
+                self._halve(block)
             done = self.ranks.from_leader(read)
             if self.ranks.leads:
                 tensors |= own
