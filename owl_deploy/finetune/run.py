@@ -47,7 +47,7 @@ from owl_deploy.finetune.write import merged, write_adapter, write_checkpoint
 from owl_deploy.hardware import find_device, find_training_dtype, name_of, on_threads
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, asked_before, kept_for_resuming
-from owl_deploy.ranks import ALONE, Ranks, join
+from owl_deploy.ranks import ALONE, Ranks, free_memory, join
 from owl_deploy.survivors import finished, freeze, sparsify
 
 T = TypeVar("T")
@@ -58,6 +58,7 @@ _LESS_MEMORY = (
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
 # Of the Trainer's checkpoints: bytes a trained number, with Adam's two moments; at once at most.
 _SAVED_BYTES, _SAVED = 12, KEPT_CHECKPOINTS + 1
+_IN_MEMORY_BYTES = 16  # of a trained number: itself, its gradient and those moments
 _PASSES = 4  # over the text, at most, in a time: they teach as new text does (arXiv 2305.16264)
 _HASHED = 1024  # windows at once: the text is larger than memory, perhaps
 # What `accelerate launch` sets to shard a model, which this does not do.
@@ -160,6 +161,7 @@ class Run:
             raise BadInput(f"--teacher-top must be below the vocabulary's {vocabulary} entries.")
         self._teacher: tuple[Any, list[nn.Module]] | None = None
         self._check_ranks()
+        self._check_memory()
         if self.teacher is not None:
             like = settings.feature_weight is not None
             self._teacher = load_teacher(source, self.teacher, self.dtype, like=like)
@@ -227,13 +229,38 @@ class Run:
                 folder, needed + cache, "The teacher's cache for --teacher-top, and the result,"
             )
 
+    def _check_memory(self) -> None:
+        """Refuse what cannot fit: the system would end it, after hours perhaps, without a word."""
+        if self.ranks.size > 1 or find_device("auto").type != "cpu":
+            return
+        models = [self.source.checkpoint, *([self.teacher] if self.teacher else [])]
+        tokens = self.settings.batch_size * self.settings.sequence_length
+        logits = tokens * self.source.checkpoint.config.get("vocab_size", 0)
+        half = torch.bfloat16.itemsize  # what is frozen may be held in
+        least = half * sum(one.weights() for one in models) + _IN_MEMORY_BYTES * self._trained
+        least += 4 * logits * (1 + len(models))  # and their gradient
+        if self.settings.method == "masked":
+            whole = math.ceil(self._share * self.source.weights)
+            least += (self.dtype.itemsize - half) * whole
+        free = free_memory()
+        if least > free:
+            raise BadInput(
+                f"This training takes at least {least / 2**30:.1f} GiB of memory, and "
+                f"{free / 2**30:.1f} GiB are free.",
+                "Train fewer blocks at a time (--block-group), or smaller batches (--batch-size).",
+            )
+
+    @property
+    def _share(self) -> float:
+        """Of the blocks, those that are trained at once."""
+        blocks = len(self.source.blocks)
+        return min(1.0, (self.settings.block_group or blocks) / blocks)
+
     @property
     def _trained(self) -> int:
         """About how many numbers are trained at once."""
         if self.settings.method == "masked":
-            blocks = len(self.source.blocks)
-            share = min(1.0, (self.settings.block_group or blocks) / blocks)
-            return math.ceil(share * (self.source.weights - self.source.zeros))
+            return math.ceil(self._share * (self.source.weights - self.source.zeros))
         sides = (
             sum(self.source.checkpoint.shape(f"{block}.{name}"))
             for block, names in self.source.matrices.items()

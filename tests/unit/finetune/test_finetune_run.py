@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -201,6 +202,28 @@ def test_a_disk_too_small_is_seen_before_anything_is_trained(
     free.free += 1
     with pytest.raises(ZeroDivisionError):
         finetune(sparse, tmp_path / "out", str(text_file), QUICK | {"method": "masked"})
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_memory_too_small_is_seen_before_anything_is_trained(
+    models, text_file, tmp_path, monkeypatch, group
+):
+    dense, sparse = models("llama")
+    source = Source(sparse)
+    trained = group * source.weights // len(source.blocks)
+    survivors = math.ceil(group * (source.weights - source.zeros) / len(source.blocks))
+    logits = 4 * 32 * source.checkpoint.config["vocab_size"]
+    # Two models in 16 bits, of one of which a part is in 32; three times the logits.
+    least = 2 * 2 * source.checkpoint.weights() + 2 * trained + 16 * survivors + 3 * 4 * logits
+    asked = QUICK | {"method": "masked", "block_group": group}
+    monkeypatch.setattr(module.Run, "execute", lambda *_: 1 / 0)
+    monkeypatch.setattr(module, "free_memory", lambda: least - 1)
+    with pytest.raises(BadInput, match=r"This training takes at least .*--block-group"):
+        finetune(sparse, tmp_path / "out", str(text_file), asked, teacher=str(dense))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(module, "free_memory", lambda: least)
+    with pytest.raises(ZeroDivisionError):
+        finetune(sparse, tmp_path / "out", str(text_file), asked, teacher=str(dense))
 
 
 def losses(manifest):
