@@ -22,6 +22,8 @@ from owl_deploy.manifest import CheckpointManifest, read_manifest, versions
 from owl_deploy.partial import is_interrupted
 
 SPARSEGPT = ("--method", "sparsegpt", "--allocation", "uniform")
+ALPS = ("--method", "alps", "--allocation", "fisher")
+RECONSTRUCT = ("--reconstruct", "8")
 FORMATS: dict[str, tuple[str, ...]] = {
     "dense int8": ("--method", "none", "--bits", "8"),
     "dense int4": ("--method", "none", "--bits", "4"),
@@ -32,6 +34,9 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "50 % int4": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "4"),
     "50 % int3": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "3"),
     "60 % int3": (*SPARSEGPT, "--sparsity", "0.6", "--bits", "3"),
+    "dense int4, reconstructed": ("--method", "none", "--bits", "4", *RECONSTRUCT),
+    "dense int3, reconstructed": ("--method", "none", "--bits", "3", *RECONSTRUCT),
+    "50 % int4, reconstructed": (*ALPS, "--sparsity", "0.5", "--bits", "4", *RECONSTRUCT),
     "budget 4.25": ("--budget", "4.25"),
     "budget 3.8": ("--budget", "3.8"),
     "budget 3.3": ("--budget", "3.3"),
@@ -70,16 +75,16 @@ def named(name: str, minutes: float) -> str:
 
 
 def bits_a_weight(manifest: CheckpointManifest) -> float:
-    """What a weight of the blocks takes, on average: a mask of 1 bit if it is sparse, the integers
-    that are not zero, and a byte of scale a group. Weights that were not rounded count 16 bits; of
-    a budget, as it was counted.
+    """What a weight of the blocks takes, on average: a byte of scale a group, and the integers, or a
+    mask of 1 bit and those that are not zero, if that is less. Weights that were not rounded count
+    16 bits; of a budget, as it was counted.
     """
     if manifest.spent is not None:
         return 8 * manifest.spent.bytes / manifest.weights
     settings, zeros = manifest.settings, manifest.sparsity.achieved
     bits = settings.bits or 16
     scale = 8 / settings.bits_group if settings.bits_group else 0.0
-    return scale + (bits if manifest.sparsity.asked == 0 else 1 + (1 - zeros) * bits)
+    return scale + min(bits, 1 + (1 - zeros) * bits)
 
 
 def row(name: str, given: argparse.Namespace) -> dict[str, Any]:
