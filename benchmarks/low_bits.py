@@ -75,9 +75,10 @@ def named(name: str, minutes: float) -> str:
 
 
 def bits_a_weight(manifest: CheckpointManifest) -> float:
-    """What a weight of the blocks takes, on average: a byte of scale a group, and the integers, or a
-    mask of 1 bit and those that are not zero, if that is less. Weights that were not rounded count
-    16 bits; of a budget, as it was counted.
+    """What a weight of the blocks takes, on average, in bits.
+
+    A byte of scale a group, and the integers, or a mask of 1 bit and those that are not zero, if
+    that is less. What was not rounded counts 16 bits; a budget's as it was counted.
     """
     if manifest.spent is not None:
         return 8 * manifest.spent.bytes / manifest.weights

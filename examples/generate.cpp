@@ -18,6 +18,7 @@ OgaResult* OgaCreateConfig(const char* folder, OgaConfig**);
 OgaResult* OgaConfigOverlay(OgaConfig*, const char* json);
 OgaResult* OgaCreateModelFromConfig(const OgaConfig*, OgaModel**);
 OgaResult* OgaCreateTokenizer(const OgaModel*, OgaTokenizer**);
+OgaResult* OgaUpdateTokenizerOptions(OgaTokenizer*, const char* const* names, const char* const* values, std::size_t);
 OgaResult* OgaCreateTokenizerStream(const OgaTokenizer*, OgaTokenizerStream**);
 OgaResult* OgaTokenizerStreamDecode(OgaTokenizerStream*, std::int32_t token, const char** text);
 OgaResult* OgaCreateSequences(OgaSequences**);
@@ -55,6 +56,9 @@ int main(int argc, char** argv) {
   check(OgaConfigOverlay(config, overlay.c_str()));
   check(OgaCreateModelFromConfig(config, &model));
   check(OgaCreateTokenizer(model, &tokenizer));
+  // The tokens that the model's own tokenizer puts before a text: a BOS, mostly.
+  const char* name = "add_special_tokens"; const char* value = "true";
+  check(OgaUpdateTokenizerOptions(tokenizer, &name, &value, 1));
   check(OgaCreateTokenizerStream(tokenizer, &stream));
   check(OgaCreateSequences(&prompt));
   check(OgaTokenizerEncode(tokenizer, argv[2], prompt));

@@ -22,6 +22,8 @@ def main(folder: str, prompt: str, threads: int, max_new_tokens: int = 64) -> No
     config.overlay(json.dumps({"model": {"decoder": options}}))
     model = og.Model(config)
     tokenizer = og.Tokenizer(model)
+    # The tokens that the model's own tokenizer puts before a text: a BOS, mostly.
+    tokenizer.update_options(add_special_tokens="true")
     tokens = tokenizer.encode(prompt)
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=len(tokens) + max_new_tokens, do_sample=False)

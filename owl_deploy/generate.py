@@ -19,7 +19,7 @@ import numpy as np
 from owl_deploy.engines import EngineProcess, threads_for
 from owl_deploy.engines.deployment import Deployment, open_deployment, told_numbers
 from owl_deploy.engines.draft import Draft, open_draft
-from owl_deploy.engines.loading import GENAI_CONFIG
+from owl_deploy.engines.loading import GENAI_CONFIG, LAST_LOGITS
 from owl_deploy.engines.process import DEFAULT_CONTEXT
 from owl_deploy.engines.registry import MOST_ROWS
 from owl_deploy.engines.speculate import (
@@ -35,12 +35,16 @@ from owl_deploy.errors import BadInput, EngineFailed, first_line
 STDIN = "-"
 DEFAULT_NEW_TOKENS = 128
 UNLIMITED = -1  # new tokens: on until the context is full, as in llama.cpp
-_PART = 128  # tokens of a prompt that are run at once: a tenth of a second of a small model
 _LONGEST_WORD = 8192  # letters, or digits, signs or blanks
 _LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
+_MOST_LOGITS = 2**28  # bytes, of several prompts whose tokens' logits are all made
 
 
 _WORDS = re.compile(r"[^\W\d_]+|\d+|[^\w\s]+|\s+|_+")
+
+
+class PromptTooLong(BadInput):
+    """A prompt that leaves no room for what is to come after it."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ def generate(
     writer = Writer(opened, threads, drafting=drafting)
     if chat:
         prompt = writer.in_template([{"role": "user", "content": prompt}])
-    yield from writer.write(prompt, sampling, speed)
+    yield from writer.write(prompt, sampling, speed, templated=chat)
 
 
 class Writer:
@@ -279,6 +283,8 @@ class Writer:
         self.batch = 1 if in_parts or pad is None else batch
         self._vocabulary, self._has_template = opened.vocab, opened.has_chat_template
         self._pad = pad or 0
+        options = opened.folder.settings["model"].get("decoder", {}).get("session_options", {})
+        self._last_logits = LAST_LOGITS in options
         import onnxruntime_genai
 
         from owl_deploy.engines.drivers.onnxruntime import open_genai
@@ -289,6 +295,9 @@ class Writer:
             self._model = open_genai(str(self.path), threads, library, takes_turns=in_turns)
             self._draft = _open_draft(drafting, threads)
             self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
+            # Puts before a text what the model's own does: a BOS, mostly. A template has it.
+            self._beginning = onnxruntime_genai.Tokenizer(self._model)
+            self._beginning.update_options(add_special_tokens="true")
 
     def in_template(self, messages: list[dict[str, str]]) -> str:
         """The messages, each a `role` and its `content`, in the model's chat template.
@@ -303,8 +312,11 @@ class Writer:
             )
         return text
 
-    def row(self, prompt: str, sampling: Sampling, speed: Speed) -> Row:
-        """What is to be written after `prompt`; raises `BadInput` for one that is too long."""
+    def row(self, prompt: str, sampling: Sampling, speed: Speed, *, templated: bool = False) -> Row:
+        """What is to be written after `prompt`, which is `templated` if `in_template` gave it.
+
+        Raises `PromptTooLong`, and `BadInput` for one that cannot be read or has no tokens.
+        """
         # The library's tokenizer takes time by the square of a word's length, and holds the lock.
         if any(len(word[0]) > _LONGEST_WORD for word in _WORDS.finditer(prompt)):
             raise BadInput(
@@ -313,24 +325,41 @@ class Writer:
                 "Divide them.",
             )
         with self._stumbling():
-            tokens = self._tokenizer.encode(prompt).tolist()
+            tokenizer = self._tokenizer if templated else self._beginning
+            tokens = tokenizer.encode(prompt).tolist()
+        if not tokens:
+            raise BadInput("The prompt has no tokens.", "Give a text to go on from.")
         speed.prompt_tokens = len(tokens)
         length = _length(len(tokens), sampling.max_new_tokens, self.context)
         ends = [] if sampling.ignore_eos else self._ends
         return Row(tokens, length, sampling, speed, ends)
 
     def takes(self, rows: Sequence[Row]) -> bool:
-        """Whether `rows` can be written together: few enough, and their tokens chosen alike."""
+        """Whether `rows` can be written together.
+
+        They must be few enough, their tokens chosen alike, and their prompts' logits bearable.
+        """
         shared = {row.sampling.shared for row in rows}
         alike = len(rows) == 1 or (len(shared) == 1 and None not in shared)
-        return len(rows) <= self.batch and alike
+        return len(rows) <= self.batch and alike and self._bears(rows)
 
-    def write(self, prompt: str, sampling: Sampling, speed: Speed) -> Iterator[str]:
+    def _bears(self, rows: Sequence[Row]) -> bool:
+        """Whether the logits of all their tokens so far fit; of a row by itself no more are made
+        than of a part of it, and of several the last tokens' alone where the engine knows how.
+        """
+        tokens = len(rows) * max(len(row.tokens) for row in rows)
+        fits = tokens * self._vocabulary * np.dtype(np.float32).itemsize <= _MOST_LOGITS
+        return len(rows) == 1 or self._last_logits or fits
+
+    def write(
+        self, prompt: str, sampling: Sampling, speed: Speed, *, templated: bool = False
+    ) -> Iterator[str]:
         """Yield what comes after `prompt`; a piece is empty where a character is not whole yet.
 
-        Raises `BadInput` for a prompt that is too long.
+        `templated` and what is raised: as in `row`.
         """
-        for pieces in self.write_together([self.row(prompt, sampling, speed)]):
+        row = self.row(prompt, sampling, speed, templated=templated)
+        for pieces in self.write_together([row]):
             yield pieces[0]
 
     def write_together(self, rows: Sequence[Row]) -> Iterator[dict[int, str]]:
@@ -346,6 +375,8 @@ class Writer:
             while going := [number for number, row in enumerate(rows) if not row.ended]:
                 # Beside others a last token that is the padding's would be taken for that.
                 going = [n for n in going if rows[n].tokens[-1] == self._pad][:1] or going
+                if not self._bears([rows[number] for number in going]):
+                    going = going[:1]
                 for tokens in self._steps([rows[number] for number in going]):
                     elapsed_s = time.perf_counter() - started
                     chosen = dict(zip(going, tokens, strict=True))
@@ -359,7 +390,7 @@ class Writer:
         if self._drafting is not None and len(rows) == 1:
             yield from self._drafted_steps(rows[0], self._drafting)
             return
-        from owl_deploy.engines.drivers.onnxruntime import append, in_rows
+        from owl_deploy.engines.drivers.onnxruntime import PROMPT_PART, append, in_rows
 
         ids = in_rows([row.tokens for row in rows], self._pad)
         length = min(ids.shape[1] + max(row.room for row in rows), self.context)
@@ -367,7 +398,7 @@ class Writer:
         sampling = replace(sampling, top_k=min(sampling.top_k, self._vocabulary))
         generator = _generator(self._model, length, sampling, len(rows))
         # In parts, after each of which other threads may run: the library holds Python's lock.
-        part = _PART if len(rows) == 1 else ids.shape[1]
+        part = PROMPT_PART if len(rows) == 1 else ids.shape[1]
         for start in range(0, ids.shape[1], part):
             append(generator, ids[:, start : start + part], self._pad)
         while not generator.is_done() and not all(row.ended for row in rows):
@@ -398,7 +429,8 @@ class Writer:
         row.tokens.append(token)
         row.speed.count(elapsed_s)
         row.speed.context_full = len(row.tokens) >= self.context
-        row.ended |= token in row.ends or not row.room
+        if token in row.ends or not row.room:  # no `|=`: another thread may end it meanwhile
+            row.ended = True
 
     @contextmanager
     def _stumbling(self) -> Iterator[None]:
@@ -480,10 +512,10 @@ def _words(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:  # noqa: ANN
 
 
 def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
-    """The tokens of the prompt and the new ones together; raises `BadInput` for too many."""
+    """The tokens of the prompt and the new ones together; raises `PromptTooLong`."""
     room = context - prompt_tokens
     if room < 1:
-        raise BadInput(
+        raise PromptTooLong(
             f"The prompt's {prompt_tokens} tokens leave no room for a new one: there is room for "
             f"{context} in all.",
             "Shorten the prompt.",
@@ -493,7 +525,7 @@ def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
     if new_tokens == UNLIMITED:
         return context
     if new_tokens > room:
-        raise BadInput(
+        raise PromptTooLong(
             f"The prompt's {prompt_tokens} tokens and {new_tokens} new ones are more than the "
             f"{context} that there is room for.",
             f"Shorten the prompt, or give --max-new-tokens (-n) {room} or less; {UNLIMITED} takes "

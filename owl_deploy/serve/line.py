@@ -49,7 +49,8 @@ class Answer:
         """Take what came in the row; there is a part for each token, if only an empty one."""
         assert self.row is not None
         self.parts.put_nowait((self._stops.feed(piece), None))
-        self.row.ended |= self._stops.found
+        if self._stops.found:
+            self.row.ended = True
         if self.row.ended:
             ended = self._stops.found or self.row.tokens[-1] in self.row.ends
             cut = not self.row.room and not ended

@@ -26,7 +26,7 @@ from starlette.routing import Route
 from owl_deploy.engines import threads_for
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.generate import Row, Speed, Writer, chosen_draft
+from owl_deploy.generate import PromptTooLong, Row, Speed, Writer, chosen_draft
 from owl_deploy.serve import wire
 from owl_deploy.serve.line import Answer, Asked, Line, Part
 
@@ -36,6 +36,7 @@ _BYTES_A_TOKEN = 32  # no prompt has more on average, beside some for the rest o
 GRACE_S = 30  # for answers in the making after SIGTERM
 _LOOK_S = 0.25  # how often a request that waits looks whether its client is still there
 _RETRY_S = 1
+_BODY_S = 60  # for a request's body to come
 _LOG = logging.getLogger(__name__)
 # Each row adds a little to a step, and everybody in a batch waits for its longest answer.
 BATCH = 8
@@ -59,6 +60,7 @@ class Service:
             routes=[
                 Route("/health", self._health),
                 Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/models/{model:path}", self._guarded(self._one_model)),
                 Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
                 Route("/v1/completions", self._guarded(self._completion), methods=["POST"]),
             ],
@@ -79,8 +81,21 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def _models(self, _: HttpRequest) -> Response:
-        model = {"id": self._name, "object": "model", "created": 0, "owned_by": "owl"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model]})
+
+    async def _one_model(self, request: HttpRequest) -> Response:
+        self._check_model(request.path_params["model"])
+        return JSONResponse(self._model)
+
+    @property
+    def _model(self) -> dict[str, Any]:
+        return {"id": self._name, "object": "model", "created": 0, "owned_by": "owl"}
+
+    def _check_model(self, name: str) -> None:
+        if name != self._name:
+            raise wire.Refused(
+                404, f"There is no model {name!r}, but {self._name!r}.", "model_not_found"
+            )
 
     async def _chat(self, request: HttpRequest) -> Response:
         return await self._answer(request, wire.Chat)
@@ -90,10 +105,7 @@ class Service:
 
     async def _answer(self, request: HttpRequest, kind: type[wire.Request]) -> Response:
         asked = wire.parse(kind, await _body(request, self._most_bytes))
-        if asked.model != self._name:
-            raise wire.Refused(
-                404, f"There is no model {asked.model!r}, but {self._name!r}.", "model_not_found"
-            )
+        self._check_model(asked.model)
         speed = Speed()
         texts = self._texts(request, asked, speed)
         first = await anext(texts)  # what is wrong with the request comes before any answer
@@ -111,7 +123,8 @@ class Service:
         """The answer piece by piece, each with the reason why it ended: None but in the last."""
 
         def prepare() -> Row:
-            return self._writer.row(asked.text(self._writer), asked.sampling(), speed)
+            text = asked.text(self._writer)
+            return self._writer.row(text, asked.sampling(), speed, templated=asked.templated)
 
         with self._line.place(Asked(prepare, asked.stops, request.is_disconnected)) as answer:
             reason = None
@@ -170,13 +183,18 @@ async def _body(request: HttpRequest, most_bytes: int) -> bytes:
 
     Of another type a browser would send it from any page, and without asking (CORS's preflight).
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind.lower() != "application/json":
         raise wire.Refused(415, "The body must be application/json.")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most_bytes:
-            raise wire.Refused(413, f"The body has more than {most_bytes} bytes.")
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > most_bytes:
+                    raise wire.Refused(413, f"The body has more than {most_bytes} bytes.")
+    except TimeoutError:
+        raise wire.Refused(408, f"The body did not come within {_BODY_S} seconds.") from None
     return bytes(body)
 
 
@@ -187,7 +205,8 @@ def _refusal(error: Exception) -> wire.Refused:
     if isinstance(error, HTTPException):
         return wire.Refused(error.status_code, error.detail)
     if isinstance(error, BadInput):
-        return wire.Refused(400, error.message, "context_length_exceeded")
+        code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+        return wire.Refused(400, error.message, code)
     if isinstance(error, EngineFailed):
         _LOG.error("%s", error)
     return wire.Refused(500, "The server failed.")

@@ -24,7 +24,14 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     **dict.fromkeys(("tools", "functions", "logit_bias"), ([], {})),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
     "suffix": ("",),
+    # Not OpenAI's, but llama.cpp's and vLLM's.
+    **dict.fromkeys(("min_p", "min_tokens"), (0,)),
+    "repeat_penalty": (1,),
+    **dict.fromkeys(("grammar", "stop_token_ids"), ("", [])),
+    **dict.fromkeys(("json_schema", "structured_outputs"), ({},)),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
 }
 
 
@@ -52,6 +59,7 @@ class Refused(Exception):
 
 # Each token's text is searched for all of them, for everybody's answers in one thread.
 _Stop = Annotated[str, Field(max_length=256)]
+_Prompt = Annotated[str, Field(min_length=1)]
 
 
 class _StreamOptions(BaseModel):
@@ -67,6 +75,7 @@ class Request(BaseModel):
     part: ClassVar[str]
     prefix: ClassVar[str]
     usual_tokens: ClassVar[int]
+    templated: ClassVar[bool]  # whether `text` is in the model's chat template
 
     model: str
     stream: bool | None = None
@@ -78,6 +87,7 @@ class Request(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, lt=_SEEDS)  # not OpenAI's, but llama.cpp's and vLLM's
     seed: int | None = None
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)  # vLLM's
     ignore_eos: bool | None = None  # theirs as well
 
     @property
@@ -95,6 +105,7 @@ class Request(BaseModel):
             temperature=temperature or 1.0,
             top_k=self.top_k or Sampling.top_k,
             top_p=self.top_p or 1.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
             seed=None if self.seed is None else self.seed % _SEEDS,
             ignore_eos=bool(self.ignore_eos),
         )
@@ -113,13 +124,27 @@ class Request(BaseModel):
 
 
 class _Part(BaseModel):
-    type: Literal["text"]
-    text: str
+    type: str
+    text: str = ""
 
 
 class _Message(BaseModel):
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part] | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
+
+    def said(self) -> dict[str, str]:
+        """It as templates have it; raises `Refused` for what they would leave out."""
+        if self.tool_calls or self.function_call:
+            raise Refused(400, "Messages with tool calls are not supported here.")
+        whole = self.content or []
+        parts = [_Part(type="text", text=whole)] if isinstance(whole, str) else whole
+        if other := [part.type for part in parts if part.type != "text"]:
+            raise Refused(400, f"A message has a part of type {other[0]!r}: only text is read.")
+        # OpenAI's newer name, which templates do not know.
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(part.text for part in parts)}
 
 
 class Chat(Request):
@@ -129,20 +154,13 @@ class Chat(Request):
     part = "chat.completion.chunk"
     prefix = "chatcmpl"
     usual_tokens = UNLIMITED
+    templated = True
 
     messages: list[_Message] = Field(min_length=1)
 
     def text(self, writer: Writer) -> str:
         """The messages in the model's chat template; raises `Refused` where that fails."""
-        said = [
-            {
-                "role": one.role,
-                "content": "".join(part.text for part in one.content)
-                if isinstance(one.content, list)
-                else one.content or "",
-            }
-            for one in self.messages
-        ]
+        said = [one.said() for one in self.messages]
         try:
             return writer.in_template(said)
         except (BadInput, EngineFailed) as error:
@@ -169,12 +187,13 @@ class Completion(Request):
     whole = part = "text_completion"
     prefix = "cmpl"
     usual_tokens = 16
+    templated = False
 
-    prompt: str = Field(min_length=1)
+    prompt: _Prompt | Annotated[list[_Prompt], Field(min_length=1, max_length=1)]
 
     def text(self, writer: Writer) -> str:
-        """The prompt as it is."""
-        return self.prompt
+        """The prompt as it is; of a list, the one."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
     def choice(self, text: str, reason: str | None, *, part: bool) -> dict[str, Any]:
         """A text, or what comes to it."""

@@ -13,10 +13,12 @@ from owl_deploy import engines
 from owl_deploy import generate as module
 from owl_deploy.artefact import MANIFEST, sha256, write_json
 from owl_deploy.engines import open_deployment
+from owl_deploy.engines.drivers import onnxruntime as driver
 from owl_deploy.errors import BadInput
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export
 from owl_deploy.generate import Sampling, Speed, Writer, generate
+from owl_deploy.text import load_tokenizer
 from tests import tiny
 
 PROMPT = "The river ran"
@@ -179,11 +181,72 @@ def test_a_long_prompt_is_run_in_parts_to_the_same_end(deployment, monkeypatch):
     """Between them other threads run: a server answers for its health."""
     prompt, said = PROMPT * 30, []
     for part in (1000, 50, 7):
-        monkeypatch.setattr(module, "_PART", part)
+        monkeypatch.setattr(driver, "PROMPT_PART", part)
         speed = Speed()
         said.append(list(generate(deployment, prompt, Sampling(8), speed, threads=1)))
         assert speed.prompt_tokens > 64
     assert said[0] == said[1] == said[2]
+
+
+def test_a_long_prompt_beside_a_draft_is_run_in_parts_too(deployment, monkeypatch):
+    parts, append = [], driver.append
+    monkeypatch.setattr(driver, "PROMPT_PART", 50)
+    monkeypatch.setattr(
+        driver, "append", lambda *asked: (parts.append(asked[1].shape[1]), append(*asked))
+    )
+    alone = list(generate(deployment, PROMPT * 30, Sampling(8), threads=1))
+    assert max(parts) == 50
+    parts.clear()
+    drafted = list(generate(deployment, PROMPT * 30, Sampling(8), threads=1, draft="lookup"))
+    assert max(parts) == 50
+    assert drafted == alone
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory):
+    """A deployment whose tokenizer puts a BOS before a text, as Llama's does."""
+    folder = tmp_path_factory.mktemp("beginning")
+    file = tiny.write_llama(folder / "model") / "tokenizer.json"
+    values = json.loads(file.read_text())
+    begun = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": begun,
+        "pair": [*begun, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    file.write_text(json.dumps(values))
+    export(folder / "model", folder / "out", target="onnxruntime")
+    return folder
+
+
+def test_a_text_is_begun_as_the_models_tokenizer_begins_it(beginning):
+    """What is served is then what was evaluated; a chat template has its own beginning."""
+    writer = Writer(open_deployment(beginning / "out"), 1)
+    tokens = load_tokenizer(beginning / "model").encode(PROMPT)
+    assert tokens[0] == 0
+    assert writer.row(PROMPT, Sampling(), Speed()).tokens == tokens
+    assert writer.row(PROMPT, Sampling(), Speed(), templated=True).tokens == tokens[1:]
+
+
+def test_a_prompt_without_tokens_is_refused(deployment):
+    writer = Writer(open_deployment(deployment), 1)
+    with pytest.raises(BadInput, match="no tokens"):
+        writer.row("", Sampling(), Speed(), templated=True)
+
+
+def test_prompts_whose_logits_would_fill_the_memory_go_alone(deployment, monkeypatch):
+    """All tokens' logits are made of several rows at once, where the engine knows no better."""
+    writer = Writer(open_deployment(deployment), 1, batch=4)
+    rows = [writer.row(PROMPT, Sampling(6), Speed()) for _ in range(2)]
+    vocabulary = 4 * 320 * len(rows[0].tokens)
+    monkeypatch.setattr(module, "_MOST_LOGITS", 2 * vocabulary)
+    assert writer.takes(rows)
+    monkeypatch.setattr(module, "_MOST_LOGITS", 2 * vocabulary - 1)
+    assert not writer.takes(rows)
+    assert writer.takes(rows[:1])
+    said = list(writer.write_together(rows))  # as they are begun anew, say
+    assert [set(pieces) for pieces in said] == [{0}] * 6 + [{1}] * 6
 
 
 def test_a_word_whose_tokenizing_would_take_minutes_is_refused(deployment):

@@ -19,6 +19,8 @@ PART = (
     512  # tokens a part when all logits are wanted: bounds [part, vocab] and the attention's memory
 )
 
+PROMPT_PART = 128  # tokens of a prompt run at once: a tenth of a second of a small model
+
 
 class Driver:
     """Opens a deployment in ONNX Runtime; see worker.py for what each method does."""
@@ -206,11 +208,16 @@ class Rows:
         self.generator = onnxruntime_genai.Generator(model, parameters)
 
     def run(self, tokens: Sequence[int]) -> np.ndarray:
-        """Run `tokens`; return the logits [n, vocab] of all, of a prompt the last."""
+        """Run `tokens`; return the logits [n, vocab] of all, of a prompt the last.
+
+        A prompt is run in parts, after each of which other threads may run: the library holds
+        Python's lock.
+        """
         is_prompt = self.generator.token_count() == 0
         ids = np.array([tokens], np.int32)
         if is_prompt:
-            append(self.generator, ids, self.pad)
+            for start in range(0, len(tokens), PROMPT_PART):
+                append(self.generator, ids[:, start : start + PROMPT_PART], self.pad)
             last: np.ndarray = self.generator.get_logits()[0]
             return last
         self.generator.append_tokens(ids)

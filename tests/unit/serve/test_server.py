@@ -1,6 +1,7 @@
 """Requests in line, before a model that goes on only when a test says so."""
 
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 import uvicorn
 
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.generate import Row
+from owl_deploy.generate import PromptTooLong, Row
 from owl_deploy.serve import line, server, wire
 
 PATIENCE = 60  # seconds: the machine may be busy
@@ -37,13 +38,16 @@ class FakeWriter:
         return [prompt for prompt, row in self.rows.items() if not row.ended]
 
     def in_template(self, messages):
-        if messages[0]["role"] == "nobody":
+        if messages[0]["role"] == "tool":
             raise EngineFailed("no such role")
         return "|".join(f"{one['role']}: {one['content']}" for one in messages)
 
-    def row(self, prompt, sampling, speed):
+    def row(self, prompt, sampling, speed, *, templated):
         if prompt == "too long":
-            raise BadInput("The prompt is too long.", "A hint for the command line.")
+            raise PromptTooLong("The prompt is too long.", "A hint for the command line.")
+        if prompt == "one word":
+            raise BadInput("The word is too long.", "A hint for the command line.")
+        self.templated = templated
         speed.prompt_tokens = len(prompt)
         return Row([prompt], 1 + sampling.max_new_tokens, sampling, speed)
 
@@ -345,7 +349,12 @@ def test_an_engine_that_fails_is_told_without_its_secrets(writer, client, caplog
         ({"prompt": "a\0b"}, 400, None, "NUL"),
         ({"prompt": ["a", "b"]}, 400, None, "prompt"),
         ({"prompt": ""}, 400, None, "prompt"),
+        ({"prompt": []}, 400, None, "prompt"),
         ({"prompt": "too long"}, 400, "context_length_exceeded", "too long"),
+        ({"prompt": "one word"}, 400, None, "word is too long"),
+        ({"extra_body": {"min_p": 0.1}}, 400, "unsupported_parameter", "min_p"),
+        ({"extra_body": {"guided_json": {}}}, 400, "unsupported_parameter", "guided_json"),
+        ({"extra_body": {"repetition_penalty": 0}}, 400, None, "repetition_penalty"),
         ({"prompt": "a" * 2**21}, 413, None, "bytes"),
     ],
     ids=lambda value: str(value)[:40],
@@ -375,9 +384,58 @@ def test_what_asks_for_nothing_is_taken(writer, client):
     assert ask(client, "a", 1, **quiet).choices[0].finish_reason == "length"
 
 
-def test_a_template_that_takes_no_such_message_is_the_clients_mistake(client):
-    with pytest.raises(openai.BadRequestError, match="chat template"):
-        client.chat.completions.create(model="tiny", messages=[{"role": "nobody", "content": "Hi"}])
+def test_a_prompt_may_be_a_list_of_one(writer, client):
+    writer.go.release()
+    assert ask(client, ["a"], 1).usage.completion_tokens == 1
+    assert prompts_of(writer) == [["a"]]
+    assert not writer.templated
+
+
+def test_a_penalty_of_repetitions_is_the_samplings(writer, client):
+    writer.go.release()
+    ask(client, "a", 1, extra_body={"repetition_penalty": 1.5})
+    assert writer.seen[0][0][1].repetition_penalty == 1.5
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ({"role": "tool", "content": "Hi"}, "chat template"),
+        ({"role": "nobody", "content": "Hi"}, "messages.0.role"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "'image_url'"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}, "tool calls"),
+    ],
+)
+def test_messages_that_would_be_lost_are_refused(client, message, complaint):
+    with pytest.raises(openai.BadRequestError, match=complaint):
+        client.chat.completions.create(model="tiny", messages=[message])
+
+
+def test_the_developers_word_is_the_systems(writer, client):
+    writer.go.release()
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+    said = [{"role": "developer", "content": parts}, {"role": "user", "content": "Hi"}]
+    client.chat.completions.create(model="tiny", messages=said, max_tokens=1)
+    assert prompts_of(writer) == [["system: Be brief.|user: Hi"]]
+    assert writer.templated
+
+
+def test_the_model_is_told_by_its_name(client):
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="There is no model 'a/b'"):
+        client.models.retrieve("a/b")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(url, monkeypatch):
+    monkeypatch.setattr(server, "_BODY_S", 0.2)
+    place = httpx.URL(url)
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 9\r\n"
+        "content-type: Application/JSON\r\n\r\n{"
+    )
+    with socket.create_connection((place.host, place.port), timeout=PATIENCE) as slow:
+        slow.sendall(head.encode())
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.parametrize(
@@ -438,8 +496,8 @@ def test_the_refusals_shape_is_openais():
 def test_an_end_that_is_the_last_token_there_is_room_for_is_no_cut(writer, client, monkeypatch):
     made = writer.row
 
-    def row(*asked):
-        found = made(*asked)
+    def row(*asked, **how):
+        found = made(*asked, **how)
         found.ends = ["c"]
         return found
 
