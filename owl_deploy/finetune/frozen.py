@@ -38,7 +38,7 @@ class HalfLinear(nn.Linear):
         rows, columns = weight.shape
         super().__init__(columns, rows, bias=False, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float32 [..., in] to [..., out]."""
