@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.bench.result import Comparison, Result, Score, Subject, metrics_of
+from owl_deploy.bench import stats
+from owl_deploy.bench.result import Comparison, Result, Score, Subject, metrics_of, paired
+from owl_deploy.engines.deployment import text_of
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.measurements import measurement
 
@@ -24,6 +26,8 @@ PERPLEXITY, HUMANEVAL = "perplexity", "humaneval"
 _METRICS = ("pass@1", "acc")  # of a task, the first that it has
 _ROUNDING = 1e-9  # one problem of any number is one standard error exactly
 _TELLS = 2  # standard errors: what differs by less may be chance
+_PAYS = ("engine", "precision", "draft")  # what may make a sparse one faster than its zeros do
+_Speeds = dict[str, dict[str, float]]  # a metric's row of each deployment, by name
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Judged:
 
     `documents`: of the task. `options` are in the order of the result's subjects. `unlike`: why
     there are none, where what is known of them cannot be compared. `unknown`: the deployments whose
-    quality nobody measured; `comparisons`: of the benchmark, in its first metric.
+    quality nobody measured; `timed`: the benchmark's first metric, by its key, and `comparisons`
+    in that.
     """
 
     key: str
@@ -76,6 +81,7 @@ class Judged:
     options: tuple[Option, ...]
     unlike: str = ""
     unknown: tuple[str, ...] = ()
+    timed: str = ""
     comparisons: tuple[Comparison, ...] = ()
 
     @property
@@ -147,15 +153,15 @@ def check_measured(deployments: Iterable[Path], key: str | None) -> None:
         kept = {path: measurement(path, PERPLEXITY) or {} for path in deployments}
         _scores(
             {
-                str(path): (found.get("value"), found.get("token_ids_sha256"), scores_of(path))
+                str(path): (found.get("value"), text_of(found), scores_of(path))
                 for path, found in kept.items()
             },
             key,
         )
 
 
-# Of each its perplexity, the digest of the tokens of that where it is known, and its tasks' scores.
-_Measured = dict[str, tuple[float | None, str | None, dict[str, Score]]]
+# Of each its perplexity, what tells the text of that from others ("" if unknown), and its scores.
+_Measured = dict[str, tuple[float | None, str, dict[str, Score]]]
 
 
 def _scores(measured: _Measured, key: str) -> dict[str, Score]:
@@ -172,10 +178,10 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
         else:
             how = f"--{PERPLEXITY} TEXT" if key == PERPLEXITY else f"--tasks {key}"
             raise BadInput(f"{name} has no {key} measured.", f"Run: owl eval {name} {how}")
-    texts = {digest: name for name, (_, digest, _) in measured.items() if digest}
+    texts = {text: name for name, (_, text, _) in measured.items() if text}
     if key == PERPLEXITY and len(texts) > 1:
         raise BadInput(
-            "{} and {} were measured on other text.".format(*texts.values()),
+            "{} and {} were measured on other text, or in other windows.".format(*texts.values()),
             f"Evaluate both with the same --{PERPLEXITY}, --window and --windows.",
         )
     for name, score in found.items():
@@ -213,28 +219,25 @@ def judge(result: Result, key: str | None = None) -> Judged:
     metric = metrics_of(result.scenarios)[0].key
     speeds = result.statistics.get(metric, {})
     timed = [subject for subject in result.subjects if subject.name in speeds]
+    judged = _by_what_is_known(timed, speeds) if key is None else _judged(timed, speeds, key)
     compared = tuple(one for one in result.comparisons if one.scenario == metric)
-    if key is None:
-        with contextlib.suppress(BadInput):
-            by_code = _judged(timed, speeds, HUMANEVAL, compared)
-            if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
-                return by_code
-        unknown = tuple(subject.name for subject in timed if not subject.perplexity)
-        timed = [subject for subject in timed if subject.perplexity]
-        try:
-            judged = _judged(timed, speeds, PERPLEXITY, compared)
-        except BadInput as error:
-            return Judged(PERPLEXITY, PERPLEXITY, 0, (), unlike=str(error))
-        return replace(judged, unknown=unknown)
-    return _judged(timed, speeds, key, compared)
+    return replace(judged, timed=metric, comparisons=compared)
 
 
-def _judged(
-    subjects: Sequence[Subject],
-    speeds: dict[str, dict[str, float]],
-    key: str,
-    compared: tuple[Comparison, ...],
-) -> Judged:
+def _by_what_is_known(timed: Sequence[Subject], speeds: _Speeds) -> Judged:
+    with contextlib.suppress(BadInput):
+        by_code = _judged(timed, speeds, HUMANEVAL)
+        if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
+            return by_code
+    unknown = tuple(subject.name for subject in timed if not subject.perplexity)
+    try:
+        judged = _judged([one for one in timed if one.perplexity], speeds, PERPLEXITY)
+    except BadInput as error:
+        return Judged(PERPLEXITY, PERPLEXITY, 0, (), unlike=str(error))
+    return replace(judged, unknown=unknown)
+
+
+def _judged(subjects: Sequence[Subject], speeds: _Speeds, key: str) -> Judged:
     scores = _scores({s.name: (s.perplexity, s.perplexity_on, s.scores) for s in subjects}, key)
     if not subjects:
         return Judged(key, key, 0, ())
@@ -255,7 +258,7 @@ def _judged(
     ]
     front = pareto([(option.tokens_per_s, option.loss) for option in found])
     options = (replace(one, on_front=place in front) for place, one in enumerate(found))
-    return Judged(key, best.metric, best.documents, tuple(options), comparisons=compared)
+    return Judged(key, best.metric, best.documents, tuple(options))
 
 
 def _loss(score: Score, best: Score) -> float:
@@ -373,17 +376,51 @@ def _sparse(judged: Judged, pick: Option, max_loss: float | None) -> str:
 
 def _gain(judged: Judged, pick: Option, best: Option) -> str:
     """What the sparse `pick` is ahead of the `best` dense one, and whether that is sparsity's."""
-    names = (pick.subject.name, best.subject.name)
-    known = [one for one in judged.comparisons if (one.candidate, one.baseline) == names]
-    gain = known[0].text if known else f"{pick.tokens_per_s / best.tokens_per_s:.2f}x"
-    if known and known[0].verdict != "faster":
+    verdict, gain = _beside(judged, pick, best)
+    if verdict != "faster":
         return f"Beside {best.title} it is {gain}."
-    if pick.subject.engine != best.subject.engine:
-        return (
-            f"It decodes at {gain} the speed of {best.title}, by its engine and sparsity together: "
-            f"a dense export for {pick.subject.engine} would tell what sparsity is worth."
-        )
-    return f"Sparsity pays: it is {gain} the best dense one's speed."
+    others = [name for name in _PAYS if _of(pick, name) != _of(best, name)]
+    if not others:
+        return f"Sparsity pays: it is {gain} the best dense one's speed."
+    return (
+        f"It decodes at {gain} the speed of {best.title}, by its {', '.join(others)} and sparsity "
+        f"together: {_worth(judged, pick)}"
+    )
+
+
+def _worth(judged: Judged, pick: Option) -> str:
+    """What sparsity alone is worth in `pick`, or what would tell."""
+    alike = [
+        option
+        for option in judged.options
+        if not option.subject.is_sparse
+        and all(_of(option, name) == _of(pick, name) for name in _PAYS)
+    ]
+    if alike:
+        twin = max(alike, key=lambda option: option.tokens_per_s)
+        return f"beside {twin.title} it is {_beside(judged, pick, twin)[1]}."
+    draft = " with its draft" if pick.subject.draft else ""
+    return (
+        f"a dense {pick.subject.precision} export for {pick.subject.engine}{draft} would tell what "
+        "sparsity is worth."
+    )
+
+
+def _of(option: Option, name: str) -> str:
+    return str(getattr(option.subject, name))
+
+
+def _beside(judged: Judged, one: Option, other: Option) -> tuple[stats.Verdict, str]:
+    """Whether `one` is faster than `other`, and how much, by the rounds that timed both."""
+    names = (one.subject.name, other.subject.name)
+    for known in judged.comparisons:
+        if (known.candidate, known.baseline) == names:
+            return known.verdict, known.text
+    now, then = paired(one.subject, other.subject, judged.timed)
+    if not now:
+        return "inconclusive", "inconclusive (no round timed both)"
+    ratio = stats.compare(now, then)
+    return ratio.verdict, stats.describe(ratio)
 
 
 def _percent(share: float) -> str:

@@ -29,6 +29,7 @@ _READERS = {
     "new_tokens": {"answers", *_ANSWERING},
     "prompts": {"answers"},
 }
+_LEAST_NEW = 2  # tokens: of fewer none comes after the first, to be timed
 _EXAMPLES = (
     "decode@4096, decode@512x4, prefill@2048, generate@128+64, throughput@512x2 or "
     "requests@128+64x8"
@@ -88,7 +89,7 @@ class BenchPlan(BaseModel):
             ("--batch", self.batch, 1),
             ("--streams", self.streams, 1),
             ("--clients", self.clients, 1),
-            ("--new-tokens", (self.new_tokens,), 2),
+            ("--new-tokens", (self.new_tokens,), _LEAST_NEW),
             ("--pairs", (self.pairs,), 1),
             ("--looks", (self.looks,), 1),
         ):
@@ -200,6 +201,11 @@ class BenchPlan(BaseModel):
         wrong = bool(new) is not (kind in _ANSWERING) or several < 1
         if wrong or (several > 1 and kind not in _SEVERAL):
             raise BadInput(f"--scenario {name} is none.", f"Give one such as {_EXAMPLES}.")
+        answer = tokens if kind == "answers" else new
+        if kind in _READERS["new_tokens"] and answer < _LEAST_NEW:
+            raise BadInput(
+                f"--scenario {name} makes too few new tokens.", f"Make {_LEAST_NEW} or more."
+            )
         rows = {_SEVERAL[kind]: several} if kind in _SEVERAL else {}
         context = tokens if kind in _ATTENDING else self._room(tokens + new)
         return Scenario(kind=kind, tokens=tokens, context=context, new=new, **rows)

@@ -67,7 +67,8 @@ class Subject(_Model):
     """A deployment in an engine, and all its samples; `failure` says why there are no more.
 
     `failed`: why there are no more of a scenario, by its key, where others go on.
-    `perplexity_on`: the digest of the tokens that it was measured on, where that was kept.
+    `perplexity_on`: what tells the text that it was measured on from others, the digest of its
+    tokens with the length of its windows (of earlier results without), where that was kept.
     `scores`: by task, as `owl eval` recorded them. `draft`: the folder, or "lookup", that proposes
     `draft_tokens` tokens at a time, 0 for as many as pay; its answers, and so its quality, are the
     deployment's.
@@ -104,6 +105,15 @@ class Subject(_Model):
     def latencies(self, key: str) -> list[tuple[float, ...]]:
         """The latencies of a metric, by process; none of one that failed."""
         return list(self.by_round(key).values())
+
+    @property
+    def failures(self) -> list[str]:
+        """What its engine failed at, a sentence each."""
+        scenarios: dict[str, list[str]] = {}
+        for key, why in self.failed.items():
+            scenarios.setdefault(why, []).append(key)
+        found = [f"{', '.join(keys)}: {why}" for why, keys in scenarios.items()]
+        return found + ([self.failure] if self.failure else [])
 
     @property
     def tally(self) -> dict[str, float]:
@@ -163,14 +173,7 @@ class Result(_Model):
     @property
     def failures(self) -> list[str]:
         """What engines failed at, a sentence each."""
-        found = []
-        for subject in self.subjects:
-            scenarios: dict[str, list[str]] = {}
-            for key, why in subject.failed.items():
-                scenarios.setdefault(why, []).append(key)
-            found += [f"{', '.join(keys)}: {why}" for why, keys in scenarios.items()]
-            found += [subject.failure] if subject.failure else []
-        return found
+        return [failure for subject in self.subjects for failure in subject.failures]
 
 
 def read_result(path: Path) -> Result:

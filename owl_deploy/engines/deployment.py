@@ -1,5 +1,6 @@
 """What a deployment folder is, before an engine opens it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -52,9 +53,8 @@ class Deployment:
 
     @property
     def perplexity_on(self) -> str:
-        """What tells the tokens that gave its perplexity from others; "" where nothing says."""
-        recorded = measurement(self.path, "perplexity") or {}
-        return str(recorded.get("token_ids_sha256") or "")
+        """What tells the text that gave its perplexity from others; "" where nothing says."""
+        return text_of(measurement(self.path, "perplexity") or {})
 
     @property
     def max_context(self) -> int | None:
@@ -126,6 +126,15 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
     if engine_for(target).operators:
         kernels()  # to hear of a wrong OWL_ISA before an engine starts
     return Deployment(path, target, vocab, manifest, library, folder=folder)
+
+
+def text_of(recorded: Mapping[str, Any]) -> str:
+    """What tells the text of a `recorded` perplexity from others: the digest of its tokens, and the
+    length of its windows; "" where nothing says.
+    """
+    digest, window = recorded.get("token_ids_sha256"), recorded.get("window")
+    # The same tokens in shorter windows are predicted from less, which is another perplexity.
+    return f"{digest} in windows of {window}" if digest and window else str(digest or "")
 
 
 def told_numbers(file: Path, key: str) -> list[int]:

@@ -1,13 +1,14 @@
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from owl_deploy.bench import decision
-from owl_deploy.bench.result import Result, Score, metrics_of
+from owl_deploy.bench import BenchPlan, decision, entries
+from owl_deploy.bench.result import Result, Score, Subject, metrics_of
 from owl_deploy.errors import BadInput
 from owl_deploy.measurements import keep_measurement
 from tests.unit.bench.made import result, with_code
@@ -74,7 +75,9 @@ def test_sentences() -> None:
     assert "the fastest here that loses at most 2 % of log-perplexity" in told
     assert "owl-50-deepsparse (deepsparse, fp32) is 1.0" in told
     assert "it would be the choice if that were 2 % or less" in told
-    assert "a dense export for owl would tell what sparsity is worth" in said(result(), 0.5)
+    assert "by its engine, precision and sparsity together: a dense int8 export for owl would " in (
+        said(result(), 0.5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,10 +103,73 @@ def test_sparsity_pays_by_the_interval_and_in_one_engine(
             "text": text,
         }
     )
-    subjects = (dense.model_copy(update={"engine": sparse.engine}), sparse)
+    alike = {"engine": sparse.engine, "precision": sparse.precision}
+    subjects = (dense.model_copy(update=alike), sparse)
     told = said(made.model_copy(update={"subjects": subjects, "comparisons": (found,)}), 0.9)
     assert says in told
     assert ("Sparsity pays" in told) is (verdict == "faster")
+
+
+def beside(dense: dict[str, Any], *others: Subject, slower: float = 1.5) -> str:
+    """What is said of the int8 `owl-70-owl-int8`, taken for one that loses nothing, where `dense`
+    takes `slower` times as long in each round, and no comparison of them was kept.
+    """
+    made = result()
+    sparse = made.subjects[0].model_copy(update={"perplexity": 13.7})
+    samples = tuple(
+        sample.model_copy(
+            update={
+                "latencies_ms": {
+                    key: tuple(slower * one for one in values)
+                    for key, values in sample.latencies_ms.items()
+                }
+            }
+        )
+        for sample in sparse.samples
+    )
+    whole = {"engine": "owl", "precision": "int8", "samples": samples, **dense}
+    subjects = (sparse, made.subjects[4].model_copy(update=whole), *others)
+    return said(made.model_copy(update={"subjects": subjects, "comparisons": ()}))
+
+
+def test_what_was_not_compared_is_by_the_rounds_of_both() -> None:
+    assert beside({}).endswith(
+        "Sparsity pays: it is 1.50x (1.50 to 1.50) the best dense one's speed."
+    )
+    assert beside({}, slower=1.0).endswith(
+        "Beside dense-fp32 (owl, int8) it is no speed-up (1.00 to 1.00)."
+    )
+    few = result(pairs=2).subjects[4].samples
+    assert "it is inconclusive (too few pairs): " in beside({"samples": few})
+    later = tuple(one.model_copy(update={"round": 100 + one.round}) for one in few)
+    assert beside({"samples": later}).endswith("it is inconclusive (no round timed both).")
+
+
+@pytest.mark.parametrize(
+    ("unlike", "by", "tells"),
+    [
+        ({"engine": "onnxruntime"}, "engine", "int8 export for owl"),
+        ({"precision": "int4"}, "precision", "int8 export for owl"),
+        ({"draft": "lookup"}, "draft", "int8 export for owl"),
+    ],
+)
+def test_what_else_may_make_it_faster_is_not_sparsity_s_merit(
+    unlike: dict[str, Any], by: str, tells: str
+) -> None:
+    told = beside(unlike)
+    assert f"by its {by} and sparsity together: a dense {tells} would tell what spars" in told
+    assert "Sparsity pays" not in told
+
+
+def test_a_dense_one_of_its_kind_tells_what_sparsity_is_worth() -> None:
+    """It may lose too much to be deployed."""
+    made = result()
+    update = {"engine": "owl", "perplexity": 99.0, "samples": made.subjects[0].samples}
+    told = beside({"precision": "int4"}, made.subjects[5].model_copy(update=update))
+    assert "It decodes at 1.50x (1.50 to 1.50) the speed of dense-fp32 (owl, int4), by its " in told
+    assert told.endswith(
+        "together: beside dense-int8 (owl, int8) it is no speed-up (1.00 to 1.00)."
+    )
 
 
 def test_who_is_left_out_is_named() -> None:
@@ -291,6 +357,22 @@ def test_perplexities_of_different_text_are_not_compared(tmp_path: Path) -> None
         keep_measurement(folder, "perplexity", kept)
     with pytest.raises(BadInput, match="measured on other text"):
         decision.check_measured(folders, "perplexity")
+
+
+def test_perplexities_over_windows_of_other_lengths_are_not_compared(
+    fake: Callable[..., Path],
+) -> None:
+    """The same tokens, but their first in each window is predicted from nothing."""
+    folders = [fake("long"), fake("short")]
+    for folder, window in zip(folders, (2048, 512), strict=True):
+        kept = {"value": 5.0, "token_ids_sha256": "ab", "window": window}
+        keep_measurement(folder, "perplexity", kept)
+    with pytest.raises(BadInput, match=r"measured on other text, or in other windows.* --window "):
+        decision.check_measured(folders, "perplexity")
+    decision.check_measured(folders[:1] * 2, "perplexity")
+    subjects = [one for one, _ in entries.entries_of(BenchPlan(candidates=tuple(folders)))]
+    speeds = {one.name: {"tokens_per_s": 1.0} for one in subjects}
+    assert "in other windows" in decision._by_what_is_known(subjects, speeds).unlike
 
 
 def with_perplexity(made: Result, name: str, value: float, role: str) -> Result:
