@@ -115,7 +115,7 @@ def check(
     one_of_each(plan)
     saved, margins = read(path)
     progress("Checking what needs no timing")
-    now = still_side(plan)
+    now = still_side(plan, saved)
     verdicts = gate.check_setting(saved, now)
     if verdicts:
         return verdicts, None
@@ -146,13 +146,25 @@ def _check_times(
 
     result = run(decided=decided)
     if result.failures:
-        failed = [Verdict("engine", "REGRESSED", failure) for failure in result.failures]
-        return verdicts + failed, result
+        return verdicts + _failed(result), result
     return verdicts + timed(result), result
 
 
-def still_side(plan: BenchPlan) -> Side:
-    """All of a run that needs no timing: its setting, logits and counters."""
+def _failed(result: Result) -> list[Verdict]:
+    """What failures come to: the deployment's own are its fault; others leave nothing to judge."""
+    candidate, *others = result.subjects
+    return [Verdict("engine", "REGRESSED", failure) for failure in candidate.failures] + [
+        Verdict("reference", "INCOMPARABLE", f"{other.name}, which it is timed by, failed: {why}")
+        for other in others
+        for why in other.failures
+    ]
+
+
+def still_side(plan: BenchPlan, saved: Side | None = None) -> Side:
+    """All of a run that needs no timing: its setting, logits and counters.
+
+    `saved`: what it is to be checked against, some of whose logits are looked up.
+    """
     from owl_deploy.bench.machine import look
 
     plan, entries, _ = fitted(plan)
@@ -165,13 +177,24 @@ def still_side(plan: BenchPlan) -> Side:
         "engine version": installed_version(subject.engine),
         "precision": subject.precision,
         "reference": f"{reference.engine} {reference.precision}, {other.size_bytes} bytes",
+        gate.REFERENCE_ENGINE: _runs(reference.engine),
         "threads": threads,
         "instruction set": list(here.isa),
         "scenarios": [scenario.model_dump(mode="json") for scenario in plan.described()],
         **_told(plan, subject.engine),
     }
-    probe = _probe(plan, subject.engine, deployment, threads)
+    tokens = saved.probe["tokens"] if saved else None
+    probe = _probe(plan, subject.engine, deployment, threads, tokens)
     return Side(setting, here.cpu, probe, counters.count(deployment), 0, {})
+
+
+def _runs(engine: str) -> str:
+    """An engine's version, and what decides its times besides: the reference's, too, are half of
+    every ratio. Of the operators' library as `_told` says.
+    """
+    by = software(engine)
+    beneath = [f"{name} {by[name]}" for name in ("onnxruntime", "kernels") if name in by]
+    return ", ".join([str(by["version"]), *beneath])
 
 
 def _told(plan: BenchPlan, engine: str) -> dict[str, Any]:
@@ -188,8 +211,17 @@ def _told(plan: BenchPlan, engine: str) -> dict[str, Any]:
     return found
 
 
-def _probe(plan: BenchPlan, engine: str, deployment: Deployment, threads: int) -> dict[str, Any]:
-    """What the deployment answers to a fixed prompt: tokens, and some of the logits behind them."""
+def _probe(
+    plan: BenchPlan,
+    engine: str,
+    deployment: Deployment,
+    threads: int,
+    saved: Sequence[int] | None,
+) -> dict[str, Any]:
+    """What the deployment answers to a fixed prompt: tokens, and some of the logits behind them.
+
+    Among these the ones of the tokens that a `saved` probe chose.
+    """
     generator = np.random.default_rng(0)
     prompt = [int(token) for token in generator.integers(0, deployment.vocab, PROBE_TOKENS)]
     columns = np.sort(generator.permutation(deployment.vocab)[:PROBE_COLUMNS])
@@ -206,11 +238,23 @@ def _probe(plan: BenchPlan, engine: str, deployment: Deployment, threads: int) -
                 "greedy", tokens=prompt, count=PROBE_STEPS, logits_file=str(file)
             )
         logits = np.load(file)
-    return {
+    found = {
         "tokens": answer["tokens"],
         "scale": float(np.abs(logits).max()),
-        "logits": np.round(logits[:, columns].astype(float), 6).tolist(),
+        "logits": _rounded(logits[:, columns]),
+        "largest": _rounded(logits.max(axis=1)),
     }
+    if saved is not None:
+        pairs = zip(logits, saved, strict=False)
+        # A token beyond a smaller vocabulary has no chance.
+        found["of_saved"] = [
+            _rounded(row[token]) if token < len(row) else -math.inf for row, token in pairs
+        ]
+    return found
+
+
+def _rounded(logits: np.ndarray) -> Any:  # noqa: ANN401 - a number, or lists of them
+    return np.round(logits.astype(float), 6).tolist()
 
 
 def timed_side(side: Side, result: Result) -> Side:

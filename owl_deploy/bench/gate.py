@@ -9,7 +9,7 @@ not certain INCONCLUSIVE.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ EXIT_CODES: dict[Word, int] = {
 # From the worst to the best: the worst of a run's verdicts is the run's.
 _ORDER: tuple[Word, ...] = ("REGRESSED", "INCOMPARABLE", "INCONCLUSIVE", "IMPROVED", "OK")
 MIN_ROUNDS = 8
+REFERENCE_ENGINE = "reference engine"  # of the setting; baselines of earlier versions lack it
 _RESAMPLES = 4000
 
 
@@ -43,9 +44,11 @@ class Verdict:
 class Side:
     """What one run says of a deployment, saved or just measured.
 
-    `setting` must be equal on both sides; `cpu` may differ. `probe`: the logits of a few greedy
-    steps [steps, columns] as lists, `tokens` chosen, and `scale`, the largest logit. `ratios`: for
-    each metric one log ratio a round, of the candidate's time over the reference's.
+    `setting` must be equal on both sides; `cpu` may differ. `probe`: some of the logits of a few
+    greedy steps [steps, columns] as lists, `tokens` chosen, `largest`, the logits of those, and
+    `scale`, the largest of all; of a run that is checked also `of_saved`, its logits of the tokens
+    that the saved one chose. `ratios`: for each metric one log ratio a round, of the candidate's
+    time over the reference's.
     """
 
     setting: Mapping[str, Any]
@@ -84,6 +87,8 @@ def check_setting(saved: Side, now: Side) -> list[Verdict]:
     found = []
     for key in sorted({*saved.setting, *now.setting}):
         was, is_now = saved.setting.get(key), now.setting.get(key)
+        if key == REFERENCE_ENGINE and was is None:
+            continue
         if was != is_now:
             found.append(Verdict(key, "INCOMPARABLE", f"was {_short(was)}, is {_short(is_now)}"))
     return found
@@ -104,10 +109,17 @@ def check_probe(saved: Side, now: Side, margins: Margins) -> list[Verdict]:
     # After the first token that differs, the two runs answer different questions.
     same = _common_prefix(saved.probe["tokens"], now.probe["tokens"])
     compared = min(same + 1, len(was))
-    scale = max(abs(float(saved.probe["scale"])), 1e-30)
-    largest = float(np.abs(was[:compared] - is_now[:compared]).max()) / scale
-    text = f"differ by {largest:.1e} of the largest logit, {same} of {len(was)} tokens the same"
-    return [Verdict("logits", "REGRESSED" if largest > margins.logits else "OK", text)]
+    apart = np.abs(was[:compared] - is_now[:compared]).max()
+    if "largest" in saved.probe:  # baselines of earlier versions hold nothing to tell a tie by
+        if not {"largest", "of_saved"} <= now.probe.keys():
+            return [Verdict("logits", "INCOMPARABLE", "the logits of the saved tokens are missing")]
+        # Where the tokens differ, both are near the top on both sides, or it is no tie.
+        of_now = np.asarray([now.probe["largest"], now.probe["of_saved"]])[:, :compared]
+        tops = np.asarray(saved.probe["largest"])[:compared]
+        apart = np.maximum(apart, np.abs(of_now - tops).max())
+    share = float(apart) / max(abs(float(saved.probe["scale"])), 1e-30)
+    text = f"differ by {share:.1e} of the largest logit, {same} of {len(was)} tokens the same"
+    return [Verdict("logits", "OK" if share <= margins.logits else "REGRESSED", text)]
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
@@ -116,13 +128,10 @@ def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def check_counters(saved: Side, now: Side, margins: Margins) -> list[Verdict]:
-    """Whether the model is no larger, in bytes, nodes of each operator, and non-zeros."""
+    """Whether the model is no larger, in bytes, nodes, and non-zeros."""
     was, is_now = saved.counters, now.counters
     found = [_counted("bytes", was["bytes"], is_now["bytes"], margins.bytes)]
-    for operator in sorted({*was["nodes"], *is_now["nodes"]}):
-        counts = was["nodes"].get(operator, 0), is_now["nodes"].get(operator, 0)
-        if counts[0] != counts[1]:
-            found.append(_counted(f"nodes: {operator}", *counts, 0.0))
+    found += _check_nodes(was["nodes"], is_now["nodes"])
     if was["nonzeros"].keys() != is_now["nonzeros"].keys():
         names = sorted(was["nonzeros"].keys() ^ is_now["nonzeros"].keys())
         found.append(Verdict("nonzeros", "INCOMPARABLE", f"other tensors: {_short(names)}"))
@@ -134,6 +143,19 @@ def check_counters(saved: Side, now: Side, margins: Margins) -> list[Verdict]:
             if verdict.word != "OK":
                 found.append(verdict)
     return found
+
+
+def _check_nodes(was: Mapping[str, int], is_now: Mapping[str, int]) -> list[Verdict]:
+    """The verdict on all nodes together: one of a new kind may do the work of several others."""
+    changed = [
+        f"{kind} {was.get(kind, 0)} to {is_now.get(kind, 0)}"
+        for kind in sorted({*was, *is_now})
+        if was.get(kind, 0) != is_now.get(kind, 0)
+    ]
+    if not changed:
+        return []
+    verdict = _counted("nodes", sum(was.values()), sum(is_now.values()), 0.0)
+    return [replace(verdict, why=f"{verdict.why} ({', '.join(changed)})")]
 
 
 def _counted(metric: str, was: float, is_now: float, margin: float) -> Verdict:

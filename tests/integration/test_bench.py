@@ -161,14 +161,14 @@ def test_a_gate_sees_filled_zeros_and_other_logits(
     assert zeros > 100
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     onnx.save(model, changed / "model.onnx")
-    after = baseline.still_side(plan.model_copy(update={"candidates": (changed,)}))
+    after = baseline.still_side(plan.model_copy(update={"candidates": (changed,)}), before)
     margins = gate.Margins()
     assert gate.check_setting(before, after) == []
     (logits,) = gate.check_probe(before, after, margins)
     assert logits.word == "REGRESSED"
     found = {v.metric: v.word for v in gate.check_counters(before, after, margins)}
     assert found[f"nonzeros: {weight.name}"] == "REGRESSED"
-    assert gate.check_probe(before, baseline.still_side(plan), margins)[0].word == "OK"
+    assert gate.check_probe(before, baseline.still_side(plan, before), margins)[0].word == "OK"
 
 
 def test_a_graph_that_an_engine_refuses_is_its_failure_alone(

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from owl_deploy import artefact, digests
 from owl_deploy.bench import BenchPlan, baseline, gate
 from owl_deploy.bench.gate import Margins, Side
 from owl_deploy.cli import app
-from owl_deploy.engines import default_threads
+from owl_deploy.engines import EngineProcess, default_threads
 from owl_deploy.runtime import kernels
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -114,6 +115,57 @@ def test_logits(probe: dict[str, Any], word: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("largest", "of_saved", "word"),
+    [
+        ([5.0, 6.0], [5.0, 6.0], "OK"),
+        ([5.01, 6.0], [4.99, 6.0], "OK"),  # both near the top: a tie
+        ([5.0, 6.0], [2.0, 6.0], "REGRESSED"),  # the token that was chosen is not
+        ([7.0, 6.0], [5.0, 6.0], "REGRESSED"),  # another rose above it
+        ([5.0, 6.0], [-math.inf, 6.0], "REGRESSED"),
+        ([math.nan, 6.0], [5.0, 6.0], "REGRESSED"),
+        ([5.0, 99.0], [5.0, 0.0], "OK"),  # after the first that differs
+        (None, None, "INCOMPARABLE"),
+    ],
+)
+def test_another_token_is_a_tie_only_where_both_are_near_the_top(
+    largest: list[float] | None, of_saved: list[float] | None, word: str
+) -> None:
+    saved = replace(SIDE, probe={**SIDE.probe, "largest": [5.0, 6.0]})
+    told = {"largest": largest, "of_saved": of_saved} if largest else {}
+    now = replace(SIDE, probe={**SIDE.probe, "tokens": [9, 1], **told})
+    assert [v.word for v in gate.check_probe(saved, now, Margins())] == [word]
+    # A baseline of an earlier version is checked as it was.
+    assert gate.check_probe(SIDE, now, Margins())[0].word == "OK"
+
+
+def test_other_answers_are_seen_beyond_the_columns_that_are_kept(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = BenchPlan(candidates=(fake("a", vocab=4000),), baselines=(fake("b"),))
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"vocab_size": 4000}))
+    saved = baseline.still_side(plan)
+    assert gate.check_probe(saved, baseline.still_side(plan, saved), Margins())[0].word == "OK"
+    request = EngineProcess.request
+
+    def astray(self: EngineProcess, op: str, **arguments: Any) -> dict[str, Any]:
+        answer = request(self, op, **arguments)
+        if op == "greedy":
+            np.save(arguments["logits_file"], np.roll(np.load(arguments["logits_file"]), 1, axis=1))
+            answer["tokens"] = [token + 1 for token in answer["tokens"]]
+        return answer
+
+    monkeypatch.setattr(EngineProcess, "request", astray)
+    now = baseline.still_side(plan, saved)
+    # None of the columns that are kept tells.
+    assert now.probe["logits"][0] == saved.probe["logits"][0]
+    (verdict,) = gate.check_probe(saved, now, Margins())
+    assert verdict.word == "REGRESSED"
+    assert verdict.why == "differ by 1.0e+00 of the largest logit, 0 of 16 tokens the same"
+    small = BenchPlan(candidates=(fake("c"),), baselines=(tmp_path / "b",))  # 16 tokens
+    assert -math.inf in baseline.still_side(small, saved).probe["of_saved"]
+
+
+@pytest.mark.parametrize(
     ("counters", "word"),
     [
         ({}, "OK"),
@@ -121,6 +173,8 @@ def test_logits(probe: dict[str, Any], word: str) -> None:
         ({"bytes": 900}, "IMPROVED"),
         ({"nodes": {"MatMul": 4, "Cast": 1}}, "REGRESSED"),
         ({"nodes": {}}, "IMPROVED"),
+        ({"nodes": {"Fused": 1}}, "IMPROVED"),  # a kind that does what four did
+        ({"nodes": {"MatMul": 3, "Gemm": 1}}, "OK"),
         ({"nonzeros": {"w": 10_000, "v": 100}}, "REGRESSED"),
         ({"nonzeros": {"w": 4000, "v": 100}}, "IMPROVED"),
         ({"nonzeros": {"w": 5000}}, "INCOMPARABLE"),
@@ -177,11 +231,12 @@ def test_a_setting_is_told_briefly(value: Any, text: str) -> None:
 def test_verdicts_name_their_metric_and_say_why() -> None:
     more = {**SIDE.counters, "nonzeros": {"w": 10_000, "v": 100}, "nodes": {"MatMul": 4, "Cast": 1}}
     assert gate.check_counters(SIDE, replace(SIDE, counters=more), Margins())[1:] == [
-        gate.Verdict("nodes: Cast", "REGRESSED", "0 before, 1 now"),
+        gate.Verdict("nodes", "REGRESSED", "4 before, 5 now (Cast 0 to 1)"),
         gate.Verdict("nonzeros: w", "REGRESSED", "5,000 before, 10,000 now"),
     ]
     fewer = replace(SIDE, counters={**SIDE.counters, "nodes": {}})
-    assert gate.check_counters(SIDE, fewer, Margins())[1].why == "4 before, 0 now"
+    why = gate.check_counters(SIDE, fewer, Margins())[1].why
+    assert why == "4 before, 0 now (MatMul 4 to 0)"
     other = {**SIDE.counters, "nonzeros": {"w": 5000, "u": 1}}
     assert gate.check_counters(SIDE, replace(SIDE, counters=other), Margins())[1:] == [
         gate.Verdict("nonzeros", "INCOMPARABLE", "other tensors: ['u', 'v']")
@@ -372,6 +427,44 @@ def test_an_engine_that_fails_the_check_has_regressed(
     assert answer.exit_code == 1, answer.output
     assert "Overall: REGRESSED" in answer.stdout
     assert len(loads) == 1 + 1 + 8  # its logits, the sample that fails, the reference in one look
+
+
+def test_a_reference_that_fails_leaves_nothing_to_judge(fake: Fake, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    good = fake("reference", fail={"op": "none", "how": "raise"})  # as many bytes
+    assert bench(fake("candidate"), good, "--save-baseline", file).exit_code == 0
+    bad = fake("reference", fail={"op": "next", "how": "raise"})
+    answer = bench(tmp_path / "candidate", bad, "--check", file, "--json")
+    assert answer.exit_code == 3, answer.output
+    found = json.loads(answer.stdout)
+    assert found["verdict"] == "INCOMPARABLE"
+    (failed,) = (one for one in found["verdicts"] if one["word"] == "INCOMPARABLE")
+    assert failed["metric"] == "reference"
+    assert failed["why"].startswith("reference, which it is timed by, failed: The engine 'fake'")
+    # Where both fail, the one that is judged has regressed all the same.
+    worse = fake("candidate", fail={"op": "prompt", "how": "raise"})
+    result = baseline.run_bench(BenchPlan(candidates=(worse,), baselines=(bad,), pairs=1))
+    assert [one.word for one in baseline._failed(result)] == ["REGRESSED", "INCOMPARABLE"]
+
+
+def test_another_engine_beneath_the_reference_cannot_be_compared(
+    fake: Fake, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, reference = fake("candidate"), tmp_path / "reference"
+    older = tmp_path / "older.json"
+    content = json.loads(saved.read_text())
+    assert ", onnxruntime " in content["side"]["setting"].pop("reference engine")
+    del content["digest"]
+    artefact.write_json(older, {**content, "digest": digests.of_json(content)})
+    assert bench(now, reference, "--check", older).exit_code == 0
+
+    software = baseline.software
+    monkeypatch.setattr(baseline, "software", lambda name: {**software(name), "version": "99"})
+    answer = bench(now, reference, "--check", saved, "--json")
+    (verdict,) = json.loads(answer.stdout)["verdicts"]
+    assert (verdict["metric"], verdict["word"]) == ("reference engine", "INCOMPARABLE")
+    assert ", is 99" in verdict["why"]
+    assert bench(now, reference, "--check", older).exit_code == 0  # which does not say
 
 
 @pytest.mark.parametrize("force", [False, True])
