@@ -140,7 +140,7 @@ def humaneval(allow_code: bool) -> HumanEval:
     if not allow_code:
         raise BadInput(
             "HumanEval runs programs that the model wrote.",
-            "Give --allow-code to run them, in a sandbox without network or files.",
+            "Give --allow-code to run them, in a sandbox without network or your files.",
         )
     require_sandbox()
     return HumanEval()

@@ -1,15 +1,15 @@
 """Programs that a model wrote, run apart from everything: `judge` them by tests of ours.
 
 A program runs in Bubblewrap (`bwrap`): namespaces of its own for processes, users, network and
-files, of which it sees Python's alone, read-only, and an empty folder in memory; with limits on
-time, memory, processes and file sizes. The tests run here, in this process, and ask the program
+files, of which it sees the system's programs and libraries (/usr, /bin, /lib) and Python's,
+read-only, its own processes' /proc, and one empty folder of 16 MiB in memory; with limits on time,
+address space, processes and file sizes. The tests run here, in this process, and ask the program
 for values over a pipe, so that nothing that it prints or returns says "passed" for them. What a
 flaw of the kernel's would let through, this does not stop.
 """
 
 import ast
 import builtins
-import functools
 import os
 import select
 import shutil
@@ -64,10 +64,28 @@ def require_sandbox() -> None:
     outcome = judge("def one():\n    return 1", "def check(one):\n    assert one() == 1", "one")
     if not outcome.passed:
         raise EnvironmentFailed(
-            f"Bubblewrap makes no sandbox here ({outcome.why}).",
-            "It needs namespaces: see the sysctl kernel.unprivileged_userns_clone, or the "
-            "container's settings.",
+            f"Bubblewrap makes no sandbox here ({_complaint() or outcome.why}).",
+            "It must be version 0.8 or newer, and needs namespaces: see the sysctl "
+            "kernel.unprivileged_userns_clone, or the container's settings.",
         )
+
+
+def _complaint() -> str:
+    """The last line that Bubblewrap writes where it makes no sandbox; "" where it says nothing."""
+    with suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(
+            [*_bubblewrap(), str(_python()), "-I", "-S", "-c", ""],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={},
+            cwd="/",
+            timeout=20,
+        )
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        return lines[-1].strip()[:200] if done.returncode and lines else ""
+    return ""
 
 
 def judge(program: str, tests: str, entry_point: str, seconds: float = 20.0) -> Outcome:
@@ -185,10 +203,19 @@ def _is_root() -> bool:
     return os.geteuid() == 0
 
 
-@functools.cache
+def _python() -> Path:
+    return Path(sys.base_prefix) / "bin" / "python{}.{}".format(*sys.version_info)
+
+
 def _command() -> list[str]:
+    suspect = _SUSPECT.read_text(encoding="utf-8")
+    return [*_bubblewrap(), str(_python()), "-I", "-S", "-c", suspect]
+
+
+def _bubblewrap() -> list[str]:
+    """What makes the sandbox, without what runs in it; options as of Bubblewrap 0.8."""
+    bwrap = shutil.which("bwrap") or "bwrap"  # a program without an environment has no PATH
     prefix = Path(sys.base_prefix)
-    python = prefix / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     # The number of root's processes has no limit: there the suspect makes itself nobody, who must
     # be able to walk to Python, be it in root's home.
     as_root = ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
@@ -196,10 +223,12 @@ def _command() -> list[str]:
     above = [("--perms", "0755", "--dir", str(path)) for path in reversed(prefix.parents[:-1])]
     shown = [("--ro-bind-try", path, path) for path in (*_SHOWN, str(prefix))]
     return [
-        *("bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
+        *(bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
         *("--die-with-parent", "--new-session", "--cap-drop", "ALL", *user),
         *(word for option in (*above, *shown) for word in option),
         *("--proc", "/proc", "--dev", "/dev"),
-        *("--perms", "1777", "--size", str(16 * _MIB), "--tmpfs", "/tmp", "--chdir", "/tmp"),
-        *("--clearenv", str(python), "-I", "-S", "-c", _SUSPECT.read_text(encoding="utf-8")),
+        *("--perms", "1777", "--size", str(16 * _MIB), "--tmpfs", "/tmp"),
+        # These are in memory too, have no size, and belong to an ordinary user's programs.
+        *("--remount-ro", "/dev", "--remount-ro", "/"),
+        *("--chdir", "/tmp", "--clearenv"),
     ]

@@ -1,5 +1,6 @@
 """What is evaluated: a checkpoint or a deployment, and where what came out is kept."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from owl_deploy.adapter import with_adapter
 from owl_deploy.artefact import is_artefact
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import engine_for, get_engine
-from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.deployment import Deployment, open_deployment, text_of
 from owl_deploy.engines.loading import Folder
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.manifest import DeploymentManifest, Manifest, read_manifest
-from owl_deploy.measurements import keep_measurement
+from owl_deploy.measurements import keep_measurement, measurement
 from owl_deploy.progress import error_console
 from owl_deploy.text import load_tokenizer
 
@@ -76,11 +77,67 @@ def load_model(
 def keep(folder: Path, key: str, value: dict[str, Any], *, add: bool = False) -> None:
     """Keep a result beside what was measured (`add`: to it), if `folder` is an artefact of ours.
 
-    A folder that cannot be written costs a remark, not the result.
+    What it replaces is said where that was measured on more, or on something else. A folder that
+    cannot be written costs a remark, not the result.
     """
     if not is_artefact(folder):
         return
+    lost = _lost(folder, key, value)
     try:
         keep_measurement(folder, key, value, add=add)
     except OSError as error:
         error_console().print(f"{folder} does not keep the result ({error}).", highlight=False)
+        return
+    for what in lost:
+        error_console().print(f"{folder}: {what}.", highlight=False)
+
+
+def _lost(folder: Path, key: str, value: dict[str, Any]) -> list[str]:
+    """Sentences, without a full stop, for what `value` replaces and does not make up for."""
+    earlier: dict[str, Any] = {}
+    with suppress(BadInput, OSError):  # what cannot be read is no loss
+        earlier = measurement(folder, key) or {}
+    if key == "perplexity":
+        return [_replaced(value, earlier)] if earlier and _is_less(value, earlier) else []
+    return [
+        f"{name} on {_asked(row)} replaces what was kept, on {_asked(earlier[name])}"
+        for name, row in value.items()
+        if name in earlier and _is_fewer(row, earlier[name])
+    ]
+
+
+def _is_less(now: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether a perplexity is of less than an `earlier` one, or of other text or windows."""
+    if (on := text_of(earlier)) and on == text_of(now):  # whatever the text's file is called
+        return False
+    same = all(now.get(name) == earlier.get(name) for name in ("text", "window"))
+    return not same or _count(now, "windows") <= _count(earlier, "windows")
+
+
+def _replaced(now: dict[str, Any], earlier: dict[str, Any]) -> str:
+    def read(one: dict[str, Any]) -> str:
+        return f"over {_count(one, 'windows')} windows of {_count(one, 'window')} tokens"
+
+    # Not by its name, which in a stranger's folder may be anything.
+    other = "" if now.get("text") == earlier.get("text") else " of other text"
+    return (
+        f"perplexity {read(now)} replaces what was kept, {earlier['value']:.4g} "
+        f"{read(earlier)}{other}"
+    )
+
+
+def _is_fewer(now: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether a task was asked fewer documents than before, or as many others."""
+    was, is_now = _count(earlier, "documents"), _count(now, "documents")
+    others = _count(earlier, "every", 1) != _count(now, "every", 1)
+    return is_now < was or (is_now == was and others)
+
+
+def _asked(row: dict[str, Any]) -> str:
+    every = _count(row, "every", 1)
+    return f"{_count(row, 'documents')} documents" + (f", one of {every}" if every > 1 else "")
+
+
+def _count(row: dict[str, Any], name: str, usual: int = 0) -> int:
+    found = row.get(name)
+    return found if isinstance(found, int) else usual

@@ -142,6 +142,9 @@ def test_a_right_answer_passes(folders, monkeypatch: pytest.MonkeyPatch) -> None
     metric = found["tasks"]["humaneval"]["metrics"]["pass@1"]
     assert metric["value"] == 0.75
     assert metric["stderr"] == pytest.approx(0.25)
+    quick = run(deployment, "--allow-code", "--limit", 2, "--window", 512)
+    told = " ".join(quick.stderr.split())
+    assert "humaneval on 2 documents replaces what was kept, on 4 documents." in told
 
 
 def test_nothing_runs_unasked(folders) -> None:

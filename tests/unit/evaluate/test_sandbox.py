@@ -113,6 +113,33 @@ def test_files_are_bounded_and_vanish(tmp_path: Path) -> None:
     assert judge(big, TESTS, "f").why in ("raised OSError", "ended by itself")
 
 
+def as_ordinary_user(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as nobody where the tests are root's."""
+    user = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd="/", env={}, **user
+    )
+
+
+def test_an_ordinary_user_s_program_fills_no_memory_with_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There the sandbox's root and /dev belong to the program; /tmp alone has a size."""
+    monkeypatch.setattr(sandbox, "_is_root", lambda: False)
+    monkeypatch.setattr(sys, "base_prefix", "/usr")  # the tests' own may be in root's home
+    namespaces = as_ordinary_user("bwrap", "--unshare-user", "--ro-bind", "/", "/", "true")
+    if namespaces.returncode:
+        pytest.skip(f"no sandbox for an ordinary user: {namespaces.stderr}")
+    places = ("/mine", "/usr/mine", "/home/mine", "/dev/mine", "/dev/shm/mine", "/tmp/mine")
+    script = (
+        f"for file in {' '.join(places)}; do echo x > $file && echo $file; done\n"
+        "echo x > /dev/null && echo /dev/null\nmkdir /folder && echo /folder"
+    )
+    done = as_ordinary_user(*sandbox._bubblewrap(), "/bin/sh", "-c", script)
+    assert done.stdout.split() == ["/tmp/mine", "/dev/null"], done.stderr
+    assert not any(Path(place).exists() for place in places)
+
+
 def test_there_is_no_network() -> None:
     program = (
         "import socket\ndef f(x):\n    own = socket.create_server(('127.0.0.1', 0))\n"
@@ -173,6 +200,28 @@ def test_killed_from_outside_it_leaves_no_process() -> None:
 def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EnvironmentFailed, match="bwrap"):
+        sandbox.require_sandbox()
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        (
+            "echo a line >&2; echo bwrap: Unknown option --disable-userns >&2; exit 1",
+            r"\(bwrap: Unknown option --disable-userns\)\. It must be version 0\.8 or newer",
+        ),
+        ("echo bwrap: setting up uid map: Permission denied >&2; exit 1", r"uid map: .*sysctl"),
+        ("exit 1", r"no sandbox here \(ended by itself\)"),
+    ],
+)
+def test_why_bubblewrap_makes_no_sandbox_is_said_in_its_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, says: str
+) -> None:
+    own = tmp_path / "bwrap"
+    own.write_text(f"#!/bin/sh\n{script}\n")
+    own.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentFailed, match=says):
         sandbox.require_sandbox()
 
 
