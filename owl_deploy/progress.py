@@ -1,6 +1,7 @@
 """Progress on stderr: one bar for each long step, with the time left."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -66,8 +67,11 @@ def bar(description: str, total: float, note: Callable[[], str] = _nothing) -> I
             yield lambda units: progress.update(task, advance=units, note=note())
             return
         yield _log_lines(progress, console, note)
-        ended = "done in" if progress.finished else "stopped after"
-        console.print(f"{description}: {ended} {progress.tasks[0].elapsed or 0.0:.1f} s")
+        done = progress.tasks[0]
+        # Shares of a time add up to the whole but for what floating point loses.
+        is_whole = math.isclose(done.completed, total)
+        ended = "done in" if is_whole or progress.finished else "stopped after"
+        console.print(f"{description}: {ended} {done.elapsed or 0.0:.1f} s")
 
 
 def _log_lines(progress: Progress, console: Console, note: Callable[[], str]) -> Advance:

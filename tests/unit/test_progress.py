@@ -49,6 +49,13 @@ def test_what_stopped_is_not_called_done(capsys):
     assert "stopped after" in capsys.readouterr().err
 
 
+def test_shares_that_add_up_to_nearly_all_are_all(capsys):
+    with progress.bar("Training", 100.0) as advance:
+        for _ in range(10):
+            advance(0.1 * 100 - 1e-12)
+    assert "done in" in capsys.readouterr().err
+
+
 def test_an_error_ends_a_bar_without_a_last_line(capsys):
     with pytest.raises(ValueError, match="x"), progress.bar("Reading", 2):
         raise ValueError("x")
