@@ -11,8 +11,10 @@ below.
 """
 
 import contextlib
+import copy
 import ctypes
 import importlib
+import itertools
 import json
 import runpy
 import signal
@@ -27,9 +29,14 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def adapted(config: Any) -> Any:  # noqa: ANN401 - transformers has no types
-    """The config with its facts where the builder looks for them."""
+def adapted(config: Any, builder: Any) -> Any:  # noqa: ANN401 - neither has types
+    """The config with its facts where the builder looks for them.
+
+    `builder` is the class of its models, which is given the rotary tables of this one.
+    """
     ropes = getattr(config, "rope_parameters", None) or {}
+    if ropes:
+        give_tables(config, builder)
     if "full_attention" in ropes:  # Gemma 3: two rotary bases, which transformers 4 kept apart
         config.rope_local_base_freq = ropes["sliding_attention"]["rope_theta"]
         config.rope_parameters = ropes["full_attention"]
@@ -42,19 +49,58 @@ def adapted(config: Any) -> Any:  # noqa: ANN401 - transformers has no types
     return config
 
 
+def give_tables(config: Any, builder: Any) -> None:  # noqa: ANN401
+    """Let the builder take the model's own rotary tables, and believe that they are not scaled.
+
+    Left to itself it scales all of Gemma 3's layers where only some are, does not scale Llama's
+    linearly, ignores most of what YaRN is told, and refuses in one architecture what it does in
+    another. Two kinds change with a text's length. Phi-3's `longrope` has a graph that does so,
+    with two tables; elsewhere it is refused, as the builder words it. Of `dynamic` all is left to
+    the builder: it begins where the tables end.
+    """
+    from owl_deploy.export import rotary
+
+    kinds = {row["rope_type"] for row in rotary.parameters(config)}
+    if "dynamic" in kinds:
+        return
+    if "longrope" in kinds and config.model_type != "phi3":
+        raise NotImplementedError("The longrope RoPE style is not currently supported.")
+    module = rotary.of_config(copy.deepcopy(config))
+    several = rotary.layer_types(module) != [None]
+    # In the order in which the builder asks for them.
+    types = itertools.cycle(("full_attention", "sliding_attention") if several else (None,))
+    builder.make_rotary_embedding_caches_from_scratch = lambda model: rotary.halves(
+        module, model.rope_attrs["cache_length"], next(types)
+    )
+    if "longrope" not in kinds:
+        unscale(config)
+
+
+def unscale(config: Any) -> None:  # noqa: ANN401
+    """Make it the config of a model whose rotary tables are not scaled."""
+    from owl_deploy.export import rotary
+
+    for row in rotary.parameters(config):
+        for key in row.keys() - {"rope_theta", "partial_rotary_factor"}:
+            del row[key]
+        row["rope_type"] = "default"
+    if hasattr(config, "original_max_position_embeddings"):  # Phi-3: another means longrope
+        config.original_max_position_embeddings = config.max_position_embeddings
+
+
 def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which has no types
     """The builder's own command line; unless `save`, what it would have saved."""
     import transformers
 
+    # Its modules know each other by bare names, once their package is there.
+    importlib.import_module("onnxruntime_genai.models")
+    Model = importlib.import_module("builders").Model
     read = transformers.AutoConfig.from_pretrained
     transformers.AutoConfig.from_pretrained = lambda *arguments, **options: adapted(
-        read(*arguments, **options)
+        read(*arguments, **options), Model
     )
     built: list[Any] = []
     if not save:
-        # Its modules know each other by bare names, once their package is there.
-        importlib.import_module("onnxruntime_genai.models")
-        Model = importlib.import_module("builders").Model
         Model.save_model = lambda model, _: built.append(model)
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
     return built[0] if built else None
@@ -79,10 +125,10 @@ def main() -> None:
     """See above."""
     options = json.loads(sys.argv.pop(1))
     checkpoint, folder = (Path(sys.argv[sys.argv.index(name) + 1]) for name in ("-i", "-o"))
+    sys.path.append(str(Path(__file__).parents[2]))  # where this package is, if not installed
     built = run(save=options is None)
     if options is None:
         return
-    sys.path.append(str(Path(__file__).parents[2]))  # where this package is, if not installed
     from owl_deploy.errors import BadInput
 
     sys.stdout.write("\nPacking the weights\n")

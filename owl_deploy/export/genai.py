@@ -9,6 +9,7 @@ own users get.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from owl_deploy.export.source import Progress, Source
 _BUILDER = Path(__file__).with_name("builder.py")
 PACKING = "Packing the weights"  # what it says when it begins to
 _UNSUPPORTED = "is not currently supported"
+_SCALING = re.compile(rf"The (\w+) RoPE style {_UNSUPPORTED}")
 # Of its ways to int4 the one that loses least, by far: docs/benchmarks.md. 8 bits for the head, and
 # for v and down in some of the blocks.
 _QUANTIZER = {"int4": ("algo_config=k_quant_mixed",)}
@@ -35,7 +37,9 @@ _FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, 
 
 
 class FamilyNotBuilt(Exception):
-    """The builder has no architecture for this model."""
+    """The builder has no architecture for this model, or none with its kind of rotary `scaling`."""
+
+    scaling: str | None = None
 
 
 def build(
@@ -126,7 +130,10 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
     if returncode == 0 and (folder / MODEL).is_file():
         return
     if _UNSUPPORTED in words:
-        raise FamilyNotBuilt(words.strip().splitlines()[-1])
+        error = FamilyNotBuilt(last_line(words))
+        if found := _SCALING.search(words):
+            error.scaling = found[1]
+        raise error
     refuse_no_room("onnxruntime-genai's model builder", returncode, words)
     if returncode == BadInput.exit_code and PACKING in words:
         raise BadInput(*json.loads(last_line(words)))

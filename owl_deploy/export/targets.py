@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 from owl_deploy import artefact, checkpoint
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, unknown_name
-from owl_deploy.export import describe, genai, gguf, parity, traced
+from owl_deploy.export import describe, genai, gguf, parity, tables, traced
 from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
@@ -77,15 +77,21 @@ def _genai(request: Request) -> dict[str, Any]:
     try:
         return genai.build(request.source, request.folder, request.precision, request.progress)
     except genai.FamilyNotBuilt as error:
-        name = request.source.config["model_type"]
+        what = _not_built(request.source, error)
         if request.precision != "fp32":
             raise BadInput(
-                f"onnxruntime-genai's model builder does not know {name!r}, so there is no "
+                f"onnxruntime-genai's model builder does not know {what}, so there is no "
                 f"{request.precision} for it.",
                 "Use --precision fp32.",
             ) from error
-        note = f"onnxruntime-genai's builder does not know {name!r}: traced, for ONNX Runtime only"
+        note = f"onnxruntime-genai's builder does not know {what}: traced, for ONNX Runtime only"
         return {**_traced(request), "opens_in_genai": False, "note": note}
+
+
+def _not_built(source: Source, error: genai.FamilyNotBuilt) -> str:
+    """What the builder does not know, for a sentence."""
+    scaling = f" with {error.scaling!r} rotary scaling" if error.scaling else ""
+    return f"{source.config['model_type']!r}{scaling}"
 
 
 def _owl(request: Request) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _owl(request: Request) -> dict[str, Any]:
     except genai.FamilyNotBuilt as error:
         raise BadInput(
             f"onnxruntime-genai's model builder does not know "
-            f"{request.source.config['model_type']!r}, and the target 'owl' starts from it.",
+            f"{_not_built(request.source, error)}, and the target 'owl' starts from it.",
             "Use --target deepsparse or onnxruntime.",
         ) from error
     bits = pack.TRAITS[cast(pack.Values, request.precision)].stored_bits
@@ -191,6 +197,7 @@ def export(
         artefact.check_room(staging, _peak_bytes(source, row.precisions[precision]), "The export")
         summary, chosen = _source_summary(source), cast(Head | None, head)
         facts = row.build(Request(source, staging, precision, chosen, progress))
+        tables.check(staging, source.skeleton.model)
         progress("Computing PyTorch's logits")
         facts |= {
             "target": target,

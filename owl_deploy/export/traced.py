@@ -31,13 +31,12 @@ from transformers import AttentionInterface
 
 from owl_deploy.errors import BadInput, first_line
 from owl_deploy.export import onnx_file, passes
+from owl_deploy.export.rotary import LENGTH_DEPENDENT, layer_types, modules, parameters, tables
 from owl_deploy.export.source import Source, cache_keyword
 
 OPSET = 14  # DeepSparse's core is ONNX Runtime 1.15; its readers know IR 9 at most, torch writes 7
 _ATTENTION = "owl_traced"
 _MASKED = 3e38  # taken from the scores that must not count; finite, since inf - inf is NaN
-# Their frequencies depend on the longest position so far: a table is exact up to a length only.
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -156,13 +155,10 @@ class RotaryTable(nn.Module):
 
     def __init__(self, rotary: nn.Module, length: int) -> None:
         super().__init__()
-        self._kinds: list[str | None] = list(getattr(rotary, "layer_types", None) or [None])
-        positions = torch.arange(length)[None]
-        for kind in self._kinds:
-            extra = {} if kind is None else {"layer_type": kind}
-            cosine, sine = rotary(torch.zeros(1), position_ids=positions, **extra)
-            self.register_buffer(f"cosine_{kind}" if kind else "cosine", cosine[0].clone())
-            self.register_buffer(f"sine_{kind}" if kind else "sine", sine[0].clone())
+        for kind in layer_types(rotary):
+            cosine, sine = tables(rotary, torch.arange(length), kind)
+            self.register_buffer(f"cosine_{kind}" if kind else "cosine", cosine.clone())
+            self.register_buffer(f"sine_{kind}" if kind else "sine", sine.clone())
 
     def forward(
         self, _: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
@@ -210,10 +206,8 @@ class Decoder(nn.Module):
 def max_context(config: Any) -> int:  # noqa: ANN401 - a transformers config
     """The number of positions for which the traced graph is exact."""
     limit = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope] if "rope_type" in rope else [row for row in rope.values() if row]
-    for row in kinds:
-        if isinstance(row, dict) and row.get("rope_type") in _LENGTH_DEPENDENT:
+    for row in parameters(config):
+        if row.get("rope_type") in LENGTH_DEPENDENT:
             limit = min(limit, int(row.get("original_max_position_embeddings") or limit))
     return limit
 
@@ -225,19 +219,15 @@ def traceable(model: Any) -> Iterator[Decoder]:  # noqa: ANN401 - transformers i
     attention = TracedAttention()
     # A name without a registered mask: transformers then hands our mask through as it is.
     AttentionInterface.register(_ATTENTION, attention)
-    rotaries = [
-        (name, module)
-        for name, module in model.named_modules()
-        if any(buffer.endswith("inv_freq") for buffer in module._buffers)
-    ]
+    rotaries = modules(model)
     try:
-        for name, module in rotaries:
+        for name, module in rotaries.items():
             model.set_submodule(name, RotaryTable(module, max_context(model.config)))
         model.set_attn_implementation(_ATTENTION)
         # eval(): the exporter leaves a module, with all in it, in the mode that it found it in.
         yield Decoder(model, Heads.of(model.config), attention).eval()
     finally:
-        for name, module in rotaries:
+        for name, module in rotaries.items():
             model.set_submodule(name, module)
         model.set_attn_implementation(before)
 

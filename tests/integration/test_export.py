@@ -13,11 +13,14 @@ import numpy as np
 import onnxruntime_genai
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import artefact, engines
 from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.export import genai, parity, tables
 from owl_deploy.export.source import Source
+from owl_deploy.export.targets import export
 from owl_deploy.runtime import library_path
 from tests import tiny
 
@@ -96,6 +99,119 @@ def test_onnxruntime(owl, llama, tmp_path, precision):
         assert 1e-5 < parity["relative_difference"] < 1
         assert manifest["quantization"]["bits"] == int(precision.removeprefix("int"))
     _generates(out)
+
+
+THETA = {"rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 32} | THETA
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+} | THETA
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.5] * 8,
+    "original_max_position_embeddings": 256,
+} | THETA
+# name: the family, and how its rotary tables are scaled.
+SCALED = {
+    "llama, linear": ("llama", {"rope_type": "linear", "factor": 4.0} | THETA),
+    "llama, yarn": ("llama", YARN),
+    "llama, yarn with betas": (
+        "llama",
+        YARN | {"beta_fast": 8.0, "beta_slow": 1.0, "attention_factor": 1.2},
+    ),
+    "qwen2, yarn": ("qwen2", YARN | {"beta_fast": 8.0, "beta_slow": 1.0}),
+    "gemma3, linear": (
+        "gemma3_text",
+        {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default"} | THETA,
+        },
+    ),
+    "phi3, longrope": ("phi3", LONG | {"attention_factor": 1.25}),
+    "llama, llama3": ("llama", LLAMA3),
+    "qwen2, llama3": ("qwen2", LLAMA3),
+    "llama, dynamic": ("llama", {"rope_type": "dynamic", "factor": 4.0} | THETA),
+}
+QUICK = set(SCALED) - {"phi3, longrope", "qwen2, llama3", "llama, dynamic"}
+# Integers have no bound to their difference from PyTorch, and are held to one here.
+QUICK_INTEGERS = {"owl": ["gemma3, linear"], "onnxruntime": ["llama, linear"]}
+
+
+def write_scaled(name: str, folder: Path) -> Path:
+    family, ropes = SCALED[name]
+    original = {"original_max_position_embeddings": 256} if family == "phi3" else {}
+    return tiny.write_model(family, folder, rope_parameters=ropes, **original)
+
+
+def late_difference(checkpoint: Path, deployment: Path) -> float:
+    """From PyTorch, over the largest logit, of the last 100 of 500 tokens; parity has 96."""
+    tokens = [(7 + 13 * index) % 320 for index in range(500)]
+    with torch.inference_mode():
+        wanted = Source(checkpoint).model(torch.tensor([tokens])).logits[0].numpy()
+    found = parity.Session(deployment).step(tokens)
+    return float(np.abs(found - wanted)[-100:].max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SCALED],
+)
+def test_scaled_positions(name, tmp_path):
+    checkpoint = write_scaled(name, tmp_path / "model")
+    manifest = export(checkpoint, tmp_path / "out", target="onnxruntime").to_json()
+    assert manifest["opens_in_genai"]
+    assert manifest["parity"]["relative_difference"] < 1e-5
+    assert late_difference(checkpoint, tmp_path / "out") < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        pytest.param(
+            name,
+            target,
+            marks=[
+                *([] if name in quick else [pytest.mark.slow]),
+                *([needs_operators] if target == "owl" else []),
+            ],
+        )
+        for target, quick in QUICK_INTEGERS.items()
+        for name in SCALED
+    ],
+)
+def test_scaled_positions_in_integers(name, target, tmp_path):
+    checkpoint = write_scaled(name, tmp_path / "model")
+    out = tmp_path / "out"
+    manifest = export(checkpoint, out, target=target, precision="int8").to_json()
+    assert manifest["parity"]["relative_difference"] < 0.1  # wrong tables: 0.6 and more
+    assert late_difference(checkpoint, out) < 0.1
+    assert len(tables._tables(out)) == (4 if SCALED[name][0] in ("gemma3_text", "phi3") else 2)
+
+
+def test_what_the_builder_scales_wrongly_is_not_written(owl, tmp_path, monkeypatch):
+    """Nor in integers, of which the logits tell nothing."""
+    script, call = genai._BUILDER.read_text(), "        give_tables(config, builder)\n"
+    assert call in script
+    (tmp_path / "builder.py").write_text(script.replace(call, "        pass\n"))
+    monkeypatch.setattr(genai, "_BUILDER", tmp_path / "builder.py")
+    checkpoint = write_scaled("llama, linear", tmp_path / "model")
+    code, out, err = owl("export", checkpoint, "-o", tmp_path / "out", "-p", "int8")
+    assert (code, out) == (1, "")
+    assert "The graph's rotary table cos_cache is not the model's from position 1 on." in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_longrope_in_a_family_whose_graph_has_one_table(owl, tmp_path):
+    checkpoint = tiny.write_llama(tmp_path / "model", rope_parameters=LONG)
+    code, out, err = owl("export", checkpoint, "-o", tmp_path / "out", "-p", "int8")
+    refused = "does not know 'llama' with 'longrope' rotary scaling, so there is no int8 for it."
+    assert (code, out, refused in err) == (2, "", True), err
+    assert not (tmp_path / "out").exists()
 
 
 def _generates(deployment):

@@ -155,6 +155,19 @@ def test_a_family_that_the_builder_lacks_is_traced(llama, tmp_path, monkeypatch)
         export(llama, tmp_path / "other", target="onnxruntime", precision="int4")
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "owl"])
+def test_a_scaling_that_the_builder_lacks_is_named(llama, tmp_path, monkeypatch, target):
+    def lacking(*_):
+        words = "NotImplementedError: The dynamic RoPE style is not currently supported.\n"
+        genai._check_result(1, words, tmp_path)
+
+    monkeypatch.setattr(genai, "build", lacking)
+    monkeypatch.setattr(targets, "library_path", lambda: None)
+    known = "does not know 'llama' with 'dynamic' rotary scaling, "
+    with pytest.raises(BadInput, match=known):
+        export(llama, tmp_path / "out", target=target, precision="int8")
+
+
 @pytest.mark.parametrize(
     ("words", "error", "complaint"),
     [
