@@ -18,7 +18,12 @@ from owl_deploy.picture import ACCENT, FAINT, INK, plain_log_scale, svg
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = ("low_bits_smollm2.json", "low_bits_reconstructed.json", "low_bits_trained.json")
-LARGE = ("showcase_intel/result.json", "showcase_amd/result.json", "budget_showcase.json")
+LARGE = (
+    "showcase_intel/result.json",
+    "showcase_amd/result.json",
+    "budget_showcase.json",
+    "finetune_showcase.json",
+)
 
 
 class Kind(NamedTuple):
@@ -59,7 +64,7 @@ def small() -> Iterator[Point]:
             if minutes:
                 kind = TRAINED
             elif row["settings"].get("reconstruct"):
-                kind = RECONSTRUCTED
+                kind, name = RECONSTRUCTED, ""
             elif name.startswith("budget"):
                 kind, name = BUDGET, ""
             yield Point(name, row["bits"], row["perplexity"], kind)
@@ -70,8 +75,8 @@ def large() -> Iterator[Point]:
     seen = set()
     for file in LARGE:
         found = read_object(RESULTS / file, "Check out the results.")
-        rows = found.get("subjects") or [row for run in found["runs"] for row in run["rows"]]
-        for row in rows:
+        runs = found.get("runs") or [{"rows": found.get("subjects") or found["rows"]}]
+        for row in (row for run in runs for row in run["rows"]):
             name: str = row.get("name") or row["deployment"]
             if name in seen or row["engine"] not in ("owl", "llama.cpp") or "sister" in name:
                 continue
@@ -79,9 +84,11 @@ def large() -> Iterator[Point]:
             kind = RIVAL if row["engine"] == "llama.cpp" else ONE_SHOT
             if name.startswith("b"):
                 kind = BUDGET
-            elif name.startswith("sparse"):
+            elif name.startswith(("sparse", "trained")):
                 kind = SPARSE
-            yield Point(name.rpartition("-")[2], row["size_bytes"] / 1e6, row["perplexity"], kind)
+            after = ", trained" if name.startswith("trained") else ""
+            name = name.rpartition("-")[2] + after
+            yield Point(name, row["size_bytes"] / 1e6, row["perplexity"], kind)
 
 
 def picture() -> str:
@@ -104,8 +111,15 @@ def picture() -> str:
                     label="" if point.kind in labelled else point.kind.label,
                 )
                 labelled.add(point.kind)
-                place = (point.size, point.perplexity)
-                axes.annotate(point.name, place, (5, 4), textcoords="offset points", fontsize=8)
+                right = point.kind != RIVAL
+                axes.annotate(
+                    point.name,
+                    (point.size, point.perplexity),
+                    (5, 4) if right else (-5, -11),
+                    textcoords="offset points",
+                    fontsize=8,
+                    horizontalalignment="left" if right else "right",
+                )
             axes.set_title(title, fontsize=10)
             axes.set_xlabel(what)
             axes.margins(x=0.16, y=0.1)
