@@ -542,7 +542,7 @@ def report(
     found = {path: read_manifest(path, Manifest) for path in results}
     trained = {path: getattr(manifest, "finetune", None) for path, manifest in found.items()}
     curves = [
-        (caption(str(path), done), learning_curve_svg(done.curve, on_page=True))
+        (caption(str(path), done), learning_curve_svg(done, on_page=True))
         for path, done in trained.items()
         if done
     ]

@@ -172,10 +172,11 @@ class TrainedOn(_Part):
 
 
 class HeldOutLoss(_Part):
-    """The cross-entropy of held-out text, in nats a token."""
+    """The cross-entropy of held-out text, in nats a token; and the `teacher`'s own, if any."""
 
     before: FiniteFloat
     after: FiniteFloat
+    teacher: FiniteFloat | None = None
 
 
 class Training(_Part):

@@ -47,6 +47,7 @@ from owl_deploy.finetune.write import merged, write_adapter, write_checkpoint
 from owl_deploy.hardware import find_device, find_training_dtype, name_of, on_threads
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, asked_before, kept_for_resuming
+from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, free_memory, join
 from owl_deploy.survivors import finished, freeze, sparsify
 
@@ -190,7 +191,7 @@ class Run:
         """The leader's: make what was written the output, with its manifest."""
         staging = _staging(partial)
         manifest = self.manifest(done, staging)
-        svg = learning_curve_svg(done.curve)
+        svg = learning_curve_svg(done)
         (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
         manifest.write(staging)
         publish(staging, partial.output)
@@ -311,8 +312,23 @@ class Run:
         if self.settings.method == "masked":
             tensors, outcome = self._masked(model, partial)
             self._write(tensors, staging)
-            return outcome
-        return self._lora(model, partial, staging)
+        else:
+            outcome = self._lora(model, partial, staging)
+        return outcome | {"teacher_loss": self._teacher_loss()}
+
+    def _teacher_loss(self) -> float | None:
+        """Together: the teacher's own loss on the held-out windows, where the training left it."""
+        if self._teacher is None:
+            return None
+        teacher, held_out = self._teacher[0], self.windows[1]
+        reader = Trainee(teacher, dtype=self.dtype).eval()
+        total = 0.0
+        with bar("Asking the teacher", len(held_out)) as advance, torch.no_grad():
+            for window in held_out:
+                ids = window.long()[None].to(next(teacher.parameters()).device)
+                total += float(reader(ids, ids)["loss"])
+                advance(1)
+        return total / len(held_out)
 
     def _halve(self, model: nn.Module) -> None:
         """Hold what is frozen in half the memory; one that is sharded is divided instead."""
@@ -477,7 +493,7 @@ class Run:
 
     def describe(self, outcome: dict[str, Any], *, resumed: bool) -> Finetuning:
         """What was done, for the manifest."""
-        curve = outcome["curve"]
+        curve, teacher = outcome["curve"], outcome.pop("teacher_loss")
         held_out = [row["eval_loss"] for row in curve if "eval_loss" in row]
         losses = [row["loss"] for row in curve if "loss" in row]
         description: dict[str, Any] = {
@@ -494,7 +510,7 @@ class Run:
             "seconds": curve[-1]["seconds"],
             "tokens": curve[-1]["tokens"],
             "tokens_per_second": round(tokens_per_second(curve), 1),
-            "held_out_loss": {"before": held_out[0], "after": held_out[-1]},
+            "held_out_loss": {"before": held_out[0], "after": held_out[-1], "teacher": teacher},
             "training_loss": {"first": losses[0], "last": losses[-1]},
             "peak_memory_bytes": peak_bytes(),
             "resumed": resumed,

@@ -10,13 +10,15 @@ def caption(name: str, done: Finetuning) -> str:
     """One line on a fine-tuning, from the part of the manifest that is about it."""
     before, after = done.held_out_loss.before, done.held_out_loss.after
     teacher = " with a teacher" if done.teacher else ""
+    known = done.held_out_loss.teacher
+    beside = f"; the teacher has {known:.4f}" if known is not None else ""
     speed = done.tokens_per_second
     fast = f" at {speed:.0f} tokens/s" if speed else ""
     return (
         f"{name}: {done.settings.method}{teacher}, {done.steps} steps in "
         f"{done.seconds / 60:.1f} minutes, {done.tokens} tokens{fast}; "
         f"held-out loss {before:.4f} -> {after:.4f} nats a token "
-        f"(perplexity {math.exp(before):.4g} -> {math.exp(after):.4g})."
+        f"(perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}){beside}."
     )
 
 

@@ -19,6 +19,7 @@ from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.finetune import run as module
 from owl_deploy.finetune import train as training
 from owl_deploy.finetune.run import finetune
+from owl_deploy.finetune.show import caption
 from owl_deploy.finetune.source import Source
 from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import prune
@@ -359,6 +360,25 @@ def test_a_cache_of_the_teacher_changes_nothing(models, text_file, tmp_path, mon
     again = finetune(sparse, tmp_path / "again", str(text_file), values, teacher=str(dense))
     assert losses(kept) == losses(again)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "kept"]
+
+
+@pytest.mark.parametrize("how", [{"method": "masked"}, {}], ids=str)
+def test_the_teachers_own_loss_is_told(models, text_file, tmp_path, how):
+    """Below it a student has learnt the text's ways, and not what it had lost."""
+    dense, sparse = models("llama")
+    done = finetune(sparse, tmp_path / "out", str(text_file), QUICK | how, teacher=str(dense))
+    assert done.finetune is not None
+    held_out = Source(sparse).windows([str(text_file)], 32)[1].long()
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = float(model(input_ids=held_out, labels=held_out).loss)
+    assert done.finetune.held_out_loss.teacher == pytest.approx(wanted, rel=1e-5)
+    assert f"the teacher has {wanted:.4f}" in caption("out", done.finetune)
+    assert "the teacher's" in (tmp_path / "out" / "learning_curve.svg").read_text()
+    alone = finetune(sparse, tmp_path / "alone", str(text_file), QUICK | how)
+    assert alone.finetune is not None
+    assert alone.finetune.held_out_loss.teacher is None
+    assert "teacher" not in caption("alone", alone.finetune)
 
 
 def test_no_room_for_the_teachers_cache(models, text_file, tmp_path, monkeypatch):
