@@ -55,6 +55,8 @@ def halve(model: nn.Module) -> None:
     for name, linear in list(model.named_modules()):
         if type(linear) is not nn.Linear or id(linear.weight) in embedded:
             continue
+        if linear.weight.requires_grad:  # an adapter's
+            continue
         narrow = linear.weight.detach().to(torch.bfloat16)
         if linear.weight.dtype == torch.float32 and torch.equal(narrow.float(), linear.weight):
             model.set_submodule(name, HalfLinear(narrow, linear.bias))

@@ -308,7 +308,6 @@ class Run:
             name, top = f"teacher-{self.ranks.rank}", self.settings.teacher_top or 0
             self._cache = TeacherCache(partial.folder, name, windows, length - 1, top)
         model = self.source.load(self.stored)
-        self._halve(model)
         if self.settings.method == "masked":
             tensors, outcome = self._masked(model, partial)
             self._write(tensors, staging)
@@ -344,6 +343,7 @@ class Run:
             lora_dropout=self.settings.dropout,
             target_modules=self.targets,
         )
+        self._halve(adapted)  # not before: an adapter begins in its layer's dtype
         trainee = self._trainee(adapted)
         curve = self._train(trainee, partial, 0, 1)
         count = sum(parameter.numel() for parameter in trainee.trained().values())
@@ -363,6 +363,7 @@ class Run:
         partial: Partial,
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Train the blocks, a group at a time; their tensors, and the outcome."""
+        self._halve(model)
         size = self.settings.block_group or len(self.source.blocks)
         starts = range(0, len(self.source.blocks), size)
         tensors: dict[str, torch.Tensor] = {}

@@ -61,6 +61,15 @@ def test_a_weight_that_bfloat16_does_not_hold_stays():
     assert model.inner[0].weight is half
 
 
+def test_what_trains_stays():
+    """Of an adapter the half that begins as zeros, which bfloat16 holds."""
+    model = Model()
+    model.head.requires_grad_(True)
+    halve(model)
+    assert model.head.weight.dtype == torch.float32
+    assert isinstance(model.inner[0], HalfLinear)
+
+
 def test_nothing_widened_is_kept_until_the_backward_pass():
     linear = HalfLinear(torch.ones(4, 6, dtype=torch.bfloat16), None)
     y = linear(torch.ones(2, 6, requires_grad=True))
