@@ -295,9 +295,6 @@ class Writer:
             self._model = open_genai(str(self.path), threads, library, takes_turns=in_turns)
             self._draft = _open_draft(drafting, threads)
             self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
-            # Puts before a text what the model's own does: a BOS, mostly. A template has it.
-            self._beginning = onnxruntime_genai.Tokenizer(self._model)
-            self._beginning.update_options(add_special_tokens="true")
 
     def in_template(self, messages: list[dict[str, str]]) -> str:
         """The messages, each a `role` and its `content`, in the model's chat template.
@@ -325,8 +322,10 @@ class Writer:
                 "Divide them.",
             )
         with self._stumbling():
-            tokenizer = self._tokenizer if templated else self._beginning
-            tokens = tokenizer.encode(prompt).tolist()
+            # What the model's own puts before a text: a BOS, mostly. A template has it.
+            special = "false" if templated else "true"
+            self._tokenizer.update_options(add_special_tokens=special)
+            tokens = self._tokenizer.encode(prompt).tolist()
         if not tokens:
             raise BadInput("The prompt has no tokens.", "Give a text to go on from.")
         speed.prompt_tokens = len(tokens)
@@ -390,17 +389,14 @@ class Writer:
         if self._drafting is not None and len(rows) == 1:
             yield from self._drafted_steps(rows[0], self._drafting)
             return
-        from owl_deploy.engines.drivers.onnxruntime import PROMPT_PART, append, in_rows
+        from owl_deploy.engines.drivers.onnxruntime import in_rows, run_prompts
 
         ids = in_rows([row.tokens for row in rows], self._pad)
         length = min(ids.shape[1] + max(row.room for row in rows), self.context)
         sampling = rows[0].sampling
         sampling = replace(sampling, top_k=min(sampling.top_k, self._vocabulary))
         generator = _generator(self._model, length, sampling, len(rows))
-        # In parts, after each of which other threads may run: the library holds Python's lock.
-        part = PROMPT_PART if len(rows) == 1 else ids.shape[1]
-        for start in range(0, ids.shape[1], part):
-            append(generator, ids[:, start : start + part], self._pad)
+        run_prompts(generator, ids, self._pad)
         while not generator.is_done() and not all(row.ended for row in rows):
             generator.generate_next_token()
             yield generator.get_next_tokens().tolist()

@@ -1,5 +1,6 @@
 """Small models, tokenizers and texts that the tests make for themselves."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+LONG_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.5] * 8,
+    "original_max_position_embeddings": 256,
+    "factor": 2.0,
+}
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    """The config of a two-block model of a family; it shares nothing with `changes`."""
+    values = copy.deepcopy(_SIZES | FAMILIES[family] | changes)
+    return transformers.AutoConfig.for_model(family, **values)
+
+
 def write_model(family: str, folder: Path, **changes: Any) -> Path:
     """A random two-block model of a family, and a tokenizer.
 
     Its weights are rounded to a coarse grid, so that scores tie, as those of real quantised models.
     """
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **(_SIZES | FAMILIES[family] | changes))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:

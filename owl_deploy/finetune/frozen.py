@@ -53,10 +53,10 @@ def halve(model: nn.Module) -> None:
     """
     embedded = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
     for name, linear in list(model.named_modules()):
-        if type(linear) is not nn.Linear or id(linear.weight) in embedded:
+        if type(linear) is not nn.Linear or linear.weight.dtype != torch.float32:
             continue
-        if linear.weight.requires_grad:  # an adapter's
+        if id(linear.weight) in embedded or linear.weight.requires_grad:  # an adapter's does
             continue
-        narrow = linear.weight.detach().to(torch.bfloat16)
-        if linear.weight.dtype == torch.float32 and torch.equal(narrow.float(), linear.weight):
+        narrow = linear.weight.to(torch.bfloat16)
+        if torch.equal(narrow.float(), linear.weight):
             model.set_submodule(name, HalfLinear(narrow, linear.bias))

@@ -313,7 +313,12 @@ class Run:
             self._write(tensors, staging)
         else:
             outcome = self._lora(model, partial, staging)
-        return outcome | {"teacher_loss": self._teacher_loss()}
+        return outcome | {"held_out_loss": self._held_out_loss(outcome["curve"])}
+
+    def _held_out_loss(self, curve: list[dict[str, Any]]) -> dict[str, float | None]:
+        """Together: as for the manifest, by the learning curve and the teacher."""
+        losses = [row["eval_loss"] for row in curve if "eval_loss" in row]
+        return {"before": losses[0], "after": losses[-1], "teacher": self._teacher_loss()}
 
     def _teacher_loss(self) -> float | None:
         """Together: the teacher's own loss on the held-out windows, where the training left it."""
@@ -494,8 +499,7 @@ class Run:
 
     def describe(self, outcome: dict[str, Any], *, resumed: bool) -> Finetuning:
         """What was done, for the manifest."""
-        curve, teacher = outcome["curve"], outcome.pop("teacher_loss")
-        held_out = [row["eval_loss"] for row in curve if "eval_loss" in row]
+        curve = outcome["curve"]
         losses = [row["loss"] for row in curve if "loss" in row]
         description: dict[str, Any] = {
             "checkpoint": {
@@ -511,7 +515,6 @@ class Run:
             "seconds": curve[-1]["seconds"],
             "tokens": curve[-1]["tokens"],
             "tokens_per_second": round(tokens_per_second(curve), 1),
-            "held_out_loss": {"before": held_out[0], "after": held_out[-1], "teacher": teacher},
             "training_loss": {"first": losses[0], "last": losses[-1]},
             "peak_memory_bytes": peak_bytes(),
             "resumed": resumed,

@@ -110,12 +110,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 } | THETA
-LONG = {
-    "rope_type": "longrope",
-    "short_factor": [1.0] * 8,
-    "long_factor": [1.5] * 8,
-    "original_max_position_embeddings": 256,
-} | THETA
 # name: the family, and how its rotary tables are scaled.
 SCALED = {
     "llama, linear": ("llama", {"rope_type": "linear", "factor": 4.0} | THETA),
@@ -132,7 +126,7 @@ SCALED = {
             "sliding_attention": {"rope_type": "default"} | THETA,
         },
     ),
-    "phi3, longrope": ("phi3", LONG | {"attention_factor": 1.25}),
+    "phi3, longrope": ("phi3", tiny.LONG_ROPE | {"attention_factor": 1.25}),
     "llama, llama3": ("llama", LLAMA3),
     "qwen2, llama3": ("qwen2", LLAMA3),
     "llama, dynamic": ("llama", {"rope_type": "dynamic", "factor": 4.0} | THETA),
@@ -207,7 +201,7 @@ def test_what_the_builder_scales_wrongly_is_not_written(owl, tmp_path, monkeypat
 
 
 def test_longrope_in_a_family_whose_graph_has_one_table(owl, tmp_path):
-    checkpoint = tiny.write_llama(tmp_path / "model", rope_parameters=LONG)
+    checkpoint = tiny.write_llama(tmp_path / "model", rope_parameters=tiny.LONG_ROPE)
     code, out, err = owl("export", checkpoint, "-o", tmp_path / "out", "-p", "int8")
     refused = "does not know 'llama' with 'longrope' rotary scaling, so there is no int8 for it."
     assert (code, out, refused in err) == (2, "", True), err

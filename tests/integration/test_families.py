@@ -16,14 +16,6 @@ try:
 except EnvironmentFailed as error:
     pytest.skip(str(error), allow_module_level=True)
 
-_LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 8,
-    "long_factor": [1.5] * 8,
-    "original_max_position_embeddings": 256,
-    "factor": 2.0,
-}
 # name: the family, what is special about it, and how many of its 2 attentions are replaced.
 CASES = {
     "llama": ("llama", {}, 2),
@@ -42,7 +34,7 @@ CASES = {
     # Its tables are chosen by a branch in the graph: ONNX Runtime's own attention stays.
     "phi3, long": (
         "phi3",
-        {"original_max_position_embeddings": 256, "rope_parameters": _LONG_ROPE},
+        {"original_max_position_embeddings": 256, "rope_parameters": tiny.LONG_ROPE},
         0,
     ),
 }

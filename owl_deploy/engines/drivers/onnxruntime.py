@@ -142,6 +142,16 @@ def append(generator: Any, ids: np.ndarray, pad: int) -> None:  # noqa: ANN401 -
     generator.append_tokens(ids)
 
 
+def run_prompts(generator: Any, ids: np.ndarray, pad: int) -> None:  # noqa: ANN401 - as above
+    """Run the prompts `ids` [rows, length]; one by itself in parts, several in one go.
+
+    After each part other threads may run: the library holds Python's lock.
+    """
+    part = PROMPT_PART if len(ids) == 1 else ids.shape[1]
+    for start in range(0, ids.shape[1], part):
+        append(generator, ids[:, start : start + part], pad)
+
+
 class Genai:
     """A decoder in onnxruntime-genai, with greedy search; `pad` fills rows that differ."""
 
@@ -208,16 +218,11 @@ class Rows:
         self.generator = onnxruntime_genai.Generator(model, parameters)
 
     def run(self, tokens: Sequence[int]) -> np.ndarray:
-        """Run `tokens`; return the logits [n, vocab] of all, of a prompt the last.
-
-        A prompt is run in parts, after each of which other threads may run: the library holds
-        Python's lock.
-        """
+        """Run `tokens`; return the logits [n, vocab] of all, of a prompt the last."""
         is_prompt = self.generator.token_count() == 0
         ids = np.array([tokens], np.int32)
         if is_prompt:
-            for start in range(0, len(tokens), PROMPT_PART):
-                append(self.generator, ids[:, start : start + PROMPT_PART], self.pad)
+            run_prompts(self.generator, ids, self.pad)
             last: np.ndarray = self.generator.get_logits()[0]
             return last
         self.generator.append_tokens(ids)

@@ -1,27 +1,13 @@
 """What the builder is told of a model's rotary tables, and whose tables it takes."""
 
-import copy
-
 import pytest
 import torch
-import transformers
 
 from owl_deploy.export import builder, rotary
 from tests import tiny
 
 THETA = {"rope_theta": 10000.0}
-LONG = {
-    "rope_type": "longrope",
-    "short_factor": [1.0] * 8,
-    "long_factor": [1.5] * 8,
-    "original_max_position_embeddings": 256,
-} | THETA
 LINEAR = {"rope_type": "linear", "factor": 4.0} | THETA
-
-
-def config_of(family, **changes):
-    sizes = tiny._SIZES | tiny.FAMILIES[family] | changes
-    return transformers.AutoConfig.for_model(family, **copy.deepcopy(sizes))
 
 
 class Model:
@@ -51,8 +37,10 @@ def taken(model_class, *lengths):
     ids=lambda ropes: ropes["rope_type"],
 )
 def test_the_models_own_tables(model_class, family, ropes):
-    wanted = rotary.halves(rotary.of_config(config_of(family, rope_parameters=ropes)), 512, None)
-    config = builder.adapted(config_of(family, rope_parameters=ropes), model_class)
+    wanted = rotary.halves(
+        rotary.of_config(tiny.config_of(family, rope_parameters=ropes)), 512, None
+    )
+    config = builder.adapted(tiny.config_of(family, rope_parameters=ropes), model_class)
     assert config.rope_parameters == THETA | {"rope_type": "default"}
     ((cosine, sine),) = taken(model_class, 512)
     assert torch.equal(cosine, wanted[0])
@@ -61,7 +49,7 @@ def test_the_models_own_tables(model_class, family, ropes):
 
 def test_gemmas_tables_in_the_builders_order(model_class):
     ropes = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"} | THETA}
-    config = builder.adapted(config_of("gemma3_text", rope_parameters=ropes), model_class)
+    config = builder.adapted(tiny.config_of("gemma3_text", rope_parameters=ropes), model_class)
     assert config.rope_local_base_freq == 10000.0
     assert config.rope_parameters == THETA | {"rope_type": "default"}
     (whole, _), (local, _) = taken(model_class, 64, 64)
@@ -70,8 +58,8 @@ def test_gemmas_tables_in_the_builders_order(model_class):
 
 
 def test_phi3s_two_tables(model_class):
-    changes = {"rope_parameters": LONG | {"attention_factor": 1.25}}
-    given = config_of("phi3", original_max_position_embeddings=256, **changes)
+    changes = {"rope_parameters": tiny.LONG_ROPE | {"attention_factor": 1.25}}
+    given = tiny.config_of("phi3", original_max_position_embeddings=256, **changes)
     config = builder.adapted(given, model_class)
     assert config.rope_parameters["type"] == "longrope"
     assert config.original_max_position_embeddings == 256
@@ -81,25 +69,25 @@ def test_phi3s_two_tables(model_class):
 
 
 def test_a_phi3_without_longrope_has_one_table(model_class):
-    given = config_of("phi3", original_max_position_embeddings=256)
+    given = tiny.config_of("phi3", original_max_position_embeddings=256)
     config = builder.adapted(given, model_class)
     assert config.original_max_position_embeddings == config.max_position_embeddings == 512
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_longrope_is_phi3s_alone(model_class, family):
-    config = config_of(family, rope_parameters=LONG)
+    config = tiny.config_of(family, rope_parameters=tiny.LONG_ROPE)
     with pytest.raises(NotImplementedError, match="The longrope RoPE style is not currently"):
         builder.adapted(config, model_class)
 
 
 def test_what_depends_on_the_length_is_left_to_the_builder(model_class):
     ropes = {"rope_type": "dynamic", "factor": 4.0} | THETA
-    config = builder.adapted(config_of("llama", rope_parameters=ropes), model_class)
+    config = builder.adapted(tiny.config_of("llama", rope_parameters=ropes), model_class)
     assert config.rope_parameters == ropes
     assert not hasattr(model_class, "make_rotary_embedding_caches_from_scratch")
 
 
 def test_a_model_without_any(model_class):
-    builder.adapted(config_of("opt"), model_class)
+    builder.adapted(tiny.config_of("opt"), model_class)
     assert not hasattr(model_class, "make_rotary_embedding_caches_from_scratch")

@@ -1,7 +1,5 @@
 """A model's rotary tables by its own module."""
 
-import copy
-
 import pytest
 import torch
 import transformers
@@ -15,13 +13,8 @@ GEMMA_ROPES = {
 }
 
 
-def config_of(family, **changes):
-    sizes = tiny._SIZES | tiny.FAMILIES[family] | changes
-    return transformers.AutoConfig.for_model(family, **copy.deepcopy(sizes))
-
-
 def test_a_module_without_the_weights():
-    config = config_of("llama")
+    config = tiny.config_of("llama")
     model = transformers.AutoModelForCausalLM.from_config(config)
     own = rotary.modules(model)
     assert list(own) == ["model.rotary_emb"]
@@ -36,7 +29,7 @@ def test_a_module_without_the_weights():
 
 
 def test_halves_leave_out_what_repeats():
-    module = rotary.of_config(config_of("llama"))
+    module = rotary.of_config(tiny.config_of("llama"))
     cosine, sine = rotary.halves(module, 40, None)
     whole = rotary.tables(module, torch.arange(40))
     assert torch.equal(torch.cat([cosine, cosine], 1), whole[0])
@@ -45,7 +38,7 @@ def test_halves_leave_out_what_repeats():
 
 def test_layers_that_a_model_does_not_have():
     ropes = {"rope_parameters": GEMMA_ROPES, "layer_types": ["full_attention"] * 2}
-    module = rotary.of_config(config_of("gemma3_text", **ropes))
+    module = rotary.of_config(tiny.config_of("gemma3_text", **ropes))
     assert rotary.layer_types(module) == ["full_attention"]
     other, own = (rotary.halves(module, 9, f"{kind}_attention") for kind in ("sliding", "full"))
     assert torch.equal(other[0], own[0])
@@ -60,5 +53,5 @@ def test_layers_that_a_model_does_not_have():
     ],
 )
 def test_parameters_are_rows(family, changes, found):
-    rows = rotary.parameters(config_of(family, **changes))
+    rows = rotary.parameters(tiny.config_of(family, **changes))
     assert sorted(row["rope_type"] for row in rows) == found

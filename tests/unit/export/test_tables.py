@@ -1,12 +1,9 @@
 """A graph whose rotary tables are not the model's fails, however late the difference shows."""
 
-import copy
-
 import numpy as np
 import onnx
 import pytest
 import torch
-import transformers
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -17,19 +14,10 @@ from tests import tiny
 LENGTH = 4000
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 8,
-    "long_factor": [1.5] * 8,
-    "original_max_position_embeddings": 256,
-    "factor": 2.0,
-}
 
 
 def model_of(family="llama", **changes):
-    sizes = tiny._SIZES | tiny.FAMILIES[family] | {"max_position_embeddings": LENGTH}
-    config = transformers.AutoConfig.for_model(family, **copy.deepcopy(sizes | changes))
+    config = tiny.config_of(family, **({"max_position_embeddings": LENGTH} | changes))
     return nn.ModuleDict({"rotary_emb": rotary.of_config(config)})
 
 
@@ -135,7 +123,7 @@ def test_each_type_of_layer_has_its_own(tmp_path, scaled):
 
 
 def test_tables_in_branches(tmp_path):
-    model = model_of("phi3", original_max_position_embeddings=256, rope_parameters=LONG)
+    model = model_of("phi3", original_max_position_embeddings=256, rope_parameters=tiny.LONG_ROPE)
     short, long = arrays(model, 256), arrays(model)
     assert np.abs(short["cos_cache"] - long["cos_cache"][:256]).max() > 0.1
     sides = [
