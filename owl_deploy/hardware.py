@@ -1,11 +1,13 @@
 """Where a model is computed: device, dtype and batch size."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from owl_deploy import container
 from owl_deploy.blocks import Skeleton, free_on
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, unknown_name
@@ -37,10 +39,11 @@ ANY_HARDWARE = Hardware()
 @contextlib.contextmanager
 def on_threads(count: int | None) -> Iterator[None]:
     """Compute on `count` of PyTorch's threads in this block, as the run did that is gone on with:
-    sums are made in another order on others. None: on as many as ever.
+    sums are made in another order on others. None: on as many as ever, or as a container's quota
+    keeps busy.
     """
     usual = torch.get_num_threads()
-    torch.set_num_threads(count or usual)
+    torch.set_num_threads(count or math.ceil(min(usual, container.processors())))
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import psutil
 
+from owl_deploy import container
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -171,8 +172,11 @@ def local_rank() -> int | None:
 
 
 def free_memory() -> int:
-    """The bytes of the host's memory that this process may count on: its share of what is free."""
-    return psutil.virtual_memory().available // _number("LOCAL_WORLD_SIZE", 1)
+    """The bytes of memory that this process may count on: its share of what the host has free, or
+    of what its container may still take.
+    """
+    free = min(psutil.virtual_memory().available, container.free_memory())
+    return int(free) // _number("LOCAL_WORLD_SIZE", 1)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 A SOURCE is a UTF-8 file; a folder, of which all files are read that are UTF-8 text and not hidden;
 a pattern with *, ? or ** for such files; a name from the tables here, of which a part is read from
-the Hub to prune or train on and another to evaluate on; or hf:NAME:CONFIG:SPLIT:COLUMN.
+the Hub to prune or train on and another to evaluate on; or hf:NAME:CONFIG:SPLIT:COLUMN. JSON lines
+are read as records (see records.py).
 """
 
 import glob
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from owl_deploy.errors import BadInput, first_line
 from owl_deploy.progress import error_console
+from owl_deploy.records import SUFFIX, JsonLines, as_text, has_records
 
 if TYPE_CHECKING:
     import torch
@@ -55,14 +58,15 @@ _EVALUATION = {
 _EVALUATION_WINDOWS = {"c4": 256}  # at most so many; of the other texts all
 
 
-def load_evaluation_text(source: str) -> tuple[str, int | None]:
+def load_evaluation_text(source: str, tokenizer: Any) -> tuple[str, int | None]:  # noqa: ANN401
     """The text of a SOURCE to evaluate on, and how many windows of it the papers read at most.
 
     Its documents are joined by a blank line; those of a named data set as the papers do. Raises
     `BadInput`.
     """
     named = source in _EVALUATION and not Path(source).exists()
-    text = SEPARATOR.join(map(read_document, _documents(source, _EVALUATION)))
+    documents = _documents(source, _EVALUATION)
+    text = SEPARATOR.join(read_document(one, tokenizer) for one in documents)
     return text, _EVALUATION_WINDOWS.get(source) if named else None
 
 
@@ -74,14 +78,27 @@ def training_documents(source: str) -> list[Path | str]:
     return _documents(source, _TRAINING)
 
 
-def read_document(document: Path | str) -> str:
-    """The text of a document; raises `BadInput` for a file that is not UTF-8."""
+def read_document(document: Path | str, tokenizer: Any) -> str:  # noqa: ANN401
+    """The text of a document; what the `tokenizer` has a chat template for, in that.
+
+    Raises `BadInput` for a file that is not UTF-8, and for records that are none.
+    """
+    if isinstance(document, JsonLines):
+        return as_text("the data set", document, tokenizer, SEPARATOR)
     if isinstance(document, str):
         return document
     try:
-        return document.read_text(encoding="utf-8")
+        text = document.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{document} is not UTF-8 text ({error.reason}).") from error
+    if document.suffix == SUFFIX and has_records(text):
+        return as_text(document, text, tokenizer, SEPARATOR)
+    return text
+
+
+def depends_on_template(document: Path | str) -> bool:
+    """Whether a document's text may be another with another chat template."""
+    return isinstance(document, JsonLines) or getattr(document, "suffix", "") == SUFFIX
 
 
 def source_files(source: str) -> list[Path]:
@@ -161,14 +178,16 @@ def _load_dataset(part: _Part) -> str:
             part.name, part.config, split=part.split, revision=part.revision, streaming=True
         )
         rows = rows if part.documents is None else rows.take(part.documents)
-        texts = [str(row[part.column]) for row in rows]
+        texts = [row[part.column] for row in rows]
     except Exception as error:  # no network, no such data set, split or column: many types
         raise BadInput(
             f"The {part.split} split of the data set {part.name} could not be read "
             f"({type(error).__name__}).",
             "Check its name, config and column, and the network, or give a text file.",
         ) from error
-    return part.separator.join(texts)
+    if texts and isinstance(texts[0], list):
+        return JsonLines("\n".join(json.dumps({"messages": one}, default=str) for one in texts))
+    return part.separator.join(map(str, texts))
 
 
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokenizers share no type

@@ -17,6 +17,7 @@ from owl_deploy.errors import OwlError
 from owl_deploy.progress import Advance, bar
 from owl_deploy.text import (
     SEPARATOR,
+    depends_on_template,
     load_tokenizer,
     read_document,
     tokenize,
@@ -43,12 +44,12 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     if backend is None or sum(map(_size, documents)) < _LEAST_BYTES:
         return _tokenized(tokenizer, documents)
     maker = hashlib.sha256(backend.to_str().encode()).hexdigest()
-    digests = list(map(_digest, documents))
+    digests = [_digest(one, tokenizer.chat_template) for one in documents]
     name = f"{_key(maker, digests)}.npy"
     with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
         return _mapped(cache_path() / _CACHE / name)
     tokens = _tokenized(tokenizer, documents)
-    if list(map(_digest, documents)) != digests:  # changed meanwhile
+    if [_digest(one, tokenizer.chat_template) for one in documents] != digests:  # changed meanwhile
         return tokens
     import numpy
 
@@ -68,10 +69,13 @@ def _size(document: Path | str) -> int:
     return document.stat().st_size if isinstance(document, Path) else len(document)
 
 
-def _digest(document: Path | str) -> str:
+def _digest(document: Path | str, template: object) -> str:
+    """Of a document's content, and of the chat `template` where that makes its text."""
     if isinstance(document, Path):
-        return digest(document)
-    return hashlib.sha256(document.encode()).hexdigest()
+        found = digest(document)
+    else:
+        found = hashlib.sha256(document.encode()).hexdigest()
+    return f"{found} in {template!r}" if depends_on_template(document) else found
 
 
 def _key(maker: str, digests: Sequence[str]) -> str:
@@ -96,7 +100,7 @@ def _tokenized(tokenizer: Any, documents: Sequence[Path | str]) -> "torch.Tensor
     with _progress(sum(map(_size, documents))) as advance:
         for number, document in enumerate(documents):
             end = SEPARATOR if number + 1 < len(documents) else ""
-            parts.append(tokenize(tokenizer, read_document(document) + end).int())
+            parts.append(tokenize(tokenizer, read_document(document, tokenizer) + end).int())
             advance(_size(document) / 1e6)
     return torch.cat(parts)
 

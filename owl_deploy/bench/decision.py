@@ -363,12 +363,16 @@ def _sparse(judged: Judged, pick: Option, max_loss: float | None) -> str:
     faster = [option for option in sparse if option.tokens_per_s > pick.tokens_per_s]
     if not faster:
         return "No sparse one is faster." if sparse else ""
-    near = min(faster, key=lambda option: option.loss)
+    surely = [option for option in faster if _beside(judged, option, pick)[0] == "faster"]
+    near = min(surely or faster, key=lambda option: option.loss)
+    _, gain = _beside(judged, near, pick)
+    if not surely:
+        return f"Beside it {near.title} is {gain}."
     chance = ""
     if near.may_be_chance:
         chance = f" That difference is within the noise of {judged.documents} problems."
     return (
-        f"{near.title} is {near.tokens_per_s / pick.tokens_per_s:.2f}x as fast, but loses "
+        f"{near.title} decodes at {gain} that speed, but loses "
         f"{_percent(near.loss)} of {judged.quality} (it has {judged.said(near)}); it would be "
         f"the choice if that were {_percent(near.allowed(max_loss))} or less.{chance}"
     )

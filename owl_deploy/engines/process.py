@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import selectors
@@ -15,6 +16,7 @@ from typing import IO, Any, Self
 
 import psutil
 
+from owl_deploy import container
 from owl_deploy.engines.environment import WORKER, python_of
 from owl_deploy.engines.loading import Folder
 from owl_deploy.engines.registry import LOOKUP, Engine, get_engine
@@ -40,9 +42,12 @@ def threads_for(asked: int | None) -> int:
 
 
 def default_threads() -> int:
-    """The physical cores that this process may use: engines gain nothing from their siblings."""
+    """The physical cores that this process may use: engines gain nothing from their siblings, and
+    threads beyond a container's quota wait for one another.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or allowed or 1))
+    cores = min(allowed or 1, psutil.cpu_count(logical=False) or allowed or 1)
+    return max(1, math.ceil(min(cores, container.processors())))
 
 
 class Child:

@@ -52,8 +52,10 @@ def windows_of(folder: Path, text: str, window: int, limit: int | None) -> torch
     As in the paper's code the special tokens of the tokenizer stand around the text as a whole: of
     a model with a BOS only the first window begins with it.
     """
-    content, most = load_evaluation_text(text)
-    tokens = tokenize(load_tokenizer(folder), content, special=True)
+    tokenizer = load_tokenizer(folder)
+    content, most = load_evaluation_text(text, tokenizer)
+    has_bos = bool(tokenizer.bos_token) and content.startswith(tokenizer.bos_token)  # a template's
+    tokens = tokenize(tokenizer, content, special=not has_bos)
     return evaluation_windows(tokens, window, most if limit is None else min(limit, most or limit))
 
 

@@ -19,12 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.source import Progress, Source
+from owl_deploy.ranks import free_memory
 
 _BUILDER = Path(__file__).with_name("builder.py")
 PACKING = "Packing the weights"  # what it says when it begins to
@@ -67,7 +66,7 @@ def build(
             command = _command(source, folder, precision, Path(scratch), sparsify)
             process = _start(command, Path(scratch), stream)
         try:
-            if 4 * source.checkpoint.weights() < psutil.virtual_memory().available:
+            if 4 * source.checkpoint.weights() < free_memory():
                 _ = source.reference  # else the builder has the memory to itself
             _wait(process, log, source, progress)
         finally:

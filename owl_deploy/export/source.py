@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import transformers
 
@@ -16,6 +15,7 @@ from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family
 from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.ranks import free_memory
 from owl_deploy.text import load_tokenizer, tokenize
 
 Progress = Callable[[str], None]
@@ -70,7 +70,7 @@ class Source:
     def model(self) -> Any:  # noqa: ANN401 - transformers has no types
         """The whole model in memory, in fp32: 4 bytes a parameter."""
         needed = 4 * self.checkpoint.weights()
-        available = psutil.virtual_memory().available
+        available = free_memory()
         if needed > available:
             raise BadInput(
                 f"The model needs {needed / 2**30:.1f} GiB in fp32, and only "

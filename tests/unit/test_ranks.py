@@ -1,5 +1,6 @@
 """What a process knows of its group; what several do together is tests/integration's."""
 
+import math
 import subprocess
 import sys
 
@@ -53,6 +54,7 @@ def test_torchruns_environment_says_which_process_this_is(monkeypatch):
         monkeypatch.setenv(name, value)
     free = ranks.psutil.virtual_memory()
     monkeypatch.setattr(ranks.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(ranks.container, "free_memory", lambda: math.inf)
     assert not ranks.leads()
     assert ranks.local_rank() == 1
     assert ranks.free_memory() == free.available // 4
@@ -62,6 +64,8 @@ def test_torchruns_environment_says_which_process_this_is(monkeypatch):
     assert ranks.leads()
     assert ranks.local_rank() is None
     assert ranks.free_memory() == free.available
+    monkeypatch.setattr(ranks.container, "free_memory", lambda: 1000.0)
+    assert ranks.free_memory() == 1000
     assert ranks.join({}) is ALONE
     with ranks.one_voice() as speaks:
         assert speaks

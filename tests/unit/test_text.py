@@ -29,9 +29,11 @@ def test_evaluation_windows_are_the_first_ones():
         text.evaluation_windows(tokens, 106, None)
 
 
-def load_text(source):
+def load_text(source, tokenizer=None):
     """The text to prune on."""
-    return "\n\n".join(map(text.read_document, text.training_documents(source)))
+    return "\n\n".join(
+        text.read_document(one, tokenizer) for one in text.training_documents(source)
+    )
 
 
 @pytest.mark.parametrize("source", ["no-such-file.txt", "wikitex", "hf:a:b:c", "hf:a::c:d"])
@@ -83,7 +85,7 @@ def test_a_data_set_is_joined_by_blank_lines(hub):
     ],
 )
 def test_evaluation_reads_what_the_papers_read(hub, source, split, separator, documents, windows):
-    found, most = text.load_evaluation_text(source)
+    found, most = text.load_evaluation_text(source, None)
     assert found == separator.join(f"{split} {number}" for number in range(documents))
     assert most == windows
     assert hub[0][2] == split
@@ -97,7 +99,7 @@ def test_a_model_is_never_pruned_on_the_text_that_evaluates_it(hub, source):
 def test_a_file_called_like_a_data_set_is_read_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c4").write_text("mine")
-    assert text.load_evaluation_text("c4") == ("mine", None)
+    assert text.load_evaluation_text("c4", None) == ("mine", None)
 
 
 def test_a_folder_called_like_a_data_set_is_read_too(tmp_path, monkeypatch):
@@ -105,7 +107,7 @@ def test_a_folder_called_like_a_data_set_is_read_too(tmp_path, monkeypatch):
     (tmp_path / "c4" / "a.txt").write_text("of mine")
     monkeypatch.chdir(tmp_path)
     assert load_text("c4") == "of mine"
-    assert text.load_evaluation_text("c4") == ("of mine", None)
+    assert text.load_evaluation_text("c4", None) == ("of mine", None)
 
 
 def test_special_tokens_stand_once_around_the_text(llama):

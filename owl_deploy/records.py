@@ -1,0 +1,78 @@
+"""JSON lines, as trainers read them: in each line a `text`, or the `messages` of a conversation.
+
+Messages become text by the model's own chat template, whole, as TRL's SFTTrainer makes it.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from owl_deploy.errors import BadInput, first_line
+
+SUFFIX = ".jsonl"
+_KEYS = ("messages", "text")
+
+
+class JsonLines(str):
+    """Records in JSON lines that lie in no file."""
+
+    __slots__ = ()
+
+
+def has_records(text: str) -> bool:
+    """Whether the first line is one of a record; else it is a text like others."""
+    try:
+        first = json.loads(text.partition("\n")[0])
+    except ValueError:
+        return False
+    return isinstance(first, dict) and any(key in first for key in _KEYS)
+
+
+def as_text(name: object, lines: str, tokenizer: Any, separator: str) -> str:  # noqa: ANN401
+    """The text of the records in `lines`: conversations one after another, others apart.
+
+    Raises `BadInput` for a line that is no record, and for messages that the chat template of
+    `tokenizer` does not take, or where it has none; `name` says in what.
+    """
+    parts: list[str] = []
+    for number, record in _records(name, lines):
+        if "messages" in record:
+            parts.append(_in_template(f"Line {number} of {name}", record["messages"], tokenizer))
+        else:
+            parts += [record["text"], separator]
+    return "".join(parts).removesuffix(separator)
+
+
+def _records(name: object, lines: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines.split("\n"), 1):  # others than that stand within strings
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not (
+            isinstance(record.get("text"), str) or isinstance(record.get("messages"), list)
+        ):
+            raise BadInput(
+                f"Line {number} of {name} is no record with a text or messages.",
+                'Give lines such as {"text": "Once"} or '
+                '{"messages": [{"role": "user", "content": "Hello"}, ...]}.',
+            )
+        yield number, record
+
+
+def _in_template(where: str, messages: list[Any], tokenizer: Any) -> str:  # noqa: ANN401
+    if not tokenizer.chat_template:
+        raise BadInput(
+            f"{where} has messages, and this model has no chat template for them.",
+            'Take a chat model, or give lines such as {"text": "Once"}.',
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # whatever a template raises, which is a program
+        raise BadInput(
+            f"{where} has messages that the model's chat template does not take "
+            f"({first_line(error)}).",
+            'Each has a "role" and a "content"; many templates want user and assistant in turn.',
+        ) from error
