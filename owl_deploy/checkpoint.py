@@ -26,7 +26,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GRID = "grid.safetensors"  # the scales of rounded weights
 SHARD_BYTES = 2 * 1024**3  # small enough to be put together in memory beside a block
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -194,6 +194,11 @@ class Checkpoint:
             "config.json."
         )
 
+    def outside(self, blocks: Sequence[str]) -> list[str]:
+        """The names of the tensors that belong to none of the `blocks`."""
+        starts = tuple(f"{block}." for block in blocks)
+        return [name for name in self.files if not name.startswith(starts)]
+
     def names(self, prefix: str = "") -> list[str]:
         """The names of the tensors under the module `prefix`, without `prefix.`."""
         start = f"{prefix}." if prefix else ""
@@ -301,6 +306,13 @@ def _open_safetensors(path: Path) -> Any:  # noqa: ANN401 - safetensors has no s
         raise EnvironmentFailed(f"{path} cannot be read ({error}).", "Try again.") from error
 
 
+def _tensor_bytes(path: Path) -> int:
+    """The bytes of all tensors in a file, which are what its header, and that's length, leave."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - 8 - length
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name to file, from the index when there is one; every file's header is checked."""
     if (folder / INDEX).is_file():
@@ -351,7 +363,7 @@ def shards(
             part.unlink(missing_ok=True)
             link(path, part)
             parts.append((part, list(file.keys())))
-    total = sum(path.stat().st_size for path in ready)
+    total = sum(map(_tensor_bytes, ready))
 
     def flush(shard: dict[str, "torch.Tensor"]) -> None:
         path = folder / f"part-{len(parts)}"
@@ -386,7 +398,7 @@ def write_compatible(source: Checkpoint, folder: Path) -> None:
     """Copy config and tokenizer so that transformers 5.x and 4.40 (SparseML 1.8) both read them."""
     config = compatible_config(source.config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             copy(source.folder / name, folder / name)
     _rewrite(folder / "tokenizer.json", _string_merges)

@@ -483,6 +483,10 @@ def sweep(
         raise api.BadInput("--store is for the nodes of a cluster.", "Say which by --ray.")
     plan = sweeps.read_plan(file, _given(values, sweeps.SweepPlan.model_fields))
     tasks = sweeps.tasks(model, output, plan, calibration, perplexity)
+    if ray:
+        from owl_deploy.cluster.needs import read_needs
+
+        read_needs(needs or [])
     if dry_run:
         states = _stored(tasks, output, store) if store else pipeline.survey(tasks)
         lines = [f"{state:8}  {one.title}" for state, one in zip(states, tasks, strict=True)]

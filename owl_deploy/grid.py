@@ -74,6 +74,12 @@ def read_grid(checkpoint: Path) -> KeptGrid | None:
         raise BadInput(
             f"{file} is not a grid: {error}.", "Round the model again, or remove the file."
         ) from None
+    matrices = all(one.ndim == 2 for one in scales.values())
+    if not matrices or not set(grid.bits.values()) <= INTEGERS.keys():
+        raise BadInput(
+            f"{file} is not a grid: it has other bits, or scales of no matrix.",
+            "Round the model again, or remove the file.",
+        )
     if grid.group not in SHARED_COLUMNS:
         raise BadInput(
             f"In {file} {grid.group} columns share a scale.", "32, 64 or 128 can: round again."

@@ -89,7 +89,7 @@ class PruneSettings(BaseModel):
             values = _with_budget(values)
         values = {"method": "wanda", "allocation": DEFAULT} | values
         for what, table in (("method", METHODS), ("allocation", ALLOCATIONS)):
-            if values[what] not in table:
+            if not isinstance(values[what], str) or values[what] not in table:
                 raise unknown_name(what, str(values[what]), table)
         values["options"] = _options(values["method"], values.get("options", {}))
         if not METHODS[values["method"]].removes:
@@ -115,6 +115,8 @@ class PruneSettings(BaseModel):
                     f"which keeps {left} of {size} weights: {implied:.4g}.",
                     "Give one of the two.",
                 )
+            # No head has another sparsity than one of M weights can have.
+            values["head_sparsity"] = _in_group(values.get("head_sparsity"), size)
             # The paper's mixed N:8 spans 2 weights (lambda = 2): half of that, over 8.
             values.setdefault("spread", min(0.5, 1 / size) if allocation.counts_outliers else None)
         if values.get("spread") is None:
@@ -262,9 +264,18 @@ def parse_budget(budget: str) -> tuple[float, Literal["bits", "bytes", "times"]]
     return float(match[1]) * {"kb": 1e3, "mb": 1e6, "gb": 1e9}[match[2]], "bytes"
 
 
+def _in_group(sparsity: Any, size: int) -> Any:  # noqa: ANN401 - checked by the model
+    """The sparsity of N:`size` that a `sparsity` means; what is impossible stays, to be refused."""
+    if not isinstance(sparsity, float) or not 0 <= sparsity < 1 or kept(sparsity, size) == 0:
+        return sparsity
+    return 1 - kept(sparsity, size) / size
+
+
 def _options(method: str, given: Options | Mapping[str, Any]) -> Options:
     """The options of a method, or `BadInput` for one that it does not have, or a wrong value."""
     kind = METHODS[method].options
+    if not isinstance(given, (Options, Mapping)):
+        raise BadInput(f"The options of {method} are {given!r}, which names none.")
     values = given.model_dump() if isinstance(given, Options) else given
     strange = [name for name in values if name not in kind.model_fields]
     if strange:
@@ -345,8 +356,13 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
         for name in ("spread", "outlier_multiple"):
             values.pop(name, None)
     options = {**values.get("options", {}), **overrides.get("options", {})}
+    group = parse_structure(values.get("structure", UNSTRUCTURED))
+    if group and overrides.get("structure") == UNSTRUCTURED and overrides.get("budget") is None:
+        values["sparsity"] = 1 - group[0] / group[1]  # which the structure alone has said
     if "layers" in values:
         _check_list(recipe, values, overrides)
+    if "layers" in values:  # still: it has no sparsity for what the recipe skips
+        overrides = _with_skipped(values.get("skip", ()), overrides)
     if parse_structure(overrides.get("structure", UNSTRUCTURED)):
         values.pop("sparsity", None)
     found = settings(**(values | overrides | {"options": options}))
@@ -367,7 +383,9 @@ def _check_list(recipe: Path | None, values: dict[str, Any], overrides: dict[str
     """
     if "allocation" in overrides or "sparsity" in overrides:
         del values["layers"], values["allocation"]
-        if not {"sparsity", "structure", "budget"} & (values | overrides).keys():
+        both = values | overrides
+        group = parse_structure(both.get("structure", UNSTRUCTURED))
+        if not group and not {"sparsity", "budget"} & both.keys():
             raise BadInput(
                 f"The recipe {recipe} lists each layer's sparsity, and --allocation divides one.",
                 "Give --sparsity as well.",
@@ -380,6 +398,14 @@ def _check_list(recipe: Path | None, values: dict[str, Any], overrides: dict[str
             f"{overrides['structure']} is another.",
             "Give --allocation as well, for one that divides it anew.",
         )
+
+
+def _with_skipped(skip: tuple[str, ...], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The `overrides`, which leave dense what they name and what the recipe does, its `skip`."""
+    given = overrides.get("skip")
+    if not isinstance(given, (tuple, list)):
+        return overrides
+    return overrides | {"skip": tuple(dict.fromkeys((*skip, *given)))}
 
 
 def origin(recipe: Path, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -395,6 +421,7 @@ class _Modifier(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     targets: list[str] | str = "__ALL__"
+    ignore: list[str] = []  # llm-compressor has it, SparseML 1.8 passes over it
     mask_structure: str = _DENSE_MASK
     # SparseML knows the profile for Wanda and SparseGPT; here it goes with magnitude as well.
     sparsity_profile: Literal["owl"] | None = None
@@ -405,7 +432,6 @@ class _Modifier(BaseModel):
 class _LayerwiseModifier(_Modifier):
     sparsity: float | list[float]
     sequential_update: Literal[True] = True
-    ignore: list[str] = []  # llm-compressor has it, SparseML 1.8 does not
 
 
 class _TrainingModifier(_Modifier):
@@ -443,7 +469,9 @@ def dump_resolved(settings: PruneSettings, layers: Mapping[str, float]) -> str:
 
     `layers`: target (a block, or a Linear) to sparsity, in model order, since SparseML applies a
     list in that order. Each modifier stands once in a group, so targets with different N:M, and
-    those of magnitude, which takes no list, have a group each.
+    those of magnitude, which takes no list, have a group each. What was skipped is no target: a
+    target of sparsity 0 may be rounded, refitted or trained, and SparseML's SparseGPT takes some
+    weights of it.
     """
     modifier = METHODS[settings.method].modifier
     if modifier is None:
@@ -453,6 +481,10 @@ def dump_resolved(settings: PruneSettings, layers: Mapping[str, float]) -> str:
         )
     group = settings.group
     options = {theirs: getattr(settings.options, our) for our, theirs in modifier.arguments.items()}
+    if skip := [name for name in settings.skip if name not in heads()]:  # a head is dense unnamed
+        options["ignore"] = skip
+    if group is not None:
+        layers = {target: _in_group(value, group[1]) for target, value in layers.items()}
     stage: dict[str, Any] = {}
     if modifier.form == "training":
         for number, (target, sparsity) in enumerate(layers.items()):
@@ -604,13 +636,8 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
     values |= arguments[0]
     for _, modifier in found:
         targets, sparsity = _targets(modifier), _sparsity(modifier)
-        if not targets:
-            raise BadInput(f"A modifier of the recipe {source} has no targets.")
+        _check_modifier(source, modifier)
         if isinstance(sparsity, list):
-            if len(sparsity) != len(targets):
-                raise BadInput(
-                    f"The recipe {source} has {len(sparsity)} sparsities, {len(targets)} targets."
-                )
             layers |= dict(zip(targets, sparsity, strict=True))
         elif all(_layer_of(target) for target in targets):
             layers |= {str(_layer_of(target)): sparsity for target in targets}
@@ -620,7 +647,7 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
                 "Several modifiers need targets such as model.layers.3 each.",
             )
         else:
-            _check_whole(source, targets, sparsity, _group_of(modifier.mask_structure))
+            _check_whole(source, targets)
             values.setdefault("allocation", "uniform")
             if None in groups:
                 values["sparsity"] = sparsity
@@ -637,21 +664,36 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
     return values | _structure(source, groups)
 
 
-def _check_whole(
-    source: Path, targets: Sequence[str], sparsity: float, group: tuple[int, int] | None
-) -> None:
-    """Raise `BadInput` where a modifier without layers means not all, or contradicts its N:M."""
+def _check_modifier(source: Path, modifier: _Modifier) -> None:
+    """Raise `BadInput` where targets and sparsities do not match, or contradict the N:M."""
+    targets, sparsity = _targets(modifier), _sparsity(modifier)
+    if not targets:
+        raise BadInput(f"A modifier of the recipe {source} has no targets.")
+    each = sparsity if isinstance(sparsity, list) else [sparsity] * len(targets)
+    if len(each) != len(targets):
+        raise BadInput(f"The recipe {source} has {len(each)} sparsities, {len(targets)} targets.")
+    group = _group_of(modifier.mask_structure)
+    if group is None:
+        return
+    left, size = group
+    for target, one in zip(targets, each, strict=True):
+        # Earlier versions wrote a head's as it was asked for, beside the N:M nearest to it.
+        slack = 0.5 / size if _layer_of(target) in heads() else 0.0
+        if abs(one - (1 - left / size)) > slack + _SAME:
+            raise BadInput(
+                f"The recipe {source} has a sparsity of {one:g}, which contradicts its structure, "
+                f"{size - left} removed of {size}."
+            )
+
+
+def _check_whole(source: Path, targets: Sequence[str]) -> None:
+    """Raise `BadInput` where a modifier without layers means not all."""
     for target in targets:
         if not _means_all(target):
             raise BadInput(
                 f"The recipe {source} has the target {target!r}, which is neither a layer nor all.",
                 "Name layers, such as model.layers.3.mlp.up_proj, or say __ALL__.",
             )
-    if group is not None and abs(sparsity - (1 - group[0] / group[1])) > _SAME:
-        raise BadInput(
-            f"The recipe {source} has a sparsity of {sparsity:g}, which contradicts its structure, "
-            f"{group[1] - group[0]} removed of {group[1]}."
-        )
 
 
 def _means_all(target: str) -> bool:
@@ -663,7 +705,8 @@ def _means_all(target: str) -> bool:
     except re.error:
         return False
     blocks = {family.blocks for family in FAMILIES.values()}
-    several = [[f"{name}.{index}" for index in (0, 17)] for name in blocks]
+    # With every first and every second digit, since a match may end anywhere.
+    several = [[f"{name}.{index}" for index in range(100)] for name in blocks]
     return any(all(map(pattern.match, names)) for names in (*several, _WEIGHT_NAMES))
 
 
@@ -682,7 +725,7 @@ def _group_of(structure: str) -> tuple[int, int] | None:
     """(kept, size) of a `mask_structure`, which says removed:size."""
     if structure in (_DENSE_MASK, UNSTRUCTURED):
         return None
-    if match := re.fullmatch(r"0:(\d+)", structure):  # of a mixed N:M, a part that stays dense
+    if match := re.fullmatch(r"0:(0*[1-9]\d*)", structure):  # of a mixed N:M, a dense part
         return int(match[1]), int(match[1])
     removed, size = parse_structure(structure) or (0, 0)
     return size - removed, size
@@ -708,7 +751,7 @@ def _arguments(source: Path, method: str, modifier: _Modifier) -> dict[str, Any]
         found["options"] = {
             ours: getattr(modifier, theirs) for ours, theirs in row.arguments.items()
         }
-    if isinstance(modifier, _LayerwiseModifier) and modifier.ignore:
+    if modifier.ignore:
         found["skip"] = tuple(name.removeprefix("re:.*") for name in modifier.ignore)
     if modifier.sparsity_profile == "owl":
         if (

@@ -93,6 +93,8 @@ class SparseLinear(nn.Module):
         self.scales: torch.Tensor | None
         self.weight: torch.Tensor | None
         self.bias = linear.bias
+        with torch.no_grad():  # a checkpoint in 16 bits has 8-bit integers only nearly
+            self.values.copy_(self._rounded())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] to [..., out], in the computing dtype."""
@@ -227,9 +229,14 @@ def finished(
 
 def freeze(block: nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Give `block` plain Linears again, and `tensors`, in `dtype`; nothing in it trains."""
-    for name, sparse in list(sparse_linears(block)):
-        rows, columns = sparse.shape
-        linear = nn.Linear(columns, rows, bias=sparse.bias is not None, device="meta")
+    for name, part in list(block.named_modules()):
+        if isinstance(part, SparseLinear):
+            rows, columns = part.shape
+        elif isinstance(part, nn.Linear):  # of a kind of its own, perhaps, such as one in 16 bits
+            rows, columns = part.weight.shape
+        else:
+            continue
+        linear = nn.Linear(columns, rows, bias=part.bias is not None, device="meta")
         block.set_submodule(name, linear)
     block.load_state_dict({name: one.to(dtype) for name, one in tensors.items()}, assign=True)
     block.requires_grad_(False)

@@ -43,7 +43,9 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or sum(map(_size, documents)) < _LEAST_BYTES:
         return _tokenized(tokenizer, documents)
-    maker = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    # Whether special tokens in a text are read as such, the backend is told at each call.
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    maker = hashlib.sha256(f"{backend.to_str()}{' split' * split}".encode()).hexdigest()
     digests = [_digest(one, tokenizer.chat_template) for one in documents]
     name = f"{_key(maker, digests)}.npy"
     with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged

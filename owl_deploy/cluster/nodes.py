@@ -55,11 +55,11 @@ def _refuse_silence(address: str) -> None:
     if address in ("auto", "local"):
         return
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         raise BadInput(f"--ray {address} is no address.", "It is auto, local or HOST:PORT.")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # the last of a host that none can be
         raise _no_cluster(address, first_line(error)) from error
 
 

@@ -18,9 +18,9 @@ from owl_deploy.export import onnx_file
 from owl_deploy.export.grid import Grid
 from owl_deploy.export.program import knows_logits
 from owl_deploy.export.rewriter import DOMAIN, Cache, Head, Rewriter
-from owl_deploy.export.rewrites import REPLACEMENTS, REWRITES, drop_unused
+from owl_deploy.export.rewrites import REPLACEMENTS, REWRITES, drop_unused, replace_attention
 from owl_deploy.families import heads
-from owl_deploy.runtime import library_path, pack
+from owl_deploy.runtime import LIBRARY_NAME, LIBRARY_NAMES, library_path, pack
 
 # onnxruntime-genai takes memory for the logits of each token of a prompt, 400 MB for 2048 tokens
 # of a vocabulary of 49152, and reads the last token's. By LAST_LOGITS the engine knows, and neither
@@ -64,9 +64,12 @@ def sparsify(
         raise BadInput("No linear layer of the builder's graph could be replaced.")
     rewriter.model.graph.opset_imports[DOMAIN] = 1
     onnx_file.save(rewriter.model, folder)
-    shutil.copyfile(library, folder / library.name)
-    _configure(config, folder, library.name, knows_logits(rewriter.model.graph))
-    return {"cache": rewriter.cache, "replaced": counts, **_statistics(rewriter)}
+    # A deployment's is known by its name, whatever that is called which OWL_RUNTIME_LIBRARY names.
+    name = library.name if library.name in LIBRARY_NAMES else LIBRARY_NAME
+    shutil.copyfile(library, folder / name)
+    _configure(config, folder, name, knows_logits(rewriter.model.graph))
+    kept = rewriter.cache if counts[replace_attention.__name__] else "fp32"
+    return {"cache": kept, "replaced": counts, **_statistics(rewriter)}
 
 
 def _usual_head(precision: pack.Values, grid: Grid | None) -> Head:

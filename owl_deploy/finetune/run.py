@@ -69,7 +69,7 @@ _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 def finetune(
     model: str | Path,
     output: str | Path,
-    text: str | Sequence[str],
+    text: str | Path | Sequence[str | Path],
     settings: FinetuneSettings | dict[str, Any],
     *,
     teacher: str | None = None,
@@ -130,14 +130,14 @@ class Run:
         self,
         source: Source,
         settings: FinetuneSettings,
-        text: str | Sequence[str],
+        text: str | Path | Sequence[str | Path],
         teacher: str | None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.source, self.settings, self.asked_teacher = source, settings, teacher
         self.teacher = None if teacher is None else open_checkpoint(teacher)
         self.ranks = ranks
-        self.text = [text] if isinstance(text, str) else list(text)
+        self.text = [str(text)] if isinstance(text, str | Path) else list(map(str, text))
         self.sparse_result = settings.method == "masked" or settings.merge is not None
         if self.sparse_result:
             flag = "--merge masked" if settings.merge else "--method masked"
@@ -162,6 +162,12 @@ class Run:
             raise BadInput(f"--teacher-top must be below the vocabulary's {vocabulary} entries.")
         self._teacher: tuple[Any, list[nn.Module]] | None = None
         self._check_ranks()
+        if settings.max_steps is not None and settings.max_steps < self._groups:
+            steps = f"{settings.max_steps} step{'s' * (settings.max_steps > 1)}"
+            raise BadInput(
+                f"There are {steps}, and {self._groups} groups of blocks to train.",
+                "Give more --max-steps, or a larger --block-group.",
+            )
         self._check_memory()
         if self.teacher is not None:
             like = settings.feature_weight is not None
@@ -472,12 +478,12 @@ class Run:
     ) -> list[dict[str, Any]]:
         minutes = self.settings.max_minutes
         steps = self.settings.max_steps or (_PASSES if minutes else 1) * self._steps_a_pass
+        each, more = divmod(steps, groups)
         schedule = Schedule(
-            math.ceil(steps / groups), None if minutes is None else 60 * minutes / groups
+            max(1, each + (index < more)), None if minutes is None else 60 * minutes / groups
         )
         part = f", group {index + 1} of {groups}" if groups > 1 else ""
-        # Each group reads the text in another order, unless what the teacher says of it is kept.
-        seed = self.settings.seed + (index if self.settings.teacher_top is None else 0)
+        seed = self.settings.seed + index  # each group reads the text in another order
         return train(
             trainee,
             self.windows,

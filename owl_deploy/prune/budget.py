@@ -8,6 +8,7 @@ from owl_deploy.blocks import Skeleton
 from owl_deploy.errors import BadInput
 from owl_deploy.families import heads
 from owl_deploy.manifest import Cost
+from owl_deploy.methods import METHODS
 from owl_deploy.prune.clock import Clock, measure, room_in_time, weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.knapsack import Option, cheapest
@@ -63,9 +64,10 @@ def _room_in_bytes(
             head = _size_of_head(settings, skeleton, None), _size_of_head(settings, skeleton, 4)
     found = number * weights / 8 if unit == "bits" else number - rest
     known = formats(settings.method)
+    zeros = _zeros(skeleton, shape, settings.method)
     sizes = [
-        [packed_size(one, form, form.sparsity, settings.bits_group) for form in known]
-        for one in shapes
+        [packed_size(one, form, form.sparsity or own, settings.bits_group) for form in known]
+        for one, own in zip(shapes, zeros, strict=True)
     ] + ([list(head)] if head else [])
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
     if found < least:
@@ -140,6 +142,20 @@ def _shapes(skeleton: Skeleton, shape: Shape) -> list[tuple[int, int]]:
         for index, own in enumerate(shape.linears)
         for linear in (skeleton.linears(index)[name] for name in own)
     ]
+
+
+def _zeros(skeleton: Skeleton, shape: Shape, method: str) -> list[float]:
+    """The share of each pruned Linear's weights that is gone already, and stays so: none where the
+    `method` chooses anew.
+    """
+    linears = [
+        f"{block}.{name}.weight"
+        for block, own in zip(shape.names, shape.linears, strict=True)
+        for name in own
+    ]
+    if METHODS[method].removes:
+        return [0.0] * len(linears)
+    return [float((skeleton.checkpoint.read(one) == 0).double().mean()) for one in linears]
 
 
 def _rest(skeleton: Skeleton, shape: Shape) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from owl_deploy.allocation import ALLOCATIONS, SEARCHED
+from owl_deploy.artefact import own
 from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from owl_deploy.errors import BadInput, option
 from owl_deploy.hardware import (
     Hardware,
@@ -18,7 +19,7 @@ from owl_deploy.hardware import (
     find_training_dtype,
     name_of,
 )
-from owl_deploy.manifest import versions
+from owl_deploy.manifest import Manifest, read_manifest, versions
 from owl_deploy.methods import METHODS, Method
 from owl_deploy.partial import ROUNDING
 from owl_deploy.prune import budget, reconstruct, tune
@@ -113,6 +114,7 @@ class Request:
             "settings": self.settings.model_dump(mode="json"),
             "tune_minutes": self.tune_minutes,
             "calibration": self.describe_calibration(),
+            "held_out": None if self.held_out is None else token_digest(self.held_out),
             "device": self.skeleton.device.type,
             "dtype": name_of(self.skeleton.dtype),
             "training_dtype": name_of(self.training_dtype),
@@ -149,6 +151,7 @@ def check(
     checkpoint = open_checkpoint(model)
     device = find_device(hardware.device)
     skeleton = Skeleton(checkpoint, find_dtype(hardware.dtype, checkpoint, device), device)
+    _check_rest(skeleton)
     sizes = [
         {name: linear.weight.numel() for name, linear in skeleton.linears(index).items()}
         for index in range(len(skeleton.names))
@@ -233,6 +236,19 @@ def _windows(
     return calibration_windows(
         tokens, calibration.samples, calibration.sequence_length, calibration.seed, held_out
     )
+
+
+def _check_rest(skeleton: Skeleton) -> None:
+    """Raise `BadInput` for a checkpoint that lacks something, or of which something outside the
+    blocks could not be read when those are done.
+    """
+    checkpoint = skeleton.checkpoint
+    checkpoint.check_shapes(skeleton.stored_shapes())
+    read_manifest(checkpoint.folder, Manifest)
+    for name in TOKENIZER_FILES:
+        own(checkpoint.folder / name)
+    for name in checkpoint.outside(skeleton.names):
+        checkpoint.read(name)
 
 
 def _check_groups(settings: PruneSettings, skeleton: Skeleton, shape: Shape) -> None:

@@ -135,8 +135,9 @@ def _write_recipe(request: Request, plan: Plan, store: Store) -> None:
     skeleton = request.skeleton
     counts = [len(skeleton.linears(index)) for index in range(len(skeleton.names))]
     layers = resolved_layers(request.shape, plan.sparsities, counts)
-    if plan.settings.group:  # there is no N:M that keeps all; what is not named stays dense
-        layers = {target: sparsity for target, sparsity in layers.items() if sparsity}
+    if plan.settings.group:
+        # No N:M keeps all. A Linear that is not named stays dense; a list names every block.
+        layers = {name: one for name, one in layers.items() if one or name in skeleton.names}
     if plan.settings.head_sparsity is not None:
         layers[skeleton.family.head] = plan.settings.head_sparsity
     text = dump_resolved(plan.settings, layers)

@@ -47,7 +47,6 @@ from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import PruneSettings
-from owl_deploy.text import token_digest
 
 _CACHE = "losses"  # the folder in the cache
 _VERSION = 3  # of the measurement: what an earlier one found is not taken
@@ -138,8 +137,6 @@ def remembered(
     decided["calibration"] = (request.describe_calibration() or {}) | {"source": None}
     making = {"method", "structure", "skip", "bits_group", "options", "refit"}
     decided["settings"] = settings.model_dump(mode="json", include=making)
-    assert request.held_out is not None
-    decided["held_out"] = token_digest(request.held_out)
     name = f"{digests.of_json(decided)}.json"
 
     def kept() -> T | None:

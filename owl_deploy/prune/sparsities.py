@@ -80,7 +80,7 @@ def linear_sparsities(
     of it is removed.
     """
     if settings.layers is not None:
-        return _explicit(settings.layers, shape, rest=0.0 if settings.rounds else None)
+        return _explicit(settings, shape, settings.layers)
     allocation = ALLOCATIONS[settings.allocation]
     pruned = [own for own in shape.linears if own]
     if allocation.per == "Linear":
@@ -113,9 +113,12 @@ def _by_rule(
 
 
 def _explicit(
-    layers: Mapping[str, float], shape: Shape, rest: float | None
+    settings: PruneSettings, shape: Shape, layers: Mapping[str, float]
 ) -> list[dict[str, float]]:
-    """The sparsities of the list; `rest`: that of Linears that it leaves out (None: they stay)."""
+    """The sparsities of the settings' list, `layers`.
+
+    What the list names and `skip` does as well is in no shape, and stays dense.
+    """
     used: set[str] = set()
     found: list[dict[str, float]] = []
     for block, own in zip(shape.names, shape.linears, strict=True):
@@ -126,7 +129,11 @@ def _explicit(
                     used.add(target)
                     found[-1][name] = layers[target]
                     break
-    strange = [target for target in layers if target not in used]
+    strange = [
+        target
+        for target in layers
+        if target not in used and not any(is_named(target, ending) for ending in settings.skip)
+    ]
     if strange:
         raise BadInput(
             f"The recipe's layers are not the model's: it has no {strange[0]}.",
@@ -137,12 +144,13 @@ def _explicit(
     if empty and all(target in shape.names for target in layers):
         raise BadInput(
             f"The recipe's layers are not the model's: {empty[0]} has no sparsity.",
-            "Resolve the recipe for this model: prune it without the list.",
+            f"Give --skip {empty[0]} if it is to stay dense, else prune this model without the "
+            "list.",
         )
-    if rest is None:
+    if not settings.rounds:
         return found
     return [
-        {name: one.get(name, rest) for name in own}
+        {name: one.get(name, 0.0) for name in own}
         for own, one in zip(shape.linears, found, strict=True)
     ]
 

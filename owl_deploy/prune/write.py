@@ -63,14 +63,10 @@ def assemble(request: Request, plan: Plan, store: Store) -> None:
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in names if not large else ():
             yield from ((f"{name}.{key}", tensor) for key, tensor in store.load(name).items())
-        blocks = tuple(f"{name}." for name in names)
-        for key in checkpoint.files:
+        for key in checkpoint.outside(names):
             # A tied weight may lie there under both names, of which each is written by itself.
             weights = store.load(head) if head and key in request.skeleton.head_weights else None
-            if weights:
-                yield key, weights["weight"]
-            elif not key.startswith(blocks):
-                yield key, checkpoint.read(key)
+            yield key, weights["weight"] if weights else checkpoint.read(key)
 
     if request.settings.rounds:
         _write_grid(request, plan, store)

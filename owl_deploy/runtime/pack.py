@@ -445,6 +445,9 @@ def _squared_error(
 
 # A weight of a grid differs from its place there by what bf16 rounds, or half of it rounded twice.
 _GRID_TOLERANCE = 2**-8
+# Or, where fp16 has no smaller numbers, by half the space between those, and what a quotient in
+# float32 is off; its integer is certain.
+_FP16_TOLERANCE, _CERTAIN = np.float32(1.001 * 2**-25), 0.25
 
 
 def _quantize(
@@ -462,13 +465,17 @@ def _quantize(
     decoded = _decode_scales(_scale_codes(grid, exponent), exponent) * np.float32(traits.counts)
     decoded[decoded == 0] = np.float32(1)
     for part in _parts(weight):
-        quotient = weight[part] / decoded[part].repeat(shared, axis=1)[:, : weight.shape[1]]
+        steps = decoded[part].repeat(shared, axis=1)[:, : weight.shape[1]]
+        quotient = weight[part] / steps
         rounded = np.rint(quotient)
         if exact:
             if not np.isfinite(quotient).all():
                 raise ValueError(_NOT_FINITE)
             quotient -= rounded
-            off = np.abs(quotient) > _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1)
+            off = np.abs(quotient) > np.maximum(
+                _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1),
+                np.minimum(_FP16_TOLERANCE / steps, _CERTAIN),
+            )
             off |= (rounded < levels[0]) | (rounded > levels[1])
             if off.any():
                 # Scales that are too small for this weight's exponent were changed themselves.

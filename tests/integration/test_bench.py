@@ -206,6 +206,8 @@ def test_a_sweep_of_a_real_model_is_whole_and_never_repeats(
     ]
     planned = json.loads(CliRunner().invoke(app, [*line, "--dry-run"]).stdout)
     assert set(planned["states"]) == {"to do"}
+    wrong = CliRunner().invoke(app, [*line, "--ray", "local", "--needs", "prune", "--dry-run"])
+    assert isinstance(wrong.exception, BadInput), wrong.output
     assert not output.exists()
     first = CliRunner().invoke(app, line)
     assert first.exit_code == 0, first.output

@@ -188,6 +188,8 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
         ({"sparsity": float("nan")}, "sparsity of nan"),
         ({"sparsity": 1.0}, "sparsity of 1.0"),
         ({"method": "wandda"}, "Did you mean 'wanda'"),
+        ({"method": [1]}, r"Unknown method '\[1\]'"),
+        ({"allocation": {}}, r"Unknown allocation '\{\}'"),
         ({"allocation": "owls"}, "Did you mean 'owl'"),
         ({"spread": -0.1}, "spread"),
         ({"outlier_multiple": float("inf")}, "outlier_multiple"),
@@ -199,6 +201,7 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
         ({"method": "sparsegpt", "options": {"dampening": -1}}, "^dampening in the options of"),
         ({"method": "sparsegpt", "options": {"blocks": 1}}, "no option 'blocks'. It has: block_"),
         ({"options": {"dampening": 0.1}}, "wanda has no option 'dampening'. It has: none."),
+        ({"options": 5}, "The options of wanda are 5, which names none"),
         ({"allocation": "list"}, "come together"),
     ],
 )
@@ -292,7 +295,23 @@ def test_a_structure_sets_the_sparsity_whatever_the_recipe_says():
     assert recipe.merged("owl-wanda-50", {"structure": "unstructured"}).sparsity == 0.5
 
 
+def test_without_its_structure_a_recipe_removes_as_much(tmp_path):
+    assert recipe.merged("wanda-2of4", {"structure": "unstructured"}).sparsity == 0.5
+    asked = {"structure": "unstructured", "sparsity": 0.3}
+    assert recipe.merged("wanda-2of4", asked).sparsity == 0.3
+    within = {"structure": "unstructured", "allocation": "budget", "budget": "4"}
+    assert recipe.merged("wanda-2of4", within).sparsity == 0  # which its plan finds
+    layers = {"model.layers.0": 0.75, "model.layers.1": 0.75}
+    text = recipe.dump_resolved(recipe.settings(structure="2:8"), layers)
+    path = write(tmp_path, text)
+    assert recipe.merged(path, {"structure": "unstructured"}).layers == layers
+    asked = {"structure": "unstructured", "allocation": "uniform"}
+    assert recipe.merged(path, asked).sparsity == 0.75
+
+
 def test_what_a_list_does_not_say_is_not_made_up(listed):
+    with pytest.raises(BadInput, match="Give --sparsity as well"):
+        recipe.merged(listed, {"allocation": "uniform", "structure": "unstructured"})
     with pytest.raises(BadInput, match="Give --sparsity as well"):
         recipe.merged(listed, {"allocation": "uniform"})
     with pytest.raises(BadInput, match="the structure 2:4 is another"):
@@ -352,8 +371,37 @@ oneshot_stage:
             "{WandaPruningModifier: {sparsity: 0.5, targets: ['re:.*self_attn.*']}}",
             "neither a layer",
         ),
+        (
+            "{WandaPruningModifier: {sparsity: 0.5, targets: ['re:model.layers.(0|1).*']}}",
+            "neither a layer",
+        ),
+        (
+            r"{WandaPruningModifier: {sparsity: 0.5, targets: ['re:model.layers.\d?[0-8]$']}}",
+            "neither a layer",
+        ),
         ("{WandaPruningModifier: {sparsity: 0.5, targets: []}}", "has no targets"),
         ("{WandaPruningModifier: {sparsity: 0.9, mask_structure: '2:4'}}", "contradicts its"),
+        (
+            "{WandaPruningModifier: {sparsity: 0.7, mask_structure: '2:4', "
+            "targets: [model.layers.0, model.layers.1]}}",
+            "sparsity of 0.7, which contradicts its structure, 2 removed of 4",
+        ),
+        (
+            "{WandaPruningModifier: {sparsity: [0.5, 0.7], mask_structure: '2:4', "
+            "targets: [model.layers.0, model.layers.1]}}",
+            "sparsity of 0.7, which contradicts",
+        ),
+        (
+            "{WandaPruningModifier: {sparsity: [0.5, 0.7], mask_structure: '2:4', "
+            "targets: [model.layers.0, lm_head]}}",
+            "sparsity of 0.7, which contradicts",
+        ),
+        (
+            "{WandaPruningModifier: {sparsity: 0.1, mask_structure: '0:4', "
+            "targets: model.layers.0}}",
+            "0 removed of 4",
+        ),
+        ("{WandaPruningModifier: {sparsity: 0.5, mask_structure: '0:00'}}", "neither 'unstr"),
         ("{WandaPruningModifier: {sparsity: 0.5, sequential_update: false}}", "sequential_update"),
     ],
 )
@@ -401,6 +449,42 @@ def test_a_dense_head_leaves_the_structure_as_it_is(tmp_path, structure):
     layers = {f"model.layers.{index}": settings.sparsity for index in range(2)} | {"lm_head": 0.0}
     path.write_text(recipe.dump_resolved(settings, layers))
     assert recipe.load(path)["structure"] == structure
+
+
+def test_a_head_has_a_sparsity_that_its_structure_has(tmp_path):
+    given = recipe.settings(structure="4:8", allocation="uniform", head_sparsity=0.6)
+    assert given.head_sparsity == 0.625
+    text = recipe.dump_resolved(given, {"model.layers.0": 0.5, "lm_head": 0.6})
+    assert [one["sparsity"] for one in modifiers(text)] == [[0.625], [0.5]]
+    found = recipe.merged(write(tmp_path, text), {})
+    assert (found.head_sparsity, found.layers) == (0.625, {"model.layers.0": 0.5})
+    with pytest.raises(BadInput, match=r"sparsity of 0\.95 keeps none of 8"):
+        recipe.settings(structure="4:8", head_sparsity=0.95)
+
+
+def test_a_head_as_earlier_versions_wrote_it_is_read(tmp_path):
+    text = """
+oneshot_stage:
+  keep_3_of_8_modifiers:
+    WandaPruningModifier:
+      {sparsity: [0.625, 0.6], mask_structure: "5:8", targets: [model.layers.0, lm_head]}
+"""
+    found = recipe.merged(write(tmp_path, text), {})
+    assert (found.head_sparsity, found.layers) == (0.625, {"model.layers.0": 0.625})
+
+
+@pytest.mark.parametrize("method", tiny.REMOVING)
+def test_what_is_skipped_reads_back(tmp_path, method):
+    given = recipe.settings(method=method, skip=("model.layers.0", "q_proj", "lm_head"))
+    text = recipe.dump_resolved(given, {"model.layers.1": 0.5, "model.layers.2": 0.5})
+    path = write(tmp_path, text)
+    assert recipe.merged(path, {}).skip == ("model.layers.0", "q_proj")
+    more = recipe.merged(path, {"skip": ("q_proj", "up_proj"), "head_sparsity": 0.5})
+    assert more.skip == ("model.layers.0", "q_proj", "up_proj")  # the list has nothing for them
+    anew = recipe.merged(path, {"skip": ("up_proj",), "sparsity": 0.5})
+    assert anew.skip == ("up_proj",)
+    with pytest.raises(BadInput, match="skip"):
+        recipe.merged(path, {"skip": "up_proj"})
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,22 @@ def test_values_lean_towards_the_dense_ones_and_round_as_before():
         assert torch.equal(sparse.weight, linear.weight)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_16_bits_hold_only_nearly_rounds_as_before_all_the_same(whole, dtype):
+    torch.manual_seed(0)
+    scales = torch.full((8, 2), (1 + 5 / 16) * 2**-9)
+    steps = scales.repeat_interleave(32, dim=1)
+    integers = torch.randint(-127, 128, (8, 64)).float()
+    linear = torch.nn.Linear(64, 8, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_((integers * steps).to(dtype))  # up to a quarter of a step off
+    sparse = SparseLinear(linear, torch.float32, Grid(8, 32, scales, whole))
+    for change in (0.0, 1.0, -1.0):
+        sparse.lean((integers + change) * steps)
+        assert torch.equal((sparse.dense(torch.float32)[0] / steps).round(), integers)
+
+
 def test_the_learning_rate_of_each_tensor_goes_by_its_size():
     linear = torch.nn.Linear(4, 2)
     with torch.no_grad():

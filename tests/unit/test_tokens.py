@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +95,17 @@ def test_another_text_or_tokenizer_is_tokenized_anew(cache, sources, llama, tmp_
     (other / "config.json").write_text((llama / "config.json").read_text())
     load_tokens(other, [str(sources)])
     assert len(list(cache.iterdir())) == 4
+
+
+def test_how_special_tokens_are_read_is_part_of_the_tokenizer(cache, sources, llama, tmp_path):
+    (sources / "a.py").write_text("The river</s>")
+    plain = load_tokens(llama, [str(sources)])
+    other = shutil.copytree(llama, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(
+        json.dumps(config | {"split_special_tokens": True})
+    )
+    assert len(load_tokens(other, [str(sources)])) > len(plain)
 
 
 def test_a_damaged_file_of_the_cache_is_made_again(cache, sources, llama):

@@ -21,6 +21,21 @@ def test_the_first_version_that_differs_is_told_with_both():
 
 
 @pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("head", "is no address"),
+        ("head:²", "is no address"),
+        ("head..cluster:6379", "cannot join a Ray cluster at head..cluster:6379"),
+        (f"{'a' * 70}.cluster:6379", "cannot join"),
+        ("127.0.0.1:99999", "cannot join"),
+    ],
+)
+def test_an_address_that_cannot_be_one(address, words):
+    with pytest.raises(BadInput, match=words), nodes.joined(address):
+        pass
+
+
+@pytest.mark.parametrize(
     ("sight", "answered", "words"),
     [
         (Sight(HERE, "t"), True, None),

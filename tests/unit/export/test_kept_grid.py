@@ -32,6 +32,12 @@ def test_what_is_no_grid(tmp_path: Path, told: dict[str, str], complaint: str) -
     write(tmp_path, ["a"], **told)
     with pytest.raises(BadInput, match=complaint):
         Grid.read(tmp_path)
+    write(tmp_path, ["a"], shape=(4,))
+    with pytest.raises(BadInput, match="scales of no matrix"):
+        Grid.read(tmp_path)
+    write(tmp_path, ["a"], bits="9")
+    with pytest.raises(BadInput, match="other bits"):
+        Grid.read(tmp_path)
     (tmp_path / "grid.safetensors").write_bytes(b"nothing")
     with pytest.raises(BadInput, match="not a grid"):
         Grid.read(tmp_path)

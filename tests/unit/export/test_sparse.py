@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.export import sparse
-from owl_deploy.runtime import pack
+from owl_deploy.runtime import LIBRARY_NAME, pack
 
 
 def graph(*kinds: str) -> ir.Model:
@@ -64,6 +64,18 @@ def test_the_folder_is_whole(folder: Path, library: Path) -> None:
     (packed,) = onnx.load(folder / "model.onnx").graph.initializer
     block = numpy_helper.to_array(packed, str(folder))
     assert pack.inspect(block).size_bytes == found["packed_bytes"]
+
+
+def test_a_library_of_another_name_gets_the_one_that_owl_knows(
+    folder: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = library.rename(library.with_name("my_owl.so"))
+    monkeypatch.setenv("OWL_RUNTIME_LIBRARY", str(other))
+    found = sparse.sparsify(graph("MatMul"), folder, "int8")
+    assert (folder / LIBRARY_NAME).read_bytes() == b"a library"
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    assert decoder["session_options"]["custom_ops_library"] == LIBRARY_NAME
+    assert found["cache"] == "fp32"  # there is no attention whose cache would be made smaller
 
 
 def test_a_graph_that_cannot_be_rewritten_is_refused(folder: Path, library: Path) -> None:

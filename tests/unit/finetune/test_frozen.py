@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from owl_deploy.finetune.frozen import HalfLinear, halve
+from owl_deploy.survivors import freeze
 
 
 class Model(torch.nn.Module):
@@ -21,6 +22,19 @@ class Model(torch.nn.Module):
 
     def forward(self, hidden):
         return self.head(self.inner(hidden))
+
+
+def test_what_is_frozen_again_is_halved_again():
+    """As a block is that an earlier run has finished, and that is put into a model anew."""
+    model = torch.nn.Sequential(Model().inner)
+    halve(model)
+    trained = {name: 2 * one for name, one in model.state_dict().items()}
+    freeze(model, trained, torch.float32)
+    assert type(model[0][0]) is torch.nn.Linear
+    assert model[0][0].weight.dtype == torch.float32
+    halve(model)
+    assert model[0][0].weight.dtype == torch.bfloat16
+    assert all(torch.equal(model.state_dict()[name], one) for name, one in trained.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -186,6 +186,18 @@ def test_a_budget_needs_calibration(owl, model, tmp_path):
     assert "Rounding within a budget looks at the model's inputs. Give a text" in err
 
 
+def test_what_is_sparse_already_can_be_had_in_less(model, tmp_path, calibration):
+    sparse = tmp_path / "sparse"
+    prune(model, sparse, recipe.settings(method="magnitude", allocation="uniform", sparsity=0.7))
+    manifest = prune(
+        sparse, tmp_path / "out", recipe.settings(method="none", budget="3"), calibration
+    )
+    assert manifest.sparsity.achieved >= 0.7
+    assert 8 * sum(packed(tmp_path / "out").values()) <= 3 * manifest.weights
+    with pytest.raises(BadInput, match="below the least that none can make"):
+        prune(model, tmp_path / "no", recipe.settings(method="none", budget="3"), calibration)
+
+
 @pytest.mark.parametrize("unit", ["bits", "bytes"])
 def test_the_least_and_the_most_that_are_said_can_be_had(model, text_file, calibration, unit):
     from owl_deploy.hardware import ANY_HARDWARE

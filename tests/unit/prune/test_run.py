@@ -166,6 +166,8 @@ def test_sharded_bfloat16_in_and_out(tmp_path, calibration, monkeypatch):
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert sorted(set(index["weight_map"].values())) == shards
     assert len(shards) > 2
+    size = sum(one.nbytes for name in shards for one in load_file(tmp_path / "out" / name).values())
+    assert index["metadata"]["total_size"] == size
     assert {path.stat().st_nlink for path in (tmp_path / "out").glob("*")} == {1}
     pruned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert pruned.dtype == torch.bfloat16
@@ -207,14 +209,66 @@ def test_the_recipe_lists_the_blocks_in_model_order(llama, tmp_path, calibration
     assert modifier["sparsity"] == [block["sparsity"] for block in manifest["blocks"]]
 
 
-def test_an_interrupted_run_leaves_only_what_resumes(llama, tmp_path, calibration, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def interrupted(*_):
+    raise KeyboardInterrupt
 
+
+def test_an_interrupted_run_leaves_only_what_resumes(llama, tmp_path, calibration, monkeypatch):
     monkeypatch.setattr("owl_deploy.prune.write.assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(llama, tmp_path / "out", recipe.settings(), calibration)
     assert [path.name for path in tmp_path.iterdir()] == [".out.owl-partial"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda folder: (folder / "owl.json").write_text('{"schema_version": 99}'), "owl.json"),
+        (lambda folder: linked(folder / "tokenizer_config.json"), "is a link to"),
+        (lambda folder: changed(folder, "model.norm.weight", float("nan")), "norm.weight"),
+        (lambda folder: changed(folder, "model.norm.weight", None), "lacks 1 tensors"),
+        (lambda folder: changed(folder, "lm_head.weight", None), "lacks 1 tensors"),
+    ],
+)
+def test_what_is_wrong_outside_the_blocks_is_found_before_any_work(
+    tmp_path, calibration, monkeypatch, spoil, complaint
+):
+    monkeypatch.setattr("owl_deploy.prune.run.resolve", None)  # which begins it
+    model = tiny.write_model("llama", tmp_path / "model", tie_word_embeddings=False)
+    spoil(model)
+    with pytest.raises(BadInput, match=complaint):
+        prune(model, tmp_path / "out", recipe.settings(), calibration)
+
+
+def linked(file):
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to(file.with_name("elsewhere"))
+
+
+def changed(folder, name, value):
+    tensors = load_file(folder / "model.safetensors")
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name][3] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_another_held_out_text_is_no_run_to_resume(llama, tmp_path, calibration, monkeypatch):
+    settings = recipe.settings(method="sparsegpt", allocation="uniform", reconstruct=1)
+    monkeypatch.setattr("owl_deploy.prune.write.assemble", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(llama, tmp_path / "out", settings, calibration)
+    draw = request.calibration_windows
+
+    def others(*asked):
+        windows = draw(*asked)
+        windows[-1] = windows[-1].flip(0)
+        return windows
+
+    monkeypatch.setattr(request, "calibration_windows", others)
+    with pytest.raises(BadInput, match="other arguments: held_out was"):
+        prune(llama, tmp_path / "out", settings, calibration, resume=True)
 
 
 @pytest.mark.gpu
@@ -326,3 +380,39 @@ def test_a_model_that_is_away_for_a_while_costs_no_finished_block(
             prune(model, tmp_path / "out", settings, calibration)
     (tmp_path / "away").rename(weights)
     assert prune(model, tmp_path / "out", settings, calibration, resume=True).to_json()["resumed"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"allocation": "uniform", "sparsity": 0.5, "skip": ("model.layers.0",)},
+        {"allocation": "uniform", "structure": "2:4", "skip": ("model.layers.0", "q_proj")},
+        {
+            "allocation": "list",
+            "structure": "4:8",
+            "layers": {"model.layers.0": 0.0, "model.layers.1": 0.5},
+        },
+    ],
+)
+def test_the_recipe_repeats_a_result_with_a_dense_block(llama, tmp_path, calibration, asked):
+    first = prune(llama, tmp_path / "a", recipe.settings(method="wanda", **asked), calibration)
+    again = recipe.merged(tmp_path / "a", {})
+    second = prune(llama, tmp_path / "b", again, calibration)
+    assert (second.sparsity, second.settings.skip) == (first.sparsity, first.settings.skip)
+    a, b = (load_file(tmp_path / name / WEIGHTS) for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with_another = recipe.merged(tmp_path / "a", {"skip": ("k_proj",)})
+    prune(llama, tmp_path / "c", with_another, calibration)
+    c, dense = (load_file(folder / WEIGHTS) for folder in (tmp_path / "c", llama))
+    assert all(torch.equal(c[name], dense[name]) for name in c if "layers.0." in name)
+
+
+def test_a_skipped_linear_may_stand_in_the_recipe(llama, tmp_path, calibration):
+    settings = recipe.settings(method="wanda", allocation="owl-per-linear", sparsity=0.5)
+    prune(llama, tmp_path / "a", settings, calibration)
+    prune(llama, tmp_path / "b", recipe.merged(tmp_path / "a", {"skip": ("q_proj",)}), calibration)
+    folders = (tmp_path / "a", tmp_path / "b", llama)
+    a, b, dense = (load_file(folder / WEIGHTS) for folder in folders)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(b[name], dense[name])
+    assert not torch.equal(a[name], dense[name])

@@ -60,6 +60,23 @@ def test_a_list_for_another_model_is_refused(layers, complaint):
         linear_sparsities(settings, SHAPE, None)
 
 
+def test_what_a_list_names_and_skip_does_as_well_stays_dense():
+    full = [{"q": 10, "up": 30}, {"q": 10, "up": 30}, {"q": 10, "up": 50}]
+    layers = {"m.0.q": 0.1, "m.0.up": 0.2, "m.1": 0.5, "m.2": 0.3}
+    settings = recipe.settings(allocation="list", layers=layers, skip=("q", "m.1"))
+    shape = sparsities.select(SHAPE.names, full, settings.skip)
+    assert linear_sparsities(settings, shape, None) == [{"up": 0.2}, {}, {"up": 0.3}]
+    other = recipe.settings(allocation="list", layers=layers | {"m.0.p": 0.5}, skip=("q", "m.1"))
+    with pytest.raises(BadInput, match=r"it has no m\.0\.p"):
+        linear_sparsities(other, shape, None)
+
+
+def test_a_block_without_a_sparsity_may_be_skipped():
+    settings = recipe.settings(allocation="list", layers={"m.0": 0.5})
+    with pytest.raises(BadInput, match=r"Give --skip m\.2 if"):
+        linear_sparsities(settings, SHAPE, None)
+
+
 def test_linears_that_differ_or_are_skipped_are_targets_of_their_own():
     found = sparsities.resolved_layers(
         SHAPE, [{"q": 0.5, "up": 0.5}, {}, {"q": 0.5, "up": 0.25}], [2, 2, 2]

@@ -112,6 +112,19 @@ def test_a_weight_on_a_grid_keeps_it(values: pack.Values, sparse: bool, shared: 
         assert pack.inspect(block).nonzeros == np.count_nonzero(weight)
 
 
+@pytest.mark.parametrize("exponent", range(-22, -16))
+def test_an_8_bit_grid_in_float16_holds_weights_that_are_nearly_nothing(exponent: int) -> None:
+    generator = np.random.default_rng(0)
+    scales = np.ldexp(1 + generator.integers(0, 16, (16, 2)) / 16, -8).astype(np.float32)
+    scales[3] = np.ldexp(scales[3], exponent + 8)  # fp16 has multiples of 2**-24 there
+    integers = generator.integers(-127, 128, (16, 128))
+    weight = integers * scales.repeat(64, axis=1)
+    held = weight.astype(np.float16).astype(np.float32)
+    assert not np.array_equal(held, weight)
+    block = pack.pack(held, "int8", scales=scales, scale_columns=64)
+    np.testing.assert_array_equal(pack.unpack(block), weight)
+
+
 def test_a_weight_off_its_grid_is_refused() -> None:
     weight, scales = on_grid(37, 64, "int4", 32)
     for row, column, change in ((3, 40, 0.3), (36, 0, 0.6)):
