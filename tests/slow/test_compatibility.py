@@ -162,6 +162,22 @@ def test_their_one_shot_prunes_the_head_where_our_recipe_does(tmp_path, text_fil
     assert found["model.layers.1"] == pytest.approx(0.7, abs=1e-3)
 
 
+@pytest.mark.parametrize("library", ONE_SHOT)
+def test_their_one_shot_leaves_dense_what_our_recipe_skips(tmp_path, text_file, library):
+    model = tiny.write_llama(tmp_path / "dense", hidden_size=1024, intermediate_size=2048)
+    settings = recipe.settings(allocation="uniform", skip=("model.layers.0",))
+    text = Calibration(str(text_file), samples=3, sequence_length=64)
+    prune(model, tmp_path / "ours", settings, text)
+    assert "ignore" in (tmp_path / "ours" / "recipe.yaml").read_text()
+    found = one_shot(library, model, tmp_path / "ours" / "recipe.yaml")
+    dense = load_file(model / WEIGHTS).items()
+    block = [one.flatten() for name, one in dense if "layers.0." in name and one.ndim == 2]
+    zeros = float((torch.cat(block) == 0).double().mean())  # of a tiny model some are
+    assert zeros < 0.1
+    assert found["model.layers.0"] == pytest.approx(zeros, abs=1e-6)
+    assert found["model.layers.1"] == pytest.approx(0.7, abs=1e-3)
+
+
 TRAIN = """
 import json, sys
 import torch
@@ -199,7 +215,9 @@ def test_sparsemls_training_applies_our_magnitude_recipe(tmp_path):
     tensors = load_file(model / WEIGHTS)
     apart = {name: value + 1e-3 * torch.randn(value.shape) for name, value in tensors.items()}
     save_file(apart, model / WEIGHTS, metadata={"format": "pt"})  # no ties, of which it removes all
-    settings = recipe.settings(method="magnitude", allocation="linear", head_sparsity=0.3)
+    settings = recipe.settings(
+        method="magnitude", allocation="linear", head_sparsity=0.3, skip=("model.layers.1",)
+    )
     manifest = prune(model, tmp_path / "ours", settings, None).to_json()
     out = run(environment("sparseml"), TRAIN + COUNT, model, tmp_path / "ours" / "recipe.yaml")
     norms, _, found = out.splitlines()[-3:]
