@@ -3,7 +3,8 @@
     python benchmarks/front.py -o front.svg
 
 Draws what the other commands measured, from their results; nothing is measured here. On the left
-SmolLM2-135M, by the bits of a weight in its blocks (`benchmarks/low_bits.py`); on the right
+SmolLM2-135M, by the bits of a weight in its blocks (`benchmarks/low_bits.py`; llama.cpp's by the
+tensors of `blk.` in the GGUF that `owl export` makes); on the right
 Qwen2.5-Coder-1.5B, as deployed, by the size of the file (`make showcase`, `owl bench`). Where a
 deployment was measured more than once, the first of the files counts.
 """
@@ -17,7 +18,12 @@ from owl_deploy.artefact import read_object
 from owl_deploy.picture import ACCENT, FAINT, INK, plain_log_scale, svg
 
 RESULTS = Path(__file__).parent / "results"
-SMALL = ("low_bits_smollm2.json", "low_bits_reconstructed.json", "low_bits_trained.json")
+SMALL = (
+    "low_bits_smollm2.json",
+    "low_bits_reconstructed.json",
+    "low_bits_trained.json",
+    "low_bits_llama_cpp.json",
+)
 LARGE = (
     "showcase_intel/result.json",
     "showcase_amd/result.json",
@@ -61,7 +67,9 @@ def small() -> Iterator[Point]:
                 continue
             name: str = row["format"].partition(", ")[0]
             kind = ONE_SHOT
-            if minutes:
+            if row.get("engine") == "llama.cpp":
+                kind = RIVAL
+            elif minutes:
                 kind = TRAINED
             elif row["settings"].get("reconstruct"):
                 kind, name = RECONSTRUCTED, ""

@@ -5,6 +5,7 @@ README's model, texts and outputs.
 """
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -170,6 +171,7 @@ def readme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
     tiny.write_llama(folder / "MODEL")
     (folder / "text.txt").write_text(tiny.text())
     (folder / "held-out.txt").write_text(tiny.text(2000))
+    (folder / "answers.jsonl").write_text(json.dumps({"text": tiny.text(1000)}))
     for name in ("src/one.py", "notes/old/one.md"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(tiny.text(1000))
