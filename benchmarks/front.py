@@ -119,11 +119,12 @@ def picture() -> str:
                     label="" if point.kind in labelled else point.kind.label,
                 )
                 labelled.add(point.kind)
-                right = point.kind != RIVAL
+                # Where there is room: on the left rivals are the larger ones, on the right the better.
+                right = (point.kind == RIVAL) == (axes is grid[0][0])
                 axes.annotate(
                     point.name,
                     (point.size, point.perplexity),
-                    (5, 4) if right else (-5, -11),
+                    (5, 2) if right else (-5, -11),
                     textcoords="offset points",
                     fontsize=8,
                     horizontalalignment="left" if right else "right",
