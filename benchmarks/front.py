@@ -119,7 +119,7 @@ def picture() -> str:
                     label="" if point.kind in labelled else point.kind.label,
                 )
                 labelled.add(point.kind)
-                # Where there is room: on the left rivals are the larger ones, on the right the better.
+                # Where there is room: rivals are the larger ones on the left, better on the right.
                 right = (point.kind == RIVAL) == (axes is grid[0][0])
                 axes.annotate(
                     point.name,
