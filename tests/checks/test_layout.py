@@ -23,10 +23,10 @@ LAYERS = (
     ("blocks", "grid", "tokens"),
     ("runtime", "recipe", "checkpoint", "options", "text"),
     ("partial", "families", "allocation", "methods", "measurements"),
-    ("manifest", "digests", "record"),
+    ("manifest", "digests", "record", "records"),
     ("artefact", "cache", "ending", "picture", "progress"),
     ("lease", "ranks"),
-    ("errors", "__init__"),
+    ("errors", "container", "__init__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 # Standalone scripts that run in another environment's Python, without this package.
