@@ -178,8 +178,13 @@ class Checkpoint:
     def check_shapes(self, wanted: Mapping[str, list[int]]) -> None:
         """Raise `BadInput` unless there is a tensor of each name and shape in `wanted`."""
         self._refuse_missing(wanted.keys() - self.files.keys())
-        if any(self.shape(name) != shape for name, shape in wanted.items()):
-            raise self._of_other_shapes()
+        for name, shape in wanted.items():
+            if self.shape(name) != shape:
+                raise BadInput(
+                    f"The weights of {self.folder} do not fit config.json: {name} is "
+                    f"{self.shape(name)}, and {shape} is asked for.",
+                    "Get both again.",
+                )
 
     def _refuse_missing(self, names: Collection[str]) -> None:
         if names:
@@ -187,12 +192,6 @@ class Checkpoint:
                 f"{self.folder} lacks {len(names)} tensors, {min(names)!r} the first.",
                 "The checkpoint is incomplete: get it again.",
             )
-
-    def _of_other_shapes(self) -> BadInput:
-        return BadInput(
-            f"transformers cannot load {self.folder}: the weights' shapes are not those of "
-            "config.json."
-        )
 
     def outside(self, blocks: Sequence[str]) -> list[str]:
         """The names of the tensors that belong to none of the `blocks`."""
@@ -238,7 +237,10 @@ class Checkpoint:
                 raise
             reason = first_line(error)
             if "ignore_mismatched_sizes" in reason:  # the advice is for programmers
-                raise self._of_other_shapes() from error
+                raise BadInput(
+                    f"transformers cannot load {self.folder}: the weights' shapes are not those of "
+                    "config.json."
+                ) from error
             raise BadInput(f"transformers cannot load {self.folder}: {reason}") from error
         # Transformers would go on with random weights in their place.
         self._refuse_missing(info["missing_keys"])

@@ -271,7 +271,7 @@ def lose_tokenizer(folder):
         (tiny.truncate, "is corrupt"),
         (tiny.poison, "holds NaN or infinity"),
         (lose_tensor, "lacks 1 tensors"),
-        (change_config(hidden_size=32), "cannot load"),
+        (change_config(hidden_size=32), "config.json"),
         (change_config(model_type="bloom"), "Unknown model family 'bloom'"),
         (change_config(num_local_experts=8), "mixture of experts"),
         (change_config(architectures=["LlamaModel"]), "is no causal language model"),
