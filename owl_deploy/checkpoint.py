@@ -309,7 +309,7 @@ def _open_safetensors(path: Path) -> Any:  # noqa: ANN401 - safetensors has no s
 
 
 def _tensor_bytes(path: Path) -> int:
-    """The bytes of all tensors in a file, which are what its header, and that's length, leave."""
+    """The bytes of all tensors in a file: what is neither its header nor the header's length."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     return path.stat().st_size - 8 - length

@@ -58,7 +58,9 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _counted(stat: Path, key: str) -> int:
-    return next(int(line.split()[1]) for line in _read(stat).splitlines() if line.split()[0] == key)
+    """What a file of names and numbers says of `key`; 0 where it says nothing."""
+    lines = _read(stat).splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
 
 
 def _read(file: Path) -> str:

@@ -93,8 +93,8 @@ class SparseLinear(nn.Module):
         self.scales: torch.Tensor | None
         self.weight: torch.Tensor | None
         self.bias = linear.bias
-        with torch.no_grad():  # a checkpoint in 16 bits has 8-bit integers only nearly
-            self.values.copy_(self._rounded())
+        if grid is not None:  # a checkpoint in 16 bits has 8-bit integers only nearly
+            self.values.data.copy_(self._rounded())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] to [..., out], in the computing dtype."""

@@ -46,12 +46,12 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     # Whether special tokens in a text are read as such, the backend is told at each call.
     split = bool(getattr(tokenizer, "split_special_tokens", False))
     maker = hashlib.sha256(f"{backend.to_str()}{' split' * split}".encode()).hexdigest()
-    digests = [_digest(one, tokenizer.chat_template) for one in documents]
+    digests = _digests(documents, tokenizer.chat_template)
     name = f"{_key(maker, digests)}.npy"
     with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
         return _mapped(cache_path() / _CACHE / name)
     tokens = _tokenized(tokenizer, documents)
-    if [_digest(one, tokenizer.chat_template) for one in documents] != digests:  # changed meanwhile
+    if _digests(documents, tokenizer.chat_template) != digests:  # changed meanwhile
         return tokens
     import numpy
 
@@ -71,13 +71,18 @@ def _size(document: Path | str) -> int:
     return document.stat().st_size if isinstance(document, Path) else len(document)
 
 
-def _digest(document: Path | str, template: object) -> str:
-    """Of a document's content, and of the chat `template` where that makes its text."""
+def _digests(documents: Sequence[Path | str], template: object) -> list[str]:
+    """Of each document's content, with the chat `template` where that makes its text."""
+    return [
+        f"{_digest(one)} in {template!r}" if depends_on_template(one) else _digest(one)
+        for one in documents
+    ]
+
+
+def _digest(document: Path | str) -> str:
     if isinstance(document, Path):
-        found = digest(document)
-    else:
-        found = hashlib.sha256(document.encode()).hexdigest()
-    return f"{found} in {template!r}" if depends_on_template(document) else found
+        return digest(document)
+    return hashlib.sha256(document.encode()).hexdigest()
 
 
 def _key(maker: str, digests: Sequence[str]) -> str:

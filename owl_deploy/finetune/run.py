@@ -162,12 +162,7 @@ class Run:
             raise BadInput(f"--teacher-top must be below the vocabulary's {vocabulary} entries.")
         self._teacher: tuple[Any, list[nn.Module]] | None = None
         self._check_ranks()
-        if settings.max_steps is not None and settings.max_steps < self._groups:
-            steps = f"{settings.max_steps} step{'s' * (settings.max_steps > 1)}"
-            raise BadInput(
-                f"There are {steps}, and {self._groups} groups of blocks to train.",
-                "Give more --max-steps, or a larger --block-group.",
-            )
+        self._check_steps()
         self._check_memory()
         if self.teacher is not None:
             like = settings.feature_weight is not None
@@ -185,6 +180,16 @@ class Run:
             return
         asked = self.asked()
         self.ranks.check_alike({what: asked[what] for what in ("model", "text", "teacher")})
+
+    def _check_steps(self) -> None:
+        """Refuse fewer steps than there are groups of blocks, each of which takes one at least."""
+        steps = self.settings.max_steps
+        if steps is not None and steps < self._groups:
+            raise BadInput(
+                f"--max-steps gives {steps} step{'s' * (steps > 1)}, and {self._groups} groups of "
+                "blocks take one each at least.",
+                "Give more --max-steps, or a larger --block-group.",
+            )
 
     def begin(self, output: Path, *, resume: bool, force: bool) -> "_Unfinished":
         """The leader's: where the run keeps what is done; `BadInput` where it cannot begin."""

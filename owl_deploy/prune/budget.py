@@ -12,6 +12,7 @@ from owl_deploy.methods import METHODS
 from owl_deploy.prune.clock import Clock, measure, room_in_time, weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.knapsack import Option, cheapest
+from owl_deploy.prune.linear import zeros
 from owl_deploy.prune.sparsities import Shape
 from owl_deploy.recipe import PruneSettings, parse_budget
 from owl_deploy.runtime import pack
@@ -64,10 +65,10 @@ def _room_in_bytes(
             head = _size_of_head(settings, skeleton, None), _size_of_head(settings, skeleton, 4)
     found = number * weights / 8 if unit == "bits" else number - rest
     known = formats(settings.method)
-    zeros = _zeros(skeleton, shape, settings.method)
+    gone = _zeros(skeleton, shape, settings.method)
     sizes = [
         [packed_size(one, form, form.sparsity or own, settings.bits_group) for form in known]
-        for one, own in zip(shapes, zeros, strict=True)
+        for one, own in zip(shapes, gone, strict=True)
     ] + ([list(head)] if head else [])
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
     if found < least:
@@ -155,7 +156,7 @@ def _zeros(skeleton: Skeleton, shape: Shape, method: str) -> list[float]:
     ]
     if METHODS[method].removes:
         return [0.0] * len(linears)
-    return [float((skeleton.checkpoint.read(one) == 0).double().mean()) for one in linears]
+    return [zeros(skeleton.checkpoint.read(one)) for one in linears]
 
 
 def _rest(skeleton: Skeleton, shape: Shape) -> int:

@@ -472,10 +472,9 @@ def _quantize(
             if not np.isfinite(quotient).all():
                 raise ValueError(_NOT_FINITE)
             quotient -= rounded
-            off = np.abs(quotient) > np.maximum(
-                _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1),
-                np.minimum(_FP16_TOLERANCE / steps, _CERTAIN),
-            )
+            off = np.abs(quotient) > _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1)
+            if off.any():
+                off &= np.abs(quotient) > np.minimum(_FP16_TOLERANCE / steps, _CERTAIN)
             off |= (rounded < levels[0]) | (rounded > levels[1])
             if off.any():
                 # Scales that are too small for this weight's exponent were changed themselves.

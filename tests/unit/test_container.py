@@ -56,6 +56,11 @@ def test_a_container_sees_its_own_group_as_the_top(groups):
     assert container.processors() == 2
 
 
+def test_a_group_that_does_not_say_which_pages_are_files(groups):
+    groups("0::/\n", {"": limited(3 * GIB, GIB) | {"memory.stat": "anon 1\n"}})
+    assert container.free_memory() == 2 * GIB
+
+
 def test_groups_of_the_first_version(groups):
     groups(
         "4:memory:/docker/a\n2:cpu,cpuacct:/docker/a\n1:name=systemd:/\n",
