@@ -3,7 +3,7 @@
 A SOURCE is a UTF-8 file; a folder, of which all files are read that are UTF-8 text and not hidden;
 a pattern with *, ? or ** for such files; a name from the tables here, of which a part is read from
 the Hub to prune or train on and another to evaluate on; or hf:NAME:CONFIG:SPLIT:COLUMN. JSON lines
-are read as records (see records.py).
+are read as records (see json_lines.py).
 """
 
 import glob
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy.errors import BadInput, first_line
+from owl_deploy.json_lines import SUFFIX, JsonLines, as_text, has_records
 from owl_deploy.progress import error_console
-from owl_deploy.records import SUFFIX, JsonLines, as_text, has_records
 
 if TYPE_CHECKING:
     import torch

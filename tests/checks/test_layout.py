@@ -23,7 +23,7 @@ LAYERS = (
     ("blocks", "grid", "tokens"),
     ("runtime", "recipe", "checkpoint", "options", "text"),
     ("partial", "families", "allocation", "methods", "measurements"),
-    ("manifest", "digests", "record", "records"),
+    ("manifest", "digests", "record", "json_lines"),
     ("artefact", "cache", "ending", "picture", "progress"),
     ("lease", "ranks"),
     ("errors", "container", "__init__"),
