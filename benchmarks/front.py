@@ -1,21 +1,24 @@
-"""What a bit buys: perplexity against bits a weight, and of the showcase's 1.5B against the file.
+"""What a bit buys: perplexity, and of the showcase's 1.5B HumanEval too, against bits and bytes.
 
     python benchmarks/front.py -o front.svg
 
-Draws what the other commands measured, from their results; nothing is measured here. On the left
+Draws what the other commands measured, from their results; nothing is measured here. First
 SmolLM2-135M, by the bits of a weight in its blocks (`benchmarks/low_bits.py`; llama.cpp's by the
-tensors of `blk.` in the GGUF that `owl export` makes); on the right
-Qwen2.5-Coder-1.5B, as deployed, by the size of the file (`make showcase`, `owl bench`). Where a
-deployment was measured more than once, the first of the files counts.
+tensors of `blk.` in the GGUF that `owl export` makes); then Qwen2.5-Coder-1.5B, as deployed, by
+the size of the file (`make showcase`, `owl bench`). Where a deployment was measured more than
+once, the first of the files counts.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from owl_deploy.artefact import read_object
 from owl_deploy.picture import ACCENT, FAINT, INK, plain_log_scale, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = (
@@ -29,6 +32,7 @@ LARGE = (
     "showcase_amd/result.json",
     "budget_showcase.json",
     "finetune_showcase.json",
+    "finetune_answers.json",
 )
 
 
@@ -45,17 +49,22 @@ ONE_SHOT = Kind("one format, one shot", "o", ACCENT, False)
 BUDGET = Kind("a format for each matrix", "D", ACCENT, False)
 RECONSTRUCTED = Kind("reconstructed", "s", ACCENT, True)
 TRAINED = Kind("trained for 30 minutes", "o", ACCENT, True)
-SPARSE = Kind("half of the weights removed", "s", INK, True)
+SPARSE = Kind("half of the weights removed; trained on ...", "s", INK, True)
 RIVAL = Kind("llama.cpp", "^", FAINT, True)
+
+# Deployments by their names: what those that were trained were trained on.
+AFTER = {"trained": " on code", "answers": " on answers"}
+PROBLEMS = 21
 
 
 class Point(NamedTuple):
-    """A checkpoint or deployment: how large, and what perplexity it has."""
+    """A checkpoint or deployment: how large, and what it is worth."""
 
     name: str
     size: float
     perplexity: float
     kind: Kind
+    solved: float | None = None  # % of every eighth problem of HumanEval
 
 
 def small() -> Iterator[Point]:
@@ -92,52 +101,65 @@ def large() -> Iterator[Point]:
             kind = RIVAL if row["engine"] == "llama.cpp" else ONE_SHOT
             if name.startswith("b"):
                 kind = BUDGET
-            elif name.startswith(("sparse", "trained")):
+            elif name.startswith(("sparse", *AFTER)):
                 kind = SPARSE
-            after = ", trained" if name.startswith("trained") else ""
-            name = name.rpartition("-")[2] + after
-            yield Point(name, row["size_bytes"] / 1e6, row["perplexity"], kind)
+            name = name.rpartition("-")[2] + AFTER.get(name.partition("-")[0], "")
+            score = row.get("scores", {}).get("humaneval", {})
+            solved = 100 * score["value"] if score.get("documents") == PROBLEMS else None
+            yield Point(name, row["size_bytes"] / 1e6, row["perplexity"], kind, solved)
+
+
+def plot(axes: "Axes", points: Iterable[tuple[Point, float]], *, rivals_left: bool) -> None:
+    """The points by their sizes and the values beside them; labels where there is room."""
+    for point, value in points:
+        axes.plot(
+            point.size,
+            value,
+            point.kind.marker,
+            color=point.kind.color,
+            markerfacecolor=point.kind.color if point.kind.filled else "none",
+            label=point.kind.label,
+        )
+        right = (point.kind == RIVAL) != rivals_left
+        axes.annotate(
+            point.name,
+            (point.size, value),
+            (5, 2) if right else (-5, -11),
+            textcoords="offset points",
+            fontsize=8,
+            horizontalalignment="left" if right else "right",
+        )
+    axes.margins(x=0.16, y=0.1)
+    axes.grid()
 
 
 def picture() -> str:
     """The SVG."""
 
     def draw(grid: list[list]) -> None:  # type: ignore[type-arg]
-        panels = (
-            (grid[0][0], "SmolLM2-135M", "bits a weight in the blocks", list(small())),
-            (grid[0][1], "Qwen2.5-Coder-1.5B, on code", "file, MB", list(large())),
-        )
-        labelled = set()
-        for axes, title, what, points in panels:
-            for point in points:
-                axes.plot(
-                    point.size,
-                    point.perplexity,
-                    point.kind.marker,
-                    color=point.kind.color,
-                    markerfacecolor=point.kind.color if point.kind.filled else "none",
-                    label="" if point.kind in labelled else point.kind.label,
-                )
-                labelled.add(point.kind)
-                # Where there is room: rivals are the larger ones on the left, better on the right.
-                right = (point.kind == RIVAL) == (axes is grid[0][0])
-                axes.annotate(
-                    point.name,
-                    (point.size, point.perplexity),
-                    (5, 2) if right else (-5, -11),
-                    textcoords="offset points",
-                    fontsize=8,
-                    horizontalalignment="left" if right else "right",
-                )
-            axes.set_title(title, fontsize=10)
-            axes.set_xlabel(what)
-            axes.margins(x=0.16, y=0.1)
-            axes.grid()
-        plain_log_scale(grid[0][0])
-        grid[0][0].set_ylabel("perplexity (less is better)")
-        grid[0][0].figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+        (first, legend), (loss, task) = grid
+        deployed = list(large())
+        plot(first, ((p, p.perplexity) for p in small()), rivals_left=False)
+        plot(loss, ((p, p.perplexity) for p in deployed), rivals_left=True)
+        plot(task, ((p, p.solved) for p in deployed if p.solved is not None), rivals_left=True)
+        plain_log_scale(first)
+        first.set_title("SmolLM2-135M", fontsize=10)
+        first.set_xlabel("bits a weight in the blocks")
+        for axes in (first, loss):
+            axes.set_ylabel("perplexity (less is better)")
+        for axes, on in ((loss, "code"), (task, "HumanEval")):
+            axes.set_title(f"Qwen2.5-Coder-1.5B, on {on}", fontsize=10)
+            axes.set_xlabel("file, MB")
+        task.set_ylabel(f"solved of {PROBLEMS} problems, % (± 10)")
+        legend.set_axis_off()
+        marks = {
+            label: mark
+            for axes in (first, loss)
+            for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        legend.legend(marks.values(), marks.keys(), loc="center", fontsize=9)
 
-    return svg(draw, (9.0, 4.4), (1, 2))
+    return svg(draw, (9.0, 8.0), (2, 2))
 
 
 def main() -> None:
