@@ -9,6 +9,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.families import heads
 from owl_deploy.manifest import Cost
 from owl_deploy.methods import METHODS
+from owl_deploy.progress import bar
 from owl_deploy.prune.clock import Clock, measure, room_in_time, weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.knapsack import Option, cheapest
@@ -156,7 +157,12 @@ def _zeros(skeleton: Skeleton, shape: Shape, method: str) -> list[float]:
     ]
     if METHODS[method].removes:
         return [0.0] * len(linears)
-    return [zeros(skeleton.checkpoint.read(one)) for one in linears]
+    shares = []
+    with bar("Counting zeros", len(linears)) as advance:
+        for one in linears:
+            shares.append(zeros(skeleton.checkpoint.read(one)))
+            advance(1)
+    return shares
 
 
 def _rest(skeleton: Skeleton, shape: Shape) -> int:
