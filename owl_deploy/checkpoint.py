@@ -266,6 +266,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     folder = Path(model)
     if not folder.exists() and _looks_like_hub_name(str(model)):
         folder = _from_hub(str(model))
+    if folder.is_file():
+        raise BadInput(
+            f"{folder} is a file, and a model is a folder.", _no_safetensors_hint(folder)
+        )
     if not folder.is_dir():
         raise BadInput(
             f"There is no model folder {str(model)!r}.", "Check the path or the Hub name."
@@ -343,6 +347,12 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _no_safetensors_hint(folder: Path) -> str:
+    """The way out for a `folder` without safetensors, or a file in the place of one."""
+    if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
+        return (
+            "Give the checkpoint that the GGUF was made of; without one, transformers can expand "
+            "it (gguf_file=... of from_pretrained, then save_pretrained)."
+        )
     if any(folder.glob("*.onnx")):
         return f"{what_it_is(folder)} Give the checkpoint that it was exported from."
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):

@@ -55,6 +55,18 @@ def test_a_pickle_is_not_read(copy):
         checkpoint.open_checkpoint(copy)
 
 
+@pytest.mark.parametrize("name", ["model.gguf", ""])
+def test_a_gguf_is_not_read(copy, name):
+    (copy / "model.safetensors").rename(copy / "model.gguf")
+    with pytest.raises(BadInput, match="transformers can expand it"):
+        checkpoint.open_checkpoint(copy / name)
+
+
+def test_a_file_is_no_model(copy):
+    with pytest.raises(BadInput, match="is a file, and a model is a folder"):
+        checkpoint.open_checkpoint(copy / "model.safetensors")
+
+
 def test_a_folder_of_two_models(copy):
     (copy / "other.safetensors").write_bytes((copy / "model.safetensors").read_bytes())
     index = {"weight_map": {"a": "other.safetensors"}}
