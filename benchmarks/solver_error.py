@@ -29,7 +29,7 @@ from owl_deploy.recipe import parse_structure
 from owl_deploy.text import calibration_windows
 from owl_deploy.tokens import load_tokens
 
-SAMPLES, LENGTH = 32, 512  # as for the perplexities in docs/benchmarks.md
+SAMPLES, LENGTH = 32, 512  # as for the perplexities in docs/benchmarks/pruning.md
 COMPARED = ("sparsegpt", "alps", "wanda", "wanda --refit", "sparsegpt --refit")
 
 

@@ -28,8 +28,8 @@ import numpy as np
 LONGEST_MATCH = 16  # tokens of a text's end that tell two places of it apart
 LEAST_MATCH = 2  # fewer are found anywhere, and foretell little
 MOST_TOKENS = 15  # proposed at a time: with the one before them, 16 rows, as the kernels have it
-# Of a step's time, what one more row takes: of the 1.5B in docs/benchmarks.md some 0.11 in int8 and
-# 0.15 in int4, with AVX-512.
+# Of a step's time, what one more row takes: of the 1.5B in docs/benchmarks/showcase.md some 0.11 in
+# int8 and 0.15 in int4, with AVX-512.
 ROW_SHARE = 0.125
 _FIRST = (4.0, 1.0)  # tokens accepted and refused that are taken for seen at first
 _KEEP = 0.9  # of what was seen, when more is

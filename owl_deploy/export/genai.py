@@ -29,8 +29,8 @@ _BUILDER = Path(__file__).with_name("builder.py")
 PACKING = "Packing the weights"  # what it says when it begins to
 _UNSUPPORTED = "is not currently supported"
 _SCALING = re.compile(rf"The (\w+) RoPE style {_UNSUPPORTED}")
-# Of its ways to int4 the one that loses least, by far: docs/benchmarks.md. 8 bits for the head, and
-# for v and down in some of the blocks.
+# Of its ways to int4 the one that loses least, by far: docs/benchmarks/bits.md. 8 bits for the
+# head, and for v and down in some of the blocks.
 _QUANTIZER = {"int4": ("algo_config=k_quant_mixed",)}
 _FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
 

@@ -211,7 +211,8 @@ def replace_embedding(rewriter: Rewriter) -> int:
     """Gather of token rows -> PackedGather, from the head's weight where the two are tied.
 
     A table of its own takes no time, whatever its width, but much of a file: beside weights of
-    fewer than 8 bits it has 4, which lose a tenth of what those do, or less (docs/benchmarks.md).
+    fewer than 8 bits it has 4, which lose a tenth of what those do, or less
+    (docs/benchmarks/bits.md).
     """
     count = 0
     for gather in rewriter.nodes("Gather"):
