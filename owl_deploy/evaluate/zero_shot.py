@@ -301,22 +301,21 @@ def _opened(folder: Path, tasks: Tasks, asked: EvaluationSettings) -> Iterator[_
             all_logits=rows == 1,
             batch=rows,
         ) as process:
-            model = DeploymentLM(process, tokenizer, seen, rows)
+            model = DeploymentLM(process, tokenizer, seen, rows, deployment.ends)
             yield _Opened(model, name, software(name), seen, rows)
         return
-    from lm_eval.models.huggingface import HFLM
+    from owl_deploy.evaluate.checkpoint import CheckpointLM
 
     checkpoint, hardware = open_checkpoint(folder), asked.hardware
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     seen = seen_of(checkpoint.folder, asked.window)
     batch = hardware.batch_size or 1
-    model = HFLM(
-        pretrained=load_model(checkpoint, dtype, device, asked.adapter),
-        tokenizer=load_tokenizer(checkpoint.folder),
-        max_length=seen,
-        batch_size=batch,
-        softmax_dtype="float32",
+    model = CheckpointLM(
+        load_model(checkpoint, dtype, device, asked.adapter),
+        load_tokenizer(checkpoint.folder),
+        seen,
+        batch,
     )
     yield _Opened(model, name_of(dtype), versions(), seen, batch)
 

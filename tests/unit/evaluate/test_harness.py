@@ -165,8 +165,30 @@ def test_generation_that_cannot_be(opened, options, complaint):
 class Letters(Digits):
     """A tokenizer whose tokens are letters."""
 
+    def encode(self, text, add_special_tokens):
+        return [*map(ord, text)]
+
     def decode(self, tokens, skip_special_tokens=False):
         return "".join(map(chr, tokens))
+
+
+class Pieces(Letters):
+    """One that, as SentencePiece, leaves out a space where a text begins."""
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return super().decode(tokens).removeprefix(" ")
+
+
+def test_what_goes_on_keeps_its_first_space():
+    text = _Text(Pieces(), [*map(ord, "def f():\n")], [], 20, {0})
+    text.take([*map(ord, "    pass")])
+    assert text.cut() == "    pass"
+
+
+def test_a_text_ends_at_any_of_the_models_ends():
+    text = _Text(Letters(), [], [], 20, {0, ord("$")})
+    text.take([*map(ord, "pass$and")])
+    assert (text.ended, text.cut()) == (True, "pass")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +201,7 @@ class Letters(Digits):
 )
 def test_an_answer_to_humaneval_ends_behind_its_block_of_code(answer, program):
     _, stops = humaneval._ASKED[True]
-    text = _Text(Letters(), [], stops, 99, 0)
+    text = _Text(Letters(), [], stops, 99, {0})
     for letter in answer:
         assert not text.ended
         text.take([ord(letter)])

@@ -24,6 +24,8 @@ HEAD = "import math\n\n\ndef helper(x):\n    return x\n\n\n\n"
         ("```py\nf(2)\n```\nof\n```py\ndef f(x): pass\n```\n", "def f(x): pass\n"),
         ("```python\ndef f(x): 1\n```\nor\n```python\ndef f(x): 2\n```", "def f(x): 1\n"),
         ("def f(x):\n    return x", "def f(x):\n    return x"),
+        ("1. So:\n\n   ```py\n   def f (x):\n       pass\n   ```\n", "def f (x):\n    pass\n"),
+        ("~~~\ndef f(x): pass\n~~~\n", "def f(x): pass\n"),
         ("I cannot.", "I cannot."),
     ],
 )

@@ -1,0 +1,43 @@
+"""A checkpoint as the harness has it, asked as a deployment is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
+
+from owl_deploy.evaluate.harness import going_on
+
+
+class CheckpointLM(HFLM):  # type: ignore[misc] # the harness has no types
+    """The harness's own class for a `model` of transformers, with two things made right.
+
+    It takes the likeliest token and nothing else: `generate` would heed a repetition penalty of the
+    model's generation_config.json in greedy search, too. And a text that goes on from another keeps
+    its first space.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        tokenizer: Any,  # noqa: ANN401
+        max_length: int,
+        batch: int,
+    ) -> None:
+        told = model.generation_config
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(told, name) for name in names})
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch,
+            softmax_dtype="float32",
+        )
+
+    def tok_decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of what was generated; with special tokens, of a token by itself."""
+        if skip_special_tokens and not isinstance(tokens, int):
+            return going_on(self.tokenizer, tokens)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text

@@ -1,0 +1,37 @@
+import json
+
+import pytest
+import torch
+
+from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.evaluate.subject import load_model
+from owl_deploy.text import load_tokenizer
+from tests import tiny
+
+pytest.importorskip("lm_eval", reason="pip install 'owl-deploy[eval]'")
+from lm_eval.api.instance import Instance
+
+from owl_deploy.evaluate.checkpoint import CheckpointLM
+
+
+def test_a_checkpoint_takes_the_likeliest_token_whatever_its_files_say(tmp_path):
+    tiny.write_llama(tmp_path)
+    settings = {"bos_token_id": 0, "eos_token_id": 1, "repetition_penalty": 1.3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    device = torch.device("cpu")
+    model = load_model(open_checkpoint(tmp_path), torch.float32, device, None)
+    tokenizer = load_tokenizer(tmp_path)
+    lm = CheckpointLM(model, tokenizer, max_length=256, batch=1)
+    context = "The river ran past the mill"
+    options = {"until": ["\n\n\n"], "max_gen_toks": 24, "do_sample": False}
+    (text,) = lm.generate_until(
+        [Instance("generate_until", {}, (context, options), 0)], disable_tqdm=True
+    )
+    tokens = tokenizer(context, return_tensors="pt").input_ids
+    begun = tokens.shape[1]
+    for _ in range(24):
+        chosen = model(tokens).logits[0, -1].argmax()
+        if chosen == 1:
+            break
+        tokens = torch.cat([tokens, chosen.view(1, 1)], dim=1)
+    assert text == tokenizer.decode(tokens[0, begun:], skip_special_tokens=True)
