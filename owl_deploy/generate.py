@@ -98,6 +98,7 @@ class Sampling:
         return replace(alike, max_new_tokens=None)
 
 
+LEAST_TOP_P = 1e-6  # onnxruntime-genai takes the 0 that less may become for no limit
 GREEDY = Sampling()  # the likeliest token, always
 
 
@@ -340,7 +341,9 @@ class Writer:
         """
         shared = {row.sampling.shared for row in rows}
         alike = len(rows) == 1 or (len(shared) == 1 and None not in shared)
-        return len(rows) <= self.batch and alike and self._bears(rows)
+        # A row that ends like the padding is written before all others: it has none beside it.
+        fits = len(rows) == 1 or all(row.tokens[-1] != self._pad for row in rows)
+        return len(rows) <= self.batch and alike and fits and self._bears(rows)
 
     def _bears(self, rows: Sequence[Row]) -> bool:
         """Whether the logits of all their tokens so far fit; of a row by itself no more are made
@@ -544,7 +547,7 @@ def _generator(model: Any, length: int, sampling: Sampling, rows: int) -> Any:  
         options |= {
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
+            "top_p": max(sampling.top_p, LEAST_TOP_P),
         }
     if sampling.seed is not None:
         options["random_seed"] = sampling.seed

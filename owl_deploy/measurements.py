@@ -4,7 +4,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from owl_deploy.artefact import MANIFEST, MEASURED, read_object, write_json
 from owl_deploy.errors import invalid
@@ -19,7 +19,7 @@ class _Kept(BaseModel):
 
 
 class _Perplexity(_Kept):
-    value: FiniteFloat
+    value: FiniteFloat = Field(gt=0)
 
 
 class _Metric(_Kept):
@@ -35,6 +35,8 @@ class _Answer(_Kept):
 class _Task(_Kept):
     metrics: dict[str, _Metric] = {}
     documents: int = 0
+    window: int | None = None
+    every: int | None = None
     answers: tuple[_Answer, ...] = ()
 
 

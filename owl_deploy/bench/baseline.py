@@ -280,7 +280,7 @@ def read(path: Path) -> tuple[Side, Margins]:
         return Side(**content["side"]), Margins(**content["margins"])
     except OSError as error:
         raise BadInput(f"The baseline file {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path} is not a baseline file, or a damaged one.", hint) from error
 
 

@@ -90,6 +90,11 @@ class Judged:
         return self.key != PERPLEXITY
 
     @property
+    def runs(self) -> str:
+        """What the timed metric has a deployment do."""
+        return "decodes" if self.timed.startswith("decode") else "runs"
+
+    @property
     def quality(self) -> str:
         """What is lost a share of."""
         return self.metric if self.by_task else "log-perplexity"
@@ -230,8 +235,15 @@ def _by_what_is_known(timed: Sequence[Subject], speeds: _Speeds) -> Judged:
         if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
             return by_code
     unknown = tuple(subject.name for subject in timed if not subject.perplexity)
+    known = [one for one in timed if one.perplexity]
     try:
-        judged = _judged([one for one in timed if one.perplexity], speeds, PERPLEXITY)
+        dense = [one.name for one in timed if not one.is_sparse]
+        if known and dense and all(one.is_sparse for one in known):
+            raise BadInput(
+                f"no dense deployment has its perplexity measured, which a loss is counted from "
+                f"(owl eval {dense[0]} --perplexity TEXT)."
+            )
+        judged = _judged(known, speeds, PERPLEXITY)
     except BadInput as error:
         return Judged(PERPLEXITY, PERPLEXITY, 0, (), unlike=str(error))
     return replace(judged, unknown=unknown)
@@ -242,7 +254,7 @@ def _judged(subjects: Sequence[Subject], speeds: _Speeds, key: str) -> Judged:
     if not subjects:
         return Judged(key, key, 0, ())
     sign = 1 if key == PERPLEXITY else -1
-    dense = [s for s in subjects if s.role == "baseline"] or subjects
+    dense = [s for s in subjects if not s.is_sparse] or subjects
     best = min((scores[s.name] for s in dense), key=lambda score: sign * score.value)
     found = [
         Option(
@@ -372,7 +384,7 @@ def _sparse(judged: Judged, pick: Option, max_loss: float | None) -> str:
     if near.may_be_chance:
         chance = f" That difference is within the noise of {judged.documents} problems."
     return (
-        f"{near.title} decodes at {gain} that speed, but loses "
+        f"{near.title} {judged.runs} at {gain} that speed, but loses "
         f"{_percent(near.loss)} of {judged.quality} (it has {judged.said(near)}); it would be "
         f"the choice if that were {_percent(near.allowed(max_loss))} or less.{chance}"
     )
@@ -387,8 +399,8 @@ def _gain(judged: Judged, pick: Option, best: Option) -> str:
     if not others:
         return f"Sparsity pays: it is {gain} the best dense one's speed."
     return (
-        f"It decodes at {gain} the speed of {best.title}, by its {', '.join(others)} and sparsity "
-        f"together: {_worth(judged, pick)}"
+        f"It {judged.runs} at {gain} the speed of {best.title}, by its {', '.join(others)} and "
+        f"sparsity together: {_worth(judged, pick)}"
     )
 
 

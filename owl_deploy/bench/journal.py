@@ -24,9 +24,10 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{digests.of_json(identity)[:24]}.jsonl"
 
-    def add(self, name: str, about: dict[str, Any], sample: Sample) -> None:
-        """Keep a sample of the subject `name`."""
-        self._write({"name": name, "about": about, "sample": sample.model_dump()})
+    def add(self, name: str, about: dict[str, Any], sample: Sample, failed: dict[str, str]) -> None:
+        """Keep a sample of the subject `name`, and what there will be no more of."""
+        kept = {"about": about, "sample": sample.model_dump(), "failed": failed}
+        self._write({"name": name, **kept})
 
     def give_up(self, name: str, failure: str) -> None:
         """Keep why there will be no more samples of the subject `name`."""
@@ -56,6 +57,7 @@ class Journal:
                     subject = restored[line["name"]]
                     samples = (*subject.samples, Sample.model_validate(line["sample"]))
                     update = {"about": line["about"], "samples": samples}
+                    update["failed"] = line.get("failed", {})
                     restored[subject.name] = subject.model_copy(update=update)
         return restored
 

@@ -296,7 +296,7 @@ class _Runner:
         sample = Sample(
             round=index, load_s=load_s, peak_bytes=peak, latencies_ms=latencies, draft=drafted
         )
-        self.journal.add(subject.name, about, sample)
+        self.journal.add(subject.name, about, sample, failed)
         samples = (*subject.samples, sample)
         return subject.model_copy(update={"about": about, "samples": samples, "failed": failed})
 

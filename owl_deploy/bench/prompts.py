@@ -43,9 +43,10 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
         return _SHIPPED
     way_out = 'Give lines such as {"prompt": "Once"}, as HumanEval has them.'
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # others stand within strings
         found = tuple(json.loads(line)["prompt"] for line in lines if line.strip())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        "".join(map(str, found)).encode()  # an escape may be half a letter
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"The prompts in {file} cannot be read ({error!r}).", way_out) from error
     if not found or not all(isinstance(prompt, str) and prompt for prompt in found):
         raise BadInput(f"{file} has no prompts.", way_out)

@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from owl_deploy import artefact
 from owl_deploy.bench import stats
@@ -16,6 +16,7 @@ from owl_deploy.manifest import BenchmarkManifest, refuse_newer, what_it_is
 FILE = "result.json"
 SCHEMA: Final = 1  # the number of its format
 SPARSE = 0.25  # of zeros; rounding to 4 bits leaves fewer
+_STATISTICS = {"median_ms", "spread", "p90_ms", "p99_ms", "processes", "tokens_per_s"}
 _WAY_OUT = "Give what owl bench -o wrote."
 Role = Literal["candidate", "baseline"]
 Against = Literal["same engine", "best of the precision", "best of all"]
@@ -33,7 +34,7 @@ class Sample(_Model):
     """
 
     round: int
-    load_s: float
+    load_s: FiniteFloat
     peak_bytes: int
     latencies_ms: dict[str, tuple[float, ...]]
     draft: dict[str, float] = {}
@@ -55,7 +56,7 @@ class Score(_Model):
     """
 
     metric: str
-    value: float
+    value: FiniteFloat
     stderr: float | None = None
     documents: int = 0
     passed: dict[str, bool] = {}
@@ -81,7 +82,7 @@ class Subject(_Model):
     engine: str
     precision: str
     zeros: float | None
-    perplexity: float | None
+    perplexity: FiniteFloat | None = Field(gt=0)
     perplexity_on: str = ""
     scores: dict[str, Score] = {}
     size_bytes: int
@@ -164,11 +165,22 @@ class Result(_Model):
     threads: int
     pairs: int
     read_gb_per_s: float
-    scenarios: tuple[Scenario, ...]
-    subjects: tuple[Subject, ...]
+    scenarios: tuple[Scenario, ...] = Field(min_length=1)
+    subjects: tuple[Subject, ...] = Field(min_length=1)
     statistics: dict[str, dict[str, dict[str, float]]]
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _speaks_of_its_subjects(self) -> Self:
+        """What was reckoned is of the subjects and metrics that there are, and whole."""
+        names = {subject.name for subject in self.subjects}
+        rows = [row for table in self.statistics.values() for row in table.values()]
+        spoken_of = {name for table in self.statistics.values() for name in table}
+        spoken_of |= {name for one in self.comparisons for name in (one.candidate, one.baseline)}
+        if not spoken_of <= names or any(not row.keys() >= _STATISTICS for row in rows):
+            raise ValueError("statistics or comparisons that are of no subject, or not whole")
+        return self
 
     @property
     def failures(self) -> list[str]:

@@ -29,7 +29,7 @@ from owl_deploy.errors import EnvironmentFailed
 _SUSPECT = Path(__file__).with_name("suspect.py")
 _NOBODY = 65534
 _MIB = 2**20
-_LONGEST_ANSWER = _MIB  # bytes
+_LONGEST_ANSWER = 2**16  # bytes: reading a literal takes many times its size, and its time
 # Processor seconds; bytes; processes beside itself; open files beyond the few of the start.
 LIMITS = {
     "RLIMIT_CPU": 10,
@@ -161,6 +161,8 @@ class _Program:
             kind, value = ast.literal_eval(self._line().decode())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise _Failed("gave no value that can be read") from error
+        if not self._left():
+            raise _Failed("took too long")
         if kind == "value":
             return value
         raised = getattr(builtins, str(value), None)

@@ -6,11 +6,19 @@ limits, user); each further one of (name, arguments). Each gets one line of answ
 """
 
 import ast
+import numbers
 import os
 import resource
 from typing import Any
 
-_PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
+_PLAIN: tuple[Any, ...] = (bool, int, complex, str, bytes)
+
+
+class _Float(float):
+    """One whose literal an infinity has, too."""
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("inf", "1e999")
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a stranger's
@@ -25,6 +33,10 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a stranger's
     for sequence in (list, tuple, set):
         if isinstance(value, sequence):
             return sequence(plain(one) for one in value)
+    if isinstance(value, frozenset):  # which is equal to a set
+        return {plain(one) for one in value}
+    if isinstance(value, numbers.Number):  # so are others to these
+        return _Float(value)  # type: ignore[arg-type]
     raise TypeError(f"a {type(value).__name__} has no literal")
 
 
@@ -52,9 +64,10 @@ def main() -> None:
             else:
                 exec(program, names)
                 answer = ("value", [name for name, one in names.items() if callable(one)])
+            text = repr(answer)
         except BaseException as error:
-            answer = ("raised", type(error).__name__)
-        print(repr(answer), file=answers, flush=True)
+            text = repr(("raised", type(error).__name__))
+        print(text, file=answers, flush=True)
         line = calls.readline()
         if not line:
             return

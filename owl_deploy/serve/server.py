@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,14 @@ class Service:
         self._check_model(asked.model)
         speed = Speed()
         texts = self._texts(request, asked, speed)
-        first = await anext(texts)  # what is wrong with the request comes before any answer
-        if asked.stream:
-            parts = _parts(asked, first, texts, speed)
-            return StreamingResponse(parts, media_type="text/event-stream")
-        text, reason = first
-        async for piece, reason in texts:  # noqa: B007 - the last one is meant
-            text += piece
+        with _until_the_end():
+            first = await anext(texts)  # what is wrong with the request comes before any answer
+            if asked.stream:
+                parts = _parts(asked, first, texts, speed)
+                return StreamingResponse(parts, media_type="text/event-stream")
+            text, reason = first
+            async for piece, reason in texts:  # noqa: B007 - the last one is meant
+                text += piece
         choices = [asked.choice(text, reason, part=False)]
         body = {**wire.header(asked, part=False), "choices": choices, "usage": wire.usage(speed)}
         return JSONResponse(body)
@@ -131,6 +132,15 @@ class Service:
             while reason is None:
                 text, reason = await _next_part(answer)
                 yield text, reason
+
+
+@contextmanager
+def _until_the_end() -> Iterator[None]:
+    """Answers that are not finished `GRACE_S` after the server was to end are cancelled."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise wire.Refused(503, "The server is shutting down.") from None
 
 
 async def _next_part(answer: Answer) -> Part:
@@ -165,10 +175,11 @@ async def _parts(
         yield event(opening)
     try:
         async with aclosing(texts):
-            async for text, reason in all_texts():
-                if text or reason:
-                    yield event([asked.choice(text, reason, part=True)])
-    except (BadInput, EngineFailed) as error:  # too late for a status
+            with _until_the_end():
+                async for text, reason in all_texts():
+                    if text or reason:
+                        yield event([asked.choice(text, reason, part=True)])
+    except (BadInput, EngineFailed, wire.Refused) as error:  # too late for a status
         yield f"data: {json.dumps(_refusal(error).body())}\n\n"
         return
     except ClientDisconnect:  # no error of ours, and nobody reads what it would say
@@ -216,7 +227,9 @@ async def _said(_: HttpRequest, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
     refused = _refusal(error)
-    headers = {"Retry-After": str(_RETRY_S)} if refused.status == 429 else None
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if refused.status in (429, 503):
+        headers["Retry-After"] = str(_RETRY_S)
     return JSONResponse(refused.body(), refused.status, headers)
 
 
@@ -262,11 +275,13 @@ def serve(
         config = uvicorn.Config(
             app, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S
         )
-        # uvicorn sends itself the signal that ended it once more: after SIGTERM all is well.
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        running = uvicorn.Server(config)
+        # Before uvicorn's own handlers are there, and after: it sends itself the signal that ended
+        # it once more.
+        signal.signal(signal.SIGTERM, running.handle_exit)
         bound = f"[{host}]" if ":" in host else host
         say(f"{name} is served at http://{bound}:{listener.getsockname()[1]}/v1")
-        uvicorn.Server(config).run([listener])
+        running.run([listener])
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.generate import UNLIMITED, Sampling, Speed, Writer
+from owl_deploy.generate import LEAST_TOP_P, UNLIMITED, Sampling, Speed, Writer
 
 _SEEDS = 2**31  # onnxruntime-genai's integers
 # JSON's NUL character; behind a backslash that is one itself, the same letters are text.
@@ -63,7 +63,7 @@ _Prompt = Annotated[str, Field(min_length=1)]
 
 
 class _StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Request(BaseModel):
@@ -84,8 +84,8 @@ class Request(BaseModel):
     max_tokens: int | None = Field(None, ge=1, lt=_SEEDS)
     max_completion_tokens: int | None = Field(None, ge=1, lt=_SEEDS)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, lt=_SEEDS)  # not OpenAI's, but llama.cpp's and vLLM's
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=_SEEDS)  # not OpenAI's, but llama.cpp's and vLLM's
     seed: int | None = None
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)  # vLLM's
     ignore_eos: bool | None = None  # theirs as well
@@ -103,12 +103,18 @@ class Request(BaseModel):
             max_new_tokens=self.max_completion_tokens or self.max_tokens or self.usual_tokens,
             do_sample=temperature > 0,
             temperature=temperature or 1.0,
-            top_k=self.top_k or Sampling.top_k,
-            top_p=self.top_p or 1.0,
+            top_k=self._top_k(),
+            top_p=1.0 if self.top_p is None else max(self.top_p, LEAST_TOP_P),
             repetition_penalty=self.repetition_penalty or 1.0,
             seed=None if self.seed is None else self.seed % _SEEDS,
             ignore_eos=bool(self.ignore_eos),
         )
+
+    def _top_k(self) -> int:
+        """Theirs; 0 and -1 are for no limit."""
+        if self.top_k is None:
+            return Sampling.top_k
+        return self.top_k if self.top_k > 0 else _SEEDS - 1
 
     def text(self, writer: Writer) -> str:
         """The prompt for the model."""
@@ -130,7 +136,7 @@ class _Part(BaseModel):
 
 class _Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_Part] | None = None
+    content: str | Annotated[list[_Part], Field(fail_fast=True)] | None = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
 
@@ -156,16 +162,22 @@ class Chat(Request):
     usual_tokens = UNLIMITED
     templated = True
 
-    messages: list[_Message] = Field(min_length=1)
+    # The first error is told, and an error for each of many would take its time and memory.
+    messages: list[_Message] = Field(min_length=1, fail_fast=True)
 
     def text(self, writer: Writer) -> str:
         """The messages in the model's chat template; raises `Refused` where that fails."""
         said = [one.said() for one in self.messages]
         try:
             return writer.in_template(said)
-        except (BadInput, EngineFailed) as error:
+        except BadInput as error:
             raise Refused(
-                400, f"The model's chat template does not take these messages: {error}"
+                400, "The model has no chat template: its texts go to /v1/completions."
+            ) from error
+        except EngineFailed as error:
+            reason = error.__cause__ or error  # without the place of the model's files
+            raise Refused(
+                400, f"The model's chat template does not take these messages: {reason}"
             ) from error
 
     def opening(self) -> list[dict[str, Any]]:
@@ -210,7 +222,8 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise Refused(400, f"{place or 'the body'}: {first['msg']}", param=place or None) from error
+        param = str(first["loc"][0]) if first["loc"] else None
+        raise Refused(400, f"{place or 'the body'}: {first['msg']}", param=param) from error
     for name, value in (asked.model_extra or {}).items():
         if name in _NOT_DONE and value is not None and not _asks_nothing(name, value):
             raise Refused(400, f"{name} is not supported here.", "unsupported_parameter", name)

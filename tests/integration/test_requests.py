@@ -51,6 +51,12 @@ def served(deployment):
         yield found
 
 
+def test_a_server_that_has_just_said_where_it_is_ends_on_sigterm(served):
+    process, _ = served
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+
+
 def test_a_deployment_answers_as_owl_generate_does_and_ends_on_sigterm(deployment, served):
     process, client = served
     assert [model.id for model in client.models.list()] == ["tiny"]

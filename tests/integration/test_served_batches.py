@@ -148,6 +148,14 @@ def test_what_is_chosen_otherwise_shares_no_batch(writer, sampling, other, fits)
     assert writer.takes(rows[1:])
 
 
+def test_what_ends_like_the_padding_goes_alone(writer):
+    rows = [writer.row("A clock", Sampling(max_new_tokens=4), Speed()) for _ in range(2)]
+    assert writer.takes(rows)
+    rows[1].tokens[-1] = writer._pad
+    assert not writer.takes(rows)
+    assert writer.takes(rows[1:])
+
+
 def test_who_needs_the_room_of_the_padding_is_begun_anew(writer):
     def asked():
         long = writer.row("Snow fell. " * 16, Sampling(max_new_tokens=9), Speed())

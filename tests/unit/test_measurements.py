@@ -17,7 +17,7 @@ def test_what_is_measured_lies_beside_a_manifest_that_stays(tmp_path):
     assert (tmp_path / MANIFEST).read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"value": "low"}', '{"value": NaN}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"value": "low"}', '{"value": NaN}', '{"value": -1}'])
 def test_a_damaged_measurement_is_refused(tmp_path, text):
     keep_measurement(tmp_path, "perplexity", {"value": 1.0})
     (tmp_path / "measured" / "perplexity.json").write_text(text)
@@ -27,7 +27,12 @@ def test_a_damaged_measurement_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("perplexity", 13.5), ("perplexity", {"value": float("nan")}), ("tasks", [])],
+    [
+        ("perplexity", 13.5),
+        ("perplexity", {"value": float("nan")}),
+        ("tasks", []),
+        ("tasks", {"humaneval": {"window": "abc"}}),
+    ],
 )
 def test_a_damaged_measurement_in_an_earlier_manifest_is_refused(tmp_path, name, value):
     (tmp_path / MANIFEST).write_text(json.dumps({name: value}))

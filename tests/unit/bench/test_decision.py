@@ -55,6 +55,25 @@ def test_losses_are_shares_of_the_best_dense_ones_log_perplexity() -> None:
     assert by_name["owl-50-deepsparse"].loss == pytest.approx(expected)
 
 
+def changed(made: Result, of: dict[str, dict[str, Any]]) -> Result:
+    subjects = tuple(one.model_copy(update=of.get(one.name, {})) for one in made.subjects)
+    return made.model_copy(update={"subjects": subjects})
+
+
+def test_no_sparse_one_is_the_measure_of_what_is_lost() -> None:
+    made = result()
+    unmeasured = {s.name: {"perplexity": None} for s in made.subjects if not s.is_sparse}
+    for most in (None, 0.0, 0.02):
+        told = said(changed(made, unmeasured), most)
+        assert told.startswith("Nothing here says what to deploy: no dense deployment has")
+    unmeasured.pop("dense-int8")
+    assert said(changed(made, unmeasured)).startswith("Deploy dense-int8 ")
+    # A sparse baseline is none either, where a dense candidate is there.
+    roles = {"owl-50-deepsparse": {"role": "baseline"}, "dense-deepsparse": {"role": "candidate"}}
+    by_name = {one.subject.name: one for one in decision.judge(changed(made, roles)).options}
+    assert by_name["dense-deepsparse"].loss == 0 < by_name["owl-50-deepsparse"].loss
+
+
 def test_for_machines() -> None:
     judged = decision.judge(result())
     found = decision.to_json(judged, max_loss=0.5)

@@ -372,6 +372,7 @@ def test_other_logits_fail_before_anything_is_timed(
         (lambda text: "[]", "not a baseline file"),
         (lambda text: "", "not a baseline file"),
         (lambda text: "{}", "not a baseline file"),
+        (lambda text: "[" * 10**5, "not a baseline file"),
     ],
 )
 def test_a_damaged_file_is_refused(

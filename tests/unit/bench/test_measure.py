@@ -15,11 +15,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, run_bench, show
+from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.measure import Opener
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, environment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import BlockShares
+from tests.unit.bench.made import result
 
 
 def fake(folder: Path, **behaviour: Any) -> Path:
@@ -299,6 +301,14 @@ def test_half_a_round_from_another_hour_is_measured_anew(
     assert opened == ["sparse", "dense"]
 
 
+def test_what_failed_of_one_that_goes_on_is_kept(cache: Path) -> None:
+    subject = result().subjects[0].model_copy(update={"samples": ()})
+    sample = result().subjects[0].samples[0]
+    Journal("plan").add(subject.name, {}, sample, {"decode@512x4": "No memory."})
+    (found,) = Journal("plan").restore([subject]).values()
+    assert (found.samples, found.failed) == ((sample,), {"decode@512x4": "No memory."})
+
+
 def test_what_has_failed_holds_up_no_round_of_another_day(
     pair: tuple[Path, Path], cache: Path
 ) -> None:
@@ -393,6 +403,35 @@ def test_a_damaged_result_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(BadInput, match=r"not a benchmark's result|not valid JSON|no.* JSON object"):
         read_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("scenarios",), []),
+        (("subjects",), []),
+        (("comparisons", 0, "baseline"), "nobody"),
+        (("statistics", "decode@512", "dense-int8"), {}),
+        (("statistics", "decode@512", "nobody"), {}),
+        (("subjects", 0, "samples", 0, "load_s"), "Infinity"),
+        (("subjects", 0, "perplexity"), -1),
+    ],
+    ids=str,
+)
+def test_a_result_that_contradicts_itself_is_refused(
+    tmp_path: Path, place: tuple[Any, ...], value: object
+) -> None:
+    content = result().model_dump(mode="json")
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(content))
+    assert read_result(file).pairs == 8
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    file.write_text(json.dumps(content).replace('"Infinity"', "Infinity"))
+    with pytest.raises(BadInput, match="a damaged one"):
+        read_result(file)
 
 
 def test_no_result_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def test_prompts_are_read_from_json_lines_or_are_the_shipped_ones(tmp_path, fake
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "The river", "more": 1}\n\n{"prompt": "x"}\n')
     assert read_prompts(file) == ("The river", "x")
+    file.write_text('{"prompt": "One\u2028line"}', encoding="utf-8")
+    assert read_prompts(file) == ("One\u2028line",)
     shipped = read_prompts(None)
     assert len(set(shipped)) == len(shipped) > 4
     found = tokens_of(("The river", "x"), fake, 20)
@@ -33,7 +35,14 @@ def test_prompts_are_read_from_json_lines_or_are_the_shipped_ones(tmp_path, fake
     assert fake.ends == [1, 7]
 
 
-@pytest.mark.parametrize("content", [None, "", "x", "[]", '{"text": "x"}', '{"prompt": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "", "x", "[]", '{"text": "x"}', '{"prompt": 3}'),
+        *("[" * 10**5, '{"prompt": "a\\ud800b"}'),
+    ],
+    ids=lambda content: str(content)[:20],
+)
 def test_what_holds_no_prompts_is_said_in_a_sentence(tmp_path, content):
     file = tmp_path / "prompts.jsonl"
     if content is not None:

@@ -85,6 +85,26 @@ def test_what_takes_too_long_is_ended(loop: str) -> None:
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize(
+    ("value", "right", "why"),
+    [
+        ("frozenset({4})", "{4}", ""),
+        ("Fraction(4)", "4", ""),
+        ("Decimal(4)", "4", ""),
+        ("-inf", "-1e999", ""),
+        ("nan", "0", "gave no value that can be read"),
+        ("10**5000", "10**5000", "raised ValueError"),  # the most digits that Python writes
+    ],
+)
+def test_a_value_that_is_equal_is_right(value: str, right: str, why: str) -> None:
+    program = (
+        "from decimal import Decimal\nfrom fractions import Fraction\nfrom math import inf, nan\n"
+        f"def f(x):\n    return {value}"
+    )
+    tests = f"def check(f):\n    assert f(2) == {right}"
+    assert judge(program, tests, "f") == Outcome(not why, why)
+
+
 def test_memory_is_bounded() -> None:
     assert judge("def f(x):\n    return 'x' * 2**32", TESTS, "f").why == "raised MemoryError"
 

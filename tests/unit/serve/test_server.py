@@ -75,11 +75,13 @@ def writer(request):
 
 
 @contextmanager
-def served(writer, waiting=1, key=None):
-    """The service in a thread; its base URL."""
+def served(writer, waiting=1, key=None, **settings):
+    """The service in a thread; its base URL. `settings`: of uvicorn."""
     service = server.Service(writer, "tiny", waiting, key)
     writer.line = service._line
-    running = uvicorn.Server(uvicorn.Config(service.app(["127.0.0.1"]), log_level="critical"))
+    config = uvicorn.Config(service.app(["127.0.0.1"]), log_level="critical", **settings)
+    running = uvicorn.Server(config)
+    writer.end = lambda: setattr(running, "should_exit", True)
     with server._listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
@@ -382,6 +384,51 @@ def test_what_asks_for_nothing_is_taken(writer, client):
     writer.go.release()
     quiet = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me", "stop": []}
     assert ask(client, "a", 1, **quiet).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"top_p": 0}, {"top_p": 1e-6}),
+        ({"top_p": 1e-300}, {"top_p": 1e-6}),
+        ({"top_k": -1}, {"top_k": 2**31 - 1}),
+        ({"top_k": 3}, {"top_k": 3}),
+        ({"stream_options": {"include_usage": None}}, {"top_k": 50, "top_p": 1.0}),
+    ],
+)
+def test_what_clients_send_for_no_limit_and_for_the_least(writer, client, given, found):
+    writer.go.release()
+    ask(client, "a", 1, extra_body=given)
+    assert {name: getattr(writer.seen[0][0][1], name) for name in found} == found
+
+
+@pytest.mark.parametrize("messages", [[1] * 9, [{"role": "user", "content": [1] * 9}]])
+def test_of_many_bad_messages_the_first_is_told(messages):
+    body = json.dumps({"model": "tiny", "messages": messages}).encode()
+    with pytest.raises(wire.Refused) as refused:
+        wire.parse(wire.Chat, body)
+    assert refused.value.param == "messages"
+    assert isinstance(refused.value.__cause__, wire.ValidationError)
+    assert refused.value.__cause__.error_count() < 4  # of those behind it nothing is kept
+
+
+def test_another_method_is_told_the_right_one(url):
+    answer = httpx.get(f"{url}/completions", timeout=PATIENCE)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_cut_off_at_the_end_is_told_so(writer, stream):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 9, "stream": stream}
+    with served(writer, timeout_graceful_shutdown=1) as url:
+        writer.go.release()  # a stream has begun
+        found = in_background(lambda: httpx.post(f"{url}/completions", json=body, timeout=PATIENCE))
+        until(lambda: writer.running and not writer.go._value)
+        writer.end()
+        until(lambda: found)
+    (answer,) = found
+    assert answer.status_code == (200 if stream else 503)
+    assert "The server is shutting down." in answer.text
 
 
 def test_a_prompt_may_be_a_list_of_one(writer, client):
