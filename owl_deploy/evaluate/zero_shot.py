@@ -304,7 +304,7 @@ def _opened(folder: Path, tasks: Tasks, asked: EvaluationSettings) -> Iterator[_
             model = DeploymentLM(process, tokenizer, seen, rows, deployment.ends)
             yield _Opened(model, name, software(name), seen, rows)
         return
-    from owl_deploy.evaluate.checkpoint import CheckpointLM
+    from owl_deploy.evaluate.hugging_face import CheckpointLM
 
     checkpoint, hardware = open_checkpoint(folder), asked.hardware
     device = find_device(hardware.device)

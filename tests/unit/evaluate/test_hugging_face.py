@@ -11,7 +11,7 @@ from tests import tiny
 pytest.importorskip("lm_eval", reason="pip install 'owl-deploy[eval]'")
 from lm_eval.api.instance import Instance
 
-from owl_deploy.evaluate.checkpoint import CheckpointLM
+from owl_deploy.evaluate.hugging_face import CheckpointLM
 
 
 def test_a_checkpoint_takes_the_likeliest_token_whatever_its_files_say(tmp_path):
