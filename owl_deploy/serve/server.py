@@ -171,11 +171,11 @@ async def _parts(
         async for found in texts:
             yield found
 
-    if opening := asked.opening():
-        yield event(opening)
     try:
-        async with aclosing(texts):
+        async with aclosing(texts):  # whenever the client goes: its place is another's
             with _until_the_end():
+                if opening := asked.opening():
+                    yield event(opening)
                 async for text, reason in all_texts():
                     if text or reason:
                         yield event([asked.choice(text, reason, part=True)])
