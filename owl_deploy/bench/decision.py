@@ -254,7 +254,8 @@ def _judged(subjects: Sequence[Subject], speeds: _Speeds, key: str) -> Judged:
     if not subjects:
         return Judged(key, key, 0, ())
     sign = 1 if key == PERPLEXITY else -1
-    dense = [s for s in subjects if not s.is_sparse] or subjects
+    whole = [s for s in subjects if not s.is_sparse]
+    dense = [s for s in whole if s.role == "baseline"] or whole or subjects
     best = min((scores[s.name] for s in dense), key=lambda score: sign * score.value)
     found = [
         Option(
