@@ -150,7 +150,7 @@ def picture() -> str:
         for axes, on in ((loss, "code"), (task, "HumanEval")):
             axes.set_title(f"Qwen2.5-Coder-1.5B, on {on}", fontsize=10)
             axes.set_xlabel("file, MB")
-        task.set_ylabel(f"solved of {PROBLEMS} problems, % (± 10)")
+        task.set_ylabel(f"solved of {PROBLEMS} problems, %")
         legend.set_axis_off()
         marks = {
             label: mark

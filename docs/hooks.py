@@ -22,8 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Set the command line's own words where [[cli]] stands; raw results lie beside a page here."""
-    markdown = markdown.replace("](../../benchmarks/results/", "](../results/")
-    markdown = markdown.replace("](../benchmarks/results/", "](results/")
+    markdown = markdown.replace("../benchmarks/results/", "results/")  # from any depth
     if "[[cli]]" not in markdown:
         return markdown
     command = get_command(app)

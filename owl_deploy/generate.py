@@ -36,7 +36,7 @@ STDIN = "-"
 DEFAULT_NEW_TOKENS = 128
 UNLIMITED = -1  # new tokens: on until the context is full, as in llama.cpp
 _LONGEST_WORD = 8192  # letters, or digits, signs or blanks
-_LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
+LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
 _MOST_LOGITS = 2**28  # bytes, of several prompts whose tokens' logits are all made
 
 
@@ -73,9 +73,9 @@ class Sampling:
                 f"Give 1 or more, or {UNLIMITED} to go on until the context is full.",
             )
         for name, value, fits in (
-            ("--max-new-tokens", new, new is None or new <= _LARGEST),
+            ("--max-new-tokens", new, new is None or new <= LARGEST),
             ("--temperature", self.temperature, 0 < self.temperature < math.inf),
-            ("--top-k", self.top_k, 1 <= self.top_k <= _LARGEST),
+            ("--top-k", self.top_k, 1 <= self.top_k <= LARGEST),
             ("--top-p", self.top_p, 0 < self.top_p <= 1),
             (
                 "--repetition-penalty",

@@ -236,17 +236,21 @@ def _by_what_is_known(timed: Sequence[Subject], speeds: _Speeds) -> Judged:
             return by_code
     unknown = tuple(subject.name for subject in timed if not subject.perplexity)
     known = [one for one in timed if one.perplexity]
+    dense = [one.name for one in timed if not one.is_sparse]
+    if known and dense and all(one.is_sparse for one in known):
+        return _undecided(
+            "no dense deployment has its perplexity measured, which a loss is counted from "
+            f"(owl eval {dense[0]} --perplexity TEXT)."
+        )
     try:
-        dense = [one.name for one in timed if not one.is_sparse]
-        if known and dense and all(one.is_sparse for one in known):
-            raise BadInput(
-                f"no dense deployment has its perplexity measured, which a loss is counted from "
-                f"(owl eval {dense[0]} --perplexity TEXT)."
-            )
         judged = _judged(known, speeds, PERPLEXITY)
     except BadInput as error:
-        return Judged(PERPLEXITY, PERPLEXITY, 0, (), unlike=str(error))
+        return _undecided(str(error))
     return replace(judged, unknown=unknown)
+
+
+def _undecided(why: str) -> Judged:
+    return Judged(PERPLEXITY, PERPLEXITY, 0, (), unlike=why)
 
 
 def _judged(subjects: Sequence[Subject], speeds: _Speeds, key: str) -> Judged:

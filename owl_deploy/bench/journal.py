@@ -26,8 +26,8 @@ class Journal:
 
     def add(self, name: str, about: dict[str, Any], sample: Sample, failed: dict[str, str]) -> None:
         """Keep a sample of the subject `name`, and what there will be no more of."""
-        kept = {"about": about, "sample": sample.model_dump(), "failed": failed}
-        self._write({"name": name, **kept})
+        told = {"name": name, "about": about, "failed": failed}
+        self._write({**told, "sample": sample.model_dump()})
 
     def give_up(self, name: str, failure: str) -> None:
         """Keep why there will be no more samples of the subject `name`."""
@@ -56,8 +56,8 @@ class Journal:
                 if whole or time.time() - line["at"] < _FRESH_S:
                     subject = restored[line["name"]]
                     samples = (*subject.samples, Sample.model_validate(line["sample"]))
-                    update = {"about": line["about"], "samples": samples}
-                    update["failed"] = line.get("failed", {})
+                    told = {"about": line["about"], "failed": line.get("failed", {})}
+                    update = {**told, "samples": samples}
                     restored[subject.name] = subject.model_copy(update=update)
         return restored
 

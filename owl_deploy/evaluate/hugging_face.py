@@ -39,5 +39,5 @@ class CheckpointLM(HFLM):  # type: ignore[misc] # the harness has no types
         """The text of what was generated; with special tokens, of a token by itself."""
         if skip_special_tokens and not isinstance(tokens, int):
             return going_on(self.tokenizer, tokens)
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        text: str = super().tok_decode(tokens, skip_special_tokens)
         return text

@@ -30,12 +30,12 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a stranger's
             return kind(value)
     if isinstance(value, dict):
         return {plain(key): plain(one) for key, one in value.items()}
-    for sequence in (list, tuple, set):
+    for sequence in (list, tuple):
         if isinstance(value, sequence):
             return sequence(plain(one) for one in value)
-    if isinstance(value, frozenset):  # which is equal to a set
+    if isinstance(value, set | frozenset):  # equal, whichever it is
         return {plain(one) for one in value}
-    if isinstance(value, numbers.Number):  # so are others to these
+    if isinstance(value, numbers.Number):  # so are these to one of their value
         return _Float(value)  # type: ignore[arg-type]
     raise TypeError(f"a {type(value).__name__} has no literal")
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.generate import LEAST_TOP_P, UNLIMITED, Sampling, Speed, Writer
+from owl_deploy.generate import LARGEST, LEAST_TOP_P, UNLIMITED, Sampling, Speed, Writer
 
-_SEEDS = 2**31  # onnxruntime-genai's integers
+_SEEDS = LARGEST + 1
 # JSON's NUL character; behind a backslash that is one itself, the same letters are text.
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 # What would change an answer and is not done here: refused, but for values that ask for nothing.
@@ -114,7 +114,7 @@ class Request(BaseModel):
         """Theirs; 0 and -1 are for no limit."""
         if self.top_k is None:
             return Sampling.top_k
-        return self.top_k if self.top_k > 0 else _SEEDS - 1
+        return self.top_k if self.top_k > 0 else LARGEST
 
     def text(self, writer: Writer) -> str:
         """The prompt for the model."""

@@ -69,7 +69,7 @@ def test_no_sparse_one_is_the_measure_of_what_is_lost() -> None:
     unmeasured.pop("dense-int8")
     assert said(changed(made, unmeasured)).startswith("Deploy dense-int8 ")
     # A sparse baseline is none either, where a dense candidate is there.
-    roles = {"owl-50-deepsparse": {"role": "baseline"}, "dense-deepsparse": {"role": "candidate"}}
+    roles = {s.name: {"role": "baseline" if s.is_sparse else "candidate"} for s in made.subjects}
     by_name = {one.subject.name: one for one in decision.judge(changed(made, roles)).options}
     assert by_name["dense-deepsparse"].loss == 0 < by_name["owl-50-deepsparse"].loss
 

@@ -110,6 +110,14 @@ def test_generation_ends(opened, options, text):
     assert model(64).generate_until([asked("generate_until", "12", options)]) == [text]
 
 
+def test_generation_ends_at_any_of_the_models_ends(opened):
+    model, _ = opened
+    lm = model(64)
+    lm.ends = [6]
+    options = {"until": [], "max_gen_toks": 30}
+    assert lm.generate_until([asked("generate_until", "12", options)]) == ["345"]
+
+
 def test_generation_goes_on_over_slices(opened):
     model, requests = opened
     lm = model(64)

@@ -35,3 +35,21 @@ def test_a_checkpoint_takes_the_likeliest_token_whatever_its_files_say(tmp_path)
             break
         tokens = torch.cat([tokens, chosen.view(1, 1)], dim=1)
     assert text == tokenizer.decode(tokens[0, begun:], skip_special_tokens=True)
+
+
+class Pieces:
+    """A tokenizer of letters that, as SentencePiece, leaves out a space where a text begins."""
+
+    def encode(self, text, add_special_tokens):
+        return [*map(ord, text)]
+
+    def decode(self, tokens, skip_special_tokens=False):
+        tokens = [tokens] if isinstance(tokens, int) else tokens
+        return "".join(map(chr, tokens)).removeprefix(" ")
+
+
+def test_what_goes_on_keeps_its_first_space():
+    lm = CheckpointLM.__new__(CheckpointLM)
+    lm.tokenizer = Pieces()
+    assert lm.tok_decode([*map(ord, "    pass")]) == "    pass"
+    assert lm.tok_decode(ord("$"), skip_special_tokens=False) == "$"
