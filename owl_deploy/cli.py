@@ -297,6 +297,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity and task scores of models and deployments."""
+    from owl_deploy.evaluate.run import to_json
     from owl_deploy.evaluate.show import show
 
     asked = api.EvaluationSettings(
@@ -316,9 +317,7 @@ def evaluate(
         adapter=adapter,
     )
     found = api.evaluate(models, asked)
-    records = [one.to_json() for one in found]
-    whole = records[0] if len(records) == 1 else {"models": records}
-    _emit(whole, as_json, lambda: show(found))
+    _emit(to_json(found), as_json, lambda: show(found))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from owl_deploy.errors import invalid
 from owl_deploy.lease import lease
 from owl_deploy.manifest import Manifest, read_manifest
 
+JUDGED_BY = ("pass@1", "acc")  # of a task's metrics, the first that it has; 0 or 1 a document
 _MEASURE = "Measure again."
 
 
@@ -38,6 +39,7 @@ class _Task(_Kept):
     window: int | None = None
     every: int | None = None
     answers: tuple[_Answer, ...] = ()
+    right: dict[str, bool] = {}
 
 
 class _Measured(_Kept):

@@ -19,11 +19,10 @@ from owl_deploy.bench import stats
 from owl_deploy.bench.result import Comparison, Result, Score, Subject, metrics_of, paired
 from owl_deploy.engines.deployment import text_of
 from owl_deploy.errors import BadInput, unknown_name
-from owl_deploy.measurements import measurement
+from owl_deploy.measurements import JUDGED_BY, measurement
 
 NOTHING = 0.005  # less is not noticed: int8 values lose about so much
 PERPLEXITY, HUMANEVAL = "perplexity", "humaneval"
-_METRICS = ("pass@1", "acc")  # of a task, the first that it has
 _ROUNDING = 1e-9  # one problem of any number is one standard error exactly
 _TELLS = 2  # standard errors: what differs by less may be chance
 _PAYS = ("engine", "precision", "draft")  # what may make a sparse one faster than its zeros do
@@ -129,14 +128,15 @@ def scores_of(folder: Path) -> dict[str, Score]:
     found = {}
     for task, row in (measurement(folder, "tasks") or {}).items():
         metrics = row.get("metrics", {})
-        name = next((name for name in _METRICS if name in metrics), None)
+        name = next((name for name in JUDGED_BY if name in metrics), None)
         if name is not None:
             found[task] = Score(
                 metric=name,
                 value=metrics[name]["value"],
                 stderr=metrics[name].get("stderr"),
                 documents=row.get("documents", 0),
-                passed={one["problem"]: one["passed"] for one in row.get("answers", ())},
+                passed=row.get("right")
+                or {one["problem"]: one["passed"] for one in row.get("answers", ())},
                 window=row.get("window"),
                 every=row.get("every"),
             )

@@ -8,6 +8,7 @@ from typing import Any
 from owl_deploy.engines import threads_for
 from owl_deploy.errors import BadInput, option
 from owl_deploy.evaluate import zero_shot
+from owl_deploy.evaluate.paired import Pairs, beside
 from owl_deploy.evaluate.perplexity import Perplexity, perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import check_subject, is_deployment
@@ -24,6 +25,14 @@ class Evaluation:
     model: str
     perplexity: Perplexity | None
     tasks: dict[str, TaskResult]
+
+    def beside(self, reference: "Evaluation") -> dict[str, Pairs]:
+        """By task, which documents it answers otherwise than `reference`, where that is known."""
+        found = {
+            name: beside(reference.tasks[name].by_document, task.by_document)
+            for name, task in self.tasks.items()
+        }
+        return {name: pairs for name, pairs in found.items() if pairs is not None}
 
     def to_json(self) -> dict[str, Any]:
         """The folder, the parts of its perplexity, its tasks and their means."""
@@ -62,6 +71,19 @@ def evaluate(folders: Sequence[str | Path], asked: EvaluationSettings) -> list[E
         results = {} if tasks is None else zero_shot.evaluate_tasks(folder, tasks, asked, ranks)
         found.append(Evaluation(str(folder), loss, results))
     return found
+
+
+def to_json(found: Sequence[Evaluation]) -> dict[str, Any]:
+    """One evaluation by itself; of several each, with the others' `beside_first`, by task."""
+    if len(found) == 1:
+        return found[0].to_json()
+    records = [one.to_json() for one in found]
+    for record, one in zip(records[1:], found[1:], strict=True):
+        pairs = one.beside(found[0])
+        if pairs:
+            told = {name: asdict(pair) | {"p_value": pair.p_value} for name, pair in pairs.items()}
+            record["beside_first"] = told
+    return {"models": records}
 
 
 def _check_read(folders: Sequence[str | Path], asked: EvaluationSettings) -> None:

@@ -6,15 +6,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from owl_deploy.evaluate.paired import Pairs
 from owl_deploy.evaluate.run import Evaluation
 from owl_deploy.evaluate.zero_shot import Metric, means
 from owl_deploy.progress import result_console
 
 WIDTH = 80
+_CHANCE = 0.05  # what differs with a larger p-value is said to be perhaps by chance
 
 
 def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
-    """Print a line of perplexity for each model, and a table of tasks with a column for each."""
+    """Print a line of perplexity for each model, and a table of tasks with a column for each.
+
+    And of each but the first, which of a task's documents it answers otherwise than that.
+    """
     console = console or result_console(WIDTH)
     names = _names([one.model for one in found])
     for name, one in zip(names, found, strict=True):
@@ -28,6 +33,9 @@ def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
             )
     if any(one.tasks for one in found):
         console.print(_table(names, found))
+    for name, one in zip(names[1:], found[1:], strict=True):
+        for task, pairs in one.beside(found[0]).items():
+            console.print(f"{name} beside {names[0]}, {task}: {_said(pairs)}")
 
 
 def _table(names: Sequence[str], found: Sequence[Evaluation]) -> Table:
@@ -50,6 +58,16 @@ def _table(names: Sequence[str], found: Sequence[Evaluation]) -> Table:
         cells = [_cell(own.get(metric)) for own in averages]
         table.add_row(f"mean of {tasks}", "", metric, *cells)
     return table
+
+
+def _said(pairs: Pairs) -> str:
+    if not pairs.lost + pairs.won:
+        return f"no difference in {pairs.documents} documents."
+    chance = ", which may be chance" if pairs.p_value > _CHANCE else ""
+    return (
+        f"{pairs.lost} of {pairs.documents} lost, {pairs.won} won (exact McNemar test: "
+        f"p = {pairs.p_value:.2g}{chance})."
+    )
 
 
 def _cell(metric: Metric | None) -> str:

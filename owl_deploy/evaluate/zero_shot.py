@@ -23,6 +23,7 @@ from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
 from owl_deploy.hardware import find_device, find_dtype, name_of
 from owl_deploy.manifest import versions
+from owl_deploy.measurements import JUDGED_BY
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, leads
 from owl_deploy.text import load_tokenizer
@@ -47,7 +48,8 @@ class TaskResult:
     `every`: 1 where they are all or the first ones, 4 where every fourth was taken; `limit`: the
     most that were asked for, if anything was.
     `window`: the tokens that the model saw at most; `by`: the engine, or the dtype in PyTorch.
-    `answers`: of a task whose answers are programs, each with what came of it.
+    `answers`: of a task whose answers are programs, each with what came of it. `right`: of another
+    with a metric of `JUDGED_BY`, whether each document was answered right, by its number.
     """
 
     metrics: dict[str, Metric]
@@ -60,6 +62,12 @@ class TaskResult:
     every: int = 1
     limit: int | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
+    right: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def by_document(self) -> dict[str, bool]:
+        """Whether each document was answered right; empty where the task does not say so."""
+        return self.right or {one["problem"]: one["passed"] for one in self.answers}
 
 
 @dataclass(frozen=True)
@@ -247,8 +255,11 @@ def _run(
         cache_requests=group.cached and every == 1,  # they are kept by the task's name alone
         apply_chat_template=group.chat,
         bootstrap_iters=_BOOTSTRAP,
-        log_samples=False,
+        log_samples=True,
     )
+    answers = {
+        name: [asdict(one) for one in getattr(task, "answers", [])] for name, task in tasks.items()
+    }
     return {
         name: TaskResult(
             metrics=_metrics(name, row),
@@ -260,7 +271,8 @@ def _run(
             by=opened.by,
             every=every,
             limit=limit,
-            answers=[asdict(one) for one in getattr(tasks[name], "answers", [])],
+            answers=answers[name],
+            right={} if answers[name] else _right(found["samples"][name]),
         )
         for name, row in found["results"].items()
         if name in tasks
@@ -328,6 +340,21 @@ def _rows(tasks: Tasks, deployment: Deployment, engine: str) -> int:
     model = deployment.folder.settings.get("model", {})
     pads = model.get("pad_token_id") is not None
     return _TOGETHER if only_texts and pads and get_engine(engine).operators else 1
+
+
+def _right(samples: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Whether each document was answered right, by its number; of several filters by the first.
+
+    Empty where no metric says so of every document.
+    """
+    first = [one for one in samples if one["filter"] == samples[0]["filter"]]
+    judged = {
+        str(one["doc_id"]): next((one[name] for name in JUDGED_BY if name in one), None)
+        for one in first
+    }
+    if not all(value in (0, 1) for value in judged.values()):
+        return {}
+    return {document: bool(value) for document, value in judged.items()}
 
 
 def _metrics(task: str, row: Mapping[str, Any]) -> dict[str, Metric]:

@@ -117,7 +117,14 @@ def test_a_deployment_answers_as_the_checkpoint(checkpoint, deployment, tasks, t
             assert found[name].metrics[metric].value == pytest.approx(value.value, rel=1e-4)
     assert found["owl_sentences"].metrics["acc"] == wanted["owl_sentences"].metrics["acc"]
 
+    assert found["owl_sentences"].right == wanted["owl_sentences"].right
+    assert (
+        sum(found["owl_sentences"].right.values()) / 10
+        == found["owl_sentences"].metrics["acc"].value
+    )
+    assert found["owl_texts"].right == {}
     recorded = measurement(folder, "tasks")["owl_sentences"]
+    assert recorded["right"] == found["owl_sentences"].right
     assert recorded["by"] == (engine or ("onnxruntime" if target == "deepsparse" else target))
     assert recorded["metrics"]["acc"]["value"] == found["owl_sentences"].metrics["acc"].value
     assert (recorded["window"], recorded["documents"]) == (WINDOW, 10)
@@ -169,12 +176,26 @@ def test_the_command_line_shows_models_side_by_side(owl, checkpoint, deployment,
     assert accuracy[:3] == ["owl_sentences", "4", "acc"]
     assert accuracy[3:6] == accuracy[6:9]
     assert accuracy[4] == "±"
+    assert out.splitlines()[-1] == (
+        "onnxruntime beside model, owl_sentences: no difference in 4 documents."
+    )
     assert max(map(len, out.splitlines()[2:])) <= 80
     code, out, err = owl(*arguments, "--windows", 2, "--json")
     assert code == 0, err
     first, second = json.loads(out)["models"]
     assert first["tasks"]["owl_texts"]["documents"] == 4
     assert second["value"] == pytest.approx(first["value"], rel=1e-3)
+    alike = {"documents": 4, "lost": 0, "won": 0, "p_value": 1.0}
+    assert second["beside_first"] == {"owl_sentences": alike}
+    assert "beside_first" not in first
+
+
+def test_the_documents_are_numbered_as_the_task_has_them(checkpoint, tasks):
+    every = zero_shot.evaluate_tasks(checkpoint, tasks, EvaluationSettings(window=WINDOW))
+    third = zero_shot.evaluate_tasks(checkpoint, tasks, EvaluationSettings(window=WINDOW, every=3))
+    right = third["owl_sentences"].right
+    assert list(right) == ["0", "3", "6", "9"]
+    assert right.items() <= every["owl_sentences"].right.items()
 
 
 def test_means_are_over_the_tasks_that_have_the_metric():

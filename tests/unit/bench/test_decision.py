@@ -333,6 +333,11 @@ def test_what_is_measured_later_is_taken_up(tmp_path: Path) -> None:
                 {"problem": "HumanEval/1", "answer": "", "passed": False, "why": "a test failed"},
             ],
         },
+        "boolq": {
+            "metrics": {"acc": {"value": 1.0, "stderr": 0.1}},
+            "documents": 2,
+            "right": {"0": True, "1": True},
+        },
         "wikitext": {"metrics": {"word_perplexity": {"value": 9.0, "stderr": None}}},
     }
     keep_measurement(folder, "tasks", kept)
@@ -340,7 +345,9 @@ def test_what_is_measured_later_is_taken_up(tmp_path: Path) -> None:
     found = decision.refreshed(made.model_copy(update={"subjects": (subject,)})).subjects[0]
     passed = {"HumanEval/0": True, "HumanEval/1": False}
     score = Score(metric="pass@1", value=0.5, stderr=0.5, documents=2, passed=passed)
-    assert found.scores == {"humaneval": score}
+    right = {"0": True, "1": True}
+    choices = Score(metric="acc", value=1.0, stderr=0.1, documents=2, passed=right)
+    assert found.scores == {"humaneval": score, "boolq": choices}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""Two models by the same documents."""
+
+import pytest
+from rich.console import Console
+from scipy.stats import binomtest
+
+from owl_deploy.evaluate.paired import Pairs, beside
+from owl_deploy.evaluate.run import Evaluation, to_json
+from owl_deploy.evaluate.show import show
+from owl_deploy.evaluate.zero_shot import Metric, TaskResult
+
+
+def evaluation(name: str, solved: str) -> Evaluation:
+    """What solves the problems with a 1 in `solved`."""
+    answers = [
+        {"problem": f"HumanEval/{number}", "answer": "", "passed": bit == "1", "why": ""}
+        for number, bit in enumerate(solved)
+    ]
+    metrics = {"pass@1": Metric(solved.count("1") / len(solved), 0.1)}
+    task = TaskResult(metrics, len(solved), 0, "1", "0", 64, "owl", answers=answers)
+    return Evaluation(name, None, {"humaneval": task})
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (3, 3), (9, 2), (2, 9), (400, 300)])
+def test_the_p_value_is_the_binomial_tests(lost: int, won: int) -> None:
+    expected = binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    assert Pairs(1000, lost, won).p_value == pytest.approx(expected)
+
+
+def test_what_differs_is_counted_either_way() -> None:
+    reference = {"a": True, "b": True, "c": False, "d": False}
+    now = {"a": True, "b": False, "c": True, "d": True}
+    assert beside(reference, now) == Pairs(4, lost=1, won=2)
+
+
+def test_other_documents_are_no_pairs() -> None:
+    assert beside({"a": True}, {"b": True}) is None
+    assert beside({}, {}) is None
+
+
+def test_each_model_is_told_beside_the_first() -> None:
+    dense, sparse, same = "1" * 12, "1" * 4 + "0" * 8, "1" * 10 + "0" * 2
+    found = [
+        evaluation(f"models/{n}", s) for n, s in zip("abc", (dense, sparse, same), strict=True)
+    ]
+    console = Console(width=80)
+    with console.capture() as told:
+        show(found, console)
+    lines = told.get().splitlines()
+    assert lines[-3] == (
+        "b beside a, humaneval: 8 of 12 lost, 0 won (exact McNemar test: p = 0.0078)."
+    )
+    assert "".join(lines[-2:]) == (
+        "c beside a, humaneval: 2 of 12 lost, 0 won (exact McNemar test: p = 0.5, which "
+        "may be chance)."
+    )
+    first, second, _ = to_json(found)["models"]
+    assert "beside_first" not in first
+    (pairs,) = second["beside_first"].values()
+    assert pairs == {"documents": 12, "lost": 8, "won": 0, "p_value": pytest.approx(2 / 2**8)}
+    assert to_json(found[:1]) == found[0].to_json()
