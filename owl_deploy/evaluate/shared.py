@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from owl_deploy.progress import error_console
 from owl_deploy.ranks import Ranks
 
 
@@ -30,8 +31,27 @@ class SharedModel:
         return self._shared(requests, self._model.loglikelihood_rolling)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """As the harness has it."""
+        """As the harness has it; says first how many contexts will be cut."""
+        if self._ranks.leads:
+            self._tell_what_is_cut(requests)
         return self._shared(requests, self._model.generate_until)
+
+    def _tell_what_is_cut(self, requests: Sequence[Any]) -> None:
+        """A task's text that is cut on the left asks for something else."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        window = self._model.max_length
+        cut = sum(
+            len(self._model.tok_encode(context)) + normalize_gen_kwargs(options)["max_gen_toks"]
+            > window
+            for context, options in (request.args for request in requests)
+        )
+        if cut:
+            error_console().print(
+                f"{cut} of {len(requests)} texts lose their beginnings: with room for an answer they "
+                f"do not fit into the {window} tokens that the model is to see (--window).",
+                highlight=False,
+            )
 
     def _shared(
         self, requests: Sequence[Any], answer: Callable[[list[Any]], Sequence[Any]]

@@ -1,0 +1,38 @@
+"""A model of the harness that several processes ask together."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("lm_eval.models", reason="pip install 'owl-deploy[eval]'")
+from owl_deploy.evaluate.shared import SharedModel
+from owl_deploy.ranks import ALONE
+
+
+class Model:
+    """Sees ten tokens, which are words, and answers with how many there were."""
+
+    max_length = 10
+
+    def tok_encode(self, text: str) -> list[str]:
+        return text.split()
+
+    def generate_until(self, requests: list[SimpleNamespace]) -> list[str]:
+        return [str(len(self.tok_encode(one.args[0]))) for one in requests]
+
+
+def requests(*lengths: int) -> list[SimpleNamespace]:
+    return [
+        SimpleNamespace(task_name="one", doc_id=n, args=("a " * length, {"max_gen_toks": 4}))
+        for n, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize(("lengths", "cut"), [((1, 6), 0), ((6, 7, 30), 2)])
+def test_what_the_window_cuts_is_told(
+    capsys: pytest.CaptureFixture[str], lengths: tuple[int, ...], cut: int
+) -> None:
+    assert SharedModel(Model(), ALONE).generate_until(requests(*lengths)) == [*map(str, lengths)]
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith(f"{cut} of {len(lengths)} texts lose their beginnings" if cut else "")
+    assert bool(told) == bool(cut)
