@@ -48,8 +48,8 @@ class SharedModel:
         )
         if cut:
             error_console().print(
-                f"{cut} of {len(requests)} texts lose their beginnings: with room for an answer they "
-                f"do not fit into the {window} tokens that the model is to see (--window).",
+                f"{cut} of {len(requests)} texts lose their beginnings: with room for an answer, "
+                f"they do not fit into the {window} tokens that the model is to see (--window).",
                 highlight=False,
             )
 
