@@ -55,6 +55,11 @@ def _check_parent(destination: Path) -> None:
 def _check_apart(destination: Path, source: Path) -> None:
     """An artefact within its own input would be read as part of it, or replace it."""
     output, model = destination.resolve(), source.resolve()
+    if output == model:
+        raise BadInput(
+            f"{destination} is the model itself, which would be replaced.",
+            "Choose another output folder.",
+        )
     if model in output.parents:
         raise BadInput(
             f"{destination} lies inside the model {source}.", "Choose an output folder beside it."
@@ -72,8 +77,8 @@ def only_writer(
 ) -> Iterator[None]:
     """Let no other run write `destination` meanwhile; refuse one that may not be written at all.
 
-    See `check_output`; nor may it lie in the input folder `source`, or around it. Whoever writes
-    holds the lease `.NAME.owl-lock` (lease.py); what runs that were killed left is cleared first.
+    See `check_output`; nor may it be the input folder `source`, lie in it, or around it. Whoever
+    writes holds the lease `.NAME.owl-lock` (lease.py); what killed runs left is cleared first.
     """
     _check_parent(destination)
     if source is not None and Path(source).is_dir():
@@ -184,6 +189,8 @@ def publish(staging: Path, destination: Path) -> None:
         raise EnvironmentFailed(
             f"Another run took {destination} over, since this one stood still.", "Run again."
         )
+    for path in staging.glob(".*.owl-tmp-*"):  # files that a kill left half written
+        path.unlink()
     all_to_disk(staging)
     if os.path.lexists(destination):
         _exchange(staging, destination)

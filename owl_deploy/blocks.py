@@ -41,6 +41,7 @@ class Skeleton:
         self.family: Family = checkpoint.family
         self.names = checkpoint.blocks
         self.model: Any = _empty_model(checkpoint, dtype)
+        self._check_tied()
         self.blocks: list[nn.Module] = list(self._module_list())
 
     @property
@@ -57,6 +58,20 @@ class Skeleton:
         if self.model.config.tie_word_embeddings:
             modules.insert(0, self.family.embeddings[0])
         return [f"{name}.weight" for name in modules if f"{name}.weight" in self.checkpoint.files]
+
+    def _check_tied(self) -> None:
+        """A checkpoint may hold a tied matrix under both its names; transformers would untie two
+        that differ, and what else reads config.json would not.
+        """
+        names = self.head_weights
+        if self.model.config.tie_word_embeddings and len(names) == 2:
+            embedding, head = map(self.checkpoint.read, names)
+            if embedding.shape != head.shape or not bool((embedding == head).all()):
+                raise BadInput(
+                    f"config.json in {self.checkpoint.folder} says that embedding and output head "
+                    "are one matrix (tie_word_embeddings), and the weights hold two.",
+                    "Set it to false, if both are meant.",
+                )
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The Linears of block `index`, by their names within the block, in model order."""
@@ -173,6 +188,7 @@ class Skeleton:
                         logits = _logits(self.model, other[part], head)
                         foreseen = _dot(shares, logits) - logits.logsumexp(dim=-1).sum()
                         totals[number] += float(entropy - foreseen)
+        check_finite(torch.tensor(totals), "what the output head gives")
         return [total / windows.numel() for total in totals]
 
     def loss_gradients(

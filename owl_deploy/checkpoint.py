@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import copy, link, read_object, save_tensors, sha256
+from owl_deploy.artefact import copy, link, own, read_object, save_tensors, sha256
 from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_out_of_memory
 from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
@@ -153,7 +153,7 @@ class Checkpoint:
             return
         told = self.config["vocab_size"]
         for name in (f"{part}.weight" for part in (self.family.embeddings[0], self.family.head)):
-            rows = self.shape(name)[0] if name in self.files else told
+            rows = next(iter(self.shape(name)), 0) if name in self.files else told
             if type(told) is not int or rows != told:
                 raise BadInput(
                     f"config.json in {self.folder} says a vocab_size of {reprlib.repr(told)}, and "
@@ -166,6 +166,17 @@ class Checkpoint:
         with _open_safetensors(self.files[name]) as file:
             shape: list[int] = file.get_slice(name).get_shape()
         return shape
+
+    def check_ids(self, ids: "torch.Tensor") -> None:
+        """Raise `BadInput` for tokens that the model does not have: another's tokenizer."""
+        known = self.shape(f"{self.family.embeddings[0]}.weight")[0]
+        largest = int(ids.max()) if len(ids) else 0
+        if largest >= known:
+            raise BadInput(
+                f"The tokenizer in {self.folder} gives the token {largest}, and the model has "
+                f"{known}.",
+                "Give the model's own tokenizer, or its weights as they were resized for this one.",
+            )
 
     def check_length(self, tokens: int, option: str) -> None:
         """Raise `BadInput` where the model takes fewer than the `tokens` of `option`."""
@@ -404,6 +415,19 @@ def shards(
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_links(folder: Path, others: Sequence[str] = ()) -> None:
+    """Raise `BadInput` where what goes from a model into what is made of it is a link elsewhere.
+
+    That are config, tokenizer, and `others` by their names.
+    """
+    names = ("config.json", *TOKENIZER_FILES, *others)
+    for path in (
+        *(folder / name for name in names),
+        *(folder / "additional_chat_templates").glob("*"),
+    ):
+        own(path)
 
 
 def write_compatible(source: Checkpoint, folder: Path) -> None:

@@ -78,7 +78,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
         error.hint = f"Supported: {', '.join(FAMILIES)}."
         raise error
     family = FAMILIES[model_type]
-    if config.get("word_embed_proj_dim") not in (None, config.get("hidden_size")):  # OPT-350m's
+    width = config.get("word_embed_proj_dim")
+    if model_type == "opt" and width not in (None, config.get("hidden_size")):  # OPT-350m's
         projected = (*family.embeddings, f"{family.backbone}.project_in")
         family = replace(family, embeddings=projected)
     if config.get("do_layer_norm_before", True):

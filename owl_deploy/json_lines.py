@@ -20,11 +20,8 @@ class JsonLines(str):
 
 
 def has_records(text: str) -> bool:
-    """Whether the first line is one of a record; else it is a text like others."""
-    try:
-        first = json.loads(text.partition("\n")[0])
-    except ValueError:
-        return False
+    """Whether its first line, but for blank ones, is of a record; else it is a text like others."""
+    first = _parsed(text.lstrip().partition("\n")[0])
     return isinstance(first, dict) and any(key in first for key in _KEYS)
 
 
@@ -40,17 +37,30 @@ def as_text(name: object, lines: str, tokenizer: Any, separator: str) -> str:  #
             parts.append(_in_template(f"Line {number} of {name}", record["messages"], tokenizer))
         else:
             parts += [record["text"], separator]
-    return "".join(parts).removesuffix(separator)
+    return _whole("".join(parts).removesuffix(separator))
+
+
+def _parsed(line: str) -> Any:  # noqa: ANN401 - a JSON value
+    """What a line holds; None where it is no JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # the second of one that is nested without end
+        return None
+
+
+def _whole(text: str) -> str:
+    """The text with a mark for each half of a letter, which JSON can hold and no tokenizer takes.
+
+    Two halves that belong together are their letter.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _records(name: object, lines: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines.split("\n"), 1):  # others than that stand within strings
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
+        record = _parsed(line)
         if not isinstance(record, dict) or not (
             isinstance(record.get("text"), str) or isinstance(record.get("messages"), list)
         ):

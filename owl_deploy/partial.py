@@ -44,7 +44,7 @@ class Partial:
             raise BadInput(f"There is no interrupted run for {output} to resume.")
         make_folder(self.folder)
         if there and resume:
-            _refuse_other_arguments(self.read(ASKED), asked)
+            _refuse_other_arguments(_read_asked(self.folder) or {}, asked)
         else:
             self._clear()
             write_json(self.folder / ASKED, asked)
@@ -95,8 +95,7 @@ def is_interrupted(output: Path) -> bool:
 
 def asked_before(output: Path) -> dict[str, Any]:
     """What the run that was stopped was asked; empty where there is none."""
-    found = _read(partial_folder(output) / ASKED)
-    return {} if found is None else dict(found)
+    return _read_asked(partial_folder(output)) or {}
 
 
 @contextlib.contextmanager
@@ -131,7 +130,24 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401 - any JSON value
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path) from error
+
+
+def _read_asked(folder: Path) -> dict[str, Any] | None:
+    found = _read(folder / ASKED)
+    if found is not None and not isinstance(found, dict):
+        raise damaged(folder / ASKED)
+    return found
+
+
+def damaged(path: Path) -> BadInput:
+    """What is said of a file of an interrupted run that cannot be gone on from."""
+    return BadInput(f"What an earlier run left is damaged: {path}.", "Use --force to start again.")
 
 
 def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -299,7 +299,7 @@ def parse_structure(structure: object) -> tuple[int, int] | None:
     """(N, M) of "N:M", N kept of M; None for "unstructured". Raises `BadInput` otherwise."""
     if structure == UNSTRUCTURED:
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", str(structure))
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", str(structure), re.ASCII)
     if match is None or not 0 < int(match[1]) < int(match[2]):
         raise BadInput(
             f"The structure {structure!r} is neither 'unstructured' nor N:M.",
@@ -725,7 +725,9 @@ def _group_of(structure: str) -> tuple[int, int] | None:
     """(kept, size) of a `mask_structure`, which says removed:size."""
     if structure in (_DENSE_MASK, UNSTRUCTURED):
         return None
-    if match := re.fullmatch(r"0:(0*[1-9]\d*)", structure):  # of a mixed N:M, a dense part
+    if match := re.fullmatch(
+        r"0:(0*[1-9]\d{0,8})", structure, re.ASCII
+    ):  # of a mixed N:M, a dense part
         return int(match[1]), int(match[1])
     removed, size = parse_structure(structure) or (0, 0)
     return size - removed, size

@@ -88,7 +88,7 @@ def read_document(document: Path | str, tokenizer: Any) -> str:  # noqa: ANN401
     if isinstance(document, str):
         return document
     try:
-        text = document.read_text(encoding="utf-8")
+        text = document.read_text(encoding="utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise BadInput(f"{document} is not UTF-8 text ({error.reason}).") from error
     if document.suffix == SUFFIX and has_records(text):
@@ -187,7 +187,14 @@ def _load_dataset(part: _Part) -> str:
         ) from error
     if texts and isinstance(texts[0], list):
         return JsonLines("\n".join(json.dumps({"messages": one}, default=str) for one in texts))
-    return part.separator.join(map(str, texts))
+    texts = [one for one in texts if one is not None]  # a document that is not there
+    if strange := next((one for one in texts if not isinstance(one, str)), None):
+        raise BadInput(
+            f"The column {part.column!r} of the data set {part.name} holds no text, but "
+            f"{type(strange).__name__}.",
+            "Give a column of texts, or of messages.",
+        )
+    return part.separator.join(texts)
 
 
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokenizers share no type

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from owl_deploy.artefact import replaced
 from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.digests import digest
-from owl_deploy.errors import OwlError
+from owl_deploy.errors import BadInput, OwlError
 from owl_deploy.progress import Advance, bar
 from owl_deploy.text import (
     SEPARATOR,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _CACHE = "tokens"  # the folder in the cache
+_READING = 2  # counts the ways in which documents were read, of which older tokens tell nothing
 _LEAST_BYTES = 1 << 20  # a shorter text is tokenized in a second
 
 
@@ -37,6 +38,8 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     Their documents (see text.py) stand one after another as they are named, a file that is
     named twice once, and a blank line after each but the last. Raises `BadInput`.
     """
+    if not sources:
+        raise BadInput("Nothing says on what text.", "Name a file, a folder or a data set.")
     named = [one for source in sources for one in training_documents(source)]
     documents = list({_identity(one): one for one in named}.values())
     tokenizer = load_tokenizer(folder)
@@ -48,7 +51,7 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     maker = hashlib.sha256(f"{backend.to_str()}{' split' * split}".encode()).hexdigest()
     digests = _digests(documents, tokenizer.chat_template)
     name = f"{_key(maker, digests)}.npy"
-    with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
+    with contextlib.suppress(OSError, ValueError, EOFError):  # it is not there, or damaged
         return _mapped(cache_path() / _CACHE / name)
     tokens = _tokenized(tokenizer, documents)
     if _digests(documents, tokenizer.chat_template) != digests:  # changed meanwhile
@@ -87,7 +90,7 @@ def _digest(document: Path | str) -> str:
 
 def _key(maker: str, digests: Sequence[str]) -> str:
     """A digest of all that the tokens depend on."""
-    parts = (version("tokenizers"), maker, SEPARATOR, *digests)
+    parts = (_READING, version("tokenizers"), maker, SEPARATOR, *digests)
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """What a deployment folder is, before an engine opens it."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.artefact import read_object
-from owl_deploy.engines.loading import Folder
+from owl_deploy.engines.loading import GENAI_CONFIG, Folder
 from owl_deploy.engines.registry import MODEL, engine_for, known_targets
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.manifest import (
@@ -76,7 +77,7 @@ class Deployment:
         """The tokens that end a text, by genai_config.json or else by the model's own files."""
         told = self.folder.settings.get("model", {}).get("eos_token_id")
         if told is not None:
-            return _listed(told)
+            return _listed(told, self.path / GENAI_CONFIG)
         files = ("config.json", "generation_config.json")
         every = (told_numbers(self.path / name, "eos_token_id") for name in files)
         return list(dict.fromkeys(chain.from_iterable(every)))
@@ -139,7 +140,7 @@ def text_of(recorded: Mapping[str, Any]) -> str:
 
 def told_numbers(file: Path, key: str) -> list[int]:
     """The numbers, one or a list, that a JSON file has for `key`; none where it is not there."""
-    return _listed(read_object(file, "Export again.").get(key) if file.is_file() else None)
+    return _listed(read_object(file, "Export again.").get(key) if file.is_file() else None, file)
 
 
 def seen_of(folder: Path, window: int) -> int:
@@ -147,15 +148,19 @@ def seen_of(folder: Path, window: int) -> int:
     return min((window, *told_numbers(folder / "config.json", "max_position_embeddings")))
 
 
-def _listed(told: Any) -> list[int]:  # noqa: ANN401 - a JSON value
-    return told if isinstance(told, list) else [told] if told is not None else []
+def _listed(told: Any, file: Path) -> list[int]:  # noqa: ANN401 - a JSON value
+    """The numbers that `file` told; raises `BadInput` for what are none."""
+    every = told if isinstance(told, list) else [told] if told is not None else []
+    for one in every:
+        if type(one) is not int:
+            raise BadInput(f"{file} has {reprlib.repr(one)} for a number.", "Export again.")
+    return every
 
 
 def _configured_vocabulary(folder: Folder) -> int:
     """The size that config.json tells, or else the engine's row."""
-    config = folder.path / "config.json"
-    told = read_object(config, "Export again.").get("vocab_size") if config.is_file() else None
-    return int(told or (folder.engine.vocabulary if folder.engine else 0))
+    told = told_numbers(folder.path / "config.json", "vocab_size")
+    return max(told, default=0) or (folder.engine.vocabulary if folder.engine else 0)
 
 
 def _described(folder: Folder, target: str | None) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from owl_deploy.runtime import LIBRARY_NAMES, library_path
 
 if TYPE_CHECKING:
     import onnx
+    from google.protobuf.message import Message
 
 GENAI_CONFIG = "genai_config.json"
 # Set where whoever runs a prompt reads the logits of its last tokens alone (csrc/ops.h).
@@ -84,15 +85,20 @@ class Folder:
         """Whether there is something to open."""
         return (self.path / self.model_file).is_file()
 
-    @cached_property
+    @property
     def graph(self) -> "onnx.GraphProto":
         """The graph without its external weights."""
+        return self.model.graph
+
+    @cached_property
+    def model(self) -> "onnx.ModelProto":
+        """All of the ONNX file, without its external weights."""
         import onnx
         from google.protobuf.message import DecodeError
 
         path = self.path / MODEL
         try:
-            return onnx.load(str(path), load_external_data=False).graph
+            return onnx.load(str(path), load_external_data=False)
         except DecodeError as error:
             raise BadInput(
                 f"{path} is not an ONNX file, or a damaged one.", _EXPORT_AGAIN
@@ -177,7 +183,7 @@ class Folder:
         """The names of the files in which the graph's weights lie."""
         found = set()
         is_graph = (self.path / MODEL).is_file()
-        for tensor in _tensors(self.graph) if is_graph else ():
+        for tensor in _tensors(self.model) if is_graph else ():
             place = {entry.key: entry.value for entry in tensor.external_data}.get("location")
             if place is None:
                 continue
@@ -307,14 +313,18 @@ def _is_number(value: Any) -> bool:  # noqa: ANN401 - a JSON value
     return value is None or isinstance(value, int | float)
 
 
-def _tensors(graph: "onnx.GraphProto") -> Iterator["onnx.TensorProto"]:
-    """The tensors of a graph and of those within it."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
+def _tensors(message: "Message") -> Iterator["onnx.TensorProto"]:
+    """The tensors in an ONNX message, wherever the format has room for one: functions, too."""
+    import onnx
+    from google.protobuf.message import Message
+
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in (value,) if isinstance(value, Message) else value:
+                yield from _tensors(part)
 
 
 def digest(file: Path, *, thorough: bool = False) -> str:

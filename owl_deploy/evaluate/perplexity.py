@@ -104,6 +104,7 @@ def checkpoint_perplexity(
     checkpoint = open_checkpoint(folder)
     checkpoint.check_length(asked.window, "--window")
     windows = windows_of(checkpoint.folder, asked.text, asked.window, asked.windows)
+    checkpoint.check_ids(windows)
     if len(windows) < ranks.size:
         raise BadInput(
             f"There are {ranks.size} processes, and {len(windows)} windows of text.",

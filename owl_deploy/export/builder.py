@@ -42,11 +42,25 @@ def adapted(config: Any, builder: Any) -> Any:  # noqa: ANN401 - neither has typ
         config.rope_parameters = ropes["full_attention"]
     if ropes.get("rope_type") == "longrope":  # Phi-3: its name in transformers 4
         config.rope_parameters["type"] = "longrope"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "layer_types", None) is None:
-        # Mistral and Phi-3: the builder drops a window that no layer claims.
-        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    if getattr(config, "sliding_window", None) is not None:
+        give_windows(config)
     return config
+
+
+def give_windows(config: Any) -> None:  # noqa: ANN401
+    """Name the layers that have the config's sliding window, as the model has it.
+
+    The builder drops a window that no layer claims (Mistral's, Phi-3's), gives one to families that
+    have none, and believes a list of layers that the model does not read.
+    """
+    from owl_deploy.export import windows
+
+    slides = windows.sliding(config)
+    if any(slides):
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        config.layer_types = [kinds[one] for one in slides]
+    else:
+        config.sliding_window = None
 
 
 def give_tables(config: Any, builder: Any) -> None:  # noqa: ANN401

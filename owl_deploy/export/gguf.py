@@ -17,13 +17,16 @@ from owl_deploy.engines import default_threads
 from owl_deploy.engines.environment import environment_folder, python_of
 from owl_deploy.engines.registry import get_engine
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.export import parity
+from owl_deploy.export import parity, rotary, windows
 from owl_deploy.export.genai import last_line, refuse_no_room
 from owl_deploy.export.source import Progress, Reference, Source
 
 ENGINE = "llama.cpp"
 # Of the file in fp32; llama.cpp's cache holds fp16.
 TOLERANCE = 1e-2
+_GEMMA_PERIOD = 6  # its last block in so many reads all tokens
+# RoPE scalings that llama.cpp has in some families only; in others the converter leaves them out.
+_SCALED_IN = {"llama3": ("llama", "mistral"), "longrope": ("phi3",)}
 _HERE = Path(__file__).parent
 _PACKAGES = "import sysconfig; print(sysconfig.get_path('platlib'))"
 _UNKNOWN = re.compile(r"Model (\w+) is not supported")
@@ -35,8 +38,8 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
     """Write `model.gguf`, config and tokenizer into `folder`; returns what the manifest says.
 
     `precision` is a type of llama.cpp's quantizer. Raises `BadInput` for a model that has no
-    tokenizer or that GGUF does not know, `EnvironmentFailed` where the engine is not installed,
-    `ParityFailed`, `EngineFailed`.
+    tokenizer, or that GGUF does not know or not wholly, `EnvironmentFailed` where the engine is not
+    installed, `ParityFailed`, `EngineFailed`.
     """
     python = python_of(ENGINE)
     if source.tokenizer is None:
@@ -45,6 +48,7 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
             "Copy the tokenizer's files there, or export with --target deepsparse.",
         )
     file = get_engine(ENGINE).model_file
+    _refuse_what_is_dropped(source.skeleton.model.config)
     # In the staged folder, so that what a kill leaves is cleared with it.
     with tempfile.TemporaryDirectory(dir=folder, prefix="fp32-") as scratch:
         full = Path(scratch) / file
@@ -62,6 +66,35 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         "converter_difference": difference,
         "note": "; ".join(notes),
     }
+
+
+def _refuse_what_is_dropped(config: Any) -> None:  # noqa: ANN401 - a transformers config
+    """Raise `BadInput` for what a GGUF would be without, seen by long texts alone.
+
+    The comparison with PyTorch reads some hundred tokens.
+    """
+    way_out = "Use --target owl or onnxruntime."
+    slides = windows.sliding(config)
+    reach = config.max_position_embeddings
+    if any(slides) and config.sliding_window < reach and not _has_windows(config, slides):
+        raise BadInput(
+            f"llama.cpp does not have this model's sliding window of {config.sliding_window} "
+            "tokens, and would answer long texts otherwise.",
+            way_out,
+        )
+    for row in rotary.parameters(config):
+        families = _SCALED_IN.get(row["rope_type"])
+        if families is not None and config.model_type not in families:
+            raise BadInput(
+                f"llama.cpp does not have the RoPE scaling {row['rope_type']!r} of this model.",
+                way_out,
+            )
+
+
+def _has_windows(config: Any, slides: list[bool]) -> bool:  # noqa: ANN401
+    """Whether llama.cpp gives the window to the blocks that have it: in Gemma 3's own order."""
+    theirs = [number % _GEMMA_PERIOD != 0 for number in range(1, len(slides) + 1)]
+    return bool(config.model_type == "gemma3_text" and slides == theirs)
 
 
 def _convert(python: Path, checkpoint: Path, file: Path) -> list[str]:

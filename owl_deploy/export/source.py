@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.checkpoint import check_links, open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.families import Family
 from owl_deploy.manifest import CheckpointManifest, read_manifest
@@ -59,6 +59,7 @@ class Source:
     def __init__(self, folder: Path) -> None:
         self.checkpoint = open_checkpoint(folder)
         folder = self.checkpoint.folder
+        check_links(folder)
         self.folder, self.config = folder.absolute(), self.checkpoint.config
         self.family: Family = self.checkpoint.family
         self.manifest = read_manifest(folder, CheckpointManifest)

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from owl_deploy.checkpoint import GRID, Checkpoint, open_checkpoint
+from owl_deploy.checkpoint import GRID, Checkpoint, check_links, open_checkpoint
 from owl_deploy.ending import Defect
 from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.recipe import is_named
+from owl_deploy.recipe import RESOLVED, is_named
 from owl_deploy.survivors import SPARSE_FROM, Grid
 from owl_deploy.text import load_tokenizer
 from owl_deploy.tokens import load_tokens
 
 _HELD_OUT = (20, 8)  # one window in so many, and so many at most, for the held-out loss
+
+CARRIED = ("sparsity.svg", GRID)  # what of a checkpoint is still true of what is trained of it
 
 
 class Source:
@@ -33,6 +35,7 @@ class Source:
     def __init__(self, model: str | Path) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(model)
         self.folder = self.checkpoint.folder
+        check_links(self.folder, (*CARRIED, RESOLVED))
         self.manifest = read_manifest(self.folder, CheckpointManifest) or CheckpointManifest()
         self.blocks = self.checkpoint.blocks
         self.matrices: dict[str, list[str]] = {}
@@ -149,6 +152,7 @@ class Source:
         """
         self.checkpoint.check_length(length, "--sequence-length")
         tokens = load_tokens(self.folder, text)
+        self.checkpoint.check_ids(tokens)
         count = len(tokens) // length
         if count < 2:
             raise BadInput(

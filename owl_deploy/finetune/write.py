@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
-from owl_deploy.artefact import MANIFEST, copy, own
-from owl_deploy.checkpoint import GRID, shards, write_compatible
+from owl_deploy.artefact import MANIFEST, copy
+from owl_deploy.checkpoint import shards, write_compatible
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.finetune.source import Source
+from owl_deploy.finetune.source import CARRIED, Source
 from owl_deploy.recipe import RESOLVED
 from owl_deploy.survivors import nonzero
-
-_CARRIED = ("sparsity.svg", GRID)  # what else of the source still tells the truth
 
 
 def write_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401 - peft is untyped
@@ -35,14 +33,14 @@ def write_checkpoint(
     shards(all_tensors(), folder)
     write_compatible(checkpoint, folder)
     source.check_same_zeros(folder)
-    for name in _CARRIED:
+    for name in CARRIED:
         if (source.folder / name).is_file():
             copy(source.folder / name, folder / name)
     recipe = source.folder / RESOLVED
     if recipe.is_file():
         merge = ", merged under the mask" if settings.merge else ""
         heading = f"# Then fine-tuned by owl: {settings.method}{merge}; see {MANIFEST}.\n"
-        content = own(recipe).read_text(encoding="utf-8")
+        content = recipe.read_text(encoding="utf-8")
         (folder / RESOLVED).write_text(heading + content, encoding="utf-8")
 
 

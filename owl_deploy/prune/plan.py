@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.blocks import Skeleton
 from owl_deploy.manifest import Cost, Spent
+from owl_deploy.partial import damaged
 from owl_deploy.prune import tune
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.calibrate import InputStatistics
@@ -72,7 +73,10 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     """
     found = request.ranks.from_leader(lambda: store.read(PLAN))
     if found is not None:
-        return Plan.model_validate(found), None
+        try:
+            return Plan.model_validate(found), None
+        except ValidationError as error:
+            raise damaged(store.folder / PLAN) from error
     budget = request.settings.budget is not None
     plan, first = _within_budget(request, store) if budget else _by_rule(request, store)
     plan = request.ranks.from_leader(lambda: plan)  # other nodes' processors may round otherwise

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from owl_deploy.blocks import Activations, Skeleton
+from owl_deploy.blocks import Activations, Skeleton, check_finite
 from owl_deploy.manifest import TrainedHalf
 from owl_deploy.progress import Advance
 from owl_deploy.prune.halves import Half, Run, halves
@@ -58,9 +58,13 @@ def error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The squared error of every token over its target's squared norm, the mean over tokens.
 
     Both are [batch, length, width]. The norm that reads the stream next divides each token by its
-    size; else the few tokens of huge size, such as a text's first, would be all that counts.
+    size; else the few tokens of huge size, such as a text's first, would be all that counts. Those
+    of no size, such as one whose embedding is zero, do not count.
     """
-    return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+    sizes = target.square().sum(-1)
+    there = sizes > 0
+    errors = (output - target).square().sum(-1) / sizes.where(there, 1)
+    return errors.where(there, 0).sum() / there.sum().clamp(min=1)
 
 
 class Reconstruction:
@@ -191,6 +195,7 @@ class Reconstruction:
         for inputs, target in self.held_out.batches(self.step, torch.arange(windows)):
             output = run(inputs.to(self.skeleton.dtype), **arguments)
             total += float(error(output.float(), target)) * len(inputs)
+        check_finite(torch.tensor(total), f"what {half.name} in {self.skeleton.names[index]} gives")
         return total / windows
 
 

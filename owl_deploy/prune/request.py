@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from owl_deploy.allocation import ALLOCATIONS, SEARCHED
-from owl_deploy.artefact import own
 from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from owl_deploy.checkpoint import Checkpoint, check_links, open_checkpoint
 from owl_deploy.errors import BadInput, option
 from owl_deploy.hardware import (
     Hardware,
@@ -228,6 +227,7 @@ def _windows(
         )
     checkpoint.check_length(calibration.sequence_length, "--sequence-length")
     tokens = load_tokens(checkpoint.folder, [calibration.source])
+    checkpoint.check_ids(tokens)
     held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
@@ -245,8 +245,7 @@ def _check_rest(skeleton: Skeleton) -> None:
     checkpoint = skeleton.checkpoint
     checkpoint.check_shapes(skeleton.stored_shapes())
     read_manifest(checkpoint.folder, Manifest)
-    for name in TOKENIZER_FILES:
-        own(checkpoint.folder / name)
+    check_links(checkpoint.folder)
     for name in checkpoint.outside(skeleton.names):
         checkpoint.read(name)
 

@@ -19,6 +19,8 @@ except EnvironmentFailed as error:
 # name: the family, what is special about it, and how many of its 2 attentions are replaced.
 CASES = {
     "llama": ("llama", {}, 2),
+    # A key that only other families' code reads, as a model that was converted may have it.
+    "llama, no window": ("llama", {"sliding_window": 24}, 2),
     "llama, untied": ("llama", {"tie_word_embeddings": False}, 2),
     "mistral, window": ("mistral", {}, 2),
     "qwen2": ("qwen2", {}, 2),
@@ -30,7 +32,11 @@ CASES = {
     "qwen3": ("qwen3", {}, 2),
     "gemma3": ("gemma3_text", {}, 2),
     "phi3": ("phi3", {}, 2),
-    "phi3, window": ("phi3", {"sliding_window": 24}, 2),
+    "phi3, window": (
+        "phi3",
+        {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"]},
+        2,
+    ),
     # Its tables are chosen by a branch in the graph: ONNX Runtime's own attention stays.
     "phi3, long": (
         "phi3",

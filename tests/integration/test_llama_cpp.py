@@ -191,15 +191,27 @@ def test_a_file_that_is_no_gguf_ends_in_a_sentence(owl, deployments, tmp_path):
 
 
 _GEMMA = {"num_hidden_layers": 6, "layer_types": 5 * ["sliding_attention"] + ["full_attention"]}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # What is special about a family's model, the exit code, and what is said.
 FAMILIES = {
     "llama, untied": ("llama", {"tie_word_embeddings": False}, 0, "parity"),
     "mistral": ("mistral", {"sliding_window": None}, 0, "parity"),
-    "mistral, window": ("mistral", {}, 1, "llama.cpp makes another model of this one"),
+    # Longer than the text that the comparison reads.
+    "mistral, window": ("mistral", {"sliding_window": 256}, 2, "sliding window of 256 tokens"),
+    "mistral, wide": ("mistral", {"sliding_window": 512}, 0, "parity"),  # as its positions
+    "qwen2, scaled": ("qwen2", {"rope_parameters": _LLAMA3}, 2, "the RoPE scaling 'llama3'"),
+    "llama, scaled": ("llama", {"rope_parameters": _LLAMA3}, 0, "parity"),
     "qwen2": ("qwen2", {"vocab_size": 336}, 0, "parity"),  # with what its tokenizer adds
     "qwen3": ("qwen3", {}, 0, "parity"),
     "gemma3": ("gemma3_text", _GEMMA, 0, "parity"),
-    "gemma3, other pattern": ("gemma3_text", {}, 1, "llama.cpp makes another model of this one"),
+    "gemma3, other pattern": ("gemma3_text", {}, 2, "sliding window of 24 tokens"),
     "phi3": ("phi3", {}, 2, "needs tokenizer.model, which the checkpoint lacks"),
     "gpt_neox": ("gpt_neox", {}, 0, "parity"),
     "opt": ("opt", {}, 2, "does not know 'OPTForCausalLM'"),

@@ -199,6 +199,14 @@ def test_an_output_within_its_input_or_around_it(tmp_path):
         artefact.only_writer(tmp_path, force=True, source=model),
     ):
         pass
+    (model / artefact.MANIFEST).write_text("{}")
+    (tmp_path / "link").symlink_to(model)
+    for source in (model, tmp_path / "link"):
+        with (
+            pytest.raises(BadInput, match="is the model itself"),
+            artefact.only_writer(model, force=True, source=source),
+        ):
+            pass
     with artefact.only_writer(tmp_path / "model-pruned", source=model):
         pass
 

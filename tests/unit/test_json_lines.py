@@ -49,6 +49,12 @@ def written(folder, *lines, name="some.jsonl"):
         # Others are texts as they stand.
         (['{"prompt": "a"}', "b"], '{"prompt": "a"}\nb'),
         (["[1]"], "[1]"),
+        (["[" * 100_000], "[" * 100_000),
+        # A byte order mark and a blank line go before; halves of a letter are no letter.
+        (['\ufeff{"text": "The tide"}'], "The tide"),
+        (["", {"text": "The tide"}], "The tide"),
+        ([{"text": "Once \ud83d upon \ud83d\ude00"}], "Once \ufffd upon \U0001f600"),
+        (["\ufeffplain"], "plain"),
         (["plain"], "plain"),
     ],
 )
@@ -65,6 +71,7 @@ def test_only_files_of_json_lines_have_records(tmp_path, tokenizer):
     ("lines", "says"),
     [
         ([{"text": "a"}, "{"], "Line 2 of .*some.jsonl is no record"),
+        ([{"text": "a"}, "[" * 100_000], "Line 2 of .* is no record"),
         ([{"text": "a"}, {"prompt": "a"}], "Line 2 of .* is no record"),
         ([{"text": ["a"]}], "Line 1 of .* is no record"),
         ([{"messages": "Hello"}], "Line 1 of .* is no record"),

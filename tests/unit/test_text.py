@@ -67,6 +67,19 @@ def hub(monkeypatch):
     return asked
 
 
+@pytest.mark.parametrize(
+    ("column", "says"), [(["a b", None, "c"], ""), (["a", 3], "holds no text, but int")]
+)
+def test_documents_that_are_not_there_or_no_text(monkeypatch, column, says):
+    rows = Rows({"text": one} for one in column)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    if says:
+        with pytest.raises(BadInput, match=says):
+            load_text("hf:org/set:en:test:text")
+    else:
+        assert load_text("hf:org/set:en:test:text") == "a b\n\nc"
+
+
 def test_a_data_set_is_joined_by_blank_lines(hub):
     found = load_text("hf:org/set:en:test:sentence")
     assert found.startswith("test 0\n\ntest 1\n\n")

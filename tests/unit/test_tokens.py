@@ -108,10 +108,11 @@ def test_how_special_tokens_are_read_is_part_of_the_tokenizer(cache, sources, ll
     assert len(load_tokens(other, [str(sources)])) > len(plain)
 
 
-def test_a_damaged_file_of_the_cache_is_made_again(cache, sources, llama):
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_file_of_the_cache_is_made_again(cache, sources, llama, left):
     whole = load_tokens(llama, [str(sources)]).clone()
     (kept,) = cache.iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
+    kept.write_bytes(kept.read_bytes()[:left])
     assert torch.equal(load_tokens(llama, [str(sources)]), whole)
 
 
@@ -132,3 +133,8 @@ def test_where_no_text_is(llama, tmp_path, monkeypatch, source):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=r"no text file .* a folder or a pattern"):
         load_tokens(llama, [source])
+
+
+def test_no_source_at_all(llama):
+    with pytest.raises(BadInput, match="Nothing says on what text"):
+        load_tokens(llama, [])

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper
 
 from owl_deploy.artefact import MANIFEST, sha256
 from owl_deploy.engines import open_deployment
+from owl_deploy.engines.deployment import told_numbers
 from owl_deploy.errors import BadInput
 
 
@@ -144,3 +145,55 @@ def test_an_unknown_target_is_named(tmp_path: Path) -> None:
     (tmp_path / "owl.json").write_text('{"target": "onnxruntim"}')
     with pytest.raises(BadInput, match="Did you mean 'onnxruntime'"):
         open_deployment(tmp_path)
+
+
+def held_elsewhere() -> TensorProto:
+    """Eight bytes of a file beside the folder."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret.bin")
+    return tensor
+
+
+def in_initializer(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(held_elsewhere())
+
+
+def in_sparse_initializer(model: onnx.ModelProto) -> None:
+    model.graph.sparse_initializer.add(dims=[2]).values.CopyFrom(held_elsewhere())
+
+
+def in_sparse_constant(model: onnx.ModelProto) -> None:
+    sparse = onnx.SparseTensorProto(dims=[2], values=held_elsewhere())
+    model.graph.node.append(helper.make_node("Constant", [], ["c"], sparse_value=sparse))
+
+
+def in_branch(model: onnx.ModelProto) -> None:
+    inner = helper.make_graph([], "inner", [], [], [held_elsewhere()])
+    model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=inner))
+
+
+def in_function(model: onnx.ModelProto) -> None:
+    node = helper.make_node("Constant", [], ["c"], value=held_elsewhere())
+    model.functions.add(name="f", domain="d", output=["c"]).node.append(node)
+
+
+@pytest.mark.parametrize(
+    "place", [in_initializer, in_sparse_initializer, in_sparse_constant, in_branch, in_function]
+)
+def test_weights_elsewhere_are_refused_wherever_they_are_named(tmp_path: Path, place) -> None:
+    folder = graph(tmp_path / "deployment", DECODER)
+    (tmp_path / "secret.bin").write_bytes(bytes(8))
+    model = onnx.load(folder / "model.onnx")
+    place(model)
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(BadInput, match=r"names weights in '\.\./secret\.bin', elsewhere"):
+        open_deployment(folder)
+
+
+@pytest.mark.parametrize("told", ["x", 1.5, [1, [2]], {"a": 1}, True])
+def test_a_number_that_is_none(tmp_path: Path, told: object) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"vocab_size": told}))
+    with pytest.raises(BadInput, match=r"config\.json has .* for a number"):
+        told_numbers(file, "vocab_size")

@@ -91,3 +91,22 @@ def test_what_depends_on_the_length_is_left_to_the_builder(model_class):
 def test_a_model_without_any(model_class):
     builder.adapted(tiny.config_of("opt"), model_class)
     assert not hasattr(model_class, "make_rotary_embedding_caches_from_scratch")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kinds"),
+    [
+        ("llama", {}, None),
+        ("mistral", {}, 2 * ["sliding_attention"]),
+        (
+            "phi3",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            2 * ["sliding_attention"],
+        ),
+        ("gemma3_text", {}, ["sliding_attention", "full_attention"]),
+    ],
+)
+def test_the_windows_that_the_model_has(model_class, family, changes, kinds):
+    config = builder.adapted(tiny.config_of(family, sliding_window=24, **changes), model_class)
+    assert config.sliding_window == (24 if kinds else None)
+    assert getattr(config, "layer_types", None) == kinds

@@ -1,6 +1,7 @@
 """What PyTorch computes, whether the model is in memory or one block of it at a time."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,3 +53,23 @@ def test_weights_that_are_not_the_model_s(llama, tmp_path, change, complaint):
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match=complaint):
         _ = Source(copy).reference
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer_config.json"])
+def test_a_link_to_another_file_is_refused_before_any_work(llama, tmp_path, name):
+    """What reads the tokenizer would follow it, and its content would be in the deployment."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    secret = tmp_path / "private_key.txt"
+    (folder / name).rename(secret) if (folder / name).exists() else secret.write_text("mine")
+    (folder / name).symlink_to(secret)
+    with pytest.raises(BadInput, match=f"{name} is a link to .*private_key"):
+        Source(folder)
+
+
+def test_a_template_among_others_that_is_a_link(llama, tmp_path):
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    (tmp_path / "private_key.txt").write_text("mine")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").symlink_to(tmp_path / "private_key.txt")
+    with pytest.raises(BadInput, match=r"rag\.jinja is a link to"):
+        Source(folder)

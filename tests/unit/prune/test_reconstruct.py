@@ -58,6 +58,23 @@ def test_the_error_is_that_of_every_token():
     assert error(torch.zeros_like(huge), huge) == pytest.approx(1)
 
 
+def test_a_token_of_no_size_does_not_count():
+    """One whose embedding is zero, at the beginning of a window: nothing to divide by."""
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 3, 5, 7, generator=generator)
+    target[0, 0] = 0
+    output.requires_grad_()
+    found = error(output, target)
+    found.backward()
+    others = torch.ones(3, 5, dtype=torch.bool)
+    others[0, 0] = False
+    sizes = target[others].square().sum(-1)
+    wanted = ((output - target)[others].square().sum(-1) / sizes).mean()
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()))
+    assert output.grad.isfinite().all()
+    assert float(error(output.detach(), torch.zeros_like(target))) == 0
+
+
 def test_the_windows_that_are_held_out():
     assert [held_out_windows(samples) for samples in (1, 8, 9, 128)] == [1, 1, 2, 16]
 

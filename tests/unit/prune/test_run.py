@@ -240,6 +240,51 @@ def test_what_is_wrong_outside_the_blocks_is_found_before_any_work(
         prune(model, tmp_path / "out", recipe.settings(), calibration)
 
 
+def test_a_tied_matrix_that_is_two(tmp_path, calibration):
+    """Transformers would untie it, and what else reads config.json would not."""
+    model = tiny.write_model("llama", tmp_path / "model", tie_word_embeddings=False)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(BadInput, match=r"are one matrix .* the weights hold two"):
+        prune(model, tmp_path / "out", recipe.settings(head_sparsity=0.1), calibration)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    prune(model, tmp_path / "out", recipe.settings(head_sparsity=0.1), calibration)
+
+
+def test_tokens_that_the_model_does_not_have(tmp_path, calibration):
+    model = tiny.write_model("llama", tmp_path / "model", vocab_size=100)
+    with pytest.raises(BadInput, match=r"gives the token \d+, and the model has 100"):
+        prune(model, tmp_path / "out", recipe.settings(), calibration)
+
+
+@pytest.mark.parametrize("name", ["run.json", "plan.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}'])
+def test_what_an_earlier_run_left_is_damaged(
+    llama, tmp_path, calibration, monkeypatch, name, content
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("owl_deploy.prune.write.assemble", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(llama, tmp_path / "out", recipe.settings(), calibration)
+    (tmp_path / ".out.owl-partial" / name).write_text(content)
+    other = (name, content) == ("run.json", '{"a": 1}')
+    complaint = "with other arguments" if other else f"left is damaged: .*{name}.*--force"
+    with pytest.raises(BadInput, match=complaint):
+        prune(llama, tmp_path / "out", recipe.settings(), calibration, resume=True)
+
+
+def test_half_a_file_of_a_kill_is_not_published(llama, tmp_path, calibration, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("owl_deploy.prune.write.assemble", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(llama, tmp_path / "out", recipe.settings(), calibration)
+    (tmp_path / ".out.owl-partial" / ".plan.json.owl-tmp-0123abcd").write_text("{")
+    prune(llama, tmp_path / "out", recipe.settings(), calibration, resume=True)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def linked(file):
     file.rename(file.with_name("elsewhere"))
     file.symlink_to(file.with_name("elsewhere"))
