@@ -144,7 +144,7 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
         )
     raise EngineFailed(
         f"onnxruntime-genai's model builder ended with code {returncode}: {last_line(words)}",
-        "The other target, --target deepsparse, may work.",
+        "Another target may work: --target deepsparse.",
     )
 
 
