@@ -169,7 +169,8 @@ class Checkpoint:
 
     def check_ids(self, ids: "torch.Tensor") -> None:
         """Raise `BadInput` for tokens that the model does not have: another's tokenizer."""
-        known = self.shape(f"{self.family.embeddings[0]}.weight")[0]
+        name = f"{self.family.embeddings[0]}.weight"
+        known = self.shape(name)[0] if name in self.files else math.inf  # reading it will say so
         largest = int(ids.max()) if len(ids) else 0
         if largest >= known:
             raise BadInput(
@@ -422,11 +423,9 @@ def check_links(folder: Path, others: Sequence[str] = ()) -> None:
 
     That are config, tokenizer, and `others` by their names.
     """
-    names = ("config.json", *TOKENIZER_FILES, *others)
-    for path in (
-        *(folder / name for name in names),
-        *(folder / "additional_chat_templates").glob("*"),
-    ):
+    for name in ("config.json", *TOKENIZER_FILES, *others):
+        own(folder / name)
+    for path in (folder / "additional_chat_templates").glob("*"):
         own(path)
 
 
