@@ -132,7 +132,8 @@ class Source:
             whole = linear in self.whole
             grid = Grid(kept.bits[linear], kept.group, kept.scales[linear], whole)
             rows, columns = self.checkpoint.shape(f"{block}.{name}")
-            if list(grid.scales.shape) != [rows, -(-columns // grid.group)]:
+            fits = list(grid.scales.shape) == [rows, -(-columns // grid.group)]
+            if not (fits and _lies_on(self.checkpoint.read(f"{block}.{name}"), grid)):
                 raise BadInput(
                     f"In {self.folder / GRID} {linear}.{SCALE} does not fit its weight.",
                     "Round the model again.",
@@ -210,3 +211,11 @@ def load_teacher(
         )
     loaded = teacher.load(dtype)
     return loaded, [loaded.get_submodule(name) for name in teacher.blocks]
+
+
+def _lies_on(weight: torch.Tensor, grid: Grid) -> bool:
+    """Whether a `weight` [out, in] is integers times its scales, to what its dtype rounds."""
+    scales = grid.scales.repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
+    places = weight.float() / scales.where(scales > 0, 1)  # of no scale all weights are zero
+    allowed = places.abs() * torch.finfo(weight.dtype).eps + 1e-3
+    return bool(((places - places.round()).abs() <= allowed).all())

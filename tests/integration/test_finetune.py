@@ -191,9 +191,10 @@ def test_what_would_leave_the_grid_is_refused(owl, llama, text_file, tmp_path):
     assert (code, "off their grid" in " ".join(err.split())) == (2, True)
     scales = load_file(rounded / GRID)
     name = "model.layers.0.mlp.up_proj.weight_scale"
-    save_file(scales | {name: scales[name][:4]}, rounded / GRID, {"bits": "4", "group": "32"})
-    code, _, err = owl(*command, "--method", "masked")
-    assert (code, f"{name} does not fit its weight" in " ".join(err.split())) == (2, True), err
+    for wrong in (scales[name][:4], 1.1 * scales[name], torch.nan * scales[name]):
+        save_file(scales | {name: wrong}, rounded / GRID, {"bits": "4", "group": "32"})
+        code, _, err = owl(*command, "--method", "masked")
+        assert (code, f"{name} does not fit its weight" in " ".join(err.split())) == (2, True), err
     assert [path.name for path in tmp_path.iterdir()] == ["rounded"]
 
 
