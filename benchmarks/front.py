@@ -5,8 +5,9 @@
 Draws what the other commands measured, from their results; nothing is measured here. First
 SmolLM2-135M, by the bits of a weight in its blocks (`benchmarks/low_bits.py`; llama.cpp's by the
 tensors of `blk.` in the GGUF that `owl export` makes); then Qwen2.5-Coder-1.5B, as deployed, by
-the size of the file (`make showcase`, `owl bench`). Where a deployment was measured more than
-once, the first of the files counts.
+the size of the file (`make showcase`, `owl bench`), and by HumanEval, with a standard error, what
+was asked half of its problems at least. Where a deployment was measured more than once, the first
+of the files counts.
 """
 
 import argparse
@@ -28,6 +29,7 @@ SMALL = (
     "low_bits_llama_cpp.json",
 )
 LARGE = (
+    "humaneval_showcase.json",
     "showcase_intel/result.json",
     "showcase_amd/result.json",
     "budget_showcase.json",
@@ -54,7 +56,7 @@ RIVAL = Kind("llama.cpp", "^", FAINT, True)
 
 # Deployments by their names: what those that were trained were trained on.
 AFTER = {"trained": " on code", "answers": " on answers"}
-PROBLEMS = 21
+_ENOUGH = 82  # problems to tell deployments apart by
 
 
 class Point(NamedTuple):
@@ -64,7 +66,8 @@ class Point(NamedTuple):
     size: float
     perplexity: float
     kind: Kind
-    solved: float | None = None  # % of every eighth problem of HumanEval
+    solved: float | None = None  # % of HumanEval's problems
+    error: float = 0.0  # the standard error of that
 
 
 def small() -> Iterator[Point]:
@@ -105,8 +108,12 @@ def large() -> Iterator[Point]:
                 kind = SPARSE
             name = name.rpartition("-")[2] + AFTER.get(name.partition("-")[0], "")
             score = row.get("scores", {}).get("humaneval", {})
-            solved = 100 * score["value"] if score.get("documents") == PROBLEMS else None
-            yield Point(name, row["size_bytes"] / 1e6, row["perplexity"], kind, solved)
+            megabytes, perplexity = row["size_bytes"] / 1e6, row["perplexity"]
+            if score.get("documents", 0) < _ENOUGH:
+                yield Point(name, megabytes, perplexity, kind)
+            else:
+                solved, error = 100 * score["value"], 100 * score["stderr"]
+                yield Point(name, megabytes, perplexity, kind, solved, error)
 
 
 def plot(axes: "Axes", points: Iterable[tuple[Point, float]], *, rivals_left: bool) -> None:
@@ -120,6 +127,8 @@ def plot(axes: "Axes", points: Iterable[tuple[Point, float]], *, rivals_left: bo
             markerfacecolor=point.kind.color if point.kind.filled else "none",
             label=point.kind.label,
         )
+        if value == point.solved:
+            axes.errorbar(point.size, value, point.error, color=point.kind.color, linewidth=1)
         right = (point.kind == RIVAL) != rivals_left
         axes.annotate(
             point.name,
@@ -141,7 +150,7 @@ def picture() -> str:
         deployed = list(large())
         plot(first, ((p, p.perplexity) for p in small()), rivals_left=False)
         plot(loss, ((p, p.perplexity) for p in deployed), rivals_left=True)
-        plot(task, ((p, p.solved) for p in deployed if p.solved is not None), rivals_left=True)
+        plot(task, ((p, p.solved) for p in deployed if p.solved is not None), rivals_left=False)
         plain_log_scale(first)
         first.set_title("SmolLM2-135M", fontsize=10)
         first.set_xlabel("bits a weight in the blocks")
@@ -150,7 +159,7 @@ def picture() -> str:
         for axes, on in ((loss, "code"), (task, "HumanEval")):
             axes.set_title(f"Qwen2.5-Coder-1.5B, on {on}", fontsize=10)
             axes.set_xlabel("file, MB")
-        task.set_ylabel(f"solved of {PROBLEMS} problems, %")
+        task.set_ylabel("problems solved, %")
         legend.set_axis_off()
         marks = {
             label: mark
