@@ -193,7 +193,7 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
         first, other = next(iter(found.items()))
         if (
             score.documents != other.documents
-            or score.passed.keys() != other.passed.keys()
+            or (score.passed and other.passed and score.passed.keys() != other.passed.keys())
             or _differ(score.every, other.every)
         ):
             raise BadInput(
@@ -291,7 +291,7 @@ def _noise(score: Score, best: Score) -> float:
     """The standard error of `_loss`: over problems where they are known, else of two samples."""
     if score.metric == PERPLEXITY or score is best or best.value <= 0:
         return 0.0
-    if len(score.passed) > 1:
+    if len(score.passed) > 1 and score.passed.keys() == best.passed.keys():
         pairs = [best.passed[one] - passed for one, passed in score.passed.items()]
         return statistics.stdev(pairs) / math.sqrt(len(pairs)) / best.value
     return math.hypot(score.stderr or 0.0, best.stderr or 0.0) / best.value
