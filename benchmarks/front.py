@@ -116,9 +116,9 @@ def large() -> Iterator[Point]:
                 yield Point(name, megabytes, perplexity, kind, solved, error)
 
 
-def plot(axes: "Axes", points: Iterable[tuple[Point, float]], *, rivals_left: bool) -> None:
-    """The points by their sizes and the values beside them; labels where there is room."""
-    for point, value in points:
+def plot(axes: "Axes", points: Iterable[tuple[Point, float, float]], *, rivals_left: bool) -> None:
+    """The points by their sizes and the values with their errors; labels where there is room."""
+    for point, value, error in points:
         axes.plot(
             point.size,
             value,
@@ -127,8 +127,8 @@ def plot(axes: "Axes", points: Iterable[tuple[Point, float]], *, rivals_left: bo
             markerfacecolor=point.kind.color if point.kind.filled else "none",
             label=point.kind.label,
         )
-        if value == point.solved:
-            axes.errorbar(point.size, value, point.error, color=point.kind.color, linewidth=1)
+        if error:
+            axes.errorbar(point.size, value, error, color=point.kind.color, linewidth=1)
         right = (point.kind == RIVAL) != rivals_left
         axes.annotate(
             point.name,
@@ -148,9 +148,10 @@ def picture() -> str:
     def draw(grid: list[list]) -> None:  # type: ignore[type-arg]
         (first, legend), (loss, task) = grid
         deployed = list(large())
-        plot(first, ((p, p.perplexity) for p in small()), rivals_left=False)
-        plot(loss, ((p, p.perplexity) for p in deployed), rivals_left=True)
-        plot(task, ((p, p.solved) for p in deployed if p.solved is not None), rivals_left=False)
+        asked = ((p, p.solved, p.error) for p in deployed if p.solved is not None)
+        plot(first, ((p, p.perplexity, 0.0) for p in small()), rivals_left=False)
+        plot(loss, ((p, p.perplexity, 0.0) for p in deployed), rivals_left=True)
+        plot(task, asked, rivals_left=False)
         plain_log_scale(first)
         first.set_title("SmolLM2-135M", fontsize=10)
         first.set_xlabel("bits a weight in the blocks")

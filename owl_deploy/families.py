@@ -6,7 +6,7 @@ the way, from pruning to export parity. `model_type` is the name in a checkpoint
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from owl_deploy.errors import BadInput, unknown_name
 
@@ -20,7 +20,8 @@ class Family:
     call the output head; `queries_and_values` the Linears of a block's attention that make them,
     by the last part of their names: one, where they are fused. `halves`: in a block, the attention
     and the norm that the stream enters once the attention has added to it; None where the MLP reads
-    what the attention reads.
+    what the attention reads. `windows`: which blocks have the sliding window that config.json tells
+    of: none, as the family's code does not read it; every one; or those that its list says.
     """
 
     backbone: str
@@ -29,17 +30,20 @@ class Family:
     head: str = "lm_head"
     queries_and_values: tuple[str, ...] = ("q_proj", "v_proj")
     halves: tuple[str, str] | None = ("self_attn", "post_attention_layernorm")
+    windows: Literal["none", "every", "listed"] = "none"
 
 
 _LLAMA = Family("model", "model.layers", ("model.embed_tokens",))
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma3_text": replace(_LLAMA, halves=("self_attn", "pre_feedforward_layernorm")),
-    "phi3": replace(_LLAMA, queries_and_values=("qkv_proj",)),
+    "mistral": replace(_LLAMA, windows="every"),
+    "qwen2": replace(_LLAMA, windows="listed"),
+    "qwen3": replace(_LLAMA, windows="listed"),
+    "gemma3_text": replace(
+        _LLAMA, halves=("self_attn", "pre_feedforward_layernorm"), windows="listed"
+    ),
+    "phi3": replace(_LLAMA, queries_and_values=("qkv_proj",), windows="every"),
     "opt": Family(
         "model.decoder",
         "model.decoder.layers",

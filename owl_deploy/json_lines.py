@@ -4,6 +4,7 @@ Messages become text by the model's own chat template, whole, as TRL's SFTTraine
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from owl_deploy.errors import BadInput, first_line
 
 SUFFIX = ".jsonl"
 _KEYS = ("messages", "text")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class JsonLines(str):
@@ -53,6 +55,8 @@ def _whole(text: str) -> str:
 
     Two halves that belong together are their letter.
     """
+    if not _HALF.search(text):
+        return text  # and not two copies of it
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

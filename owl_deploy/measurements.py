@@ -1,6 +1,7 @@
 """What was measured of an artefact: files in its folder `measured`; its manifest stays."""
 
 import errno
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class _Task(_Kept):
 class _Measured(_Kept):
     perplexity: _Perplexity | None = None
     tasks: dict[str, _Task] | None = None
+
+
+def by_document(right: Mapping[str, bool], answers: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    """Whether each document of a task was answered right, from what is kept of it; empty without.
+
+    By its number, in `right`, or by its problem's name, in `answers`.
+    """
+    return dict(right) or {one["problem"]: one["passed"] for one in answers}
 
 
 def keep_measurement(folder: Path, name: str, value: dict[str, Any], *, add: bool = False) -> None:

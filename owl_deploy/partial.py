@@ -44,7 +44,7 @@ class Partial:
             raise BadInput(f"There is no interrupted run for {output} to resume.")
         make_folder(self.folder)
         if there and resume:
-            _refuse_other_arguments(_read_asked(self.folder) or {}, asked)
+            _refuse_other_arguments(_read_asked(self.folder), asked)
         else:
             self._clear()
             write_json(self.folder / ASKED, asked)
@@ -95,7 +95,7 @@ def is_interrupted(output: Path) -> bool:
 
 def asked_before(output: Path) -> dict[str, Any]:
     """What the run that was stopped was asked; empty where there is none."""
-    return _read_asked(partial_folder(output)) or {}
+    return _read_asked(partial_folder(output)) if is_interrupted(output) else {}
 
 
 @contextlib.contextmanager
@@ -138,9 +138,9 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - any JSON value
         raise damaged(path) from error
 
 
-def _read_asked(folder: Path) -> dict[str, Any] | None:
+def _read_asked(folder: Path) -> dict[str, Any]:
     found = _read(folder / ASKED)
-    if found is not None and not isinstance(found, dict):
+    if not isinstance(found, dict):
         raise damaged(folder / ASKED)
     return found
 

@@ -725,9 +725,8 @@ def _group_of(structure: str) -> tuple[int, int] | None:
     """(kept, size) of a `mask_structure`, which says removed:size."""
     if structure in (_DENSE_MASK, UNSTRUCTURED):
         return None
-    if match := re.fullmatch(
-        r"0:(0*[1-9]\d{0,8})", structure, re.ASCII
-    ):  # of a mixed N:M, a dense part
+    # Of a mixed N:M, a dense part.
+    if match := re.fullmatch(r"0:(0*[1-9]\d{0,8})", structure, re.ASCII):
         return int(match[1]), int(match[1])
     removed, size = parse_structure(structure) or (0, 0)
     return size - removed, size

@@ -185,15 +185,16 @@ def _load_dataset(part: _Part) -> str:
             f"({type(error).__name__}).",
             "Check its name, config and column, and the network, or give a text file.",
         ) from error
+    texts = [one for one in texts if one is not None]  # a document that is not there
     if texts and isinstance(texts[0], list):
         return JsonLines("\n".join(json.dumps({"messages": one}, default=str) for one in texts))
-    texts = [one for one in texts if one is not None]  # a document that is not there
-    if strange := next((one for one in texts if not isinstance(one, str)), None):
-        raise BadInput(
-            f"The column {part.column!r} of the data set {part.name} holds no text, but "
-            f"{type(strange).__name__}.",
-            "Give a column of texts, or of messages.",
-        )
+    for one in texts:
+        if not isinstance(one, str):
+            raise BadInput(
+                f"The column {part.column!r} of the data set {part.name} holds no text, but "
+                f"{type(one).__name__}.",
+                "Give a column of texts, or of messages.",
+            )
     return part.separator.join(texts)
 
 

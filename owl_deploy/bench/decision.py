@@ -19,7 +19,7 @@ from owl_deploy.bench import stats
 from owl_deploy.bench.result import Comparison, Result, Score, Subject, metrics_of, paired
 from owl_deploy.engines.deployment import text_of
 from owl_deploy.errors import BadInput, unknown_name
-from owl_deploy.measurements import JUDGED_BY, measurement
+from owl_deploy.measurements import JUDGED_BY, by_document, measurement
 
 NOTHING = 0.005  # less is not noticed: int8 values lose about so much
 PERPLEXITY, HUMANEVAL = "perplexity", "humaneval"
@@ -135,8 +135,7 @@ def scores_of(folder: Path) -> dict[str, Score]:
                 value=metrics[name]["value"],
                 stderr=metrics[name].get("stderr"),
                 documents=row.get("documents", 0),
-                passed=row.get("right")
-                or {one["problem"]: one["passed"] for one in row.get("answers", ())},
+                passed=by_document(row.get("right", {}), row.get("answers", ())),
                 window=row.get("window"),
                 every=row.get("every"),
             )

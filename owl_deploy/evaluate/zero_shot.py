@@ -23,7 +23,7 @@ from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
 from owl_deploy.hardware import find_device, find_dtype, name_of
 from owl_deploy.manifest import versions
-from owl_deploy.measurements import JUDGED_BY
+from owl_deploy.measurements import JUDGED_BY, by_document
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, leads
 from owl_deploy.text import load_tokenizer
@@ -67,7 +67,7 @@ class TaskResult:
     @property
     def by_document(self) -> dict[str, bool]:
         """Whether each document was answered right; empty where the task does not say so."""
-        return self.right or {one["problem"]: one["passed"] for one in self.answers}
+        return by_document(self.right, self.answers)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ are shorter than they are, so what makes one is told, or refused.
 
 from typing import Any
 
-# Where every block does, if config.json has a window; elsewhere its list of layers says which do.
-_EVERY = ("mistral", "phi3")
-_LISTED = ("qwen2", "qwen3", "gemma3_text")
+from owl_deploy.families import FAMILIES
 
 
 def sliding(config: Any) -> list[bool]:  # noqa: ANN401 - a transformers config
@@ -16,6 +14,7 @@ def sliding(config: Any) -> list[bool]:  # noqa: ANN401 - a transformers config
     blocks: int = config.num_hidden_layers
     if getattr(config, "sliding_window", None) is None:
         return [False] * blocks
-    if config.model_type in _LISTED:
+    windows = FAMILIES[config.model_type].windows
+    if windows == "listed":
         return [kind == "sliding_attention" for kind in config.layer_types[:blocks]]
-    return [config.model_type in _EVERY] * blocks
+    return [windows == "every"] * blocks

@@ -68,7 +68,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("column", "says"), [(["a b", None, "c"], ""), (["a", 3], "holds no text, but int")]
+    ("column", "says"), [(["a b", None, "c"], ""), (["a", 0], "holds no text, but int")]
 )
 def test_documents_that_are_not_there_or_no_text(monkeypatch, column, says):
     rows = Rows({"text": one} for one in column)
