@@ -8,7 +8,8 @@ namespace owl {
 namespace {
 
 struct Avx2 : Avx2Common {
-  static constexpr int kInt8Rows = 2;
+  static constexpr int kInt8Rows = 3;
+  static constexpr int kNarrowRows = 4;  // 4 x 2 sums, 2 weights, in 16 registers
   static constexpr bool kBiased = false;
 
   using Avx2Common::dot;
@@ -16,11 +17,65 @@ struct Avx2 : Avx2Common {
   // |w| * (x with w's sign): neither product nor pair sum leaves 16 bits, since |x| <= 127.
   static __m256i dot8_half(__m256i acc, __m256i w, __m256i x) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return pinned(_mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
   }
   static I dot(Bits<8>, I acc, Cell w, Cell x) {
     return {dot8_half(acc.lo, w.lo, x.lo), dot8_half(acc.hi, w.hi, x.hi)};
   }
+
+  // In this order: GCC would add products to one another first, and run out of registers for them.
+  static __m256i pinned(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+  }
+
+  // Values of at most 4 bits, see Narrow.
+  static I narrow_add(I a, I b) {
+    return {_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)};
+  }
+  static I narrow_dot(I sum, Cell w, Cell x) {
+    const I added =
+        narrow_add(sum, {_mm256_maddubs_epi16(w.lo, x.lo), _mm256_maddubs_epi16(w.hi, x.hi)});
+    return {pinned(added.lo), pinned(added.hi)};
+  }
+  template <int Unit>
+  static I narrow_sums(I sum) {
+    const __m256i unit = _mm256_set1_epi16(Unit);
+    return {_mm256_madd_epi16(sum.lo, unit), _mm256_madd_epi16(sum.hi, unit)};
+  }
+  template <bool Upper>
+  static Cell narrow_nibbles(Cell both) {
+    const __m256i low = _mm256_set1_epi8(0x0f);
+    if constexpr (Upper) both = {_mm256_srli_epi16(both.lo, 4), _mm256_srli_epi16(both.hi, 4)};
+    return {_mm256_and_si256(both.lo, low), _mm256_and_si256(both.hi, low)};
+  }
+  template <std::size_t Place>
+  static __m256i narrow_three_bits_half(__m256i pairs, int upper) {
+    const __m256i lower = _mm256_srli_epi16(pairs, 2 * Place);
+    return _mm256_or_si256(_mm256_and_si256(lower, _mm256_set1_epi8(3)),
+                           _mm256_andnot_si256(clear_bits(upper), _mm256_set1_epi8(4)));
+  }
+  template <std::size_t Place>
+  static Cell narrow_three_bits(const std::uint8_t* p) {
+    const Cell pairs = load_cell(p);
+    const std::uint8_t* upper = p + kCellBytes + 8 * Place;
+    return {narrow_three_bits_half<Place>(pairs.lo, load32(upper)),
+            narrow_three_bits_half<Place>(pairs.hi, load32(upper + 4))};
+  }
+  // Stored values with their upper bit turned, which is what makes a removed one zero.
+  static void widen(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+    const __m256i low = _mm256_set1_epi8(0x0f);
+    for (std::size_t i = 0; i < size; i += 16) {
+      const __m256i pairs =
+          _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+      const __m256i both =
+          _mm256_or_si256(_mm256_srli_epi16(pairs, 4), _mm256_slli_epi16(pairs, 8));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + 2 * i),
+                         turned(_mm256_and_si256(both, low)));
+    }
+  }
+  static Cell narrow_expanded(Cell cell) { return {turned(cell.lo), turned(cell.hi)}; }
+  static __m256i turned(__m256i v) { return _mm256_xor_si256(v, _mm256_set1_epi8(8)); }
 };
 
 }  // namespace

@@ -12,6 +12,7 @@ namespace {
 struct Avx512f : Avx512Common {
   static constexpr bool kAsksFar = false;  // its sums of integers take longer than memory
   using Half = float;                      // bf16 weights meet fp32 activations
+  static constexpr int kNarrowRows = 0;
   static constexpr bool kBiased = false;
 
   using Avx512Common::dot;

@@ -10,6 +10,7 @@ namespace {
 struct AvxVnni : Avx2Common {
   static constexpr int kInt8Rows =
       3;  // 3 x 2 integer and as many float sums, 2 weights, in 16 registers
+  static constexpr int kNarrowRows = 0;
   static constexpr bool kBiased = true;  // as with AVX-512: unsigned by signed
 
   using Avx2Common::dot;

@@ -64,6 +64,64 @@ struct Widened {
 template <>
 struct Widened<false> {};
 
+// How cells of integers meet int8 activations, in exact sums. A block's correction, -128 times the
+// sum of its activations, makes up for a bias that the weights were given, so that they are
+// unsigned.
+//
+// In sums of 32 bits:
+template <class V>
+struct Wide {
+  static constexpr bool kCorrected = V::kBiased;
+  static constexpr int kRows = V::kInt8Rows;  // that a panel multiplies at once
+  static constexpr bool kKeepsTotals = true;  // of several blocks in registers
+
+  static typename V::I begin(std::int32_t correction) {
+    return V::i_set1(kCorrected ? correction : 0);
+  }
+  static typename V::I add(typename V::I sum, typename V::Cell w, typename V::Cell x) {
+    return V::dot(Bits<8>{}, sum, w, x);
+  }
+  static typename V::I join(typename V::I a, typename V::I b) { return V::i_add(a, b); }
+  static typename V::I end(typename V::I sum, std::int32_t) { return sum; }
+};
+
+// In sums of 16 bits, where no instruction adds products of bytes up in 32: values of at most 4
+// bits leave room for a block's. A cell has its values less the least that there is, and not as
+// multiples.
+template <class V, std::size_t StoredBits>
+struct Narrow {
+  static constexpr bool kCorrected = true;
+  static constexpr int kRows = V::kNarrowRows;
+  static constexpr bool kKeepsTotals = false;
+  static constexpr int kUnit = 1 << (8 - StoredBits);  // of what a value stands for
+  static_assert(2 * kBlockCells * ((1 << StoredBits) - 1) * 127 < 1 << 15);
+
+  static typename V::I begin(std::int32_t) { return V::i_set1(0); }
+  static typename V::I add(typename V::I sum, typename V::Cell w, typename V::Cell x) {
+    return V::narrow_dot(sum, w, x);
+  }
+  static typename V::I join(typename V::I a, typename V::I b) { return V::narrow_add(a, b); }
+  static typename V::I end(typename V::I sum, std::int32_t correction) {
+    return V::i_add(V::template narrow_sums<kUnit>(sum), V::i_set1(correction));
+  }
+};
+
+constexpr std::size_t kPlaneBits = 4;  // of the upper plane
+
+template <class V, class Form>
+constexpr auto products_of() {
+  constexpr ValueTraits kTraits = Form::kTraits;
+  constexpr std::size_t bits =
+      Form::kStorage == Storage::kPlanes ? kPlaneBits : kTraits.stored_bits;
+  if constexpr (V::kNarrowRows > 0 && kTraits.integer() && bits <= 4)
+    return Narrow<V, bits>{};
+  else
+    return Wide<V>{};
+}
+// Of what the cells of a form hold, which of planes is their upper bits.
+template <class V, class Form>
+using Products = decltype(products_of<V, Form>());
+
 // Walks the cells of one row group, expanding each.
 template <class V, class Form>
 struct CellStream {
@@ -75,6 +133,7 @@ struct CellStream {
   static constexpr bool kThreeBits = kStorage == Storage::kDense && kTraits.stored_bits == 3;
   static constexpr bool kWidens =
       kStorage == Storage::kSparse && kTraits.stored_bits == 4 && V::kWidens;
+  static constexpr bool kNarrow = !std::is_same_v<Products<V, Form>, Wide<V>>;
 
   const std::uint8_t* mask = nullptr;
   const std::uint8_t* value = nullptr;
@@ -93,7 +152,7 @@ struct CellStream {
     }
   }
 
-  // The next cell, at the places 0 to 3 in turn; integers as `dot` takes them.
+  // The next cell, at the places 0 to 3 in turn; integers as their `Products` take them.
   template <std::size_t Place>
   typename V::Cell next() {
     if constexpr (kStorage == Storage::kSparse) {
@@ -104,13 +163,20 @@ struct CellStream {
       value += kTraits.stored_bytes(set_bits(bits));
       return ready(cell);
     } else if constexpr (kPaired) {
-      const typename V::Cell cell = V::template nibbles<Place % 2 == 1>(V::load_cell(value));
-      if constexpr (Place % 2 == 1) value += kCellBytes;
-      return ready(cell);
+      constexpr bool upper = Place % 2 == 1;
+      const typename V::Cell both = V::load_cell(value);
+      if constexpr (upper) value += kCellBytes;
+      if constexpr (kNarrow)
+        return V::template narrow_nibbles<upper>(both);
+      else
+        return ready(V::template nibbles<upper>(both));
     } else if constexpr (kThreeBits) {
-      const typename V::Cell cell = V::template three_bits<Place>(value);
+      const std::uint8_t* quad = value;
       if constexpr (Place == 3) value += kThreeBitBytes;
-      return ready(cell);
+      if constexpr (kNarrow)
+        return V::template narrow_three_bits<Place>(quad);
+      else
+        return ready(V::template three_bits<Place>(quad));
     } else {
       static_assert(kTraits.stored_bits == kTraits.cell_bits);
       const typename V::Cell cell = V::load_cell(value);
@@ -135,7 +201,9 @@ struct CellStream {
   }
 
   static typename V::Cell ready(typename V::Cell cell) {
-    if constexpr (kTraits.integer())
+    if constexpr (kNarrow)
+      return V::narrow_expanded(cell);
+    else if constexpr (kTraits.integer())
       return V::bias8(cell);
     else
       return cell;

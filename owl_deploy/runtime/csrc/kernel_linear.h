@@ -57,7 +57,8 @@ OWL_INLINE void quantize_block(const float* x, std::int8_t* q, float* scale,
                                       V::store_int8(q + 16, V::f_mul(parts[1], inverse)));
   *scale = usable ? largest / 127.0F : 0.0F;
   // So small, they add up exactly as floats; what is worth nothing may be large.
-  const auto total = V::kBiased ? static_cast<std::int64_t>(V::f_hsum(V::to_float(sums))) : 0;
+  constexpr bool wanted = V::kBiased || V::kNarrowRows > 0;
+  const auto total = wanted ? static_cast<std::int64_t>(V::f_hsum(V::to_float(sums))) : 0;
   *correction = static_cast<std::int32_t>(-128 * total);
 }
 
@@ -130,19 +131,19 @@ void prepare_row(const PackedMatrix& w, const ActivationLayout& layout, const fl
 // ---- One row -----------------------------------------------------------------------------------
 
 // One block of cells: exact integer sums.
-template <class V, class Stream>
+template <class V, class P, class Stream>
 OWL_INLINE typename V::I block_sums(Stream& stream, const std::uint8_t* x, std::size_t cells,
                                     std::int32_t correction) {
-  typename V::I a = V::i_set1(V::kBiased ? correction : 0);
-  typename V::I c = V::i_set1(0);
+  typename V::I a = P::begin(correction);
+  typename V::I c = P::begin(0);
   for (std::size_t i = 0; i < cells; i += 4, x += 16) {
     stream.template prefetch_ahead<false>();
-    a = V::dot(Bits<8>{}, a, stream.template next<0>(), V::broadcast(x));
-    c = V::dot(Bits<8>{}, c, stream.template next<1>(), V::broadcast(x + 4));
-    a = V::dot(Bits<8>{}, a, stream.template next<2>(), V::broadcast(x + 8));
-    c = V::dot(Bits<8>{}, c, stream.template next<3>(), V::broadcast(x + 12));
+    a = P::add(a, stream.template next<0>(), V::broadcast(x));
+    c = P::add(c, stream.template next<1>(), V::broadcast(x + 4));
+    a = P::add(a, stream.template next<2>(), V::broadcast(x + 8));
+    c = P::add(c, stream.template next<3>(), V::broadcast(x + 12));
   }
-  return V::i_add(a, c);
+  return P::end(P::join(a, c), correction);
 }
 
 // A group's scales are few, but far from its values: unforeseen, they would cost a memory latency
@@ -169,11 +170,12 @@ void matvec_integer(const PackedMatrix& w, std::size_t begin, std::size_t end,
           V::f_load_scales(weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_exponent);
       total = V::f_fma(V::to_float(sum), V::f_mul(scale, V::f_set1(scales[b])), total);
     };
-    for (std::size_t b = 0; b < whole; ++b)
-      add(b, block_sums<V>(stream, row + b * kBlockColumns, kBlockCells, corrections[b]));
-    if (w.cells > whole * kBlockCells)
-      add(whole, block_sums<V>(stream, row + whole * kBlockColumns, w.cells - whole * kBlockCells,
-                               corrections[whole]));
+    auto sums_of = [&](std::size_t b, std::size_t cells) OWL_ALWAYS_INLINE {
+      return block_sums<V, Products<V, Form>>(stream, row + b * kBlockColumns, cells,
+                                              corrections[b]);
+    };
+    for (std::size_t b = 0; b < whole; ++b) add(b, sums_of(b, kBlockCells));
+    if (w.cells > whole * kBlockCells) add(whole, sums_of(whole, w.cells - whole * kBlockCells));
     V::f_store(sums, total);
   }
 }
@@ -332,15 +334,16 @@ struct CellBlock {
   }
 
   // Exact integer sums over the cells.
+  template <class P>
   OWL_INLINE typename V::I sums(const std::uint8_t* x, std::int32_t correction) const {
-    typename V::I a = V::i_set1(V::kBiased ? correction : 0);
-    typename V::I c = V::i_set1(0);
+    typename V::I a = P::begin(correction);
+    typename V::I c = P::begin(0);
 #pragma GCC unroll 8
     for (std::size_t i = 0; i < Cells; i += 2) {
-      a = V::dot(Bits<8>{}, a, cell[i], V::broadcast(x + 4 * i));
-      c = V::dot(Bits<8>{}, c, cell[i + 1], V::broadcast(x + 4 * i + 4));
+      a = P::add(a, cell[i], V::broadcast(x + 4 * i));
+      c = P::add(c, cell[i + 1], V::broadcast(x + 4 * i + 4));
     }
-    return V::i_add(a, c);
+    return P::end(P::join(a, c), correction);
   }
 
   // Added to the four sums that one row by itself has.
@@ -368,6 +371,7 @@ template <class V, class Form>
 void few_integer(const PackedMatrix& w, std::size_t begin, std::size_t end,
                  const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
                  float* sums, std::size_t stride) {
+  using P = Products<V, Form>;
   Widened<CellStream<V, Form>::kWidens> room;
   for (std::size_t g = begin; g < end; ++g, sums += kGroupRows) {
     CellStream<V, Form> stream(w, g, room);
@@ -384,8 +388,8 @@ void few_integer(const PackedMatrix& w, std::size_t begin, std::size_t end,
         float scale;
         std::memcpy(&scale, row + layout.scale_offset + 4 * b, 4);
         std::int32_t correction = 0;
-        if (V::kBiased) std::memcpy(&correction, row + layout.correction_offset + 4 * b, 4);
-        const typename V::I sum = block.sums(row + b * kBlockColumns, correction);
+        if (P::kCorrected) std::memcpy(&correction, row + layout.correction_offset + 4 * b, 4);
+        const typename V::I sum = block.template sums<P>(row + b * kBlockColumns, correction);
         total[m] = V::f_fma(V::to_float(sum), V::f_mul(weight_scale, V::f_set1(scale)), total[m]);
       }
     });
@@ -452,25 +456,27 @@ inline void multiply_float(const std::uint8_t* tile, std::size_t cells, const st
     for (int n = 0; n < N; ++n) V::f_store(sums + m * sums_stride + n * kGroupRows, acc[m][n]);
 }
 
-template <class V, int M>
+template <class V, class P, int M>
 inline void multiply_integer(const std::uint8_t* tile, const float* tile_scales, std::size_t cells,
                              std::size_t first_block, const ActivationLayout& layout,
                              const std::uint8_t* row, const std::uint8_t* x, float* sums,
                              std::size_t sums_stride) {
   constexpr int N = V::kPanelGroups;
   const std::size_t stride = layout.stride;
+  auto place = [&](int m, int n) { return sums + m * sums_stride + n * kGroupRows; };
   typename V::F total[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) total[m][n] = V::f_load(sums + m * sums_stride + n * kGroupRows);
+  if constexpr (P::kKeepsTotals)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) total[m][n] = V::f_load(place(m, n));
   for (std::size_t done = 0, b = first_block; done < cells; done += kBlockCells, ++b) {
     typename V::I acc[M][N];
     float scale[M];
+    std::int32_t correction[M] = {};
     for (int m = 0; m < M; ++m) {
       const std::uint8_t* r = row + m * stride;
       std::memcpy(&scale[m], r + layout.scale_offset + 4 * b, 4);
-      std::int32_t correction = 0;
-      if (V::kBiased) std::memcpy(&correction, r + layout.correction_offset + 4 * b, 4);
-      for (int n = 0; n < N; ++n) acc[m][n] = V::i_set1(correction);
+      if (P::kCorrected) std::memcpy(&correction[m], r + layout.correction_offset + 4 * b, 4);
+      for (int n = 0; n < N; ++n) acc[m][n] = P::begin(correction[m]);
     }
     const std::size_t block = smaller(kBlockCells, cells - done);
     for (std::size_t c = 0; c < block; ++c, tile += N * kCellBytes, x += 4) {
@@ -480,19 +486,23 @@ inline void multiply_integer(const std::uint8_t* tile, const float* tile_scales,
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n)
-          acc[m][n] = V::dot(Bits<8>{}, acc[m][n], w[n], V::broadcast(x + m * stride));
+          acc[m][n] = P::add(acc[m][n], w[n], V::broadcast(x + m * stride));
       }
     }
     const float* weight_scale = tile_scales + done / kBlockCells * N * kGroupRows;
     for (int n = 0; n < N; ++n) {
       const typename V::F s = V::f_load(weight_scale + n * kGroupRows);
-      for (int m = 0; m < M; ++m)
-        total[m][n] =
-            V::f_fma(V::to_float(acc[m][n]), V::f_mul(s, V::f_set1(scale[m])), total[m][n]);
+      for (int m = 0; m < M; ++m) {
+        if constexpr (!P::kKeepsTotals) total[m][n] = V::f_load(place(m, n));
+        total[m][n] = V::f_fma(V::to_float(P::end(acc[m][n], correction[m])),
+                               V::f_mul(s, V::f_set1(scale[m])), total[m][n]);
+        if constexpr (!P::kKeepsTotals) V::f_store(place(m, n), total[m][n]);
+      }
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) V::f_store(sums + m * sums_stride + n * kGroupRows, total[m][n]);
+  if constexpr (P::kKeepsTotals)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) V::f_store(place(m, n), total[m][n]);
 }
 
 // fp32 rows x [count, stride floats] times tile [cells][Groups * 16], added to sums.
@@ -578,16 +588,18 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups,
     const std::uint8_t* x = rows + done * activation_bytes<V>(Bits<cell_bits>{});
     std::size_t m = 0;
     if constexpr (Form::kTraits.integer()) {
-      constexpr int M = V::kInt8Rows;
+      // Planes are put together again before.
+      using P = std::conditional_t<Form::kStorage == Storage::kPlanes, Wide<V>, Products<V, Form>>;
+      constexpr int M = P::kRows;
       const std::size_t block = done / kBlockCells;
       alignas(64) float scales[kPanelBlockCells / kBlockCells * N * kGroupRows] = {};
       unpack_scales<V>(w, begin, groups, block, cells, scales);
       for (; m + M <= count; m += M)
-        multiply_integer<V, M>(scratch, scales, cells, block, layout, rows + m * stride,
-                               x + m * stride, sums + m * width, width);
+        multiply_integer<V, P, M>(scratch, scales, cells, block, layout, rows + m * stride,
+                                  x + m * stride, sums + m * width, width);
       for (; m < count; ++m)
-        multiply_integer<V, 1>(scratch, scales, cells, block, layout, rows + m * stride,
-                               x + m * stride, sums + m * width, width);
+        multiply_integer<V, P, 1>(scratch, scales, cells, block, layout, rows + m * stride,
+                                  x + m * stride, sums + m * width, width);
     } else {
       constexpr int M = V::kFloatRows;
       for (; m + M <= count; m += M)

@@ -35,6 +35,7 @@ struct Neon {
   static constexpr int kFloatRows = 4;  // 4 x 4 sums, 4 weights and their halves, in 32 registers
   static constexpr int kInt8Rows = 2;
   static constexpr bool kWidens = false;
+  static constexpr int kNarrowRows = 0;
   static constexpr bool kBiased = false;
 
   template <class Operation>

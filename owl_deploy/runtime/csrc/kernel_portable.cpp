@@ -23,6 +23,7 @@ struct Portable {
   static constexpr int kFloatRows = 2;
   static constexpr int kInt8Rows = 2;
   static constexpr bool kWidens = false;
+  static constexpr int kNarrowRows = 0;
   static constexpr bool kBiased = false;
 
   static Cell held_cell(const void* p) { return load_cell(p); }

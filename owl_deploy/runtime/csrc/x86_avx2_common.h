@@ -44,18 +44,22 @@ struct Avx2Common {
   static Cell nibbles(Cell v) {
     return {nibbles_half<Upper>(v.lo), nibbles_half<Upper>(v.hi)};
   }
-  template <std::size_t Place>
-  static __m256i three_bits_half(__m256i pairs, int upper) {
-    const __m256i moved =
-        Place < 3 ? _mm256_slli_epi16(pairs, 5 - 2 * Place) : _mm256_srli_epi16(pairs, 1);
+  // All bits of the bytes whose bit in `mask` is clear.
+  static __m256i clear_bits(int mask) {
     const __m256i byte_of = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202,
                                               0x0101010101010101, 0x0000000000000000);
     const __m256i bit_of = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ULL));
     const __m256i bits =
-        _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(upper), byte_of), bit_of);
-    const __m256i clear = _mm256_cmpeq_epi8(bits, _mm256_setzero_si256());
+        _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(mask), byte_of), bit_of);
+    return _mm256_cmpeq_epi8(bits, _mm256_setzero_si256());
+  }
+  template <std::size_t Place>
+  static __m256i three_bits_half(__m256i pairs, int upper) {
+    const __m256i moved =
+        Place < 3 ? _mm256_slli_epi16(pairs, 5 - 2 * Place) : _mm256_srli_epi16(pairs, 1);
+    const __m256i bias = _mm256_set1_epi8(static_cast<char>(0x80));
     return _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi8(0x60)),
-                           _mm256_and_si256(clear, _mm256_set1_epi8(static_cast<char>(0x80))));
+                           _mm256_and_si256(clear_bits(upper), bias));
   }
   template <std::size_t Place>
   static Cell three_bits(const std::uint8_t* p) {

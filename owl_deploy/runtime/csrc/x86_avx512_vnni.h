@@ -8,6 +8,7 @@ namespace owl {
 namespace {
 
 struct Avx512VnniCommon : Avx512Common {
+  static constexpr int kNarrowRows = 0;
   static constexpr bool kBiased =
       true;  // VPDPBUSD multiplies unsigned by signed bytes: weights are biased by 128
 

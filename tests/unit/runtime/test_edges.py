@@ -11,7 +11,7 @@ from owl_deploy.runtime import library_path, pack
 
 from .conftest import Kernels
 from .test_kernels import TOLERANCE, activations, as_kernels_see, rounding_error
-from .test_pack import VALUES, packed, sparse_weight
+from .test_pack import INTEGERS, VALUES, packed, sparse_weight
 
 # Around every width that some kernel has: lanes, cells, blocks of 32, planes of 128 columns, tiles.
 WIDTHS = (*range(1, 21), 31, 32, 33, 63, 64, 65, 66, 127, 128, 129, 191, 193, 255, 256, 257, 259)
@@ -123,6 +123,24 @@ def test_the_largest_activations_do_not_overflow_on_the_way(
     x = np.full((1, 64), 3e38, dtype=np.float32)
     y, _ = kernels.matmul(isa, block, x, 48)
     np.testing.assert_allclose(y, x[:, :48] * np.diagonal(pack.unpack(block)), rtol=0.01)
+
+
+@pytest.mark.parametrize("values", INTEGERS)
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("rows", [1, 6, 65])
+def test_the_largest_products_add_up_exactly(
+    kernels: Kernels, isa: str, values: pack.Values, end: int, rows: int
+) -> None:
+    """Every weight at one end of the grid and every activation at one of theirs."""
+    levels = pack.TRAITS[values].levels
+    assert levels is not None
+    weight = np.full((16, 64), levels[end], dtype=np.float32)
+    block = pack.pack(weight, values, False, scales=np.ones((16, 2), dtype=np.float32))
+    x = np.full((rows, 64), 127, dtype=np.float32)
+    x[:, 1::2] *= np.where(np.arange(rows) % 3 == 0, -1, 1)[:, None]
+    x[::2] *= -1
+    y, _ = kernels.matmul(isa, block, x, 16)
+    np.testing.assert_array_equal(y, x @ weight.T)
 
 
 CHOSEN = """
