@@ -13,6 +13,7 @@ consteval Kernels make_kernels(const char* name) noexcept {
   return Kernels{
       .name = name,
       .panel_groups = V::kPanelGroups,
+      .prefers_dense_int4 = V::kWidens,
       .layout = activation_layout<V>,
       .prepare = prepare_row<V>,
       .matvec = matvec<V>,

@@ -1,7 +1,9 @@
 """Operators joined into programs: the numbers of node by node; what is left out is refused."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from owl_deploy.export.program import join_programs
 from owl_deploy.runtime import library_path, pack
 
+from .test_edges import with_isa
 from .test_native import RESIDENT
 from .test_pack import VALUES, packed, sparse_weight
 
@@ -216,6 +219,58 @@ print(resident() - before)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 25
+
+
+TWICE = f"""{RESIDENT}
+import sys
+import numpy as np, onnxruntime
+from owl_deploy.runtime import library_path
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.register_custom_ops_library(str(library_path()))
+sizes, results = [], []
+for path in sys.argv[1:]:
+    before = resident()
+    session = onnxruntime.InferenceSession(path, options)
+    sizes.append(resident() - before)
+    x = np.random.default_rng(5).standard_normal((1, 21, session.get_inputs()[0].shape[2]))
+    for rows in (1, 5, 21):
+        results.append(session.run(None, {{"x": x[:, :rows].astype(np.float32)}})[0])
+for apart, together in zip(results[:3], results[3:], strict=True):
+    np.testing.assert_array_equal(together, apart)
+print(sizes[1])
+"""
+
+
+def twice(weight: NDArray[np.float32]) -> onnx.ModelProto:
+    """A square weight, and once more."""
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "n", len(weight)])
+        for name in "xy"
+    )
+    nodes = [
+        helper.make_node("SparseMatMul", [source, "w"], [result], domain="ai.owl")
+        for source, result in ("xu", "uy")
+    ]
+    constant = numpy_helper.from_array(pack.pack(weight, "int4"), "w")
+    graph = helper.make_graph(nodes, "layer", [x], [y], [constant])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_sparse_int4_lies_dense_where_it_is_faster_so(isa: str, tmp_path: Path):
+    """2.5 MB of masks and values, or 8.9 dense: the same bits of each row."""
+    model = twice(sparse_weight(4095, 4095, 0.95))
+    together, count = joined(model)
+    assert count == 1
+    paths = [tmp_path / "apart.onnx", tmp_path / "together.onnx"]
+    for path, form in zip(paths, (model, together), strict=True):
+        path.write_bytes(form.SerializeToString())
+    done = with_isa(isa, "-c", TWICE, *map(str, paths))
+    assert done.returncode == 0, done.stderr
+    dense = isa in {"avx2", "avxvnni", "avx512f"} and len(os.sched_getaffinity(0)) <= 4
+    assert (float(done.stdout) > 12) == dense, done.stdout
 
 
 def with_mask(model: onnx.ModelProto) -> onnx.ModelProto:
