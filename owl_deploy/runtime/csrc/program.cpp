@@ -304,10 +304,11 @@ class ProgramKernel {
   }
 
   // Many threads share memory's bandwidth and have instructions to spare; of few it is the reverse:
-  // on two vCPUs of a Zen 3 half of a 1.5B decodes at a third of dense int4's speed, sparse.
+  // on two vCPUs of a Zen 3 half of a 1.5B decodes at a third of dense int4's speed, sparse. A
+  // weight that would more than double, of which three quarters and more are zero, is left alone.
   static bool becomes_dense(const owl::PackedMatrix& weight) {
     return owl::best_kernels().prefers_dense_int4 && likely_session_threads() <= kFewThreads &&
-           owl::has_dense_form(weight);
+           owl::has_dense_form(weight) && owl::dense_bytes(weight) <= 2 * weight.size;
   }
   static bool moves(const owl::PackedMatrix& weight) {
     static const bool pages = owl::huge_pages_available();
