@@ -6,20 +6,16 @@
 namespace owl {
 namespace {
 
-constexpr std::size_t kCellHalves = kCellBytes;  // values of a cell, of 4 bits each
-constexpr std::uint8_t kZero = 8;                // as stored
+constexpr std::uint8_t kZero = 8;  // as stored
 
 std::size_t scale_bytes(const PackedMatrix& w) {
   return divide_up(w.groups * w.scale_blocks * kGroupRows, kCellBytes) * kCellBytes;
 }
 
-// Of a group: two cells share the halves of 64 bytes.
-std::size_t value_bytes(const PackedMatrix& w) { return w.cells / 2 * kCellBytes; }
-
 // A cell's values, a byte each; returns where the next cell's begin.
 const std::uint8_t* spread(std::uint64_t mask, const std::uint8_t* values,
-                           std::uint8_t cell[kCellHalves]) {
-  std::memset(cell, kZero, kCellHalves);
+                           std::uint8_t cell[kCellBytes]) {
+  std::memset(cell, kZero, kCellBytes);
   const auto count = static_cast<std::size_t>(std::popcount(mask));
   for (std::size_t i = 0; mask != 0; mask &= mask - 1, ++i)
     cell[std::countr_zero(mask)] = values[i / 2] >> (i % 2 == 0 ? 4 : 0) & 15;
@@ -29,7 +25,7 @@ const std::uint8_t* spread(std::uint64_t mask, const std::uint8_t* values,
 }  // namespace
 
 std::size_t dense_bytes(const PackedMatrix& w) {
-  return scale_bytes(w) + w.groups * value_bytes(w) + kCellBytes;
+  return scale_bytes(w) + w.groups * w.dense_group_bytes() + kCellBytes;
 }
 
 PackedMatrix dense_at(const PackedMatrix& w, const std::uint8_t* place) {
@@ -38,7 +34,7 @@ PackedMatrix dense_at(const PackedMatrix& w, const std::uint8_t* place) {
   dense.mask_bytes = 0;
   dense.masks = nullptr;
   dense.index = nullptr;
-  dense.group_bytes = value_bytes(w);
+  dense.group_bytes = w.dense_group_bytes();
   dense.data = place;
   dense.size = dense_bytes(w);
   dense.scales = place;
@@ -49,15 +45,15 @@ PackedMatrix dense_at(const PackedMatrix& w, const std::uint8_t* place) {
 void fill_dense(const PackedMatrix& w, std::size_t begin, std::size_t end, std::uint8_t* place) {
   const std::size_t scales = w.scale_blocks * kGroupRows;
   std::memcpy(place + begin * scales, w.group_scales(begin), (end - begin) * scales);
-  std::uint8_t* to = place + scale_bytes(w) + begin * value_bytes(w);
-  std::uint8_t first[kCellHalves], second[kCellHalves];
+  std::uint8_t* to = place + scale_bytes(w) + begin * w.dense_group_bytes();
+  std::uint8_t first[kCellBytes], second[kCellBytes];
   for (std::size_t g = begin; g < end; ++g) {
     const std::uint8_t *mask = w.group_masks(g), *values = w.group_values(g);
     for (std::size_t c = 0; c < w.cells; c += 2, mask += 2 * sizeof(std::uint64_t)) {
       std::uint64_t masks[2];
       std::memcpy(masks, mask, sizeof(masks));
       values = spread(masks[1], spread(masks[0], values, first), second);
-      for (std::size_t i = 0; i < kCellBytes; ++i)
+      for (std::size_t i = 0; i < kCellBytes; ++i)  // two cells share the halves of 64 bytes
         *to++ = static_cast<std::uint8_t>(first[i] | second[i] << 4);
     }
   }

@@ -119,8 +119,7 @@ PackedMatrix describe(const Header& h) {
     m.scale_blocks = divide_up(m.cells * columns, shared);
     m.scale_shift = static_cast<unsigned>(std::countr_zero(shared / kBlockColumns));
   }
-  m.group_bytes = m.storage == Storage::kPlanes ? m.cells / 2 * kCellBytes
-                                                : traits.stored_bytes(m.cells * values);
+  m.group_bytes = m.storage == Storage::kPlanes ? m.cells / 2 * kCellBytes : m.dense_group_bytes();
   return m;
 }
 

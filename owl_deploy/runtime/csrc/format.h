@@ -121,6 +121,10 @@ struct PackedMatrix {
   OWL_INLINE bool sparse() const { return storage == Storage::kSparse; }
   // Blocks of int8 activations that meet a row.
   OWL_INLINE std::size_t blocks() const { return (cells + kBlockCells - 1) / kBlockCells; }
+  // Of a group's values if all of them are stored.
+  OWL_INLINE std::size_t dense_group_bytes() const {
+    return traits().stored_bytes(cells * traits().values_per_cell());
+  }
   OWL_INLINE const std::uint8_t* group_scales(std::size_t group) const {
     return scales + group * scale_blocks * kGroupRows;
   }

@@ -45,9 +45,7 @@ struct Avx2 : Avx2Common {
   }
   template <bool Upper>
   static Cell narrow_nibbles(Cell both) {
-    const __m256i low = _mm256_set1_epi8(0x0f);
-    if constexpr (Upper) both = {_mm256_srli_epi16(both.lo, 4), _mm256_srli_epi16(both.hi, 4)};
-    return {_mm256_and_si256(both.lo, low), _mm256_and_si256(both.hi, low)};
+    return {stored_half<Upper>(both.lo), stored_half<Upper>(both.hi)};
   }
   template <std::size_t Place>
   static __m256i narrow_three_bits_half(__m256i pairs, int upper) {
@@ -57,23 +55,12 @@ struct Avx2 : Avx2Common {
   }
   template <std::size_t Place>
   static Cell narrow_three_bits(const std::uint8_t* p) {
-    const Cell pairs = load_cell(p);
-    const std::uint8_t* upper = p + kCellBytes + 8 * Place;
-    return {narrow_three_bits_half<Place>(pairs.lo, load32(upper)),
-            narrow_three_bits_half<Place>(pairs.hi, load32(upper + 4))};
+    return of_three_bits<Place>(p, narrow_three_bits_half<Place>);
   }
-  // Stored values with their upper bit turned, which is what makes a removed one zero.
   static void widen(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
-    const __m256i low = _mm256_set1_epi8(0x0f);
-    for (std::size_t i = 0; i < size; i += 16) {
-      const __m256i pairs =
-          _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
-      const __m256i both =
-          _mm256_or_si256(_mm256_srli_epi16(pairs, 4), _mm256_slli_epi16(pairs, 8));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + 2 * i),
-                         turned(_mm256_and_si256(both, low)));
-    }
+    widen_nibbles<true>(p, size, bytes);
   }
+  // Turns the bit back that widen_nibbles turned.
   static Cell narrow_expanded(Cell cell) { return {turned(cell.lo), turned(cell.hi)}; }
   static __m256i turned(__m256i v) { return _mm256_xor_si256(v, _mm256_set1_epi8(8)); }
 };

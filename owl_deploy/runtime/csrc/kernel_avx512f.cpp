@@ -22,7 +22,7 @@ struct Avx512f : Avx512Common {
   }
   static constexpr bool kWidens = true;
   static void widen(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
-    widen_nibbles(p, size, bytes);
+    widen_nibbles<false>(p, size, bytes);
   }
   static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     const Halves cell = expand_bytes(p, mask);

@@ -61,18 +61,26 @@ struct Avx2Common {
     return _mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi8(0x60)),
                            _mm256_and_si256(clear_bits(upper), bias));
   }
-  template <std::size_t Place>
-  static Cell three_bits(const std::uint8_t* p) {
+  // One of the four cells of 3 bits a value at p, by what makes a half of pairs and upper bits.
+  template <std::size_t Place, class Half>
+  static Cell of_three_bits(const std::uint8_t* p, Half half) {
     const Cell pairs = load_cell(p);
     const std::uint8_t* upper = p + kCellBytes + 8 * Place;
-    return {three_bits_half<Place>(pairs.lo, load32(upper)),
-            three_bits_half<Place>(pairs.hi, load32(upper + 4))};
+    return {half(pairs.lo, load32(upper)), half(pairs.hi, load32(upper + 4))};
+  }
+  template <std::size_t Place>
+  static Cell three_bits(const std::uint8_t* p) {
+    return of_three_bits<Place>(p, three_bits_half<Place>);
+  }
+  // The lower or the upper 4 bits of each byte, as they are stored.
+  template <bool Upper>
+  static __m256i stored_half(__m256i v) {
+    if constexpr (Upper) v = _mm256_srli_epi16(v, 4);
+    return _mm256_and_si256(v, _mm256_set1_epi8(0x0f));
   }
   template <bool Upper>
   static __m256i add_nibbles_half(__m256i cell, __m256i v) {
-    if constexpr (Upper) v = _mm256_srli_epi16(v, 4);
-    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi8(0x0f));
-    return _mm256_add_epi8(cell, _mm256_sub_epi8(low, _mm256_set1_epi8(8)));
+    return _mm256_add_epi8(cell, _mm256_sub_epi8(stored_half<Upper>(v), _mm256_set1_epi8(8)));
   }
   template <bool Upper>
   static Cell add_nibbles(Cell cell, Cell v) {
@@ -80,7 +88,7 @@ struct Avx2Common {
   }
   static constexpr bool kWidens = true;
   static void widen(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
-    widen_nibbles(p, size, bytes);
+    widen_nibbles<false>(p, size, bytes);
   }
   static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     return expand_bytes(p, mask);

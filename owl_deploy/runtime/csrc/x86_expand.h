@@ -52,17 +52,20 @@ inline Halves expand_bytes(const std::uint8_t* p, std::uint64_t mask) {
 }
 
 // Values of 4 bits in `size` bytes, the first of two in a byte's upper half, as 16 times what they
-// stand for. Reads up to 15 bytes more and writes whole registers: `bytes` has room for `size`
-// rounded up to 16.
+// stand for; or, if Narrow, as they are stored with their upper bit turned. Either way zero is 0,
+// as removed ones become. Reads up to 15 bytes more and writes whole registers: `bytes` has room
+// for `size` rounded up to 16.
+template <bool Narrow>
 inline void widen_nibbles(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
-  const __m256i upper = _mm256_set1_epi8(static_cast<char>(0xf0));
-  const __m256i bias = _mm256_set1_epi8(static_cast<char>(0x80));
+  const __m256i kept = _mm256_set1_epi8(static_cast<char>(Narrow ? 0x0f : 0xf0));
+  const __m256i bias = _mm256_set1_epi8(static_cast<char>(Narrow ? 0x08 : 0x80));
   for (std::size_t i = 0; i < size; i += 16) {
     const __m256i pairs =
         _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
-    const __m256i both = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 12));
+    const __m256i first = Narrow ? _mm256_srli_epi16(pairs, 4) : pairs;
+    const __m256i both = _mm256_or_si256(first, _mm256_slli_epi16(pairs, Narrow ? 8 : 12));
     _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + 2 * i),
-                       _mm256_xor_si256(_mm256_and_si256(both, upper), bias));
+                       _mm256_xor_si256(_mm256_and_si256(both, kept), bias));
   }
 }
 

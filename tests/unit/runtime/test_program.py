@@ -24,6 +24,7 @@ from .test_pack import VALUES, packed, sparse_weight
 pytestmark = pytest.mark.usefixtures("kernels")
 WIDTH, HEADS, KV_HEADS, SIZE, INNER, VOCABULARY = 96, 4, 2, 32, 80, 70
 TOTAL, PAST = 20, 13
+FEW_THREADS = 4  # kFewThreads in program.cpp
 LEFT_OUT = r"ai\.owl: .*(left out|must be an initializer)"
 NOT_OURS = "Input0 is absent, but not optional"  # ONNX Runtime refuses the first by itself
 REFUSALS = tuple(
@@ -142,6 +143,19 @@ def test_same_numbers_as_node_by_node(length, past, cache, blocks, programs):
         np.testing.assert_array_equal(one[valid], apart[valid])
 
 
+def layer(
+    nodes: list[onnx.NodeProto], weights: dict[str, pack.Block], width: int
+) -> onnx.ModelProto:
+    """From x to y, both [1, n, width]."""
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "n", width]) for name in "xy"
+    )
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "layer", [x], [y], constants)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
 def two_products() -> onnx.ModelProto:
     """A layer without attention."""
     weights = {
@@ -153,13 +167,7 @@ def two_products() -> onnx.ModelProto:
         helper.make_node("SparseMatMul", ["x", "up"], ["u"], domain="ai.owl", **gated),
         helper.make_node("SparseMatMul", ["u", "down"], ["y"], domain="ai.owl"),
     ]
-    x, y = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "n", WIDTH]) for name in "xy"
-    )
-    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    graph = helper.make_graph(nodes, "layer", [x], [y], constants)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return layer(nodes, weights, WIDTH)
 
 
 def test_a_program_without_a_cache():
@@ -245,18 +253,11 @@ print(sizes[1])
 
 def twice(weight: NDArray[np.float32]) -> onnx.ModelProto:
     """A square weight, and once more."""
-    x, y = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "n", len(weight)])
-        for name in "xy"
-    )
     nodes = [
         helper.make_node("SparseMatMul", [source, "w"], [result], domain="ai.owl")
         for source, result in ("xu", "uy")
     ]
-    constant = numpy_helper.from_array(pack.pack(weight, "int4"), "w")
-    graph = helper.make_graph(nodes, "layer", [x], [y], [constant])
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.owl", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return layer(nodes, {"w": pack.pack(weight, "int4")}, len(weight))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -280,7 +281,7 @@ def test_sparse_int4_lies_dense_where_it_is_faster_so(
         done = with_isa(name, "-c", TWICE, *map(str, paths))
         assert done.returncode == 0, done.stderr
         sizes.append(float(done.stdout))
-    dense = sparsity < 0.9 and len(os.sched_getaffinity(0)) <= 4
+    dense = sparsity < 0.9 and len(os.sched_getaffinity(0)) <= FEW_THREADS
     assert (sizes[0] - sizes[1] > 1.8) == dense, sizes
 
 
