@@ -30,6 +30,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     # isa, weights, their sizes, their count, rows, by the way of many, threads, repeat, seconds
     "owl_time_matmul": (_Int, (_Text, *[_Data] * 2, *[_Size] * 2, _Int, *[_Size] * 2, _Data)),
+    "owl_lies_dense": (_Int, (_Text, *_PACKED, _Data)),  # isa, packed, found
     "owl_late_thread_works": (_Int, (*_PACKED, _Size, _Data)),  # packed, rows, found
     # data, size, threads, repeat, seconds
     "owl_time_read": (_Int, (_Data, _Size, _Size, _Size, _Data)),

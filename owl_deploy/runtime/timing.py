@@ -30,8 +30,8 @@ def from_memory(
     """Seconds of a product with one row of activations, of a random weight [out, in].
 
     `sparsity`: the share of zeros of a weight that is packed sparse, None for a dense one. The best
-    of three passes over copies that fill more than the caches. A larger matrix is taken to take as
-    much longer as it has rows more.
+    of three passes over copies that fill more than the caches, as it lies in a session's memory. A
+    larger matrix is taken to take as much longer as it has rows more.
     """
     rows, cols = shape
     taken = min(rows, math.ceil(_WEIGHTS / cols))
@@ -39,10 +39,20 @@ def from_memory(
     weight = rng.standard_normal((taken, cols), dtype=np.float32)
     if sparsity is not None:
         weight[rng.random(weight.shape, dtype=np.float32) < sparsity] = 0
+    isa = library.best_isa()
     block = pack.pack(weight, values, sparsity is not None, scale_columns=scale_columns)
+    if lies_dense(library, isa, block):
+        block = pack.pack(weight, values, sparse=False, scale_columns=scale_columns)
     blocks = copies(block, min(_FILL, _COPIES * block.size))
-    passes = time_matmul(library, library.best_isa(), blocks, 1, many=False, threads=threads)
+    passes = time_matmul(library, isa, blocks, 1, many=False, threads=threads)
     return min(passes) / len(blocks) * rows / taken
+
+
+def lies_dense(library: Library, isa: str, block: NDArray[np.uint8]) -> bool:
+    """Whether a session on this machine lays the packed weight `block` dense in memory."""
+    found = np.zeros(1, dtype=np.int32)
+    library.call("owl_lies_dense", isa.encode(), block, block.size, found)
+    return bool(found[0])
 
 
 def copies(block: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:

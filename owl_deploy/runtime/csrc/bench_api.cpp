@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "c_api.h"
+#include "dense.h"
 #include "engine.h"
 #include "threads.h"
 
@@ -160,6 +161,19 @@ OWL_EXPORT int owl_late_thread_works(const void* packed, std::size_t size, std::
     plan.add(op, x.data(), rows, y.data(), nullptr);
     plan.run({LateThread::run, nullptr, 2});
     *found = late.worked() ? 1 : 0;
+    return 0;
+  });
+}
+
+// Whether a session here lays a packed weight dense in memory: found 0 or 1.
+OWL_EXPORT int owl_lies_dense(const char* isa, const void* packed, std::size_t size, int* found) {
+  return owl_c::guarded([&] {
+    const owl::Kernels* kernels = owl_c::kernels_for(isa);
+    if (kernels == nullptr) return 1;
+    owl::PackedMatrix weight;
+    if (const auto wrong = owl::parse_packed(packed, size, &weight); !wrong.empty())
+      return owl_c::fail(wrong);
+    *found = owl::lies_dense(weight, *kernels) ? 1 : 0;
     return 0;
   });
 }

@@ -3,10 +3,13 @@
 #include <bit>
 #include <cstring>
 
+#include "threads.h"
+
 namespace owl {
 namespace {
 
 constexpr std::uint8_t kZero = 8;  // as stored
+constexpr std::size_t kFewThreads = 4;
 
 std::size_t scale_bytes(const PackedMatrix& w) {
   return divide_up(w.groups * w.scale_blocks * kGroupRows, kCellBytes) * kCellBytes;
@@ -23,6 +26,11 @@ const std::uint8_t* spread(std::uint64_t mask, const std::uint8_t* values,
 }
 
 }  // namespace
+
+bool lies_dense(const PackedMatrix& w, const Kernels& kernels) {
+  return kernels.prefers_dense_int4 && likely_session_threads() <= kFewThreads && w.sparse() &&
+         w.type == ValueType::kInt4 && dense_bytes(w) <= 2 * w.size;
+}
 
 std::size_t dense_bytes(const PackedMatrix& w) {
   return scale_bytes(w) + w.groups * w.dense_group_bytes() + kCellBytes;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "threads.h"
 
 namespace owl_ops {
 
@@ -55,15 +56,8 @@ inline void run_session_threads(void* context, std::size_t count, void (*task)(v
   Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(task, count, 0, argument);
 }
 
-// How many there are a session does not say: as many as the processor runs at once, of which a
-// large one has better things to do.
-inline std::size_t likely_session_threads() {
-  static const std::size_t likely = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
-  return likely;
-}
-
 inline owl::Pool session_pool(OrtKernelContext* context) {
-  return {run_session_threads, context, likely_session_threads()};
+  return {run_session_threads, context, owl::likely_session_threads()};
 }
 
 // The packed weight at input `index`, which must be a constant of the model. It is validated here,

@@ -264,7 +264,6 @@ class ProgramKernel {
  private:
   static constexpr std::int64_t kMaxWidth = std::int64_t{1} << 28;
   static constexpr std::size_t kMaxCopiers = 8, kCopyBytes = std::size_t{16} << 20;
-  static constexpr std::size_t kFewThreads = 4;
   static constexpr std::size_t kMaxRows = std::size_t{1} << 28;
   static constexpr std::size_t kMaxSlotFloats = std::size_t{1} << 40;
 
@@ -303,12 +302,8 @@ class ProgramKernel {
     return found;
   }
 
-  // Many threads share memory's bandwidth and have instructions to spare; of few it is the reverse:
-  // on two vCPUs of a Zen 3 half of a 1.5B decodes at a third of dense int4's speed, sparse. A
-  // weight that would more than double, of which three quarters and more are zero, is left alone.
   static bool becomes_dense(const owl::PackedMatrix& weight) {
-    return owl::best_kernels().prefers_dense_int4 && likely_session_threads() <= kFewThreads &&
-           owl::has_dense_form(weight) && owl::dense_bytes(weight) <= 2 * weight.size;
+    return owl::lies_dense(weight, owl::best_kernels());
   }
   static bool moves(const owl::PackedMatrix& weight) {
     static const bool pages = owl::huge_pages_available();

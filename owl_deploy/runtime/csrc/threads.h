@@ -1,12 +1,20 @@
-// Threads of our own, where no pool is at hand.
+// How many threads a session has, and threads of our own, where no pool is at hand.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <exception>
 #include <thread>
 #include <vector>
 
 namespace owl {
+
+// A session does not say: as many as the processor runs at once, of which a large one has better
+// things to do.
+inline std::size_t likely_session_threads() {
+  static const std::size_t likely = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+  return likely;
+}
 
 // Threads that are waited for at the end, an exception's too: one that is forgotten ends the
 // process.

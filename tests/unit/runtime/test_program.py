@@ -24,7 +24,7 @@ from .test_pack import VALUES, packed, sparse_weight
 pytestmark = pytest.mark.usefixtures("kernels")
 WIDTH, HEADS, KV_HEADS, SIZE, INNER, VOCABULARY = 96, 4, 2, 32, 80, 70
 TOTAL, PAST = 20, 13
-FEW_THREADS = 4  # kFewThreads in program.cpp
+FEW_THREADS = 4  # kFewThreads in dense.cpp
 LEFT_OUT = r"ai\.owl: .*(left out|must be an initializer)"
 NOT_OURS = "Input0 is absent, but not optional"  # ONNX Runtime refuses the first by itself
 REFUSALS = tuple(

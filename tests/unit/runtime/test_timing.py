@@ -1,13 +1,15 @@
 """Weights that are timed lie in memory as the operators hold them."""
 
 import mmap
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from owl_deploy.runtime import timing
+from owl_deploy.runtime import pack, timing
+from tests.unit.runtime.conftest import Kernels
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -42,3 +44,42 @@ def test_a_system_without_them_gives_others(monkeypatch: pytest.MonkeyPatch) -> 
     memory = timing.huge_memory(1 << 20)
     memory[:] = 1
     assert int(memory.sum(dtype=np.int64)) == 1 << 20
+
+
+WITHOUT_EXPANSION = ("avx2", "avxvnni", "avx512f")  # they take longer over a sparse int4 weight
+FEW_THREADS = 4  # kFewThreads in dense.cpp
+
+
+def half_of(weight: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(weight.size).reshape(weight.shape) % 2, weight, 0)
+
+
+def test_what_a_session_lays_dense(kernels: Kernels) -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)
+    few = len(os.sched_getaffinity(0)) <= FEW_THREADS
+    for isa in kernels.isas():
+        half = pack.pack(half_of(weight), "int4")
+        assert timing.lies_dense(kernels, isa, half) == (few and isa in WITHOUT_EXPANSION)
+        for other in (
+            pack.pack(weight, "int4", sparse=False),
+            pack.pack(half_of(weight), "int8"),
+            pack.pack(np.where(weight > 2, weight, 0), "int4"),  # nearly all zero
+        ):
+            assert not timing.lies_dense(kernels, isa, other)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_it_is_timed_as_it_lies(
+    kernels: Kernels, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def time_matmul(library, isa, blocks, *_, **__):
+        timed.extend(blocks)
+        return [1.0]
+
+    monkeypatch.setattr(timing, "time_matmul", time_matmul)
+    monkeypatch.setattr(timing, "lies_dense", lambda *_: dense)
+    monkeypatch.setattr(timing, "_FILL", 1)
+    timing.from_memory(kernels, (64, 256), "int4", 0.5, scale_columns=32, threads=1)
+    assert [pack.inspect(block).sparse for block in timed] == [not dense]
