@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
+
 from owl_deploy.errors import BadInput, EnvironmentFailed, first_line
 from owl_deploy.lease import STALE_S, Held, holds, lease
 
@@ -134,8 +136,7 @@ def check_room(
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BadInput(
-            f"{what} needs up to {needed / 2**30:.1f} GiB, and the disk has "
-            f"{free / 2**30:.1f} GiB left.",
+            f"{what} needs up to {decimal(int(needed))}, and the disk has {decimal(free)} left.",
             f"Free some space, or {else_where}.",
         )
 

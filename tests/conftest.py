@@ -1,5 +1,6 @@
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from owl_deploy import cli
+from owl_deploy.cache import cache_dir
 from owl_deploy.engines import EngineProcess
 from tests import tiny
 
@@ -15,6 +17,24 @@ torch.set_num_threads(1)
 
 # A shell's background job ignores Ctrl-C, and so would whatever a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder for this run: nothing that earlier code measured answers, nothing stays.
+
+    What was installed or fetched lies in it by links.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    for fetched in (
+        cache_dir("engines"),
+        cache_dir("test-environments"),
+        *cache_dir().glob("demo-input-*"),
+    ):
+        (folder / fetched.name).symlink_to(fetched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OWL_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +65,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder that no other test has measured anything into, and no earlier run."""
+    """A cache folder that no other test has measured anything into."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("OWL_CACHE", str(folder))
     return folder

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from rich.filesize import decimal
 
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import check_links, open_checkpoint
@@ -74,8 +75,8 @@ class Source:
         available = free_memory()
         if needed > available:
             raise BadInput(
-                f"The model needs {needed / 2**30:.1f} GiB in fp32, and only "
-                f"{available / 2**30:.1f} GiB of memory are free.",
+                f"The model needs {decimal(needed)} in fp32, and only "
+                f"{decimal(available)} of memory are free.",
                 "Free memory, or export on a larger machine.",
             )
         return self.checkpoint.load(torch.float32)

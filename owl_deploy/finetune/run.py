@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.filesize import decimal
 from torch import nn
 
 from owl_deploy import adapter
@@ -257,8 +258,8 @@ class Run:
         free = free_memory()
         if least > free:
             raise BadInput(
-                f"This training takes at least {least / 2**30:.1f} GiB of memory, and "
-                f"{free / 2**30:.1f} GiB are free.",
+                f"This training takes at least {decimal(int(least))} of memory, and "
+                f"{decimal(free)} are free.",
                 "Train fewer blocks at a time (--block-group), or smaller batches (--batch-size).",
             )
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 from rich.bar import Bar
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from owl_deploy.manifest import Block, CheckpointManifest
@@ -21,7 +22,7 @@ def show(manifest: CheckpointManifest, output: str) -> None:
     console.print(
         f"{output}: {manifest.weights / 1e6:.1f} M weights {_rounded(manifest)}in the blocks, "
         f"{manifest.wall_seconds:.0f} s, "
-        f"peak memory {manifest.peak_memory_bytes / 2**30:.1f} GiB. "
+        f"peak memory {decimal(manifest.peak_memory_bytes)}. "
         "The picture is in sparsity.svg.",
         soft_wrap=True,
     )

@@ -396,7 +396,7 @@ def test_no_room_for_the_teachers_cache(models, text_file, tmp_path, monkeypatch
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
     monkeypatch.setattr(module.Run, "execute", lambda *_: 1 / 0)
     values = QUICK | {"teacher_top": 300, "max_steps": 10**6}
-    with pytest.raises(BadInput, match=r"The teacher's cache .* the disk has 0\.0 GiB left"):
+    with pytest.raises(BadInput, match=r"The teacher's cache .* the disk has 2\.0 MB left"):
         finetune(sparse, tmp_path / "out", str(text_file), values, teacher=str(dense))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ZeroDivisionError):  # in one pass nothing comes again

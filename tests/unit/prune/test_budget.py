@@ -21,11 +21,6 @@ from tests import tiny
 GATED = ("gate_proj", "up_proj")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("OWL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny.write_llama(

@@ -23,11 +23,6 @@ from tests import tiny
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("OWL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def calibration(text_file):
     return Calibration(str(text_file), samples=4, sequence_length=48)
