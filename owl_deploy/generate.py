@@ -31,11 +31,13 @@ from owl_deploy.engines.speculate import (
     share_of,
 )
 from owl_deploy.errors import BadInput, EngineFailed, first_line
+from owl_deploy.text import load_tokenizer, token_before
 
 STDIN = "-"
 DEFAULT_NEW_TOKENS = 128
 UNLIMITED = -1  # new tokens: on until the context is full, as in llama.cpp
 _LONGEST_WORD = 8192  # letters, or digits, signs or blanks
+_MOST_SQUARES = 4 * _LONGEST_WORD**2  # of all words' lengths together
 LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
 _MOST_LOGITS = 2**28  # bytes, of several prompts whose tokens' logits are all made
 
@@ -316,10 +318,11 @@ class Writer:
         Raises `PromptTooLong`, and `BadInput` for one that cannot be read or has no tokens.
         """
         # The library's tokenizer takes time by the square of a word's length, and holds the lock.
-        if any(len(word[0]) > _LONGEST_WORD for word in _WORDS.finditer(prompt)):
+        lengths = [len(word[0]) for word in _WORDS.finditer(prompt)]
+        if max(lengths, default=0) > _LONGEST_WORD or sum(n * n for n in lengths) > _MOST_SQUARES:
             raise BadInput(
                 f"The prompt has more than {_LONGEST_WORD} letters, digits, signs or blanks in "
-                "a row.",
+                "a row, or nearly so many several times.",
                 "Divide them.",
             )
         with self._stumbling():
@@ -465,7 +468,6 @@ def _in_engine(
             f"{opened.path} runs in {engine}, from which owl takes the likeliest token only.",
             "Leave out --do-sample and --repetition-penalty.",
         )
-    from owl_deploy.text import load_tokenizer
 
     tokenizer = load_tokenizer(opened.path)
     if chat:
@@ -499,7 +501,8 @@ def _greedy(
 
 def _words(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:  # noqa: ANN401
     """The text of `tokens` in pieces, none of which ends within a character."""
-    told: list[int] = []  # of the piece before, which decides whether a space stands between
+    # Of the piece before, which decides whether a space stands between.
+    told = token_before(tokenizer)
     new: list[int] = []
     for token in tokens:
         new.append(token)

@@ -35,7 +35,7 @@ def as_text(name: object, lines: str, tokenizer: Any, separator: str) -> str:  #
     """
     parts: list[str] = []
     for number, record in _records(name, lines):
-        if "messages" in record:
+        if isinstance(record.get("messages"), list):  # a table has nothing there where a text is
             parts.append(_in_template(f"Line {number} of {name}", record["messages"], tokenizer))
         else:
             parts += [record["text"], separator]

@@ -214,6 +214,15 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokeniz
         ) from error
 
 
+def token_before(tokenizer: Any) -> list[int]:  # noqa: ANN401
+    """A token for others to come after where they go on from a text.
+
+    Decoded by themselves these lose their first space where the tokenizer is SentencePiece's.
+    """
+    before: list[int] = tokenizer.encode("1", add_special_tokens=False)[-1:]
+    return before
+
+
 def tokenize(
     tokenizer: Any,  # noqa: ANN401
     text: str,

@@ -24,6 +24,7 @@ from owl_deploy.errors import BadInput, EngineFailed
 
 DEFAULT_CONTEXT = 512
 DEFAULT_TIMEOUT_S = 600.0
+_LEAST_SPEED = 5.0  # tokens a second, of a long request that is still waited for
 _STACK = re.compile(r"^ *(?:0# |#0 |Traceback |backtrace)", re.MULTILINE)
 _LAST_WORDS = 300  # characters of an engine's stderr that an error shows
 
@@ -135,12 +136,13 @@ class EngineProcess(Child):
 
     Linux ends that process with the thread that entered the block, should it die before.
 
-    `context` is the tokens that the cache must hold, `timeout_s` the limit of each request; with
-    `all_logits` the requests that need the logits of every position can be made; `batch` rows are
-    decoded together, `streams` decoders share the model; `trust_library` lets a deployment bring
-    operators of its own (see loading.py); `draft`, a deployment's folder or "lookup", proposes
-    `draft_tokens` tokens at a time, 0 for as many as pay (speculate.py). `loaded` is the answer to
-    the load request: seconds, version, runtime, isa, threads.
+    `context` is the tokens that the cache must hold, `timeout_s` the limit of each request (None:
+    ten minutes, or more for many tokens); with `all_logits` the requests that need the logits of
+    every position can be made; `batch` rows are decoded together, `streams` decoders share the
+    model; `trust_library` lets a deployment bring operators of its own (see loading.py); `draft`, a
+    deployment's folder or "lookup", proposes `draft_tokens` tokens at a time, 0 for as many as pay
+    (speculate.py). `loaded` is the answer to the load request: seconds, version, runtime, isa,
+    threads.
 
     Entering raises `BadInput` for settings that name what must not be loaded, `EnvironmentFailed`
     when the engine is not installed, and `EngineFailed`, with
@@ -154,7 +156,7 @@ class EngineProcess(Child):
         *,
         threads: int | None = None,
         context: int = DEFAULT_CONTEXT,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
         all_logits: bool = False,
         batch: int = 1,
         streams: int = 1,
@@ -165,7 +167,7 @@ class EngineProcess(Child):
         super().__init__(engine, deployment)
         self.threads = threads_for(threads)
         self.context = context
-        self.timeout_s = timeout_s
+        self.timeout_s = timeout_s or max(DEFAULT_TIMEOUT_S, batch * context / _LEAST_SPEED)
         self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}
         self.draft, self.draft_tokens = draft, draft_tokens
         self.trust_library = trust_library

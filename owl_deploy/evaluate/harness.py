@@ -4,6 +4,7 @@ is that of what will run. Its own class for Hugging Face models is the measure o
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -17,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from owl_deploy.engines import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.progress import bar
+from owl_deploy.text import token_before
 
 _SLICE = 16  # new tokens between two looks for a stop sequence
 # What is scored: a key of the harness's own, the context's tokens, the continuation's.
@@ -149,8 +151,10 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
         for start in range(0, len(texts), self.batch):
             if self.batch == 1:
                 self._write(texts[start])
-            else:
-                self._write_together(texts[start : start + self.batch])
+                continue
+            # A prompt leaves room for its own answer: beside a longer one it may be too long.
+            for _, some in groupby(texts[start : start + self.batch], lambda text: text.most):
+                self._write_together([*some])
         return [text.cut() for text in texts]
 
     def _begun(self, context: str, options: dict[str, Any]) -> "_Text":
@@ -193,11 +197,8 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
 
 
 def going_on(tokenizer: Any, tokens: Sequence[int]) -> str:  # noqa: ANN401
-    """The text of `tokens` that go on from others.
-
-    By themselves they would lose their first space where the tokenizer is SentencePiece's.
-    """
-    before = tokenizer.encode("1", add_special_tokens=False)[-1:]
+    """The text of `tokens` that go on from others."""
+    before = token_before(tokenizer)
     whole: str = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
     return whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
 

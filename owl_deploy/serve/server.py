@@ -37,6 +37,7 @@ GRACE_S = 30  # for answers in the making after SIGTERM
 _LOOK_S = 0.25  # how often a request that waits looks whether its client is still there
 _RETRY_S = 1
 _BODY_S = 60  # for a request's body to come
+_READ_S = 1  # to read what came while the model's library, which holds Python's lock, did not
 _LOG = logging.getLogger(__name__)
 # Each row adds a little to a step, and everybody in a batch waits for its longest answer.
 BATCH = 8
@@ -198,15 +199,15 @@ async def _body(request: HttpRequest, most_bytes: int) -> bytes:
     if kind.lower() != "application/json":
         raise wire.Refused(415, "The body must be application/json.")
     body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_S):
-            async for part in request.stream():
-                body += part
-                if len(body) > most_bytes:
-                    raise wire.Refused(413, f"The body has more than {most_bytes} bytes.")
-    except TimeoutError:
-        raise wire.Refused(408, f"The body did not come within {_BODY_S} seconds.") from None
-    return bytes(body)
+    for seconds in (_BODY_S, _READ_S):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most_bytes:
+                        raise wire.Refused(413, f"The body has more than {most_bytes} bytes.")
+                return bytes(body)
+    raise wire.Refused(408, f"The body did not come within {_BODY_S} seconds.")
 
 
 def _refusal(error: Exception) -> wire.Refused:

@@ -30,7 +30,13 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("min_p", "min_tokens"), (0,)),
     "repeat_penalty": (1,),
     **dict.fromkeys(("grammar", "stop_token_ids"), ("", [])),
-    **dict.fromkeys(("json_schema", "structured_outputs"), ({},)),
+    **dict.fromkeys(("json_schema", "structured_outputs", "chat_template_kwargs"), ({},)),
+    **dict.fromkeys(("typical_p", "length_penalty"), (1,)),
+    **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
+    **dict.fromkeys(("bad_words", "allowed_token_ids"), ([],)),
+    **dict.fromkeys(("continue_final_message", "use_beam_search"), (False,)),
+    "add_generation_prompt": (True,),
+    "chat_template": ("",),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
 }
 

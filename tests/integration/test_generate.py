@@ -249,9 +249,10 @@ def test_prompts_whose_logits_would_fill_the_memory_go_alone(deployment, monkeyp
     assert [set(pieces) for pieces in said] == [{0}] * 6 + [{1}] * 6
 
 
-def test_a_word_whose_tokenizing_would_take_minutes_is_refused(deployment):
+@pytest.mark.parametrize("words", ["x" * 10_000, 5 * (" " + "x" * 8_000)], ids=["one", "five"])
+def test_words_whose_tokenizing_would_take_long_are_refused(deployment, words):
     with pytest.raises(BadInput, match="letters, digits, signs or blanks in a row"):
-        next(generate(deployment, PROMPT + "x" * 10_000))
+        next(generate(deployment, PROMPT + words))
 
 
 def test_more_rows_than_the_library_takes(deployment):

@@ -46,6 +46,11 @@ def written(folder, *lines, name="some.jsonl"):
         ([{"messages": CHAT}, {"messages": CHAT}], 2 * IN_TEMPLATE),
         ([{"text": "The tide"}, "", {"text": "A boat", "id": 1}], "The tide\n\nA boat"),
         ([{"text": "The tide\u2028"}, {"messages": CHAT}], "The tide\u2028\n\n" + IN_TEMPLATE),
+        # A table has all columns in each line, and nothing in some.
+        (
+            [{"text": "The tide", "messages": None}, {"text": None, "messages": CHAT}],
+            "The tide\n\n" + IN_TEMPLATE,
+        ),
         # Others are texts as they stand.
         (['{"prompt": "a"}', "b"], '{"prompt": "a"}\nb'),
         (["[1]"], "[1]"),

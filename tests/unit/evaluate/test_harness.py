@@ -13,6 +13,7 @@ from owl_deploy.engines import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate import humaneval
 from owl_deploy.evaluate.harness import DeploymentLM, _Text
+from owl_deploy.generate import _words
 
 LIKELY, OTHER = 1 - math.log(math.e + 9), -math.log(math.e + 9)
 
@@ -157,6 +158,21 @@ def test_texts_are_written_together_each_to_its_own_end(opened):
     assert found == lm.generate_until(texts)
 
 
+def test_a_long_prompt_is_not_written_beside_a_longer_answer(opened):
+    """Of two tasks in a row: each leaves room for its own answers only."""
+    model, requests = opened
+    wanted = [("1" * 40, 4), ("2" * 40, 4), ("34", 20)]
+    texts = [
+        asked("generate_until", text, {"until": ["x"], "max_gen_toks": most})
+        for text, most in wanted
+    ]
+    together = model(32, batch=3).generate_until(texts)
+    begun = [one for one in requests if one["prompts"]]
+    assert [len(one["prompts"]) for one in begun] == [2, 1]
+    assert all(one["length"] <= 32 for one in begun)
+    assert together == model(32).generate_until(texts)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -191,6 +207,11 @@ def test_what_goes_on_keeps_its_first_space():
     text = _Text(Pieces(), [*map(ord, "def f():\n")], [], 20, {0})
     text.take([*map(ord, "    pass")])
     assert text.cut() == "    pass"
+
+
+def test_what_an_engine_generates_keeps_its_first_space():
+    words = ["    pass", " and"]
+    assert [*_words(map(ord, "".join(words)), Pieces())] == [*"".join(words)]
 
 
 def test_a_text_ends_at_any_of_the_models_ends():

@@ -1,5 +1,6 @@
 """Requests in line, before a model that goes on only when a test says so."""
 
+import ctypes
 import json
 import socket
 import threading
@@ -356,6 +357,11 @@ def test_an_engine_that_fails_is_told_without_its_secrets(writer, client, caplog
         ({"prompt": "one word"}, 400, None, "word is too long"),
         ({"extra_body": {"min_p": 0.1}}, 400, "unsupported_parameter", "min_p"),
         ({"extra_body": {"guided_json": {}}}, 400, "unsupported_parameter", "guided_json"),
+        ({"extra_body": {"add_generation_prompt": False}}, 400, "unsupported_parameter", "add_"),
+        (
+            {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+            *(400, "unsupported_parameter", "chat_template_kwargs"),
+        ),
         ({"extra_body": {"repetition_penalty": 0}}, 400, None, "repetition_penalty"),
         ({"prompt": "a" * 2**21}, 413, None, "bytes"),
     ],
@@ -383,7 +389,9 @@ def test_letters_that_look_like_a_nul_are_text(writer, client):
 def test_what_asks_for_nothing_is_taken(writer, client):
     writer.go.release()
     quiet = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me", "stop": []}
-    assert ask(client, "a", 1, **quiet).choices[0].finish_reason == "length"
+    others = {"typical_p": 1.0, "mirostat": 0, "bad_words": [], "add_generation_prompt": True}
+    answer = ask(client, "a", 1, **quiet, extra_body=others)
+    assert answer.choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize(
@@ -483,6 +491,26 @@ def test_a_body_that_does_not_come_is_not_waited_for(url, monkeypatch):
     with socket.create_connection((place.host, place.port), timeout=PATIENCE) as slow:
         slow.sendall(head.encode())
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_that_came_while_the_server_stood_still_is_read(url, writer, monkeypatch):
+    """As it does while the model's library holds Python's lock."""
+    monkeypatch.setattr(server, "_BODY_S", 1)
+    writer.go.release()
+    place = httpx.URL(url)
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+        f"content-length: {len(body)}\r\ncontent-type: application/json\r\n\r\n"
+    )
+    with socket.create_connection((place.host, place.port), timeout=PATIENCE) as client:
+        client.sendall(head.encode())
+        time.sleep(0.5)
+        held = threading.Thread(target=ctypes.PyDLL(None).sleep, args=(2,))
+        held.start()
+        client.sendall(body)  # before the sleep, or after it
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        held.join()
 
 
 @pytest.mark.parametrize(
