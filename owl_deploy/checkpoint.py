@@ -452,10 +452,15 @@ def compatible_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if rope.get("rope_type", "default") != "default":
             scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
             both.setdefault("rope_scaling", scaling)
-    dtype = both.get("dtype") or both.get("torch_dtype")
+    dtype = stored_dtype(both)
     if dtype:
         both["dtype"] = both["torch_dtype"] = dtype
     return both
+
+
+def stored_dtype(config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a JSON value
+    """What a config.json says that its weights are stored in, by the name of today or before."""
+    return config.get("dtype") or config.get("torch_dtype")
 
 
 def _rewrite(path: Path, change: Any) -> None:  # noqa: ANN401 - a function from JSON to JSON

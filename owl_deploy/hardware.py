@@ -9,7 +9,7 @@ import torch
 
 from owl_deploy import container
 from owl_deploy.blocks import Skeleton, free_on
-from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.checkpoint import Checkpoint, stored_dtype
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.ranks import local_rank
 
@@ -90,7 +90,7 @@ def find_dtype(
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
-        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+        stored = stored_dtype(checkpoint.config)
         dtype = known.get(str(stored), torch.float32)
         if device.type == "cpu" and (exact or dtype == torch.float16):
             return torch.float32

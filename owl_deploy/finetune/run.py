@@ -27,7 +27,7 @@ from torch import nn
 
 from owl_deploy import adapter
 from owl_deploy.artefact import check_room, only_writer, publish, sha256
-from owl_deploy.checkpoint import GRID, open_checkpoint
+from owl_deploy.checkpoint import GRID, open_checkpoint, stored_dtype
 from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.finetune.frozen import halve
@@ -155,7 +155,8 @@ class Run:
             )
         self.dtype = find_training_dtype(settings.dtype, find_device("auto"))
         # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
-        half = self.dtype == torch.bfloat16 and source.checkpoint.config.get("dtype") == "bfloat16"
+        stored = stored_dtype(source.checkpoint.config)
+        half = self.dtype == torch.bfloat16 and stored == "bfloat16"
         self.stored = torch.bfloat16 if half else torch.float32
         self._cache: TeacherCache | None = None
         vocabulary = source.checkpoint.config.get("vocab_size", 0)

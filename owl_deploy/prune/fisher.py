@@ -3,13 +3,14 @@
 OWL and its successors guess that cost from statistics of the weights and inputs. It is measured
 here: each Linear is pruned to three sparsities around the one asked for, by the method itself, and
 one pass backward tells what each of the differences costs, by the Fisher information (see
-`sensitivity`). Between them the logarithm of the loss is taken as linear in the sparsity. Then the
-losses of all Linears together are made as small as can be, weight by weight (see `knapsack`), which
-is how EvoPress (arXiv 2410.14649) states the problem that it searches.
+`sensitivity`). Between them the logarithm of the loss is taken as linear in the sparsity. What was
+zero before stays so: it costs nothing, and does not tell what more would. Then the losses of all
+Linears together are made as small as can be, weight by weight (see `knapsack`), which is how
+EvoPress (arXiv 2410.14649) states the problem that it searches.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from owl_deploy.allocation import hold_mean, most_removed, whole_kept
 from owl_deploy.methods import METHODS
@@ -36,8 +37,10 @@ def by_fisher(request: Request, store: Store) -> list[dict[str, float]]:
     asked = levels(settings.sparsity, settings.group)
     ways = [Format(settings.bits, sparsity) for sparsity in asked]
     found = measure_losses(request, store, _quick(settings), ways, errors=False)
-    losses = [[one.loss for one in own] for block in found for own in block.values()]
-    return shape.by_block(divided(settings.sparsity, settings.group, sizes, asked, losses))
+    linears = [own for block in found for own in block.values()]
+    losses = [[one.loss for one in own] for own in linears]
+    gone = [own[0].gone for own in linears]
+    return shape.by_block(divided(settings.sparsity, settings.group, sizes, asked, losses, gone))
 
 
 def levels(sparsity: float, group: tuple[int, int] | None) -> list[float]:
@@ -55,27 +58,81 @@ def divided(
     sizes: Sequence[int],
     tried: Sequence[float],
     losses: Sequence[Sequence[float]],
+    gone: Sequence[float] = (),
 ) -> list[float]:
     """The sparsities of Linears of these `sizes` that lose least, of the mean `sparsity`.
 
-    `losses`: of each Linear at each of the sparsities `tried`, which are in order. With `group`
-    (N, M) each is one of those; else any hundredth, of which `most_removed` of a Linear at most.
+    `losses`: of each Linear at each of the sparsities `tried`, which are in order; `gone`: of each
+    what was zero before (nothing, if empty), which stays so. With `group` (N, M) each sparsity is
+    one of those tried; else any hundredth, of which `most_removed` of a Linear at most. Where more
+    was zero before than `sparsity`, that is their mean.
     """
-    most = most_removed(sparsity)
-    known = list(tried)
+    most, gone = most_removed(sparsity), gone or [0.0] * len(sizes)
+    known: list[list[float]] = [list(tried)] * len(sizes)
     if group is None:
-        steps = [step / _STEPS for step in range(_STEPS)]
-        known = sorted({one for one in (*steps, sparsity, most) if one <= most})
-        losses = [[_between(one, tried, own) for one in known] for own in losses]
+        steps = {step / _STEPS for step in range(_STEPS)} | {sparsity, most}
+        curves = [_Curve(tried, own, zeros) for own, zeros in zip(losses, gone, strict=True)]
+        known = [curve.reachable([one for one in steps if one <= most]) for curve in curves]
+        losses = [[curve.at(s) for s in own] for curve, own in zip(curves, known, strict=True)]
     options = [
-        [Option(size * (1 - one), loss) for one, loss in zip(known, own, strict=True)]
-        for size, own in zip(sizes, losses, strict=True)
+        [Option(size * (1 - one), loss) for one, loss in zip(own, costs, strict=True)]
+        for size, own, costs in zip(sizes, known, losses, strict=True)
     ]
     budget = (1 - sparsity) * sum(sizes) * (1 + 1e-9)  # all of them at the sparsity asked for fit
-    found = [known[at] for at in cheapest(options, budget)]
+    found = [own[at] for own, at in zip(known, cheapest(options, budget), strict=True)]
     if group is None:
-        return [round(one, 12) for one in hold_mean(found, sizes, sparsity, most)]
+        return [round(one, 12) for one in _held(found, sizes, sparsity, most, gone)]
     return [1 - kept / group[1] for kept in whole_kept(found, sizes, group[1])]
+
+
+class _Curve:
+    """A Linear's loss at any sparsity, by its `losses` at those `tried`.
+
+    `gone`: what was zero before. What was tried below that removed nothing, and its loss is that of
+    rounding alone, if anything; above it the loss rises at once, for the least weights went before.
+    """
+
+    def __init__(self, tried: Sequence[float], losses: Sequence[float], gone: float) -> None:
+        gone = gone if gone * _STEPS >= 1 else 0.0
+        near = gone + min(gone / 20, (1 - gone) / 10)  # so little more tells nothing either
+        below = sum(one <= near for one in tried)
+        self._gone, self._begins = gone, losses[below - 1] if below else None
+        self._tried, self._losses = tried[below:], losses[below:]
+
+    def reachable(self, steps: Iterable[float]) -> list[float]:
+        """The sparsities that the `steps` ask for, in order, as far as the loss is known."""
+        most = self._tried[-1] if len(self._tried) == 1 else 1.0 if self._tried else self._gone
+        return sorted({max(one, self._gone) for one in steps if one <= max(most, self._gone)})
+
+    def at(self, sparsity: float) -> float:
+        """The loss at a `sparsity` that can be reached."""
+        if self._begins is None:
+            return _between(sparsity, self._tried, self._losses)
+        if sparsity <= self._gone:
+            return self._begins
+        first, loss = self._tried[0], self._losses[0]
+        if sparsity <= first:
+            share = (sparsity - self._gone) / (first - self._gone)
+            return self._begins + share * (loss - self._begins)
+        return _between(sparsity, self._tried, self._losses)
+
+
+def _held(
+    found: Sequence[float],
+    sizes: Sequence[int],
+    sparsity: float,
+    most: float,
+    gone: Sequence[float],
+) -> list[float]:
+    """What was `found`, moved to the mean `sparsity`, but for what stays as it was before."""
+    held, free = list(found), [at for at, one in enumerate(found) if not 0 < one <= gone[at]]
+    stays = sum(found[at] * sizes[at] for at in {*range(len(found))} - {*free})
+    wanted, own = sparsity * sum(sizes) - stays, [sizes[at] for at in free]
+    if free and wanted > 0:
+        moved = hold_mean([found[at] for at in free], own, wanted / sum(own), most)
+        for at, one in zip(free, moved, strict=True):
+            held[at] = max(one, gone[at])
+    return held
 
 
 def _between(sparsity: float, tried: Sequence[float], losses: Sequence[float]) -> float:

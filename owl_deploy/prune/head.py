@@ -38,8 +38,7 @@ def measure_head(request: Request, store: Store) -> list[Cost]:
 @torch.no_grad()
 def _loss(request: Request, store: Store) -> float:
     assert request.windows is not None
-    assert request.held_out is not None
-    skeleton, windows, held_out = request.skeleton, request.windows, request.held_out
+    skeleton, windows, held_out = request.skeleton, request.windows, request.measured_by
     tied = skeleton.model.config.tie_word_embeddings
     passes = len(skeleton.names) * (len(windows) + (1 + tied) * len(held_out)) + len(windows)
     with bar("Measuring the head", passes) as advance:

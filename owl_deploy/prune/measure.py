@@ -136,11 +136,16 @@ def gather(
     *,
     keep: bool,
     hessian: bool,
+    read: bool = True,
 ) -> InputStatistics:
-    """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`."""
+    """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`.
+
+    With `read` the inputs of what is rounded, and attention averages, count by their running means
+    as well.
+    """
     linears = request.skeleton.linears(index)
     pruned = request.shape.linears[index]
-    rounded = hessian and request.settings.rounds
+    rounded = read and hessian and request.settings.rounds
     inputs = InputStatistics(
         {key: linears[key] for key in pruned},
         request.samples,

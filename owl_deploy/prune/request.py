@@ -91,6 +91,12 @@ class Request:
         return self.ranks.part(self.windows)
 
     @property
+    def measured_by(self) -> torch.Tensor:
+        """The windows of `held_out` that losses are measured by, whatever else is judged by it."""
+        assert self.held_out is not None
+        return self.held_out[: _measuring(self.held_out.shape[1])]
+
+    @property
     def samples(self) -> int:
         """The windows of all processes; 1 where there are none."""
         return 1 if self.windows is None else len(self.windows)
@@ -196,6 +202,11 @@ def _check_alone(settings: PruneSettings, processes: int) -> None:
             raise BadInput(f"{asked} takes one process, and there are {processes}.", "Start one.")
 
 
+def _measuring(length: int) -> int:
+    """How many windows of `length` tokens losses are measured by."""
+    return max(HELD_OUT_TOKENS // length, 1)
+
+
 def _windows(
     checkpoint: Checkpoint,
     settings: PruneSettings,
@@ -232,7 +243,7 @@ def _windows(
     if settings.reconstruct:
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
     if settings.budget or allocation.losses:
-        held_out = max(held_out, HELD_OUT_TOKENS // calibration.sequence_length, 1)
+        held_out = max(held_out, _measuring(calibration.sequence_length))
     return calibration_windows(
         tokens, calibration.samples, calibration.sequence_length, calibration.seed, held_out
     )

@@ -47,21 +47,24 @@ from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 from owl_deploy.recipe import PruneSettings
+from owl_deploy.text import token_digest
 
 _CACHE = "losses"  # the folder in the cache
-_VERSION = 3  # of the measurement: what an earlier one found is not taken
+_VERSION = 4  # of the measurement: what an earlier one found is not taken
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one format costs: `loss` in nats a token, `zeros` as a share, and the `error` of the
-    outputs as a share of their squares (0 where that is not asked for).
+    """What one format costs: `loss` in nats a token, `zeros` as a share, of which `gone` were zero
+    before, and the `error` of the outputs as a share of their squares (0 where that is not asked
+    for).
     """
 
     loss: float
     zeros: float
+    gone: float
     error: float
 
 
@@ -134,6 +137,7 @@ def remembered(
     Linear; another machine may round its sums otherwise.
     """
     decided = request.deciding() | {"tune_minutes": None, "measurement": _VERSION, **asked}
+    decided["held_out"] = token_digest(request.measured_by)
     decided["calibration"] = (request.describe_calibration() or {}) | {"source": None}
     making = {"method", "structure", "skip", "bits_group", "options", "refit"}
     decided["settings"] = settings.model_dump(mode="json", include=making)
@@ -159,8 +163,9 @@ class Measuring:
 
     Forward: what `entered` the block in the windows that are held out, and of each Linear for every
     way the `difference` [ways, out, in], int8, in steps of `step` [ways, out], and the `measured`
-    [ways, 2]: errors of the outputs, zeros. Backward: the `gradient` by what entered the block, and
-    of each Linear the `loss` [ways], with what was `measured`: all that is asked for in the end.
+    [ways, 3]: errors of the outputs, zeros, zeros before. Backward: the `gradient` by what entered
+    the block, and of each Linear the `loss` [ways], with what was `measured`: all that is asked for
+    in the end.
 
     Of several processes each runs its part of the windows that Linears are made by, and makes its
     part of the Linears; backward it runs its part of the other windows. The first writes the files,
@@ -170,12 +175,11 @@ class Measuring:
     def __init__(
         self, request: Request, store: Store, maker: Maker, ways: Sequence[Format], *, errors: bool
     ) -> None:
-        assert request.held_out is not None
         self.request, self.store, self.skeleton = request, store, request.skeleton
         self.ranks = request.ranks
         self.names, self.linears = request.shape.names, request.shape.linears
         self.maker, self.ways, self.errors = maker, ways, errors
-        self.held_out = request.held_out
+        self.held_out = request.measured_by
 
     def run(self) -> Losses:
         """For each block, by its pruned Linears' names, what each of the `ways` costs.
@@ -231,7 +235,7 @@ class Measuring:
             owner = divide(statistics, linears, self.ranks, hessian=hessian)
             others = None
             if self.errors:
-                others = gather(*asked, held_out, advance, keep=True, hessian=True)
+                others = gather(*asked, held_out, advance, keep=True, hessian=True, read=False)
             else:
                 held_out.through(block, index, advance, keep=True)
             for key, dense in own.items():
@@ -243,14 +247,14 @@ class Measuring:
         self, key: str, dense: torch.Tensor, inputs: Inputs, others: InputStatistics | None
     ) -> dict[str, torch.Tensor]:
         """What the forward pass leaves of the Linear `key`, whose weight is `dense` [out, in]."""
-        kept, measured = [], []
+        kept, measured, gone = [], [], zeros(dense)
         judging = Inputs(others, key) if others else None
         whole = _output(dense, judging) if judging else 0.0
         for way in self.ways:
             left = self.maker.tried(dense, inputs, way.sparsity, way.bits)
             difference = left - dense
             share = _output(difference, judging) / whole if judging and whole else 0.0
-            measured.append([share, zeros(left)])
+            measured.append([share, zeros(left), gone])
             kept.append(in_steps(difference.cpu()))
         difference, step = (torch.stack(own) for own in zip(*kept, strict=True))
         return {
@@ -325,8 +329,8 @@ class Measuring:
         backward = self.store.measured(name, "backward")
         return {
             key: [
-                Found(loss, zeros, error)
-                for loss, (error, zeros) in zip(
+                Found(loss, zeros, gone, error)
+                for loss, (error, zeros, gone) in zip(
                     backward[f"{key}.loss"].tolist(),
                     backward[f"{key}.measured"].tolist(),
                     strict=True,

@@ -19,6 +19,7 @@ from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.run import prune
 from owl_deploy.prune.sensitivity import Measuring
 from owl_deploy.prune.store import Store
+from tests import tiny
 from tests.reference import sensitivity as reference
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -90,6 +91,67 @@ def test_no_linear_is_emptied_and_a_dead_one_pays_for_the_others():
     assert max(found) == found[0] == pytest.approx(0.975, abs=0.01)
     assert max(found) <= 0.975
     assert sum(found) / 3 == pytest.approx(0.9)
+
+
+def test_what_was_zero_before_stays_and_is_not_taken_for_free():
+    """All that was tried of the first removed nothing: it is left, and the second pays the rest."""
+    tried = fisher.levels(0.6, None)
+    dense = [1e-3, 3e-3, 1e-2]
+    sizes = [1000, 1000]
+    assert fisher.divided(0.6, None, sizes, tried, [[0.0] * 3, dense], [0.8, 0]) == [0.8, 0.4]
+    assert fisher.divided(0.6, None, sizes, tried, [[2.0] * 3, dense], [0.8, 0]) == [0.8, 0.4]
+    # More than was asked for: nothing goes.
+    assert fisher.divided(0.6, None, sizes, tried, [[0.0] * 3] * 2, [0.8, 0.7]) == [0.8, 0.7]
+    assert fisher.divided(0.6, None, sizes, tried, [[0.0] * 3] * 2, [0.6, 0.6]) == [0.6, 0.6]
+    both = [[0.0] * 3, dense]
+    assert fisher.divided(0.6, None, [1000, 10], tried, both, [0.8, 0]) == [0.8, 0.0]
+    # A few zeros are in any weights.
+    losses = exponential([4.0, 5.0], tried)
+    few = fisher.divided(0.6, None, sizes, tried, losses, [1e-3, 1e-3])
+    assert few == fisher.divided(0.6, None, sizes, tried, losses)
+
+
+def test_above_what_was_zero_before_the_loss_rises_at_once():
+    tried = [0.44, 0.6, 0.76]
+    curve = fisher._Curve(tried, [0.1, 0.3, 0.9], 0.5)  # 0.1 of it is rounding's
+    assert curve.at(0.5) == 0.1
+    assert curve.at(0.55) == pytest.approx(0.2)
+    assert curve.at(0.6) == pytest.approx(0.3)
+    assert curve.at(0.68) == pytest.approx(0.3 * 3**0.5)
+    assert curve.reachable([0.0, 0.3, 0.55, 0.9]) == [0.5, 0.55, 0.9]
+    # By one above it, or none, no more is known than that.
+    assert fisher._Curve(tried, [0, 0, 1], 0.6).reachable([0.5, 0.7, 0.76, 0.8]) == [0.6, 0.7, 0.76]
+    assert fisher._Curve(tried, [0, 0, 0], 0.75).reachable([0.5, 0.76, 0.8]) == [0.75]
+
+
+@pytest.mark.parametrize("sparsity", [0.55, 0.3])
+def test_a_model_that_was_pruned_already_is_pruned_on(sparse, text_file, tmp_path, sparsity):
+    """60 % of each Linear is zero; with more asked for in the mean each gets as much or more."""
+    settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=sparsity)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    once = prune(sparse, tmp_path / "once", settings, calibration)
+    assert once.sparsity.achieved == pytest.approx(0.6, abs=0.01)
+    more = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.7)
+    twice = prune(tmp_path / "once", tmp_path / "twice", more, calibration)
+    assert twice.sparsity.achieved == pytest.approx(0.7, abs=0.01)
+    for block in twice.blocks:
+        for one in block.linears.values():
+            assert one.sparsity >= 0.59
+            assert one.achieved == pytest.approx(one.sparsity, abs=0.02)
+
+
+def test_a_reconstruction_does_not_measure_again(llama, tmp_path):
+    """It holds out more windows, of which losses are measured by the same."""
+    (tmp_path / "long.txt").write_text(tiny.text(20_000))
+    calibration = Calibration(str(tmp_path / "long.txt"), samples=72, sequence_length=512)
+    settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.5)
+    first = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    reconstructed = settings.model_copy(update={"reconstruct": 1})
+    again = check(llama, reconstructed, calibration, ANY_HARDWARE, tune_minutes=None)
+    assert first.held_out is not None
+    assert again.held_out is not None
+    assert len(again.held_out) > len(first.held_out) == 8
+    assert torch.equal(first.measured_by, again.measured_by)
 
 
 @pytest.mark.parametrize(
