@@ -290,8 +290,9 @@ class Writer:
         self._last_logits = LAST_LOGITS in options
         import onnxruntime_genai
 
-        from owl_deploy.engines.drivers.onnxruntime import open_genai
+        from owl_deploy.engines.drivers.onnxruntime import open_genai, runs_whole
 
+        self._whole = runs_whole(self.path)
         with self._stumbling():
             in_turns = drafting is not None and drafting.deployment is not None
             library = str(opened.library or "")
@@ -402,24 +403,25 @@ class Writer:
         sampling = rows[0].sampling
         sampling = replace(sampling, top_k=min(sampling.top_k, self._vocabulary))
         generator = _generator(self._model, length, sampling, len(rows))
-        run_prompts(generator, ids, self._pad)
+        run_prompts(generator, ids, self._pad, whole=self._whole)
         while not generator.is_done() and not all(row.ended for row in rows):
             generator.generate_next_token()
             yield generator.get_next_tokens().tolist()
 
     def _drafted_steps(self, row: Row, drafting: Draft) -> Iterator[list[int]]:
         """The next token of a row that goes alone, with the draft."""
-        from owl_deploy.engines.drivers.onnxruntime import Rows, pad_of
+        from owl_deploy.engines.drivers.onnxruntime import Rows, pad_of, runs_whole
 
         names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
         search = Search(**{name: getattr(row.sampling, name) for name in names})
         proposing: Lookup | Proposer = Lookup()
         if drafting.deployment is not None:
             share = share_of(drafting.deployment.path, self.path)
-            rows = Rows(self._draft, row.length, pad_of(drafting.deployment.path))
+            folder = drafting.deployment.path
+            rows = Rows(self._draft, row.length, pad_of(folder), whole=runs_whole(folder))
             proposing = Proposer(rows, search, share)
         random = np.random.default_rng(row.sampling.seed)
-        rows = Rows(self._model, row.length, self._pad)
+        rows = Rows(self._model, row.length, self._pad, whole=self._whole)
         speculation = Speculation(rows, proposing, search, drafting.tokens, random)
         row.speed.draft = speculation.tally
         for token in speculation.tokens(list(row.tokens), row.length, row.ends):

@@ -11,6 +11,7 @@ from owl_deploy.grid import read_grid
 from owl_deploy.runtime import pack
 
 QKV = ("q_proj", "k_proj", "v_proj")
+_GATE_UP = ("gate_proj", "up_proj")
 _INTEGERS = [name for _, name in sorted(pack.INTEGERS.items())]  # the narrowest first
 
 
@@ -69,6 +70,11 @@ class Grid:
         linear = _linear(initializer)
         if linear in self.scales:
             return Rounded(self.scales[linear], self.bits[linear])
+        block, _, last = linear.rpartition(".")
+        whole = f"{block}.gate_up_proj"  # Phi-3's, which the builder cuts in two
+        if last in _GATE_UP and whole in self.scales:
+            half = np.split(self.scales[whole], 2)[_GATE_UP.index(last)]
+            return Rounded(half, self.bits[whole])
         return joined(self.parts(initializer), np.concatenate)
 
     def parts(self, initializer: str) -> list[Rounded]:

@@ -136,3 +136,8 @@ def _check_causal(config: dict[str, Any], folder: Path) -> None:
     if not any(str(name).endswith("ForCausalLM") for name in architectures):
         names = ", ".join(map(str, architectures)) or "no architecture"
         raise BadInput(f"{folder} is no causal language model: its config.json names {names}.")
+    if config.get("use_bidirectional_attention"):
+        raise BadInput(
+            f"The model in {folder} sees the tokens to come, too (use_bidirectional_attention).",
+            "Only models that read from left to right are exported.",
+        )

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import artefact, engines
+from owl_deploy.engines.drivers import onnxruntime as driver
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai, parity, tables
 from owl_deploy.export.source import Source
 from owl_deploy.export.targets import export
-from owl_deploy.runtime import library_path
+from owl_deploy.runtime import LIBRARY_NAME, library_path
 from tests import tiny
 
 DEEPSPARSE = engines.is_installed("deepsparse")
@@ -198,6 +199,25 @@ def test_what_the_builder_scales_wrongly_is_not_written(owl, tmp_path, monkeypat
     assert (code, out) == (1, "")
     assert "The graph's rotary table cos_cache is not the model's from position 1 on." in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("owl", marks=needs_operators)])
+def test_a_longrope_prompt_is_run_in_one_go(target, tmp_path):
+    """In parts the first keys would be rotated by the tables for short texts, the others not."""
+    checkpoint = write_scaled("phi3, longrope", tmp_path / "model")
+    deployment = tmp_path / "out"
+    export(checkpoint, deployment, target=target)
+    assert "chunk_size" not in json.loads((deployment / "genai_config.json").read_text())["search"]
+    tokens = [(7 + 13 * index) % 320 for index in range(400)]  # the original context has 256
+    wanted = parity.Session(deployment).step(tokens)[-1]
+    library = str(deployment / LIBRARY_NAME) if target == "owl" else ""
+    model = driver.open_genai(str(deployment), 1, library, takes_turns=True)
+    whole = driver.runs_whole(deployment)
+    found = driver.Rows(model, 401, 0, whole=whole).run(tokens)[-1]
+    in_parts = driver.Rows(model, 401, 0, whole=False).run(tokens)[-1]
+    assert whole
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    assert np.abs(in_parts - wanted).max() > 1e-3 * np.abs(wanted).max()
 
 
 def test_longrope_in_a_family_whose_graph_has_one_table(owl, tmp_path):

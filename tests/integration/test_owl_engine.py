@@ -79,6 +79,14 @@ def rounded(request, tmp_path):
     return folder, f"int{bits}"
 
 
+def test_what_the_builder_cuts_up_keeps_its_grid(tmp_path):
+    """Phi-3's gate and up are one Linear; its q, k and v too, which the builder leaves joined."""
+    folder = tiny.write_model("phi3", tmp_path / "model", hidden_size=128, intermediate_size=192)
+    tiny.round_to_grid(folder, 4, 64, 0.0)
+    packing = export(folder, tmp_path / "out", target="owl", precision="int4").to_json()["packing"]
+    assert packing["weights_on_grid"] == 2 * 4
+
+
 def test_few_bits_on_a_grid_are_what_the_checkpoint_holds(rounded, text_file, tmp_path):
     """The same logits as int8 with this grid; those differ from fp32 by the activations alone."""
     rounded, narrow = rounded

@@ -142,12 +142,34 @@ def append(generator: Any, ids: np.ndarray, pad: int) -> None:  # noqa: ANN401 -
     generator.append_tokens(ids)
 
 
-def run_prompts(generator: Any, ids: np.ndarray, pad: int) -> None:  # noqa: ANN401 - as above
-    """Run the prompts `ids` [rows, length]; one by itself in parts, several in one go.
+def runs_whole(folder: Path) -> bool:
+    """Whether a prompt must be run in one go: LongRoPE's graph takes its rotary tables by how many
+    tokens there are by the end of a run, and keys that one has rotated do not fit the other.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    for name in ("rope_parameters", "rope_scaling"):
+        ropes = config.get(name) if isinstance(config, dict) else None
+        if isinstance(ropes, dict) and "longrope" in (ropes.get("rope_type"), ropes.get("type")):
+            return True
+    return False
+
+
+def run_prompts(
+    generator: Any,  # noqa: ANN401 - as above
+    ids: np.ndarray,
+    pad: int,
+    *,
+    whole: bool = False,
+) -> None:
+    """Run the prompts `ids` [rows, length]; one by itself in parts, unless `whole`, several in one
+    go.
 
     After each part other threads may run: the library holds Python's lock.
     """
-    part = PROMPT_PART if len(ids) == 1 else ids.shape[1]
+    part = PROMPT_PART if len(ids) == 1 and not whole else ids.shape[1]
     for start in range(0, ids.shape[1], part):
         append(generator, ids[:, start : start + part], pad)
 
@@ -209,10 +231,17 @@ class Genai:
 class Rows:
     """A decoder in onnxruntime-genai, all of whose logits are read: a `Model` of speculate.py."""
 
-    def __init__(self, model: Any, length: int, pad: int) -> None:  # noqa: ANN401 - without stubs
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - without stubs
+        length: int,
+        pad: int,
+        *,
+        whole: bool,
+    ) -> None:
         import onnxruntime_genai
 
-        self.pad = pad
+        self.pad, self.whole = pad, whole
         parameters = onnxruntime_genai.GeneratorParams(model)
         parameters.set_search_options(max_length=length, do_sample=False)
         self.generator = onnxruntime_genai.Generator(model, parameters)
@@ -222,7 +251,7 @@ class Rows:
         is_prompt = self.generator.token_count() == 0
         ids = np.array([tokens], np.int32)
         if is_prompt:
-            run_prompts(self.generator, ids, self.pad)
+            run_prompts(self.generator, ids, self.pad, whole=self.whole)
             last: np.ndarray = self.generator.get_logits()[0]
             return last
         self.generator.append_tokens(ids)
@@ -251,9 +280,10 @@ class Drafted:
             )
         )
         self.speculate = _speculate()
-        self.pad = pad_of(Path(asked.folder))
+        self.pad, self.whole = pad_of(Path(asked.folder)), runs_whole(Path(asked.folder))
         if self.draft is not None:
             self.pad_of_draft = pad_of(Path(asked.draft))
+            self.draft_whole = runs_whole(Path(asked.draft))
             self.share = self.speculate.share_of(Path(asked.draft), Path(asked.folder))
         self.restart()
         self.reset()
@@ -268,9 +298,9 @@ class Drafted:
         speculate, choose = self.speculate, self.speculate.Search()
         draft = speculate.Lookup()
         if self.draft is not None:
-            rows = Rows(self.draft, self.length, self.pad_of_draft)
+            rows = Rows(self.draft, self.length, self.pad_of_draft, whole=self.draft_whole)
             draft = speculate.Proposer(rows, choose, self.share)
-        rows = Rows(self.model, self.length, self.pad)
+        rows = Rows(self.model, self.length, self.pad, whole=self.whole)
         self.speculation = speculate.Speculation(rows, draft, choose, self.count, tally=self.tally)
 
     def prompt(self, tokens: list[int]) -> int:

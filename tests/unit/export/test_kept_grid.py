@@ -92,6 +92,17 @@ def test_weights_of_the_graph_are_found_by_their_linears(tmp_path: Path) -> None
     assert grid.of(f"{block}.attn.qkv_proj.MatMul.weight") is None
 
 
+def test_the_halves_of_phi_3s_gate_and_up_are_found() -> None:
+    name = "model.layers.0.mlp.gate_up_proj"
+    scales = np.arange(8, dtype=np.float32).reshape(8, 1)
+    grid = Grid({name: 8}, 32, {name: scales})
+    for half, values in (("gate", scales[:4]), ("up", scales[4:])):
+        found = grid.of(f"model.layers.0.mlp.{half}_proj.MatMul.weight")
+        assert found is not None
+        assert found.bits == 8
+        np.testing.assert_array_equal(found.scales, values)
+
+
 def test_gate_and_up_keep_their_grids() -> None:
     rng = np.random.default_rng(0)
     scales = {name: np.float32(2.0 ** rng.integers(-5, 0, (20, 1))) for name in "gu"}

@@ -55,6 +55,13 @@ def test_weights_that_are_not_the_model_s(llama, tmp_path, change, complaint):
         _ = Source(copy).reference
 
 
+def test_a_model_that_sees_the_tokens_to_come_is_refused(tmp_path):
+    """A causal graph of it would compute something else, which integers' parity does not tell."""
+    folder = tiny.write_model("gemma3_text", tmp_path / "model", use_bidirectional_attention=True)
+    with pytest.raises(BadInput, match="sees the tokens to come"):
+        Source(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer_config.json"])
 def test_a_link_to_another_file_is_refused_before_any_work(llama, tmp_path, name):
     """What reads the tokenizer would follow it, and its content would be in the deployment."""
