@@ -353,11 +353,15 @@ def show(
 def _gains(drafted: Result) -> Iterator[str]:
     """What each deployment gains by the draft, with its own answers."""
     first = drafted.scenarios[0].metrics[0].key
-    compared = {one.candidate: one for one in drafted.comparisons if one.scenario == first}
+    alone = {one.path: one.name for one in drafted.subjects if not one.draft}
+    compared = {
+        (one.candidate, one.baseline): one for one in drafted.comparisons if one.scenario == first
+    }
     for subject in drafted.subjects:
-        if subject.tally:
+        gain = compared.get((subject.name, alone.get(subject.path, "")))
+        if subject.tally and gain:
             yield (
-                f"{subject.name}: {short(compared[subject.name])} as fast, with the same answers; "
+                f"{subject.name}: {short(gain)} as fast, with the same answers; "
                 f"{subject.tally['share_accepted']:.0%} of the draft's tokens accepted."
             )
 

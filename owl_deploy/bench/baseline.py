@@ -273,14 +273,14 @@ def read(path: Path) -> tuple[Side, Margins]:
     """Read a baseline file; raises `BadInput` for one that is missing, damaged or edited."""
     hint = "Make it again with --save-baseline."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
         digest = content.pop("digest")
         if digest != digests.of_json(content):
             raise BadInput(f"The baseline file {path} was edited or damaged.", hint)
         return Side(**content["side"]), Margins(**content["margins"])
     except OSError as error:
         raise BadInput(f"The baseline file {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is not a baseline file, or a damaged one.", hint) from error
 
 

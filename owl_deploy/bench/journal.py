@@ -1,5 +1,6 @@
 """Samples kept as they are taken, so that a benchmark that was interrupted goes on where it was."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,8 @@ from owl_deploy import digests
 from owl_deploy.artefact import end_line
 from owl_deploy.bench.result import Sample, Subject
 from owl_deploy.cache import cache_dir
+from owl_deploy.errors import BadInput
+from owl_deploy.lease import Held, lease
 
 # A pair is a comparison only if both were measured about the same time: a round that was
 # interrupted is taken up within these seconds, and measured anew after them.
@@ -23,6 +26,21 @@ class Journal:
         folder = cache_dir("bench")
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{digests.of_json(identity)[:24]}.jsonl"
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep others from the same plan until the block ends: their times would be of both.
+
+        Raises `BadInput` where it is being measured already.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lease(self.path.with_suffix(".lock")))
+            except Held as error:
+                raise BadInput(
+                    "This benchmark is running already.", "Wait until it is done, or end it."
+                ) from error
+            yield
 
     def add(self, name: str, about: dict[str, Any], sample: Sample, failed: dict[str, str]) -> None:
         """Keep a sample of the subject `name`, and what there will be no more of."""

@@ -66,7 +66,8 @@ def run_bench(
     all of the deployment where no session is left, and is named in the result's `failures`; the
     others are measured on. After an interruption, the same plan goes on with the samples that were
     taken, which are there until `keep` has written the result. Raises `BadInput`, and
-    `EnvironmentFailed` for an engine that is not installed, before anything is timed.
+    `EnvironmentFailed` for an engine that is not installed, before anything is timed; `BadInput`,
+    too, where the same plan is being measured already.
     """
     plan, entries, limits = fitted(plan)
     scenarios = plan.described()
@@ -76,19 +77,20 @@ def run_bench(
     here = machine.look()
     bandwidth = 0.0
     journal = Journal([plan.model_dump(), threads, here.cpu, _identities(plan, entries)])
-    subjects = journal.restore(subject for subject, _ in entries)
     deployments = {subject.name: deployment for subject, deployment in entries}
     runner = _Runner(plan, scenarios, deployments, threads, opener, journal)
-    for look in range(plan.looks):
-        bandwidth = max(bandwidth, machine.read_bandwidth(threads))
-        runner.rounds(subjects, look * plan.pairs, progress)
-        bandwidth = max(bandwidth, machine.read_bandwidth(threads))  # others may have been busy
-        found = conclude(plan, scenarios, here, threads, bandwidth, tuple(subjects.values()))
-        found = found.model_copy(update={"notes": (*limits, *found.notes)})
-        if decided(found):
-            break
-    keep(found)
-    journal.delete()
+    with journal.alone():
+        subjects = journal.restore(subject for subject, _ in entries)
+        for look in range(plan.looks):
+            bandwidth = max(bandwidth, machine.read_bandwidth(threads))
+            runner.rounds(subjects, look * plan.pairs, progress)
+            bandwidth = max(bandwidth, machine.read_bandwidth(threads))  # others may have been busy
+            found = conclude(plan, scenarios, here, threads, bandwidth, tuple(subjects.values()))
+            found = found.model_copy(update={"notes": (*limits, *found.notes)})
+            if decided(found):
+                break
+        keep(found)
+        journal.delete()
     return found
 
 
@@ -363,12 +365,14 @@ class _Runner:
         for repeats in (1, self.plan.repeats):
             prompts = list(itertools.islice(texts, repeats * scenario.streams))
             asking = ask_all(load, scenario.streams, iter(prompts))
+            limit_s = repeats * self.plan.time_limit_s
             try:
-                tally = asyncio.run(asyncio.wait_for(asking, self.plan.time_limit_s))
+                tally = asyncio.run(asyncio.wait_for(asking, limit_s))
             except TimeoutError as error:
                 server.check_alive()
-                late = f"did not answer within {self.plan.time_limit_s:g} s"
-                raise EngineFailed(f"{subject.name}'s server {late}.") from error
+                late = f"did not answer within {limit_s:g} s"
+                hint = "Give it a longer --time-limit, or fewer --clients."
+                raise EngineFailed(f"{subject.name}'s server {late}.", hint) from error
             if tally.refused:
                 tally.errors.append("429 Too Many Requests")
             if tally.errors:

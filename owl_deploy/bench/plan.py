@@ -104,7 +104,9 @@ class BenchPlan(BaseModel):
         if self.draft is None and self.draft_tokens is not None:
             raise BadInput("--draft-tokens is for a draft.", "Give --draft, or leave it out.")
         for name, readers in _READERS.items():
-            if name in self.model_fields_set and readers.isdisjoint(self.scenarios):
+            # `answers@64` has its number of tokens, and no file.
+            asked = kinds if name == "prompts" else self.scenarios
+            if name in self.model_fields_set and readers.isdisjoint(asked):
                 known = " or ".join(sorted(readers))
                 raise BadInput(
                     f"{option(name)} is for --scenario {known}.", "Give that, or leave it out."

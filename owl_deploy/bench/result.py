@@ -188,8 +188,9 @@ class Result(_Model):
         return [failure for subject in self.subjects for failure in subject.failures]
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: str | Path) -> Result:
     """Read a result.json, or the one in a folder; raises `BadInput` for anything else."""
+    path = Path(path)
     file = path / FILE if path.is_dir() else path
     what_else = what_it_is(path)
     if what_else and not file.is_file():
@@ -275,7 +276,8 @@ def choose_baselines(
 ) -> list[tuple[Subject, tuple[Against, ...]]]:
     """The dense baselines to name: in the same engine, the best of its precision, the best of all.
 
-    "Same engine" prefers the same precision there. One baseline may be several of these.
+    "Same engine" prefers the same precision there, and of what has a draft is the same without it.
+    One baseline may be several of these.
     """
     if not baselines:
         return []
@@ -286,8 +288,9 @@ def choose_baselines(
 
     alike = [s for s in baselines if precision_class(s) == precision_class(candidate)]
     here = [s for s in baselines if s.engine == candidate.engine]
+    itself = [s for s in here if candidate.draft and s.path == candidate.path]
     picks: list[tuple[Against, Subject | None]] = [
-        ("same engine", best([s for s in here if s in alike]) or best(here)),
+        ("same engine", best(itself) or best([s for s in here if s in alike]) or best(here)),
         ("best of the precision", best(alike)),
         ("best of all", best(baselines)),
     ]

@@ -78,12 +78,12 @@ def _keeping(output: Path | None, force: bool) -> Callable[[Result], None]:
 def run_gate(
     plan: BenchPlan,
     *,
-    save: Path | None = None,
-    check: Path | None = None,
+    save: str | Path | None = None,
+    check: str | Path | None = None,
     margin: float | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     force: bool = False,
-    summary: Path | None = None,
+    summary: str | Path | None = None,
     prepare: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """As `bench`, and save a baseline file or check against one.
@@ -94,6 +94,9 @@ def run_gate(
     for a file that is no baseline, and for one to be saved that would replace another thing, unless
     `force`.
     """
+    save, check, output, summary = (
+        None if one is None else Path(one) for one in (save, check, output, summary)
+    )
     if summary and not check:
         raise BadInput("--summary is for the verdicts of --check.", "Give both, or neither.")
     _append(summary, "")  # what cannot be written is said before anything is measured

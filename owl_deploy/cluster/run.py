@@ -24,7 +24,7 @@ from owl_deploy.pipeline import Plan, Task, needs, survey
 from owl_deploy.progress import error_console
 from owl_deploy.record import Record, kept, skipped, with_ending
 
-RETRIES = 3  # of a task whose worker or node died
+RETRIES = 3  # of a task whose worker or node died, for want of memory too
 PATIENCE_S = 300.0  # for a node to come back that alone could run a task
 _TICK_S, _STOPPING_S = 1.0, 20.0
 

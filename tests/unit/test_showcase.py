@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from owl_deploy import showcase
+from owl_deploy.bench.result import Comparison
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.export.targets import TARGETS
 from owl_deploy.pipeline import (
@@ -131,6 +132,29 @@ def test_the_table_has_quality_beside_speed(capsys: pytest.CaptureFixture[str]) 
     assert shown.startswith("Deploy dense-")
     assert "70.0 ± 7.3" in shown
     assert max(map(len, shown.splitlines()[1:])) <= 80
+
+
+def test_a_draft_gains_over_the_same_model_without_it() -> None:
+    result = made.result()
+    first, dense, other = result.subjects[0], result.subjects[3], result.subjects[5]
+    tally = {"share_accepted": 0.5, "tokens_per_step": 2.0}
+    drafted = first.model_copy(
+        update={
+            **{"name": "dense with sister", "path": dense.path, "draft": "sister"},
+            "samples": tuple(one.model_copy(update={"draft": tally}) for one in first.samples),
+        }
+    )
+    row = {"scenario": "decode@512", "candidate": drafted.name, "against": ("best of all",)}
+    row |= {"low": 1.0, "high": 3.0, "pairs": 8, "verdict": "faster", "text": ""}
+    compared = [
+        Comparison.model_validate({**row, "baseline": one.name, "ratio": ratio})
+        for one, ratio in ((dense, 2.0), (other, 1.4))
+    ]
+    update = {"subjects": (drafted, dense, other), "comparisons": tuple(compared)}
+    (said,) = showcase._gains(result.model_copy(update=update))
+    assert said.startswith("dense with sister: 2.00x")
+    update["comparisons"] = ()
+    assert [*showcase._gains(result.model_copy(update=update))] == []
 
 
 def test_programs_run_only_where_that_is_allowed(tmp_path: Path) -> None:

@@ -301,6 +301,18 @@ def test_half_a_round_from_another_hour_is_measured_anew(
     assert opened == ["sparse", "dense"]
 
 
+def test_the_same_benchmark_is_not_run_twice_at_once(pair: tuple[Path, Path]) -> None:
+    """The times of each would be of both, and the second would take the first's samples."""
+    plan = BenchPlan(candidates=pair, scenarios=("decode",), pairs=1)
+
+    def again(_: Result) -> None:
+        with pytest.raises(BadInput, match="is running already"):
+            run_bench(plan)
+
+    run_bench(plan, keep=again)
+    run_bench(plan)
+
+
 def test_what_failed_of_one_that_goes_on_is_kept(cache: Path) -> None:
     subject = result().subjects[0].model_copy(update={"samples": ()})
     sample = result().subjects[0].samples[0]

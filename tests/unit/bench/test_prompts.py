@@ -69,6 +69,9 @@ def test_a_draft_is_measured_on_answers_alone(fake):
     plan = BenchPlan(**asked, scenarios=("answers",), new_tokens=9, context=(77,))
     (scenario,) = plan.described()
     assert (scenario.key, scenario.context) == ("answers@9", 77)
+    # So it is by its key, which cannot name a file of prompts.
+    keyed = BenchPlan(**asked, scenarios=("answers@9",), prompts=fake.path / "prompts")
+    assert [one.key for one in keyed.described()] == ["answers@9"]
     assert [metric.answer for metric in scenario.metrics] == ["token_ms", "first_ms"]
 
 

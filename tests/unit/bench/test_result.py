@@ -61,6 +61,18 @@ def test_another_precision_of_the_same_engine_will_do() -> None:
     }
 
 
+def test_what_has_a_draft_is_compared_with_itself_without() -> None:
+    """Another that is faster is no measure of what the draft gains."""
+    alone = [subject("a", "owl", "int8", 50), subject("b", "owl", "int8", 36)]
+    drafted = subject("a with d", "owl", "int8", 30, "candidate").model_copy(
+        update={"path": "a", "draft": "d"}
+    )
+    assert chosen(drafted, alone) == {
+        "a": ("same engine",),
+        "b": ("best of the precision", "best of all"),
+    }
+
+
 def test_an_engine_without_a_dense_baseline() -> None:
     assert chosen(subject("s", "owl", "int8", 5), DENSE) == {
         "ort8": ("best of the precision",),
@@ -70,7 +82,8 @@ def test_an_engine_without_a_dense_baseline() -> None:
 
 
 def test_an_earlier_result_is_read() -> None:
-    result = read_result(Path("tests/earlier/result.json"))
+    result = read_result("tests/earlier/result.json")
+    assert result == read_result(Path("tests/earlier"))
     assert [subject.name for subject in result.subjects] == ["onnx", "dense"]
     assert result.comparisons[0].baseline == "dense"
 
