@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from owl_deploy import digests
 from owl_deploy.artefact import copy, link, own, read_object, save_tensors, sha256
 from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_out_of_memory
 from owl_deploy.families import family_of
@@ -114,6 +115,11 @@ class Checkpoint:
                 for path in sorted(set(self.files.values()))
             },
         }
+
+    def content(self) -> list[str]:
+        """Digests of config.json and of the weights' files, wherever they lie."""
+        files = [self.folder / "config.json", *sorted(set(self.files.values()))]
+        return [digests.digest(file) for file in files]
 
     @property
     def is_large(self) -> bool:

@@ -323,7 +323,7 @@ class Writer:
         if max(lengths, default=0) > _LONGEST_WORD or sum(n * n for n in lengths) > _MOST_SQUARES:
             raise BadInput(
                 f"The prompt has more than {_LONGEST_WORD} letters, digits, signs or blanks in "
-                "a row, or nearly so many several times.",
+                "a row, or many words of thousands.",
                 "Divide them.",
             )
         with self._stumbling():

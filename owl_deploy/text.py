@@ -177,7 +177,7 @@ def _load_dataset(part: _Part) -> str:
         rows = datasets.load_dataset(
             part.name, part.config, split=part.split, revision=part.revision, streaming=True
         )
-        rows = rows if part.documents is None else rows.take(part.documents)
+        rows = rows if part.documents is None else rows.take(part.documents + 1)
         texts = [row[part.column] for row in rows]
     except Exception as error:  # no network, no such data set, split or column: many types
         raise BadInput(
@@ -185,6 +185,10 @@ def _load_dataset(part: _Part) -> str:
             f"({type(error).__name__}).",
             "Check its name, config and column, and the network, or give a text file.",
         ) from error
+    if part.documents is not None and len(texts) > part.documents:
+        texts.pop()
+        if part.documents == _STREAMED_DOCUMENTS:  # and not as others take the evaluation's
+            error_console().print(f"{part.name}: of its rows the first {len(texts)} are read.")
     texts = [one for one in texts if one is not None]  # a document that is not there
     if texts and isinstance(texts[0], list):
         return JsonLines("\n".join(json.dumps({"messages": one}, default=str) for one in texts))

@@ -49,12 +49,13 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     # Whether special tokens in a text are read as such, the backend is told at each call.
     split = bool(getattr(tokenizer, "split_special_tokens", False))
     maker = hashlib.sha256(f"{backend.to_str()}{' split' * split}".encode()).hexdigest()
-    digests = _digests(documents, tokenizer.chat_template)
+    template = (tokenizer.chat_template, tokenizer.special_tokens_map)  # which it may write
+    digests = _digests(documents, template)
     name = f"{_key(maker, digests)}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # it is not there, or damaged
         return _mapped(cache_path() / _CACHE / name)
     tokens = _tokenized(tokenizer, documents)
-    if _digests(documents, tokenizer.chat_template) != digests:  # changed meanwhile
+    if _digests(documents, template) != digests:  # changed meanwhile
         return tokens
     import numpy
 

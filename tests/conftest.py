@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from owl_deploy import cli
-from owl_deploy.cache import cache_dir
+from owl_deploy.cache import cache_path
 from owl_deploy.engines import EngineProcess
 from tests import tiny
 
@@ -23,15 +24,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder for this run: nothing that earlier code measured answers, nothing stays.
 
-    What was installed or fetched lies in it by links.
+    Links lead from it to the environments, and to the demo's input where that is there.
     """
     folder = tmp_path_factory.mktemp("cache")
-    for fetched in (
-        cache_dir("engines"),
-        cache_dir("test-environments"),
-        *cache_dir().glob("demo-input-*"),
-    ):
-        (folder / fetched.name).symlink_to(fetched)
+    real = cache_path().absolute()
+    for name in ("engines", "test-environments"):
+        with contextlib.suppress(OSError):  # a home that is read only
+            (real / name).mkdir(parents=True, exist_ok=True)
+    for there in (real / "engines", real / "test-environments", *real.glob("demo-input-*")):
+        if there.is_dir():
+            (folder / there.name).symlink_to(there)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OWL_CACHE", str(folder))
         yield

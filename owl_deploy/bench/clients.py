@@ -21,7 +21,8 @@ _SAID = 200  # letters of a refusal that an error shows
 class Load:
     """What each client asks of `model` at `url`: answers of `new_tokens` tokens.
 
-    `leave`: the share of the requests whose client goes away after the first text.
+    `leave`: the share of the requests whose client goes away after the first text; `limit_s`: what
+    one may take.
     """
 
     url: str
@@ -29,6 +30,7 @@ class Load:
     new_tokens: int
     leave: float = 0.0
     key: str = "none"
+    limit_s: float | None = None
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Tally:
 async def ask_all(load: Load, clients: int, prompts: Iterator[str]) -> Tally:
     """Have `clients` at once ask the next of `prompts` each, until there is none.
 
-    A client that is refused with 429 waits as it is told. Other errors are counted.
+    A client that is refused with 429 waits as it is told. Other errors are counted. Raises
+    `TimeoutError` for an answer that takes longer than the load's limit.
     """
     headers = {"authorization": f"Bearer {load.key}"}
     # A connection for each request: llama.cpp's server ends one with the stream that it carried,
@@ -76,7 +79,8 @@ async def _client(
     for prompt in prompts:
         leaves = generator.random() < load.leave
         try:
-            await _ask(connections, load, prompt, leaves, tally)
+            async with asyncio.timeout(load.limit_s):
+                await _ask(connections, load, prompt, leaves, tally)
         except (httpx.HTTPError, ValueError, KeyError) as error:
             tally.errors.append(f"{type(error).__name__}: {error}")
 

@@ -33,14 +33,13 @@ class Journal:
 
         Raises `BadInput` where it is being measured already.
         """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(lease(self.path.with_suffix(".lock")))
-            except Held as error:
-                raise BadInput(
-                    "This benchmark is running already.", "Wait until it is done, or end it."
-                ) from error
-            yield
+        try:
+            with lease(self.path.with_suffix(".lock")):
+                yield
+        except Held as error:
+            raise BadInput(
+                "This benchmark is running already.", "Wait until it is done, or end it."
+            ) from error
 
     def add(self, name: str, about: dict[str, Any], sample: Sample, failed: dict[str, str]) -> None:
         """Keep a sample of the subject `name`, and what there will be no more of."""

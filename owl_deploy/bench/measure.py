@@ -361,16 +361,15 @@ class _Runner:
         from owl_deploy.bench.clients import Load, ask_all
 
         texts = other_words(self.deployments[subject.name], scenario.tokens, self.plan.seed)
-        load = Load(server.url, server.model, scenario.new)
+        load = Load(server.url, server.model, scenario.new, limit_s=self.plan.time_limit_s)
         for repeats in (1, self.plan.repeats):
             prompts = list(itertools.islice(texts, repeats * scenario.streams))
             asking = ask_all(load, scenario.streams, iter(prompts))
-            limit_s = repeats * self.plan.time_limit_s
             try:
-                tally = asyncio.run(asyncio.wait_for(asking, limit_s))
+                tally = asyncio.run(asking)
             except TimeoutError as error:
                 server.check_alive()
-                late = f"did not answer within {limit_s:g} s"
+                late = f"did not answer within {self.plan.time_limit_s:g} s"
                 hint = "Give it a longer --time-limit, or fewer --clients."
                 raise EngineFailed(f"{subject.name}'s server {late}.", hint) from error
             if tally.refused:

@@ -104,7 +104,7 @@ class BenchPlan(BaseModel):
         if self.draft is None and self.draft_tokens is not None:
             raise BadInput("--draft-tokens is for a draft.", "Give --draft, or leave it out.")
         for name, readers in _READERS.items():
-            # `answers@64` has its number of tokens, and no file.
+            # A key such as `answers@64` gives all but the file of prompts.
             asked = kinds if name == "prompts" else self.scenarios
             if name in self.model_fields_set and readers.isdisjoint(asked):
                 known = " or ".join(sorted(readers))

@@ -2,6 +2,7 @@
 
 import os
 
-# A task that Ray's memory monitor ends is begun again without end, else; Ray reads this when it is
-# imported. As often as `run.RETRIES` for any other death.
-os.environ.setdefault("RAY_task_oom_retries", "3")
+RETRIES = 3  # of a task whose worker or node died
+# Ray begins a task that it ended for want of memory again without end, unless this says how often.
+# It reads that when it is imported.
+os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from owl_deploy.artefact import make_folder
-from owl_deploy.cluster import job, nodes
+from owl_deploy.cluster import RETRIES, job, nodes
 from owl_deploy.cluster.interrupt import asking_once
 from owl_deploy.cluster.job import Job
 from owl_deploy.cluster.needs import ROWS, Given, Need, needs_of
@@ -24,7 +24,6 @@ from owl_deploy.pipeline import Plan, Task, needs, survey
 from owl_deploy.progress import error_console
 from owl_deploy.record import Record, kept, skipped, with_ending
 
-RETRIES = 3  # of a task whose worker or node died, for want of memory too
 PATIENCE_S = 300.0  # for a node to come back that alone could run a task
 _TICK_S, _STOPPING_S = 1.0, 20.0
 

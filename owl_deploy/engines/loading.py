@@ -330,11 +330,12 @@ def _tensors(message: "Message") -> Iterator["onnx.TensorProto"]:
 def digest(file: Path, *, thorough: bool = False) -> str:
     """SHA-256 of a file, read once as long as it stays as it is; if `thorough`, in this process."""
     status = file.stat()
-    return _digest(file, status.st_size, status.st_mtime_ns, thorough)
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _digest(file, state, thorough)
 
 
 @cache
-def _digest(file: Path, _size: int, _modified_ns: int, thorough: bool) -> str:
+def _digest(file: Path, _state: tuple[int, ...], thorough: bool) -> str:
     return digests.digest(file, again=thorough)
 
 

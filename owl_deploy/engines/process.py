@@ -26,6 +26,7 @@ DEFAULT_CONTEXT = 512
 DEFAULT_TIMEOUT_S = 600.0
 _LEAST_SPEED = 5.0  # tokens a second, of a long request that is still waited for
 _STACK = re.compile(r"^ *(?:0# |#0 |Traceback |backtrace)", re.MULTILINE)
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 _LAST_WORDS = 300  # characters of an engine's stderr that an error shows
 
 
@@ -46,9 +47,18 @@ def default_threads() -> int:
     """The physical cores that this process may use: engines gain nothing from their siblings, and
     threads beyond a container's quota wait for one another.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(allowed or 1, psutil.cpu_count(logical=False) or allowed or 1)
-    return max(1, math.ceil(min(cores, container.processors())))
+    return max(1, math.ceil(min(_cores(), container.processors())))
+
+
+def _cores() -> int:
+    """The physical cores of the processors that this process may run on."""
+    if not hasattr(os, "sched_getaffinity"):
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError):  # a system that does not say who are siblings
+        siblings = (_TOPOLOGY / f"cpu{one}/topology/thread_siblings_list" for one in allowed)
+        return len({path.read_text() for path in siblings})
+    return min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))
 
 
 class Child:
@@ -137,12 +147,12 @@ class EngineProcess(Child):
     Linux ends that process with the thread that entered the block, should it die before.
 
     `context` is the tokens that the cache must hold, `timeout_s` the limit of each request (None:
-    ten minutes, or more for many tokens); with `all_logits` the requests that need the logits of
-    every position can be made; `batch` rows are decoded together, `streams` decoders share the
-    model; `trust_library` lets a deployment bring operators of its own (see loading.py); `draft`, a
-    deployment's folder or "lookup", proposes `draft_tokens` tokens at a time, 0 for as many as pay
-    (speculate.py). `loaded` is the answer to the load request: seconds, version, runtime, isa,
-    threads.
+    ten minutes, or more where the context is large); with `all_logits` the requests that need the
+    logits of every position can be made; `batch` rows are decoded together, `streams` decoders
+    share the model; `trust_library` lets a deployment bring operators of its own (see loading.py);
+    `draft`, a deployment's folder or "lookup", proposes `draft_tokens` tokens at a time, 0 for as
+    many as pay (speculate.py). `loaded` is the answer to the load request: seconds, version,
+    runtime, isa, threads.
 
     Entering raises `BadInput` for settings that name what must not be loaded, `EnvironmentFailed`
     when the engine is not installed, and `EngineFailed`, with

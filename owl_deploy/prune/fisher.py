@@ -67,7 +67,9 @@ def divided(
     one of those tried; else any hundredth, of which `most_removed` of a Linear at most. Where more
     was zero before than `sparsity`, that is their mean.
     """
-    most, gone = most_removed(sparsity), gone or [0.0] * len(sizes)
+    most = most_removed(sparsity)
+    # A few zeros are in any weights; where next to all are, a recipe still has to say a sparsity.
+    gone = [min(one, most) if one * _STEPS >= 1 else 0.0 for one in gone] or [0.0] * len(sizes)
     known: list[list[float]] = [list(tried)] * len(sizes)
     if group is None:
         steps = {step / _STEPS for step in range(_STEPS)} | {sparsity, most}
@@ -90,19 +92,21 @@ class _Curve:
 
     `gone`: what was zero before. What was tried below that removed nothing, and its loss is that of
     rounding alone, if anything; above it the loss rises at once, for the least weights went before.
+    (So little that it is less than half of all that was tried changes nothing of that curve.)
     """
 
     def __init__(self, tried: Sequence[float], losses: Sequence[float], gone: float) -> None:
-        gone = gone if gone * _STEPS >= 1 else 0.0
         near = gone + min(gone / 20, (1 - gone) / 10)  # so little more tells nothing either
         below = sum(one <= near for one in tried)
-        self._gone, self._begins = gone, losses[below - 1] if below else None
+        self._gone, self._begins = gone, 0.0 if 2 * gone > tried[0] else None
+        if below:
+            self._begins = losses[below - 1]
         self._tried, self._losses = tried[below:], losses[below:]
 
     def reachable(self, steps: Iterable[float]) -> list[float]:
         """The sparsities that the `steps` ask for, in order, as far as the loss is known."""
-        most = self._tried[-1] if len(self._tried) == 1 else 1.0 if self._tried else self._gone
-        return sorted({max(one, self._gone) for one in steps if one <= max(most, self._gone)})
+        most = 1.0 if len(self._tried) > 1 else [self._gone, *self._tried][-1]
+        return sorted({max(one, self._gone) for one in steps if one <= most})
 
     def at(self, sparsity: float) -> float:
         """The loss at a `sparsity` that can be reached."""
@@ -126,12 +130,20 @@ def _held(
 ) -> list[float]:
     """What was `found`, moved to the mean `sparsity`, but for what stays as it was before."""
     held, free = list(found), [at for at, one in enumerate(found) if not 0 < one <= gone[at]]
-    stays = sum(found[at] * sizes[at] for at in {*range(len(found))} - {*free})
-    wanted, own = sparsity * sum(sizes) - stays, [sizes[at] for at in free]
-    if free and wanted > 0:
+    while free:
+        stays = sum(one * size for one, size in zip(held, sizes, strict=True)) - sum(
+            held[at] * sizes[at] for at in free
+        )
+        wanted, own = sparsity * sum(sizes) - stays, [sizes[at] for at in free]
+        if wanted <= 0:
+            break
         moved = hold_mean([found[at] for at in free], own, wanted / sum(own), most)
         for at, one in zip(free, moved, strict=True):
             held[at] = max(one, gone[at])
+        stopped = [at for at, one in zip(free, moved, strict=True) if one < gone[at]]
+        if not stopped:
+            break
+        free = [at for at in free if at not in stopped]  # the others move further
     return held
 
 

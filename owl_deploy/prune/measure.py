@@ -140,8 +140,8 @@ def gather(
 ) -> InputStatistics:
     """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`.
 
-    With `read` the inputs of what is rounded, and attention averages, count by their running means
-    as well.
+    With `read` the inputs of a v_proj that is rounded count by their running means as well, for
+    attention averages its outputs.
     """
     linears = request.skeleton.linears(index)
     pruned = request.shape.linears[index]

@@ -133,14 +133,15 @@ def remembered(
 ) -> T:
     """What the cache folder holds of what was `asked`, or `measure` finds, together; it is kept.
 
-    For this model, text (wherever it lies), device and dtype, and what the `settings` make of a
-    Linear; another machine may round its sums otherwise.
+    For these weights and this text (wherever they lie), device and dtype, and what the `settings`
+    make of a Linear; another machine may round its sums otherwise.
     """
     decided = request.deciding() | {"tune_minutes": None, "measurement": _VERSION, **asked}
     decided["held_out"] = token_digest(request.measured_by)
     decided["calibration"] = (request.describe_calibration() or {}) | {"source": None}
     making = {"method", "structure", "skip", "bits_group", "options", "refit"}
     decided["settings"] = settings.model_dump(mode="json", include=making)
+    decided["model"] = request.ranks.from_leader(request.checkpoint.content)
     name = f"{digests.of_json(decided)}.json"
 
     def kept() -> T | None:

@@ -37,7 +37,7 @@ GRACE_S = 30  # for answers in the making after SIGTERM
 _LOOK_S = 0.25  # how often a request that waits looks whether its client is still there
 _RETRY_S = 1
 _BODY_S = 60  # for a request's body to come
-_READ_S = 1  # to read what came while the model's library, which holds Python's lock, did not
+_READ_S = 1  # to read what came while the model's library held Python's lock
 _LOG = logging.getLogger(__name__)
 # Each row adds a little to a step, and everybody in a batch waits for its longest answer.
 BATCH = 8

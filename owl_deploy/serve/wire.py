@@ -36,6 +36,8 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("bad_words", "allowed_token_ids"), ([],)),
     **dict.fromkeys(("continue_final_message", "use_beam_search"), (False,)),
     "add_generation_prompt": (True,),
+    **dict.fromkeys(("top_n_sigma", "n_predict"), (-1,)),
+    **dict.fromkeys(("samplers", "truncate_prompt_tokens"), ()),
     "chat_template": ("",),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
 }

@@ -1,5 +1,6 @@
 """The chain from a model to a benchmark through `owl_deploy.api`, as its page shows it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def test_the_pages_example_goes_from_a_model_to_a_comparison(work, capsys):
     assert manifest
     assert manifest.sparsity.achieved == pytest.approx(0.5, abs=0.01)
     assert api.verify(work / "deployment").whole
+    weights = work / "deployment" / "model.onnx.data"
+    content, before = weights.read_bytes(), weights.stat()
+    for changed in (content[:-1] + bytes([content[-1] ^ 1]), content):
+        weights.write_bytes(changed)
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert api.verify(work / "deployment").whole == (changed == content)
     result = names["result"]
     assert isinstance(result, api.Result)
     assert not result.failures

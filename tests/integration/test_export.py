@@ -202,7 +202,7 @@ def test_what_the_builder_scales_wrongly_is_not_written(owl, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", pytest.param("owl", marks=needs_operators)])
-def test_a_longrope_prompt_is_run_in_one_go(target, tmp_path):
+def test_a_longrope_prompt_is_run_in_one_go(target, tmp_path, monkeypatch):
     """In parts the first keys would be rotated by the tables for short texts, the others not."""
     checkpoint = write_scaled("phi3, longrope", tmp_path / "model")
     deployment = tmp_path / "out"
@@ -215,6 +215,11 @@ def test_a_longrope_prompt_is_run_in_one_go(target, tmp_path):
     whole = driver.runs_whole(deployment)
     found = driver.Rows(model, 401, 0, whole=whole).run(tokens)[-1]
     in_parts = driver.Rows(model, 401, 0, whole=False).run(tokens)[-1]
+    opened = driver.open_session(deployment, 1, library)
+    session = driver.Session(opened, 1, driver.decoder_config(deployment)["head_size"], whole=whole)
+    monkeypatch.setattr(driver, "PART", 128)
+    (scored,) = session.logits(tokens)
+    assert np.abs(scored[-1] - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert whole
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert np.abs(in_parts - wanted).max() > 1e-3 * np.abs(wanted).max()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from owl_deploy import container
-from owl_deploy.engines import default_threads
+from owl_deploy.engines import default_threads, process
 from owl_deploy.hardware import on_threads
 
 GIB = 2**30
@@ -97,6 +97,21 @@ def test_threads_are_as_many_as_the_quota_keeps_busy(monkeypatch):
         assert torch.get_num_threads() == 1
     with on_threads(2):  # as the run did that is gone on with
         assert torch.get_num_threads() == 2
+
+
+def test_of_siblings_in_a_set_of_processors_one_counts(monkeypatch, tmp_path):
+    for number, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings + "\n")
+    monkeypatch.setattr(process, "_TOPOLOGY", tmp_path)
+    monkeypatch.setattr(container, "processors", lambda: math.inf)
+    for allowed, cores in (({0, 1, 2, 3}, 2), ({0, 2}, 1), ({1, 2}, 2), ({0, 1, 3}, 2)):
+        monkeypatch.setattr(process.os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
+        assert default_threads() == cores
+    monkeypatch.setattr(process, "_TOPOLOGY", tmp_path / "none")
+    monkeypatch.setattr(process.psutil, "cpu_count", lambda logical: 2)
+    assert default_threads() == 2
 
 
 def test_the_kernels_own_groups():

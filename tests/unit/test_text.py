@@ -88,6 +88,15 @@ def test_a_data_set_is_joined_by_blank_lines(hub):
         load_text("hf:org/set:en:test:title")
 
 
+def test_what_is_not_read_of_a_data_set_is_said(hub, monkeypatch, capsys):
+    monkeypatch.setattr(text, "_STREAMED_DOCUMENTS", 3000)
+    load_text("hf:org/set:en:test:sentence")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(text, "_STREAMED_DOCUMENTS", 2)
+    assert load_text("hf:org/set:en:test:sentence") == "test 0\n\ntest 1"
+    assert "org/set: of its rows the first 2 are read" in " ".join(capsys.readouterr().err.split())
+
+
 # The protocols as they stand in SparseGPT's datautils.py, which Wanda and OWL took over.
 @pytest.mark.parametrize(
     ("source", "split", "separator", "documents", "windows"),

@@ -108,6 +108,21 @@ def test_how_special_tokens_are_read_is_part_of_the_tokenizer(cache, sources, ll
     assert len(load_tokens(other, [str(sources)])) > len(plain)
 
 
+def test_the_special_tokens_that_a_template_writes_are_part_of_it(cache, llama, tmp_path):
+    lines = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "The tide"}]
+    lines.write_text("\n".join([json.dumps({"messages": chat})] * 200))
+    ends = []
+    for number, end in enumerate(("</s>", "<s>")):
+        model = shutil.copytree(llama, tmp_path / str(number))
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        template = "{{ messages[0]['content'] }}{{ eos_token }}"
+        told = {"eos_token": end, "chat_template": template}
+        (model / "tokenizer_config.json").write_text(json.dumps(config | told))
+        ends.append(load_tokens(model, [str(lines)])[-1].item())
+    assert ends[0] != ends[1]
+
+
 @pytest.mark.parametrize("left", [0, 100])
 def test_a_damaged_file_of_the_cache_is_made_again(cache, sources, llama, left):
     whole = load_tokens(llama, [str(sources)]).clone()

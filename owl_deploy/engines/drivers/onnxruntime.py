@@ -57,7 +57,10 @@ class Driver:
         else:
             session = open_session(folder, asked.threads, asked.library)
             size = decoder_config(folder).get("head_size")
-            self.streams = [Session(session, asked.batch, size) for _ in range(asked.streams)]
+            self.streams = [
+                Session(session, asked.batch, size, whole=runs_whole(folder))
+                for _ in range(asked.streams)
+            ]
         return {
             "version": onnxruntime_genai.__version__ if genai else onnxruntime.__version__,
             "runtime": "onnxruntime " + onnxruntime.__version__,
@@ -151,8 +154,9 @@ def runs_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     for name in ("rope_parameters", "rope_scaling"):
+        # By its factors: it has had several names.
         ropes = config.get(name) if isinstance(config, dict) else None
-        if isinstance(ropes, dict) and "longrope" in (ropes.get("rope_type"), ropes.get("type")):
+        if isinstance(ropes, dict) and "short_factor" in ropes:
             return True
     return False
 
@@ -328,8 +332,16 @@ def _speculate() -> Any:  # noqa: ANN401 - a module
 class Session:
     """A decoder in a plain session: any graph with `past_key_values.*` and `present.*`."""
 
-    def __init__(self, session: Any, batch: int, head_size: int | None) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        session: Any,  # noqa: ANN401 - without stubs
+        batch: int,
+        head_size: int | None,
+        *,
+        whole: bool = False,
+    ) -> None:
         self.session = session
+        self.whole = whole
         self.batch = batch
         self.head_size = head_size  # the builder's graph has only a name for it
         self.inputs = {item.name: item for item in session.get_inputs()}
@@ -383,9 +395,10 @@ class Session:
         return logits
 
     def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
-        """Run `tokens`; yield the logits [n, vocab] of all of them, in parts."""
-        for start in range(0, len(tokens), PART):
-            yield self._run(tokens[start : start + PART])
+        """Run `tokens`; yield the logits [n, vocab] of all of them, in parts unless `whole`."""
+        part = len(tokens) if self.whole else PART
+        for start in range(0, len(tokens), part):
+            yield self._run(tokens[start : start + part])
 
     def extend(self, tokens: list[int]) -> np.ndarray:
         """Run `tokens`; return the logits [vocab] of the last."""

@@ -5,9 +5,7 @@
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime/onnxruntime_cxx_api.h>
 
-#include <algorithm>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "engine.h"

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import os
 import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from owl_deploy import recipe
 from owl_deploy.errors import BadInput
@@ -105,15 +107,20 @@ def test_what_was_zero_before_stays_and_is_not_taken_for_free():
     assert fisher.divided(0.6, None, sizes, tried, [[0.0] * 3] * 2, [0.6, 0.6]) == [0.6, 0.6]
     both = [[0.0] * 3, dense]
     assert fisher.divided(0.6, None, [1000, 10], tried, both, [0.8, 0]) == [0.8, 0.0]
-    # A few zeros are in any weights.
-    losses = exponential([4.0, 5.0], tried)
-    few = fisher.divided(0.6, None, sizes, tried, losses, [1e-3, 1e-3])
-    assert few == fisher.divided(0.6, None, sizes, tried, losses)
+    # A few zeros are in any weights, and next to all in some: a recipe says less than 1.
+    losses = exponential([4.0, 50.0], tried)
+    few = fisher.divided(0.6, None, [1000, 10], tried, losses, [1e-3, 1e-3])
+    assert few == fisher.divided(0.6, None, [1000, 10], tried, losses)
+    assert few[1] < 0.1
+    assert max(fisher.divided(0.6, None, sizes, tried, [[0.0] * 3, dense], [1.0, 0])) == 0.9
 
 
 def test_above_what_was_zero_before_the_loss_rises_at_once():
     tried = [0.44, 0.6, 0.76]
     curve = fisher._Curve(tried, [0.1, 0.3, 0.9], 0.5)  # 0.1 of it is rounding's
+    assert fisher._Curve(tried, [0.1, 0.3, 0.9], 0.4).at(0.4) == 0
+    assert fisher._Curve(tried, [0.1, 0.3, 0.9], 0.4).at(0.42) == pytest.approx(0.05)
+    assert fisher._Curve(tried, [0.1, 0.3, 0.9], 0.2).at(0.44) == pytest.approx(0.1)
     assert curve.at(0.5) == 0.1
     assert curve.at(0.55) == pytest.approx(0.2)
     assert curve.at(0.6) == pytest.approx(0.3)
@@ -140,8 +147,14 @@ def test_a_model_that_was_pruned_already_is_pruned_on(sparse, text_file, tmp_pat
             assert one.achieved == pytest.approx(one.sparsity, abs=0.02)
 
 
-def test_a_reconstruction_does_not_measure_again(llama, tmp_path):
-    """It holds out more windows, of which losses are measured by the same."""
+def losses_of(request, output):
+    store = Store(output, request.deciding(), resume=False, force=True)
+    ways = [Format(None, 0.5)]
+    return sensitivity.measure_losses(request, store, request.settings, ways, errors=False)
+
+
+def test_a_reconstruction_does_not_measure_again(llama, tmp_path, monkeypatch):
+    """It holds out more windows, and losses are measured by as many as before."""
     (tmp_path / "long.txt").write_text(tiny.text(20_000))
     calibration = Calibration(str(tmp_path / "long.txt"), samples=72, sequence_length=512)
     settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.5)
@@ -152,6 +165,30 @@ def test_a_reconstruction_does_not_measure_again(llama, tmp_path):
     assert again.held_out is not None
     assert len(again.held_out) > len(first.held_out) == 8
     assert torch.equal(first.measured_by, again.measured_by)
+    found = losses_of(first, tmp_path / "first")
+    monkeypatch.setattr(sensitivity, "Measuring", None)
+    assert losses_of(again, tmp_path / "again") == found
+
+
+def test_losses_are_known_by_the_weights_content(llama, text_file, tmp_path, monkeypatch):
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    settings = recipe.settings(method="wanda", allocation="fisher", sparsity=0.5)
+
+    def found(folder, output):
+        request = check(folder, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+        return losses_of(request, tmp_path / output)
+
+    first = found(llama, "first")
+    moved, changed = (shutil.copytree(llama, tmp_path / name) for name in ("moved", "changed"))
+    weights = changed / "model.safetensors"
+    tensors, before = load_file(weights), weights.stat()
+    save_file({name: -one for name, one in tensors.items()}, weights, metadata={"format": "pt"})
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+    monkeypatch.setattr(sensitivity, "Measuring", None)
+    assert found(moved, "second") == first
+    with pytest.raises(TypeError):  # it is measured
+        found(changed, "third")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import mmap
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ def half_of(weight: np.ndarray) -> np.ndarray:
     return np.where(np.arange(weight.size).reshape(weight.shape) % 2, weight, 0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the set of processors")
 def test_what_a_session_lays_dense(kernels: Kernels) -> None:
     weight = np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)
     few = len(os.sched_getaffinity(0)) <= FEW_THREADS
