@@ -131,9 +131,7 @@ def _held(
     """What was `found`, moved to the mean `sparsity`, but for what stays as it was before."""
     held, free = list(found), [at for at, one in enumerate(found) if not 0 < one <= gone[at]]
     while free:
-        stays = sum(one * size for one, size in zip(held, sizes, strict=True)) - sum(
-            held[at] * sizes[at] for at in free
-        )
+        stays = sum(held[at] * sizes[at] for at in range(len(held)) if at not in free)
         wanted, own = sparsity * sum(sizes) - stays, [sizes[at] for at in free]
         if wanted <= 0:
             break
