@@ -104,25 +104,30 @@ def hold_mean(
     wanted: Sequence[float],
     sizes: Sequence[int],
     target: float,
-    most: float = 1.0,
-    least: float = 0.0,
+    most: float | Sequence[float] = 1.0,
+    least: float | Sequence[float] = 0.0,
 ) -> list[float]:
     """Move all of `wanted` by one offset, within [least, most]; their weighted mean is then
     `target`.
 
-    Water-filling: a block at a bound stays there and the others move further, so that neither the
-    mean nor the differences between the blocks inside the bounds are lost. The target lies within
-    them.
+    The bounds are those of all, or one for each. Water-filling: a block at a bound stays there and
+    the others move further, so that neither the mean nor the differences between the blocks inside
+    the bounds are lost. Where the bounds leave the target out, the mean is as near as they allow.
     """
-    if min(wanted) == max(wanted):
+    lows, highs = (
+        [bound] * len(sizes) if isinstance(bound, float | int) else list(bound)
+        for bound in (least, most)
+    )
+    if min(wanted) == max(wanted) and max(lows) <= target <= min(highs):
         return [target] * len(sizes)
     total = sum(sizes)
 
     def at(offset: float) -> list[float]:
-        return [min(most, max(least, value + offset)) for value in wanted]
+        bounded = zip(wanted, lows, highs, strict=True)
+        return [min(upper, max(lower, value + offset)) for value, lower, upper in bounded]
 
     # The mean grows with the offset, from `least` to `most` over this range: bisect.
-    low, high = least - max(wanted), most - min(wanted)
+    low, high = min(lows) - max(wanted), max(highs) - min(wanted)
     for _ in range(100):
         middle = (low + high) / 2
         mean = sum(s * n for s, n in zip(at(middle), sizes, strict=True)) / total

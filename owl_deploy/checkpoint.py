@@ -116,10 +116,10 @@ class Checkpoint:
             },
         }
 
-    def content(self) -> list[str]:
-        """Digests of config.json and of the weights' files, wherever they lie."""
+    def content(self) -> str:
+        """One digest of config.json and the weights' files, wherever they lie."""
         files = [self.folder / "config.json", *sorted(set(self.files.values()))]
-        return [digests.digest(file) for file in files]
+        return digests.of_files((file.name, digests.digest(file)) for file in files)
 
     @property
     def is_large(self) -> bool:

@@ -293,6 +293,8 @@ class Writer:
         from owl_deploy.engines.drivers.onnxruntime import open_genai, runs_whole
 
         self._whole = runs_whole(self.path)
+        beside = drafting.deployment if drafting is not None else None
+        self._draft_whole = beside is not None and runs_whole(beside.path)
         with self._stumbling():
             in_turns = drafting is not None and drafting.deployment is not None
             library = str(opened.library or "")
@@ -410,15 +412,15 @@ class Writer:
 
     def _drafted_steps(self, row: Row, drafting: Draft) -> Iterator[list[int]]:
         """The next token of a row that goes alone, with the draft."""
-        from owl_deploy.engines.drivers.onnxruntime import Rows, pad_of, runs_whole
+        from owl_deploy.engines.drivers.onnxruntime import Rows, pad_of
 
         names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
         search = Search(**{name: getattr(row.sampling, name) for name in names})
         proposing: Lookup | Proposer = Lookup()
         if drafting.deployment is not None:
             share = share_of(drafting.deployment.path, self.path)
-            folder = drafting.deployment.path
-            rows = Rows(self._draft, row.length, pad_of(folder), whole=runs_whole(folder))
+            pad = pad_of(drafting.deployment.path)
+            rows = Rows(self._draft, row.length, pad, whole=self._draft_whole)
             proposing = Proposer(rows, search, share)
         random = np.random.default_rng(row.sampling.seed)
         rows = Rows(self._model, row.length, self._pad, whole=self._whole)

@@ -69,7 +69,7 @@ def sparsify(
     name = library.name if library.name in LIBRARY_NAMES else LIBRARY_NAME
     shutil.copyfile(library, folder / name)
     graph = rewriter.model.graph
-    in_parts = not knows_logits(graph) and not any(node.op_type == "If" for node in graph)
+    in_parts = not any(node.op_type == "If" for node in graph)
     _configure(config, folder, name, last_logits=knows_logits(graph), in_parts=in_parts)
     kept = rewriter.cache if counts[replace_attention.__name__] else "fp32"
     return {"cache": kept, "replaced": counts, **_statistics(rewriter)}

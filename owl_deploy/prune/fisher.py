@@ -83,7 +83,9 @@ def divided(
     budget = (1 - sparsity) * sum(sizes) * (1 + 1e-9)  # all of them at the sparsity asked for fit
     found = [own[at] for own, at in zip(known, cheapest(options, budget), strict=True)]
     if group is None:
-        return [round(one, 12) for one in _held(found, sizes, sparsity, most, gone)]
+        # What stays as it was before does so whatever the others move by.
+        limits = [one if 0 < one <= zeros else most for one, zeros in zip(found, gone, strict=True)]
+        return [round(one, 12) for one in hold_mean(found, sizes, sparsity, limits, gone)]
     return [1 - kept / group[1] for kept in whole_kept(found, sizes, group[1])]
 
 
@@ -119,30 +121,6 @@ class _Curve:
             share = (sparsity - self._gone) / (first - self._gone)
             return self._begins + share * (loss - self._begins)
         return _between(sparsity, self._tried, self._losses)
-
-
-def _held(
-    found: Sequence[float],
-    sizes: Sequence[int],
-    sparsity: float,
-    most: float,
-    gone: Sequence[float],
-) -> list[float]:
-    """What was `found`, moved to the mean `sparsity`, but for what stays as it was before."""
-    held, free = list(found), [at for at, one in enumerate(found) if not 0 < one <= gone[at]]
-    while free:
-        stays = sum(held[at] * sizes[at] for at in range(len(held)) if at not in free)
-        wanted, own = sparsity * sum(sizes) - stays, [sizes[at] for at in free]
-        if wanted <= 0:
-            break
-        moved = hold_mean([found[at] for at in free], own, wanted / sum(own), most)
-        for at, one in zip(free, moved, strict=True):
-            held[at] = max(one, gone[at])
-        stopped = [at for at, one in zip(free, moved, strict=True) if one < gone[at]]
-        if not stopped:
-            break
-        free = [at for at in free if at not in stopped]  # the others move further
-    return held
 
 
 def _between(sparsity: float, tried: Sequence[float], losses: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from owl_deploy.runtime import library_path
 from owl_deploy.runtime.native import Library
 
 Floats = NDArray[np.float32]
+FEW_THREADS = 4  # kFewThreads in dense.cpp
 EPILOGUES = {"none": 0, "silu_mul": 1, "gelu_mul": 2}
 
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from owl_deploy.export.program import join_programs
 from owl_deploy.runtime import library_path, pack
 
-from .conftest import Kernels
+from .conftest import FEW_THREADS, Kernels
 from .test_edges import with_isa
 from .test_native import RESIDENT
 from .test_pack import VALUES, packed, sparse_weight
@@ -24,7 +24,6 @@ from .test_pack import VALUES, packed, sparse_weight
 pytestmark = pytest.mark.usefixtures("kernels")
 WIDTH, HEADS, KV_HEADS, SIZE, INNER, VOCABULARY = 96, 4, 2, 32, 80, 70
 TOTAL, PAST = 20, 13
-FEW_THREADS = 4  # kFewThreads in dense.cpp
 LEFT_OUT = r"ai\.owl: .*(left out|must be an initializer)"
 NOT_OURS = "Input0 is absent, but not optional"  # ONNX Runtime refuses the first by itself
 REFUSALS = tuple(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from owl_deploy.runtime import pack, timing
-from tests.unit.runtime.conftest import Kernels
+from tests.unit.runtime.conftest import FEW_THREADS, Kernels
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -48,7 +48,6 @@ def test_a_system_without_them_gives_others(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 WITHOUT_EXPANSION = ("avx2", "avxvnni", "avx512f")  # they take longer over a sparse int4 weight
-FEW_THREADS = 4  # kFewThreads in dense.cpp
 
 
 def half_of(weight: np.ndarray) -> np.ndarray:
