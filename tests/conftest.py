@@ -1,8 +1,10 @@
 import contextlib
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -11,7 +13,8 @@ import torch
 from owl_deploy import cli
 from owl_deploy.cache import cache_path
 from owl_deploy.engines import EngineProcess
-from tests import tiny
+from owl_deploy.export import genai
+from tests import tiny, warm
 
 # On models this small threads only wait for each other, and more so on a busy machine.
 torch.set_num_threads(1)
@@ -36,6 +39,17 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             (folder / there.name).symlink_to(there)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OWL_CACHE", str(folder))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_builder() -> Iterator[None]:
+    """An export in this process has a builder that imported everything before."""
+    of_genai = SimpleNamespace(
+        Popen=warm.Popen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(genai, "subprocess", of_genai)
         yield
 
 
@@ -76,6 +90,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def children():
     """Give the processes that this test has started and not ended; those before it left others."""
+    warm.ensure_running()  # it stays
     before = psutil.Process().children(recursive=True)
     return lambda: [one for one in psutil.Process().children(recursive=True) if one not in before]
 
