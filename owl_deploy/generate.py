@@ -3,14 +3,12 @@
 Through onnxruntime-genai, or, greedily, through the process of an engine that runs no ONNX graphs.
 """
 
-import json
 import math
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +30,13 @@ from owl_deploy.engines.speculate import (
 )
 from owl_deploy.errors import BadInput, EngineFailed, first_line
 from owl_deploy.text import load_tokenizer, token_before
+from owl_deploy.tokenizer import Tokenizer
 
 STDIN = "-"
 DEFAULT_NEW_TOKENS = 128
 UNLIMITED = -1  # new tokens: on until the context is full, as in llama.cpp
-_LONGEST_WORD = 8192  # letters, or digits, signs or blanks
-_MOST_SQUARES = 4 * _LONGEST_WORD**2  # of all words' lengths together
 LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
 _MOST_LOGITS = 2**28  # bytes, of several prompts whose tokens' logits are all made
-
-
-_WORDS = re.compile(r"[^\W\d_]+|\d+|[^\w\s]+|\s+|_+")
 
 
 class PromptTooLong(BadInput):
@@ -237,7 +231,7 @@ def generate(
     threads = threads_for(threads)
     opened = open_deployment(deployment, trust_library=trust_library)
     _check_prompt(prompt)
-    if chat and not opened.has_chat_template:
+    if chat and opened.chat_template.source is None:
         raise BadInput(f"{deployment} has no chat template.", "Leave out --chat.")
     drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
     if opened.folder.engine is not None:
@@ -247,7 +241,7 @@ def generate(
         return
     writer = Writer(opened, threads, drafting=drafting)
     if chat:
-        prompt = writer.in_template([{"role": "user", "content": prompt}])
+        prompt = opened.chat_template.render([{"role": "user", "content": prompt}])
     yield from writer.write(prompt, sampling, speed, templated=chat)
 
 
@@ -257,8 +251,8 @@ class Writer:
     `context`: the tokens of a prompt and its answer together, at most; None for all that the model
     takes; `drafting`: what proposes tokens to a text that is written alone; `batch`: the texts that
     are written together, at most. What is begun must be done with before the next. Raises
-    `BadInput` for a folder that onnxruntime-genai cannot open; each method raises `EngineFailed`
-    for what that stumbles over.
+    `BadInput` for a folder that onnxruntime-genai cannot open, or without a tokenizer; each method
+    raises `EngineFailed` for what that stumbles over.
     """
 
     def __init__(
@@ -279,13 +273,15 @@ class Writer:
         takes = opened.folder.number("context_length")
         self.context = min(context or takes, takes)
         pad = opened.folder.settings["model"].get("pad_token_id")
+        if pad is not None and not 0 <= pad < opened.vocab:
+            pad = None
         # Prompts that are run in parts, as the settings may ask for, go alone.
         in_parts = "chunk_size" in opened.folder.settings.get("search", {})
         if not 1 <= batch <= MOST_ROWS:
             raise BadInput(f"--batch {batch} is not between 1 and {MOST_ROWS}.")
         self.batch = 1 if in_parts or pad is None else batch
-        self._vocabulary, self._has_template = opened.vocab, opened.has_chat_template
-        self._pad = pad or 0
+        self._vocabulary, self._pad = opened.vocab, pad or 0
+        self.chat_template, self._tokenizer = opened.chat_template, Tokenizer(self.path)
         options = opened.folder.settings["model"].get("decoder", {}).get("session_options", {})
         self._last_logits = LAST_LOGITS in options
         import onnxruntime_genai
@@ -300,39 +296,15 @@ class Writer:
             library = str(opened.library or "")
             self._model = open_genai(str(self.path), threads, library, takes_turns=in_turns)
             self._draft = _open_draft(drafting, threads)
-            self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
-
-    def in_template(self, messages: list[dict[str, str]]) -> str:
-        """The messages, each a `role` and its `content`, in the model's chat template.
-
-        Raises `BadInput` for a model that has none.
-        """
-        if not self._has_template:
-            raise BadInput(f"{self.path} has no chat template.", "Give a text to go on from.")
-        with self._stumbling():
-            text: str = self._tokenizer.apply_chat_template(
-                messages=json.dumps(messages), add_generation_prompt=True
-            )
-        return text
+            self._pieces = onnxruntime_genai.Tokenizer(self._model)
 
     def row(self, prompt: str, sampling: Sampling, speed: Speed, *, templated: bool = False) -> Row:
-        """What is to be written after `prompt`, which is `templated` if `in_template` gave it.
+        """What is to be written after `prompt`, which is `templated` if `chat_template` made it.
 
-        Raises `PromptTooLong`, and `BadInput` for one that cannot be read or has no tokens.
+        Raises `PromptTooLong`, and `BadInput` for one that has no tokens.
         """
-        # The library's tokenizer takes time by the square of a word's length, and holds the lock.
-        lengths = [len(word[0]) for word in _WORDS.finditer(prompt)]
-        if max(lengths, default=0) > _LONGEST_WORD or sum(n * n for n in lengths) > _MOST_SQUARES:
-            raise BadInput(
-                f"The prompt has more than {_LONGEST_WORD} letters, digits, signs or blanks in "
-                "a row, or many words of thousands.",
-                "Divide them.",
-            )
-        with self._stumbling():
-            # What the model's own puts before a text: a BOS, mostly. A template has it.
-            special = "false" if templated else "true"
-            self._tokenizer.update_options(add_special_tokens=special)
-            tokens = self._tokenizer.encode(prompt).tolist()
+        # What the model's own puts before a text: a BOS, mostly. A template has it.
+        tokens = self._tokenizer.encode(prompt, special=not templated)
         if not tokens:
             raise BadInput("The prompt has no tokens.", "Give a text to go on from.")
         speed.prompt_tokens = len(tokens)
@@ -379,7 +351,7 @@ class Writer:
         """
         with self._stumbling():
             started = time.perf_counter()
-            streams = [self._tokenizer.create_stream() for _ in rows]
+            streams = [self._pieces.create_stream() for _ in rows]
             while going := [number for number, row in enumerate(rows) if not row.ended]:
                 # Beside others a last token that is the padding's would be taken for that.
                 going = [n for n in going if rows[n].tokens[-1] == self._pad][:1] or going
@@ -414,8 +386,7 @@ class Writer:
         """The next token of a row that goes alone, with the draft."""
         from owl_deploy.engines.drivers.onnxruntime import Rows, pad_of
 
-        names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-        search = Search(**{name: getattr(row.sampling, name) for name in names})
+        search = Search(**{one.name: getattr(row.sampling, one.name) for one in fields(Search)})
         proposing: Lookup | Proposer = Lookup()
         if drafting.deployment is not None:
             share = share_of(drafting.deployment.path, self.path)
@@ -475,8 +446,7 @@ def _in_engine(
 
     tokenizer = load_tokenizer(opened.path)
     if chat:
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        prompt = opened.chat_template.render([{"role": "user", "content": prompt}])
     tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=not chat)
     told = told_numbers(opened.path / "config.json", "max_position_embeddings")
     context = opened.max_context or next(iter(told), DEFAULT_CONTEXT)

@@ -36,7 +36,7 @@ def as_text(name: object, lines: str, tokenizer: Any, separator: str) -> str:  #
     parts: list[str] = []
     for number, record in _records(name, lines):
         if isinstance(record.get("messages"), list):  # a table has nothing there where a text is
-            parts.append(_in_template(f"Line {number} of {name}", record["messages"], tokenizer))
+            parts.append(in_template(f"Line {number} of {name}", record["messages"], tokenizer))
         else:
             parts += [record["text"], separator]
     return _whole("".join(parts).removesuffix(separator))
@@ -76,14 +76,19 @@ def _records(name: object, lines: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
-def _in_template(where: str, messages: list[Any], tokenizer: Any) -> str:  # noqa: ANN401
+def in_template(where: str, messages: list[Any], tokenizer: Any, **options: Any) -> str:  # noqa: ANN401
+    """`messages` in the chat template of `tokenizer`; `options`: of Transformers' own call.
+
+    Raises `BadInput`, with `where` they stand, for a tokenizer that has no template, and for
+    messages that it does not take.
+    """
     if not tokenizer.chat_template:
         raise BadInput(
             f"{where} has messages, and this model has no chat template for them.",
             'Take a chat model, or give lines such as {"text": "Once"}.',
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # whatever a template raises, which is a program
         raise BadInput(
             f"{where} has messages that the model's chat template does not take "

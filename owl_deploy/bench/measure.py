@@ -35,6 +35,7 @@ from owl_deploy.engines import (
 )
 from owl_deploy.engines.registry import LOOKUP
 from owl_deploy.errors import EngineFailed
+from owl_deploy.tokenizer import TOKENIZER, Tokenizer
 
 Progress = Callable[[str], None]
 # Opens an engine; tests put another here.
@@ -400,11 +401,8 @@ class _Runner:
 
     def _prompt(self, deployment: Deployment, length: int, real: bool) -> list[int]:
         """The same in every process and every engine: random tokens, or a real text's."""
-        tokenizer = deployment.path / "tokenizer.json"
-        if real and tokenizer.is_file():
-            from tokenizers import Tokenizer
-
-            text: list[int] = Tokenizer.from_file(str(tokenizer)).encode(_SHIPPED_TEXT).ids
+        if real and (deployment.path / TOKENIZER).is_file():
+            text = Tokenizer(deployment.path).encode(_SHIPPED_TEXT)
             return (text * (length // len(text) + 1))[:length]
         generator = np.random.default_rng(self.plan.seed)
         return [int(token) for token in generator.integers(0, deployment.vocab, length)]

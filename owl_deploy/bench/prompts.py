@@ -6,13 +6,10 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from owl_deploy.engines import Deployment
 from owl_deploy.errors import BadInput
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from owl_deploy.tokenizer import Tokenizer
 
 _FUNCTION = '''def summarize(rows):
     """Return the count, the sum and the largest of the amounts in rows."""
@@ -55,8 +52,8 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
 
 def tokens_of(prompts: tuple[str, ...], deployment: Deployment, room: int) -> list[list[int]]:
     """The prompts in a deployment's tokens; raises `BadInput` for more than `room` of them."""
-    tokenizer = _tokenizer(deployment)
-    found: list[list[int]] = [tokenizer.encode(prompt).ids for prompt in prompts]
+    tokenizer = Tokenizer(deployment.path)
+    found = [tokenizer.encode(prompt) for prompt in prompts]
     longest = max(map(len, found))
     if longest > room:
         raise BadInput(
@@ -73,10 +70,10 @@ def other_words(deployment: Deployment, tokens: int, seed: int) -> Iterator[str]
     So no cache of what prompts begin with helps. The same for all that have one tokenizer. Raises
     `BadInput` where `tokens` hold none, and as `tokens_of` does.
     """
-    tokenizer, generator = _tokenizer(deployment), random.Random(seed)
+    tokenizer, generator = Tokenizer(deployment.path), random.Random(seed)
 
     def count(words: int) -> int:
-        return len(tokenizer.encode(" ".join(drawn[:words])).ids)
+        return len(tokenizer.encode(" ".join(drawn[:words])))
 
     while True:
         drawn = generator.choices(WORDS, k=tokens)
@@ -84,12 +81,3 @@ def other_words(deployment: Deployment, tokens: int, seed: int) -> Iterator[str]
         if words < 1:
             raise BadInput(f"--prompt {tokens} is too small for a word.", "Take 16 or more.")
         yield " ".join(drawn[:words])
-
-
-def _tokenizer(deployment: Deployment) -> "Tokenizer":
-    from tokenizers import Tokenizer
-
-    file = deployment.path / "tokenizer.json"
-    if not file.is_file():
-        raise BadInput(f"{deployment.path} has no {file.name} to read prompts with.")
-    return Tokenizer.from_file(str(file))

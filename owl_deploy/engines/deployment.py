@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from owl_deploy.manifest import (
 )
 from owl_deploy.measurements import measurement
 from owl_deploy.runtime import kernels
+from owl_deploy.tokenizer import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,10 @@ class Deployment:
             told = self.folder.number("context_length")
         return told or None
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the model was taught a form for messages, as far as its files say."""
-        settings = self.path / "tokenizer_config.json"
-        told = read_object(settings, "Export again.") if settings.is_file() else {}
-        return bool(told.get("chat_template")) or (self.path / "chat_template.jinja").is_file()
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The form for messages that the model was taught, if any."""
+        return ChatTemplate(self.path)
 
     @property
     def ends(self) -> list[int]:

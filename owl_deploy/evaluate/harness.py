@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from owl_deploy.engines import EngineProcess
 from owl_deploy.errors import BadInput
+from owl_deploy.json_lines import in_template
 from owl_deploy.progress import bar
 from owl_deploy.text import token_before
 
@@ -67,13 +68,13 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Messages in the chat template; without a prompt for an answer the last one goes on."""
-        text: str = self.tokenizer.apply_chat_template(
+        return in_template(
+            "The task",
             chat_history,
-            tokenize=False,
+            self.tokenizer,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return text
 
     def tok_encode(
         self,

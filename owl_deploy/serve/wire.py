@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.errors import BadInput
 from owl_deploy.generate import LARGEST, LEAST_TOP_P, UNLIMITED, Sampling, Speed, Writer
 
 _SEEDS = LARGEST + 1
@@ -176,17 +176,12 @@ class Chat(Request):
     def text(self, writer: Writer) -> str:
         """The messages in the model's chat template; raises `Refused` where that fails."""
         said = [one.said() for one in self.messages]
+        if writer.chat_template.source is None:
+            raise Refused(400, "The model has no chat template: its texts go to /v1/completions.")
         try:
-            return writer.in_template(said)
+            return writer.chat_template.render(said)
         except BadInput as error:
-            raise Refused(
-                400, "The model has no chat template: its texts go to /v1/completions."
-            ) from error
-        except EngineFailed as error:
-            reason = error.__cause__ or error  # without the place of the model's files
-            raise Refused(
-                400, f"The model's chat template does not take these messages: {reason}"
-            ) from error
+            raise Refused(400, error.message) from error
 
     def opening(self) -> list[dict[str, Any]]:
         """Who speaks."""

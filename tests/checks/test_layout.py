@@ -21,7 +21,7 @@ LAYERS = (
     ("engines", "hardware", "adapter", "showcase_input", "survivors"),
     ("demo_input",),
     ("blocks", "grid", "tokens"),
-    ("runtime", "recipe", "checkpoint", "options", "text"),
+    ("runtime", "recipe", "checkpoint", "options", "text", "tokenizer"),
     ("partial", "families", "allocation", "methods", "measurements"),
     ("manifest", "digests", "record", "json_lines"),
     ("artefact", "cache", "ending", "picture", "progress"),

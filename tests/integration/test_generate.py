@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from owl_deploy.engines.drivers import onnxruntime as driver
 from owl_deploy.errors import BadInput
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export
-from owl_deploy.generate import Sampling, Speed, Writer, generate
+from owl_deploy.generate import PromptTooLong, Sampling, Speed, Writer, generate
 from owl_deploy.text import load_tokenizer
 from tests import tiny
 
@@ -249,10 +250,25 @@ def test_prompts_whose_logits_would_fill_the_memory_go_alone(deployment, monkeyp
     assert [set(pieces) for pieces in said] == [{0}] * 6 + [{1}] * 6
 
 
-@pytest.mark.parametrize("words", ["x" * 10_000, 5 * (" " + "x" * 8_000)], ids=["one", "five"])
-def test_words_whose_tokenizing_would_take_long_are_refused(deployment, words):
-    with pytest.raises(BadInput, match="letters, digits, signs or blanks in a row"):
-        next(generate(deployment, PROMPT + words))
+def test_a_long_word_takes_no_longer_than_a_long_text(deployment):
+    """onnxruntime-genai's own tokenizer would take minutes."""
+    with pytest.raises(PromptTooLong, match="tokens"):
+        next(generate(deployment, PROMPT + 300_000 * "x"))
+
+
+def test_messages_are_the_tokens_that_they_were_trained_as(deployment, tmp_path):
+    """onnxruntime-genai's own template engine finds no text in another, and keeps line breaks."""
+    folder = shutil.copytree(deployment, tmp_path / "chat")
+    template = """{% for one in messages %}
+{% if 'river' in one.content %}{{ bos_token }}{{ one.content }}
+{% endif %}{% endfor %}"""
+    (folder / "chat_template.jinja").write_text(template)
+    said = [{"role": "user", "content": PROMPT}]
+    theirs = load_tokenizer(folder)
+    tokens = theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    writer = Writer(open_deployment(folder), 1)
+    row = writer.row(writer.chat_template.render(said), Sampling(2), Speed(), templated=True)
+    assert row.tokens == tokens == theirs.encode(f"<s>{PROMPT}\n", add_special_tokens=False)
 
 
 def test_more_rows_than_the_library_takes(deployment):

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import openai
@@ -38,9 +39,13 @@ class FakeWriter:
         """The prompts whose answers are being made."""
         return [prompt for prompt, row in self.rows.items() if not row.ended]
 
-    def in_template(self, messages):
+    @property
+    def chat_template(self):
+        return SimpleNamespace(source="{{ messages }}", render=self.rendered)
+
+    def rendered(self, messages):
         if messages[0]["role"] == "tool":
-            raise EngineFailed("no such role")
+            raise BadInput("The model's chat template does not take these messages (no such role).")
         return "|".join(f"{one['role']}: {one['content']}" for one in messages)
 
     def row(self, prompt, sampling, speed, *, templated):
