@@ -22,6 +22,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# What the builder applies wherever a config has it, and the models here do not.
+_FINAL_CAP = "final_logit_softcapping"
+_UNREAD = (_FINAL_CAP, "attn_logit_softcapping")
+_CAPPED = ("gemma3", "gemma3_text")
+
 
 def die_with_parent() -> None:
     """A killed `owl export` must not leave a builder at work."""
@@ -44,6 +49,11 @@ def adapted(config: Any, builder: Any) -> Any:  # noqa: ANN401 - neither has typ
         config.rope_parameters["type"] = "longrope"
     if getattr(config, "sliding_window", None) is not None:
         give_windows(config)
+    for key in _UNREAD:
+        if hasattr(config, key) and not (key == _FINAL_CAP and config.model_type in _CAPPED):
+            setattr(config, key, None)
+    if hasattr(config, "seq_length"):  # which would go before max_position_embeddings
+        del config.seq_length
     return config
 
 

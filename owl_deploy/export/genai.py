@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from owl_deploy.artefact import write_json
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
@@ -76,13 +77,25 @@ def build(
         words = log.read_text(encoding="utf-8", errors="replace")
     _check_result(process.returncode, words, folder)
     shutil.copyfile(source.folder / "config.json", folder / "config.json")
-    config = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
+    config = _with_padding(folder / GENAI_CONFIG)
     return {
         "graph": "onnxruntime-genai model builder",
         "max_context": config["model"]["context_length"],
         "opens_in_genai": True,
         **({"packing": json.loads(last_line(words))} if sparsify else {}),
     }
+
+
+def _with_padding(file: Path) -> dict[str, Any]:
+    """The settings, whose padding is a token of the model: batches run over it as over others."""
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    model = settings["model"]
+    if not 0 <= model["pad_token_id"] < model["vocab_size"]:
+        ends = model["eos_token_id"]
+        ends = ends if isinstance(ends, list) else [ends]
+        model["pad_token_id"] = next((one for one in ends if 0 <= one < model["vocab_size"]), 0)
+        write_json(file, settings)
+    return settings
 
 
 def _command(

@@ -47,6 +47,12 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
             f"{source.folder} has no tokenizer, which a GGUF holds.",
             "Copy the tokenizer's files there, or export with --target deepsparse.",
         )
+    words, rows = len(source.tokenizer), source.config["vocab_size"]
+    if words > rows:
+        raise BadInput(
+            f"The tokenizer of {source.folder} has {words} tokens, and the model {rows}.",
+            "Give the tokenizer that the model was trained with.",
+        )
     file = get_engine(ENGINE).model_file
     _refuse_what_is_dropped(source.skeleton.model.config)
     # In the staged folder, so that what a kill leaves is cleared with it.

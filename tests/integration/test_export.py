@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from owl_deploy.engines.drivers import onnxruntime as driver
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai, parity, tables
 from owl_deploy.export.source import Source
-from owl_deploy.export.targets import export
+from owl_deploy.export.targets import TARGETS, Precision, export
+from owl_deploy.generate import Sampling, Speed, Writer
 from owl_deploy.runtime import LIBRARY_NAME, library_path
 from tests import tiny
 
@@ -100,6 +102,27 @@ def test_onnxruntime(owl, llama, tmp_path, precision):
         assert 1e-5 < parity["relative_difference"] < 1
         assert manifest["quantization"]["bits"] == int(precision.removeprefix("int"))
     _generates(out)
+
+
+def test_keys_that_the_builder_alone_would_read(owl, tmp_path, monkeypatch):
+    """Caps of logits, a second length of the context, and a padding that is no token."""
+    caps = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.5}
+    model = tiny.write_llama(tmp_path / "model", **caps, seq_length=9999)
+    (model / "generation_config.json").write_text('{"eos_token_id": [1], "pad_token_id": 32000}')
+    manifest = export(model, tmp_path / "out", target="onnxruntime", precision="fp32")
+    assert manifest.to_json()["parity"]["relative_difference"] < 1e-5
+    assert manifest.max_context == 512
+    writer = Writer(engines.open_deployment(tmp_path / "out"), 1, batch=2)
+    rows = [writer.row(text, Sampling(3), Speed()) for text in ("The river", "A mill by the river")]
+    assert writer.takes(rows)
+    assert len(list(writer.write_together(rows))) == 3
+
+    row = TARGETS["onnxruntime"]
+    strict = replace(row, precisions={"int8": Precision(1.2, usual=1e-6)})
+    monkeypatch.setitem(TARGETS, "onnxruntime", strict)
+    told = ("export", model, "-o", tmp_path / "int8", "-t", "onnxruntime", "-p", "int8")
+    code, out, _ = owl(*told)
+    assert (code, "more than 8 bits explain" in " ".join(out.split())) == (0, True)
 
 
 THETA = {"rope_theta": 10000.0}

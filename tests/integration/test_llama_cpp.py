@@ -229,6 +229,15 @@ def test_each_family_computes_the_same_or_is_refused(owl, tmp_path, case):
 
 
 @needs_engine
+def test_a_tokenizer_with_more_tokens_than_the_model(owl, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tiny.write_tokenizer(folder, 336)
+    code, _, said = owl("export", folder, "-o", tmp_path / "out", "-t", "llama.cpp")
+    assert code == 2
+    assert "has 336 tokens, and the model 320" in " ".join(said.split())
+
+
+@needs_engine
 def test_without_a_tokenizer(owl, llama, tmp_path):
     model = shutil.copytree(llama, tmp_path / "model")
     for path in model.glob("tokenizer*"):

@@ -110,3 +110,16 @@ def test_the_windows_that_the_model_has(model_class, family, changes, kinds):
     config = builder.adapted(tiny.config_of(family, sliding_window=24, **changes), model_class)
     assert config.sliding_window == (24 if kinds else None)
     assert getattr(config, "layer_types", None) == kinds
+
+
+@pytest.mark.parametrize(
+    ("family", "final"), [("llama", None), ("qwen3", None), ("gemma3_text", 2)]
+)
+def test_what_the_model_does_not_read(model_class, family, final):
+    given = tiny.config_of(
+        family, attn_logit_softcapping=2.0, final_logit_softcapping=2.0, seq_length=9999
+    )
+    config = builder.adapted(given, model_class)
+    assert config.attn_logit_softcapping is None
+    assert config.final_logit_softcapping == final
+    assert not hasattr(config, "seq_length")
