@@ -54,37 +54,40 @@ def _check_parent(destination: Path) -> None:
         raise BadInput(f"The folder {parent} cannot be written.")
 
 
-def _check_apart(destination: Path, source: Path) -> None:
-    """An artefact within its own input would be read as part of it, or replace it."""
-    output, model = destination.resolve(), source.resolve()
-    if output == model:
-        raise BadInput(
-            f"{destination} is the model itself, which would be replaced.",
-            "Choose another output folder.",
-        )
-    if model in output.parents:
-        raise BadInput(
-            f"{destination} lies inside the model {source}.", "Choose an output folder beside it."
-        )
-    if output in model.parents:
-        raise BadInput(
-            f"The model {source} lies inside {destination}, which would be replaced.",
-            "Choose another output folder.",
-        )
+def check_apart(destination: Path, *inputs: str | Path) -> None:
+    """Refuse an artefact within its own input, which would be read as part of it, or around it.
+
+    `inputs`: files and folders; whatever is not there is the name of something elsewhere.
+    """
+    output = destination.resolve()
+    for source in (one for one in map(Path, inputs) if one.exists()):
+        real = source.resolve()
+        if output == real:
+            raise BadInput(
+                f"{destination} is an input itself, which would be replaced.",
+                "Choose another output folder.",
+            )
+        if real in output.parents:
+            raise BadInput(
+                f"{destination} lies inside the input {source}.",
+                "Choose an output folder beside it.",
+            )
+        if output in real.parents:
+            raise BadInput(
+                f"The input {source} lies inside {destination}, which would be replaced.",
+                "Choose another output folder.",
+            )
 
 
 @contextlib.contextmanager
-def only_writer(
-    destination: Path, force: bool = False, source: str | Path | None = None
-) -> Iterator[None]:
+def only_writer(destination: Path, force: bool = False, *inputs: str | Path) -> Iterator[None]:
     """Let no other run write `destination` meanwhile; refuse one that may not be written at all.
 
-    See `check_output`; nor may it be the input folder `source`, lie in it, or around it. Whoever
-    writes holds the lease `.NAME.owl-lock` (lease.py); what killed runs left is cleared first.
+    See `check_output` and, for its `inputs`, `check_apart`. Whoever writes holds the lease
+    `.NAME.owl-lock` (lease.py); what killed runs left is cleared first.
     """
     _check_parent(destination)
-    if source is not None and Path(source).is_dir():
-        _check_apart(destination, Path(source))
+    check_apart(destination, *inputs)
     destination = destination.resolve()
     with _leased(destination):
         _put_back(destination)
@@ -157,34 +160,41 @@ def _not_writable(folder: Path, error: OSError) -> BadInput:
 
 
 def is_artefact(folder: Path) -> bool:
-    """Whether `folder` is one that owl wrote, whole."""
-    return (folder / MANIFEST).is_file()
+    """Whether `folder` is one that owl wrote, whole.
+
+    Its manifest says a kind; what tools have made over since, and older versions wrote, a target or
+    its files (manifest.py).
+    """
+    try:
+        content = read_object(folder / MANIFEST, "")
+    except (BadInput, OSError):
+        return False
+    return not {"kind", "target", "files"}.isdisjoint(content)
 
 
 @contextlib.contextmanager
-def staged_folder(
-    destination: Path, force: bool = False, source: Path | None = None
-) -> Iterator[Path]:
+def staged_folder(destination: Path, force: bool = False, *inputs: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `destination` when the block ends well.
 
     An exception removes it; a kill leaves a hidden `.NAME.owl-tmp-...` that the next run clears.
-    For `source`, and for two runs at once, see `only_writer`.
+    For `inputs`, and for two runs at once, see `only_writer`.
     """
-    with only_writer(destination, force, source):
+    with only_writer(destination, force, *inputs):
         destination = destination.resolve()
         staging = _temporary(destination)
         make_folder(staging)
         try:
             yield staging
-            publish(staging, destination)
+            publish(staging, destination, force)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: Path, destination: Path) -> None:
-    """Make `staging` appear as `destination`, safely on disk, replacing what is there.
+def publish(staging: Path, destination: Path, force: bool) -> None:
+    """Make `staging` appear as `destination`, safely on disk; with `force` for what is there.
 
-    Only for its `only_writer`: raises `EnvironmentFailed` where another took over meanwhile.
+    Only for its `only_writer`: raises `EnvironmentFailed` where another took over meanwhile, or
+    something is there now that it may not replace.
     """
     if not holds(_lock(destination)):
         raise EnvironmentFailed(
@@ -193,11 +203,15 @@ def publish(staging: Path, destination: Path) -> None:
     for path in staging.glob(".*.owl-tmp-*"):  # files that a kill left half written
         path.unlink()
     all_to_disk(staging)
-    if os.path.lexists(destination):
-        _exchange(staging, destination)
-        shutil.rmtree(staging)
-    else:
+    if not os.path.lexists(destination):
         staging.rename(destination)
+        return
+    try:
+        check_output(destination, force)  # hours may have passed since it was looked at
+    except BadInput as error:
+        raise EnvironmentFailed(f"Meanwhile: {error.message}", error.hint) from error
+    _exchange(staging, destination)
+    shutil.rmtree(staging)
 
 
 def _exchange(a: Path, b: Path) -> None:

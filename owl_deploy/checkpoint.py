@@ -67,6 +67,11 @@ class Checkpoint:
                 f"{folder} holds an adapter beside the model.",
                 "Move its files (adapter_*) to a folder of their own, and give that to --adapter.",
             )
+        if self.config.get("transformers_weights"):  # transformers would load what we never read
+            raise BadInput(
+                f"{folder / 'config.json'} names weights of its own (transformers_weights).",
+                f"Take that line out; {WEIGHTS}, or the index of its shards, is read.",
+            )
         if self.config.get("quantization_config"):
             raise BadInput(f"{folder} is quantized.", "Give the model as it was before.")
         found = _tensor_files(folder)
@@ -290,7 +295,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         )
     if not folder.is_dir():
         raise BadInput(
-            f"There is no model folder {str(model)!r}.", "Check the path or the Hub name."
+            f"There is no model folder {str(model)!r}.",
+            "Check the path. A name on the Hub has the form ORGANIZATION/MODEL.",
         )
     return Checkpoint(folder)
 
@@ -302,11 +308,17 @@ def _looks_like_hub_name(name: str) -> bool:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the Hub client's errors are many: no network, no such model, gated
+    except GatedRepoError as error:
+        raise BadInput(
+            f"The Hub gives {name!r} to those alone who accepted its licence.",
+            f"Accept it at https://huggingface.co/{name}, then run: hf auth login",
+        ) from error
+    except Exception as error:  # the Hub client's errors are many: no network, no such model
         raise BadInput(
             f"There is no folder {name!r}, and the Hub did not give that model "
             f"({type(error).__name__}).",

@@ -33,7 +33,9 @@ class Partial:
     def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
         output = output.resolve()
         self.output = output
-        self.folder = partial_folder(output)
+        self.folder, self.force = partial_folder(output), force
+        if self.folder.is_symlink():  # ours never is; what it leads to would be cleared
+            raise BadInput(f"{self.folder} is a link, to another folder.", "Delete it.")
         there = is_interrupted(output)
         if there and not resume and not force:
             raise BadInput(

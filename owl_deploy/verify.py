@@ -34,7 +34,8 @@ class Verified:
     @property
     def whole(self) -> bool:
         """Whether all that would be loaded is what was exported, and the operators are owl's."""
-        return self.listed and self.operators != FOREIGN and not any(r.refused for r in self.rows)
+        listed = self.listed and all(row.as_exported for row in self.rows)
+        return listed and self.operators != FOREIGN
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
@@ -73,7 +74,7 @@ def show(found: Verified, folder: str, console: Console | None = None) -> None:
     for column in ("file", "part", "sha256", "state"):
         table.add_column(column, overflow="fold")
     for row in found.rows:
-        state = Text(row.state, style="red" if row.refused else "")
+        state = Text(row.state, style="" if row.as_exported else "red")
         table.add_row(printable(row.name), row.part, row.sha256[:16], state)
     console = console or result_console()
     console.print(table)
@@ -95,6 +96,8 @@ def _sentences(found: Verified, folder: str) -> list[str]:
         said += [f"{folder} would load what was exported."]
     elif found.operators == FOREIGN:
         said += [f"owl exports no such folder as {folder}."]
+    elif any(row.refused for row in found.rows):
+        said += [f"{folder} is not what was exported: no verb opens it."]
     else:
-        said += [f"{folder} is not what was exported."]
+        said += [f"{folder} would open, and its tokenizer or config is not what was exported."]
     return [*said, f"Fingerprint, to compare with its maker's: {found.fingerprint}"]

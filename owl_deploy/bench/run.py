@@ -60,7 +60,7 @@ def bench(plan: BenchPlan, output: str | Path | None = None, force: bool = False
     """
     output = None if output is None else Path(output)
     if output is not None:
-        artefact.check_output(output, force)
+        _check_output(plan, output, force)
     with _shown() as progress:
         return run_bench(plan, progress, keep=_keeping(output, force))
 
@@ -135,7 +135,14 @@ def _check_gate(
     if check:
         baseline.read(check)
     if output is not None:
-        artefact.check_output(output, force)
+        _check_output(plan, output, force)
+
+
+def _check_output(plan: BenchPlan, output: Path, force: bool) -> None:
+    """Refuse a folder for the result that may not be written, or that is measured."""
+    artefact.check_apart(output, *plan.candidates, *plan.baselines)
+    artefact.check_apart(output, *([plan.draft] if plan.draft else []))
+    artefact.check_output(output, force)
 
 
 def _append(file: Path | None, text: str) -> None:

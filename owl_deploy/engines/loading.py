@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from owl_deploy import digests
 from owl_deploy.artefact import MANIFEST
+from owl_deploy.checkpoint import TOKENIZER_FILES
 from owl_deploy.engines.registry import MODEL, engine_of_file
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import DeploymentManifest, read_manifest
@@ -39,7 +40,7 @@ _HARMLESS = {
 _NAMES = {"filename", "session_options", "inputs", "outputs", "sliding_window"}
 _EXPORT_AGAIN = "Export again."
 AS_EXPORTED, CHANGED, MISSING = "as exported", "changed", "missing"
-UNLISTED, EDITED, UNUSED = "not listed", "edited", "not loaded"
+UNLISTED, EDITED, ADDED, UNUSED = "not listed", "edited", "added", "not loaded"
 _COMPLAINTS = {
     MISSING: "is missing",
     CHANGED: "is damaged, or was changed since the export: its digest is another",
@@ -52,7 +53,8 @@ class Row:
     """One file of a deployment: what it is, its digest, and what is said of it.
 
     `part`: graph, weights, settings, operators, or other; `state`: one of the words
-    above, of which "edited" is a change to what is neither code nor weights (a tokenizer, say).
+    above, of which "edited" is a change to what is neither code nor weights (a tokenizer, say), and
+    "added" a file of a tokenizer that the export did not write.
     """
 
     name: str
@@ -64,6 +66,11 @@ class Row:
     def refused(self) -> bool:
         """Whether a deployment with such a row is not opened."""
         return self.state in (MISSING, CHANGED, UNLISTED)
+
+    @property
+    def as_exported(self) -> bool:
+        """Whether it takes nothing from, and adds nothing to, what the export wrote."""
+        return self.state in (AS_EXPORTED, UNUSED)
 
 
 class Folder:
@@ -211,7 +218,8 @@ class Folder:
         if not found:
             state = MISSING
         elif name not in self.listed:
-            state = UNLISTED if name in loaded else UNUSED
+            read = ADDED if name in TOKENIZER_FILES else UNUSED
+            state = UNLISTED if name in loaded else read
         elif found == self.listed[name]:
             state = AS_EXPORTED
         else:

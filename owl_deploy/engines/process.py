@@ -268,5 +268,15 @@ class EngineProcess(Child):
                     raise self._death(op)
                 self._pending += part
         line, self._pending = self._pending.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return self._parsed(line, op)
+
+    def _parsed(self, line: bytes, op: str) -> dict[str, Any]:
+        """An answer; the process is ended that gave something else."""
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = json.loads(line)
+            if isinstance(answer, dict) and (
+                answer.get("ok") is True or (answer.get("ok") is False and "error" in answer)
+            ):
+                return answer
+        self._kill()
+        raise EngineFailed(f"{self._who()} gave no answer to {op!r} that can be read.")

@@ -51,6 +51,7 @@ from owl_deploy.partial import Partial, asked_before, kept_for_resuming
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, free_memory, join
 from owl_deploy.survivors import finished, freeze, sparsify
+from owl_deploy.text import source_files
 
 T = TypeVar("T")
 
@@ -93,7 +94,9 @@ def finetune(
     ranks = join(_versions())
     with contextlib.ExitStack() as stack:
         if ranks.leads:
-            stack.enter_context(only_writer(output, force, model))
+            files = [file for source in _sources(text) for file in source_files(source)]
+            read = [model, *([teacher] if teacher else []), *files]
+            stack.enter_context(only_writer(output, force, *read))
         before = ranks.from_leader(lambda: asked_before(output) if resume else {})
         same = before.get("processes") == ranks.size
         stack.enter_context(on_threads(before.get("threads") if same else None))
@@ -103,6 +106,10 @@ def finetune(
             outcome = run.execute(partial)
             done = run.describe(outcome, resumed=partial.resumed)
             return ranks.from_leader(lambda: run.complete(partial, done))
+
+
+def _sources(text: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(text)] if isinstance(text, str | Path) else list(map(str, text))
 
 
 def _refuse_sharding() -> None:
@@ -138,7 +145,7 @@ class Run:
         self.source, self.settings, self.asked_teacher = source, settings, teacher
         self.teacher = None if teacher is None else open_checkpoint(teacher)
         self.ranks = ranks
-        self.text = [str(text)] if isinstance(text, str | Path) else list(map(str, text))
+        self.text = _sources(text)
         self.sparse_result = settings.method == "masked" or settings.merge is not None
         if self.sparse_result:
             flag = "--merge masked" if settings.merge else "--method masked"
@@ -207,7 +214,7 @@ class Run:
         svg = learning_curve_svg(done)
         (staging / "learning_curve.svg").write_text(svg, encoding="utf-8")
         manifest.write(staging)
-        publish(staging, partial.output)
+        publish(staging, partial.output, partial.force)
         partial.discard()
         return manifest
 

@@ -26,6 +26,7 @@ from owl_deploy.prune.store import PLAN, Store
 from owl_deploy.prune.walk import Walk
 from owl_deploy.ranks import Ranks, join
 from owl_deploy.recipe import RESOLVED, PruneSettings, dump_resolved
+from owl_deploy.text import source_files
 
 
 def prune(
@@ -56,7 +57,8 @@ def prune(
     ranks = join(versions())
     with contextlib.ExitStack() as stack:
         if ranks.leads:
-            stack.enter_context(only_writer(output, force, model))
+            text = source_files(calibration.source) if calibration else []
+            stack.enter_context(only_writer(output, force, model, *text))
         before, planned = ranks.from_leader(
             lambda: _before(output, ranks) if resume else ({}, False)
         )

@@ -110,7 +110,7 @@ class Store(Partial):
         for ending in ("block", "scales", "halves"):
             for path in self.folder.glob(f"*.{ending}"):
                 path.unlink()
-        publish(self.folder, self.output)
+        publish(self.folder, self.output, self.force)
         for name in (PLAN, ASKED):
             (self.output / name).unlink()
 

@@ -131,8 +131,33 @@ def test_an_output_inside_the_model(owl, llama, text_file, tmp_path, command):
     folder = shutil.copytree(llama, tmp_path / "model")
     options = {"prune": ["-c", text_file], "export": [], "finetune": ["--text", text_file]}
     code, _, err = owl(command, folder, "-o", folder / "inside", *options[command])
-    assert (code, "lies inside the model" in err) == (2, True), err
+    assert (code, "lies inside the input" in err) == (2, True), err
     assert not list(folder.glob("*inside*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("prune", "-c"), ("finetune", "--text"), ("finetune", "--teacher")]
+)
+def test_an_output_that_holds_another_input(owl, sparse, text_file, tmp_path, command, option):
+    folder = shutil.copytree(sparse, tmp_path / "sparse")
+    text = shutil.copy(text_file, folder / "text.txt") if option != "--teacher" else text_file
+    options = ["-c", text] if command == "prune" else ["--text", text, "--method", "masked"]
+    options += ["--teacher", folder] if option == "--teacher" else []
+    code, _, err = owl(command, sparse, "-o", folder, "--force", *options)
+    assert (code, "would be replaced" in err) == (2, True), err
+    assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["prune", "finetune"])
+def test_a_link_where_a_run_keeps_what_it_has(owl, sparse, text_file, tmp_path, command):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis.txt").write_text("x")
+    (tmp_path / ".out.owl-partial").symlink_to("elsewhere")
+    options = ["-c", text_file, "--samples", 4] if command == "prune" else ["--text", text_file]
+    options += ["--force", "--sequence-length", 32]
+    code, _, err = owl(command, sparse, "-o", tmp_path / "out", *options)
+    assert (code, "is a link" in err) == (2, True), err
+    assert (tmp_path / "elsewhere" / "thesis.txt").read_text() == "x"
 
 
 def test_ctrl_c_says_what_is_left(owl, llama, text_file, tmp_path, monkeypatch):
@@ -209,7 +234,8 @@ def test_a_bench_makes_no_dense_exports_for_nothing(owl, llama, tmp_path):
     assert owl("export", llama, "-o", tmp_path / "d", "--precision", "fp32")[0] == 0
     for wrong, complaint in (
         (["--pairs", 0], "--pairs 0 is too small"),
-        (["-o", tmp_path / "d"], "exists"),
+        (["-o", tmp_path / "d"], "an input itself"),
+        (["-o", llama], "exists"),
         (["--save-baseline", "x", "--check", "y"], "exclude each other"),
     ):
         code, _, err = owl("bench", tmp_path / "d", "--dense", llama, *wrong)

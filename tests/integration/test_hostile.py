@@ -270,12 +270,19 @@ def test_verify_for_machines(owl, deployment):
     code, out, _ = owl("verify", deployment, "--json")
     found = json.loads(out)
     assert (code, found["whole"], found["operators"]) == (0, True, "this installation's")
-    (deployment / "tokenizer.json").write_text("{}")
     (deployment / "note.txt").write_text("")
+    assert owl("verify", deployment)[0] == 0  # nothing reads it
+    (deployment / "tokenizer.json").write_text("{}")
+    (deployment / "chat_template.jinja").write_text("evil")
     code, out, _ = owl("verify", deployment, "--json")
     states = {row["name"]: row["state"] for row in json.loads(out)["rows"]}
-    assert code == 0  # neither is code or weights
-    assert (states["tokenizer.json"], states["note.txt"]) == ("edited", "not loaded")
+    assert code == 1
+    changed = {name: state for name, state in states.items() if state != "as exported"}
+    assert changed == {
+        "tokenizer.json": "edited",
+        "chat_template.jinja": "added",
+        "note.txt": "not loaded",
+    }
     assert json.loads(out)["fingerprint"] != found["fingerprint"]
 
 

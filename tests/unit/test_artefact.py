@@ -18,7 +18,7 @@ from owl_deploy.errors import BadInput, EnvironmentFailed
 
 def write_folder(path, content="new", force=False):
     with artefact.staged_folder(path, force) as folder:
-        artefact.write_json(folder / artefact.MANIFEST, {"content": content})
+        artefact.write_json(folder / artefact.MANIFEST, {"kind": content})
         assert not path.exists() or force
 
 
@@ -28,7 +28,7 @@ def content_of(path):
 
 def test_a_folder_appears_whole(tmp_path):
     write_folder(tmp_path / "out")
-    assert content_of(tmp_path / "out") == {"content": "new"}
+    assert content_of(tmp_path / "out") == {"kind": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -47,7 +47,7 @@ def test_an_existing_folder_needs_force_and_is_replaced_whole(tmp_path):
     with pytest.raises(BadInput, match="exists already"):
         write_folder(tmp_path / "out")
     write_folder(tmp_path / "out", "new", force=True)
-    assert content_of(tmp_path / "out") == {"content": "new"}
+    assert content_of(tmp_path / "out") == {"kind": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -55,14 +55,14 @@ def test_a_failed_replacement_keeps_the_old_one(tmp_path):
     write_folder(tmp_path / "out", "old")
     with pytest.raises(KeyboardInterrupt), artefact.staged_folder(tmp_path / "out", force=True):
         raise KeyboardInterrupt
-    assert content_of(tmp_path / "out") == {"content": "old"}
+    assert content_of(tmp_path / "out") == {"kind": "old"}
 
 
 def test_two_renames_serve_where_folders_cannot_be_swapped(tmp_path, monkeypatch):
     monkeypatch.setattr(artefact.ctypes, "CDLL", lambda *_, **__: object())
     write_folder(tmp_path / "out", "old")
     write_folder(tmp_path / "out", "new", force=True)
-    assert content_of(tmp_path / "out") == {"content": "new"}
+    assert content_of(tmp_path / "out") == {"kind": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -95,7 +95,7 @@ def test_an_exchange_that_was_cut_in_two_is_undone(tmp_path, renames_fail, step)
     with renames_fail(range(step, 9)), pytest.raises(OSError, match="Stale"):
         write_folder(tmp_path / "out", "new", force=True)
     with artefact.only_writer(tmp_path / "out", force=True):
-        assert content_of(tmp_path / "out") == {"content": "old" if step == 2 else "new"}
+        assert content_of(tmp_path / "out") == {"kind": "old" if step == 2 else "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -103,7 +103,7 @@ def test_a_rename_that_fails_once_leaves_the_old_one_in_its_place(tmp_path, rena
     write_folder(tmp_path / "out", "old")
     with renames_fail([2]), pytest.raises(OSError, match="Stale"):
         write_folder(tmp_path / "out", "new", force=True)
-    assert content_of(tmp_path / "out") == {"content": "old"}
+    assert content_of(tmp_path / "out") == {"kind": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -190,25 +190,55 @@ def test_an_output_within_its_input_or_around_it(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     with (
-        pytest.raises(BadInput, match="lies inside the model"),
-        artefact.only_writer(model / "pruned", source=str(model)),
+        pytest.raises(BadInput, match="lies inside the input"),
+        artefact.only_writer(model / "pruned", False, str(model)),
     ):
         pass
     with (
         pytest.raises(BadInput, match="which would be replaced"),
-        artefact.only_writer(tmp_path, force=True, source=model),
+        artefact.only_writer(tmp_path, True, model),
     ):
         pass
     (model / artefact.MANIFEST).write_text("{}")
     (tmp_path / "link").symlink_to(model)
     for source in (model, tmp_path / "link"):
         with (
-            pytest.raises(BadInput, match="is the model itself"),
-            artefact.only_writer(model, force=True, source=source),
+            pytest.raises(BadInput, match="is an input itself"),
+            artefact.only_writer(model, True, source),
         ):
             pass
-    with artefact.only_writer(tmp_path / "model-pruned", source=model):
+    text = model / "text.txt"
+    text.touch()
+    with (
+        pytest.raises(BadInput, match=r"The input .*text\.txt lies inside"),
+        artefact.only_writer(model, True, "organization/model", text),
+    ):
         pass
+    with artefact.only_writer(tmp_path / "model-pruned", False, model, text):
+        pass
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_meanwhile_is_not_replaced(tmp_path, force):
+    out = tmp_path / "out"
+    complaint = "not written by owl" if force else "exists already"
+
+    def appear():
+        out.mkdir()
+        (out / "thesis.txt").write_text("x")
+
+    complaint = f"Meanwhile: .*out.*{complaint}"
+    with pytest.raises(EnvironmentFailed, match=complaint), artefact.staged_folder(out, force):
+        appear()
+    assert (out / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("content", ['["nocturnal birds"]', '{"species": "Strix aluco"}', "{", ""])
+def test_another_programs_owl_json_is_none_of_ours(tmp_path, content):
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / artefact.MANIFEST).write_text(content)
+    with pytest.raises(BadInput, match="was not written by owl"):
+        artefact.check_output(tmp_path / "birds", force=True)
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -239,12 +269,12 @@ def test_of_a_link_what_it_leads_to_is_written(tmp_path):
     link = tmp_path / "out"
     link.symlink_to(disk / "out")
     write_folder(link, "old")
-    assert content_of(disk / "out") == {"content": "old"}
+    assert content_of(disk / "out") == {"kind": "old"}
     with pytest.raises(BadInput, match="out exists already"):
         write_folder(link)
     write_folder(link, "new", force=True)
     assert link.is_symlink()
-    assert content_of(disk / "out") == {"content": "new"}
+    assert content_of(disk / "out") == {"kind": "new"}
     assert [path.name for path in disk.iterdir()] == ["out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
 

@@ -118,6 +118,7 @@ def test_the_config_counts_the_blocks(copy, count):
         ({"vocab_size": 321}, r"a vocab_size of 321, and model\.embed_tokens.* has 320 rows"),
         ({"vocab_size": "320"}, r"a vocab_size of '320'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized"),
+        ({"transformers_weights": "x.safetensors"}, "names weights of its own"),
         ({"model_type": "lama"}, "Unknown model family 'lama'"),
     ],
 )

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, run_bench, show
 from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.measure import Opener
+from owl_deploy.bench.run import bench, run_gate
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, environment
 from owl_deploy.errors import BadInput, EnvironmentFailed
@@ -556,3 +557,18 @@ def test_what_was_only_rounded_is_not_sparse() -> None:
     pruned = rounded.model_copy(update={"sparsity": 0.13})
     assert entries._pruned([rounded, rounded]) == ()
     assert [one.sparsity for one in entries._pruned([rounded, pruned])] == [0.13, 0.13]
+
+
+@pytest.mark.parametrize("verb", [bench, run_gate])
+@pytest.mark.parametrize("place", ["candidates", "baselines", "draft"])
+def test_a_result_does_not_replace_what_is_measured(
+    pair: tuple[Path, Path], verb: Callable[..., object], place: str
+) -> None:
+    (pair[1] / "owl.json").write_text('{"kind": "deployment"}')
+    measured = str(pair[1]) if place == "draft" else pair[1:]
+    plan = BenchPlan.model_validate({"candidates": pair[:1], place: measured})
+    if place == "draft":
+        plan = plan.model_copy(update={"scenarios": ("answers",)})
+    with pytest.raises(BadInput, match="an input itself"):
+        verb(plan, output=pair[1], force=True)
+    assert (pair[1] / "fake.json").is_file()

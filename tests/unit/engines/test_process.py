@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from owl_deploy.engines import EngineProcess
+from owl_deploy.engines import EngineProcess, process
 from owl_deploy.engines.process import Child
 from owl_deploy.errors import EngineFailed
 
@@ -94,6 +94,20 @@ def test_an_engine_that_hangs_is_ended_at_the_time_limit(
     assert time.monotonic() - started < 8
 
 
+@pytest.mark.parametrize(
+    "answer", ["garbage", "\\xff\\xfe", "[1]", "{}", '{"ok": false}', '{"ok": 1}', "[" * 100_000]
+)
+def test_an_answer_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, children: Children
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"input()\nimport os\nos.write(1, b'{answer}\\n')\ninput()\n")
+    monkeypatch.setattr(process, "WORKER", worker)
+    with pytest.raises(EngineFailed, match="gave no answer to 'load' that can be read"):
+        EngineProcess("fake", fake(tmp_path / "d")).__enter__()
+    assert children() == []
+
+
 def test_requests_after_a_death_are_errors_too(tmp_path: Path) -> None:
     with EngineProcess("fake", fake(tmp_path, fail={"op": "next", "how": "abort"})) as engine:
         for _ in range(2):
@@ -143,7 +157,7 @@ def test_what_an_engine_started_ends_with_it_also_where_it_has_crashed(tmp_path:
 SCRIPT = """
 import sys
 from pathlib import Path
-from owl_deploy.engines import EngineProcess
+from owl_deploy.engines import EngineProcess, process
 with EngineProcess("fake", Path(sys.argv[1])) as engine:
     print(engine._process.pid, flush=True)
     engine.request("prefill", prompt=[1], repeats=1, warmup=0)
