@@ -31,10 +31,14 @@ class Factor:
 
 
 def damped(hessian: torch.Tensor, dampening: float) -> torch.Tensor:
-    """X^T X [in, in] with `dampening` times its mean diagonal added; a dead input's is 1."""
+    """X^T X [in, in] with `dampening` times its mean diagonal added; of dead inputs that mean.
+
+    (SparseGPT's code gives those 1, which decides the mean where the others' inputs are small.)
+    """
     found = hessian.float().clone()
     diagonal = found.diagonal()
-    diagonal[diagonal == 0] = 1
+    dead = diagonal == 0
+    diagonal[dead] = 1 if dead.all() else diagonal[~dead].mean()
     diagonal += dampening * diagonal.mean()
     return found
 

@@ -9,6 +9,7 @@ corners in the order of what they gain for a byte, and every choice on that way 
 its size. Between two of them, the gap is at most what the step that no longer fits would gain.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ class Option:
 
 @dataclass(frozen=True)
 class _Step:
-    """From one corner of a weight's hull to the next larger one."""
+    """From one corner of a weight's hull to the next larger one, for so much `gain` a byte."""
 
     weight: int
     to: int
@@ -50,7 +51,7 @@ def cheapest(weights: Sequence[Sequence[Option]], budget: float) -> list[int]:
         for step in _steps(number, options, corners)
     ]
     stopped: set[int] = set()  # weights whose next step does not fit: the later ones start there
-    for step in sorted(steps, key=lambda one: -one.gain / one.size):  # stable
+    for step in sorted(steps, key=lambda one: -one.gain):  # stable
         if step.weight in stopped or step.size > left:
             stopped.add(step.weight)
             continue
@@ -82,9 +83,13 @@ def _lies_above(left: Option, middle: Option, right: Option) -> bool:
 
 
 def _steps(number: int, options: Sequence[Option], corners: Sequence[int]) -> Iterator[_Step]:
+    gain = math.inf
     for here, there in pairwise(corners):
         one, other = options[here], options[there]
-        yield _Step(number, there, other.size - one.size, one.loss - other.loss)
+        size = other.size - one.size
+        # Along a straight line rounding may turn two: the later must not come first.
+        gain = min(gain, (one.loss - other.loss) / size)
+        yield _Step(number, there, size, gain)
 
 
 def _fill_in(weights: Sequence[Sequence[Option]], chosen: list[int], left: float) -> None:

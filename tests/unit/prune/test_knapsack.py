@@ -55,6 +55,16 @@ def test_less_than_the_least_is_refused():
         cheapest([[Option(2, 1)], [Option(3, 1)]], 4)
 
 
+@pytest.mark.parametrize("weights", [1, 12])
+def test_a_straight_line_does_not_overspend(weights):
+    """Its corners gain the same for a byte, but for rounding."""
+    left = [0.25, *(step / 100 for step in range(26, 91))]
+    line = [Option(1920 * (1 - one), (one - 0.25) / 0.65 * 0.01) for one in left]
+    for budget in range(200, 1500, 7):
+        spent, _ = total([line] * weights, cheapest([line] * weights, budget * weights))
+        assert spent <= budget * weights * (1 + 1e-12)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_the_hull_is_what_wins_at_some_price(seed):
     for options in drawn(seed, options=6):
