@@ -11,11 +11,12 @@ All engines get the same random prompt tokens and thread count.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from owl_deploy.bench.machine import look
 
 # Each worker prints a line of JSON: milliseconds of decode (median), of each prefill (best of two).
 GENAI_WORKER = """
@@ -99,7 +100,7 @@ def main() -> None:
             json.dumps(
                 {
                     "command": " ".join(sys.argv),
-                    "machine": machine(),
+                    "machine": look(0.1).cpu,
                     "load_average": os.getloadavg(),
                     "baseline": next(iter(table)),
                     "summary": table,
@@ -140,14 +141,6 @@ def summarise(samples: dict[str, list[dict[str, float]]]) -> dict[str, dict[str,
                 row[f"{key}_speedup"] = round(statistics.median(ratios), 2)
         table[name] = row
     return table
-
-
-def machine() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

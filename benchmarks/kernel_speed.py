@@ -16,7 +16,6 @@ set.
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from owl_deploy.bench.machine import look
 from owl_deploy.picture import plain_log_scale, svg
 from owl_deploy.runtime import library_path, pack
 from owl_deploy.runtime.native import Library
@@ -77,7 +77,7 @@ def main() -> None:
         rows += measure(library, model, isas, variants, setting)
     result = {
         "command": " ".join(sys.argv),
-        "machine": machine(),
+        "machine": look(0.1).cpu,
         "threads": arguments.threads,
         "rows": rows,
     }
@@ -245,14 +245,6 @@ def time_read(
     aligned = memory[-memory.ctypes.data % 64 :]
     library.call("owl_time_read", aligned, memory.size - 64, threads, rounds, seconds)
     return list(seconds)
-
-
-def machine() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -143,6 +143,11 @@ def most_removed(sparsity: float) -> float:
     return 1 - (1 - sparsity) / 4
 
 
+def in_groups(sparsities: Sequence[float], sizes: Sequence[int], group: int) -> list[float]:
+    """The nearest sparsities that N:`group` has; their weighted mean nearly stays."""
+    return [1 - kept / group for kept in whole_kept(sparsities, sizes, group)]
+
+
 def whole_kept(sparsities: Sequence[float], sizes: Sequence[int], group: int) -> list[int]:
     """The N of N:`group` for each part, whole numbers that nearly hold the weighted mean.
 

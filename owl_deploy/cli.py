@@ -225,7 +225,8 @@ def generate(
     sampling = api.Sampling(
         max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
     )
-    if not do_sample and (temperature, top_k, top_p, seed) != (1.0, 50, 1.0, None):
+    greedy = api.Sampling(max_new_tokens, repetition_penalty=repetition_penalty)
+    if not do_sample and sampling != greedy:
         raise api.BadInput(
             "--temperature, --top-k, --top-p and --seed are for sampling.",
             "Give --do-sample as well, or leave them out.",
@@ -429,7 +430,7 @@ def bench(
         prepare=prepare,
     )
     whole = outcome.to_json(loss, quality_metric)
-    _emit(whole, as_json, lambda: show_outcome(outcome, None, loss, quality_metric))
+    _emit(whole, as_json, lambda: show_outcome(outcome, loss, quality_metric))
     sys.exit(outcome.exit_code(strict))
 
 

@@ -68,7 +68,7 @@ def find_device(name: str) -> torch.device:
 def _own(device: torch.device) -> torch.device:
     """The GPU of this process, where torchrun has started several on its node."""
     place = local_rank()
-    if place is None or device.type != "cuda":
+    if place is None:
         return device
     count = torch.cuda.device_count()
     if place >= count:

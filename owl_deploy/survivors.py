@@ -21,7 +21,7 @@ _WITHIN = 0.49  # of a grid's step: what is moved so far still rounds to where i
 
 
 @dataclass(frozen=True)
-class Grid:
+class LinearGrid:
     """What a weight was rounded to: integers of `bits` bits times `scales` [out, groups].
 
     `group` columns of a row share a scale. `whole`: whether nothing was removed before, so that
@@ -75,7 +75,9 @@ class SparseLinear(nn.Module):
     and any may become zero. `weight` is None after `divide`.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, grid: Grid | None = None) -> None:
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, grid: LinearGrid | None = None
+    ) -> None:
         super().__init__()
         dense = linear.weight.detach()
         self.masked = grid is None or not grid.whole
@@ -174,7 +176,7 @@ def nonzero(values: torch.Tensor, signs: torch.Tensor) -> tuple[torch.Tensor, in
 
 
 def sparsify(
-    block: nn.Module, dtype: torch.dtype, grids: Mapping[str, Grid] = MappingProxyType({})
+    block: nn.Module, dtype: torch.dtype, grids: Mapping[str, LinearGrid] = MappingProxyType({})
 ) -> None:
     """Replace every Linear of `block`; its other parameters (norms, biases) train whole.
 

@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -265,8 +265,7 @@ def timed_side(side: Side, result: Result) -> Side:
         now, then = paired(candidate, reference, key)
         ratios[key] = [float(value) for value in np.log(now) - np.log(then)]
     peak = candidate.peak_bytes if candidate.samples else 0
-    values = {field.name: getattr(side, field.name) for field in fields(Side)}
-    return Side(**{**values, "ratios": ratios, "peak_bytes": peak})
+    return replace(side, ratios=ratios, peak_bytes=peak)
 
 
 def read(path: Path) -> tuple[Side, Margins]:

@@ -49,21 +49,18 @@ def show(
 
 
 def show_outcome(
-    outcome: Outcome,
-    console: Console | None = None,
-    max_loss: float | None = None,
-    quality_metric: str | None = None,
+    outcome: Outcome, max_loss: float | None = None, quality_metric: str | None = None
 ) -> None:
     """Print what a run came to."""
     if outcome.result is not None:
-        show(outcome.result, console, max_loss, quality_metric)
+        show(outcome.result, max_loss=max_loss, quality_metric=quality_metric)
     if outcome.verdicts is not None:
-        show_verdicts(outcome.verdicts, console)
+        show_verdicts(outcome.verdicts)
 
 
-def show_verdicts(verdicts: Sequence[Verdict], console: Console | None = None) -> None:
+def show_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Print a gate's verdicts, and the one of the run."""
-    console = console or result_console(WIDTH)
+    console = result_console(WIDTH)
     table = Table(box=None, pad_edge=False)
     for column in ("metric", "verdict", "why"):
         table.add_column(column, overflow="fold")
@@ -73,11 +70,9 @@ def show_verdicts(verdicts: Sequence[Verdict], console: Console | None = None) -
     console.print(f"Overall: {overall(verdicts)}")
 
 
-def show_trade_off(
-    rows: Sequence[dict[str, Any]], report: Path, console: Console | None = None
-) -> None:
+def show_trade_off(rows: Sequence[dict[str, Any]], report: Path) -> None:
     """Print a sweep's rows; a star marks what no other deployment beats in both."""
-    console = console or result_console(WIDTH)
+    console = result_console(WIDTH)
     table = _table("", "", "deployment", "engine", "zeros", "ppl", "tok/s")
     for row in rows:
         zeros = "" if row["zeros"] is None else f"{row['zeros']:.0%}"

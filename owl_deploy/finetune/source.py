@@ -14,7 +14,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.recipe import RESOLVED, is_named
-from owl_deploy.survivors import SPARSE_FROM, Grid
+from owl_deploy.survivors import SPARSE_FROM, LinearGrid
 from owl_deploy.text import load_tokenizer
 from owl_deploy.tokens import load_tokens
 
@@ -116,7 +116,7 @@ class Source:
     def _grid(self) -> KeptGrid | None:
         return read_grid(self.folder)
 
-    def grids(self, block: str) -> dict[str, Grid]:
+    def grids(self, block: str) -> dict[str, LinearGrid]:
         """The grids of the Linears of `block` that were rounded, by their names within it.
 
         Raises `BadInput` for scales that are not those of the weights.
@@ -130,7 +130,7 @@ class Source:
             if linear not in kept.scales:
                 continue
             whole = linear in self.whole
-            grid = Grid(kept.bits[linear], kept.group, kept.scales[linear], whole)
+            grid = LinearGrid(kept.bits[linear], kept.group, kept.scales[linear], whole)
             rows, columns = self.checkpoint.shape(f"{block}.{name}")
             fits = list(grid.scales.shape) == [rows, -(-columns // grid.group)]
             if not (fits and _lies_on(self.checkpoint.read(f"{block}.{name}"), grid)):
@@ -213,7 +213,7 @@ def load_teacher(
     return loaded, [loaded.get_submodule(name) for name in teacher.blocks]
 
 
-def _lies_on(weight: torch.Tensor, grid: Grid) -> bool:
+def _lies_on(weight: torch.Tensor, grid: LinearGrid) -> bool:
     """Whether a `weight` [out, in] is integers times its scales, to what its dtype rounds."""
     scales = grid.scales.repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
     places = weight.float() / scales.where(scales > 0, 1)  # of no scale all weights are zero

@@ -12,7 +12,7 @@ EvoPress (arXiv 2410.14649) states the problem that it searches.
 import math
 from collections.abc import Iterable, Sequence
 
-from owl_deploy.allocation import hold_mean, most_removed, whole_kept
+from owl_deploy.allocation import hold_mean, in_groups, most_removed
 from owl_deploy.methods import METHODS
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.knapsack import Option, cheapest
@@ -31,7 +31,7 @@ _STEPS = 100  # of sparsity that a Linear may take, between none and all
 def by_fisher(request: Request, store: Store) -> list[dict[str, float]]:
     """For each block, its pruned Linears' sparsities by name, of the mean that is asked for."""
     settings, shape = request.settings, request.shape
-    sizes = [size for own in shape.linears for size in own.values()]
+    sizes = shape.linear_sizes
     if not settings.sparsity:
         return shape.by_block([0.0] * len(sizes))
     asked = levels(settings.sparsity, settings.group)
@@ -86,7 +86,7 @@ def divided(
         # What stays as it was before does so whatever the others move by.
         limits = [one if 0 < one <= zeros else most for one, zeros in zip(found, gone, strict=True)]
         return [round(one, 12) for one in hold_mean(found, sizes, sparsity, limits, gone)]
-    return [1 - kept / group[1] for kept in whole_kept(found, sizes, group[1])]
+    return in_groups(found, sizes, group[1])
 
 
 class _Curve:

@@ -32,10 +32,6 @@ class Grid:
         """The largest integer."""
         return limits(self.bits)[1]
 
-    def groups(self, columns: int) -> int:
-        """Scales in a row of so many columns."""
-        return -(-columns // self.group)
-
     def window(self, weight: torch.Tensor) -> tuple[int, int]:
         """The least and the largest code for the scales of `weight` [out, in]: 256 of them.
 

@@ -22,7 +22,7 @@ from owl_deploy.blocks import Activations, Skeleton, check_finite
 from owl_deploy.manifest import TrainedHalf
 from owl_deploy.progress import Advance
 from owl_deploy.prune.halves import Half, Run, halves
-from owl_deploy.survivors import Grid, finished, groups, sparse_linears, sparsify
+from owl_deploy.survivors import LinearGrid, finished, groups, sparse_linears, sparsify
 
 LEARNING_RATE = 0.01  # of Adam at the start, as a share of the size of what a tensor has left
 TOKENS_A_STEP = 512
@@ -100,7 +100,7 @@ class Reconstruction:
         weights: Tensors,
         changed: Collection[str],
         advance: Advance,
-        grids: Mapping[str, Grid] = MappingProxyType({}),
+        grids: Mapping[str, LinearGrid] = MappingProxyType({}),
     ) -> tuple[Tensors, dict[str, TrainedHalf]]:
         """The block's `weights` after its halves are trained, and what came of each, by name.
 
@@ -134,7 +134,7 @@ class Reconstruction:
         index: int,
         weights: Tensors,
         dense: Tensors,
-        grids: Mapping[str, Grid],
+        grids: Mapping[str, LinearGrid],
         advance: Advance,
     ) -> tuple[Tensors, TrainedHalf]:
         """The weights of the epoch with the least held-out error, or as they were; and that."""
@@ -204,7 +204,7 @@ def _student(
     weights: Tensors,
     dense: Tensors,
     dtype: torch.dtype,
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, LinearGrid],
 ) -> nn.Module:
     """A copy of `block` with `weights`, which train in float32 if they were not removed.
 

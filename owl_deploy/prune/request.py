@@ -28,7 +28,7 @@ from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import calibration_windows, token_digest
 from owl_deploy.tokens import load_tokens
 
-HELD_OUT_TOKENS = 4096  # that losses are measured by, in whole windows
+MEASURED_TOKENS = 4096  # that losses are measured by, in whole windows
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _check_alone(settings: PruneSettings, processes: int) -> None:
 
 def _measuring(length: int) -> int:
     """How many windows of `length` tokens losses are measured by."""
-    return max(HELD_OUT_TOKENS // length, 1)
+    return max(MEASURED_TOKENS // length, 1)
 
 
 def _windows(

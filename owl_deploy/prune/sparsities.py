@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from owl_deploy.allocation import ALLOCATIONS, hold_mean, most_removed, whole_kept
+from owl_deploy.allocation import ALLOCATIONS, hold_mean, in_groups, most_removed
 from owl_deploy.errors import BadInput
 from owl_deploy.families import heads
 from owl_deploy.recipe import PruneSettings, is_named
@@ -23,6 +23,11 @@ class Shape:
     def sizes(self) -> list[int]:
         """The pruned weights of each block."""
         return [sum(linears.values()) for linears in self.linears]
+
+    @property
+    def linear_sizes(self) -> list[int]:
+        """The weights of each Linear."""
+        return [size for linears in self.linears for size in linears.values()]
 
     def by_block(self, each: Iterable[T]) -> list[dict[str, T]]:
         """For each block, its Linears' values by name, of one for `each` Linear in model order."""
@@ -107,8 +112,7 @@ def _by_rule(
     if min(found) < least or max(found) > most:
         found = hold_mean(found, sizes, settings.sparsity, most, least)
     if settings.group is not None:
-        size = settings.group[1]
-        found = [1 - kept / size for kept in whole_kept(found, sizes, size)]
+        found = in_groups(found, sizes, settings.group[1])
     return found
 
 

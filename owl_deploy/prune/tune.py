@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from owl_deploy.allocation import ALLOCATIONS, hold_mean, most_removed, whole_kept
+from owl_deploy.allocation import ALLOCATIONS, hold_mean, in_groups, most_removed
 from owl_deploy.errors import BadInput
 from owl_deploy.progress import bar
 from owl_deploy.prune.judge import Division, Judge
@@ -116,7 +116,7 @@ class Mutation:
     """Makes offspring of divisions: Linears that trade weights, so that the sparsity stays."""
 
     def __init__(self, settings: PruneSettings, shape: Shape) -> None:
-        self.sizes = [size for own in shape.linears for size in own.values()]
+        self.sizes = shape.linear_sizes
         self.group, self.sparsity = settings.group, settings.sparsity
         self.most, self.steps = most_removed(settings.sparsity), _STEPS
         if self.group is not None:
@@ -143,8 +143,7 @@ class Mutation:
         """The sparsities nearest to those `wanted` that the structure has, of the right mean."""
         found = hold_mean(wanted, self.sizes, self.sparsity, self.most)
         if self.group is not None:
-            size = self.group[1]
-            found = [1 - kept / size for kept in whole_kept(found, self.sizes, size)]
+            found = in_groups(found, self.sizes, self.group[1])
         return tuple(found)
 
 

@@ -22,7 +22,7 @@ from owl_deploy.prune.plan import Plan
 from owl_deploy.prune.reconstruct import Reconstruction
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
-from owl_deploy.survivors import SPARSE_FROM, Grid
+from owl_deploy.survivors import SPARSE_FROM, LinearGrid
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Walk:
         for key, sparsity in self.plan.sparsities[index].items():
             bits, group = self.plan.bits_of(index, key), self.plan.settings.bits_group
             if bits and group:
-                grids[key] = Grid(bits, group, scales[f"{key}.{SCALE}"], key in whole)
+                grids[key] = LinearGrid(bits, group, scales[f"{key}.{SCALE}"], key in whole)
             if bits or sparsity:
                 changed.append(key)
         weights, halves = reconstruction.block(index, weights, changed, self.advance, grids)

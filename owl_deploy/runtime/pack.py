@@ -94,6 +94,10 @@ class ValueTraits:
         """Columns in a cell."""
         return 4 // self.dtype().itemsize
 
+    def cells(self, cols: int) -> int:
+        """Cells in a row of so many columns, in whole fours."""
+        return -(-cols // (4 * self.pack)) * 4
+
 
 @dataclass(frozen=True)
 class PackedInfo:
@@ -197,7 +201,7 @@ def pack(
         exact = scales is not None
         encoded = _quantize(weight, grid, exponent, traits, levels, scale_columns, exact=exact)
         regions.append(("scale", _by_group(_scale_codes(grid, exponent))))
-    cells = _to_cells(encoded, traits.pack)  # [groups, cells, 16 * pack]
+    cells = _to_cells(encoded, traits)  # [groups, cells, 16 * pack]
     nonzeros = int(np.count_nonzero(encoded))
     if sparse:
         mask = cells != 0
@@ -231,7 +235,7 @@ def stored_bytes(
     """
     rows, cols = shape
     traits = TRAITS[values]
-    cells = -(-cols // (4 * traits.pack)) * 4
+    cells = traits.cells(cols)
     shared = scale_columns if traits.levels else 0
     nowhere = (0,) * 7
     info = PackedInfo(values, sparsity is not None, planes, rows, cols, cells, *nowhere, shared)
@@ -608,11 +612,11 @@ TRAITS: dict[Values, ValueTraits] = {
 INTEGERS: dict[int, Values] = {one.stored_bits: name for name, one in TRAITS.items() if one.levels}
 
 
-def _to_cells(encoded: NDArray[np.generic], packed_columns: int) -> NDArray[np.generic]:
+def _to_cells(encoded: NDArray[np.generic], traits: ValueTraits) -> NDArray[np.generic]:
     """[rows, cols] -> [groups, cells, 16 * pack], zero-padded."""
     rows, cols = encoded.shape
     groups = -(-rows // GROUP_ROWS)
-    cells = -(-cols // (4 * packed_columns)) * 4
+    cells, packed_columns = traits.cells(cols), traits.pack
     padded = np.zeros((groups * GROUP_ROWS, cells * packed_columns), dtype=encoded.dtype)
     padded[:rows, :cols] = encoded
     tiles = padded.reshape(groups, GROUP_ROWS, cells, packed_columns).transpose(0, 2, 1, 3)
@@ -716,7 +720,7 @@ def read_header(block: Block) -> PackedInfo:
         raise ValueError("rows and columns must lie between 1 and 2^28")
     if total != block.size:
         raise ValueError("the block's length differs from what its header says (truncated?)")
-    if cells != -(-cols // (4 * traits.pack)) * 4:
+    if cells != traits.cells(cols):
         raise ValueError("the number of cells does not match the columns")
     form = (names[code], flags == _SPARSE, flags == _PLANES)
     counts = (rows, cols, cells, nonzeros)

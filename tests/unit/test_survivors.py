@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from owl_deploy.survivors import Grid, SparseLinear, finished, freeze, groups, nonzero, sparsify
+from owl_deploy.survivors import (
+    LinearGrid,
+    SparseLinear,
+    finished,
+    freeze,
+    groups,
+    nonzero,
+    sparsify,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -61,7 +69,9 @@ def test_where_nothing_was_removed_zero_is_an_integer_like_others():
     linear = torch.nn.Linear(4, 1, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[0.5, 0.0, -1.0, 0.0]]))
-    sparse = SparseLinear(linear, torch.float32, Grid(4, 4, torch.tensor([[0.5]]), whole=True))
+    sparse = SparseLinear(
+        linear, torch.float32, LinearGrid(4, 4, torch.tensor([[0.5]]), whole=True)
+    )
     assert sparse.values.numel() == 4
     x = torch.randn(3, 4)
     sparse(x).square().sum().backward()
@@ -82,7 +92,7 @@ def test_values_lean_towards_the_dense_ones_and_round_as_before():
         linear.weight.copy_(torch.tensor([[0.5, 0.0, -1.0, 3.5]]))
     dense = torch.tensor([[0.6, -2.0, -1.3, 9.0]])
     for whole, expected in ((True, [0.6, -0.245, -1.245, 3.745]), (False, [0.6, -1.245, 3.745])):
-        grid = Grid(4, 4, torch.tensor([[0.5]]), whole)
+        grid = LinearGrid(4, 4, torch.tensor([[0.5]]), whole)
         sparse = SparseLinear(linear, torch.float32, grid)
         sparse.lean(dense)
         assert sparse.values.tolist() == pytest.approx(expected)
@@ -100,7 +110,7 @@ def test_what_16_bits_hold_only_nearly_rounds_as_before_all_the_same(whole, dtyp
     linear = torch.nn.Linear(64, 8, bias=False)
     with torch.no_grad():
         linear.weight.copy_((integers * steps).to(dtype))  # up to a quarter of a step off
-    sparse = SparseLinear(linear, torch.float32, Grid(8, 32, scales, whole))
+    sparse = SparseLinear(linear, torch.float32, LinearGrid(8, 32, scales, whole))
     for change in (0.0, 1.0, -1.0):
         sparse.lean((integers + change) * steps)
         assert torch.equal((sparse.dense(torch.float32)[0] / steps).round(), integers)
@@ -124,7 +134,7 @@ def test_what_is_rounded_trains_straight_through_and_stays_on_its_grid(bits, lea
     integers = torch.tensor([[1, 2, 0, -3, 3, 1], [0, -1, 2, 3, 0, -2]]).float()
     with torch.no_grad():
         linear.weight.copy_(integers * scales.repeat_interleave(4, dim=1)[:, :6])
-    sparse = SparseLinear(linear, torch.float32, Grid(bits, 4, scales))
+    sparse = SparseLinear(linear, torch.float32, LinearGrid(bits, 4, scales))
     x = torch.randn(3, 6)
     torch.testing.assert_close(sparse(x), linear(x))
     with torch.no_grad():

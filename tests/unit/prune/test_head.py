@@ -56,7 +56,7 @@ def test_it_is_what_a_sparsity_of_nought_gives(llama, tmp_path, calibration):
 def test_its_cost_is_the_divergence_of_the_model_with_it(
     family, tied, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(prune_request, "HELD_OUT_TOKENS", 3 * 48)
+    monkeypatch.setattr(prune_request, "MEASURED_TOKENS", 3 * 48)
     model = tiny.write_model(family, tmp_path / "dense", tie_word_embeddings=tied)
     calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
     settings = recipe.settings(budget="60kB", method="none")

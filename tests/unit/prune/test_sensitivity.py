@@ -54,7 +54,7 @@ def changes(store, name, key):
 def test_the_loss_of_a_difference_is_that_of_its_definition(
     model, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(prune_request, "HELD_OUT_TOKENS", 3 * 48)
+    monkeypatch.setattr(prune_request, "MEASURED_TOKENS", 3 * 48)
     request = asked(model, text_file)
     store, costs = measured(request, tmp_path)
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
