@@ -438,3 +438,20 @@ def test_a_better_one_that_is_slower_is_named() -> None:
     told = said(with_perplexity(result(), "dense-fp32", 9.0, "candidate"), 0.0)
     assert told.startswith("Deploy dense-deepsparse (deepsparse, fp32): 4")
     assert "(perplexity 13.7, dense-fp32 (onnxruntime, fp32) has 9.00)." in told
+
+
+def test_where_a_loss_is_nothing_and_where_it_may_be_chance() -> None:
+    assert option("a", 1, 0.005).is_allowed(None)
+    assert not option("a", 1, 0.0051).is_allowed(None)
+    assert option("a", 1, 0.01, 0.01).is_allowed(None)
+    assert not option("a", 1, 0.0101, 0.01).is_allowed(None)
+    assert option("a", 1, 0.02, 0.01).may_be_chance
+    assert not option("a", 1, 0.0201, 0.01).may_be_chance
+
+
+def test_only_comparisons_of_the_first_metric_are_told() -> None:
+    made = result()
+    second = metrics_of(made.scenarios)[1].key
+    other = made.comparisons[0].model_copy(update={"scenario": second})
+    judged = decision.judge(made.model_copy(update={"comparisons": (other,)}))
+    assert judged.comparisons == ()

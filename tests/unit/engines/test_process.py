@@ -91,7 +91,7 @@ def test_an_engine_that_hangs_is_ended_at_the_time_limit(
         with pytest.raises(EngineFailed, match="did not finish 'prefill' within 1 s"):
             engine.request("prefill", prompt=[1], repeats=1, warmup=0)
         assert children() == []
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60  # and not the ten minutes that are usual
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_what_an_engine_started_ends_with_it_also_where_it_has_crashed(tmp_path:
     helper = psutil.Process(int(child._process.stdout.readline()))
     child._process.wait()
     child.close()
-    helper.wait(timeout=2)
+    helper.wait(timeout=60)
     child.close()  # once more, as in an `except` and then an `__exit__`
 
 
@@ -177,9 +177,9 @@ def test_a_worker_does_not_outlive_its_parent(tmp_path: Path, how: signal.Signal
     worker = psutil.Process(int(parent.stdout.readline()))
     time.sleep(0.2)
     os.kill(parent.pid, how)
-    parent.wait(timeout=2)
+    parent.wait(timeout=60)
     parent.stdout.close()
-    worker.wait(timeout=2)
+    worker.wait(timeout=60)
     assert not worker.is_running()
 
 

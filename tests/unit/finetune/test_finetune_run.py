@@ -3,6 +3,7 @@ import math
 import os
 import shutil
 import signal
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from owl_deploy.finetune.show import caption
 from owl_deploy.finetune.source import Source
 from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import prune
+from owl_deploy.tokens import load_tokens
 from tests import tiny
 from tests.reference import finetune as reference
 from tests.reference.divergence import divergence
@@ -105,6 +107,11 @@ def test_block_groups_train_every_block(models, text_file, tmp_path):
     assert manifest["finetune"]["steps"] == 4
     steps = [row["step"] for row in manifest["finetune"]["curve"]]
     assert steps == sorted(steps)
+    # The second group begins where the first one ended.
+    rows = [row for row in manifest["finetune"]["curve"] if "eval_loss" in row]
+    ((end, begin),) = [two for two in pairwise(rows) if two[0]["step"] == two[1]["step"] == 2]
+    assert begin["eval_loss"] == pytest.approx(end["eval_loss"], rel=1e-6)
+    assert begin["eval_loss"] < rows[0]["eval_loss"]
 
 
 def test_steps_are_divided_over_the_groups(models, text_file, tmp_path):
@@ -428,3 +435,12 @@ def test_what_pruning_skipped_is_not_counted(models, text_file, tmp_path, skip):
     prune(dense, tmp_path / "sparse", settings, None)
     asked = QUICK | {"method": "masked", "max_steps": 1}
     finetune(tmp_path / "sparse", tmp_path / "out", str(text_file), asked)
+
+
+def test_what_is_held_out_is_not_trained_on(models, text_file):
+    _, sparse = models("llama")
+    train, held_out = Source(sparse).windows([str(text_file)], 32)
+    tokens = load_tokens(sparse, [str(text_file)])
+    count = len(tokens) // 32
+    assert (1 <= len(held_out) <= 8, len(train) + len(held_out)) == (True, count)
+    assert torch.equal(torch.cat((train, held_out)).flatten(), tokens[: count * 32])

@@ -2,12 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from owl_deploy import hardware
+from owl_deploy import hardware, recipe
 from owl_deploy.blocks import Activations
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
+from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.prune import calibrate
 from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.prune.measure import gather
+from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.sparsegpt import factorise
 
 
@@ -130,3 +133,17 @@ def test_what_overflows_is_refused_by_its_name(hessian, value):
     states[1, 2, 3] = value
     with pytest.raises(BadInput, match=r"what enters q is infinite, or no number.*float32"):
         gathered(states, keep=False, hessian=hessian)
+
+
+@pytest.mark.parametrize(("bits", "read", "counts"), [(4, True, 1), (4, False, 0), (None, True, 0)])
+def test_running_means_count_where_values_are_rounded(
+    llama, text_file, tmp_path, bits, read, counts
+):
+    text = Calibration(str(text_file), samples=2, sequence_length=16)
+    settings = recipe.settings(method="sparsegpt", sparsity=0.5, bits=bits, allocation="uniform")
+    request = check(llama, settings, text, ANY_HARDWARE, tune_minutes=None)
+    hidden = request.skeleton.embed(request.own_windows, request.batch, tmp_path)
+    with request.skeleton.loaded(request.skeleton.names[0]) as block:
+        found = gather(request, block, 0, hidden, print, keep=False, hessian=True, read=read)
+    names = [name for name in request.shape.linears[0] if found.unsure(name) == 0]
+    assert names == ["self_attn.v_proj"] * counts

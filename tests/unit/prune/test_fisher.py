@@ -19,7 +19,7 @@ from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.run import prune
-from owl_deploy.prune.sensitivity import Measuring
+from owl_deploy.prune.sensitivity import Found, Measuring
 from owl_deploy.prune.store import Store
 from tests import tiny
 from tests.reference import sensitivity as reference
@@ -311,3 +311,27 @@ def test_bad_input(llama, text_file, tmp_path):
     settings = recipe.settings(method="magnitude", allocation="fisher", sparsity=0.5)
     with pytest.raises(BadInput, match="with the allocation fisher looks at the model's inputs"):
         prune(llama, tmp_path / "out", settings, None)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_costs_most_is_pruned_least(llama, text_file, monkeypatch, bits):
+    settings = recipe.settings(method="wanda", allocation="fisher", sparsity=0.5, bits=bits)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    tried = set()
+
+    def measured(request, store, settings, ways, errors):
+        tried.update(ways)
+
+        def found(number, key):
+            factor = 50 if (number, key) == (0, "mlp.up_proj") else 1
+            return [Found(factor * 10 ** (3 * way.sparsity), way.sparsity, 0, 0) for way in ways]
+
+        blocks = enumerate(request.shape.linears)
+        return [{key: found(number, key) for key in own} for number, own in blocks]
+
+    monkeypatch.setattr(fisher, "measure_losses", measured)
+    first, second = fisher.by_fisher(request, None)
+    assert first["mlp.up_proj"] < second["mlp.up_proj"] - 0.1
+    assert first["mlp.down_proj"] == pytest.approx(second["mlp.down_proj"], abs=0.011)
+    assert {way.bits for way in tried} == {bits}

@@ -75,3 +75,16 @@ def test_it_needs_a_text(llama, tmp_path):
     settings = recipe.settings(method="magnitude", allocation="uniform", refit=True)
     with pytest.raises(BadInput, match="magnitude, with a refit, with the allocation uniform"):
         prune(llama, tmp_path / "out", settings, None)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
+def test_what_is_rounded_is_refitted_before(llama, tmp_path, calibration, method):
+    found = []
+    for again in (False, True):
+        settings = recipe.settings(
+            method=method, allocation="uniform", sparsity=0.5, bits=4, refit=again
+        )
+        prune(llama, tmp_path / str(again), settings, calibration)
+        weights = load_file(tmp_path / str(again) / WEIGHTS)
+        found.append(weights["model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(*found)

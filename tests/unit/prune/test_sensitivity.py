@@ -1,10 +1,12 @@
 """What the formats of each Linear cost, against the definition on a whole model in memory."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import transformers
+from pydantic import TypeAdapter
 
 from owl_deploy import recipe
 from owl_deploy.hardware import ANY_HARDWARE
@@ -185,3 +187,34 @@ def test_sizes_are_those_of_the_engine():
     assert packed_size((512, 512), sparse, 0.5, 32) < 0.8 * packed_size((512, 512), dense, 0, 32)
     # Too few zeros for a mask: stored whole.
     assert packed_size((512, 512), sparse, 0.29, 32) == packed_size((512, 512), dense, 0, 32)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"options": {"dampening": 0.5}}, {}),
+        ({"structure": "2:4"}, {}),
+        ({"skip": ("lm_head", "down_proj")}, {}),
+        ({"refit": True}, {}),
+        ({"bits_group": 64}, {}),
+        ({"method": "wanda"}, {}),
+        ({}, {"seed": 1}),
+        ({}, {"samples": 4}),
+        ({}, {"sequence_length": 40}),
+    ],
+    ids=str,
+)
+def test_other_questions_are_measured_anew(llama, text_file, values, text):
+    count = itertools.count()
+
+    def losses(values, text):
+        settings = recipe.settings(**{"method": "sparsegpt", "sparsity": 0.5, "bits": 4} | values)
+        whole = {"samples": 5, "sequence_length": 48} | text
+        calibration = Calibration(str(text_file), **whole)
+        request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+        kind = TypeAdapter(int)
+        return sensitivity.remembered(request, settings, {}, kind, lambda: next(count))
+
+    assert losses({}, {}) == losses({}, {}) == 0
+    assert losses(values, text) == 1
+    assert losses({}, {}) == 0

@@ -12,7 +12,10 @@ from owl_deploy import recipe
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
+from owl_deploy.hardware import ANY_HARDWARE
+from owl_deploy.prune import plan as planning
 from owl_deploy.prune import tune
+from owl_deploy.prune.request import check
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.sparsities import Shape
 from owl_deploy.ranks import ALONE
@@ -203,3 +206,40 @@ def test_what_was_found_is_pruned_again_from_its_recipe(llama, text_file, tmp_pa
     assert [one.linears for one in again.blocks] == [one.linears for one in found.blocks]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("found", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_of_the_offspring_the_best_on_little_text_is_judged_on_all(monkeypatch):
+    asked = []
+
+    class Noted(Bowl):
+        def divergences(self, divisions, places):
+            asked.append((list(divisions), list(places)))
+            return super().divergences(divisions, places)
+
+    goal = tuple(0.5 + (0.2 if number % 3 == 2 else -0.2) for number in range(12))
+    state = tune.Search()
+    state.judged("uniform", (0.5,) * 12, 1.5)
+    mutation = tune.Mutation(recipe.settings(sparsity=0.5), SHAPE)
+    searcher = tune.Searcher(mutation, Noted(goal), state, 0, ALONE, print)
+    searcher._generation()
+    (young, few), (judged, every) = asked
+    assert (len(young), len(few), every) == (tune.OFFSPRING, 1, [0, 1, 2, 3])
+    errors = [sum((a - b) ** 2 for a, b in zip(one, goal, strict=True)) for one in young]
+    assert judged == [young[errors.index(min(errors))]]
+
+
+def test_a_search_judges_by_text_that_nothing_was_made_by(llama, text_file, tmp_path, monkeypatch):
+    made = {}
+
+    class Noted(planning.Judge):
+        def __init__(self, skeleton, shape, norms, windows, *rest):
+            made.update(norms=norms, windows=windows)
+            super().__init__(skeleton, shape, norms, windows, *rest)
+
+    monkeypatch.setattr(planning, "Judge", Noted)
+    settings, text = recipe.settings(sparsity=0.5), Calibration(str(text_file), 3, 48)
+    prune(llama, tmp_path / "out", settings, text, tune_minutes=NO_TIME)
+    request = check(llama, settings, text, ANY_HARDWARE, tune_minutes=1)
+    assert torch.equal(made["windows"], request.held_out[:8, :256])
+    assert not torch.equal(made["windows"][: len(request.windows)], request.windows)
+    assert all(norms["mlp.down_proj"].std() > 0 for norms in made["norms"])

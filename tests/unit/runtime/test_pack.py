@@ -127,7 +127,8 @@ def test_an_8_bit_grid_in_float16_holds_weights_that_are_nearly_nothing(exponent
 
 def test_a_weight_off_its_grid_is_refused() -> None:
     weight, scales = on_grid(37, 64, "int4", 32)
-    for row, column, change in ((3, 40, 0.3), (36, 0, 0.6)):
+    large = np.argwhere(np.abs(weight / scales.repeat(32, axis=1)) == 7)[0]
+    for row, column, change in ((3, 40, 0.3), (36, 0, 0.6), (*large, 0.1)):
         changed = weight.copy()
         changed[row, column] += np.float32(change) * scales[row, column // 32]
         with pytest.raises(ValueError, match="does not lie on its grid"):
@@ -164,14 +165,18 @@ def test_int4_of_the_smallest_and_the_largest(size: float) -> None:
     assert np.abs(back - weight).max() <= max(0.3 * size, 2e-37)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_int4_scales_lose_less_than_those_that_cut_nothing_off(sparsity: float) -> None:
+@pytest.mark.parametrize(
+    ("values", "largest", "sparsity"), [("int4", 7, 0.0), ("int4", 7, 0.5), ("int3", 3, 0.0)]
+)
+def test_scales_lose_less_than_those_that_cut_nothing_off(
+    values: pack.Values, largest: int, sparsity: float
+) -> None:
     weight = sparse_weight(64, 512, sparsity)
-    peaks = np.abs(weight.reshape(64, -1, 32)).max(axis=2) / 7
+    peaks = np.abs(weight.reshape(64, -1, 32)).max(axis=2) / largest
     scales = ((peaks.view(np.int32) + 0x7FFFF) >> 19 << 19).view(np.float32)
     step = scales.repeat(32, axis=1)
     whole = np.sum((np.rint(weight / step) * step - weight) ** 2)
-    found = np.sum((pack.unpack(pack.pack(weight, "int4")) - weight) ** 2)
+    found = np.sum((pack.unpack(pack.pack(weight, values, sparsity > 0)) - weight) ** 2)
     assert found < 0.8 * whole
 
 
