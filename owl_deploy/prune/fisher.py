@@ -25,6 +25,7 @@ from owl_deploy.recipe import PruneSettings
 _STAND_INS = {"alps": "sparsegpt"}
 _NEIGHBOURS = 2  # of the N of N:M that are measured on either side
 _NOTHING = 1e-12  # nats: a Linear whose inputs are dead costs less
+_MISSED = 0.01  # of sparsity, with N:M
 _STEPS = 100  # of sparsity that a Linear may take, between none and all
 
 
@@ -86,7 +87,10 @@ def divided(
         # What stays as it was before does so whatever the others move by.
         limits = [one if 0 < one <= zeros else most for one, zeros in zip(found, gone, strict=True)]
         return [round(one, 12) for one in hold_mean(found, sizes, sparsity, limits, gone)]
-    return in_groups(found, sizes, group[1])
+    found = in_groups(found, sizes, group[1])
+    removed = sum(size * one for size, one in zip(sizes, found, strict=True)) / sum(sizes)
+    # A few large Linears, of which each step is a large part of all, cannot be divided.
+    return found if abs(removed - sparsity) <= _MISSED else [sparsity] * len(sizes)
 
 
 class _Curve:

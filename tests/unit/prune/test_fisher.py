@@ -335,3 +335,11 @@ def test_what_costs_most_is_pruned_least(llama, text_file, monkeypatch, bits):
     assert first["mlp.up_proj"] < second["mlp.up_proj"] - 0.1
     assert first["mlp.down_proj"] == pytest.approx(second["mlp.down_proj"], abs=0.011)
     assert {way.bits for way in tried} == {bits}
+
+
+def test_few_large_linears_are_not_divided_into_groups():
+    tried = [0.25, 0.5, 0.75]
+    losses = exponential([4.0, 4.0], tried)
+    assert fisher.divided(0.5, (2, 4), [192, 6400], tried, losses) == [0.5, 0.5]
+    losses = exponential([2.0, 4.0, 8.0], tried)
+    assert fisher.divided(0.5, (2, 4), [64] * 3, tried, losses) == [0.75, 0.5, 0.25]
