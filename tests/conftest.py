@@ -14,7 +14,7 @@ from owl_deploy import cli
 from owl_deploy.cache import cache_path
 from owl_deploy.engines import EngineProcess
 from owl_deploy.export import genai
-from tests import tiny, warm
+from tests import fresh, tiny
 
 # On models this small threads only wait for each other, and more so on a busy machine.
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def warm_builder() -> Iterator[None]:
     """An export in this process has a builder that imported everything before."""
     of_genai = SimpleNamespace(
-        Popen=warm.Popen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
+        Popen=fresh.Builder, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(genai, "subprocess", of_genai)
@@ -90,7 +90,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def children():
     """Give the processes that this test has started and not ended; those before it left others."""
-    warm.ensure_running()  # it stays
+    fresh.ensure_running()  # it stays
     before = psutil.Process().children(recursive=True)
     return lambda: [one for one in psutil.Process().children(recursive=True) if one not in before]
 

@@ -6,13 +6,16 @@ test says of a launcher, of an import or of the interpreter's end needs a start 
 
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import IO
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -23,8 +26,12 @@ _CONTEXT.set_forkserver_preload(
         "transformers.models.llama.modeling_llama",
         "transformers.trainer",
         "torch.distributed.nn",
+        "onnxruntime_genai.models",  # which has a folder of its own for these:
+        "builders",
     ]
 )
+
+ensure_running = forkserver.ensure_running
 
 _STREAMS = ("stdout", "stderr")
 
@@ -99,3 +106,58 @@ def _do(
 
     torch.set_num_threads(1)
     work(*arguments)
+
+
+class Builder:
+    """onnxruntime-genai's model builder in such a process, for `owl_deploy.export.genai`.
+
+    It imports for six seconds what it needs for one. It is asked as a `subprocess.Popen` is; what
+    tests start as a process of its own starts it as its users do.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        cwd: Path,
+        env: dict[str, str],
+        stdin: int,
+        stdout: IO[bytes],
+        stderr: int,
+    ) -> None:
+        assert (stdin, stderr) == (subprocess.DEVNULL, subprocess.STDOUT)
+        assert command[:2] == [sys.executable, "-P"]
+        self._process = _CONTEXT.Process(target=_build, args=(command[2:], cwd, env, stdout.name))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _build(arguments: list[str], folder: Path, environment: dict[str, str], log: str) -> None:
+    from huggingface_hub import constants
+
+    with Path(log).open("ab") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    sys.stdout.reconfigure(write_through=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    # Read from the environment by now.
+    constants.HF_HUB_OFFLINE, tempfile.tempdir = True, environment["TMPDIR"]
+    # Ours came with the arguments, and lacks the folder that this package adds.
+    sys.path.extend(sys.modules["onnxruntime_genai.models"].__path__)
+    os.chdir(folder)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
