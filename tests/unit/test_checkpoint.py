@@ -1,9 +1,11 @@
 import json
 import shutil
 
+import httpx2
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import checkpoint
@@ -38,6 +40,17 @@ def test_a_hub_name_that_the_hub_does_not_give(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(BadInput, match="the Hub did not give that model"):
+        checkpoint.open_checkpoint("org/name")
+
+
+def test_a_model_with_a_licence_to_accept(monkeypatch):
+    request = httpx2.Request("GET", "https://huggingface.co")
+
+    def refuse(*_, **__):
+        raise GatedRepoError("401 Client Error", response=httpx2.Response(401, request=request))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(BadInput, match=r"accepted its licence.*huggingface\.co/org/name, then run"):
         checkpoint.open_checkpoint("org/name")
 
 
