@@ -209,7 +209,8 @@ def publish(staging: Path, destination: Path, force: bool) -> None:
     try:
         check_output(destination, force)  # hours may have passed since it was looked at
     except BadInput as error:
-        raise EnvironmentFailed(f"Meanwhile: {error.message}", error.hint) from error
+        way_out = "Move it away, then run again: with --resume, where that is an option."
+        raise EnvironmentFailed(f"Meanwhile: {error.message}", way_out) from error
     _exchange(staging, destination)
     shutil.rmtree(staging)
 

@@ -398,6 +398,7 @@ def bench(
     """Time deployments against dense baselines, or gate a change."""
     given = _given(locals(), api.BenchPlan.model_fields)
 
+    from owl_deploy.artefact import check_apart
     from owl_deploy.bench.decision import check_measured, read_loss
     from owl_deploy.bench.run import CHECK_LOOKS
     from owl_deploy.bench.show import show_outcome
@@ -405,6 +406,8 @@ def bench(
     loss = read_loss(max_loss) if max_loss else None
     if strict and not check:
         raise api.BadInput("--strict is for the verdicts of --check.", "Give both, or neither.")
+    if dense and output:
+        check_apart(output, dense)
     exports = _dense(dense, deployments, trust_library) if dense else ()
     given["baselines"] = (*given.get("baselines", ()), *(one.output for one in exports))
     given.setdefault("looks", CHECK_LOOKS if check else 1)

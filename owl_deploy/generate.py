@@ -29,6 +29,7 @@ from owl_deploy.engines.speculate import (
     share_of,
 )
 from owl_deploy.errors import BadInput, EngineFailed, first_line
+from owl_deploy.json_lines import in_template
 from owl_deploy.text import load_tokenizer, token_before
 from owl_deploy.tokenizer import Tokenizer
 
@@ -446,7 +447,8 @@ def _in_engine(
 
     tokenizer = load_tokenizer(opened.path)
     if chat:
-        prompt = opened.chat_template.render([{"role": "user", "content": prompt}])
+        message = [{"role": "user", "content": prompt}]
+        prompt = in_template("--chat", message, tokenizer, add_generation_prompt=True)
     tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=not chat)
     told = told_numbers(opened.path / "config.json", "max_position_embeddings")
     context = opened.max_context or next(iter(told), DEFAULT_CONTEXT)

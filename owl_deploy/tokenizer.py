@@ -6,7 +6,7 @@ A model would be asked other than it was trained, pruned and evaluated.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -56,9 +56,9 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path) -> None:
-        file = folder / "tokenizer_config.json"
-        self._settings = read_object(file, _EXPORT_AGAIN) if file.is_file() else {}
-        self.source = _source(folder, self._settings)
+        settings = _settings(folder)
+        self._special_tokens = _special_tokens(settings)
+        self.source = _source(folder, settings)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The messages, each a `role` and its `content`, and the beginning of an answer.
@@ -73,7 +73,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
-                **self._tokens(),
+                **self._special_tokens,
             )
         except Exception as error:  # whatever a template raises, which is a program
             raise BadInput(
@@ -85,15 +85,23 @@ class ChatTemplate:
     def _compiled(self) -> "jinja2.Template":
         return _environment().from_string(self.source or "")
 
-    def _tokens(self) -> dict[str, str]:
-        found = {}
-        for name in (f"{one}_token" for one in _NAMED):
-            token = self._settings.get(name)
-            if isinstance(token, dict):  # as older versions of Transformers wrote them
-                token = token.get("content")
-            if isinstance(token, str):
-                found[name] = token
-        return found
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the tokenizer's settings say, with what older versions kept apart."""
+    files = (folder / "special_tokens_map.json", folder / "tokenizer_config.json")
+    apart, own = (read_object(one, _EXPORT_AGAIN) if one.is_file() else {} for one in files)
+    return own if "added_tokens_decoder" in own else apart | own
+
+
+def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in (f"{one}_token" for one in _NAMED):
+        token = settings.get(name)
+        if isinstance(token, dict):  # as older versions of Transformers wrote them
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found
 
 
 def _source(folder: Path, settings: dict[str, Any]) -> str | None:
@@ -111,7 +119,7 @@ def _source(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _environment() -> "jinja2.Environment":
-    """What Transformers runs templates in: a sandbox, with four names of its own."""
+    """What Transformers runs templates in: a sandbox, with five names of its own."""
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -119,7 +127,8 @@ def _environment() -> "jinja2.Environment":
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
     )
     found.filters["tojson"] = _to_json
-    found.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _dict}
+    found.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    found.globals |= {"dict": _Dict(), "namespace": _namespace()}
     return found
 
 
@@ -133,11 +142,43 @@ def _generation_tag() -> "type[jinja2.ext.Extension]":
 
         tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
 
     return Generation
+
+
+def _namespace() -> "type[jinja2.utils.Namespace]":
+    from jinja2.exceptions import SecurityError
+    from jinja2.utils import Namespace
+
+    def check(name: object) -> None:
+        if str(name).startswith("_"):  # a way to what Python keeps of an object
+            raise SecurityError(f"a template keeps nothing under the name {name!r}")
+
+    class Checked(Namespace):
+        def __init__(*arguments: Any, **named: Any) -> None:  # noqa: ANN401 - `self` is a name, too
+            for name in dict(*arguments[1:], **named):
+                check(name)
+            Namespace.__init__(*arguments, **named)
+
+        def __setitem__(self, name: str, value: Any) -> None:  # noqa: ANN401
+            check(name)
+            super().__setitem__(name, value)
+
+    return Checked
+
+
+class _Dict:
+    """What a template may do with `dict`: not the class, which has more to reach."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> dict[Any, Any]:  # noqa: ANN401
+        return dict(*arguments, **named)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:  # noqa: ANN401
+        return dict.fromkeys(keys, value)
 
 
 def _refuse(message: str) -> None:
@@ -148,10 +189,6 @@ def _refuse(message: str) -> None:
 
 def _now(form: str) -> str:
     return datetime.now().strftime(form)
-
-
-def _dict(*arguments: Any, **named: Any) -> dict[Any, Any]:  # noqa: ANN401 - a template's values
-    return dict(*arguments, **named)  # not the class, which has more to reach
 
 
 def _to_json(

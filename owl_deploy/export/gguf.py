@@ -48,7 +48,8 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
             "Copy the tokenizer's files there, or export with --target deepsparse.",
         )
     words, rows = len(source.tokenizer), source.config["vocab_size"]
-    if words > rows:
+    # Of SentencePiece's own file the converter leaves out what is beyond the model's.
+    if words > rows and not (source.folder / "tokenizer.model").is_file():
         raise BadInput(
             f"The tokenizer of {source.folder} has {words} tokens, and the model {rows}.",
             "Give the tokenizer that the model was trained with.",

@@ -230,12 +230,13 @@ def test_eval_looks_at_every_folder_before_it_begins(owl, llama, text_file, tmp_
     assert "Perplexity" not in err
 
 
-def test_a_bench_makes_no_dense_exports_for_nothing(owl, llama, tmp_path):
+def test_a_bench_makes_no_dense_exports_for_nothing(owl, llama, sparse, tmp_path):
     assert owl("export", llama, "-o", tmp_path / "d", "--precision", "fp32")[0] == 0
     for wrong, complaint in (
         (["--pairs", 0], "--pairs 0 is too small"),
         (["-o", tmp_path / "d"], "an input itself"),
-        (["-o", llama], "exists"),
+        (["-o", llama, "--force"], "an input itself"),
+        (["-o", sparse], "exists"),
         (["--save-baseline", "x", "--check", "y"], "exclude each other"),
     ):
         code, _, err = owl("bench", tmp_path / "d", "--dense", llama, *wrong)

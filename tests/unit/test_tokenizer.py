@@ -40,6 +40,9 @@ TEMPLATES = {
     "what is trained on": """{% for message in messages %}{{ message.role }}:
 {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
 {% endfor %}""",
+    "a scope of its own": """{% set x = 'a' %}
+{% generation %}{% set x = 'b' %}{% endgeneration %}{{ x }}
+{{ dict.fromkeys(['a']) }}{% set ns = namespace(self=1) %}{% set ns.a = 2 %}{{ ns.self + ns.a }}""",
     "no such token": "{{ cls_token }}|{{ unk_token is defined }}|{{ pad_token }}",
 }
 
@@ -93,6 +96,8 @@ def test_a_template_in_an_older_place(folder):
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ dict.mro() }}", "mro"),
         ("{{ messages.append(1) }}", "unsafe"),
+        ("{% set ns = namespace(__call__=1) %}", "keeps nothing"),
+        ("{% set ns = namespace(self=1) %}{% set ns._x = 1 %}", "keeps nothing"),
         ("{{ range(10 ** 9) | list }}", "too big|range"),
     ],
 )
@@ -128,6 +133,26 @@ def test_words_of_sentencepiece_begin_as_transformers_has_it(tmp_path, scheme, t
     ours = Tokenizer(tmp_path)
     for special in (True, False):
         assert ours.encode(text, special=special) == theirs.encode(text, add_special_tokens=special)
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("eos", [None, True, False])
+def test_the_settings_put_nothing_around_a_text(folder, bos, eos):
+    """What tokenizer.json says goes before."""
+    file = folder / "tokenizer_config.json"
+    told = {"add_bos_token": bos, "add_eos_token": eos}
+    settings = json.loads(file.read_text()) | {k: v for k, v in told.items() if v is not None}
+    file.write_text(json.dumps(settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert Tokenizer(folder).encode("a river") == theirs.encode("a river")
+
+
+def test_tokens_that_older_versions_kept_apart(folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    apart = {"bos_token": {"content": "<s>"}, "eos_token": "another"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(apart))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ eos_token }}")
+    assert ChatTemplate(folder).render(TURNS) == "<s></s>"
 
 
 @pytest.mark.parametrize(("content", "complaint"), [(None, "has no tokenizer"), ("{", "is not a")])

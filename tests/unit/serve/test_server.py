@@ -27,7 +27,7 @@ class FakeWriter:
         self.batch, self.context = batch, 100
         self.go = threading.Semaphore(0)
         self.rows, self.seen = {}, []
-        self.line = None
+        self.line, self.template = None, "{{ messages }}"
 
     @property
     def waiting(self):
@@ -41,7 +41,7 @@ class FakeWriter:
 
     @property
     def chat_template(self):
-        return SimpleNamespace(source="{{ messages }}", render=self.rendered)
+        return SimpleNamespace(source=self.template, render=self.rendered)
 
     def rendered(self, messages):
         if messages[0]["role"] == "tool":
@@ -469,6 +469,12 @@ def test_a_penalty_of_repetitions_is_the_samplings(writer, client):
 def test_messages_that_would_be_lost_are_refused(client, message, complaint):
     with pytest.raises(openai.BadRequestError, match=complaint):
         client.chat.completions.create(model="tiny", messages=[message])
+
+
+def test_a_model_without_a_chat_template(writer, client):
+    writer.template = None
+    with pytest.raises(openai.BadRequestError, match="its texts go to /v1/completions"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}])
 
 
 def test_the_developers_word_is_the_systems(writer, client):
