@@ -58,6 +58,13 @@ RIVAL = Kind("llama.cpp", "^", FAINT, True)
 AFTER = {"trained": " on code", "answers": " on answers"}
 _ENOUGH = 82  # problems to tell deployments apart by
 
+# Labels that would lie upon others where the usual ones do, in points from their marks.
+_CROWDED = {
+    ("60 % int3", TRAINED.label): (5, 2),
+    ("60 % int4", TRAINED.label): (-5, -8),
+    ("dense int3", ONE_SHOT.label): (6, 1),
+}
+
 
 class Point(NamedTuple):
     """A checkpoint or deployment: how large, and what it is worth."""
@@ -131,13 +138,15 @@ def plot(axes: "Axes", points: Iterable[tuple[Point, float, float]], *, rivals_l
         if error:
             axes.errorbar(point.size, value, error, color=point.kind.color, linewidth=1)
         right = (point.kind == RIVAL) != rivals_left
+        usual = (5, 2) if right else (-5, 3 if point.kind == TRAINED else -11)
+        offset = _CROWDED.get((point.name, point.kind.label), usual)
         axes.annotate(
             point.name,
             (point.size, value),
-            (5, 2) if right else (-5, 3 if point.kind == TRAINED else -11),
+            offset,
             textcoords="offset points",
             fontsize=8,
-            horizontalalignment="left" if right else "right",
+            horizontalalignment="left" if offset[0] > 0 else "right",
         )
     axes.margins(x=0.16, y=0.1)
     axes.grid()
