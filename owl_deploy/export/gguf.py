@@ -47,15 +47,9 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
             f"{source.folder} has no tokenizer, which a GGUF holds.",
             "Copy the tokenizer's files there, or export with --target deepsparse.",
         )
-    words, rows = len(source.tokenizer), source.config["vocab_size"]
-    # Of SentencePiece's own file the converter leaves out what is beyond the model's.
-    if words > rows and not (source.folder / "tokenizer.model").is_file():
-        raise BadInput(
-            f"The tokenizer of {source.folder} has {words} tokens, and the model {rows}.",
-            "Give the tokenizer that the model was trained with.",
-        )
     file = get_engine(ENGINE).model_file
     _refuse_what_is_dropped(source.skeleton.model.config)
+    _refuse_more_tokens(source)
     # In the staged folder, so that what a kill leaves is cleared with it.
     with tempfile.TemporaryDirectory(dir=folder, prefix="fp32-") as scratch:
         full = Path(scratch) / file
@@ -73,6 +67,18 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
         "converter_difference": difference,
         "note": "; ".join(notes),
     }
+
+
+def _refuse_more_tokens(source: Source) -> None:
+    """Raise `BadInput` for a tokenizer with more tokens than the model has, on which the converter
+    ends; of SentencePiece's own file it leaves out what is beyond.
+    """
+    words, rows = len(source.tokenizer), source.config["vocab_size"]
+    if words > rows and not (source.folder / "tokenizer.model").is_file():
+        raise BadInput(
+            f"The tokenizer of {source.folder} has {words} tokens, and the model {rows}.",
+            "Give the tokenizer that the model was trained with.",
+        )
 
 
 def _refuse_what_is_dropped(config: Any) -> None:  # noqa: ANN401 - a transformers config
