@@ -140,8 +140,8 @@ def _check_gate(
 
 def _check_output(plan: BenchPlan, output: Path, force: bool) -> None:
     """Refuse a folder for the result that may not be written, or that is measured."""
-    artefact.check_apart(output, *plan.candidates, *plan.baselines)
-    artefact.check_apart(output, *([plan.draft] if plan.draft else []))
+    draft = [plan.draft] if plan.draft else []
+    artefact.check_apart(output, *plan.candidates, *plan.baselines, *draft)
     artefact.check_output(output, force)
 
 

@@ -12,6 +12,7 @@ from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import LOOKUP, engine_for
 from owl_deploy.engines.speculate import MOST_TOKENS
 from owl_deploy.errors import BadInput
+from owl_deploy.tokenizer import TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _check_fits(deployment: Deployment, draft: Deployment) -> None:
 
 def _is_same_tokenizer(one: Path, other: Path) -> bool:
     """Whether two folders give the same numbers to the same tokens, if they say."""
-    files = [folder / "tokenizer.json" for folder in (one, other)]
+    files = [folder / TOKENIZER for folder in (one, other)]
     if not all(file.is_file() for file in files):
         return True
     if files[0].read_bytes() == files[1].read_bytes():

@@ -73,7 +73,7 @@ def _refuse_more_tokens(source: Source) -> None:
     """Raise `BadInput` for a tokenizer with more tokens than the model has, on which the converter
     ends; of SentencePiece's own file it leaves out what is beyond.
     """
-    words, rows = len(source.tokenizer), source.config["vocab_size"]
+    words, rows = len(source.tokenizer), source.skeleton.model.config.vocab_size
     if words > rows and not (source.folder / "tokenizer.model").is_file():
         raise BadInput(
             f"The tokenizer of {source.folder} has {words} tokens, and the model {rows}.",

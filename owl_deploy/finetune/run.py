@@ -94,7 +94,9 @@ def finetune(
     ranks = join(_versions())
     with contextlib.ExitStack() as stack:
         if ranks.leads:
-            files = [file for source in _sources(text) for file in source_files(source)]
+            # Without `force` nothing that is there is replaced, whatever lies in it.
+            texts = _sources(text) if force else []
+            files = [file for source in texts for file in source_files(source)]
             read = [model, *([teacher] if teacher else []), *files]
             stack.enter_context(only_writer(output, force, *read))
         before = ranks.from_leader(lambda: asked_before(output) if resume else {})

@@ -57,7 +57,8 @@ def prune(
     ranks = join(versions())
     with contextlib.ExitStack() as stack:
         if ranks.leads:
-            text = source_files(calibration.source) if calibration else []
+            # Without `force` nothing that is there is replaced, whatever lies in it.
+            text = source_files(calibration.source) if calibration and force else []
             stack.enter_context(only_writer(output, force, model, *text))
         before, planned = ranks.from_leader(
             lambda: _before(output, ranks) if resume else ({}, False)

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers
@@ -24,23 +22,21 @@ def shape_of(skeleton):
     return Shape(skeleton.names, sizes)
 
 
-def norms_of(one):
-    """Of a judge, or of what has its `skeleton` and `shape`."""
+def norms_of(skeleton, shape):
     draw = torch.Generator().manual_seed(2)
     return [
         {
-            name: torch.rand(one.skeleton.linears(index)[name].in_features, generator=draw) + 0.5
+            name: torch.rand(skeleton.linears(index)[name].in_features, generator=draw) + 0.5
             for name in own
         }
-        for index, own in enumerate(one.shape.linears)
+        for index, own in enumerate(shape.linears)
     ]
 
 
 def make(folder, scratch):
     skeleton = Skeleton(open_checkpoint(folder), torch.float32, torch.device("cpu"))
     shape = shape_of(skeleton)
-    norms = norms_of(SimpleNamespace(skeleton=skeleton, shape=shape))
-    return Judge(skeleton, shape, norms, WINDOWS, scratch, None)
+    return Judge(skeleton, shape, norms_of(skeleton, shape), WINDOWS, scratch, None)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -48,7 +44,8 @@ def test_the_divergence_is_that_of_the_whole_model(family, tmp_path):
     folder = tiny.write_model(family, tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
     judge = make(folder, tmp_path)
-    for orders, norms, block in zip(judge.orders, norms_of(judge), judge.shape.names, strict=True):
+    every = norms_of(judge.skeleton, judge.shape)
+    for orders, norms, block in zip(judge.orders, every, judge.shape.names, strict=True):
         for name, order in orders.items():
             scores = model.get_submodule(f"{block}.{name}").weight.abs() * norms[name]
             assert torch.equal(order, judging.levels(scores.detach(), None))
