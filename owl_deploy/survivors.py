@@ -202,9 +202,11 @@ def groups(parameters: Iterable[nn.Parameter], rate: float) -> list[dict[str, An
     """An optimizer's groups, one a tensor, each with `rate` times its root mean square as its own.
 
     Adam's steps are absolute, and weights of SmolLM2-135M are twelve times as large as those of
-    Qwen2.5-1.5B.
+    Qwen2.5-1.5B. What is all zeros, as a bias may be, has the least of the others' rates.
     """
-    return [{"params": [one], "lr": rate * _root_mean_square(one)} for one in parameters]
+    sizes = [(one, _root_mean_square(one)) for one in parameters]
+    least = min((size for _, size in sizes if size), default=0.0)
+    return [{"params": [one], "lr": rate * (size or least)} for one, size in sizes]
 
 
 def _root_mean_square(parameter: nn.Parameter) -> float:

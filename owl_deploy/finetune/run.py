@@ -10,6 +10,7 @@ model that no process can hold is divided over them (`shard`).
 
 import contextlib
 import functools
+import gc
 import hashlib
 import math
 import os
@@ -50,7 +51,7 @@ from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning,
 from owl_deploy.partial import Partial, asked_before, kept_for_resuming
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, free_memory, join
-from owl_deploy.survivors import finished, freeze, sparsify
+from owl_deploy.survivors import finished, freeze, sparse_linears, sparsify
 from owl_deploy.text import source_files
 
 T = TypeVar("T")
@@ -329,12 +330,11 @@ class Run:
             windows, length = self.windows[0].shape
             name, top = f"teacher-{self.ranks.rank}", self.settings.teacher_top or 0
             self._cache = TeacherCache(partial.folder, name, windows, length - 1, top)
-        model = self.source.load(self.stored)
         if self.settings.method == "masked":
-            tensors, outcome = self._masked(model, partial)
+            tensors, outcome = self._masked(partial)
             self._write(tensors, staging)
         else:
-            outcome = self._lora(model, partial, staging)
+            outcome = self._lora(partial, staging)
         return outcome | {"held_out_loss": self._held_out_loss(outcome["curve"])}
 
     def _held_out_loss(self, curve: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -346,12 +346,15 @@ class Run:
         """Together: the teacher's own loss on the held-out windows, where the training left it."""
         if self._teacher is None:
             return None
-        teacher, held_out = self._teacher[0], self.windows[1]
-        reader = Trainee(teacher, dtype=self.dtype).eval()
-        total = 0.0
-        with bar("Asking the teacher", len(held_out)) as advance, torch.no_grad():
+        return self._loss(Trainee(self._teacher[0], dtype=self.dtype), "Asking the teacher")
+
+    def _loss(self, reader: Trainee, what: str) -> float:
+        """Together: a model's loss on the held-out windows, in nats a token."""
+        held_out, total = self.windows[1], 0.0
+        with bar(what, len(held_out)) as advance, torch.no_grad():
+            reader.eval()
             for window in held_out:
-                ids = window.long()[None].to(next(teacher.parameters()).device)
+                ids = window.long()[None].to(next(reader.parameters()).device)
                 total += float(reader(ids, ids)["loss"])
                 advance(1)
         return total / len(held_out)
@@ -361,10 +364,10 @@ class Run:
         if self.dtype == torch.float32 and not self.settings.shard:
             halve(model)
 
-    def _lora(self, model: Any, partial: Partial, staging: Path) -> dict[str, Any]:  # noqa: ANN401
+    def _lora(self, partial: Partial, staging: Path) -> dict[str, Any]:
         torch.manual_seed(self.settings.seed)
         adapted = adapter.new_adapter(
-            model,
+            self.source.load(self.stored),
             r=self.settings.rank,
             lora_alpha=self.settings.alpha,
             lora_dropout=self.settings.dropout,
@@ -381,15 +384,27 @@ class Run:
                 write_adapter(adapted, staging)
         else:
             tensors, kept = merged(self.source, adapter.deltas(adapted))
+            del adapted, trainee  # before there is another model
+            curve = [*curve, curve[-1] | {"eval_loss": self._merged_loss(tensors)}]
             self._write(tensors, staging)
         return {"curve": curve, "parameters_trained": count, "kept_off_zero": kept}
 
-    def _masked(
-        self,
-        model: Any,  # noqa: ANN401 - transformers is untyped
-        partial: Partial,
-    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def _merged_loss(self, tensors: dict[str, torch.Tensor]) -> float:
+        """Together: the held-out loss of what is written, which has lost the mask's share."""
+        gc.collect()
+        model = self.source.load(self.stored)
+        for name, tensor in tensors.items():
+            model.get_parameter(name).data.copy_(tensor)
+        if self.settings.shard:
+            shard(model, [model.get_submodule(name) for name in self.source.blocks])
+        else:
+            self._halve(model.to(find_device("auto")))
+        reader = Trainee(model, dtype=self.dtype, sharded=self.settings.shard)
+        return self._loss(reader, "Evaluating what is merged")
+
+    def _masked(self, partial: Partial) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Train the blocks, a group at a time; their tensors, and the outcome."""
+        model = self.source.load(self.stored)
         self._halve(model)
         size = self.settings.block_group or len(self.source.blocks)
         starts = range(0, len(self.source.blocks), size)
@@ -423,13 +438,32 @@ class Run:
         groups: int,
     ) -> None:
         for name in names:
-            sparsify(model.get_submodule(name), self.dtype, self.source.grids(name))
+            block = model.get_submodule(name)
+            sparsify(block, self.dtype, self.source.grids(name))
+            self._lean(block, name)
         trainee = self._trainee(model)
-        curve = self._train(trainee, partial, index, groups)
         count = sum(one.numel() for one in trainee.trained().values())
-        done = {"curve": curve, "parameters_trained": count}
-        self._keep_group(model, names, partial, index, done)
-        self.ranks.gathered(None)  # what the leader has kept is there for all
+
+        def keep(curve: list[dict[str, Any]]) -> None:
+            done = {"curve": curve, "parameters_trained": count}
+            self._keep_group(model, names, partial, index, done)
+            self.ranks.gathered(None)  # what the leader has kept is there for all
+
+        self._train(trainee, partial, index, groups, keep)
+
+    def _lean(self, block: nn.Module, name: str) -> None:
+        """Begin rounded weights as near to the teacher's as their grid lets them.
+
+        From the middle of their steps few would leave them in hundreds of a training's.
+        """
+        if self.teacher is None:
+            return
+        for key, sparse in sparse_linears(block):
+            tensor = f"{name}.{key}.weight"
+            if sparse.scales is not None and tensor in self.teacher.files:
+                dense = self.teacher.read(tensor)
+                if dense.shape == sparse.shape:
+                    sparse.lean(dense.to(sparse.values))
 
     def _keep_group(
         self,
@@ -490,7 +524,12 @@ class Run:
         return replace(how, feature_weight=settings.feature_weight, blocks=blocks, of_student=own)
 
     def _train(
-        self, trainee: Trainee, partial: Partial, index: int, groups: int
+        self,
+        trainee: Trainee,
+        partial: Partial,
+        index: int,
+        groups: int,
+        keep: Callable[[list[dict[str, Any]]], None] | None = None,
     ) -> list[dict[str, Any]]:
         minutes = self.settings.max_minutes
         steps = self.settings.max_steps or (_PASSES if minutes else 1) * self._steps_a_pass
@@ -508,6 +547,7 @@ class Run:
             partial.folder / f"group-{index}",
             f"Fine-tuning{part}",
             self.ranks,
+            keep,
         )
 
     @property

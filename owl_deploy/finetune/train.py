@@ -53,6 +53,7 @@ def train(
     folder: Path,
     description: str,
     ranks: Ranks = ALONE,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `trainee` in place on `windows` (to train on, held out), resuming from `folder`.
 
@@ -61,7 +62,9 @@ def train(
     Returns the learning curve: one row a step (`step`, `seconds`, `tokens` read so far, `loss`,
     `learning_rate`) or a held-out evaluation (`step`, `seconds`, `tokens`, `eval_loss`), losses in
     nats a token. With a time limit the learning rate falls with the time, so only a training by
-    steps resumes to the same losses.
+    steps resumes to the same losses. Ctrl-C ends a step, after which the training is saved, with
+    `KeyboardInterrupt`; one in the last evaluation is obeyed once what was trained is safe by
+    `keep`, which gets the curve, and not at all without.
     """
     before = ranks.from_leader(lambda: last_checkpoint(folder))
     total = 100.0 if schedule.seconds else float(schedule.steps)
@@ -75,11 +78,16 @@ def train(
     if clock.interrupted:
         raise KeyboardInterrupt
     wanted = ("step", "seconds", "loss", "learning_rate", "eval_loss")
-    return [
+    curve = [
         {key: row[key] for key in wanted if key in row} | {"tokens": row["num_input_tokens_seen"]}
         for row in trainer.state.log_history
         if "loss" in row or "eval_loss" in row
     ]
+    if keep is not None:
+        keep(curve)
+        if clock.told_late:
+            raise KeyboardInterrupt
+    return curve
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -211,6 +219,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.schedule, self.trainee, self._advance = schedule, trainee, advance
         self.ranks, self.speed = ranks, speed or _Speed()
         self.interrupted = False  # as the ranks agreed
+        self.told_late = False  # so, when the last step was done
         self._told = False  # to this process
         self._done = 0.0  # share
         self.learning_rate = learning_rate  # at its highest
@@ -231,7 +240,8 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         """Together: take the leader's time, and whether any process was told to end."""
         of_ranks = self.ranks.gathered((self._own_seconds(), self._told))
         self._agreed = of_ranks[0][0]
-        self.interrupted = any(told for _, told in of_ranks)
+        told = any(told for _, told in of_ranks)
+        self.interrupted, self.told_late = told and self._done < 1, told and self._done >= 1
 
     def rate(self, warmup: float) -> Callable[[int], float]:
         """The learning rate's factor by the step: up within the share `warmup`, then down to 0.
@@ -269,6 +279,9 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def on_train_begin(self, args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
         """Go on from where an earlier run's log ends; let dropout differ between ranks."""
         before = state.log_history[-1]["seconds"] if state.log_history else 0.0
+        evaluated = next((row for row in state.log_history if "eval_loss" in row), None)
+        if evaluated is not None:
+            self._make_room(evaluated["seconds"])
         self._began = time.monotonic() - before
         self._agree()
         self._saved = self.seconds()
@@ -288,8 +301,13 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def on_evaluate(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401
         """The one at the start tells how many a time limit has room for."""
         self._agree()
-        if state.global_step == 0 and self.schedule.seconds:
-            room = int(_EVALUATING * self.schedule.seconds / max(self.seconds(), 1e-3))
+        if state.global_step == 0:
+            self._make_room(self.seconds())
+
+    def _make_room(self, seconds: float) -> None:
+        """Evaluate as often as a time limit has room for, where each, as the first, takes this."""
+        if self.schedule.seconds:
+            room = int(_EVALUATING * self.schedule.seconds / max(seconds, 1e-3))
             self._evaluations = max(1, min(_EVALUATIONS, room))
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
@@ -302,7 +320,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         control.should_evaluate = over or int(self._done * self._evaluations) > evaluated
         control.should_training_stop = over or self.interrupted
         if over:
-            self.interrupted = self._told = False
+            self.interrupted = False
         elif self.interrupted or self.seconds() - self._saved > _SAVE_SECONDS:
             control.should_save = True
 

@@ -9,8 +9,8 @@ def train_under_a_mask(model, blocks, window, steps, learning_rate):
     """Train all parameters of the `blocks` (dotted names) on one window [length], in place.
 
     Returns the loss before each step. The learning rate, a share of the root mean square of what a
-    tensor has left at the start, falls linearly; gradients are clipped to norm 1, as the Trainer
-    does.
+    tensor has left at the start (of one that has nothing, the least of the others'), falls
+    linearly; gradients are clipped to norm 1, as the Trainer does.
     """
     model.train()
     model.requires_grad_(False)
@@ -21,6 +21,8 @@ def train_under_a_mask(model, blocks, window, steps, learning_rate):
     sizes = [
         p.detach()[m != 0].square().mean().sqrt() for p, m in zip(parameters, masks, strict=True)
     ]
+    least = min(size for size in sizes if size > 0)
+    sizes = [size if size > 0 else least for size in sizes]
     optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], weight_decay=0.0)
     losses = []
     for step in range(steps):

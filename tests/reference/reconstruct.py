@@ -39,7 +39,8 @@ def train(block, half, windows, epochs, learning_rate, arguments):
 
     `windows`: what enters and what should come out, [n, length, width]. Adam (arXiv 1412.6980,
     algorithm 1) with a rate that falls linearly to zero, a share of the root mean square of what a
-    tensor has left at the start. Yields the loss before each step.
+    tensor has left at the start (of one that has nothing, the least of the others'). Yields the
+    loss before each step.
     """
     inputs, target = windows
     parameters = [p.requires_grad_() for p in block.parameters()]
@@ -49,6 +50,8 @@ def train(block, half, windows, epochs, learning_rate, arguments):
     sizes = [
         (p[m != 0] ** 2).mean().sqrt().detach() for p, m in zip(parameters, masks, strict=True)
     ]
+    least = min(size for size in sizes if size > 0)
+    sizes = [size if size > 0 else least for size in sizes]
     for step in range(epochs):
         loss = error(half(block, inputs, arguments), target)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

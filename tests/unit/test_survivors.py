@@ -127,6 +127,12 @@ def test_the_learning_rate_of_each_tensor_goes_by_its_size():
     assert found == pytest.approx({3: 0.1 * (50 / 3) ** 0.5, 2: 0.2})  # three are left, and a bias
 
 
+def test_what_is_all_zeros_trains_too():
+    zeros, *others = (torch.nn.Parameter(torch.full((3,), value)) for value in (0.0, 2.0, -1.0))
+    assert [one["lr"] for one in groups([zeros, *others], 0.1)] == pytest.approx([0.1, 0.2, 0.1])
+    assert groups([zeros], 0.1)[0]["lr"] == 0
+
+
 @pytest.mark.parametrize(("bits", "least", "most"), [(8, -127, 127), (4, -8, 7), (3, -4, 3)])
 def test_what_is_rounded_trains_straight_through_and_stays_on_its_grid(bits, least, most):
     linear = torch.nn.Linear(6, 2, bias=False)

@@ -444,3 +444,62 @@ def test_what_is_held_out_is_not_trained_on(models, text_file):
     count = len(tokens) // 32
     assert (1 <= len(held_out) <= 8, len(train) + len(held_out)) == (True, count)
     assert torch.equal(torch.cat((train, held_out)).flatten(), tokens[: count * 32])
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")])
+def test_a_merge_is_told_as_it_is_written(models, text_file, tmp_path, targets):
+    _, sparse = models("llama")
+    how = QUICK | {"merge": "masked", "max_steps": 20, "target_modules": targets}
+    done = finetune(sparse, tmp_path / "out", str(text_file), how).finetune
+    windows = Source(sparse).windows([str(text_file)], 32)[1].long()
+    model = Checkpoint(tmp_path / "out").load(torch.float32)
+    with torch.no_grad():
+        found = model(input_ids=windows, labels=windows).loss.item()
+    assert done.held_out_loss.after == pytest.approx(found, rel=1e-4)
+    *_, trained, written = [row.eval_loss for row in done.curve if row.eval_loss is not None]
+    assert written == done.held_out_loss.after != pytest.approx(trained, rel=1e-4)
+
+
+@pytest.mark.parametrize("group", [None, 1])
+def test_ctrl_c_in_the_last_evaluation_loses_nothing(
+    models, text_file, tmp_path, monkeypatch, group
+):
+    _, sparse = models("llama")
+    asked = QUICK | {"method": "masked", "block_group": group}
+    whole = finetune(sparse, tmp_path / "whole", str(text_file), asked)
+    told = []
+    with monkeypatch.context() as patched:
+        evaluated = training._Clock.on_evaluate
+
+        def interrupted(self, args, state, control, **more):
+            if state.global_step == state.max_steps and not told:
+                told.append(state.global_step)
+                os.kill(os.getpid(), signal.SIGINT)
+            evaluated(self, args, state, control, **more)
+
+        patched.setattr(training._Clock, "on_evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(sparse, tmp_path / "out", str(text_file), asked)
+        resumed = finetune(sparse, tmp_path / "out", str(text_file), asked, resume=True)
+    assert losses(resumed) == losses(whole)
+    lora = finetune(sparse, tmp_path / "adapter", str(text_file), QUICK)
+    assert lora.finetune.steps == 4
+
+
+def test_rounded_weights_move_at_the_rate_that_is_the_default(models, text_file, tmp_path):
+    """From the middle of their steps none would in so few: they begin towards the teacher's."""
+    dense, _ = models("llama")
+    rounded = shutil.copytree(dense, tmp_path / "int4")
+    tiny.round_to_grid(rounded, 4, 32, 0.0)
+    how = {key: QUICK[key] for key in ("sequence_length", "batch_size", "dtype")}
+    how |= {"method": "masked", "max_steps": 30}
+
+    def changed(teacher):
+        out = tmp_path / f"trained-{teacher is None}"
+        finetune(rounded, out, str(text_file), how, teacher=teacher)
+        before, after = weights(rounded), weights(out)
+        names = [name for name in before if "_proj.weight" in name]
+        return sum(int((before[name] != after[name]).sum()) for name in names)
+
+    assert changed(None) == 0
+    assert changed(str(dense)) > 100

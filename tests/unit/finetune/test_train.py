@@ -54,11 +54,15 @@ def test_equals_dense_training_with_masked_gradients(models, tmp_path, family):
     ("limit", "took", "evaluations"),
     [(600.0, 10.0, 4), (60.0, 1.9, 3), (60.0, 22.0, 1), (None, 22.0, 4)],
 )
-def test_evaluating_takes_a_part_of_the_time(limit, took, evaluations):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_evaluating_takes_a_part_of_the_time(limit, took, evaluations, resumed):
     clock = _Clock(Schedule(100, limit), None, lambda _: None)
-    clock.on_train_begin(None, SimpleNamespace(log_history=[], global_step=0), None)
-    clock._began -= took
-    clock.on_evaluate(None, SimpleNamespace(global_step=0), None)
+    log = [{"eval_loss": 3.0, "seconds": took}, {"loss": 3.0, "seconds": took + 1}]
+    state = SimpleNamespace(log_history=log if resumed else [], global_step=0)
+    clock.on_train_begin(None, state, None)
+    if not resumed:
+        clock._began -= took
+        clock.on_evaluate(None, SimpleNamespace(global_step=0), None)
     control = SimpleNamespace(should_evaluate=False)
     asked = 0
     for step in range(1, 101):
