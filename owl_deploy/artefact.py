@@ -46,7 +46,18 @@ def check_output(destination: Path, force: bool = False) -> None:
         )
 
 
+def check_path(path: Path) -> None:
+    """Refuse a path that is no text: libraries in Rust and C++ take none, some after hours."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"The path {path.absolute()} is not UTF-8.", "Rename what is not, or choose another."
+        ) from error
+
+
 def _check_parent(destination: Path) -> None:
+    check_path(destination)
     parent = destination.resolve().parent if destination.is_symlink() else destination.parent
     if not parent.is_dir():
         raise BadInput(f"The folder {parent} does not exist.", "Create it first.")

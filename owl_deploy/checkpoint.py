@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy import digests
-from owl_deploy.artefact import copy, link, own, read_object, save_tensors, sha256
+from owl_deploy.artefact import check_path, copy, link, own, read_object, save_tensors, sha256
 from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_out_of_memory
 from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
@@ -57,10 +57,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not (folder / "config.json").is_file():
-            hint = what_it_is(folder) or "Give a Hugging Face model folder."
-            raise BadInput(f"{folder / 'config.json'} is missing.", hint)
-        self.config = read_object(folder / "config.json", "Get the file again.")
+        self.config = read_config(folder)
         self.family = family_of(self.config)
         if (folder / "adapter_config.json").is_file():  # transformers would apply it, unasked
             raise BadInput(
@@ -192,11 +189,7 @@ class Checkpoint:
 
     def check_length(self, tokens: int, option: str) -> None:
         """Raise `BadInput` where the model takes fewer than the `tokens` of `option`."""
-        longest = self.config.get("max_position_embeddings")
-        if longest and tokens > longest:
-            raise BadInput(
-                f"The model takes {longest} tokens, not {tokens}.", f"Give a smaller {option}."
-            )
+        check_length(self.config, tokens, option)
 
     def check_shapes(self, wanted: Mapping[str, list[int]]) -> None:
         """Raise `BadInput` unless there is a tensor of each name and shape in `wanted`."""
@@ -289,16 +282,40 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     folder = Path(model)
     if not folder.exists() and _looks_like_hub_name(str(model)):
         folder = _from_hub(str(model))
+    hint = "Check the path. A name on the Hub has the form ORGANIZATION/MODEL."
+    return Checkpoint(local_folder(folder, hint))
+
+
+def local_folder(folder: Path, hint: str) -> Path:
+    """`folder`, if it is one that may hold a model; the `hint` says what to do about none.
+
+    Raises `BadInput` for any other, and for a path that libraries do not take.
+    """
+    check_path(folder)
     if folder.is_file():
         raise BadInput(
             f"{folder} is a file, and a model is a folder.", _no_safetensors_hint(folder)
         )
     if not folder.is_dir():
+        raise BadInput(f"There is no model folder {str(folder)!r}.", hint)
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model's folder; raises `BadInput` where there is none to read."""
+    if not (folder / "config.json").is_file():
+        hint = what_it_is(folder) or "Give a Hugging Face model folder."
+        raise BadInput(f"{folder / 'config.json'} is missing.", hint)
+    return read_object(folder / "config.json", "Get the file again.")
+
+
+def check_length(config: Mapping[str, Any], tokens: int, option: str) -> None:
+    """Raise `BadInput` where the model of a `config` takes fewer than the `tokens` of `option`."""
+    longest = config.get("max_position_embeddings")
+    if longest and tokens > longest:
         raise BadInput(
-            f"There is no model folder {str(model)!r}.",
-            "Check the path. A name on the Hub has the form ORGANIZATION/MODEL.",
+            f"The model takes {longest} tokens, not {tokens}.", f"Give a smaller {option}."
         )
-    return Checkpoint(folder)
 
 
 def _looks_like_hub_name(name: str) -> bool:

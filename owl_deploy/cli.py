@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from owl_deploy import __version__, api, options
-from owl_deploy.ending import echo, exit_code
+from owl_deploy.ending import Interrupted, exit_code
 from owl_deploy.errors import option
 from owl_deploy.methods import METHODS
 from owl_deploy.ranks import leads, leave, local_rank
@@ -26,13 +26,11 @@ if TYPE_CHECKING:
 
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer has the type to itself
-        """Say what Ctrl-C left, which typer ends on without a word."""
+        """Let it be said what Ctrl-C left, for typer ends on that without a word."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            left = str(error) or "finished outputs are untouched"
-            echo(f"interrupted; {left}.")
-            raise typer.Exit(130) from error
+            raise Interrupted(str(error)) from error
 
 
 app = typer.Typer(
@@ -400,7 +398,7 @@ def bench(
 
     from owl_deploy.artefact import check_apart
     from owl_deploy.bench.decision import check_measured, read_loss
-    from owl_deploy.bench.run import CHECK_LOOKS
+    from owl_deploy.bench.gate import LOOKS
     from owl_deploy.bench.show import show_outcome
 
     loss = read_loss(max_loss) if max_loss else None
@@ -410,7 +408,7 @@ def bench(
         check_apart(output, dense)
     exports = _dense(dense, deployments, trust_library) if dense else ()
     given["baselines"] = (*given.get("baselines", ()), *(one.output for one in exports))
-    given.setdefault("looks", CHECK_LOOKS if check else 1)
+    given.setdefault("looks", LOOKS if check else 1)
     if draft:
         given.setdefault("scenarios", ("answers",))
     plan = api.BenchPlan(candidates=tuple(deployments), **given)
@@ -501,8 +499,8 @@ def sweep(
         else lambda some: pipeline.attempt(some, _say)
     )
     result, left = sweeps.run(tasks, output, execute)
-    if result:
-        rows = sweeps.trade_off(result)
+    rows = sweeps.trade_off(result) if result else []
+    if result or as_json:
         whole = {"trade_off": rows, "left": [one.model_dump(mode="json") for one in left]}
         _emit(whole, as_json, lambda: show_trade_off(rows, output / sweeps.REPORT))
     if left:
@@ -581,9 +579,7 @@ def list_recipes(as_json: options.Json = False) -> None:
 
 
 @recipes_app.command(name="show")
-def show_recipe(
-    name: Annotated[str, typer.Argument(help="A file, or the name of a shipped recipe.")],
-) -> None:
+def show_recipe(name: options.RecipeName) -> None:
     """Print a recipe."""
     from owl_deploy import recipe as recipes
 
@@ -591,10 +587,7 @@ def show_recipe(
 
 
 @recipes_app.command(name="validate")
-def validate_recipe(
-    name: Annotated[str, typer.Argument(help="A file, or the name of a shipped recipe.")],
-    as_json: options.Json = False,
-) -> None:
+def validate_recipe(name: options.RecipeName, as_json: options.Json = False) -> None:
     """Read a recipe as `owl prune` does, and say what it means."""
     found = api.prune_settings(Path(name), {})
     # Where layers are named, theirs is the sparsity.
@@ -625,7 +618,7 @@ def install_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepsp
     """Install an engine that needs an environment of its own."""
     from owl_deploy import engines
 
-    typer.echo(f"{name}: {engines.get_engine(name).licence}", err=True)
+    typer.echo(f"{name}: {engines.public_engine(name).licence}", err=True)
     folder = engines.install(name, lambda line: typer.echo(line, err=True))
     typer.echo(folder)
 
@@ -638,7 +631,7 @@ def engine_path(
     from owl_deploy import engines
     from owl_deploy.runtime import library_path
 
-    carried = engines.get_engine(name).operators
+    carried = engines.public_engine(name).operators
     typer.echo(library_path() if carried else engines.python_of(name))
 
 
@@ -647,7 +640,7 @@ def remove_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepspa
     """Delete the environment of an engine."""
     from owl_deploy import engines
 
-    gone = engines.remove(name)
+    gone = engines.remove(engines.public_engine(name).name)
     typer.echo(f"{name} is removed" if gone else f"{name} was not installed", err=True)
 
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
+from owl_deploy import interrupted
 from owl_deploy.errors import (
     BadInput,
     EnvironmentFailed,
@@ -40,6 +41,15 @@ class Defect(OwlError):
     """What owl did not foresee: exit code 70."""
 
     exit_code = 70
+
+
+class Interrupted(OwlError):
+    """Ctrl-C ended it: exit code 130. `left`: what there is to go on with, if anything."""
+
+    exit_code = interrupted.EXIT_CODE
+
+    def __init__(self, left: str = "") -> None:
+        super().__init__(interrupted.sentence(left))
 
 
 class _Stdout:
@@ -93,6 +103,14 @@ def exit_code(app: Callable[[], object]) -> int:
 
 def _run(app: Callable[[], object], stdout: _Stdout) -> int:
     try:
+        with _noting_interrupts():
+            return _ended(app, stdout)
+    except KeyboardInterrupt as error:
+        return _say(Interrupted(str(error)))
+
+
+def _ended(app: Callable[[], object], stdout: _Stdout) -> int:
+    try:
         app()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -125,11 +143,16 @@ def _without_stdout(lost: OSError) -> int:
 
 
 def explained(error: Exception) -> OwlError:
-    """What stopped a command, as the error that says it, where it does not so itself."""
+    """What stopped a command, as the error that says it, where it does not so itself.
+
+    Raises `KeyboardInterrupt` where Ctrl-C came before: it is what stopped it.
+    """
     if isinstance(error, OwlError):
         return error
     if os.environ.get("OWL_DEBUG"):
         traceback.print_exception(error)
+    if _interrupts:
+        raise KeyboardInterrupt from error
     if missing := not_installed(error):
         return missing
     if is_out_of_memory(error):
@@ -142,6 +165,31 @@ def explained(error: Exception) -> OwlError:
         f"{with_type(error)}.",
         "This is a defect of owl: please report it, with what OWL_DEBUG=1 prints.",
     )
+
+
+_interrupts: list[bool] = []  # one for each Ctrl-C that raised `KeyboardInterrupt`
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[None]:
+    """Until the block ends remember that Ctrl-C came.
+
+    A library that is being imported may catch its `KeyboardInterrupt`, and go on half made until it
+    raises something else. Where Ctrl-C is ignored, or whoever called has a use for it, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def note() -> None:
+        _interrupts.append(True)
+        raise KeyboardInterrupt
+
+    try:
+        with on_interrupt(note, once=False):
+            yield
+    finally:
+        _interrupts.clear()
 
 
 @contextlib.contextmanager

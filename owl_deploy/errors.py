@@ -89,12 +89,19 @@ _SAID = {  # where pydantic's own words name types of Python
 }
 
 
-def invalid(what: str, error: "ValidationError", hint: str = "") -> BadInput:
-    """The error for data in `what` that a pydantic model refused: the first of its complaints."""
+def invalid(
+    what: str, error: "ValidationError", hint: str = "", known: Iterable[str] = ()
+) -> BadInput:
+    """The error for data in `what` that a pydantic model refused: the first of its complaints.
+
+    `known`: the keys to name where one is unknown.
+    """
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return BadInput(f"Unknown key {place!r} in {what}.", "Unknown keys are never ignored.")
+        keys = ", ".join(known)
+        way_out = f"Known: {keys}." if keys else "Unknown keys are never ignored."
+        return BadInput(f"Unknown key {place!r} in {what}.", way_out)
     said = _SAID.get(first["type"]) or first["msg"][0].lower() + first["msg"][1:]
     where = f"{place} in {what}" if place else what
     return BadInput(f"{where} is {reprlib.repr(first['input'])}: {said}.", hint)

@@ -7,7 +7,7 @@ settings of the verb.
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from owl_deploy.allocation import ALLOCATIONS, DEFAULT
 from owl_deploy.methods import METHODS
@@ -16,14 +16,27 @@ SEEDS = 2**31 - 1  # the largest that every library takes
 _CORES = "CPU threads of the engine. [the physical cores]"
 _SOURCE = "file, folder, quoted pattern, wikitext, c4, ptb, or hf:NAME:CONFIG:SPLIT:COLUMN."
 
+
+def text(given: str) -> str:
+    """A name or a path, which no verb takes empty."""
+    if not given:
+        raise BadParameter("it is empty; perhaps a variable is not set.")
+    return given
+
+
+def path(given: str | Path) -> Path:
+    """A path, as such; the empty one would be the working folder."""
+    return Path(text(str(given)))
+
+
 # --- of several verbs -----------------------------------------------------------------------------
 
 Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 Force = Annotated[bool, Option("--force", "-f", help="Replace an output that is there.")]
 Resume = Annotated[bool, Option("--resume", help="Continue a run that was stopped.")]
-Output = Annotated[Path, Option("--output", "-o", help="The folder to write.")]
+Output = Annotated[Path, Option("--output", "-o", parser=path, help="The folder to write.")]
 Threads = Annotated[int | None, Option("--threads", "-t", help=_CORES)]
-ThreadsInFull = Annotated[int | None, Option("--threads", help=_CORES)]
+ThreadsInFull = Annotated[int | None, Option("--threads", min=1, help=_CORES)]
 TrustLibrary = Annotated[
     bool, Option("--trust-library", help="Run operators that a deployment brings, not owl's own.")
 ]
@@ -42,7 +55,7 @@ QualityMetric = Annotated[
     ),
 ]
 CheckpointFolder = Annotated[
-    Path, Argument(help="A model folder, or a name on the Hugging Face Hub.")
+    Path, Argument(parser=path, help="A model folder, or a name on the Hugging Face Hub.")
 ]
 CalibrationText = Annotated[
     str | None, Option("--calibration", "-c", help=f"Text to calibrate on: {_SOURCE}")
@@ -55,11 +68,14 @@ CalibrationLength = Annotated[int, Option(help="Tokens in a calibration window."
 
 # --- prune ----------------------------------------------------------------------------------------
 
-Model = Annotated[str, Argument(help="A model folder, or a name on the Hugging Face Hub.")]
+Model = Annotated[
+    str, Argument(parser=text, help="A model folder, or a name on the Hugging Face Hub.")
+]
 Recipe = Annotated[
     Path | None,
     Option(
-        help="A SparseML recipe: file, shipped name, or pruned checkpoint; options override it."
+        parser=path,
+        help="A SparseML recipe: file, shipped name, or pruned checkpoint; options override it.",
     ),
 ]
 Method = Annotated[
@@ -94,11 +110,13 @@ OutlierMultiple = Annotated[
 _SPREADS = ", ".join(f"{name} {row.spread:g}" for name, row in ALLOCATIONS.items() if row.spread)
 Spread = Annotated[float | None, Option(help=f"Half the range of sparsities. [{_SPREADS}]")]
 Skip = Annotated[
-    list[str] | None, Option(help="A layer to leave dense, such as down_proj; repeatable.")
+    list[str] | None, Option(help="A layer to leave dense, such as down_proj; repeatable. [none]")
 ]
 HeadSparsity = Annotated[
     float | None,
-    Option(help="Share to remove of the output head (and of the embedding, if the same matrix)."),
+    Option(
+        help="Share to remove of the output head (and of the embedding, if the same matrix). [none]"
+    ),
 ]
 Bits = Annotated[
     int | None,
@@ -162,8 +180,12 @@ Head = Annotated[
         "unless the head was rounded to fewer bits; else whole]"
     ),
 ]
-GenaiDeployment = Annotated[Path, Argument(help="A deployment for owl, onnxruntime or llama.cpp.")]
-ServedDeployment = Annotated[Path, Argument(help="A deployment for owl or onnxruntime.")]
+GenaiDeployment = Annotated[
+    Path, Argument(parser=path, help="A deployment for owl, onnxruntime or llama.cpp.")
+]
+ServedDeployment = Annotated[
+    Path, Argument(parser=path, help="A deployment for owl or onnxruntime.")
+]
 Host = Annotated[str, Option(help="Address to listen on; one that others reach needs OWL_API_KEY.")]
 Port = Annotated[int, Option(min=0, max=65535, help="The port; 0 takes a free one.")]
 ServedBatch = Annotated[
@@ -175,9 +197,13 @@ Waiting = Annotated[
 ServedContext = Annotated[
     int, Option(min=2, help="Most tokens of a prompt and its answer together.")
 ]
-AnyDeployment = Annotated[Path, Argument(help="A deployment, which may be a stranger's.")]
+AnyDeployment = Annotated[
+    Path, Argument(parser=path, help="A deployment, which may be a stranger's.")
+]
 Prompt = Annotated[str | None, Argument(help="What the model continues; - reads it from stdin.")]
-PromptFile = Annotated[Path | None, Option(help="A UTF-8 file with the prompt, instead of PROMPT.")]
+PromptFile = Annotated[
+    Path | None, Option(parser=path, help="A UTF-8 file with the prompt, instead of PROMPT.")
+]
 Chat = Annotated[bool, Option("--chat", help="Put the prompt into the model's chat template.")]
 MaxNewTokens = Annotated[
     int | None,
@@ -206,20 +232,24 @@ DraftTokens = Annotated[
     int | None, Option(help="Tokens the draft proposes at a time. [as many as pay, up to 15]")
 ]
 SamplingSeed = Annotated[
-    int | None, Option(min=0, max=SEEDS, help="Random seed, with --do-sample.")
+    int | None, Option(min=0, max=SEEDS, help="Random seed, with --do-sample. [another each time]")
 ]
 
 # --- eval -----------------------------------------------------------------------------------------
 
 Models = Annotated[
     list[Path],
-    Argument(help="Model folders, Hub names and deployments; several stand side by side."),
+    Argument(
+        parser=path, help="Model folders, Hub names and deployments; several stand side by side."
+    ),
 ]
 Tasks = Annotated[
     list[str] | None,
     Option(help="lm-evaluation-harness tasks, separated by commas; paper: the paper's seven."),
 ]
-TasksPath = Annotated[Path | None, Option(help="A folder with task files (YAML) of your own.")]
+TasksPath = Annotated[
+    Path | None, Option(parser=path, help="A folder with task files (YAML) of your own.")
+]
 AllowCode = Annotated[
     bool, Option("--allow-code", help="Run what the model writes for humaneval, in a sandbox.")
 ]
@@ -237,7 +267,10 @@ CheckpointDtype = Annotated[
     str, Option(help="For checkpoints: auto, float32, bfloat16 or float16.")
 ]
 CheckpointBatch = Annotated[
-    int | None, Option(help="For checkpoints: windows or requests at once.")
+    int | None,
+    Option(
+        help="For checkpoints: windows or requests at once. [windows by free memory, 1 request]"
+    ),
 ]
 Blockwise = Annotated[
     bool | None, Option(help="Perplexity with one block in memory at a time. [if memory is short]")
@@ -246,12 +279,14 @@ Engine = Annotated[
     str | None, Option("--engine", "-e", help="For deployments: the engine. [the one exported for]")
 ]
 Adapter = Annotated[
-    Path | None, Option(help="A LoRA adapter for the checkpoint, in PEFT's format.")
+    Path | None, Option(parser=path, help="A LoRA adapter for the checkpoint, in PEFT's format.")
 ]
 
 # --- finetune -------------------------------------------------------------------------------------
 
-Trained = Annotated[str, Argument(help="A model folder, or a name on the Hugging Face Hub.")]
+Trained = Annotated[
+    str, Argument(parser=text, help="A model folder, or a name on the Hugging Face Hub.")
+]
 TrainingText = Annotated[
     list[str], Option("--text", help=f"Text to train on; repeatable: {_SOURCE}")
 ]
@@ -264,7 +299,9 @@ TrainingMethod = Annotated[
 Merge = Annotated[
     str | None, Option(help="masked: fold the LoRA adapter into the weights, and keep the zeros.")
 ]
-Teacher = Annotated[str | None, Option(help="A dense checkpoint to learn from as well.")]
+Teacher = Annotated[
+    str | None, Option(parser=text, help="A dense checkpoint to learn from as well.")
+]
 LogitTemperature = Annotated[
     float | None,
     Option(help="Distillation: temperature of the teacher's and the student's logits. [1]"),
@@ -285,7 +322,7 @@ MaxSteps = Annotated[
     Option(help="Optimizer steps. [one pass over the text; with --max-minutes at most four]"),
 ]
 MaxMinutes = Annotated[
-    float | None, Option(help="Stop after this many minutes, if steps are left.")
+    float | None, Option(help="Stop after this many minutes, if steps are left. [no limit]")
 ]
 LearningRate = Annotated[
     float | None,
@@ -325,16 +362,17 @@ TrainingDtype = Annotated[
 
 # --- bench ----------------------------------------------------------------------------------------
 
-Candidates = Annotated[list[Path], Argument(help="The deployments to judge.")]
+Candidates = Annotated[list[Path], Argument(parser=path, help="The deployments to judge.")]
 Baselines = Annotated[
     list[Path] | None,
-    Option("--baseline", "-b", help="A dense deployment to compare with; repeatable."),
+    Option("--baseline", "-b", parser=path, help="A dense deployment to compare with; repeatable."),
 ]
 Dense = Annotated[
     Path | None,
     Option(
+        parser=path,
         help="A dense model folder to export baselines from: onnxruntime in fp32, int8 and int4, "
-        "and whatever the deployments run in, if that skips zeros."
+        "and whatever the deployments run in, if that skips zeros.",
     ),
 ]
 Engines = Annotated[
@@ -357,7 +395,8 @@ PromptTokens = Annotated[
     list[int] | None, Option(help="Prompt length in tokens; repeatable. [128, or what fits]")
 ]
 Prompts = Annotated[
-    Path | None, Option(help="JSON lines with a prompt each, for answers. [some shipped ones]")
+    Path | None,
+    Option(parser=path, help="JSON lines with a prompt each, for answers. [some shipped ones]"),
 ]
 BenchDraft = Annotated[
     str | None,
@@ -389,32 +428,40 @@ TimeLimit = Annotated[
 ]
 SaveBaseline = Annotated[
     Path | None,
-    Option(help="Write a file for later --check, of one deployment and one --baseline."),
+    Option(
+        parser=path, help="Write a file for later --check, of one deployment and one --baseline."
+    ),
 ]
 Check = Annotated[
     Path | None,
-    Option(help="Judge against such a file; exit code 0: fine, 1: worse, 3: undecided."),
+    Option(
+        parser=path, help="Judge against such a file; exit code 0: fine, 1: worse, 3: undecided."
+    ),
 ]
 Margin = Annotated[
     float | None, Option(help="With --save-baseline: share of time that may be lost. [0.05]")
 ]
 Strict = Annotated[bool, Option("--strict", help="With --check: exit with 1 instead of 3.")]
 Summary = Annotated[
-    Path | None, Option(help="With --check: a Markdown file to append the verdicts to.")
+    Path | None,
+    Option(parser=path, help="With --check: a Markdown file to append the verdicts to."),
 ]
 ResultFolder = Annotated[
-    Path | None, Option("--output", "-o", help="A folder to write result.json to.")
+    Path | None, Option("--output", "-o", parser=path, help="A folder to write result.json to.")
 ]
 
 # --- sweep, report --------------------------------------------------------------------------------
 
-DenseModel = Annotated[Path, Argument(help="A dense Hugging Face model folder (no Hub name).")]
+DenseModel = Annotated[
+    Path, Argument(parser=path, help="A dense Hugging Face model folder (no Hub name).")
+]
 SweepCalibration = Annotated[
     str, Option("--calibration", "-c", help="Text to prune by, as for prune.")
 ]
 SweepText = Annotated[str, Option("--perplexity", "-p", help="Text to evaluate on.")]
 SweepFile = Annotated[
-    Path | None, Option("--plan", help="A YAML file with these settings; options override it.")
+    Path | None,
+    Option("--plan", parser=path, help="A YAML file with these settings; options override it."),
 ]
 Methods = Annotated[
     list[str] | None, Option("--method", "-m", help="As for prune; repeatable. [wanda]")
@@ -435,11 +482,11 @@ Targets = Annotated[
         help="As for export: owl, onnxruntime:int8, ...; repeatable. [onnxruntime]",
     ),
 ]
-SweepPairs = Annotated[int | None, Option(help="Rounds of the benchmark. [8]")]
-SweepSamples = Annotated[int | None, Option(help="Calibration windows. [128]")]
-SweepLength = Annotated[int | None, Option(help="Tokens in a calibration window. [2048]")]
-SweepWindow = Annotated[int | None, Option(help="Tokens in a window for perplexity. [2048]")]
-SweepWindows = Annotated[int | None, Option(help="Most windows for perplexity. [all]")]
+SweepPairs = Annotated[int | None, Option(min=1, help="Rounds of the benchmark. [8]")]
+SweepSamples = Annotated[int | None, Option(min=1, help="Calibration windows. [128]")]
+SweepLength = Annotated[int | None, Option(min=1, help="Tokens in a calibration window. [2048]")]
+SweepWindow = Annotated[int | None, Option(min=2, help="Tokens in a window for perplexity. [2048]")]
+SweepWindows = Annotated[int | None, Option(min=1, help="Most windows for perplexity. [all]")]
 DryRun = Annotated[
     bool, Option("--dry-run", help="Only say what would be done, and what is done already.")
 ]
@@ -467,5 +514,8 @@ Needs = Annotated[
         "KIND: prune, export, evaluate or bench, which has all cores of its node.",
     ),
 ]
-Results = Annotated[list[Path], Argument(help="Folders that owl bench -o or owl finetune wrote.")]
-Page = Annotated[Path, Option("--output", "-o", help="The page to write.")]
+RecipeName = Annotated[str, Argument(parser=text, help="A file, or the name of a shipped recipe.")]
+Results = Annotated[
+    list[Path], Argument(parser=path, help="Folders that owl bench -o or owl finetune wrote.")
+]
+Page = Annotated[Path, Option("--output", "-o", parser=path, help="The page to write.")]

@@ -21,6 +21,7 @@ from owl_deploy import __version__, api, digests
 from owl_deploy.artefact import MANIFEST, MEASURED, make_folder, read_object, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
+from owl_deploy.checkpoint import local_folder, read_config
 from owl_deploy.ending import explained
 from owl_deploy.engines import engine_for, installed_version
 from owl_deploy.engines.deployment import seen_of
@@ -484,8 +485,7 @@ def dense_exports(
     `roads`: targets and precisions of what is compared with them. Raises `BadInput` for a folder
     that is no checkpoint.
     """
-    if not (checkpoint / "config.json").is_file():
-        raise BadInput(f"{checkpoint} is no checkpoint: it has no config.json.")
+    read_config(local_folder(checkpoint, "Check the path: it takes no name on the Hub."))
     # What another version wrote may be slower, and a gain over it would be none over dense.
     by = f"{__version__}-{installed_version('onnxruntime')}"
     folder = folder or cache_dir("dense", f"{digest(checkpoint)[:16]}-{by}")

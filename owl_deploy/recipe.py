@@ -204,6 +204,13 @@ class PruneSettings(BaseModel):
         return self.head_sparsity is not None or self.head_bits is not None
 
     @property
+    def calibrates(self) -> bool:
+        """Whether method, allocation or reconstruction look at a text."""
+        allocation = ALLOCATIONS[self.allocation]
+        measures = allocation.statistic is not None or allocation.losses
+        return self.needs != "nothing" or measures or self.reconstruct is not None
+
+    @property
     def needs(self) -> Statistic:
         """The statistic of a Linear's inputs that the method asks for, or what comes after it."""
         return "hessian" if self.refit or self.rounds else METHODS[self.method].needs
@@ -573,8 +580,10 @@ def read(path: Path) -> str:
     """The text of a file; raises `BadInput` for one that cannot be read, or is none."""
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read ({error}).") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}).", "Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} cannot be read (it is not UTF-8).", "Save it as UTF-8.") from error
 
 
 def read_yaml(path: Path) -> Any:  # noqa: ANN401 - any YAML value

@@ -1,7 +1,7 @@
 """`owl sweep`: methods x allocations x sparsities x targets, and the trade-off between them."""
 
 import itertools
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from owl_deploy import api, digests
 from owl_deploy.allocation import DEFAULT
+from owl_deploy.artefact import check_path
 from owl_deploy.bench import decision
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Result
+from owl_deploy.checkpoint import check_length, local_folder, read_config
 from owl_deploy.errors import BadInput, invalid
 from owl_deploy.export.targets import precision_of
 from owl_deploy.measurements import measurement_file
@@ -67,12 +69,12 @@ def read_plan(path: Path | None, given: dict[str, Any]) -> SweepPlan:
     """The plan of a YAML file, if any, with the options `given` over it; raises `BadInput`."""
     values = read_yaml(path) if path else {}
     if not isinstance(values, dict):
-        raise BadInput(f"{path} does not hold a mapping of settings.")
+        known = ", ".join(SweepPlan.model_fields)
+        raise BadInput(f"{path} does not hold a mapping of settings.", f"Known: {known}.")
     try:
         return SweepPlan.model_validate({**values, **given})
     except ValidationError as error:
-        known = ", ".join(SweepPlan.model_fields)
-        raise invalid("the sweep's plan", error, f"Known: {known}.") from error
+        raise invalid(str(path or "the plan"), error, known=SweepPlan.model_fields) from error
 
 
 def tasks(
@@ -87,11 +89,13 @@ def tasks(
         raise BadInput(f"The folder {output.parent} does not exist.", "Create it first.")
     if output.exists() and not output.is_dir():
         raise BadInput(f"{output} is a file.", "Give a folder for the sweep.")
+    check_path(output)
     for source in (calibration, text):
         check_source(source)
-    roads = plan.roads()
+    roads, prunings = plan.roads(), plan.prunings()
+    _check_lengths(model, plan, prunings.values())
     made: list[Task] = []
-    for name, settings in plan.prunings().items():
+    for name, settings in prunings.items():
         checkpoint = output / "checkpoints" / name
         made.append(
             Prune(
@@ -117,6 +121,18 @@ def tasks(
         pairs=plan.pairs,
     )
     return (*made, *dense, *quality, _bench(bench, output))
+
+
+def _check_lengths(model: Path, plan: SweepPlan, prunings: Iterable[PruneSettings]) -> None:
+    """Raise `BadInput` for windows that the `model` does not take, to prune by or to evaluate on.
+
+    Pruning would find that before its work, and evaluating after all that is pruned and exported.
+    """
+    way_out = "Check the path; a sweep takes no name on the Hub, so download the model first."
+    config = read_config(local_folder(model, way_out))
+    if any(settings.calibrates for settings in prunings):
+        check_length(config, plan.sequence_length, "--sequence-length")
+    check_length(config, plan.window, "--window")
 
 
 def _export(checkpoint: Path, output: Path, road: tuple[str, str]) -> Export:

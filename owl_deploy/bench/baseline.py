@@ -35,7 +35,8 @@ LOGITS_MARGIN = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2, "int8": 5e-2, "int4":
 
 def one_of_each(plan: BenchPlan) -> None:
     """Refuse a plan that is no gate: it needs one deployment and a reference to time it by."""
-    if len(plan.candidates) != 1 or not plan.baselines:
+    both = [path.absolute().resolve() for path in (*plan.candidates, *plan.baselines)]
+    if len(plan.candidates) != 1 or len(plan.baselines) != 1 or both[0] == both[1]:
         raise BadInput(
             "A gate judges one deployment against one reference.",
             "Give one deployment, and --baseline with another that runs beside it.",
@@ -178,6 +179,7 @@ def still_side(plan: BenchPlan, saved: Side | None = None) -> Side:
         "precision": subject.precision,
         "reference": f"{reference.engine} {reference.precision}, {other.size_bytes} bytes",
         gate.REFERENCE_ENGINE: _runs(reference.engine),
+        gate.REFERENCE_MODEL: digests.of_json(counters.count(other))[:16],
         "threads": threads,
         "instruction set": list(here.isa),
         "scenarios": [scenario.model_dump(mode="json") for scenario in plan.described()],

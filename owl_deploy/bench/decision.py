@@ -223,6 +223,8 @@ def judge(result: Result, key: str | None = None) -> Judged:
     metric = metrics_of(result.scenarios)[0].key
     speeds = result.statistics.get(metric, {})
     timed = [subject for subject in result.subjects if subject.name in speeds]
+    if not timed:
+        return _undecided(f"no deployment was timed in {metric}.")
     judged = _by_what_is_known(timed, speeds) if key is None else _judged(timed, speeds, key)
     compared = tuple(one for one in result.comparisons if one.scenario == metric)
     return replace(judged, timed=metric, comparisons=compared)
@@ -444,4 +446,4 @@ def _beside(judged: Judged, one: Option, other: Option) -> tuple[stats.Verdict, 
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"

@@ -27,7 +27,9 @@ EXIT_CODES: dict[Word, int] = {
 # From the worst to the best: the worst of a run's verdicts is the run's.
 _ORDER: tuple[Word, ...] = ("REGRESSED", "INCOMPARABLE", "INCONCLUSIVE", "IMPROVED", "OK")
 MIN_ROUNDS = 8
-REFERENCE_ENGINE = "reference engine"  # of the setting; baselines of earlier versions lack it
+# Of the setting; baselines of earlier versions lack them.
+REFERENCE_ENGINE, REFERENCE_MODEL = "reference engine", "reference model"
+LOOKS = 3  # 8 rounds, 16 and at most 24, until there is an answer
 _RESAMPLES = 4000
 
 
@@ -87,7 +89,7 @@ def check_setting(saved: Side, now: Side) -> list[Verdict]:
     found = []
     for key in sorted({*saved.setting, *now.setting}):
         was, is_now = saved.setting.get(key), now.setting.get(key)
-        if key == REFERENCE_ENGINE and was is None:
+        if key in (REFERENCE_ENGINE, REFERENCE_MODEL) and was is None:
             continue
         if was != is_now:
             found.append(Verdict(key, "INCOMPARABLE", f"was {_short(was)}, is {_short(is_now)}"))
@@ -211,9 +213,10 @@ def judge_time(
 def difference(
     was: Sequence[float], is_now: Sequence[float], seed: int = 0
 ) -> tuple[float, float, float]:
-    """How many times the time of before is needed now, and its 90 % interval.
+    """How many times the time of before is needed now, and its interval.
 
-    Both sides' rounds are resampled: the saved ratio is no more certain than the new one.
+    Both sides' rounds are resampled: the saved ratio is no more certain than the new one. At 90 %
+    over all `LOOKS`.
     """
     generator = np.random.default_rng(seed)
 
@@ -222,7 +225,7 @@ def difference(
         result: np.ndarray = np.median(np.asarray(values)[picks], axis=1)
         return result
 
-    tail = (1 - stats.CONFIDENCE) / 2
+    tail = (1 - stats.confidence(LOOKS)) / 2
     low, high = np.quantile(medians(is_now) - medians(was), [tail, 1 - tail])
     centre = float(np.median(is_now) - np.median(was))
     return math.exp(centre), math.exp(float(low)), math.exp(float(high))

@@ -57,25 +57,28 @@ class Journal:
     def restore(self, subjects: Iterable[Subject]) -> dict[str, Subject]:
         """The subjects by name, with the samples that an interrupted run left, and what failed."""
         restored = {subject.name: subject for subject in subjects}
-        lines = []
+        rounds: dict[int, list[dict[str, Any]]] = {}
         for line in self._lines():
             if "failure" in line:
                 given_up = restored[line["name"]]
                 update = {"failure": line["failure"]}
                 restored[given_up.name] = given_up.model_copy(update=update)
+            elif "discarded" in line:
+                rounds.pop(line["discarded"], None)
             else:
-                lines.append(line)
+                rounds.setdefault(line["sample"]["round"], []).append(line)
         going = {name for name, subject in restored.items() if subject.failure is None}
-        for index in sorted({line["sample"]["round"] for line in lines}):
-            of_round = [line for line in lines if line["sample"]["round"] == index]
-            whole = {line["name"] for line in of_round} >= going
-            for line in of_round:
-                if whole or time.time() - line["at"] < _FRESH_S:
-                    subject = restored[line["name"]]
-                    samples = (*subject.samples, Sample.model_validate(line["sample"]))
-                    told = {"about": line["about"], "failed": line.get("failed", {})}
-                    update = {**told, "samples": samples}
-                    restored[subject.name] = subject.model_copy(update=update)
+        for index, lines in sorted(rounds.items()):
+            whole = {line["name"] for line in lines} >= going
+            if not whole and time.time() - min(line["at"] for line in lines) > _FRESH_S:
+                self._write({"discarded": index})
+                continue
+            for line in lines:
+                subject = restored[line["name"]]
+                samples = (*subject.samples, Sample.model_validate(line["sample"]))
+                told = {"about": line["about"], "failed": line.get("failed", {})}
+                update = {**told, "samples": samples}
+                restored[subject.name] = subject.model_copy(update=update)
         return restored
 
     def _lines(self) -> Iterator[dict[str, Any]]:

@@ -34,8 +34,10 @@ class Machine(BaseModel):
     @property
     def name(self) -> str:
         """The machine in a few words."""
-        top = [flag for flag in self.isa if flag.startswith(("avx512_", "amx_", "avx_vnni", "sve"))]
-        return f"{self.cpu}, {self.physical_cores} cores ({', '.join(top) or 'no AVX-512'})"
+        top = [flag for flag in self.isa if flag.startswith(("avx512", "amx_", "avx_vnni", "sve"))]
+        missing = ["no AVX-512"] if "avx2" in self.isa else []
+        told = f" ({', '.join(top or missing)})" if top or missing else ""
+        return f"{self.cpu}, {self.physical_cores} cores{told}"
 
 
 def look(seconds: float = 1.0) -> Machine:

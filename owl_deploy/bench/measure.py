@@ -10,6 +10,7 @@ import datetime
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def run_bench(
     An engine that fails drops the scenarios of that session from its deployment's later rounds, or
     all of the deployment where no session is left, and is named in the result's `failures`; the
     others are measured on. After an interruption, the same plan goes on with the samples that were
-    taken, which are there until `keep` has written the result. Raises `BadInput`, and
+    taken, which are there until `keep` has written the result, and tries once more what had failed.
+    Raises `BadInput`, and
     `EnvironmentFailed` for an engine that is not installed, before anything is timed; `BadInput`,
     too, where the same plan is being measured already.
     """
@@ -155,6 +157,17 @@ def _time_left(started: float, done: int, rounds: int) -> str:
     return f", {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
 
 
+def _next_round(subjects: Iterable[Subject]) -> int:
+    """The number of the round to take next: that of the latest samples, where some lack theirs."""
+    rounds = [
+        {sample.round for sample in subject.samples}
+        for subject in subjects
+        if subject.failure is None
+    ]
+    latest = max(set().union(*rounds), default=-1)
+    return latest if any(latest not in one for one in rounds if latest >= 0) else latest + 1
+
+
 def conclude(
     plan: BenchPlan,
     scenarios: tuple[Scenario, ...],
@@ -165,7 +178,7 @@ def conclude(
 ) -> Result:
     """The result that follows from the samples in `subjects`."""
     table = result.statistics(subjects, scenarios, bandwidth)
-    compared = result.comparisons(subjects, scenarios, plan.seed)
+    compared = result.comparisons(subjects, scenarios, stats.confidence(plan.looks))
     return Result(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         owl_version=__version__,
@@ -179,6 +192,7 @@ def conclude(
         comparisons=compared,
         notes=(
             *_notes(here, subjects, table),
+            *_short(subjects, scenarios),
             *_drafts(subjects, compared),
             *([_SHARED] if any(scenario.is_served for scenario in scenarios) else []),
         ),
@@ -232,11 +246,26 @@ def _drafts(subjects: tuple[Subject, ...], compared: Iterable[Comparison]) -> It
 def _times(
     subject: Subject, scenario: Scenario, answer: dict[str, Any]
 ) -> dict[str, tuple[float, ...]]:
-    """The latencies by metric; raises `EngineFailed` for what are none."""
+    """The latencies by metric; raises `EngineFailed` for what are none.
+
+    Answers of a single token have a first one alone.
+    """
+    told = {m.key: answer[m.answer] for m in scenario.metrics}
+    known = {key: latencies for key, latencies in told.items() if latencies} or told
     try:
-        return {m.key: tuple(stats.checked(answer[m.answer])) for m in scenario.metrics}
+        return {key: tuple(stats.checked(latencies)) for key, latencies in known.items()}
     except ValueError as error:
         raise EngineFailed(f"{subject.name} gave no usable times: {error}.") from error
+
+
+def _short(subjects: Iterable[Subject], scenarios: Iterable[Scenario]) -> Iterator[str]:
+    """What has no later tokens to time, or no later texts, though its engine did not fail."""
+    for subject in subjects:
+        for scenario in scenarios:
+            with_times = [bool(subject.latencies(metric.key)) for metric in scenario.metrics]
+            for metric, there in zip(scenario.metrics, with_times, strict=True):
+                if any(with_times) and not there:
+                    yield f"{subject.name}, {metric.key}: each answer ended with its first."
 
 
 class _Runner:
@@ -256,13 +285,19 @@ class _Runner:
         self.threads = threads
         self.opener = opener
         self.journal = journal
+        self.has_begun = False
 
     def rounds(self, subjects: dict[str, Subject], first: int, progress: Progress) -> None:
         """Take the next `pairs` rounds, from number `first` on, of what has not failed."""
-        started = time.monotonic()
         last = first + self.plan.pairs
-        for index in range(first, last):
-            left = _time_left(started, index - first, self.plan.pairs)
+        begin = max(first, _next_round(subjects.values()))
+        started = time.monotonic()
+        for index in range(begin, last):
+            if not self.has_begun:  # what failed before an interruption may have been repaired
+                again: dict[str, object] = {"failure": None, "failed": {}}
+                subjects |= {name: one.model_copy(update=again) for name, one in subjects.items()}
+                self.has_begun = True
+            left = _time_left(started, index - begin, last - begin)
             order = list(subjects) if index % 2 == 0 else list(subjects)[::-1]
             for name in order:
                 subject = subjects[name]
@@ -367,7 +402,8 @@ class _Runner:
             prompts = list(itertools.islice(texts, repeats * scenario.streams))
             asking = ask_all(load, scenario.streams, iter(prompts))
             try:
-                tally = asyncio.run(asking)
+                with ThreadPoolExecutor(1) as apart:  # a notebook's thread has a loop that runs
+                    tally = apart.submit(asyncio.run, asking).result()
             except TimeoutError as error:
                 server.check_alive()
                 late = f"did not answer within {self.plan.time_limit_s:g} s"

@@ -257,9 +257,12 @@ def _row(summary: stats.Summary, metric: Metric) -> dict[str, float]:
 
 
 def comparisons(
-    subjects: tuple[Subject, ...], scenarios: tuple[Scenario, ...], seed: int
+    subjects: tuple[Subject, ...], scenarios: tuple[Scenario, ...], confidence: float
 ) -> tuple[Comparison, ...]:
-    """Every candidate against the baselines that matter to a user, in every metric."""
+    """Every candidate against the baselines that matter to a user, in every metric.
+
+    `confidence`: of the intervals.
+    """
     found = []
     for metric in metrics_of(scenarios):
         measured = [subject for subject in subjects if subject.latencies(metric.key)]
@@ -267,7 +270,7 @@ def comparisons(
         for candidate in measured:
             if candidate.role == "candidate":
                 for baseline, against in choose_baselines(candidate, baselines, metric.key):
-                    found.append(_compare(candidate, baseline, against, metric.key, seed))
+                    found.append(_compare(candidate, baseline, against, metric.key, confidence))
     return tuple(found)
 
 
@@ -308,9 +311,13 @@ def precision_class(subject: Subject) -> str:
 
 
 def _compare(
-    candidate: Subject, baseline: Subject, against: tuple[Against, ...], key: str, seed: int
+    candidate: Subject,
+    baseline: Subject,
+    against: tuple[Against, ...],
+    key: str,
+    confidence: float,
 ) -> Comparison:
-    ratio = stats.compare(*paired(candidate, baseline, key), seed)
+    ratio = stats.compare(*paired(candidate, baseline, key), confidence)
     return Comparison(
         scenario=key,
         candidate=candidate.name,

@@ -16,8 +16,6 @@ from owl_deploy.bench.result import Result, write_result
 from owl_deploy.errors import BadInput, OwlError
 from owl_deploy.progress import error_console
 
-CHECK_LOOKS = 3  # a gate takes 8, 16 and at most 24 rounds
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -133,6 +131,7 @@ def _check_gate(
     if save:
         baseline.check_save(save, plan, force)
     if check:
+        baseline.one_of_each(plan)
         baseline.read(check)
     if output is not None:
         _check_output(plan, output, force)

@@ -15,11 +15,7 @@ from owl_deploy.bench.scenario import Metric
 from owl_deploy.progress import result_console
 
 WIDTH = 80
-_AGAINST = {
-    "same engine": "same engine",
-    "best of the precision": "best of its precision",
-    "best of all": "best dense",
-}
+_AGAINST = {"same engine": "same engine", "best of the precision": "best of its precision"}
 
 
 def show(
@@ -96,8 +92,14 @@ def headline(result: Result) -> list[str]:
 def _sentence(result: Result, c: Comparison) -> str:
     baseline = {subject.name: subject for subject in result.subjects}[c.baseline]
     kind = f"{baseline.engine} {baseline.precision}"
-    best = "baseline" if baseline.is_sparse else "dense"
+    best = _kind(result, c.baseline)
     return f"{c.candidate}, {c.scenario}: {c.text} against {c.baseline} ({kind}), the best {best}."
+
+
+def _kind(result: Result, baseline: str) -> str:
+    """What a baseline of that name is to be called."""
+    sparse = any(one.name == baseline and one.is_sparse for one in result.subjects)
+    return "baseline" if sparse else "dense"
 
 
 def _price(result: Result, c: Comparison) -> str:
@@ -124,7 +126,7 @@ def _speed(result: Result, metric: Metric) -> Table:
     for subject in result.subjects:
         row = result.statistics.get(metric.key, {}).get(subject.name)
         if row is None:
-            table.add_row(*_identity(subject), "failed", "", "", "")
+            table.add_row(*_identity(subject), "failed" if subject.failures else "", "", "", "")
             continue
         table.add_row(
             *_identity(subject),
@@ -146,7 +148,8 @@ def _speedups(result: Result, metric: Metric) -> Table:
     table = _table("", "deployment", "speed-up", "against")
     for comparison in result.comparisons:
         if comparison.scenario == metric.key:
-            which = ", ".join(_AGAINST[kind] for kind in _distinct(comparison.against))
+            best = f"best {_kind(result, comparison.baseline)}"
+            which = ", ".join(_AGAINST.get(kind, best) for kind in _distinct(comparison.against))
             against = f"{comparison.baseline} ({which})"
             table.add_row(comparison.candidate, comparison.text, against)
     return table

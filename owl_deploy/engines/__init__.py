@@ -15,7 +15,7 @@ from owl_deploy.engines.environment import (
     software,
 )
 from owl_deploy.engines.process import EngineProcess, default_threads, threads_for
-from owl_deploy.engines.registry import ENGINES, Engine, Ink, engine_for, get_engine
+from owl_deploy.engines.registry import ENGINES, Engine, Ink, engine_for, get_engine, public_engine
 from owl_deploy.engines.server import ServerProcess
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "is_installed",
     "list_engines",
     "open_deployment",
+    "public_engine",
     "python_of",
     "remove",
     "server_of",

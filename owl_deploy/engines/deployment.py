@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import read_object
+from owl_deploy.artefact import check_path, read_object
 from owl_deploy.engines.loading import GENAI_CONFIG, Folder
 from owl_deploy.engines.registry import MODEL, engine_for, known_targets
 from owl_deploy.errors import BadInput, unknown_name
@@ -108,6 +108,7 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
     So it does when graph, weights, settings or operators are not those that were exported, and for
     a library of operators that is not ours unless `trust_library` (see loading.py).
     """
+    check_path(path)
     if not path.exists():
         raise BadInput(f"The deployment {path} does not exist.", "Make it with owl export.")
     if not path.is_dir():

@@ -20,7 +20,7 @@ from typing import Any
 from owl_deploy import artefact
 from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.digests import digest
-from owl_deploy.engines.registry import ENGINES, Build, Engine, get_engine
+from owl_deploy.engines.registry import Build, Engine, get_engine, public_engines
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.lease import lease
 from owl_deploy.runtime import kernels, library_path
@@ -86,7 +86,7 @@ def server_of(name: str) -> list[str]:
     """
     server = get_engine(name).server
     if server is None:
-        serving = ", ".join(engine.name for engine in ENGINES.values() if engine.server)
+        serving = ", ".join(engine.name for engine in public_engines() if engine.server)
         raise BadInput(f"The engine {name!r} has no server.", f"Those that have one: {serving}.")
     python = python_of(name)
     if server.program is None:
@@ -225,8 +225,7 @@ def list_engines() -> list[dict[str, Any]]:
             "kernels": kernels() if engine.operators else None,
             "environment": str(environment_folder(engine)) if engine.lock else None,
         }
-        for engine in ENGINES.values()
-        if engine.name != "fake"  # the tests'
+        for engine in public_engines()
     ]
 
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.errors import unknown_name
+from owl_deploy.errors import BadInput, unknown_name
 
 MODEL = "model.onnx"
 LOOKUP = "lookup"  # a draft that is no deployment: the text itself (drivers have the word as well)
@@ -66,7 +66,8 @@ class Engine:
     whether they carry this package's. `server`: how it answers over HTTP (None: not at all).
     `least_context` and `spare_context`: the smallest cache, in tokens, that it takes, and how many
     more than it computes rightly. `skips_zeros`: whether pruned weights can make it faster.
-    `evaluated_in`: the engine that evaluates its deployments faster, if not itself.
+    `evaluated_in`: the engine that evaluates its deployments faster, if not itself. `for_tests`: no
+    list names it.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Engine:
     spare_context: int = 0
     skips_zeros: bool = False
     evaluated_in: str | None = None
+    for_tests: bool = False
 
     @property
     def variable(self) -> str:
@@ -204,10 +206,16 @@ _ENGINES = (
         ink=Ink("#a8528a", "#e5a3cb", "^"),
         model_file="fake.json",
         vocabulary=16,
+        for_tests=True,
     ),
 )
 # The table: whoever adds a row, here or from outside, has another engine in all verbs.
 ENGINES = {engine.name: engine for engine in _ENGINES}
+
+
+def public_engines() -> list[Engine]:
+    """The engines to name to people."""
+    return [engine for engine in ENGINES.values() if not engine.for_tests]
 
 
 def known_targets() -> list[str]:
@@ -218,8 +226,20 @@ def known_targets() -> list[str]:
 def get_engine(name: str) -> Engine:
     """The engine called `name`; raises `BadInput` with the nearest name for an unknown one."""
     if name not in ENGINES:
-        raise unknown_name("engine", name, ENGINES)
+        raise _unknown(name)
     return ENGINES[name]
+
+
+def public_engine(name: str) -> Engine:
+    """The engine that people may ask for by `name`: the same, but for those of tests."""
+    engine = get_engine(name)
+    if engine.for_tests:
+        raise _unknown(name)
+    return engine
+
+
+def _unknown(name: str) -> BadInput:
+    return unknown_name("engine", name, (engine.name for engine in public_engines()))
 
 
 def engine_for(target: str) -> Engine:

@@ -215,9 +215,7 @@ def _windows(
     tunes: bool,
 ) -> torch.Tensor | None:
     """The windows to prune by, and after them those to judge by."""
-    allocation = ALLOCATIONS[settings.allocation]
-    measures = tunes or allocation.statistic is not None or allocation.losses
-    if settings.needs == "nothing" and not measures and not settings.reconstruct:
+    if not tunes and not settings.calibrates:
         return None
     if calibration is None and settings.reconstruct:
         raise BadInput(
@@ -242,7 +240,7 @@ def _windows(
     held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
-    if settings.budget or allocation.losses:
+    if settings.budget or ALLOCATIONS[settings.allocation].losses:
         held_out = max(held_out, _measuring(calibration.sequence_length))
     return calibration_windows(
         tokens, calibration.samples, calibration.sequence_length, calibration.seed, held_out

@@ -26,7 +26,7 @@ LAYERS = (
     ("manifest", "digests", "record", "json_lines"),
     ("artefact", "cache", "ending", "picture", "progress"),
     ("lease", "ranks"),
-    ("errors", "container", "__init__"),
+    ("errors", "container", "interrupted", "__init__"),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 # Standalone scripts that run in another environment's Python, without this package.

@@ -86,6 +86,16 @@ def test_make_has_the_targets_that_are_asked_for(path):
         assert {"check", "test"} <= wanted
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_job_installs_torch_for_a_gpu(path):
+    """PyPI's has gigabytes of libraries that no runner has a use for."""
+    for job in jobs(path).values():
+        said = "\n".join(step.get("run", "") for step in job["steps"])
+        if re.search(r"^python -m pip install .*\.\[|^make ", said, re.MULTILINE):
+            variables = read(path).get("env", {}) | job.get("env", {})
+            assert variables["PIP_EXTRA_INDEX_URL"].endswith("/whl/cpu")
+
+
 def test_ci_runs_every_python_that_we_promise():
     promised = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     assert jobs(Path(".github/workflows/ci.yml"))["test"]["strategy"]["matrix"] == {

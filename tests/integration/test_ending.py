@@ -1,6 +1,8 @@
 """How `owl` ends when nobody foresaw it, and when stdout takes nothing more."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 
 from owl_deploy import cli
 from owl_deploy.cache import cache_dir
-from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.ending import explained
+from owl_deploy.errors import BadInput, EnvironmentFailed
 
 COMMAND = (sys.executable, "-m", "owl_deploy")
 
@@ -75,6 +78,56 @@ def test_its_traceback_is_there_when_asked_for(capsys, monkeypatch):
         cli.main()
     assert ended.value.code == 70
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def swallowing(error):
+    """What a library does that is being imported: it catches Ctrl-C, and is half made after."""
+
+    def list_recipes():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    return list_recipes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (RecursionError("depth"), 130, "interrupted; finished outputs are untouched."),
+        (ModuleNotFoundError("torch", name="torch"), 130, "interrupted; finished outputs"),
+        (BadInput("It is too long.", "Cut it."), 2, "It is too long. Cut it."),
+    ],
+)
+def test_what_comes_of_a_ctrl_c_that_was_swallowed(owl, monkeypatch, error, code, words):
+    with monkeypatch.context() as patched:
+        patched.setattr("owl_deploy.recipe.shipped", swallowing(error))
+        found, out, err = owl("recipes", "ls")
+        assert (found, out, err.startswith(f"owl: {words}")) == (code, "", True), err
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        patched.setattr("owl_deploy.recipe.shipped", broken(RecursionError("depth")))
+        assert owl("recipes", "ls")[0] == 70  # nobody remembers the one before
+
+
+def test_it_ends_a_plan_too_and_is_no_failure_of_a_task(owl, monkeypatch):
+    def list_recipes():
+        try:
+            swallowing(RecursionError("depth"))()
+        except Exception as error:  # as `pipeline.attempt` does
+            return {"kept": explained(error)}
+
+    monkeypatch.setattr("owl_deploy.recipe.shipped", list_recipes)
+    assert owl("recipes", "ls")[0] == 130
+
+
+def test_a_ctrl_c_that_is_ignored_stays_so(owl, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a shell's background job
+    try:
+        monkeypatch.setattr("owl_deploy.recipe.shipped", swallowing(RecursionError("depth")))
+        assert owl("recipes", "ls")[0] == 70
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def test_an_address_where_no_cluster_is(address, words, monkeypatch):
 
 def test_the_command_line_says_it_in_one_sentence(owl, llama, text_file, tmp_path):
     sweep = ("sweep", llama, "-o", tmp_path / "out", "-c", text_file, "-p", text_file)
+    sweep += ("--sequence-length", 64, "--window", 64)
     for more, words in (
         (("--ray", "127.0.0.1:1"), "cannot join a Ray cluster at 127.0.0.1:1"),
         (("--ray", "auto", "--needs", "prune=many"), "'many' is not an amount"),

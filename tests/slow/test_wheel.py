@@ -18,6 +18,7 @@ from tests import tiny
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 LIBRARY = "owl_deploy/runtime/libowl_runtime.so"
+DOTTED = {".clang-format", ".clang-tidy", ".gitignore", ".pre-commit-config.yaml"}
 # What `owl engines` imports: enough where only the library is missing.
 LIGHT = ("typer", "rich", "pydantic", "pyyaml", "platformdirs", "psutil", "numpy", "packaging")
 
@@ -113,6 +114,9 @@ def test_the_sdist_has_the_sources_and_no_results(sdist: Path) -> None:
     for folder in ("owl_deploy/runtime/csrc", "recipes"):
         assert {str(path) for path in Path(folder).iterdir()} < names
     assert not any(name.endswith(".so") or "results/" in name for name in names)
+    # What works in a checkout alone.
+    assert not names & {"Makefile", "mkdocs.yml"}
+    assert not any(name.startswith(("tests/", "docs/", ".")) for name in names - DOTTED)
 
 
 def test_the_wheel_carries_the_library(
@@ -172,7 +176,10 @@ def test_a_gate_needs_no_torch_and_what_does_says_so(
         ("finetune", "model", "-o", "tuned", "--text", "text.txt"),
         ("eval", "model", "--perplexity", "text.txt"),
         ("eval", "model", "--tasks", "boolq"),
-        ("sweep", "model", "-o", "swept", "-c", "text.txt", "-p", "text.txt"),
+        (
+            *("sweep", "model", "-o", "swept", "-c", "text.txt", "-p", "text.txt"),
+            *("--sequence-length", "64", "--window", "64"),
+        ),
         ("bench", "sparse", "--dense", "model"),
     ):
         done = subprocess.run([owl, *verb], capture_output=True, text=True)

@@ -32,6 +32,15 @@ def test_a_folder_appears_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_path_that_is_no_text_is_refused_before_any_work(tmp_path):
+    for path in (tmp_path / os.fsdecode(b"out\xff"), tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(os.fsdecode(b"elsewhere\xff"))
+        with pytest.raises(BadInput, match="is not UTF-8"), artefact.staged_folder(path):
+            pytest.fail("it began")
+        assert [one.name for one in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_failure_leaves_nothing(tmp_path):
     def fail(folder):
         (folder / "half").write_text("x")

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import httpx2
@@ -32,6 +33,13 @@ def test_a_missing_folder_a_file_and_an_empty_folder(tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(BadInput):
             checkpoint.open_checkpoint(path)
+
+
+def test_a_path_that_is_no_text(tmp_path, llama):
+    """safetensors takes none, which would be told as a corrupt file."""
+    folder = shutil.copytree(llama, tmp_path / os.fsdecode(b"m\xff"))
+    with pytest.raises(BadInput, match="is not UTF-8"):
+        checkpoint.open_checkpoint(folder)
 
 
 def test_a_hub_name_that_the_hub_does_not_give(monkeypatch):

@@ -289,7 +289,7 @@ def test_dense_baselines_are_made_once_for_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
-    with pytest.raises(BadInput, match=r"no config\.json"):
+    with pytest.raises(BadInput, match=r"config\.json is missing"):
         dense_exports(checkpoint, [])
     (checkpoint / "config.json").write_text("{}")
     mine = [("owl", "int8"), ("deepsparse", "fp32"), ("onnxruntime", "fp32"), ("owl", "int8")]

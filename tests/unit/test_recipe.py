@@ -541,6 +541,28 @@ def test_the_settings_of_a_plan_to_a_budget_can_be_read_again():
     assert recipe.PruneSettings.model_validate(planned.model_dump(mode="json")) == planned
 
 
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(BadInput) as refused:
+        recipe.read_yaml(tmp_path / "none.yaml")
+    way_out = "cannot be read (No such file or directory). Check the path."
+    assert str(refused.value) == f"{tmp_path / 'none.yaml'} {way_out}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        ({"method": "magnitude", "allocation": "uniform"}, False),
+        ({"method": "magnitude", "allocation": "owl"}, True),
+        ({"method": "magnitude", "allocation": "fisher"}, True),
+        ({"method": "wanda", "allocation": "uniform"}, True),
+        ({"method": "magnitude", "allocation": "uniform", "refit": True}, True),
+        ({"method": "magnitude", "allocation": "uniform", "reconstruct": 1}, True),
+    ],
+)
+def test_what_looks_at_a_text(settings, reads):
+    assert recipe.settings(**settings).calibrates == reads
+
+
 def test_a_recipe_that_is_no_text(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
     for read in (recipe.read, recipe.read_yaml):

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,7 +124,8 @@ def test_the_trade_off_marks_what_nothing_beats(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sparsity: [0.5]", "'sparsity'"),
+        ("sparsity: [0.5]", r"Unknown key 'sparsity' in .*sweep\.yaml. Known: methods, alloc"),
+        ("samples: 0", r"^samples in .*sweep\.yaml is 0: input should be .* equal to 1\.$"),
         ("sparsities: []", "^sparsities in"),
         ("sparsities: much", "^sparsities in"),
         ("- 1", "mapping"),
@@ -154,6 +156,42 @@ def test_a_text_that_is_not_there_is_missed_before_any_work(
     given = {"calibration": "wikitext", "text": "wikitext"} | wrong
     with pytest.raises(BadInput, match=r"There is no text file 'no\.txt'|not of the form hf:"):
         tasks(checkpoint, checkpoint.parent / "out", PLAN, **given)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({}, "The model takes 512 tokens, not 2048. Give a smaller --sequence-length."),
+        ({"sequence_length": 512}, "The model takes 512 tokens, not 2048. Give a smaller --window"),
+        ({"sequence_length": 512, "window": 512}, None),
+        # Nothing looks at the text to prune by.
+        ({"methods": ("magnitude",), "allocations": ("uniform",), "window": 512}, None),
+    ],
+)
+def test_windows_that_the_model_does_not_take_are_refused_before_any_work(
+    checkpoint: Path, wanted: dict[str, object], words: str | None
+) -> None:
+    (checkpoint / "config.json").write_text('{"max_position_embeddings": 512}')
+    plan = PLAN.model_copy(update=wanted)
+    if words is None:
+        assert planned(checkpoint, plan)
+        return
+    with pytest.raises(BadInput, match=words):
+        planned(checkpoint, plan)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    for name, words in (("no", "There is no model folder"), ("file", "is a file"), ("", "config")):
+        (tmp_path / "file").touch()
+        with pytest.raises(BadInput, match=words):
+            tasks(tmp_path / name, tmp_path / "out", PLAN, *TEXTS)
+
+
+def test_what_the_options_say_wrong(owl: Any, checkpoint: Path) -> None:
+    line = ("sweep", checkpoint, "-o", checkpoint.parent / "out", "-c", "c4", "-p", "c4")
+    for option in ("--samples", "--sequence-length", "--window", "--windows", "--pairs"):
+        code, _, err = owl(*line, option, 0, "--dry-run")
+        assert (code, f"Invalid value for '{option}'" in err, "Known" in err) == (2, True, False)
 
 
 @pytest.mark.parametrize("name", ["samples", "sequence_length", "windows", "threads", "pairs"])

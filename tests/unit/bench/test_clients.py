@@ -156,7 +156,6 @@ def test_the_scenario_counts_tokens_and_so_a_short_answer_is_not_a_fast_one(says
         ({"fails": "refuse"}, {}, "bad's server failed: 429 Too Many Requests"),
         ({"first_s": 30}, {"time_limit_s": 2}, "bad's server did not answer within 2 s"),
         ({"fails": "end"}, {}, "no such model"),
-        ({"texts": 1}, {}, "no usable times"),
     ],
 )
 def test_a_server_that_fails_keeps_the_others_results(says, behaviour, settings, said):
@@ -164,6 +163,13 @@ def test_a_server_that_fails_keeps_the_others_results(says, behaviour, settings,
     (failure,) = result.failures
     assert said in failure
     assert len(result.subjects[1].samples) == 1
+
+
+def test_answers_of_one_text_have_no_later_ones_to_time(says):
+    result = run_bench(plan(says("brief", texts=1)))
+    assert result.failures == []
+    assert any("brief, requests@40+8x2:text: each answer ended" in note for note in result.notes)
+    assert "requests@40+8x2:first" in result.statistics
 
 
 def test_servers_are_measured_beside_engines(says):

@@ -198,7 +198,7 @@ def test_the_interval_counts_the_noise_of_both_sides() -> None:
     generator = np.random.default_rng(99)
     medians = [np.median(generator.choice(v, (20_000, 101)), axis=1) for v in (was, is_now)]
     _, low, high = gate.difference(was.tolist(), is_now.tolist())
-    expected = np.quantile(medians[1] - medians[0], [0.05, 0.95])
+    expected = np.quantile(medians[1] - medians[0], [0.05 / 3, 1 - 0.05 / 3])  # three looks
     assert [math.log(low), math.log(high)] == pytest.approx(expected.tolist(), abs=0.01)
     again, other = (gate.difference(was.tolist(), is_now.tolist(), seed) for seed in (0, 7))
     assert again[1:] == (low, high) != other[1:]
@@ -520,3 +520,22 @@ def test_logits_that_are_no_numbers_make_no_baseline(fake: Fake, tmp_path: Path)
     assert getattr(answer.exception, "exit_code", None) == 4
     assert "infinite, or no numbers" in str(answer.exception)
     assert not file.exists()
+
+
+def test_another_reference_of_the_same_size_is_another(fake: Fake, tmp_path: Path) -> None:
+    saved, now = ({**SIDE.setting, gate.REFERENCE_MODEL: digest} for digest in ("a", "b"))
+    (found,) = gate.check_setting(replace(SIDE, setting=saved), replace(SIDE, setting=now))
+    assert (found.metric, found.word) == ("reference model", "INCOMPARABLE")
+    assert gate.check_setting(SIDE, replace(SIDE, setting=now)) == []  # a file of before
+
+
+@pytest.mark.parametrize("references", [["a"], ["b", "c"]])
+def test_a_gate_has_one_reference_and_that_is_another(
+    fake: Fake, tmp_path: Path, references: list[str]
+) -> None:
+    folders = {name: fake(name) for name in "abc"}
+    line = ["bench", str(folders["a"]), "--save-baseline", str(tmp_path / "x")]
+    for name in references:
+        line += ["-b", str(tmp_path / "." / name)]
+    answer = CliRunner().invoke(app, line)
+    assert "one deployment against one reference" in str(answer.exception)

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import signal
 import subprocess
@@ -340,8 +341,54 @@ def test_what_has_failed_holds_up_no_round_of_another_day(
     journal.write_text("\n".join(old) + "\n")
     opened: list[str] = []
     found = run_bench(plan, opener=recording(opened))
-    assert opened == ["dense", "sparse"]  # the second round alone
+    assert opened == ["dense", "sparse", "bad"]  # the second round alone, and it is tried again
     assert [one.startswith("bad: ") or "fake" in one for one in found.failures] == [True]
+
+
+def test_what_failed_and_was_repaired_is_timed_after_all(pair: tuple[Path, Path]) -> None:
+    bad = fake(
+        pair[0].parent / "bad", decode_ms=10, prefill_ms=50, fail={"op": "load", "how": "raise"}
+    )
+    settings = (bad / "fake.json").read_text()
+    plan = BenchPlan(candidates=(bad,), baselines=pair[1:], pairs=3)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("Round 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(plan, interrupt)
+    repaired = json.loads(settings)
+    del repaired["fail"]
+    times = (bad / "fake.json").stat()
+    text = json.dumps(repaired)
+    (bad / "fake.json").write_text(text + " " * (len(settings) - len(text)))
+    os.utime(bad / "fake.json", ns=(times.st_atime_ns, times.st_mtime_ns))  # not the model's fault
+    opened: list[str] = []
+    found = run_bench(plan, opener=recording(opened))
+    assert opened == ["dense", "bad", "bad", "dense"]  # no round that is over is taken again
+    assert not found.failures
+    assert [one.pairs for one in found.comparisons] == [2] * len(found.comparisons)
+
+
+def test_a_discarded_half_round_does_not_come_back(pair: tuple[Path, Path], cache: Path) -> None:
+    plan = BenchPlan(candidates=pair, pairs=2, scenarios=("decode",))
+
+    def interrupted_at(start: str) -> None:
+        def interrupt(line: str) -> None:
+            if line.startswith(start):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_bench(plan, interrupt)
+
+    interrupted_at("Round 1 of 2: dense")
+    (journal,) = (cache / "bench").iterdir()
+    line = json.loads(journal.read_text())
+    journal.write_text(json.dumps(line | {"at": line["at"] - 3600}) + "\n")
+    interrupted_at("Round 2")
+    found = run_bench(plan)
+    assert [[one.round for one in subject.samples] for subject in found.subjects] == [[0, 1]] * 2
 
 
 def test_ctrl_c_ends_at_once_and_leaves_no_process(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import onnx
@@ -22,6 +23,11 @@ def graph(folder: Path, inputs: list[str], width: int | str = 11) -> Path:
 
 
 DECODER = ["input_ids", "past_key_values.0.key"]
+
+
+def test_a_path_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="is not UTF-8"):
+        open_deployment(graph(tmp_path / os.fsdecode(b"d\xff"), DECODER))
 
 
 @pytest.mark.parametrize(

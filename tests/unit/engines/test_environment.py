@@ -5,6 +5,7 @@ import tarfile
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,14 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> registry.Engine:
     )
     monkeypatch.setitem(registry.ENGINES, "own", row)
     return row
+
+
+@pytest.mark.parametrize("verb", ["install", "path", "remove"])
+@pytest.mark.parametrize("name", ["nope", "fake"])
+def test_no_list_for_people_names_the_engine_of_tests(owl: Any, verb: str, name: str) -> None:
+    code, _, err = owl("engines", verb, name)
+    known = "Known: deepsparse, onnxruntime, owl, llama.cpp."
+    assert (code, err) == (2, f"owl: Unknown engine {name!r}. {known}\n")
 
 
 def test_install_is_whole_or_not_there(engine: registry.Engine) -> None:
