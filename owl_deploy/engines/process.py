@@ -27,6 +27,7 @@ DEFAULT_TIMEOUT_S = 600.0
 _LEAST_SPEED = 5.0  # tokens a second, of a long request that is still waited for
 _STACK = re.compile(r"^ *(?:0# |#0 |Traceback |backtrace)", re.MULTILINE)
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+_MOST_THREADS = 64  # that any machine bears
 _LAST_WORDS = 300  # characters of an engine's stderr that an error shows
 
 
@@ -34,12 +35,16 @@ def threads_for(asked: int | None) -> int:
     """How many threads an engine gets: as many as `asked` for, else the physical cores.
 
     Every verb takes this number: ONNX Runtime's own default is one thread on some virtual machines
-    of two cores. Raises `BadInput` for less than one.
+    of two cores. Raises `BadInput` for less than one, and for so many that only starting them would
+    take the machine's time and memory.
     """
     if asked is None:
         return default_threads()
     if asked < 1:
         raise BadInput(f"--threads {asked} is too small.", "It must be 1 or more.")
+    most = max(_MOST_THREADS, 4 * (os.cpu_count() or 1))
+    if asked > most:
+        raise BadInput(f"--threads {asked} is too large.", f"It must be {most} or less.")
     return asked
 
 

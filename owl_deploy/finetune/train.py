@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def train(
     `KeyboardInterrupt`; one in the last evaluation is obeyed once what was trained is safe by
     `keep`, which gets the curve, and not at all without.
     """
-    before = ranks.from_leader(lambda: last_checkpoint(folder))
+    before = ranks.from_leader(lambda: _cleared(folder))
     total = 100.0 if schedule.seconds else float(schedule.steps)
     speed = _Speed()
     with bar(description, total, speed.note) as advance:
@@ -88,6 +89,15 @@ def train(
         if clock.told_late:
             raise KeyboardInterrupt
     return curve
+
+
+def _cleared(folder: Path) -> Path | None:
+    """`last_checkpoint`, alone: the Trainer keeps the highest numbers, whole or not."""
+    last = last_checkpoint(folder)
+    for found in folder.glob("checkpoint-*"):
+        if not (found / _COMPLETE).exists():
+            shutil.rmtree(found)
+    return last
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,9 +1,9 @@
 """Requests in a bounded line: what waits when the model is free is answered in one batch."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,12 @@ class Line:
         self._task: asyncio.Task[None] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1)
 
-    @contextmanager
-    def place(self, asked: Asked) -> Iterator[Answer]:
+    @asynccontextmanager
+    async def place(self, asked: Asked) -> AsyncIterator[Answer]:
         """Hold a place, in line and then in a batch; raises `Refused` (429) where it is full."""
-        free = 0 if self._is_writing else self._writer.batch
-        if len(self._line) >= self._waiting + free:
+        if self._is_full:
+            await self._drop_the_gone()
+        if self._is_full:
             raise Refused(429, "Too many requests wait already.", "rate_limit_exceeded")
         answer = Answer(asked)
         self._line.append(answer)
@@ -87,6 +88,18 @@ class Line:
             answer.leave()
             if answer in self._line:
                 self._line.remove(answer)
+
+    @property
+    def _is_full(self) -> bool:
+        free = 0 if self._is_writing else self._writer.batch
+        return len(self._line) >= self._waiting + free
+
+    async def _drop_the_gone(self) -> None:
+        """Free the places of clients that left: each notices by itself, but only now and then."""
+        for answer in tuple(self._line):
+            if await answer.asked.is_gone():
+                answer.leave()
+        self._line = [one for one in self._line if one.is_wanted]
 
     async def _answer_all(self) -> None:
         """Answer batch after batch, until nobody waits."""

@@ -1,6 +1,7 @@
 """The HTTP server: OpenAI's endpoints before a line of requests for one open deployment."""
 
 import asyncio
+import errno
 import hmac
 import ipaddress
 import json
@@ -12,12 +13,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -39,6 +39,16 @@ _RETRY_S = 1
 _BODY_S = 60  # for a request's body to come
 _READ_S = 1  # to read what came while the model's library held Python's lock
 _LOG = logging.getLogger(__name__)
+_EVENTS = "text/event-stream"
+_AS_IT_COMES = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would gather it
+_UVICORN: dict[str, Any] = {
+    "log_level": "warning",
+    "server_header": False,
+    "timeout_graceful_shutdown": GRACE_S,
+    "timeout_keep_alive": 75,  # longer than clients keep a connection: it is theirs to close first
+    "lifespan": "off",  # there is none, and a second Ctrl-C would end it with a traceback
+    "ws": "none",
+}
 # Each row adds a little to a step, and everybody in a batch waits for its longest answer.
 BATCH = 8
 
@@ -54,8 +64,8 @@ class Service:
         self._line = Line(writer, waiting)
         self._most_bytes = min(MOST_BYTES, 2**16 + _BYTES_A_TOKEN * writer.context)
 
-    def app(self, hosts: list[str]) -> Starlette:
-        """The application; `hosts`: the names that it answers to, against DNS rebinding."""
+    def app(self) -> Starlette:
+        """The application; without a key it answers to this machine's own names only."""
         errors = (wire.Refused, BadInput, EngineFailed, HTTPException, ClientDisconnect, Exception)
         return Starlette(
             routes=[
@@ -65,15 +75,15 @@ class Service:
                 Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
                 Route("/v1/completions", self._guarded(self._completion), methods=["POST"]),
             ],
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
             exception_handlers=dict.fromkeys(errors, _said),
         )
 
     def _guarded(self, endpoint: Endpoint) -> Endpoint:
         async def guarded(request: HttpRequest) -> Response:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
-                raise wire.Refused(401, "The API key is missing or wrong.", "invalid_api_key")
+            if self._key:
+                _check_key(request, self._key)
+            else:
+                _check_host(request)
             return await endpoint(request)
 
         return guarded
@@ -113,7 +123,7 @@ class Service:
             first = await anext(texts)  # what is wrong with the request comes before any answer
             if asked.stream:
                 parts = _parts(asked, first, texts, speed)
-                return StreamingResponse(parts, media_type="text/event-stream")
+                return StreamingResponse(parts, headers=_AS_IT_COMES, media_type=_EVENTS)
             text, reason = first
             async for piece, reason in texts:  # noqa: B007 - the last one is meant
                 text += piece
@@ -128,11 +138,41 @@ class Service:
             text = asked.text(self._writer)
             return self._writer.row(text, asked.sampling(), speed, templated=asked.templated)
 
-        with self._line.place(Asked(prepare, asked.stops, request.is_disconnected)) as answer:
+        asks = Asked(prepare, asked.stops, request.is_disconnected)
+        async with self._line.place(asks) as answer:
             reason = None
             while reason is None:
                 text, reason = await _next_part(answer)
                 yield text, reason
+
+
+def _check_key(request: HttpRequest, key: str) -> None:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    is_right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+    if scheme.lower() != "bearer" or not is_right:
+        raise wire.Refused(401, "The API key is missing or wrong.", "invalid_api_key")
+
+
+def _check_host(request: HttpRequest) -> None:
+    """Against DNS rebinding: a page of another site whose name leads here asks for that name.
+
+    It knows no key, so where there is one any name will do.
+    """
+    asked = request.headers.get("host", "")
+    if not _is_loopback(_name_in(asked)):
+        raise wire.Refused(
+            400,
+            f"Without a key only this machine's own names are answered to, and {asked!r} is none: "
+            f"have a proxy send the Host localhost, or start the server with {KEY} set.",
+        )
+
+
+def _name_in(address: str) -> str:
+    """The host in one with a port or without; "" for what is no address."""
+    try:
+        return (urlsplit(f"//{address}").hostname or "").removesuffix(".")
+    except ValueError:
+        return ""
 
 
 @contextmanager
@@ -180,10 +220,12 @@ async def _parts(
                 async for text, reason in all_texts():
                     if text or reason:
                         yield event([asked.choice(text, reason, part=True)])
-    except (BadInput, EngineFailed, wire.Refused) as error:  # too late for a status
-        yield f"data: {json.dumps(_refusal(error).body())}\n\n"
-        return
     except ClientDisconnect:  # no error of ours, and nobody reads what it would say
+        return
+    except Exception as error:  # too late for a status
+        if not isinstance(error, (BadInput, EngineFailed, wire.Refused)):
+            _LOG.exception("A stream failed.")
+        yield f"data: {json.dumps(_refusal(error).body())}\n\n"
         return
     if with_usage:
         yield event([], usage=wire.usage(speed))
@@ -256,11 +298,11 @@ def serve(
     `draft_tokens`: as in `generate`; only a request that is answered alone has the draft. Clients
     must know the key that stands in the environment variable `OWL_API_KEY`, if one does. Raises
     `BadInput` for a deployment that cannot be opened, for a draft that does not fit it, for an
-    address that cannot be had, and for one that other machines reach without a key.
+    address that cannot be had, for one that other machines reach without a key, and for a key that
+    no client could send.
     """
-    key = os.environ.get(KEY)
-    local = _is_loopback(host)
-    if not local and not key:
+    key = _key()
+    if not key and not _is_loopback(host):
         raise BadInput(
             f"{host} can be reached from other machines, and no key is asked for.",
             f"Set {KEY} in the environment, or leave out --host.",
@@ -271,12 +313,7 @@ def serve(
         drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
         writer = Writer(opened, threads_for(threads), context, drafting, batch)
         name = Path(deployment).resolve().name
-        hosts = ["localhost", "127.0.0.1", "[::1]", host] if local else ["*"]
-        app = Service(writer, name, waiting, key).app(hosts)
-        config = uvicorn.Config(
-            app, log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S
-        )
-        running = uvicorn.Server(config)
+        running = _http_server(Service(writer, name, waiting, key).app())
         # Before uvicorn's own handlers are there, and after: it sends itself the signal that ended
         # it once more.
         signal.signal(signal.SIGTERM, running.handle_exit)
@@ -285,9 +322,34 @@ def serve(
         running.run([listener])
 
 
+def _key() -> str | None:
+    """What clients must know, if anything, without the line's end that a file of secrets has."""
+    if KEY not in os.environ:
+        return None
+    key = os.environ[KEY].strip()
+    if not key or not all("!" <= letter <= "~" for letter in key):
+        raise BadInput(
+            f"The key in {KEY} is empty, or has what no client can send in a header.",
+            "Give it ASCII letters, digits and signs without a space, or unset it.",
+        )
+    return key
+
+
+def _http_server(app: Starlette, **settings: Any) -> uvicorn.Server:  # noqa: ANN401
+    """What runs `app`; `settings`: of uvicorn, beside or in place of ours."""
+    config = uvicorn.Config(app, **{**_UVICORN, **settings})
+    logging.getLogger("uvicorn.error").addFilter(_is_no_advice)
+    return uvicorn.Server(config)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """uvicorn would have WebSocket's libraries installed for whoever asks for one: in vain here."""
+    return "uvicorn[standard]" not in record.getMessage()
+
+
 def _is_loopback(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name
         return False
 
@@ -295,8 +357,18 @@ def _is_loopback(host: str) -> bool:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        # What is wrong with a name is told as such here only, and nothing is open yet.
+        socket.getaddrinfo(host or None, 0, family)
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise BadInput(
-            f"{host}:{port} cannot be listened at ({error}).", "Give a --port."
-        ) from error
+    except (OSError, OverflowError, UnicodeError) as error:
+        hint = "Give a --port."
+        if _is_the_hosts(error):
+            hint = "Give a --host that is this machine's, as 127.0.0.1 is."
+        raise BadInput(f"{host}:{port} cannot be listened at ({error}).", hint) from error
+
+
+def _is_the_hosts(error: Exception) -> bool:
+    """Whether the host is at fault: it is no name, nobody's, or another machine's."""
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return True
+    return isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL

@@ -6,9 +6,17 @@ Source: the API reference at https://platform.openai.com/docs/api-reference (cha
 import re
 import time
 import uuid
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from owl_deploy.errors import BadInput
 from owl_deploy.generate import LARGEST, LEAST_TOP_P, UNLIMITED, Sampling, Speed, Writer
@@ -35,10 +43,14 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
     **dict.fromkeys(("bad_words", "allowed_token_ids"), ([],)),
     **dict.fromkeys(("continue_final_message", "use_beam_search"), (False,)),
-    "add_generation_prompt": (True,),
+    "include_stop_str_in_output": (False,),
+    **dict.fromkeys(("add_generation_prompt", "add_special_tokens"), (True,)),
+    "skip_special_tokens": (True,),
     **dict.fromkeys(("top_n_sigma", "n_predict"), (-1,)),
     **dict.fromkeys(("samplers", "truncate_prompt_tokens"), ()),
     "chat_template": ("",),
+    "n_probs": (0,),
+    "prompt_logprobs": (),  # 0 asks for those of the prompt's own tokens
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
 }
 
@@ -66,8 +78,43 @@ class Refused(Exception):
 
 
 # Each token's text is searched for all of them, for everybody's answers in one thread.
-_Stop = Annotated[str, Field(max_length=256)]
-_Prompt = Annotated[str, Field(min_length=1)]
+_MOST_STOPS, _LONGEST_STOP = 16, 256
+
+
+def _wrong(message: str) -> PydanticCustomError:
+    """A complaint in our words: pydantic's own, of a field that takes several types, name one."""
+    return PydanticCustomError("owl", "{message}", {"message": message})
+
+
+def _stops(given: Any) -> list[str]:  # noqa: ANN401 - a JSON value
+    """The strings that end an answer; a single one need not be in a list."""
+    listed = [given] if isinstance(given, str) else given
+    if not (
+        isinstance(listed, list)
+        and len(listed) <= _MOST_STOPS
+        and all(isinstance(one, str) and len(one) <= _LONGEST_STOP for one in listed)
+    ):
+        raise _wrong(f"at most {_MOST_STOPS} strings, of at most {_LONGEST_STOP} characters each")
+    return listed
+
+
+def _prompt(given: Any) -> str:  # noqa: ANN401
+    """The one prompt, which may be in a list."""
+    one = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if not isinstance(one, str):
+        raise _wrong("one prompt a request, as text")
+    if not one:
+        raise _wrong("it is empty")
+    return one
+
+
+def _parts(given: Any) -> list[Any]:  # noqa: ANN401
+    """The parts of a message, which may be a text instead."""
+    if isinstance(given, str):
+        return [{"type": "text", "text": given}]
+    if not isinstance(given, list):
+        raise _wrong("a text, or a list of parts")
+    return given
 
 
 class _StreamOptions(BaseModel):
@@ -88,7 +135,7 @@ class Request(BaseModel):
     model: str
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] | None = None
     max_tokens: int | None = Field(None, ge=1, lt=_SEEDS)
     max_completion_tokens: int | None = Field(None, ge=1, lt=_SEEDS)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -101,8 +148,7 @@ class Request(BaseModel):
     @property
     def stops(self) -> list[str]:
         """The strings that end the answer."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [one for one in given if one]
+        return [one for one in self.stop or [] if one]
 
     def sampling(self) -> Sampling:
         """How the next token is chosen: a temperature of 0 takes the likeliest."""
@@ -141,19 +187,32 @@ class _Part(BaseModel):
     type: str
     text: str = ""
 
+    @model_validator(mode="after")
+    def _has_its_text(self) -> Self:
+        """What stands elsewhere by mistake would be lost, and the rest answered."""
+        if self.type == "text" and "text" not in self.model_fields_set:
+            raise _wrong('a part of type "text" has its text in "text"')
+        return self
+
 
 class _Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[_Part], Field(fail_fast=True)] | None = None
+    content: Annotated[list[_Part], Field(fail_fast=True), BeforeValidator(_parts)] | None = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        """Only an assistant says nothing at times, when it calls tools."""
+        if self.content is None and self.role != "assistant":
+            raise _wrong('a message has its text in "content"')
+        return self
 
     def said(self) -> dict[str, str]:
         """It as templates have it; raises `Refused` for what they would leave out."""
         if self.tool_calls or self.function_call:
             raise Refused(400, "Messages with tool calls are not supported here.")
-        whole = self.content or []
-        parts = [_Part(type="text", text=whole)] if isinstance(whole, str) else whole
+        parts = self.content or []
         if other := [part.type for part in parts if part.type != "text"]:
             raise Refused(400, f"A message has a part of type {other[0]!r}: only text is read.")
         # OpenAI's newer name, which templates do not know.
@@ -204,11 +263,11 @@ class Completion(Request):
     usual_tokens = 16
     templated = False
 
-    prompt: _Prompt | Annotated[list[_Prompt], Field(min_length=1, max_length=1)]
+    prompt: Annotated[str, BeforeValidator(_prompt)]
 
     def text(self, writer: Writer) -> str:
-        """The prompt as it is; of a list, the one."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        """The prompt as it is."""
+        return self.prompt
 
     def choice(self, text: str, reason: str | None, *, part: bool) -> dict[str, Any]:
         """A text, or what comes to it."""

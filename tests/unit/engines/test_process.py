@@ -14,7 +14,7 @@ import pytest
 
 from owl_deploy.engines import EngineProcess, process
 from owl_deploy.engines.process import Child
-from owl_deploy.errors import EngineFailed
+from owl_deploy.errors import BadInput, EngineFailed
 
 
 def fake(folder: Path, **behaviour: object) -> Path:
@@ -197,3 +197,11 @@ def test_what_an_engine_left_in_its_temporary_folder_goes_with_it(
         with pytest.raises(EngineFailed):
             engine.request("prefill", prompt=[1], repeats=1, warmup=0)
     assert list(scratch.iterdir()) == []
+
+
+def test_threads_are_no_more_than_a_machine_bears(monkeypatch: pytest.MonkeyPatch) -> None:
+    for processors, most in ((None, 64), (2, 64), (96, 384)):
+        monkeypatch.setattr(os, "cpu_count", lambda processors=processors: processors)
+        assert process.threads_for(most) == most
+        with pytest.raises(BadInput, match=f"It must be {most} or less"):
+            process.threads_for(most + 1)

@@ -182,3 +182,12 @@ def test_a_loss_that_is_no_number_is_an_error(models, tmp_path):
     asked = settings(learning_rate=1e30, gradient_accumulation=1)
     with pytest.raises(BadInput, match="smaller --learning-rate"):
         train(Trainee(model), windows, asked, Schedule(9, None), tmp_path, "Training")
+
+
+def test_a_checkpoint_that_a_kill_cut_short_pushes_none_out(tmp_path):
+    """The Trainer keeps the two of the highest numbers, and deletes before the newest is whole."""
+    for name in ("checkpoint-3", "checkpoint-9"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-3" / "complete").touch()
+    assert training._cleared(tmp_path) == tmp_path / "checkpoint-3"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]

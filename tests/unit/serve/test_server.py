@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import signal
 import socket
 import threading
 import time
@@ -11,7 +12,6 @@ from types import SimpleNamespace
 import httpx2 as httpx
 import openai
 import pytest
-import uvicorn
 
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.generate import PromptTooLong, Row
@@ -85,9 +85,9 @@ def served(writer, waiting=1, key=None, **settings):
     """The service in a thread; its base URL. `settings`: of uvicorn."""
     service = server.Service(writer, "tiny", waiting, key)
     writer.line = service._line
-    config = uvicorn.Config(service.app(["127.0.0.1"]), log_level="critical", **settings)
-    running = uvicorn.Server(config)
+    running = server._http_server(service.app(), **{"log_level": "critical", **settings})
     writer.end = lambda: setattr(running, "should_exit", True)
+    writer.interrupt = lambda: running.handle_exit(signal.SIGINT, None)
     with server._listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
@@ -146,17 +146,12 @@ def test_requests_are_answered_one_after_another_and_a_full_line_says_when_to_re
 ):
     first = in_background(lambda: ask(client, "first"))
     until(lambda: writer.running == ["first"])
-    second = in_background(lambda: ask(client.with_options(max_retries=20), "second"))
-    refused = None
-    while refused is None:  # until the second one waits, in whose place this one may come
-        try:
-            ask(client, "third", timeout=0.3)
-        except openai.RateLimitError as error:
-            refused = error
-        except openai.APITimeoutError:
-            pass
-    assert refused.response.headers["retry-after"] == "1"
-    assert refused.code == "rate_limit_exceeded"
+    second = in_background(lambda: ask(client, "second"))
+    until(lambda: writer.waiting)
+    with pytest.raises(openai.RateLimitError) as refused:
+        ask(client, "third")
+    assert refused.value.response.headers["retry-after"] == "1"
+    assert refused.value.code == "rate_limit_exceeded"
     assert writer.running == ["first"]
     for _ in range(6):
         writer.go.release()
@@ -307,6 +302,23 @@ def test_a_client_that_goes_away_while_it_waits_frees_its_place(writer, client):
     assert prompts_of(writer) == [["first"], ["next"]]
 
 
+def test_places_of_clients_that_left_are_free_before_anyone_is_refused(writer, monkeypatch):
+    monkeypatch.setattr(server, "_LOOK_S", 15)  # what they would hold them for
+    with served(writer, timeout_graceful_shutdown=1) as url:
+        client = openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=PATIENCE)
+        first = in_background(lambda: ask(client, "first"))
+        until(lambda: writer.running == ["first"])
+        with pytest.raises(openai.APITimeoutError):
+            ask(client, "gone", timeout=1)
+        until(lambda: writer.waiting == 1)
+        after = in_background(lambda: ask(client, "next"))
+        writer.go.release(6)
+        until(lambda: first and after)
+        client.close()
+    assert after[0].choices[0].text == "abc"
+    assert prompts_of(writer) == [["first"], ["next"]]
+
+
 def test_a_stream_says_who_speaks_what_it_says_and_why_it_ended(writer, client):
     for _ in range(9):
         writer.go.release()
@@ -344,25 +356,86 @@ def test_an_engine_that_fails_is_told_without_its_secrets(writer, client, caplog
     assert [one.getMessage() for one in caplog.records] == ["a secret path"] * 2
 
 
+def test_a_stream_that_fails_in_a_way_nobody_foresaw_says_so(writer, client, monkeypatch, caplog):
+    def choice(*_, **__):
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(wire.Completion, "choice", choice)
+    writer.go.release(3)
+    with pytest.raises(openai.APIError, match="failed") as raised:
+        list(ask(client, "a", stream=True))
+    assert "secret" not in str(raised.value.body)
+    (logged,) = caplog.records
+    assert logged.exc_info[0] is ZeroDivisionError
+
+
+def test_no_proxy_keeps_a_stream_back(writer, url):
+    writer.go.release()
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1, "stream": True}
+    answer = httpx.post(f"{url}/completions", json=body, timeout=PATIENCE)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+
+
+def test_a_connection_is_the_clients_to_close(writer):
+    """httpx keeps one for 5 s: closed by the server then, the next request on it would fail."""
+    service = server.Service(writer, "tiny", 1)
+    assert server._http_server(service.app()).config.timeout_keep_alive > 60
+
+
+def test_a_second_ctrl_c_ends_an_answer_without_a_traceback(writer, capfd):
+    with served(writer, log_level="warning") as url:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 9, "stream": True}
+        found = in_background(lambda: httpx.post(f"{url}/completions", json=body, timeout=PATIENCE))
+        until(lambda: writer.running)
+        writer.interrupt()
+        writer.interrupt()
+        until(lambda: found)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_who_asks_for_a_websocket_is_answered_without_advice_to_install_one(writer, capfd):
+    upgrade = {"connection": "Upgrade", "upgrade": "websocket"}
+    with served(writer, log_level="warning") as url:
+        assert httpx.get(f"{url}/models", headers=upgrade).status_code == 200
+    assert "install" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "code", "complaint"),
     [
         ({"model": "other"}, 404, "model_not_found", "tiny"),
         ({"max_tokens": 0}, 400, None, "max_tokens"),
         ({"temperature": 3}, 400, None, "temperature"),
-        ({"stop": ["a"] * 17}, 400, None, "stop"),
-        ({"stop": "a" * 257}, 400, None, "stop"),
+        ({"stop": ["a"] * 17}, 400, None, "stop: at most 16 strings, of at most 256"),
+        ({"stop": "a" * 257}, 400, None, "stop: at most 16 strings, of at most 256"),
+        ({"stop": [5]}, 400, None, "stop: at most 16 strings"),
+        ({"stop": 5}, 400, None, "stop: at most 16 strings"),
         ({"n": 2}, 400, "unsupported_parameter", "n is not supported"),
         ({"presence_penalty": 1}, 400, "unsupported_parameter", "presence_penalty"),
         ({"prompt": "a\0b"}, 400, None, "NUL"),
-        ({"prompt": ["a", "b"]}, 400, None, "prompt"),
-        ({"prompt": ""}, 400, None, "prompt"),
-        ({"prompt": []}, 400, None, "prompt"),
+        ({"prompt": ["a", "b"]}, 400, None, "prompt: one prompt a request, as text"),
+        ({"prompt": [1, 2]}, 400, None, "prompt: one prompt a request, as text"),
+        ({"prompt": [[1, 2]]}, 400, None, "prompt: one prompt a request, as text"),
+        ({"prompt": []}, 400, None, "prompt: one prompt a request, as text"),
+        ({"prompt": ""}, 400, None, "prompt: it is empty"),
+        ({"prompt": [""]}, 400, None, "prompt: it is empty"),
         ({"prompt": "too long"}, 400, "context_length_exceeded", "too long"),
         ({"prompt": "one word"}, 400, None, "word is too long"),
         ({"extra_body": {"min_p": 0.1}}, 400, "unsupported_parameter", "min_p"),
         ({"extra_body": {"guided_json": {}}}, 400, "unsupported_parameter", "guided_json"),
         ({"extra_body": {"add_generation_prompt": False}}, 400, "unsupported_parameter", "add_"),
+        *(
+            ({"extra_body": {name: value}}, 400, "unsupported_parameter", name)
+            for name, value in {
+                "include_stop_str_in_output": True,
+                "skip_special_tokens": False,
+                "add_special_tokens": False,
+                "prompt_logprobs": 0,
+                "n_probs": 2,
+            }.items()
+        ),
         (
             {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
             *(400, "unsupported_parameter", "chat_template_kwargs"),
@@ -395,6 +468,8 @@ def test_what_asks_for_nothing_is_taken(writer, client):
     writer.go.release()
     quiet = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me", "stop": []}
     others = {"typical_p": 1.0, "mirostat": 0, "bad_words": [], "add_generation_prompt": True}
+    others |= {"include_stop_str_in_output": False, "prompt_logprobs": None, "n_probs": 0}
+    others |= dict.fromkeys(("skip_special_tokens", "add_special_tokens"), True)
     answer = ask(client, "a", 1, **quiet, extra_body=others)
     assert answer.choices[0].finish_reason == "length"
 
@@ -471,6 +546,36 @@ def test_messages_that_would_be_lost_are_refused(client, message, complaint):
         client.chat.completions.create(model="tiny", messages=[message])
 
 
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ({"role": "user", "text": "Hi"}, 'messages.0: a message has its text in "content"'),
+        ({"role": "user", "content": None}, 'messages.0: a message has its text in "content"'),
+        (
+            {"role": "user", "content": [{"type": "text", "content": "Hi"}]},
+            'messages.0.content.0: a part of type "text" has its text in "text"',
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": None}]},
+            "messages.0.content.0.text: Input should be a valid string",
+        ),
+        ({"role": "user", "content": 5}, "messages.0.content: a text, or a list of parts"),
+        ({"role": "user", "content": ["Hi"]}, "messages.0.content.0: Input should be an object"),
+    ],
+)
+def test_a_text_in_the_wrong_place_is_no_empty_one(client, message, complaint):
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="tiny", messages=[message])
+    assert (raised.value.body["message"], raised.value.param) == (complaint, "messages")
+
+
+def test_an_assistant_may_have_said_nothing(writer, client):
+    writer.go.release()
+    said = [{"role": "assistant", "content": None}, {"role": "user", "content": ""}]
+    client.chat.completions.create(model="tiny", messages=said, max_tokens=1)
+    assert prompts_of(writer) == [["assistant: |user: "]]
+
+
 def test_a_model_without_a_chat_template(writer, client):
     writer.template = None
     with pytest.raises(openai.BadRequestError, match="its texts go to /v1/completions"):
@@ -544,11 +649,44 @@ def test_what_a_browsers_page_could_send_is_refused(url, sent, status):
         assert "access-control-allow-origin" not in other.get(f"{url}/models").headers
 
 
+HOSTS = {  # whether the server without a key answers to it
+    "localhost": True,
+    "LOCALHOST:8000": True,
+    "localhost.:8000": True,
+    "127.0.0.1": True,
+    "[::1]:8000": True,
+    "evil.example": False,
+    "localhost.evil.example": False,
+    "127.0.0.1.evil.example:8000": False,
+    "10.0.0.1": False,
+    "[": False,
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_only_this_machines_names_are_answered_to_without_a_key(url, host):
+    answer = httpx.get(f"{url}/models", headers={"host": host})
+    assert (answer.status_code == 200) == HOSTS[host]
+    if not HOSTS[host]:
+        said = answer.json()["error"]["message"]
+        assert repr(host) in said
+        assert "Host localhost" in said
+        assert server.KEY in said
+
+
+def test_with_a_key_any_name_will_do(writer):
+    with served(writer, key="right") as url:
+        headers = {"host": "owl.example", "authorization": "Bearer right"}
+        assert httpx.get(f"{url}/models", headers=headers).status_code == 200
+
+
 def test_a_key_is_asked_for_everywhere_but_for_health(writer):
     with served(writer, key="right") as url:
-        for key, fits in (("right", True), ("wrong", False), ("righ", False)):
-            with httpx.Client(headers={"authorization": f"Bearer {key}"}) as other:
-                assert (other.get(f"{url}/models").status_code == 200) == fits
+        given = {"Bearer right": True, "bearer  right": True, "Bearer wrong": False}
+        given |= {"Bearer righ": False, "Basic right": False, "Bearer schlüssel": False}
+        for key, fits in given.items():
+            with httpx.Client(headers={"authorization": key.encode()}) as other:
+                assert other.get(f"{url}/models").status_code == (200 if fits else 401)
         with httpx.Client() as other:
             refused = other.get(f"{url}/models")
             assert refused.json()["error"]["code"] == "invalid_api_key"
@@ -561,10 +699,32 @@ def test_other_machines_are_let_in_only_with_a_key(monkeypatch, tmp_path):
         server.serve(tmp_path, "0.0.0.0")
 
 
+@pytest.mark.parametrize("key", ["sk-x\n", " sk-x\t"])
+def test_a_key_has_no_space_around_it(monkeypatch, key):
+    """A file that a secret is read from ends with a line's end."""
+    monkeypatch.setenv(server.KEY, key)
+    assert server._key() == "sk-x"
+
+
+@pytest.mark.parametrize("key", ["", "\n", "schlüssel", "a b", "a\x7f", "k\udcff"])
+def test_a_key_that_no_client_can_send_is_refused(monkeypatch, tmp_path, key):
+    monkeypatch.setenv(server.KEY, key)
+    with pytest.raises(BadInput, match="unset it") as refused:
+        server.serve(tmp_path, "0.0.0.0")
+    assert "lüssel" not in str(refused.value)
+
+
+@pytest.mark.parametrize("host", ["é..", "a" * 70, "192.0.2.1", "::1%zz"])
+def test_a_host_that_is_none_of_this_machine_is_what_the_hint_names(monkeypatch, tmp_path, host):
+    monkeypatch.setenv(server.KEY, "right")
+    with pytest.raises(BadInput, match=r"cannot be listened at .* Give a --host"):
+        server.serve(tmp_path, host, 0)
+
+
 def test_an_address_that_is_taken_is_said_in_a_sentence(tmp_path):
     with server._listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(BadInput, match="cannot be listened at"):
+        with pytest.raises(BadInput, match=r"cannot be listened at .* Give a --port"):
             server.serve(tmp_path, port=port)
 
 
