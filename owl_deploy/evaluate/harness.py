@@ -48,8 +48,12 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
-        return int(self.tokenizer.eos_token_id)
+        """What ends a text: the tokenizer's, or for want of one the deployment's."""
+        found = self.tokenizer.eos_token_id
+        found = min(self.ends, default=None) if found is None else found
+        if found is None:
+            raise BadInput("Neither the tokenizer nor the deployment has a token that ends a text.")
+        return int(found)
 
     @property
     def prefix_token_id(self) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ class KeptAnswers:
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The answers, of the file or of the model."""
-        keys = [digests.of_json(request.args) for request in requests]
+        # Samples of one question are several answers: each has its number.
+        before: Counter[str] = Counter()
+        keys = []
+        for request in requests:
+            asked = digests.of_json(request.args)
+            keys.append(f"{asked}-{before[asked]}" if before[asked] else asked)
+            before[asked] += 1
         answers = self._read()
         missing = [number for number, key in enumerate(keys) if key not in answers]
         end_line(self._file)

@@ -15,6 +15,7 @@ from owl_deploy.engines import get_engine
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.kept import state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
 from owl_deploy.hardware import find_batch, find_device, find_dtype, name_of
@@ -102,6 +103,7 @@ def checkpoint_perplexity(
     assert asked.text is not None
     adapter, hardware, blockwise = asked.adapter, asked.hardware, asked.blockwise
     checkpoint = open_checkpoint(folder)
+    measured = state_of(checkpoint.folder)
     checkpoint.check_length(asked.window, "--window")
     windows = windows_of(checkpoint.folder, asked.text, asked.window, asked.windows)
     checkpoint.check_ids(windows)
@@ -125,7 +127,7 @@ def checkpoint_perplexity(
     result = from_nll(asked.text, sum(ranks.gathered(nll)), windows)
     if adapter is None and ranks.leads:
         computed = {**asdict(result), "dtype": name_of(dtype)}
-        keep(folder, "perplexity", computed)
+        keep(folder, "perplexity", computed, measured=measured)
     return result
 
 
@@ -137,6 +139,7 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
     """
     assert asked.text is not None
     refuse_adapter(asked.adapter)
+    measured = state_of(folder)
     opened = open_deployment(folder, trust_library=asked.trust_library)
     engine, window = engine_of(opened, asked.engine), asked.window
     if opened.max_context and window > opened.max_context:
@@ -163,7 +166,7 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
                 nll += sum(process.request("score", tokens_file=str(file), window=window)["nll"])
                 advance(1)
     result = from_nll(asked.text, nll, windows)
-    keep(folder, "perplexity", {**asdict(result), "engine": engine})
+    keep(folder, "perplexity", {**asdict(result), "engine": engine}, measured=measured)
     return result
 
 

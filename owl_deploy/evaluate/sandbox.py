@@ -63,11 +63,15 @@ def require_sandbox() -> None:
         )
     outcome = judge("def one():\n    return 1", "def check(one):\n    assert one() == 1", "one")
     if not outcome.passed:
-        raise EnvironmentFailed(
-            f"Bubblewrap makes no sandbox here ({_complaint() or outcome.why}).",
-            "It must be version 0.8 or newer, and needs namespaces: see the sysctl "
-            "kernel.unprivileged_userns_clone, or the container's settings.",
-        )
+        raise _no_sandbox(outcome.why)
+
+
+def _no_sandbox(why: str) -> EnvironmentFailed:
+    return EnvironmentFailed(
+        f"Bubblewrap makes no sandbox here ({_complaint() or why}).",
+        "It must be version 0.8 or newer, and needs namespaces: see the sysctl "
+        "kernel.unprivileged_userns_clone, or the container's settings.",
+    )
 
 
 def _complaint() -> str:
@@ -93,7 +97,8 @@ def judge(program: str, tests: str, entry_point: str, seconds: float = 20.0) -> 
 
     `tests` is trusted: it runs in this process. Its other names may be the program's, too, but for
     those of Python itself: an `abs` of the program's could have its tests say what it likes.
-    `seconds`: for all of it together, by the wall clock.
+    `seconds`: for all of it together, by the wall clock. Raises `EnvironmentFailed` where there is
+    no sandbox: that is no answer of the program's.
     """
     with _Program(seconds) as suspect:
         try:
@@ -104,6 +109,8 @@ def judge(program: str, tests: str, entry_point: str, seconds: float = 20.0) -> 
             names: dict[str, Any] = {name: suspect.function(name) for name in others}
             exec(tests, names)
             names["check"](suspect.function(entry_point))
+        except EnvironmentFailed:
+            raise
         except _Failed as error:
             return Outcome(False, str(error))
         except AssertionError:
@@ -148,6 +155,10 @@ class _Program:
 
     def start(self, program: str) -> list[str]:
         """Define what `program` defines; the names of its functions."""
+        try:
+            self._line()
+        except _Failed as error:
+            raise _no_sandbox(str(error)) from error
         found = self._ask((program, LIMITS, _NOBODY if _is_root() else None))
         return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
@@ -165,6 +176,8 @@ class _Program:
             raise _Failed("took too long")
         if kind == "value":
             return value
+        if kind == "iterator":  # two of the tests take one for the tuple that it fills
+            return iter(value)
         raised = getattr(builtins, str(value), None)
         if isinstance(raised, type) and issubclass(raised, Exception):
             raise raised

@@ -1,9 +1,11 @@
 """A model of lm-evaluation-harness that several processes ask together."""
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from owl_deploy.errors import BadInput
 from owl_deploy.progress import error_console
 from owl_deploy.ranks import Ranks
 
@@ -23,12 +25,16 @@ class SharedModel:
         return getattr(self._model, name)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """As the harness has it."""
-        return self._shared(requests, self._model.loglikelihood)
+        """As the harness has it; raises `BadInput` where a log-likelihood is no number."""
+        found = self._shared(requests, self._model.loglikelihood)
+        _check_numbers(value for value, _ in found)
+        return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """As the harness has it."""
-        return self._shared(requests, self._model.loglikelihood_rolling)
+        """As `loglikelihood`."""
+        found = self._shared(requests, self._model.loglikelihood_rolling)
+        _check_numbers(found)
+        return found
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """As the harness has it; says first how many contexts will be cut."""
@@ -65,3 +71,12 @@ class SharedModel:
             return [list(itertools.islice(answers, len(document))) for document in mine]
 
         return list(itertools.chain.from_iterable(self._ranks.shared(documents, answered)))
+
+
+def _check_numbers(values: Iterable[float]) -> None:
+    """Of NaN the first choice would be taken for the likeliest, and a share of those is right."""
+    if any(math.isnan(value) for value in values):
+        raise BadInput(
+            "The model's log-likelihood of a text is nan, which no model has.",
+            "Its weights are damaged, or its engine computes wrongly.",
+        )

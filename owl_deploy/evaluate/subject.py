@@ -13,6 +13,7 @@ from owl_deploy.engines import engine_for, get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment, text_of
 from owl_deploy.engines.loading import Folder
 from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.kept import state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.manifest import DeploymentManifest, Manifest, read_manifest
 from owl_deploy.measurements import keep_measurement, measurement
@@ -74,13 +75,25 @@ def load_model(
     return model.to(device).eval()
 
 
-def keep(folder: Path, key: str, value: dict[str, Any], *, add: bool = False) -> None:
+def keep(
+    folder: Path,
+    key: str,
+    value: dict[str, Any],
+    *,
+    add: bool = False,
+    measured: list[list[Any]] | None = None,
+) -> None:
     """Keep a result beside what was measured (`add`: to it), if `folder` is an artefact of ours.
 
     What it replaces is said where that was measured on more, or on something else. A folder that
-    cannot be written costs a remark, not the result.
+    cannot be written costs a remark, not the result, and so does one that is no longer what was
+    `measured` (`state_of` it before).
     """
     if not is_artefact(folder):
+        return
+    if measured is not None and measured != state_of(folder):
+        remark = f"{folder} was replaced meanwhile, and does not keep the result."
+        error_console().print(remark, highlight=False)
         return
     lost = _lost(folder, key, value)
     try:

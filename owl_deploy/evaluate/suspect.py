@@ -2,7 +2,8 @@
 
 A script for a bare Python without this package. The first line of stdin is a literal of (program,
 limits, user); each further one of (name, arguments). Each gets one line of answer, a literal of
-("value", value) or ("raised", name of the exception's type).
+("value", value), ("iterator", what it gives) or ("raised", name of the exception's type). Before
+any of it a line says that the sandbox is there.
 """
 
 import ast
@@ -46,6 +47,7 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
+    print("ready", file=answers, flush=True)
     program, limits, user = ast.literal_eval(calls.readline())
     for name, limit in limits.items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
@@ -60,7 +62,9 @@ def main() -> None:
     while True:
         try:
             if called:
-                answer = ("value", plain(names[called](*arguments)))
+                result = names[called](*arguments)
+                kind = "iterator" if hasattr(result, "__next__") else "value"
+                answer = (kind, plain(list(result) if kind == "iterator" else result))
             else:
                 exec(program, names)
                 answer = ("value", [name for name, one in names.items() if callable(one)])

@@ -2,10 +2,12 @@
 
 import contextlib
 import difflib
+import hashlib
+import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -96,9 +98,20 @@ def require_harness() -> None:
 
     for name in ("lm_eval", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Built requests are kept by task name alone, so each version of the harness has its folder.
-    folder = cache_dir() / "eval" / f"requests-{version('lm_eval')}"
-    lm_eval.caching.cache.PATH = str(folder)
+    lm_eval.caching.cache.PATH = str(_requests_folder())
+
+
+def _requests_folder(tasks: Iterable[Any] = ()) -> Path:
+    """Where requests for the documents of `tasks` are kept, which the harness does by name alone.
+
+    Data of the same name may be others another day: revised, or shuffled as they were loaded.
+    """
+    digest = hashlib.sha256(version("lm_eval").encode())
+    for task in tasks:
+        shown = task.fewshot_docs() if task.get_config("num_fewshot") else ()
+        for document in itertools.chain(task.eval_docs, shown):
+            digest.update(repr(document).encode())
+    return cache_dir() / "eval" / f"requests-{digest.hexdigest()[:16]}"
 
 
 @_one_speaks()
@@ -181,24 +194,19 @@ def evaluate_tasks(
     if not folder.is_dir():  # a name of the Hub
         folder = open_checkpoint(folder).folder
     adapter = asked.adapter
+    measured = state_of(folder)
     with _opened(folder, tasks, asked) as opened:
         by = [__version__, opened.by, opened.software, opened.window]
-        key = [state_of(folder), adapter and state_of(adapter), *by]
+        key = [measured, adapter and state_of(adapter), *by]
         kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
         model = SharedModel(kept, ranks)
-        try:
-            results = {
-                name: result
-                for group in _groups(tasks, opened, ranks)
-                for name, result in _run(model, group, asked, opened).items()
-            }
-        except (ValueError, AssertionError, ArithmeticError) as error:  # how the harness refuses
-            raise BadInput(
-                f"The harness could not run these tasks on {folder} ({with_type(error)}).",
-                "Is --window large enough for their continuations?",
-            ) from error
-    if adapter is None and ranks.leads:
-        keep(folder, "tasks", {name: asdict(one) for name, one in results.items()}, add=True)
+        results: dict[str, TaskResult] = {}
+        for group in _groups(tasks, opened, ranks):
+            found = _run(model, group, asked, opened)
+            if adapter is None and ranks.leads:  # each when it is there: the next may fail
+                told = {name: asdict(one) for name, one in found.items()}
+                keep(folder, "tasks", told, add=True, measured=measured)
+            results |= found
     ranks.gathered(None)  # nobody reads or writes answers any more
     kept.forget()
     return results
@@ -237,13 +245,32 @@ def _run(
     asked: EvaluationSettings,
     opened: "_Opened",
 ) -> dict[str, TaskResult]:
-    """The results of a group."""
+    """The results of a group; raises `BadInput` where the harness refuses."""
+    try:
+        return _asked(model, group, asked, opened)
+    except (ValueError, AssertionError, ArithmeticError) as error:
+        raise BadInput(
+            f"The harness could not run these tasks ({with_type(error)}).",
+            "Is --window large enough for their continuations?",
+        ) from error
+
+
+def _asked(
+    model: Any,  # noqa: ANN401
+    group: _Group,
+    asked: EvaluationSettings,
+    opened: "_Opened",
+) -> dict[str, TaskResult]:
+    import lm_eval.caching.cache
     from lm_eval.evaluator import evaluate
 
     limit, every = asked.limit, asked.every
     tasks = group.loaded["tasks"]
     for task in tasks.values():
         task.set_fewshot_seed(seed=1234)  # the harness's own; each model gets the same examples
+    cached = group.cached and every == 1  # every other document is no part of a name
+    if cached:
+        lm_eval.caching.cache.PATH = str(_requests_folder(tasks.values()))
     samples = None
     if every > 1:
         samples = {n: [*range(0, len(t.eval_docs), every)][:limit] for n, t in tasks.items()}
@@ -252,7 +279,7 @@ def _run(
         task_dict=group.loaded,
         limit=limit if samples is None else None,
         samples=samples,
-        cache_requests=group.cached and every == 1,  # they are kept by the task's name alone
+        cache_requests=cached,
         apply_chat_template=group.chat,
         bootstrap_iters=_BOOTSTRAP,
         log_samples=True,

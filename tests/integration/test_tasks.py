@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,6 +163,23 @@ def test_requests_are_built_once_for_the_harnesss_own_tasks(checkpoint, caches, 
     again = zero_shot.evaluate_tasks(checkpoint, theirs, EvaluationSettings(window=WINDOW, limit=3))
     assert again["owl_texts"].documents == 3
     assert zero_shot.evaluate_tasks(checkpoint, theirs, EvaluationSettings(window=WINDOW)) == first
+
+
+def test_requests_of_other_documents_lie_elsewhere(tasks):
+    task = tasks.loaded["tasks"][NAMES[0]]
+    documents = list(task.eval_docs)
+
+    def folder(documents, shown=()):
+        get_config = {"num_fewshot": len(shown)}.get
+        told = SimpleNamespace(
+            eval_docs=documents, get_config=get_config, fewshot_docs=lambda: shown
+        )
+        return zero_shot._requests_folder([told])
+
+    assert folder(documents) == folder(documents)
+    others = [documents[::-1], documents[1:], [documents[0] | {"more": 1}, *documents[1:]]]
+    found = [folder(documents), *map(folder, others), folder(documents, documents[:1])]
+    assert len(set(found)) == 5
 
 
 def test_the_command_line_shows_models_side_by_side(owl, checkpoint, deployment, text_file):

@@ -239,3 +239,13 @@ def test_an_answer_to_humaneval_ends_behind_its_block_of_code(answer, program):
     problem = {"prompt": "def f(x):\n", "entry_point": "f"}
     assert humaneval.program_of(problem, text.cut()).strip("\n") == program.strip("\n")
     assert not text.cut().endswith("It")
+
+
+def test_a_deployment_says_what_ends_a_text_where_its_tokenizer_does_not(opened):
+    model, _ = opened
+    lm = model()
+    lm.tokenizer.eos_token_id = None
+    with pytest.raises(BadInput, match="a token that ends a text"):
+        lm.eot_token_id  # noqa: B018
+    lm.ends = (9, 8)
+    assert lm.eot_token_id == 8

@@ -107,3 +107,16 @@ def test_a_folder_that_changed_has_another_state(tmp_path: Path) -> None:
     before = kept.state_of(tmp_path / "folder")
     (tmp_path / "folder" / "file").write_text("x")
     assert kept.state_of(tmp_path / "folder") != before
+
+
+def test_samples_of_one_question_are_several_answers() -> None:
+    class Sampling(Model):
+        def generate_until(self, requests: list[Request], disable_tqdm: bool) -> list[str]:
+            super().generate_until(requests, disable_tqdm)
+            return [f"{one.args[0]}{len(self.asked)}" for one in requests]
+
+    model, repeated = Sampling(), [REQUESTS[0], REQUESTS[1], REQUESTS[0], REQUESTS[0]]
+    answers = KeptAnswers(model, 1, "key")
+    assert answers.generate_until(repeated) == ["a1", "b2", "a3", "a4"]
+    assert answers.generate_until(repeated) == ["a1", "b2", "a3", "a4"]
+    assert model.asked == ["a", "b", "a", "a"]

@@ -263,3 +263,31 @@ def test_the_tests_have_python_s_own_functions() -> None:
     program = "def abs(x):\n    return 0\n\n\ndef f(x):\n    return 99"
     tests = "def check(f):\n    assert abs(f(1) - 5) < 1e-6"
     assert judge(program, tests, "f") == Outcome(False, "a test failed")
+
+
+def test_a_sandbox_that_cannot_be_made_any_more_is_no_wrong_program(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sandbox.require_sandbox()
+    own = tmp_path / "bwrap"
+    own.write_text("#!/bin/sh\necho bwrap: Creating new namespace failed >&2; exit 1\n")
+    own.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentFailed, match=r"no sandbox here .*namespace failed"):
+        judge("def f(x):\n    return x * x", TESTS, "f")
+
+
+@pytest.mark.parametrize(
+    ("program", "passed"),
+    [
+        ("def f(x):\n    return (n for n in range(x))", True),
+        ("def f(x):\n    return map(abs, range(x))", True),
+        ("def f(x):\n    return iter([1, 0])", False),
+        ("def f(x):\n    while True: yield x", False),
+    ],
+)
+def test_what_a_test_makes_a_tuple_of_may_be_an_iterator(program: str, passed: bool) -> None:
+    tests = "def check(candidate):\n    assert tuple(candidate(2)) == (0, 1)\n"
+    assert judge(program, tests, "f").passed is passed
+    alike = "def check(candidate):\n    assert candidate(2) == [0, 1]\n"
+    assert not judge(program, alike, "f").passed

@@ -1,10 +1,13 @@
 """A model of the harness that several processes ask together."""
 
+import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("lm_eval.models", reason="pip install 'owl-deploy[eval]'")
+from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.ranks import ALONE
 
@@ -36,3 +39,17 @@ def test_what_the_window_cuts_is_told(
     told = " ".join(capsys.readouterr().err.split())
     assert told.startswith(f"{cut} of {len(lengths)} texts lose their beginnings" if cut else "")
     assert bool(told) == bool(cut)
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+def test_a_likelihood_that_is_no_number_is_no_answer(kind: str) -> None:
+    values = [-1.0, -math.inf, math.nan]
+
+    def answer(requests: list[SimpleNamespace]) -> list[Any]:
+        found = values[: len(requests)]
+        return found if kind == "loglikelihood_rolling" else [(value, True) for value in found]
+
+    model = SharedModel(SimpleNamespace(**{kind: answer}), ALONE)
+    assert len(getattr(model, kind)(requests(1, 1))) == 2
+    with pytest.raises(BadInput, match="log-likelihood of a text is nan"):
+        getattr(model, kind)(requests(1, 1, 1))

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from owl_deploy.artefact import write_json
+from owl_deploy.evaluate.kept import state_of
 from owl_deploy.evaluate.subject import keep
 from owl_deploy.measurements import measurement, measurement_file
 
@@ -112,3 +113,15 @@ def test_nothing_is_said_of_what_stays(
     err = " ".join(capsys.readouterr().err.split())
     assert "does not keep the result" in err
     assert "replaces" not in err
+
+
+def test_what_replaced_the_measured_one_does_not_keep_its_result(
+    ours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state_of(ours)
+    keep(ours, "perplexity", LONG, measured=before)
+    assert measurement(ours, "perplexity") == LONG
+    write_json(ours / "owl.json", {"kind": "checkpoint", "other": True})
+    keep(ours, "perplexity", LONG | {"value": 99.0}, measured=before)
+    assert measurement(ours, "perplexity") == LONG
+    assert "was replaced meanwhile" in " ".join(capsys.readouterr().err.split())
