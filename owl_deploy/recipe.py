@@ -35,6 +35,7 @@ RESOLVED = "recipe.yaml"  # in a checkpoint
 _DENSE_MASK = "0:0"  # SparseML's word for unstructured
 _ALL = ("__ALL__", "__ALL_PRUNABLE__", "Linear")  # the last is llm-compressor's
 _SAME = 1e-6  # of sparsities
+_SAID_AS = 5e-4  # people round: 0.333 for two of three
 _WEIGHT_NAMES = ("a.weight", "b.9.c.weight")  # a pattern that takes both takes every weight
 _BITS, _BITS_GROUPS = (8, 4, 3), (32, 64, 128)
 _BITS_OF_HEAD = (4, 3)  # a deployment makes 8 of any head
@@ -87,6 +88,7 @@ class PruneSettings(BaseModel):
         """What follows from other values: N:M's sparsity, the allocation's spread, the options."""
         if values.get("budget") is not None:
             values = _with_budget(values)
+        asked = values.get("allocation")
         values = {"method": "wanda", "allocation": DEFAULT} | values
         for what, table in (("method", METHODS), ("allocation", ALLOCATIONS)):
             if not isinstance(values[what], str) or values[what] not in table:
@@ -99,6 +101,12 @@ class PruneSettings(BaseModel):
                 )
             values["sparsity"] = 0.0
             if values.get("budget") is None:
+                if asked not in (None, "uniform"):
+                    raise BadInput(
+                        f"The method {values['method']} removes nothing for the allocation {asked} "
+                        "to divide.",
+                        "Leave it out, or give another method.",
+                    )
                 values["allocation"] = "uniform"
         rounds = values.get("bits") is not None or values.get("budget") is not None
         if rounds and values.get("bits_group") is None:
@@ -109,12 +117,14 @@ class PruneSettings(BaseModel):
             left, size = group
             implied = 1 - left / size
             given = values.setdefault("sparsity", implied)
-            if values.get("layers") is None and given != implied:
-                raise BadInput(
-                    f"A sparsity of {given} contradicts the structure {left}:{size}, "
-                    f"which keeps {left} of {size} weights: {implied:.4g}.",
-                    "Give one of the two.",
-                )
+            if values.get("layers") is None:
+                if not isinstance(given, int | float) or abs(given - implied) > _SAID_AS:
+                    raise BadInput(
+                        f"A sparsity of {given} contradicts the structure {left}:{size}, "
+                        f"which keeps {left} of {size} weights: {implied:.4g}.",
+                        "Give one of the two.",
+                    )
+                values["sparsity"] = implied
             # No head has another sparsity than one of M weights can have.
             values["head_sparsity"] = _in_group(values.get("head_sparsity"), size)
             # The paper's mixed N:8 spans 2 weights (lambda = 2): half of that, over 8.
@@ -367,6 +377,7 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
     if group and overrides.get("structure") == UNSTRUCTURED and overrides.get("budget") is None:
         values["sparsity"] = 1 - group[0] / group[1]  # which the structure alone has said
     if "layers" in values:
+        _check_removes(recipe, overrides)
         _check_list(recipe, values, overrides)
     if "layers" in values:  # still: it has no sparsity for what the recipe skips
         overrides = _with_skipped(values.get("skip", ()), overrides)
@@ -381,6 +392,19 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
                 "Leave it out, or give another --allocation.",
             )
     return found
+
+
+def _check_removes(recipe: Path | None, overrides: dict[str, Any]) -> None:
+    """Raise `BadInput` where a list of sparsities is to go with what has a use for none."""
+    why = ""
+    if overrides.get("budget") is not None:
+        why = "a budget finds that out itself"
+    elif "method" in overrides and not METHODS.get(overrides["method"], METHODS["wanda"]).removes:
+        why = f"the method {overrides['method']} removes nothing"
+    if why:
+        raise BadInput(
+            f"{recipe} lists what to remove of each layer, and {why}.", "Leave out --recipe."
+        )
 
 
 def _check_list(recipe: Path | None, values: dict[str, Any], overrides: dict[str, Any]) -> None:

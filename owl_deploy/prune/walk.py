@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from owl_deploy.blocks import Activations
+from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE
+from owl_deploy.hardware import name_of
 from owl_deploy.manifest import TrainedHalf
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
@@ -182,6 +184,13 @@ class Walk:
         return self.ranks.merged(own, self.skeleton.device)
 
     def _save(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+        """Keep what is made, all of it numbers: what makes up for others may outgrow 16 bits."""
+        for key, tensor in weights.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise BadInput(
+                    f"{key} in {name} becomes larger than {name_of(tensor.dtype)} holds.",
+                    "Convert the model to bfloat16 or float32 first.",
+                )
         if self.ranks.leads:
             self.store.save(name, weights)
 

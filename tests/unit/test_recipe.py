@@ -197,6 +197,9 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
         ({"structure": "0:4"}, "neither 'unstructured' nor N:M"),
         ({"structure": "2-4"}, "neither 'unstructured' nor N:M"),
         ({"structure": "2:4", "sparsity": 0.7}, "contradicts the structure"),
+        ({"structure": "1:3", "sparsity": 0.66}, "contradicts the structure"),
+        ({"structure": "2:4", "sparsity": "0.5"}, "contradicts the structure"),
+        ({"method": "none", "bits": 4, "allocation": "owl"}, "nothing for the allocation owl"),
         ({"method": "sparsegpt", "options": {"block_size": 0}}, "^block_size in the options of"),
         ({"method": "sparsegpt", "options": {"dampening": -1}}, "^dampening in the options of"),
         ({"method": "sparsegpt", "options": {"blocks": 1}}, "no option 'blocks'. It has: block_"),
@@ -208,6 +211,30 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path, text, complaint):
 def test_impossible_settings_get_a_sentence(values, complaint):
     with pytest.raises(BadInput, match=complaint):
         recipe.settings(**values)
+
+
+@pytest.mark.parametrize(
+    ("structure", "said", "meant"),
+    [("7:10", 0.3, 0.3), ("4:5", 0.2, 0.2), ("1:3", 0.667, 2 / 3), ("2:4", 0.5, 0.5)],
+)
+def test_a_sparsity_beside_its_structure_may_be_rounded(structure, said, meant):
+    found = recipe.settings(structure=structure, sparsity=said)
+    assert found.sparsity == recipe.settings(structure=structure).sparsity == pytest.approx(meant)
+
+
+@pytest.mark.parametrize(
+    ("over", "why"),
+    [
+        ({"method": "none", "bits": 4}, "the method none removes nothing"),
+        ({"budget": "3.5"}, "a budget finds that out itself"),
+    ],
+)
+def test_a_list_of_sparsities_goes_with_what_removes(tmp_path, over, why):
+    file = tmp_path / "recipe.yaml"
+    layers = {"model.layers.0": 0.125, "model.layers.1": 0.7}
+    file.write_text(recipe.dump_resolved(recipe.settings(method="sparsegpt"), layers))
+    with pytest.raises(BadInput, match=f"lists what to remove of each layer, and {why}"):
+        recipe.merged(file, over)
 
 
 def test_a_method_that_sparseml_lacks_is_not_written_as_another(monkeypatch):

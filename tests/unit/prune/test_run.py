@@ -408,6 +408,19 @@ def test_activations_that_overflow_are_refused(tmp_path, calibration, own_cache,
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_outgrows_16_bits_while_it_is_made_is_not_written(tmp_path, calibration, own_cache):
+    """In the last block no other looks at what it gives."""
+    model = tiny.write_llama(tmp_path / "model")
+    tensors = {name: one.half() for name, one in load_file(model / WEIGHTS).items()}
+    name = "model.layers.1.self_attn.v_proj.weight"
+    tensors[name] = (tensors[name].float() * (65000 / tensors[name].float().abs().max())).half()
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    settings = recipe.settings(method="sparsegpt", allocation="uniform", sparsity=0.6)
+    with pytest.raises(BadInput, match=r"v_proj.* becomes larger than float16 holds"):
+        prune(model, tmp_path / "out", settings, calibration, Hardware(dtype="float32"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_model_that_is_away_for_a_while_costs_no_finished_block(
     tmp_path, calibration, monkeypatch
 ):
