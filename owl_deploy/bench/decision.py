@@ -138,6 +138,7 @@ def scores_of(folder: Path) -> dict[str, Score]:
                 passed=by_document(row.get("right", {}), row.get("answers", ())),
                 window=row.get("window"),
                 every=row.get("every"),
+                questions=row.get("questions_sha256") or None,
             )
     return found
 
@@ -199,6 +200,12 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
                 f"{first} and {name} were asked other documents of {key}.",
                 "Evaluate both with the same --limit and --every.",
             )
+        if _differ(score.questions, other.questions):
+            raise BadInput(
+                f"{first} and {name} were asked other questions of {key}: its data, its examples "
+                "or its words have changed.",
+                "Evaluate both again.",
+            )
         if _differ(score.window, other.window):
             raise BadInput(
                 f"{first} saw {other.window} tokens of {key}'s documents, and {name} "
@@ -208,7 +215,7 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
     return found
 
 
-def _differ(one: int | None, other: int | None) -> bool:
+def _differ(one: int | str | None, other: int | str | None) -> bool:
     """Whether both are known and are not the same."""
     return None not in (one, other) and one != other
 

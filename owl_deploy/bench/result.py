@@ -53,6 +53,7 @@ class Score(_Model):
 
     `passed`: of a task whose answers are kept, which problems were solved, by name; `window`: the
     tokens that the model saw, and `every`: that each so-manieth document was taken, where kept.
+    `questions`: what tells all that was asked from others, where that was kept.
     """
 
     metric: str
@@ -62,6 +63,7 @@ class Score(_Model):
     passed: dict[str, bool] = {}
     window: int | None = None
     every: int | None = None
+    questions: str | None = None
 
 
 class Subject(_Model):

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from owl_deploy import __version__
+from owl_deploy import __version__, digests
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment, software
@@ -52,6 +52,7 @@ class TaskResult:
     `window`: the tokens that the model saw at most; `by`: the engine, or the dtype in PyTorch.
     `answers`: of a task whose answers are programs, each with what came of it. `right`: of another
     with a metric of `JUDGED_BY`, whether each document was answered right, by its number.
+    `questions_sha256`: of all that was asked, and what is right; a program's is each model's own.
     """
 
     metrics: dict[str, Metric]
@@ -65,6 +66,7 @@ class TaskResult:
     limit: int | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
     right: dict[str, bool] = field(default_factory=dict)
+    questions_sha256: str = ""
 
     @property
     def by_document(self) -> dict[str, bool]:
@@ -300,6 +302,7 @@ def _asked(
             limit=limit,
             answers=answers[name],
             right={} if answers[name] else _right(found["samples"][name]),
+            questions_sha256="" if answers[name] else _questions(found["samples"][name]),
         )
         for name, row in found["results"].items()
         if name in tasks
@@ -367,6 +370,12 @@ def _rows(tasks: Tasks, deployment: Deployment, engine: str) -> int:
     model = deployment.folder.settings.get("model", {})
     pads = model.get("pad_token_id") is not None
     return _TOGETHER if only_texts and pads and get_engine(engine).operators else 1
+
+
+def _questions(samples: Sequence[Mapping[str, Any]]) -> str:
+    """A digest of documents, prompts and what is right: a task of one's own changes by its name."""
+    kinds = ("doc_hash", "prompt_hash", "target_hash")
+    return digests.of_json(sorted({tuple(one[kind] for kind in kinds) for one in samples}))
 
 
 def _right(samples: Sequence[Mapping[str, Any]]) -> dict[str, bool]:

@@ -114,6 +114,7 @@ def test_a_deployment_answers_as_the_checkpoint(checkpoint, deployment, tasks, t
     assert by_torch["owl_endings"] == by_engine["owl_endings"]
     for name in NAMES:
         assert found[name].documents == wanted[name].documents
+        assert found[name].questions_sha256 == wanted[name].questions_sha256 != ""
         for metric, value in wanted[name].metrics.items():
             assert found[name].metrics[metric].value == pytest.approx(value.value, rel=1e-4)
     assert found["owl_sentences"].metrics["acc"] == wanted["owl_sentences"].metrics["acc"]
@@ -180,6 +181,18 @@ def test_requests_of_other_documents_lie_elsewhere(tasks):
     others = [documents[::-1], documents[1:], [documents[0] | {"more": 1}, *documents[1:]]]
     found = [folder(documents), *map(folder, others), folder(documents, documents[:1])]
     assert len(set(found)) == 5
+
+
+def test_other_questions_have_another_digest():
+    one = {"doc_hash": "a", "prompt_hash": "b", "target_hash": "c"}
+    samples = [one, one | {"doc_hash": "d"}]
+    found = [
+        zero_shot._questions(samples),
+        *(zero_shot._questions([one | {kind: "x"}, samples[1]]) for kind in one),
+        zero_shot._questions(samples[:1]),
+    ]
+    assert len(set(found)) == 5
+    assert zero_shot._questions(samples[::-1]) == found[0]
 
 
 def test_the_command_line_shows_models_side_by_side(owl, checkpoint, deployment, text_file):

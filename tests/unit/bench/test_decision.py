@@ -360,6 +360,7 @@ def test_what_is_measured_later_is_taken_up(tmp_path: Path) -> None:
     [
         ("window", 2048, 512, r"saw 2048 tokens .*512.* the same --window"),
         ("every", 1, 4, r"were asked other documents .* the same --limit and --every"),
+        ("questions", "a", "b", r"were asked other questions of humaneval"),
     ],
 )
 def test_what_was_asked_otherwise_is_not_compared(
