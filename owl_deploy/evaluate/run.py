@@ -1,12 +1,13 @@
 """`owl eval`: several folders side by side, by perplexity, by tasks, or by both."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from owl_deploy.engines import threads_for
-from owl_deploy.errors import BadInput, option
+from owl_deploy.errors import BadInput, OwlError, option
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.paired import Pairs, beside
 from owl_deploy.evaluate.perplexity import Perplexity, perplexity
@@ -33,6 +34,16 @@ class Evaluation:
             for name, task in self.tasks.items()
         }
         return {name: pairs for name, pairs in found.items() if pairs is not None}
+
+    def told(self) -> str:
+        """Its figures in a line; "" where there are none."""
+        values = [f"perplexity {self.perplexity.value:.4g}"] if self.perplexity else []
+        values += [
+            f"{name} {metric} {one.value:.4g}"
+            for name, task in self.tasks.items()
+            for metric, one in task.metrics.items()
+        ]
+        return f"{self.model}: {', '.join(values)}." if values else ""
 
     def to_json(self) -> dict[str, Any]:
         """The folder, the parts of its perplexity, its tasks and their means."""
@@ -67,10 +78,23 @@ def evaluate(folders: Sequence[str | Path], asked: EvaluationSettings) -> list[E
     for folder in map(Path, folders):
         if len(folders) > 1:
             error_console().print(f"{folder}:", highlight=False)
-        loss = None if asked.text is None else perplexity(folder, asked, ranks)
-        results = {} if tasks is None else zero_shot.evaluate_tasks(folder, tasks, asked, ranks)
+        with _telling(found):
+            loss = None if asked.text is None else perplexity(folder, asked, ranks)
+        with _telling([*found, Evaluation(str(folder), loss, {})]):
+            results = {} if tasks is None else zero_shot.evaluate_tasks(folder, tasks, asked, ranks)
         found.append(Evaluation(str(folder), loss, results))
     return found
+
+
+@contextlib.contextmanager
+def _telling(found: Sequence[Evaluation]) -> Iterator[None]:
+    """Where the block fails, say first what was found before, perhaps in hours."""
+    try:
+        yield
+    except OwlError:
+        for line in filter(None, (one.told() for one in found)):
+            error_console().print(line, highlight=False, soft_wrap=True)
+        raise
 
 
 def to_json(found: Sequence[Evaluation]) -> dict[str, Any]:

@@ -4,8 +4,12 @@ import pytest
 from rich.console import Console
 from scipy.stats import binomtest
 
+from owl_deploy.errors import BadInput
+from owl_deploy.evaluate import run
 from owl_deploy.evaluate.paired import Pairs, beside
+from owl_deploy.evaluate.perplexity import Perplexity
 from owl_deploy.evaluate.run import Evaluation, to_json
+from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.show import show
 from owl_deploy.evaluate.zero_shot import Metric, TaskResult
 
@@ -59,3 +63,18 @@ def test_each_model_is_told_beside_the_first() -> None:
     (pairs,) = second["beside_first"].values()
     assert pairs == {"documents": 12, "lost": 8, "won": 0, "p_value": pytest.approx(2 / 2**8)}
     assert to_json(found[:1]) == found[0].to_json()
+
+
+def test_what_was_found_before_another_failed_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(run, "check_subject", lambda *_: None)
+    monkeypatch.setattr(run, "_check_read", lambda *_: None)
+
+    def perplexity(folder, *_):
+        if folder.name == "bad":
+            raise BadInput("It is damaged.")
+        return Perplexity("t", 12.345, 1, 8, 7, "")
+
+    monkeypatch.setattr(run, "perplexity", perplexity)
+    with pytest.raises(BadInput, match="damaged"):
+        run.evaluate(["good", "bad", "good"], EvaluationSettings(text="t"))
+    assert "good: perplexity 12.35." in capsys.readouterr().err
