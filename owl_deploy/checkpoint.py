@@ -27,18 +27,23 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GRID = "grid.safetensors"  # the scales of rounded weights
 SHARD_BYTES = 2 * 1024**3  # small enough to be put together in memory beside a block
-TOKENIZER_FILES = (
+# One of them is in every folder that has a tokenizer; the others below may lie there without one.
+_TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+)
+TOKENIZER_FILES = (
+    *_TOKENIZER,
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
 )
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of them; transformers reads its *.jinja
 # What old checkpoints hold besides weights: masks and frequencies, which models compute now, and
 # transformers leaves unread (`_keys_to_ignore_on_load_unexpected`).
 _COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
@@ -92,14 +97,15 @@ class Checkpoint:
 
         path = self.files[name]
         tensor: torch.Tensor = file.get_tensor(name)
-        if name.endswith(".weight") and (not tensor.is_floating_point() or tensor.itemsize < 2):
+        floats = tensor.is_floating_point()
+        if (floats and tensor.itemsize < 2) or (name.endswith(".weight") and not floats):
             held = str(tensor.dtype).removeprefix("torch.")
             raise BadInput(
                 f"The tensor {name!r} in {path} is quantized: it holds {held}.",
                 "Give the model as it was before.",
             )
         # The extremes are NaN or infinite if any value is: one quick reading of the tensor.
-        extremes = torch.aminmax(tensor) if tensor.is_floating_point() and tensor.numel() else ()
+        extremes = torch.aminmax(tensor) if floats and tensor.numel() else ()
         if not all(bool(value.isfinite()) for value in extremes):
             raise BadInput(
                 f"The tensor {name!r} in {path} holds NaN or infinity.",
@@ -460,8 +466,23 @@ def check_links(folder: Path, others: Sequence[str] = ()) -> None:
     """
     for name in ("config.json", *TOKENIZER_FILES, *others):
         own(folder / name)
-    for path in (folder / "additional_chat_templates").glob("*"):
+    own(folder / CHAT_TEMPLATES)
+    for path in (folder / CHAT_TEMPLATES).glob("*"):
         own(path)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer, or a part of one."""
+    return any((folder / name).is_file() for name in _TOKENIZER)
+
+
+def chat_templates(folder: Path) -> list[str]:
+    """The templates that transformers reads beside a tokenizer's own, as paths within `folder`.
+
+    One that is called "default" goes before the folder's chat_template.jinja.
+    """
+    found = (folder / CHAT_TEMPLATES).glob("*.jinja")
+    return sorted(f"{CHAT_TEMPLATES}/{path.name}" for path in found if path.is_file())
 
 
 def write_compatible(source: Checkpoint, folder: Path) -> None:
@@ -471,6 +492,10 @@ def write_compatible(source: Checkpoint, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             copy(source.folder / name, folder / name)
+    own(source.folder / CHAT_TEMPLATES)
+    for name in chat_templates(source.folder):
+        (folder / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        copy(source.folder / name, folder / name)
     _rewrite(folder / "tokenizer.json", _string_merges)
     _rewrite(folder / "tokenizer_config.json", _known_tokenizer_class)
 

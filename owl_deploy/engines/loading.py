@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from owl_deploy import digests
 from owl_deploy.artefact import MANIFEST
-from owl_deploy.checkpoint import TOKENIZER_FILES
+from owl_deploy.checkpoint import CHAT_TEMPLATES, TOKENIZER_FILES, chat_templates
 from owl_deploy.engines.registry import MODEL, engine_of_file
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import DeploymentManifest, read_manifest
@@ -208,8 +208,7 @@ class Folder:
         """Every file with its state, by the manifest; runs nothing of it."""
         loaded = {self.model_file, *self.weights, *([self.library] if self.library else [])}
         loaded |= {GENAI_CONFIG} if self.settings else set()
-        there = {path.name for path in self.path.iterdir() if path.is_file()} - {MANIFEST}
-        names = sorted(there | self.listed.keys() | loaded)
+        names = sorted({*contents(self.path), *self.listed, *loaded})
         return [self._row(name, loaded) for name in names]
 
     def _row(self, name: str, loaded: set[str]) -> Row:
@@ -218,7 +217,7 @@ class Folder:
         if not found:
             state = MISSING
         elif name not in self.listed:
-            read = ADDED if name in TOKENIZER_FILES else UNUSED
+            read = ADDED if name in TOKENIZER_FILES or _is_template(name) else UNUSED
             state = UNLISTED if name in loaded else read
         elif found == self.listed[name]:
             state = AS_EXPORTED
@@ -237,7 +236,7 @@ class Folder:
         """The digests of the manifest, by name."""
         files = self.manifest.files if self.manifest else {}
         for name in files:
-            if not is_bare(name):
+            if not (is_bare(name) or _is_template(name)):
                 raise BadInput(
                     f"{self.path / MANIFEST} names {name!r}, a file elsewhere.", _EXPORT_AGAIN
                 )
@@ -287,6 +286,20 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def is_bare(name: str) -> bool:
     """Whether `name` is that of a file within a folder, and leads nowhere else."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
+
+
+def _is_template(name: str) -> bool:
+    """Whether `name` is that of a file in the one folder within a deployment: chat templates."""
+    folder, _, file = name.partition("/")
+    return folder == CHAT_TEMPLATES and is_bare(file)
+
+
+def contents(folder: Path) -> list[str]:
+    """The files of a deployment that digests are kept of: all but the manifest with these, and of
+    what lies deeper the chat templates alone, since nothing else there is read.
+    """
+    names = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
+    return sorted({*names, *chat_templates(folder)})
 
 
 def _refuse_scattered_links(path: Path, names: set[str]) -> None:

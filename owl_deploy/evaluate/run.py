@@ -74,7 +74,7 @@ def evaluate(folders: Sequence[str | Path], asked: EvaluationSettings) -> list[E
     tasks = None
     if asked.tasks:
         tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path, asked.allow_code)
-    found = []
+    found: list[Evaluation] = []
     for folder in map(Path, folders):
         if len(folders) > 1:
             error_console().print(f"{folder}:", highlight=False)

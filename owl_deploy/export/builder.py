@@ -22,10 +22,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What the builder applies wherever a config has it, and the models here do not.
-_FINAL_CAP = "final_logit_softcapping"
-_UNREAD = (_FINAL_CAP, "attn_logit_softcapping")
-_CAPPED = ("gemma3", "gemma3_text")
+_GEMMA = ("gemma3", "gemma3_text")
+# What the builder applies wherever a config has it, and the types of model that do so too.
+_READERS: dict[str, tuple[str, ...]] = {
+    "final_logit_softcapping": _GEMMA,
+    "attn_logit_softcapping": (),
+    "hidden_activation": _GEMMA,  # the others' is hidden_act
+}
 
 
 def die_with_parent() -> None:
@@ -47,10 +50,10 @@ def adapted(config: Any, builder: Any) -> Any:  # noqa: ANN401 - neither has typ
         config.rope_parameters = ropes["full_attention"]
     if ropes.get("rope_type") == "longrope":  # Phi-3: its name in transformers 4
         config.rope_parameters["type"] = "longrope"
-    if getattr(config, "sliding_window", None) is not None:
+    if any(getattr(config, key, None) is not None for key in ("sliding_window", "layer_types")):
         give_windows(config)
-    for key in _UNREAD:
-        if hasattr(config, key) and not (key == _FINAL_CAP and config.model_type in _CAPPED):
+    for key, readers in _READERS.items():
+        if hasattr(config, key) and config.model_type not in readers:
             setattr(config, key, None)
     if hasattr(config, "seq_length"):  # which would go before max_position_embeddings
         del config.seq_length
@@ -66,11 +69,11 @@ def give_windows(config: Any) -> None:  # noqa: ANN401
     from owl_deploy.export import windows
 
     slides = windows.sliding(config)
-    if any(slides):
+    if not any(slides):
+        config.sliding_window = None
+    if any(slides) or getattr(config, "layer_types", None) is not None:
         kinds = {True: "sliding_attention", False: "full_attention"}
         config.layer_types = [kinds[one] for one in slides]
-    else:
-        config.sliding_window = None
 
 
 def give_tables(config: Any, builder: Any) -> None:  # noqa: ANN401
@@ -96,6 +99,10 @@ def give_tables(config: Any, builder: Any) -> None:  # noqa: ANN401
     builder.make_rotary_embedding_caches_from_scratch = lambda model: rotary.halves(
         module, model.rope_attrs["cache_length"], next(types)
     )
+    if rotary.is_whole(module, config):  # the builder would rotate a part wherever one is named
+        for row in (*rotary.parameters(config), vars(config)):
+            if "partial_rotary_factor" in row:
+                row["partial_rotary_factor"] = 1.0
     if "longrope" not in kinds:
         unscale(config)
 
@@ -112,6 +119,23 @@ def unscale(config: Any) -> None:  # noqa: ANN401
         config.original_max_position_embeddings = config.max_position_embeddings
 
 
+def refuse_heads(builder: Any) -> None:  # noqa: ANN401
+    """Let the builder refuse, before it reads a weight, heads that no runtime would take.
+
+    ONNX Runtime has the rule: its GroupQueryAttention takes multiples of 16.
+    """
+    begin = builder.make_attention_init
+
+    def checked(model: Any, config: Any) -> None:  # noqa: ANN401
+        begin(model, config)
+        grouped = model.attention_attrs["op_type"] == "GroupQueryAttention"
+        if grouped and model.head_size % 16:
+            size = model.head_size
+            raise NotImplementedError(f"A head size of {size} is not currently supported.")
+
+    builder.make_attention_init = checked
+
+
 def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which has no types
     """The builder's own command line; unless `save`, what it would have saved."""
     import transformers
@@ -123,6 +147,7 @@ def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which
     transformers.AutoConfig.from_pretrained = lambda *arguments, **options: adapted(
         read(*arguments, **options), Model
     )
+    refuse_heads(Model)
     built: list[Any] = []
     if not save:
         Model.save_model = lambda model, _: built.append(model)

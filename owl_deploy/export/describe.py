@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from owl_deploy.artefact import MANIFEST
 from owl_deploy.digests import digest
+from owl_deploy.engines.loading import contents
 from owl_deploy.export import onnx_file
 from owl_deploy.runtime import pack
 
@@ -21,11 +21,10 @@ _SIZES = ("N", "K", "bits", "block_size")
 
 
 def files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file but the manifest, by name."""
+    """Size and SHA-256 of every file but the manifest, by its path within the folder."""
     return {
-        path.name: {"bytes": path.stat().st_size, "sha256": digest(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+        for name in contents(folder)
     }
 
 

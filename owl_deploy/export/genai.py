@@ -29,7 +29,13 @@ from owl_deploy.ranks import free_memory
 _BUILDER = Path(__file__).with_name("builder.py")
 PACKING = "Packing the weights"  # what it says when it begins to
 _UNSUPPORTED = "is not currently supported"
-_SCALING = re.compile(rf"The (\w+) RoPE style {_UNSUPPORTED}")
+# What it says of a model whose family it knows, and what is said of that.
+_DETAILS = {
+    re.compile(rf"The (\w+) RoPE style {_UNSUPPORTED}"): " with {!r} rotary scaling",
+    re.compile(
+        rf"A head size of (\w+) {_UNSUPPORTED}"
+    ): " with a head size of {}, which is no multiple of 16",
+}
 # Of its ways to int4 the one that loses least, by far: docs/benchmarks/bits.md. 8 bits for the
 # head, and for v and down in some of the blocks.
 _QUANTIZER = {"int4": ("algo_config=k_quant_mixed",)}
@@ -37,9 +43,9 @@ _FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, 
 
 
 class FamilyNotBuilt(Exception):
-    """The builder has no architecture for this model, or none with its kind of rotary `scaling`."""
+    """The builder has no architecture for this model, or none with the `detail`, in words."""
 
-    scaling: str | None = None
+    detail: str = ""
 
 
 def build(
@@ -143,8 +149,9 @@ def _check_result(returncode: int, words: str, folder: Path) -> None:
         return
     if _UNSUPPORTED in words:
         error = FamilyNotBuilt(last_line(words))
-        if found := _SCALING.search(words):
-            error.scaling = found[1]
+        for pattern, told in _DETAILS.items():
+            if found := pattern.search(words):
+                error.detail = told.format(found[1])
         raise error
     refuse_no_room("onnxruntime-genai's model builder", returncode, words)
     if returncode == BadInput.exit_code and PACKING in words:

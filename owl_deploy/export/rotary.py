@@ -38,6 +38,19 @@ def layer_types(rotary: nn.Module) -> list[str | None]:
     return list(getattr(rotary, "layer_types", None) or [None])
 
 
+def is_whole(rotary: nn.Module, config: Any) -> bool:  # noqa: ANN401
+    """Whether the model of this `config` rotates all of each head, in every layer."""
+    types = layer_types(rotary)
+    widths = {tables(rotary, torch.zeros(1, dtype=torch.int64), one)[0].shape[1] for one in types}
+    return widths == {head_size(config)}
+
+
+def head_size(config: Any) -> int:  # noqa: ANN401
+    """The width of a head of attention, by a transformers config."""
+    told = getattr(config, "head_dim", None)
+    return int(told or config.hidden_size // config.num_attention_heads)
+
+
 def tables(
     rotary: nn.Module, positions: torch.Tensor, layer_type: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,9 @@ import transformers
 from rich.filesize import decimal
 
 from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import check_links, open_checkpoint
+from owl_deploy.checkpoint import check_links, has_tokenizer, open_checkpoint
 from owl_deploy.errors import BadInput
+from owl_deploy.export import windows
 from owl_deploy.families import Family
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.ranks import free_memory
@@ -67,6 +68,7 @@ class Source:
         _check_causal(self.config, folder)
         self.tokenizer = self._load_tokenizer()
         self.skeleton = Skeleton(self.checkpoint, torch.float32, torch.device("cpu"))
+        _check_windows(self.skeleton.model.config, folder)
 
     @cached_property
     def model(self) -> Any:  # noqa: ANN401 - transformers has no types
@@ -82,7 +84,7 @@ class Source:
         return self.checkpoint.load(torch.float32)
 
     def _load_tokenizer(self) -> Any:  # noqa: ANN401 - transformers' tokenizers share no type
-        if not any(self.folder.glob("tokenizer*")):
+        if not has_tokenizer(self.folder):
             return None
         return load_tokenizer(self.folder)
 
@@ -114,7 +116,9 @@ def _computed(model: Any, prompt: list[int]) -> Reference:  # noqa: ANN401
     greedy: list[int] = []
     step = torch.tensor([prompt])
     keyword = cache_keyword(model)
-    cache = transformers.DynamicCache(config=model.config)
+    # From the config it would make windows for layers that are only named for one.
+    slides = any(windows.sliding(model.config))
+    cache = transformers.DynamicCache(config=model.config if slides else None)
     with torch.inference_mode():
         for _ in range(GREEDY_TOKENS):
             output = model(input_ids=step, use_cache=True, **{keyword: cache})
@@ -129,6 +133,15 @@ def cache_keyword(model: torch.nn.Module) -> str:
     import inspect
 
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _check_windows(config: Any, folder: Path) -> None:  # noqa: ANN401
+    if windows.is_lacking(config):
+        raise BadInput(
+            f"{folder / 'config.json'} names layers with a sliding window (layer_types), and gives "
+            "no window.",
+            "Give its sliding_window, or name these layers full_attention.",
+        )
 
 
 def _check_causal(config: dict[str, Any], folder: Path) -> None:

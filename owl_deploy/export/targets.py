@@ -91,8 +91,7 @@ def _genai(request: Request) -> dict[str, Any]:
 
 def _not_built(source: Source, error: genai.FamilyNotBuilt) -> str:
     """What the builder does not know, for a sentence."""
-    scaling = f" with {error.scaling!r} rotary scaling" if error.scaling else ""
-    return f"{source.config['model_type']!r}{scaling}"
+    return f"{source.config['model_type']!r}{error.detail}"
 
 
 def _owl(request: Request) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def _owl(request: Request) -> dict[str, Any]:
         raise BadInput(
             f"onnxruntime-genai's model builder does not know "
             f"{_not_built(request.source, error)}, and the target 'owl' starts from it.",
-            "Use --target deepsparse or onnxruntime.",
+            "Use --target deepsparse, or --target onnxruntime in fp32.",
         ) from error
     bits = pack.TRAITS[cast(pack.Values, request.precision)].stored_bits
     if bits < 8 and not built["packing"]["weights_on_grid"]:

@@ -31,7 +31,14 @@ from transformers import AttentionInterface
 
 from owl_deploy.errors import BadInput, first_line
 from owl_deploy.export import onnx_file, passes
-from owl_deploy.export.rotary import LENGTH_DEPENDENT, layer_types, modules, parameters, tables
+from owl_deploy.export.rotary import (
+    LENGTH_DEPENDENT,
+    head_size,
+    layer_types,
+    modules,
+    parameters,
+    tables,
+)
 from owl_deploy.export.source import Source, cache_keyword
 
 OPSET = 14  # DeepSparse's core is ONNX Runtime 1.15; its readers know IR 9 at most, torch writes 7
@@ -56,7 +63,7 @@ class Heads:
             layers=int(config.num_hidden_layers),
             heads=heads,
             groups=int(getattr(config, "num_key_value_heads", None) or heads),
-            size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            size=head_size(config),
         )
 
     def past_names(self) -> list[str]:

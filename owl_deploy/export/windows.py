@@ -8,13 +8,27 @@ from typing import Any
 
 from owl_deploy.families import FAMILIES
 
+# What transformers makes of a Mistral whose config.json lists its layers.
+_LISTED = ("ministral",)
+
 
 def sliding(config: Any) -> list[bool]:  # noqa: ANN401 - a transformers config
     """Of each block whether it has the sliding window of `config`; a family without has none."""
     blocks: int = config.num_hidden_layers
     if getattr(config, "sliding_window", None) is None:
         return [False] * blocks
-    windows = FAMILIES[config.model_type].windows
-    if windows == "listed":
+    if _is_listed(config):
         return [kind == "sliding_attention" for kind in config.layer_types[:blocks]]
-    return [windows == "every"] * blocks
+    return [FAMILIES[config.model_type].windows == "every"] * blocks
+
+
+def is_lacking(config: Any) -> bool:  # noqa: ANN401 - a transformers config
+    """Whether blocks are listed for a window that the config has not, on which the model fails."""
+    layers = getattr(config, "layer_types", None) or ()
+    unset = getattr(config, "sliding_window", None) is None
+    return unset and "sliding_attention" in layers and _is_listed(config)
+
+
+def _is_listed(config: Any) -> bool:  # noqa: ANN401 - a transformers config
+    kind: str = config.model_type
+    return kind in _LISTED or FAMILIES[kind].windows == "listed"

@@ -89,10 +89,20 @@ def test_every_family_computes_what_pytorch_does(name: str, precision: str, tmp_
     assert manifest["packing"]["sparse_weights"] == 8
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt_neox"])
-def test_what_the_builder_does_not_know_is_refused(family: str, tmp_path: Path) -> None:
-    model = tiny.write_model(family, tmp_path / "model")
-    with pytest.raises(BadInput, match=f"does not know '{family}'.*--target deepsparse") as caught:
+@pytest.mark.parametrize(
+    ("family", "changes", "what"),
+    [
+        ("opt", {}, ","),
+        ("gpt_neox", {}, ","),
+        ("llama", {"head_dim": 24}, " with a head size of 24, which is no multiple of 16,"),
+    ],
+)
+def test_what_the_builder_does_not_know_is_refused(
+    family: str, changes: dict[str, int], what: str, tmp_path: Path
+) -> None:
+    model = tiny.write_model(family, tmp_path / "model", **changes)
+    told = f"does not know '{family}'{what} .*--target deepsparse"
+    with pytest.raises(BadInput, match=told) as caught:
         export(model, tmp_path / "out", target="owl")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from owl_deploy import checkpoint
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.families import family_of
+from owl_deploy.text import load_tokenizer
 
 
 @pytest.fixture
@@ -116,6 +117,10 @@ def test_quantized_weights(copy):
     save_file(tensors | {name: tensors[name].to(torch.int8)}, copy / "model.safetensors")
     with pytest.raises(BadInput, match=r"up_proj\.weight.* is quantized: it holds int8"):
         checkpoint.open_checkpoint(copy).read(name)
+    scale = {"model.layers.0.k_scale": torch.ones(2).to(torch.float8_e4m3fn)}
+    save_file(tensors | scale, copy / "model.safetensors")
+    with pytest.raises(BadInput, match=r"k_scale.* is quantized: it holds float8_e4m3fn"):
+        checkpoint.open_checkpoint(copy).read("model.layers.0.k_scale")
 
 
 @pytest.mark.parametrize("count", [0, 1, None, 2, "2"])
@@ -262,4 +267,23 @@ def test_a_tokenizer_file_that_is_a_link_elsewhere_is_not_carried_on(copy, tmp_p
     (copy / "merges.txt").symlink_to(tmp_path / "secret")
     (tmp_path / "out").mkdir()
     with pytest.raises(BadInput, match="is a link to"):
+        checkpoint.write_compatible(checkpoint.Checkpoint(copy), tmp_path / "out")
+
+
+def test_chat_templates_beside_the_tokenizers_own_are_carried_on(copy, tmp_path):
+    tokenizer = load_tokenizer(copy)
+    tokenizer.chat_template = {"default": "D", "tool_use": "T"}
+    tokenizer.save_pretrained(copy)
+    (tmp_path / "out").mkdir()
+    checkpoint.write_compatible(checkpoint.Checkpoint(copy), tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def test_a_folder_of_chat_templates_that_is_a_link_elsewhere(copy, tmp_path):
+    (tmp_path / "secrets").mkdir()
+    (copy / "additional_chat_templates").symlink_to(tmp_path / "secrets")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadInput, match="additional_chat_templates is a link to"):
+        checkpoint.check_links(copy)
+    with pytest.raises(BadInput, match="additional_chat_templates is a link to"):
         checkpoint.write_compatible(checkpoint.Checkpoint(copy), tmp_path / "out")

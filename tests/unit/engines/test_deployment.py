@@ -10,6 +10,8 @@ from owl_deploy.artefact import MANIFEST, sha256
 from owl_deploy.engines import open_deployment
 from owl_deploy.engines.deployment import told_numbers
 from owl_deploy.errors import BadInput
+from owl_deploy.export import describe
+from owl_deploy.verify import verify
 
 
 def graph(folder: Path, inputs: list[str], width: int | str = 11) -> Path:
@@ -100,6 +102,42 @@ def test_a_file_that_is_not_what_was_exported(tmp_path: Path) -> None:
         open_deployment(tmp_path)
     (tmp_path / "model.onnx.data").unlink()
     with pytest.raises(BadInput, match=r"model\.onnx\.data is missing"):
+        open_deployment(tmp_path)
+
+
+def test_templates_in_a_folder_are_a_tokenizers_files(tmp_path: Path) -> None:
+    """Transformers reads them from there, and one called "default" goes before all others."""
+    graph(tmp_path, DECODER)
+    templates = tmp_path / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ messages }}")
+    files = describe.files(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": files}))
+    before = verify(tmp_path)
+    assert before.whole
+    assert [row.name for row in before.rows] == [*files]
+    (templates / "default.jinja").write_text("evil")
+    (templates / "note.txt").write_text("nobody reads it")
+    (templates / "rag.jinja").write_text("evil")
+    found = verify(tmp_path)
+    changed = {row.name: row.state for row in found.rows if not row.as_exported}
+    assert changed == {
+        "additional_chat_templates/default.jinja": "added",
+        "additional_chat_templates/rag.jinja": "edited",
+    }
+    assert not found.whole
+    assert found.fingerprint != before.fingerprint
+    open_deployment(tmp_path)  # as with other files of a tokenizer
+    (templates / "rag.jinja").unlink()
+    with pytest.raises(BadInput, match=r"rag\.jinja is missing"):
+        open_deployment(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "additional_chat_templates/../x", "other/x.jinja"])
+def test_a_manifest_that_names_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    graph(tmp_path, DECODER)
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": {name: {"sha256": ""}}}))
+    with pytest.raises(BadInput, match="a file elsewhere"):
         open_deployment(tmp_path)
 
 

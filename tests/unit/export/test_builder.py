@@ -94,6 +94,54 @@ def test_a_model_without_any(model_class):
 
 
 @pytest.mark.parametrize(
+    ("family", "factor"), [("llama", 1.0), ("qwen3", 1.0), ("gemma3_text", 1.0), ("phi3", 0.5)]
+)
+def test_a_part_of_the_head_rotates_where_the_model_has_it(model_class, family, factor):
+    given = tiny.config_of(family, partial_rotary_factor=0.5)
+    config = builder.adapted(given, model_class)
+    told = [vars(config), *rotary.parameters(config)]
+    found = {row["partial_rotary_factor"] for row in told if "partial_rotary_factor" in row}
+    assert found == {factor}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("GroupQueryAttention", 16), ("MultiHeadAttention", 24)]
+)
+def test_heads_that_runtimes_take(kind, size):
+    model = heads(kind, size)
+    model.make_attention_init(None)
+    assert model.has_begun
+
+
+@pytest.mark.parametrize("size", [8, 20, 24, 72])
+def test_heads_that_grouped_attention_refuses(size):
+    with pytest.raises(NotImplementedError, match=f"head size of {size} is not currently support"):
+        heads("GroupQueryAttention", size).make_attention_init(None)
+
+
+def heads(kind, size):
+    """A model of the builder's with attention of a `kind`."""
+
+    class Attention:
+        attention_attrs, head_size, has_begun = {"op_type": kind}, size, False
+
+        def make_attention_init(self, config):
+            self.has_begun = True
+
+    builder.refuse_heads(Attention)
+    return Attention()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_layers_named_for_a_window_that_is_not_there(model_class, family):
+    kinds = ["sliding_attention", "full_attention"]
+    given = tiny.config_of(family, sliding_window=None, layer_types=kinds)
+    config = builder.adapted(given, model_class)
+    assert config.sliding_window is None
+    assert config.layer_types == 2 * ["full_attention"]
+
+
+@pytest.mark.parametrize(
     ("family", "changes", "kinds"),
     [
         ("llama", {}, None),
@@ -117,9 +165,14 @@ def test_the_windows_that_the_model_has(model_class, family, changes, kinds):
 )
 def test_what_the_model_does_not_read(model_class, family, final):
     given = tiny.config_of(
-        family, attn_logit_softcapping=2.0, final_logit_softcapping=2.0, seq_length=9999
+        family,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=2.0,
+        hidden_activation="relu",
+        seq_length=9999,
     )
     config = builder.adapted(given, model_class)
+    assert config.hidden_activation == ("relu" if final else None)
     assert config.attn_logit_softcapping is None
     assert config.final_logit_softcapping == final
     assert not hasattr(config, "seq_length")

@@ -45,10 +45,13 @@ def test_counts_codes_that_stand_for_zero(tmp_path, zero_points):
     assert found["quantization"] == expected | {"zero_points": int(zero_points is not None)}
 
 
-def test_files_leave_the_manifest_out(tmp_path):
+def test_files_leave_out_the_manifest_and_folders_but_that_of_templates(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     (tmp_path / "owl.json").write_text("{}")
+    for folder in ("additional_chat_templates", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rag.jinja").write_text("{{ messages }}")
     found = describe.files(tmp_path)
-    assert list(found) == ["a"]
+    assert list(found) == ["a", "additional_chat_templates/rag.jinja"]
     assert found["a"]["bytes"] == 3
     assert found["a"]["sha256"].startswith("ba7816bf")

@@ -1,5 +1,6 @@
 """What PyTorch computes, whether the model is in memory or one block of it at a time."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,4 +80,37 @@ def test_a_template_among_others_that_is_a_link(llama, tmp_path):
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").symlink_to(tmp_path / "private_key.txt")
     with pytest.raises(BadInput, match=r"rag\.jinja is a link to"):
+        Source(folder)
+
+
+def test_a_tokenizer_in_two_files_of_other_names(tmp_path):
+    """A byte-level BPE as it was kept before tokenizer.json; transformers reads it still."""
+    folder = tiny.write_model("opt", tmp_path / "model")
+    whole = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(whole["vocab"]))
+    merges = "".join(" ".join(pair) + "\n" for pair in whole["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert Source(folder).tokenizer.get_vocab().keys() >= whole["vocab"].keys()
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+    assert (folder / "generation_config.json").is_file()
+    assert Source(folder).tokenizer is None
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_layers_named_for_a_window_that_the_model_has_not(tmp_path, family):
+    """Such a model has none, whatever its config.json calls its layers."""
+    plain = tiny.write_model(family, tmp_path / "plain", sliding_window=None)
+    kinds = ["sliding_attention", "full_attention"]
+    named = tiny.write_model(family, tmp_path / "named", sliding_window=None, layer_types=kinds)
+    np.testing.assert_array_equal(Source(named).reference.logits, Source(plain).reference.logits)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_a_window_that_is_asked_for_and_not_given(tmp_path, family):
+    kinds = ["sliding_attention", "full_attention"]
+    folder = tiny.write_model(family, tmp_path / "model", sliding_window=None, layer_types=kinds)
+    with pytest.raises(BadInput, match=r"gives no window\. Give its sliding_window, or"):
         Source(folder)

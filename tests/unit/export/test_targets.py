@@ -156,14 +156,21 @@ def test_a_family_that_the_builder_lacks_is_traced(llama, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "owl"])
-def test_a_scaling_that_the_builder_lacks_is_named(llama, tmp_path, monkeypatch, target):
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("The dynamic RoPE style", "'dynamic' rotary scaling"),
+        ("A head size of 24", "a head size of 24, which is no multiple of 16"),
+    ],
+)
+def test_what_the_builder_lacks_is_named(llama, tmp_path, monkeypatch, target, said, told):
     def lacking(*_):
-        words = "NotImplementedError: The dynamic RoPE style is not currently supported.\n"
+        words = f"NotImplementedError: {said} is not currently supported.\n"
         genai._check_result(1, words, tmp_path)
 
     monkeypatch.setattr(genai, "build", lacking)
     monkeypatch.setattr(targets, "library_path", lambda: None)
-    known = "does not know 'llama' with 'dynamic' rotary scaling, "
+    known = f"does not know 'llama' with {told}, .* fp32"
     with pytest.raises(BadInput, match=known):
         export(llama, tmp_path / "out", target=target, precision="int8")
 
