@@ -51,7 +51,7 @@ from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning,
 from owl_deploy.partial import Partial, asked_before, kept_for_resuming
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks, free_memory, join
-from owl_deploy.survivors import finished, freeze, sparse_linears, sparsify
+from owl_deploy.survivors import finished, freeze, sparsify
 from owl_deploy.text import source_files
 
 T = TypeVar("T")
@@ -438,9 +438,7 @@ class Run:
         groups: int,
     ) -> None:
         for name in names:
-            block = model.get_submodule(name)
-            sparsify(block, self.dtype, self.source.grids(name))
-            self._lean(block, name)
+            sparsify(model.get_submodule(name), self.dtype, self.source.grids(name))
         trainee = self._trainee(model)
         count = sum(one.numel() for one in trainee.trained().values())
 
@@ -450,20 +448,6 @@ class Run:
             self.ranks.gathered(None)  # what the leader has kept is there for all
 
         self._train(trainee, partial, index, groups, keep)
-
-    def _lean(self, block: nn.Module, name: str) -> None:
-        """Begin rounded weights as near to the teacher's as their grid lets them.
-
-        From the middle of their steps few would leave them in hundreds of a training's.
-        """
-        if self.teacher is None:
-            return
-        for key, sparse in sparse_linears(block):
-            tensor = f"{name}.{key}.weight"
-            if sparse.scales is not None and tensor in self.teacher.files:
-                dense = self.teacher.read(tensor)
-                if dense.shape == sparse.shape:
-                    sparse.lean(dense.to(sparse.values))
 
     def _keep_group(
         self,
