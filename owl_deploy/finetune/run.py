@@ -365,9 +365,10 @@ class Run:
             halve(model)
 
     def _lora(self, partial: Partial, staging: Path) -> dict[str, Any]:
+        model = self.source.load(self.stored)
         torch.manual_seed(self.settings.seed)
         adapted = adapter.new_adapter(
-            self.source.load(self.stored),
+            model,
             r=self.settings.rank,
             lora_alpha=self.settings.alpha,
             lora_dropout=self.settings.dropout,
@@ -384,7 +385,7 @@ class Run:
                 write_adapter(adapted, staging)
         else:
             tensors, kept = merged(self.source, adapter.deltas(adapted))
-            del adapted, trainee  # before there is another model
+            del model, adapted, trainee  # before there is another
             curve = [*curve, curve[-1] | {"eval_loss": self._merged_loss(tensors)}]
             self._write(tensors, staging)
         return {"curve": curve, "parameters_trained": count, "kept_off_zero": kept}

@@ -155,7 +155,7 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_is_timed(
     ("settings", "message"),
     [
         ({"scenarios": ("decod",)}, "Did you mean 'decode'"),
-        ({"engines": ("fakee",)}, "Did you mean 'fake'"),
+        ({"engines": ("owll",)}, "Did you mean 'owl'"),
         ({"engines": ("onnxruntime",)}, "cannot open"),
         ({"context": 20}, "--context 20 is too small"),
         ({"pairs": 0}, "--pairs 0"),
