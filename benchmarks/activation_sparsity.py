@@ -165,14 +165,14 @@ def main() -> None:
         windows_of(given.model, str(given.calibration), 512, 8),
         windows_of(given.model, str(given.text), given.window, given.windows),
     )
-    rows: list[dict[str, Any]] = []
+    cpu, rows = look().cpu, list[dict[str, Any]]()
 
     def row(label: str, fractions: Fractions, by_weight: bool) -> float:
         found = model.run(fractions, by_weight)
         found["loss"] = found["nll"] - (rows[0]["nll"] if rows else found["nll"])
         rows.append({"label": label, "by_weight": by_weight, "fractions": dict(fractions), **found})
         print(label, "by weight" if by_weight else "", found, flush=True)
-        result = {"cpu": look().cpu, "windows": given.windows, "window": given.window, "rows": rows}
+        result = {"cpu": cpu, "windows": given.windows, "window": given.window, "rows": rows}
         write_json(given.output, result)
         return float(found["loss"])
 

@@ -98,14 +98,14 @@ def main() -> None:
         store = Store(Path(folder) / "out", request.deciding(), resume=False, force=False)
         measured = Measuring(request, store, Maker(asked), WAYS, errors=True).run()
         each = {(index, key): own for index, one in enumerate(measured) for key, own in one.items()}
-        model, rows = Model(request, store), []
+        model, rows, cpu = Model(request, store), [], look().cpu
         for name in (*dict.fromkeys(key for _, key in each), "all"):
             own = {place: found for place, found in each.items() if name in ("all", place[1])}
             for way in range(len(WAYS)):
                 rows.append(row(model, name, own, way, WAYS.index(PROBE)))
                 numbers = (f"{rows[-1][key]:.4f}" for key in ("by_error", "foretold", "found"))
                 print(name, WAYS[way], *numbers, flush=True)
-                result = {"cpu": look().cpu, "samples": given.samples, "rows": rows}
+                result = {"cpu": cpu, "samples": given.samples, "rows": rows}
                 write_json(given.output, result)
 
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        """The version, once it is asked for: reading it imports as much as all else before."""
+        """The version, read when it is first asked for: that imports as much as all else before."""
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import version
 
-        return version("owl-deploy")
+        found = globals()[name] = version("owl-deploy")
+        return found

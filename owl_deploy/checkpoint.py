@@ -485,6 +485,14 @@ def chat_templates(folder: Path) -> list[str]:
     return sorted(f"{CHAT_TEMPLATES}/{path.name}" for path in found if path.is_file())
 
 
+def file_names(folder: Path) -> list[str]:
+    """The files of a model or a deployment, as paths within `folder`: those that lie in it, and of
+    what lies deeper the chat templates alone, since nothing else there is read.
+    """
+    own_files = (path.name for path in folder.iterdir() if path.is_file())
+    return sorted([*own_files, *chat_templates(folder)])
+
+
 def write_compatible(source: Checkpoint, folder: Path) -> None:
     """Copy config and tokenizer so that transformers 5.x and 4.40 (SparseML 1.8) both read them."""
     config = compatible_config(source.config)

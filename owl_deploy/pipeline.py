@@ -21,7 +21,7 @@ from owl_deploy import __version__, api, digests
 from owl_deploy.artefact import MANIFEST, MEASURED, make_folder, read_object, write_json
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
-from owl_deploy.checkpoint import chat_templates, local_folder, read_config
+from owl_deploy.checkpoint import file_names, local_folder, read_config
 from owl_deploy.ending import explained
 from owl_deploy.engines import engine_for, installed_version
 from owl_deploy.engines.deployment import seen_of
@@ -385,9 +385,7 @@ def digest(source: Path | str) -> str:
     if not path.is_dir():
         return str(source)
     manifest = path / MANIFEST
-    files = [manifest] if manifest.is_file() else sorted(filter(Path.is_file, path.iterdir()))
-    if files != [manifest]:
-        files += [path / name for name in chat_templates(path)]
+    files = [manifest] if manifest.is_file() else [path / name for name in file_names(path)]
     return digests.of_files((file.name, file_digest(file)) for file in files)
 
 

@@ -396,10 +396,10 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
 
 def _check_removes(recipe: Path | None, overrides: dict[str, Any]) -> None:
     """Raise `BadInput` where a list of sparsities is to go with what has a use for none."""
-    why = ""
+    why, method = "", METHODS.get(overrides.get("method", ""))
     if overrides.get("budget") is not None:
         why = "a budget finds that out itself"
-    elif "method" in overrides and not METHODS.get(overrides["method"], METHODS["wanda"]).removes:
+    elif method is not None and not method.removes:
         why = f"the method {overrides['method']} removes nothing"
     if why:
         raise BadInput(

@@ -46,8 +46,7 @@ def one_of_each(plan: BenchPlan) -> None:
 
 
 def check_save(path: Path, plan: BenchPlan, force: bool) -> None:
-    """Raise `BadInput` for a plan that makes no baseline, and for a file that is to stay."""
-    one_of_each(plan)
+    """Raise `BadInput` for too few rounds, and for a file that is to stay."""
     if plan.pairs < gate.MIN_ROUNDS:
         raise BadInput(f"A baseline needs --pairs {gate.MIN_ROUNDS} or more.")
     if not path.absolute().parent.is_dir():
@@ -113,7 +112,6 @@ def check(
     The result is None when the answer was there before anything had to be timed. An engine that
     fails in the checks before is an `EngineFailed`.
     """
-    one_of_each(plan)
     saved, margins = read(path)
     progress("Checking what needs no timing")
     now = still_side(plan, saved)

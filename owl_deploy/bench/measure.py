@@ -9,10 +9,10 @@ import contextlib
 import datetime
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from owl_deploy.engines import (
 from owl_deploy.engines.registry import LOOKUP
 from owl_deploy.errors import EngineFailed
 from owl_deploy.tokenizer import TOKENIZER, Tokenizer
+
+if TYPE_CHECKING:
+    from owl_deploy.bench.clients import Tally
 
 Progress = Callable[[str], None]
 # Opens an engine; tests put another here.
@@ -68,9 +71,8 @@ def run_bench(
     all of the deployment where no session is left, and is named in the result's `failures`; the
     others are measured on. After an interruption, the same plan goes on with the samples that were
     taken, which are there until `keep` has written the result, and tries once more what had failed.
-    Raises `BadInput`, and
-    `EnvironmentFailed` for an engine that is not installed, before anything is timed; `BadInput`,
-    too, where the same plan is being measured already.
+    Raises `BadInput`, and `EnvironmentFailed` for an engine that is not installed, before anything
+    is timed; `BadInput`, too, where the same plan is being measured already.
     """
     plan, entries, limits = fitted(plan)
     scenarios = plan.described()
@@ -268,6 +270,16 @@ def _short(subjects: Iterable[Subject], scenarios: Iterable[Scenario]) -> Iterat
                     yield f"{subject.name}, {metric.key}: each answer ended with its first."
 
 
+def _awaited(asking: "Coroutine[Any, Any, Tally]") -> "Tally":
+    """What comes of it, in this thread, where Ctrl-C ends it; a notebook's has a loop that runs."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(asking)
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(asyncio.run, asking).result()
+
+
 class _Runner:
     """Takes samples of the `deployments`, by their subjects' names."""
 
@@ -402,8 +414,7 @@ class _Runner:
             prompts = list(itertools.islice(texts, repeats * scenario.streams))
             asking = ask_all(load, scenario.streams, iter(prompts))
             try:
-                with ThreadPoolExecutor(1) as apart:  # a notebook's thread has a loop that runs
-                    tally = apart.submit(asyncio.run, asking).result()
+                tally = _awaited(asking)
             except TimeoutError as error:
                 server.check_alive()
                 late = f"did not answer within {self.plan.time_limit_s:g} s"

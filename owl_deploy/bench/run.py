@@ -128,10 +128,11 @@ def _check_gate(
         raise BadInput("--margin is for --save-baseline, whose file keeps it.", "Leave it out.")
     if margin is not None and not 0 < margin < 1:
         raise BadInput(f"--margin {margin} is not between 0 and 1.", "0.05 is five per cent.")
+    if save or check:
+        baseline.one_of_each(plan)
     if save:
         baseline.check_save(save, plan, force)
     if check:
-        baseline.one_of_each(plan)
         baseline.read(check)
     if output is not None:
         _check_output(plan, output, force)

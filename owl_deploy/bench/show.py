@@ -92,14 +92,13 @@ def headline(result: Result) -> list[str]:
 def _sentence(result: Result, c: Comparison) -> str:
     baseline = {subject.name: subject for subject in result.subjects}[c.baseline]
     kind = f"{baseline.engine} {baseline.precision}"
-    best = _kind(result, c.baseline)
+    best = _kind(baseline)
     return f"{c.candidate}, {c.scenario}: {c.text} against {c.baseline} ({kind}), the best {best}."
 
 
-def _kind(result: Result, baseline: str) -> str:
-    """What a baseline of that name is to be called."""
-    sparse = any(one.name == baseline and one.is_sparse for one in result.subjects)
-    return "baseline" if sparse else "dense"
+def _kind(baseline: Subject) -> str:
+    """What a baseline is to be called."""
+    return "baseline" if baseline.is_sparse else "dense"
 
 
 def _price(result: Result, c: Comparison) -> str:
@@ -146,9 +145,10 @@ def _identity(subject: Subject) -> tuple[str, ...]:
 
 def _speedups(result: Result, metric: Metric) -> Table:
     table = _table("", "deployment", "speed-up", "against")
+    known = {subject.name: subject for subject in result.subjects}
     for comparison in result.comparisons:
         if comparison.scenario == metric.key:
-            best = f"best {_kind(result, comparison.baseline)}"
+            best = f"best {_kind(known[comparison.baseline])}"
             which = ", ".join(_AGAINST.get(kind, best) for kind in _distinct(comparison.against))
             against = f"{comparison.baseline} ({which})"
             table.add_row(comparison.candidate, comparison.text, against)

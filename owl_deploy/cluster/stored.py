@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from owl_deploy.artefact import make_folder, own, staged_folder, write_json, write_text
-from owl_deploy.checkpoint import chat_templates
+from owl_deploy.checkpoint import file_names
 from owl_deploy.cluster.mirror import Share
 from owl_deploy.cluster.store import INPUTS, LOGS, Content, Store, Stored, contents_of
 from owl_deploy.errors import OwlError
@@ -167,8 +167,7 @@ def _input(path: Path, files: dict[str, tuple[Path, int]]) -> Stored:
     """What is to be stored of a file or a folder, whose own files go into `files` by their keys."""
     is_folder = path.is_dir()
     base = path if is_folder else path.parent
-    found = sorted(filter(Path.is_file, path.iterdir())) if is_folder else [path]
-    found += [path / name for name in chat_templates(path)]
+    found = [path / name for name in file_names(path)] if is_folder else [path]
     contents = contents_of(base, map(own, found))
     files.update({_key(one): (base / name, one.bytes) for name, one in contents.items()})
     return Stored(

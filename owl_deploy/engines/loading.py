@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from owl_deploy import digests
 from owl_deploy.artefact import MANIFEST
-from owl_deploy.checkpoint import CHAT_TEMPLATES, TOKENIZER_FILES, chat_templates
+from owl_deploy.checkpoint import CHAT_TEMPLATES, TOKENIZER_FILES, file_names
 from owl_deploy.engines.registry import MODEL, engine_of_file
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import DeploymentManifest, read_manifest
@@ -295,11 +295,8 @@ def _is_template(name: str) -> bool:
 
 
 def contents(folder: Path) -> list[str]:
-    """The files of a deployment that digests are kept of: all but the manifest with these, and of
-    what lies deeper the chat templates alone, since nothing else there is read.
-    """
-    names = {path.name for path in folder.iterdir() if path.is_file()} - {MANIFEST}
-    return sorted({*names, *chat_templates(folder)})
+    """The files of a deployment that digests are kept of: all but the manifest with these."""
+    return [name for name in file_names(folder) if name != MANIFEST]
 
 
 def _refuse_scattered_links(path: Path, names: set[str]) -> None:

@@ -17,7 +17,14 @@ from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.kept import state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
+from owl_deploy.evaluate.subject import (
+    engine_of,
+    is_deployment,
+    keep,
+    load_model,
+    no_model_has,
+    refuse_adapter,
+)
 from owl_deploy.hardware import find_batch, find_device, find_dtype, name_of
 from owl_deploy.progress import bar
 from owl_deploy.ranks import ALONE, Ranks
@@ -72,10 +79,7 @@ def from_nll(text: str, nll: float, windows: torch.Tensor) -> Perplexity:
     except OverflowError:
         value = math.inf
     if not math.isfinite(value):
-        raise BadInput(
-            f"The model's loss on {text} is {nll / tokens:.4g} nats a token, which no model has.",
-            "Its weights are damaged, or its engine computes wrongly.",
-        )
+        raise no_model_has(f"The model's loss on {text} is {nll / tokens:.4g} nats a token")
     return Perplexity(text, value, count, window, tokens, token_digest(windows))
 
 

@@ -101,6 +101,7 @@ def judge(program: str, tests: str, entry_point: str, seconds: float = 20.0) -> 
     no sandbox: that is no answer of the program's.
     """
     with _Program(seconds) as suspect:
+        suspect.await_sandbox()
         try:
             defined = suspect.start(program)
             if entry_point not in defined:
@@ -109,8 +110,6 @@ def judge(program: str, tests: str, entry_point: str, seconds: float = 20.0) -> 
             names: dict[str, Any] = {name: suspect.function(name) for name in others}
             exec(tests, names)
             names["check"](suspect.function(entry_point))
-        except EnvironmentFailed:
-            raise
         except _Failed as error:
             return Outcome(False, str(error))
         except AssertionError:
@@ -153,12 +152,15 @@ class _Program:
             pipe.close()  # type: ignore[union-attr] # both are pipes
         self.process.wait()
 
-    def start(self, program: str) -> list[str]:
-        """Define what `program` defines; the names of its functions."""
+    def await_sandbox(self) -> None:
+        """Read the line that comes before all; raises `EnvironmentFailed` where it does not."""
         try:
             self._line()
         except _Failed as error:
             raise _no_sandbox(str(error)) from error
+
+    def start(self, program: str) -> list[str]:
+        """Define what `program` defines; the names of its functions."""
         found = self._ask((program, LIMITS, _NOBODY if _is_root() else None))
         return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 

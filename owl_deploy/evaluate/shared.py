@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.subject import no_model_has
 from owl_deploy.progress import error_console
 from owl_deploy.ranks import Ranks
 
@@ -76,7 +76,4 @@ class SharedModel:
 def _check_numbers(values: Iterable[float]) -> None:
     """Of NaN the first choice would be taken for the likeliest, and a share of those is right."""
     if any(math.isnan(value) for value in values):
-        raise BadInput(
-            "The model's log-likelihood of a text is nan, which no model has.",
-            "Its weights are damaged, or its engine computes wrongly.",
-        )
+        raise no_model_has("The model's log-likelihood of a text is nan")

@@ -75,6 +75,13 @@ def load_model(
     return model.to(device).eval()
 
 
+def no_model_has(what: str) -> BadInput:
+    """The error for a figure that is no number, or infinite."""
+    return BadInput(
+        f"{what}, which no model has.", "Its weights are damaged, or its engine computes wrongly."
+    )
+
+
 def keep(
     folder: Path,
     key: str,

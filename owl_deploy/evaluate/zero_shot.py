@@ -2,8 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
-import itertools
 import logging
 import math
 import os
@@ -22,7 +20,14 @@ from owl_deploy.errors import BadInput, with_type
 from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.shared import SharedModel
-from owl_deploy.evaluate.subject import engine_of, is_deployment, keep, load_model, refuse_adapter
+from owl_deploy.evaluate.subject import (
+    engine_of,
+    is_deployment,
+    keep,
+    load_model,
+    no_model_has,
+    refuse_adapter,
+)
 from owl_deploy.hardware import find_device, find_dtype, name_of
 from owl_deploy.manifest import versions
 from owl_deploy.measurements import JUDGED_BY, by_document
@@ -96,24 +101,23 @@ def require_harness() -> None:
     """Prepare the harness."""
     # Read when these are imported: a metric from the Hub would be code from the Hub.
     os.environ.update(HF_EVALUATE_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
-    import lm_eval.caching.cache
+    import lm_eval.caching.cache  # noqa: F401 - is it there?
 
     for name in ("lm_eval", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    lm_eval.caching.cache.PATH = str(_requests_folder())
 
 
-def _requests_folder(tasks: Iterable[Any] = ()) -> Path:
+def _requests_folder(tasks: Iterable[Any]) -> Path:
     """Where requests for the documents of `tasks` are kept, which the harness does by name alone.
 
     Data of the same name may be others another day: revised, or shuffled as they were loaded.
     """
-    digest = hashlib.sha256(version("lm_eval").encode())
-    for task in tasks:
-        shown = task.fewshot_docs() if task.get_config("num_fewshot") else ()
-        for document in itertools.chain(task.eval_docs, shown):
-            digest.update(repr(document).encode())
-    return cache_dir() / "eval" / f"requests-{digest.hexdigest()[:16]}"
+    documents = [
+        [[*task.eval_docs], [*task.fewshot_docs()] if task.get_config("num_fewshot") else []]
+        for task in tasks
+    ]
+    digest = digests.of_json([version("lm_eval"), documents])
+    return cache_dir() / "eval" / f"requests-{digest[:16]}"
 
 
 @_one_speaks()
@@ -401,10 +405,7 @@ def _metrics(task: str, row: Mapping[str, Any]) -> dict[str, Metric]:
         if not chosen or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
-            raise BadInput(
-                f"{name} of the task {task!r} is {value}, which no model has.",
-                "Its weights are damaged, or its engine computes wrongly.",
-            )
+            raise no_model_has(f"{name} of the task {task!r} is {value}")
         stderr = row.get(f"{name}_stderr,{chosen}")
         label = name if chosen == "none" else f"{name} ({chosen})"
         known = isinstance(stderr, int | float) and math.isfinite(stderr)

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 
-from owl_deploy.bench import BenchPlan, run_bench
+from owl_deploy.bench import BenchPlan, measure, run_bench
 from owl_deploy.bench.clients import Load, ask_all
 from owl_deploy.bench.prompts import WORDS, other_words, tokens_of
 from owl_deploy.engines import ENGINES, ServerProcess, open_deployment
@@ -218,3 +219,14 @@ def test_as_many_words_as_the_tokens_hold(says):
         len(tokens) for tokens in tokens_of(tuple(f" {w}" for w in WORDS), deployment, 40)
     )
     assert 40 - longest < min(lengths) <= max(lengths) == 40
+
+
+def test_what_is_asked_is_awaited_here_and_apart_where_a_loop_runs():
+    async def thread():
+        return threading.current_thread()
+
+    async def within():
+        return measure._awaited(thread())
+
+    assert measure._awaited(thread()) is threading.current_thread()  # where Ctrl-C comes
+    assert asyncio.run(within()) is not threading.current_thread()
