@@ -114,7 +114,7 @@ class SparseLinear(nn.Module):
         """
         if self.scales is not None:
             wanted = dense.flatten().index_select(0, self.positions) - self.values
-            reach = _WITHIN * self.scales
+            reach = _WITHIN * self.scales.abs()
             self.values.add_(wanted.clamp(-reach, reach))
 
     def divide(self) -> None:
@@ -150,9 +150,10 @@ class SparseLinear(nn.Module):
         values = self.values.detach()
         if self.scales is None:
             return values
-        integers = (values / self.scales).round().clamp(*self.limits)
+        steps = values / self.scales
+        integers = steps.round().clamp(*self.limits)
         if self.masked:
-            one = torch.ones_like(values).copysign(values)
+            one = torch.ones_like(values).copysign(steps)
             integers = torch.where(integers == 0, one, integers)
         return integers * self.scales
 

@@ -125,10 +125,14 @@ def round_to_grid(folder: Path, bits: int, group: int, sparsity: float) -> None:
         kept = torch.rand(weight.shape, generator=generator) >= sparsity
         blocks = (weight * kept).float().split(group, dim=1)
         peaks = torch.stack([block.abs().amax(dim=1) for block in blocks], dim=1)
-        # A power of two times sixteenths, as the engine holds them.
-        scale = ((peaks / largest).view(torch.int32) + 0x7FFFF >> 19 << 19).view(torch.float32)
+        # A power of two times sixteenths, or with signs eighths, as the engine holds them.
+        signs = int(bits < 8)
+        places = 19 + signs
+        upper = (peaks / largest).view(torch.int32) + (1 << places) - 1 >> places << places
+        below_zero = signs * torch.randint(2, upper.shape, generator=generator)
+        scale = upper.view(torch.float32) * (1 - 2 * below_zero)
         steps = scale.repeat_interleave(group, dim=1)[:, : weight.shape[1]]
-        rounded = (weight * kept / steps.clamp(min=1e-30)).round() * steps
+        rounded = (weight * kept / steps.where(steps != 0, 1)).round() * steps
         tensors[name] = rounded.to(torch.bfloat16)
         scales[name.removesuffix(".weight")] = scale
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

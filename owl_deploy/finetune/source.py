@@ -216,6 +216,6 @@ def load_teacher(
 def _lies_on(weight: torch.Tensor, grid: LinearGrid) -> bool:
     """Whether a `weight` [out, in] is integers times its scales, to what its dtype rounds."""
     scales = grid.scales.repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
-    places = weight.float() / scales.where(scales > 0, 1)  # of no scale all weights are zero
+    places = weight.float() / scales.where(scales != 0, 1)  # of no scale all weights are zero
     allowed = places.abs() * torch.finfo(weight.dtype).eps + 1e-3
     return bool(((places - places.round()).abs() <= allowed).all())

@@ -50,7 +50,7 @@ from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import token_digest
 
 _CACHE = "losses"  # the folder in the cache
-_VERSION = 5  # of the measurement: what an earlier one found is not taken
+_VERSION = 6  # of the measurement: what an earlier one found is not taken
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The packed weight format that the kernels read, version 3.
+"""The packed weight format that the kernels read, version 4.
 
 A weight `[rows, cols]` (rows are outputs) becomes one block of bytes, little-endian, that a kernel uses
 as it lies in the file. Every region starts on a multiple of 64 bytes.
@@ -21,13 +21,16 @@ multiple of `4 * pack`.
 
 Header: `OWLPACK\\0`, then uint32 version, value type (1 fp32, 2 bf16, 3 int8, 4 int4, 5 int3), flags
 (0 dense, 1 sparse, 2 planes) and rows in a group (16), then uint64 rows, cols, cells in a group, non-zeros,
-offsets of masks, index, scales and values (0 where absent), and the block's length; uint32 scale exponent
-and columns that share a scale (32, 64 or 128; 0 without scales); 24 bytes reserved. Version 2, which is
-still read, has no int4 and no int3, and 32 columns share a scale.
+offsets of masks, index, scales and values (0 where absent), and the block's length; uint32 scale exponent,
+columns that share a scale (32, 64 or 128; 0 without scales), and 1 if scales have signs; 20 bytes reserved.
+Versions 2 and 3 are still read: in neither do scales have signs, and 2 has no int4 and no int3, and 32
+columns share a scale.
 
 int8 values lie in [-127, 127]; kernels rely on -128 not being there only for accuracy, never for safety.
 A scale's byte holds 4 bits of exponent and 4 of mantissa: as fp32 its bits are `byte << 19` plus the
-header's scale exponent `<< 23`.
+header's scale exponent `<< 23`. With signs it holds one in its upper bit, and 3 bits of mantissa: its lower
+7 bits `<< 20` plus that, and the sign. A scale below zero has the integers reach one further above zero than
+below: of 4 bits and fewer that takes a tenth and more off the squared error.
 
 int4 values lie in [-8, 7] and are stored plus 8, in 4 bits. Dense: each two cells of a group as one, 64
 bytes whose lower halves are the first cell. Sparse: each cell's set values begin on a byte, the first of
@@ -58,15 +61,18 @@ Values = Literal["fp32", "bf16", "int8", "int4", "int3"]
 Block = NDArray[np.uint8]
 
 MAGIC = b"OWLPACK\0"
-VERSION, OLDER_VERSION = 3, 2
+VERSION, WITHOUT_SIGNS, OLDEST = 4, 3, 2
 GROUP_ROWS = 16
 SCALE_COLUMNS = 32
 SHARED_COLUMNS = (32, 64, 128)  # that may share a scale
 ALIGNMENT = 64
 LOW_COLUMNS = 128  # of the low plane, in 64 bytes
 _DENSE, _SPARSE, _PLANES = range(3)
-_HEADER = struct.Struct("<8s4I9Q2I24x")
+_HEADER = struct.Struct("<8s4I9Q3I20x")
 _MAX_SCALE_EXPONENT = 254 - 15
+# Of a scale's byte as a signed integer, so far to the left, these bits are those of a float32.
+_CODED = {False: (19, 0x07F80000), True: (20, 0x87F00000)}  # without and with signs
+_SIGN = 1 << 12  # of the upper 13 bits of a scale
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ class PackedInfo:
     size_bytes: int
     scale_exponent: int
     scale_columns: int
+    signed_scales: bool
 
     @property
     def traits(self) -> ValueTraits:
@@ -174,10 +181,11 @@ def pack(
 
     `planes`: int8 whose upper and lower bits lie apart; not with `sparse`. `scales` [rows,
     ceil(cols / scale_columns)], for integers: the grid that the weight lies on, to within what
-    bf16 rounds; each scale 0, or a power of two times (1 + m / 16) with a whole m, and one that is
-    less than 2^-15 of the largest is rounded to that. Without them they are chosen: int8's so that
-    the largest value fits, those of fewer bits for the least squared error. ValueError for what
-    does not fit, or is to be sparse where `values` come dense only.
+    bf16 rounds; each scale 0, or a power of two times (1 + m / 16) with a whole m, which is even
+    if any is below zero, and one that is less than 2^-15 of the largest is rounded to that. Without
+    them they are chosen: int8's so that the largest value fits, those of fewer bits for the least
+    squared error. ValueError for what does not fit, or is to be sparse where `values` come dense
+    only.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
@@ -191,16 +199,20 @@ def pack(
     rows, cols = weight.shape
     weight = np.asarray(weight, dtype=np.float32)
     regions: list[tuple[str, NDArray[np.generic]]] = []
-    exponent = 0
+    exponent, signed = 0, False
     if traits.levels is None:
         encoded, scale_columns = traits.encode(weight), 0
     else:
         levels = (-119, 119) if planes else traits.levels
         grid = _scale_bits(weight, traits, levels, scales, scale_columns)
-        exponent = max(0, (int(grid.max()) - 240) // 16)
-        exact = scales is not None
-        encoded = _quantize(weight, grid, exponent, traits, levels, scale_columns, exact=exact)
-        regions.append(("scale", _by_group(_scale_codes(grid, exponent))))
+        exponent = max(0, (int(_magnitude(grid).max()) - 240) // 16)
+        signed = bool((grid & _SIGN).any())
+        codes = _scale_codes(grid, exponent, signed)
+        decoded = _decode_scales(codes, exponent, signed) * np.float32(traits.counts)
+        held = _magnitude(grid) >= 16 * exponent  # which scales are not too small to be held
+        exact = held if scales is not None else None
+        encoded = _quantize(weight, decoded, traits, levels, scale_columns, exact)
+        regions.append(("scale", _by_group(codes)))
     cells = _to_cells(encoded, traits)  # [groups, cells, 16 * pack]
     nonzeros = int(np.count_nonzero(encoded))
     if sparse:
@@ -217,7 +229,7 @@ def pack(
     flags = _SPARSE if sparse else _PLANES if planes else _DENSE
     kind = (traits.code, flags)
     extents = (rows, cols, cells.shape[1], nonzeros)
-    return _assemble(kind, extents, (exponent, scale_columns), regions)
+    return _assemble(kind, extents, (exponent, scale_columns, int(signed)), regions)
 
 
 def stored_bytes(
@@ -238,7 +250,8 @@ def stored_bytes(
     cells = traits.cells(cols)
     shared = scale_columns if traits.levels else 0
     nowhere = (0,) * 7
-    info = PackedInfo(values, sparsity is not None, planes, rows, cols, cells, *nowhere, shared)
+    form = (values, sparsity is not None, planes)
+    info = PackedInfo(*form, rows, cols, cells, *nowhere, shared, signed_scales=False)
     regions = [info.scale_bytes]
     if sparsity is None:
         regions.append(info.high_bytes + info.low_bytes if planes else info.dense_bytes)
@@ -385,17 +398,35 @@ def _scale_bits(
         tiles[:, :cols] = weight[part]
         # A column of its own for each block: loops are as long as there are blocks.
         columns = np.ascontiguousarray(tiles.reshape(-1, shared).T)
-        peak = np.maximum(columns.max(axis=0), -columns.min(axis=0))
-        if not np.isfinite(peak).all():
+        ends = columns.min(axis=0), columns.max(axis=0)
+        if not np.isfinite(ends).all():
             raise ValueError(_NOT_FINITE)
-        # Rounded up, so that the largest value still fits.
-        found = ((peak / np.float32(levels[1])).view(np.int32) + 0x7FFFF) >> 19
         if traits.stored_bits < 8:
-            found = _least_squares(columns, found, traits)
+            found = _least_squares(columns, *ends, traits)
+        else:
+            found = _fitting(*ends, levels)
         bits[part] = found.reshape(-1, blocks)
     octaves = traits.counts.bit_length() - 1
-    bits -= 16 * octaves
-    return np.maximum(bits, 0, out=bits)
+    magnitude: NDArray[np.int32] = np.maximum(_magnitude(bits) - 16 * octaves, 0)
+    return magnitude | bits & _SIGN
+
+
+def _magnitude(bits: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The upper 13 bits of scales without their signs: neighbours are neighbouring scales."""
+    return bits & ~_SIGN
+
+
+def _fitting(
+    least: NDArray[np.float32],
+    most: NDArray[np.float32],
+    levels: tuple[int, int],
+    signed: bool = False,
+) -> NDArray[np.int32]:
+    """The upper bits of the least scales above zero at which values from `least` to `most` fit."""
+    reach = np.maximum(least / np.float32(levels[0]), most / np.float32(levels[1]))
+    dropped = 19 + signed
+    bits: NDArray[np.int32] = (reach + np.float32(0)).view(np.int32)  # -0 has bits, too
+    return (bits + (1 << dropped) - 1) >> dropped << (dropped - 19)
 
 
 def _grid_bits(
@@ -403,32 +434,41 @@ def _grid_bits(
 ) -> NDArray[np.int32]:
     if scales.shape != shape:
         raise ValueError(f"the grid has scales {scales.shape}, its weight asks for {shape}")
-    bits = (np.asarray(scales, dtype=np.float32) / np.float32(counts)).view(np.int32)
-    if (bits & 0x7FFFF).any() or (bits < 0).any() or (bits >= 0x7F800000).any():
-        raise ValueError("a scale of the grid is not a power of two times sixteenths")
-    return bits >> 19
+    held = np.asarray(scales, dtype=np.float32) / np.float32(counts)
+    bits = held.view(np.int32)
+    # With signs there is a bit less for the mantissa.
+    spare = 0xFFFFF if (held < 0).any() else 0x7FFFF
+    if (bits & spare).any() or not np.isfinite(held).all():
+        raise ValueError("a scale of the grid is not a power of two times sixteenths or eighths")
+    return (bits >> 19) & (2 * _SIGN - 1)
 
 
 # To cut the largest value off may cost less than to round all others to a coarser grid: candidates
-# lie so many codes, a sixteenth of an octave each, below the scale at which it fits.
-_CANDIDATES = {4: range(1, 6), 3: range(1, 12)}  # by the bits
+# lie so many sixteenths of an octave below the scale at which it fits.
+_CANDIDATES = {4: range(0, 8, 2), 3: range(0, 14, 2)}  # by the bits
 
 
 def _least_squares(
-    columns: NDArray[np.float32], fitting: NDArray[np.int32], traits: ValueTraits
+    columns: NDArray[np.float32],
+    least: NDArray[np.float32],
+    most: NDArray[np.float32],
+    traits: ValueTraits,
 ) -> NDArray[np.int32]:
-    """Of the scales at and below `fitting` [blocks] those of the least squared error.
+    """The scales with signs of the least squared error, their upper 13 bits, [blocks].
 
-    `columns`: [columns that share a scale, blocks].
+    `columns`: [columns that share a scale, blocks], whose values lie from `least` to `most`.
     """
     levels = traits.levels
     assert levels is not None
-    best, least = fitting, _squared_error(columns, fitting, levels)
-    for below in _CANDIDATES[traits.stored_bits]:
-        candidate = np.maximum(fitting - below, 0)
-        error = _squared_error(columns, candidate, levels)
-        best = np.where(error < least, candidate, best)
-        least = np.minimum(error, least)
+    above = _fitting(least, most, levels, signed=True)
+    below = _fitting(-most, -least, levels, signed=True)
+    best, error = above, np.full_like(least, np.inf)
+    for fitting, sign in ((above, 0), (below, _SIGN)):
+        for down in _CANDIDATES[traits.stored_bits]:
+            candidate = np.maximum(fitting - down, 0) | sign
+            found = _squared_error(columns, candidate, levels)
+            best = np.where(found < error, candidate, best)
+            error = np.minimum(found, error)
     return best
 
 
@@ -437,7 +477,7 @@ def _squared_error(
 ) -> NDArray[np.float32]:
     scale = (bits << 19).view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # then no other scale is found better
-        found = columns * np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        found = columns * np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
         np.rint(found, out=found)
         np.clip(found, *map(np.float32, levels), out=found)
         found *= scale
@@ -456,41 +496,44 @@ _FP16_TOLERANCE, _CERTAIN = np.float32(1.001 * 2**-25), 0.25
 
 def _quantize(
     weight: NDArray[np.float32],
-    grid: NDArray[np.int32],
-    exponent: int,
+    scales: NDArray[np.float32],
     traits: ValueTraits,
     levels: tuple[int, int],
     shared: int,
-    *,
-    exact: bool,
+    exact: NDArray[np.bool_] | None,
 ) -> NDArray[np.generic]:
-    """The integers nearest to weight / scale, as bits; `exact`: ValueError if one is not near."""
+    """The integers nearest to weight / scale, as bits.
+
+    `exact`: the scales [rows, blocks] with which each must be near; ValueError if one is not.
+    """
     encoded = np.empty(weight.shape, dtype=traits.dtype)
-    decoded = _decode_scales(_scale_codes(grid, exponent), exponent) * np.float32(traits.counts)
-    decoded[decoded == 0] = np.float32(1)
+    scales = np.where(scales == 0, np.float32(1), scales)
     for part in _parts(weight):
-        steps = decoded[part].repeat(shared, axis=1)[:, : weight.shape[1]]
+        steps = scales[part].repeat(shared, axis=1)[:, : weight.shape[1]]
         quotient = weight[part] / steps
         rounded = np.rint(quotient)
-        if exact:
+        if exact is not None:
             if not np.isfinite(quotient).all():
                 raise ValueError(_NOT_FINITE)
             quotient -= rounded
             off = np.abs(quotient) > _GRID_TOLERANCE * np.maximum(np.abs(rounded), 1)
             if off.any():
-                off &= np.abs(quotient) > np.minimum(_FP16_TOLERANCE / steps, _CERTAIN)
+                off &= np.abs(quotient) > np.minimum(_FP16_TOLERANCE / np.abs(steps), _CERTAIN)
             off |= (rounded < levels[0]) | (rounded > levels[1])
             if off.any():
                 # Scales that are too small for this weight's exponent were changed themselves.
-                off &= (grid[part] >= 16 * exponent).repeat(shared, axis=1)[:, : weight.shape[1]]
+                off &= exact[part].repeat(shared, axis=1)[:, : weight.shape[1]]
             if off.any():
                 raise ValueError("a weight does not lie on its grid")
         encoded[part] = traits.encode(np.clip(rounded, *map(np.float32, levels), out=rounded))
     return encoded
 
 
-def _scale_codes(grid: NDArray[np.int32], exponent: int) -> NDArray[np.uint8]:
-    return np.maximum(grid - 16 * exponent, 0).astype(np.uint8)
+def _scale_codes(grid: NDArray[np.int32], exponent: int, signed: bool) -> NDArray[np.uint8]:
+    codes = np.maximum(_magnitude(grid) - 16 * exponent, 0)
+    if signed:
+        codes = codes >> 1 | (grid & _SIGN) >> 5
+    return codes.astype(np.uint8)
 
 
 def _by_group(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -501,8 +544,10 @@ def _by_group(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(padded.reshape(-1, GROUP_ROWS, blocks).transpose(0, 2, 1))
 
 
-def _decode_scales(codes: NDArray[np.uint8], exponent: int) -> NDArray[np.float32]:
-    return ((codes.astype(np.uint32) << 19) + np.uint32(exponent << 23)).view(np.float32)
+def _decode_scales(codes: NDArray[np.uint8], exponent: int, signed: bool) -> NDArray[np.float32]:
+    shift, mask = _CODED[signed]
+    bits = codes.view(np.int8).astype(np.int32).view(np.uint32) << np.uint32(shift)
+    return ((bits & np.uint32(mask)) + np.uint32(exponent << 23)).view(np.float32)
 
 
 def _to_planes(cells: NDArray[np.int8], cols: int) -> NDArray[np.generic]:
@@ -554,7 +599,8 @@ def _decode(bits: NDArray[np.generic], block: Block, info: PackedInfo) -> NDArra
     values = info.traits.decode(bits)
     if not info.scale_bytes:
         return values
-    coded = _decode_scales(block[info.scale_offset :][: info.scale_bytes], info.scale_exponent)
+    codes = block[info.scale_offset :][: info.scale_bytes]
+    coded = _decode_scales(codes, info.scale_exponent, info.signed_scales)
     by_group = coded.reshape(info.groups, -1, GROUP_ROWS).transpose(0, 2, 1)
     by_row = by_group.reshape(info.groups * GROUP_ROWS, -1)[: info.rows]
     return values * by_row.repeat(info.scale_columns, axis=1)[:, : info.cols]
@@ -670,7 +716,7 @@ def _sparse_nibbles(stored: NDArray[np.uint8], counts: NDArray[np.int64]) -> NDA
 def _assemble(
     kind: tuple[int, int],
     extents: tuple[int, int, int, int],
-    of_scales: tuple[int, int],
+    of_scales: tuple[int, int, int],
     regions: list[tuple[str, NDArray[np.generic]]],
 ) -> Block:
     """Header, regions, each at a multiple of 64, and the tail."""
@@ -694,13 +740,13 @@ def read_header(block: Block) -> PackedInfo:
     if block.size < _HEADER.size:
         raise ValueError("the block is shorter than its header")
     magic, version, code, flags, group_rows, *rest = _HEADER.unpack(block[: _HEADER.size].tobytes())
-    rows, cols, cells, nonzeros, mask, index, scale, value, total, exponent, shared = rest
+    rows, cols, cells, nonzeros, mask, index, scale, value, total, exponent, shared, signed = rest
     names = {traits.code: name for name, traits in TRAITS.items()}
     if magic != MAGIC:
         raise ValueError("the block does not start with OWLPACK")
-    if version not in (VERSION, OLDER_VERSION):
-        raise ValueError(f"format version {version} is not supported (2 and 3 are): export again")
-    if version == OLDER_VERSION:
+    if not OLDEST <= version <= VERSION:
+        raise ValueError(f"format version {version} is not supported (2 to 4 are): export again")
+    if version == OLDEST:
         names = {code: name for code, name in names.items() if code <= TRAITS["int8"].code}
     if code not in names or flags > _PLANES or group_rows != GROUP_ROWS:
         raise ValueError("unknown value type, flags or group size")
@@ -709,8 +755,12 @@ def read_header(block: Block) -> PackedInfo:
         raise ValueError("only int8 comes in planes")
     if flags == _SPARSE and traits.max_density is None:
         raise ValueError("int3 comes dense only")
-    if version == OLDER_VERSION:
+    if version == OLDEST:
         shared = SCALE_COLUMNS if traits.levels else 0
+    if version <= WITHOUT_SIGNS:
+        signed = 0
+    if signed > (traits.levels is not None):
+        raise ValueError("scales have signs or have none, and only integers have scales")
     allowed = (0,) if not traits.levels else SHARED_COLUMNS[: 1 if flags == _PLANES else None]
     if shared not in allowed:
         raise ValueError("scales cannot be shared by so many columns")
@@ -724,7 +774,8 @@ def read_header(block: Block) -> PackedInfo:
         raise ValueError("the number of cells does not match the columns")
     form = (names[code], flags == _SPARSE, flags == _PLANES)
     counts = (rows, cols, cells, nonzeros)
-    return PackedInfo(*form, *counts, mask, index, scale, value, total, exponent, shared)
+    places = (mask, index, scale, value, total)
+    return PackedInfo(*form, *counts, *places, exponent, shared, bool(signed))
 
 
 def _check_region(name: str, offset: int, size_bytes: int, total: int) -> None:

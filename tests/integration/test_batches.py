@@ -110,6 +110,16 @@ def test_rows_of_mixed_lengths_equal_their_single_runs(deployment, model, alone,
     check_rows(decode(model, padded(rows)), [alone(length, 0) for length in order], tolerance)
 
 
+@pytest.mark.parametrize("fillers", [1, 15, 16, 17, 40])
+def test_a_prompt_may_end_in_any_number_of_fillers(model, alone, fillers):
+    """Of a prompt alone onnxruntime-genai masks none, and reads what stands before them."""
+    (prompt,) = prompts([128] * max(BATCHES), 128)[:1]
+    filled = np.concatenate((prompt, np.full(fillers, PAD, np.int32)))
+    logits, _ = decode(model, filled[None])
+    scale = np.abs(alone(128, 0)[0][0]).max()
+    np.testing.assert_allclose(logits[0, 0], alone(128, 0)[0][0], rtol=0, atol=1e-4 * scale)
+
+
 def test_a_plain_session_gives_all_logits_and_one_that_says_so_the_last(deployment):
     config = json.loads((deployment / "genai_config.json").read_text())
     options = config["model"]["decoder"]["session_options"]

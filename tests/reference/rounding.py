@@ -12,9 +12,10 @@ from tests.reference.owl import lowest
 from tests.reference.sparsegpt import damped
 
 
-def scales_of_form():
-    """All scales 2^e (1 + m/16) that could matter here, ascending."""
-    return [2.0**e * (1 + m / 16) for e in range(-40, 20) for m in range(16)]
+def scales_of_form(bits):
+    """All scales above zero that could matter here, ascending: 2^e (1 + m/16), or (1 + m/8)."""
+    parts = 16 if bits == 8 else 8
+    return [2.0**e * (1 + m / parts) for e in range(-40, 20) for m in range(parts)]
 
 
 def limits(bits):
@@ -27,32 +28,35 @@ def nearest(value, scale, bits):
 
 
 def best_scale(values, costs, bits, least):
-    """Of the 20 scales down from the least that clips nothing, the one with the least error.
+    """Of the scales down from the least that clips nothing, to 0.4 of it, that with least error.
 
-    None below `least`; of equal ones the largest.
+    With fewer than 8 bits a scale may be below zero, too. None nearer to it than `least`; of equal
+    ones the largest above zero.
     """
     low, high = limits(bits)
-    known = scales_of_form()
-    reach = max([value / high for value in values] + [value / low for value in values])
-    if reach == 0:
+    known = scales_of_form(bits)
+    tried = 20 if bits == 8 else 10
+    if not any(values):
         return least
-    top = next(index for index, scale in enumerate(known) if scale >= reach)
     best = None
-    for scale in reversed(known[top - 19 : top + 1]):
-        scale = max(scale, least)
-        error = sum(
-            cost * (nearest(value, scale, bits) - value) ** 2
-            for value, cost in zip(values, costs, strict=True)
-        )
-        if best is None or error < best[0]:
-            best = error, scale
+    for sign in (1,) if bits == 8 else (1, -1):
+        ends = [sign * value / high for value in values] + [sign * value / low for value in values]
+        top = next(index for index, scale in enumerate(known) if scale >= max(ends))
+        for scale in reversed(known[top - tried + 1 : top + 1]):
+            scale = sign * max(scale, least)
+            error = sum(
+                cost * (nearest(value, scale, bits) - value) ** 2
+                for value, cost in zip(values, costs, strict=True)
+            )
+            if best is None or error < best[0]:
+                best = error, scale
     return best[1]
 
 
 def least_scale(weight, bits):
     """The least of the 16 binades that end two above the scale of the largest weight."""
     largest = weight.abs().max().item() / limits(bits)[1]
-    scale = next(scale for scale in scales_of_form() if scale >= largest)
+    scale = next(scale for scale in scales_of_form(bits) if scale >= largest)
     return 2.0 ** (math.floor(math.log2(scale)) - 13)
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -91,11 +93,12 @@ def test_values_lean_towards_the_dense_ones_and_round_as_before():
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[0.5, 0.0, -1.0, 3.5]]))
     dense = torch.tensor([[0.6, -2.0, -1.3, 9.0]])
-    for whole, expected in ((True, [0.6, -0.245, -1.245, 3.745]), (False, [0.6, -1.245, 3.745])):
-        grid = LinearGrid(4, 4, torch.tensor([[0.5]]), whole)
+    expected = {True: [0.6, -0.245, -1.245, 3.745], False: [0.6, -1.245, 3.745]}
+    for whole, scale in itertools.product((True, False), (0.5, -0.5)):
+        grid = LinearGrid(4, 4, torch.tensor([[scale]]), whole)
         sparse = SparseLinear(linear, torch.float32, grid)
         sparse.lean(dense)
-        assert sparse.values.tolist() == pytest.approx(expected)
+        assert sparse.values.tolist() == pytest.approx(expected[whole])
         sparse.refresh()
         assert torch.equal(sparse.weight, linear.weight)
 
@@ -134,9 +137,10 @@ def test_what_is_all_zeros_trains_too():
 
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(8, -127, 127), (4, -8, 7), (3, -4, 3)])
-def test_what_is_rounded_trains_straight_through_and_stays_on_its_grid(bits, least, most):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_rounded_trains_straight_through_and_stays_on_its_grid(bits, least, most, sign):
     linear = torch.nn.Linear(6, 2, bias=False)
-    scales = torch.tensor([[0.5, 0.25], [1.0, 2.0]])
+    scales = sign * torch.tensor([[0.5, 0.25], [1.0, 2.0]])
     integers = torch.tensor([[1, 2, 0, -3, 3, 1], [0, -1, 2, 3, 0, -2]]).float()
     with torch.no_grad():
         linear.weight.copy_(integers * scales.repeat_interleave(4, dim=1)[:, :6])
@@ -144,16 +148,17 @@ def test_what_is_rounded_trains_straight_through_and_stays_on_its_grid(bits, lea
     x = torch.randn(3, 6)
     torch.testing.assert_close(sparse(x), linear(x))
     with torch.no_grad():
-        moved = torch.tensor([0.2, 0.5, 1.6, -999.0, 999.0, -0.2, -0.4, 999.0, -2.6])
+        moved = torch.tensor([0.2, 0.5, 1.6, -999.0, 999.0, -0.2, -1.7, 999.0, -2.6])
         sparse.values.add_(moved * scales.flatten()[[0, 0, 0, 1, 1, 2, 2, 2, 3]])
         sparse.refresh()
-    # 1.2 -> 1, 2.5 -> 2 (to even), -1.4 -> -1, beyond: the ends; 1 - 0.2 is 0.8, no zero ever
+    # 1.2 -> 1, 2.5 -> 2 (to even), -1.4 -> -1, beyond: the ends; 0.3 -> 1, no zero ever
     dense, lost = sparse.dense(torch.bfloat16)
     assert lost == 0
     found = (dense.float() / scales.repeat_interleave(4, dim=1)[:, :6]).round()
     assert torch.equal(found == 0, integers == 0)
     assert torch.equal(dense.float(), sparse.weight.bfloat16().float())
     assert (found.min(), found.max()) == (least, most)
+    assert found[1, 2] == 1
     sparse(x).square().sum().backward()
     rounded = sparse.weight.clone().requires_grad_()
     torch.nn.functional.linear(x, rounded).square().sum().backward()

@@ -546,7 +546,7 @@ void gather(const PackedMatrix& w, std::size_t row, float* out) {
                    lane * columns + c % columns);
     if constexpr (kTraits.integer()) {
       const std::size_t place = (c / kBlockColumns >> w.scale_shift) * kGroupRows + lane;
-      out[c] *= std::bit_cast<float>(w.scale_bits(w.group_scales(group)[place]));
+      out[c] *= w.scale_code.decoded(w.group_scales(group)[place]);
     }
   }
 }

@@ -7,8 +7,9 @@ namespace owl {
 namespace {
 
 constexpr char kMagic[8] = {'O', 'W', 'L', 'P', 'A', 'C', 'K', '\0'};
-constexpr std::uint32_t kVersion = 3;
-constexpr std::uint32_t kOlderVersion = 2;  // without int4 and int3, and 32 columns share a scale
+constexpr std::uint32_t kVersion = 4;
+constexpr std::uint32_t kWithoutSigns = 3;  // of scales
+constexpr std::uint32_t kOldest = 2;  // nor int4 and int3, and 32 columns share a scale
 constexpr std::uint32_t kFlagSparse = 1, kFlagPlanes = 2;
 constexpr std::uint32_t kMaxScaleExponent = 254 - 15;  // the largest scale is finite
 constexpr std::uint64_t kMaxExtent =
@@ -19,8 +20,8 @@ struct Header {
   std::uint32_t version, value_type, flags, group_rows;
   std::uint64_t rows, cols, cells, nonzeros;
   std::uint64_t mask_offset, index_offset, scale_offset, value_offset, total_bytes;
-  std::uint32_t scale_exponent, scale_columns;
-  std::uint8_t reserved[24];
+  std::uint32_t scale_exponent, scale_columns, signed_scales;
+  std::uint8_t reserved[20];
 };
 static_assert(sizeof(Header) == 128, "the header is 128 bytes on every platform");
 
@@ -65,8 +66,12 @@ std::string check_groups(const PackedMatrix& m, std::uint64_t value_space) {
 
 // Columns that share a scale, 0 where there are none.
 std::uint32_t scale_columns(const Header& h) {
-  if (h.version != kOlderVersion) return h.scale_columns;
+  if (h.version != kOldest) return h.scale_columns;
   return traits_of(static_cast<ValueType>(h.value_type)).integer() ? kBlockColumns : 0;
+}
+
+std::uint32_t signed_scales(const Header& h) {
+  return h.version > kWithoutSigns ? h.signed_scales : 0;
 }
 
 bool scale_columns_are_sound(const Header& h) {
@@ -78,11 +83,11 @@ bool scale_columns_are_sound(const Header& h) {
 std::string check_header(const Header& h, std::size_t size) {
   if (std::memcmp(h.magic, kMagic, sizeof(kMagic)) != 0)
     return "the block does not start with OWLPACK";
-  if (h.version != kVersion && h.version != kOlderVersion)
+  if (h.version < kOldest || h.version > kVersion)
     return "format version " + std::to_string(h.version) +
-           " is not supported (2 and 3 are): export again";
+           " is not supported (2 to 4 are): export again";
   if (h.value_type < 1 || h.value_type > kValueTypes ||
-      (h.version == kOlderVersion && h.value_type > static_cast<std::uint32_t>(ValueType::kInt8)))
+      (h.version == kOldest && h.value_type > static_cast<std::uint32_t>(ValueType::kInt8)))
     return "unknown value type " + std::to_string(h.value_type);
   if (h.flags > kFlagPlanes) return "unknown flags";
   if (h.flags == kFlagPlanes && !traits_of(static_cast<ValueType>(h.value_type)).planes)
@@ -90,6 +95,8 @@ std::string check_header(const Header& h, std::size_t size) {
   if (h.flags == kFlagSparse && !traits_of(static_cast<ValueType>(h.value_type)).sparse)
     return "int3 comes dense only";
   if (!scale_columns_are_sound(h)) return "scales cannot be shared by so many columns";
+  if (signed_scales(h) > traits_of(static_cast<ValueType>(h.value_type)).integer())
+    return "scales have signs or have none, and only integers have scales";
   if (h.scale_exponent > kMaxScaleExponent) return "the scales' exponent is out of range";
   if (h.group_rows != kGroupRows) return "only groups of 16 rows are supported";
   if (h.rows == 0 || h.cols == 0 || h.rows > kMaxExtent || h.cols > kMaxExtent)
@@ -113,7 +120,7 @@ PackedMatrix describe(const Header& h) {
   m.groups = divide_up(m.rows, kGroupRows);
   m.cells = 4 * divide_up(m.cols, 4 * columns);
   m.nonzeros = h.nonzeros;
-  m.scale_exponent = h.scale_exponent;
+  m.scale_code = ScaleCode::of(h.scale_exponent, signed_scales(h) != 0);
   m.mask_bytes = values / 8;
   if (const std::uint32_t shared = scale_columns(h); shared != 0) {
     m.scale_blocks = divide_up(m.cells * columns, shared);

@@ -1,4 +1,4 @@
-// The packed weight format, version 3: one little-endian block of bytes, described in full in
+// The packed weight format, version 4: one little-endian block of bytes, described in full in
 // pack.py.
 //
 // A weight [rows, cols] is cut into groups of 16 output rows; a group is a sequence of *cells*. A
@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -94,6 +95,27 @@ constexpr bool traits_are_sound() {
 }
 static_assert(traits_are_sound());
 
+// How the fp32 bits of a scale are had from its byte: these bits of it as a signed integer, moved to
+// the left, and the exponent that all scales of the weight begin with.
+struct ScaleCode {
+  std::uint32_t exponent_bits = 0;
+  std::uint32_t mask = 0x07f80000;
+  std::int32_t shift = 19;
+
+  // 4 bits of exponent and 4 of mantissa, or a sign, 4 and 3.
+  static ScaleCode of(std::uint32_t exponent, bool has_signs) {
+    return has_signs ? ScaleCode{exponent << 23, 0x87f00000, 20}
+                     : ScaleCode{exponent << 23, 0x07f80000, 19};
+  }
+  OWL_INLINE float decoded(std::uint8_t byte) const {
+    const auto wide = static_cast<std::uint32_t>(static_cast<std::int8_t>(byte));
+    const std::uint32_t bits = (wide << shift & mask) + exponent_bits;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return scale;
+  }
+};
+
 // A validated view of a packed weight; it owns nothing.
 struct PackedMatrix {
   ValueType type = ValueType::kFp32;
@@ -113,8 +135,8 @@ struct PackedMatrix {
       nullptr;  // sparse: [groups][cells][2 * pack] bytes, bit = row * pack + column
   const std::uint32_t* index =
       nullptr;  // sparse: [groups + 1], start of a group's values in units of 64 bytes
-  const std::uint8_t* scales = nullptr;  // integers: [groups][scale_blocks][16], see scale_bits
-  std::uint32_t scale_exponent = 0;
+  const std::uint8_t* scales = nullptr;  // integers: [groups][scale_blocks][16]
+  ScaleCode scale_code;
   const std::uint8_t* values = nullptr;  // packed values; 64 readable bytes follow the last
 
   OWL_INLINE const ValueTraits& traits() const { return traits_of(type); }
@@ -127,10 +149,6 @@ struct PackedMatrix {
   }
   OWL_INLINE const std::uint8_t* group_scales(std::size_t group) const {
     return scales + group * scale_blocks * kGroupRows;
-  }
-  // The fp32 bits of a scale: 4 bits of exponent, counted from the weight's own, and 4 of mantissa.
-  OWL_INLINE std::uint32_t scale_bits(std::uint8_t code) const {
-    return (scale_exponent << 23) + (static_cast<std::uint32_t>(code) << 19);
   }
   OWL_INLINE const std::uint8_t* group_masks(std::size_t group) const {
     return masks + group * cells * mask_bytes;

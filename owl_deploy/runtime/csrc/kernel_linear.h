@@ -167,7 +167,7 @@ void matvec_integer(const PackedMatrix& w, std::size_t begin, std::size_t end,
     typename V::F total = V::f_set1(0.0F);
     auto add = [&](std::size_t b, typename V::I sum) {
       const typename V::F scale =
-          V::f_load_scales(weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_exponent);
+          V::f_load_scales(weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_code);
       total = V::f_fma(V::to_float(sum), V::f_mul(scale, V::f_set1(scales[b])), total);
     };
     auto sums_of = [&](std::size_t b, std::size_t cells) OWL_ALWAYS_INLINE {
@@ -219,7 +219,7 @@ void refine_group(const PackedMatrix& w, const std::size_t* rows, std::size_t co
       typename V::F scale =
           V::f_set1(0.0F);  // the even number of blocks may be one more than there are
       if (b < w.blocks())
-        scale = V::f_mul(V::f_load_scales(weight_scales + b * kGroupRows, w.scale_exponent),
+        scale = V::f_mul(V::f_load_scales(weight_scales + b * kGroupRows, w.scale_code),
                          V::f_set1(x_scales[b]));
       V::f_store(scales + (b - first) * kGroupRows, scale);
       if (V::kBiased)
@@ -382,7 +382,7 @@ void few_integer(const PackedMatrix& w, std::size_t begin, std::size_t end,
     for_each_block<V>(stream, w.cells, [&](const auto& block, std::size_t c) OWL_ALWAYS_INLINE {
       const std::size_t b = c / kBlockCells;
       const typename V::F weight_scale =
-          V::f_load_scales(weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_exponent);
+          V::f_load_scales(weight_scales + (b >> w.scale_shift) * kGroupRows, w.scale_code);
       const std::uint8_t* row = rows;
       for (std::size_t m = 0; m < count; ++m, row += layout.stride) {
         float scale;
@@ -564,7 +564,7 @@ void unpack_scales(const PackedMatrix& w, std::size_t begin, std::size_t groups,
     const std::size_t place = ((first + b) >> w.scale_shift) * kGroupRows;
     for (std::size_t n = 0; n < groups; ++n)
       V::f_store(scales + (b * V::kPanelGroups + n) * kGroupRows,
-                 V::f_load_scales(w.group_scales(begin + n) + place, w.scale_exponent));
+                 V::f_load_scales(w.group_scales(begin + n) + place, w.scale_code));
   }
 }
 

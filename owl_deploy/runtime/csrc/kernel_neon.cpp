@@ -250,13 +250,15 @@ struct Neon {
       return vmulq_f32(p.v[i], vreinterpretq_f32_s32(power));
     });
   }
-  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
-    const uint8x16_t codes = vld1q_u8(p);
-    const uint16x8_t wide[2] = {vmovl_u8(vget_low_u8(codes)), vmovl_u8(vget_high_u8(codes))};
+  static F f_load_scales(const std::uint8_t* p, const ScaleCode& code) {
+    const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
+    const int16x8_t wide[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
     return each([&](int i) {
-      const uint16x4_t four = i % 2 == 0 ? vget_low_u16(wide[i / 2]) : vget_high_u16(wide[i / 2]);
+      const int16x4_t four = i % 2 == 0 ? vget_low_s16(wide[i / 2]) : vget_high_s16(wide[i / 2]);
+      const uint32x4_t moved =
+          vreinterpretq_u32_s32(vshlq_s32(vmovl_s16(four), vdupq_n_s32(code.shift)));
       return vreinterpretq_f32_u32(
-          vaddq_u32(vshlq_n_u32(vmovl_u16(four), 19), vdupq_n_u32(exponent << 23)));
+          vaddq_u32(vandq_u32(moved, vdupq_n_u32(code.mask)), vdupq_n_u32(code.exponent_bits)));
     });
   }
   static F f_halves(float low, float high) {

@@ -195,14 +195,8 @@ struct Portable {
     const std::uint32_t rounded = rest + 0xfff + (rest >> 13 & 1);  // to nearest, ties to even
     return static_cast<std::uint16_t>(sign | (rounded - 0x38000000U) >> 13);
   }
-  // See PackedMatrix::scale_bits.
-  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
-    return each([&](int i) {
-      const std::uint32_t bits = (exponent << 23) + (static_cast<std::uint32_t>(p[i]) << 19);
-      float r;
-      std::memcpy(&r, &bits, 4);
-      return r;
-    });
+  static F f_load_scales(const std::uint8_t* p, const ScaleCode& code) {
+    return each([&](int i) { return code.decoded(p[i]); });
   }
   static F f_halves(float low, float high) {
     return each([&](int i) { return i < 8 ? low : high; });

@@ -4,11 +4,14 @@
 #include <utility>
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <span>
 #endif
 
 namespace owl {
@@ -44,6 +47,28 @@ bool maps_a_file(std::uintptr_t begin, std::uintptr_t end) {
   return found;
 }
 
+// Whether no page of [begin, end), on boundaries of pages, is a copy that was written to.
+bool is_unwritten(std::uintptr_t begin, std::uintptr_t end, std::uintptr_t page) {
+  constexpr std::uint64_t kPresent = std::uint64_t{1} << 63, kSwapped = std::uint64_t{1} << 62,
+                          kOfFile = std::uint64_t{1} << 61;
+  const int pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (pages < 0) return false;
+  bool unwritten = true;
+  std::uint64_t entries[512];
+  for (std::uintptr_t at = begin / page, last = end / page; unwritten && at < last;) {
+    const std::size_t count = std::min<std::size_t>(std::size(entries), last - at);
+    const auto bytes = static_cast<ssize_t>(count * sizeof *entries);
+    unwritten = pread(pages, entries, static_cast<std::size_t>(bytes),
+                      static_cast<off_t>(at * sizeof *entries)) == bytes;
+    for (const std::uint64_t entry : std::span(entries, unwritten ? count : 0))
+      unwritten = unwritten && (entry & kSwapped) == 0 &&
+                  ((entry & kPresent) == 0 || (entry & kOfFile) != 0);
+    at += count;
+  }
+  close(pages);
+  return unwritten;
+}
+
 }  // namespace
 
 bool huge_pages_available() {
@@ -74,7 +99,7 @@ void release_file_pages(const void* data, std::size_t size) {
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
   const std::uintptr_t begin = (address + page - 1) / page * page,
                        end = (address + size) / page * page;
-  if (begin < end && maps_a_file(begin, end))
+  if (begin < end && maps_a_file(begin, end) && is_unwritten(begin, end, page))
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 

@@ -76,7 +76,7 @@ class Scratch {
 };
 
 // Gives back the resident pages of [data, data + size) if they are a view of a file, which keeps
-// them for later readers; any other memory is left alone.
+// them for later readers; any other memory, and a page of it that was written to, is left alone.
 void release_file_pages(const void* data, std::size_t size);
 
 }  // namespace owl

@@ -14,7 +14,8 @@
 //      softcap
 //   2: as 1, with attention_mask behind sin
 // `logits`, if given: the output that holds a head's logits. A session whose configuration has
-// kLastLogits gets, of a prompt longer than kFewRows, only those of each sequence's last tokens:
+// kLastLogits gets, of a prompt longer than kFewRows, only those of each sequence's last tokens, and
+// of the last before a run of equal ones:
 // the other rows of that output are neither computed nor written, so that their memory, 400 MB for
 // 2048 tokens of a vocabulary of 49152, is never taken.
 #include <algorithm>
@@ -365,10 +366,13 @@ class ProgramKernel {
     void compute() {
       const Value& x = std::visit([](const auto& step) -> const Value& { return input_of(step); },
                                   kernel_.steps_.front());
-      const auto shape = needed_input(context_, x.index).GetTensorTypeAndShapeInfo().GetShape();
+      const Ort::ConstValue tensor = needed_input(context_, x.index);
+      const auto shape = tensor.GetTensorTypeAndShapeInfo().GetShape();
       require(shape.size() == 3, "activations are [batch, length, width]");
       batch_ = extent(shape[0]);
       length_ = extent(shape[1]);
+      embedded_ = tensor.GetTensorData<float>();
+      embedded_width_ = extent(shape[2]);
       require(batch_ <= kMaxRows && length_ <= kMaxRows && rows() <= kMaxRows,
               "there are too many rows");
       const owl::Scratch::Borrowed borrowed(slots);
@@ -471,18 +475,35 @@ class ProgramKernel {
     }
 
     // Of each sequence by itself, so that it does not depend on the others. Not of the last token
-    // alone: onnxruntime-genai passes over tokens at the end that look like padding.
-    void add_last(owl::Plan& plan, const owl::Linear& whole, const float* x, float* y) const {
+    // alone: onnxruntime-genai passes over tokens at the end that look like padding. Those of a
+    // sequence among others are masked; one alone may end in any number of them, which are equal.
+    void add_last(owl::Plan& plan, const owl::Linear& whole, const float* x, float* y) {
+      const auto add_rows = [&](std::size_t begin, std::size_t end) {
+        owl::Linear op = whole;
+        if (op.skip != nullptr) op.skip += begin * op.weight.cols;
+        plan.add(op, x + begin * op.weight.cols, end - begin, y + begin * op.outputs, nullptr);
+      };
       for (std::size_t b = 0; b < batch_; ++b) {
         const std::int64_t* mask = mask_ + (b + 1) * total_ - length_;
+        const std::size_t first = b * length_;
         std::size_t end = length_;
         while (end > 0 && mask[end - 1] == 0) --end;
         const std::size_t begin = end - std::min(end, owl::kFewRows);
-        const std::size_t row = b * length_ + begin, at = row * whole.weight.cols;
-        owl::Linear op = whole;
-        if (op.skip != nullptr) op.skip += at;
-        plan.add(op, x + at, end - begin, y + row * op.outputs, nullptr);
+        const std::size_t before = end == 0 ? 0 : row_before_equals(first, first + end) - first;
+        if (before < begin) add_rows(first + before, first + before + 1);
+        add_rows(first + begin, first + end);
       }
+    }
+
+    // Of the rows [first, end), one at least, the last whose token is not that of the row at their
+    // end; `first` if there is none.
+    std::size_t row_before_equals(std::size_t first, std::size_t end) {
+      const std::size_t width = embedded_width_;
+      const float* last = embedded_ + (end - 1) * width;
+      std::size_t row = end - 1;
+      while (row > first && std::memcmp(embedded_ + row * width, last, width * sizeof(float)) == 0)
+        --row;
+      return row;
     }
 
     void add(owl::Plan& plan, const AttentionStep& s) {
@@ -515,6 +536,8 @@ class ProgramKernel {
     OrtKernelContext* raw_;
     Ort::KernelContext context_;
     std::size_t batch_ = 0, length_ = 0;
+    const float* embedded_ = nullptr;  // what the steps begin with: equal where tokens are
+    std::size_t embedded_width_ = 0;
     const std::int64_t* mask_ = nullptr;  // [batch, total_], checked by an attention step
     std::size_t total_ = 0;
     std::vector<Row> slot_now_;

@@ -174,13 +174,15 @@ struct Avx2Common {
   static F scale_by_power(F p, F shifted) {
     return {scale_half(p.lo, shifted.lo), scale_half(p.hi, shifted.hi)};
   }
-  static __m256 scales_half(const std::uint8_t* p, std::uint32_t exponent) {
-    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  static __m256 scales_half(const std::uint8_t* p, const ScaleCode& code) {
+    const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i moved = _mm256_sll_epi32(wide, _mm_cvtsi32_si128(code.shift));
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(code.mask));
     return _mm256_castsi256_ps(_mm256_add_epi32(
-        _mm256_slli_epi32(wide, 19), _mm256_set1_epi32(static_cast<int>(exponent << 23))));
+        _mm256_and_si256(moved, mask), _mm256_set1_epi32(static_cast<int>(code.exponent_bits))));
   }
-  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
-    return {scales_half(p, exponent), scales_half(p + 8, exponent)};
+  static F f_load_scales(const std::uint8_t* p, const ScaleCode& code) {
+    return {scales_half(p, code), scales_half(p + 8, code)};
   }
   static F f_halves(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
   static F f_load_fp16(const std::uint16_t* p) {

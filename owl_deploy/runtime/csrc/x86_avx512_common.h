@@ -90,10 +90,12 @@ struct Avx512Common {
   static F scale_by_power(F p, F shifted) {
     return _mm512_scalef_ps(p, _mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0F)));
   }
-  static F f_load_scales(const std::uint8_t* p, std::uint32_t exponent) {
-    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  static F f_load_scales(const std::uint8_t* p, const ScaleCode& code) {
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i moved = _mm512_sll_epi32(wide, _mm_cvtsi32_si128(code.shift));
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(code.mask));
     return _mm512_castsi512_ps(_mm512_add_epi32(
-        _mm512_slli_epi32(wide, 19), _mm512_set1_epi32(static_cast<int>(exponent << 23))));
+        _mm512_and_si512(moved, mask), _mm512_set1_epi32(static_cast<int>(code.exponent_bits))));
   }
   static F f_halves(float low, float high) {
     return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));

@@ -27,15 +27,14 @@ def test_the_scales_fit_the_bytes_of_the_engine(bits, size):
     weight = size * spread * torch.randn(64, 32, generator=generator)
     weight[3] = 0
     grid = Grid(bits, 32)
-    codes = grid.best_codes(weight, torch.ones(32), grid.window(weight))
-    scales = decode(codes)
-    assert bool((scales > 0).all())
-    assert int(codes.max()) // 16 - int(codes.min()) // 16 <= 15
-    exponent = max(0, (int(codes.max()) - 240) // 16)
-    stored = (codes - 16 * exponent).numpy()
-    assert stored.min() >= 0
-    assert stored.max() <= 255
-    assert torch.equal(torch.from_numpy(pack._decode_scales(stored, exponent)), scales)
+    scales = decode(grid.best_codes(weight, torch.ones(32), grid.window(weight)))
+    assert bool((scales != 0).all())
+    # What is squared to nothing tells no scale from another.
+    assert bool((scales < 0).any()) == (bits < 8 and size > 1e-20)
+    rounded = grid.nearest(weight, scales.unsqueeze(1))
+    held = {"scales": scales.unsqueeze(1).numpy(), "scale_columns": 32}
+    block = pack.pack(rounded.numpy(), pack.INTEGERS[bits], sparse=False, **held)
+    assert torch.equal(torch.from_numpy(pack.unpack(block)), rounded)
     assert torch.equal(scales.bfloat16().float(), scales)
 
 
@@ -50,9 +49,29 @@ def test_the_scale_is_the_best_of_all_that_are_tried():
     def errors(codes):
         return (grid.nearest(values, decode(codes).unsqueeze(1)) - values).square() @ weights
 
-    highest = torch.maximum(values.amax(1) / 3, values.amin(1) / -4)
-    assert bool((decode(found) <= highest * (1 + 1 / 16)).all())  # no larger than clips nothing
-    for step in (-2, -1, 1):
-        worse = errors(found + step) >= errors(found)
-        assert bool((worse | (decode(found + step) > highest * (1 + 1 / 16))).all())
-    assert bool((decode(found) < highest).any())  # clipping pays
+    def highest(signs):
+        return torch.maximum((signs * values).amax(1) / 3, (signs * values).amin(1) / -4)
+
+    scales = decode(found)
+    own = highest(scales.sign().unsqueeze(1))
+    assert bool((scales.abs() <= own * (1 + 1 / 8)).all())  # no larger than clips nothing
+    assert bool((scales.abs() < own).any())  # clipping pays
+    assert bool((scales < 0).any())
+    assert bool((scales > 0).any())
+    for sign in (1.0, -1.0):
+        clips_nothing = highest(torch.full((40, 1), sign))
+        for eighths in range(-30, 10):
+            binade, mantissa = divmod(eighths, 8)
+            scale = sign * 2.0**binade * (1 + mantissa / 8)
+            codes = (torch.tensor(scale).view(torch.int32) >> 19 & 0x1FFF).expand(40)
+            share = abs(scale) / clips_nothing
+            tried = (share > 0.5) & (share < 1 + 1 / 8)
+            assert bool((errors(codes) >= errors(found))[tried].all())
+
+
+def test_a_scale_below_zero_reaches_further_above_it():
+    values = torch.tensor([[4.0, 1.0, -3.0, 2.0]])
+    grid = Grid(3, 4)
+    scale = decode(grid.best_codes(values, torch.ones(4), grid.window(values)))
+    assert scale.tolist() == [-1.0]
+    assert torch.equal(grid.nearest(values, scale.unsqueeze(1)), values)

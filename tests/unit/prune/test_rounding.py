@@ -63,17 +63,20 @@ def error(weight, dense, hessian):
 @pytest.mark.parametrize("method", ["none", "sparsegpt", "magnitude"])
 def test_few_tokens_are_not_taken_at_their_word(method):
     """Dampened by the inputs over the tokens, a weight errs less on others than by GPTQ's 0.01."""
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(24, 64, generator=generator)
-    mix = torch.eye(64) + 0.3 * torch.randn(64, 64, generator=generator)
-    seen, others = (torch.randn(n, 64, generator=generator) @ mix for n in (96, 4096))
     sparsity = 0.5 if METHODS[method].removes else 0.0
-    plain, damped = (
-        prune_and_round(method, weight, seen.T @ seen, sparsity, None, Grid(3, 32), share)[0]
-        for share in (0.0, 64 / 96)
-    )
-    hessian = others.T @ others
-    assert error(damped, weight, hessian) < 0.95 * error(plain, weight, hessian)
+    errors = {0.0: 0.0, 64 / 96: 0.0}  # by the dampening
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(24, 64, generator=generator)
+        mix = torch.eye(64) + 0.3 * torch.randn(64, 64, generator=generator)
+        seen, others = (torch.randn(n, 64, generator=generator) @ mix for n in (96, 4096))
+        hessian = others.T @ others
+        for share in errors:
+            found = prune_and_round(
+                method, weight, seen.T @ seen, sparsity, None, Grid(3, 32), share
+            )
+            errors[share] += error(found[0], weight, hessian)
+    assert errors[64 / 96] < 0.98 * errors[0.0]
 
 
 def masks(layer):
@@ -128,7 +131,8 @@ def test_by_hand():
     grid = Grid(3, 2)
     swept = rounding.rounded(weight, kept, factor, grid)
     # 3 bits are -4 to 3. Of 13/16, the least that reaches 2.4, down to 1/4, 13/16 costs least: the
-    # first column's error counts 3/2 (the inverse of [H^-1]_00), the second's 2. Its first column
+    # first column's error counts 3/2 (the inverse of [H^-1]_00), the second's 2; below zero, where
+    # -5/8 is the first that reaches it, none costs as little. Its first column
     # loses 1 - 13/16 = 3/16, of which the second takes H_01 / H_11 = 1/2: 2.4 + 3/32 -> 3 x 13/16.
     assert decode(swept.codes).tolist() == [[0.8125]]
     assert swept.weight.tolist() == [[0.8125, 2.4375]]

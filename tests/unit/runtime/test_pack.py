@@ -87,29 +87,36 @@ def test_int8_scales_span_the_sizes_of_a_weight_s_rows() -> None:
 
 
 def on_grid(
-    rows: int, cols: int, values: pack.Values, shared: int, sparsity: float = 0.4, seed: int = 0
+    rows: int, cols: int, values: pack.Values, shared: int, *, signs: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """A weight of random integers times scales of the byte's form, and the scales."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     shape = (rows, -(-cols // shared))
-    scales = np.ldexp(1 + rng.integers(0, 16, shape) / 16, rng.integers(-9, 5, shape))
+    parts = 8 if signs else 16
+    scales = np.ldexp(1 + rng.integers(0, parts, shape) / parts, rng.integers(-9, 5, shape))
     scales = scales.astype(np.float32)
+    if signs:
+        scales *= rng.choice(np.float32([-1, 1]), shape)
     least, largest = pack.TRAITS[values].levels or (0, 0)
     integers = rng.integers(least, largest + 1, (rows, cols))
-    integers[rng.random((rows, cols)) < sparsity] = 0
+    integers[rng.random((rows, cols)) < 0.4] = 0
     return integers * scales.repeat(shared, axis=1)[:, :cols], scales
 
 
 @pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("shared", pack.SHARED_COLUMNS)
-def test_a_weight_on_a_grid_keeps_it(values: pack.Values, sparse: bool, shared: int) -> None:
-    weight, scales = on_grid(37, 200, values, shared)
+@pytest.mark.parametrize("signs", [False, True])
+def test_a_weight_on_a_grid_keeps_it(
+    values: pack.Values, sparse: bool, shared: int, signs: bool
+) -> None:
+    weight, scales = on_grid(37, 200, values, shared, signs=signs)
     bf16 = pack.unpack(pack.pack(weight, "bf16"))  # as checkpoints hold it
     for held in (weight, bf16):
         block = packed(held, values, sparse, scales=scales, scale_columns=shared)
         np.testing.assert_array_equal(pack.unpack(block), weight)
         assert pack.inspect(block).nonzeros == np.count_nonzero(weight)
+        assert pack.inspect(block).signed_scales == signs
 
 
 @pytest.mark.parametrize("exponent", range(-22, -16))
@@ -140,8 +147,10 @@ def test_a_weight_off_its_grid_is_refused() -> None:
             pack.pack(changed, "int4", scales=scales)
     with pytest.raises(ValueError, match="power of two times sixteenths"):
         pack.pack(weight, "int4", scales=scales * np.float32(1.01))
-    with pytest.raises(ValueError, match="power of two times sixteenths"):
+    with pytest.raises(ValueError, match="sixteenths or eighths"):
         pack.pack(weight, "int4", scales=-scales)
+    with pytest.raises(ValueError, match="does not lie on its grid"):
+        pack.pack(-8 * np.ones((1, 32), np.float32), "int4", scales=-np.ones((1, 1), np.float32))
     with pytest.raises(ValueError, match="asks for"):
         pack.pack(weight, "int4", scales=scales[:, :1])
     with pytest.raises(ValueError, match="share a scale"):
@@ -194,6 +203,32 @@ def test_version_2_is_read(kernels: Kernels, isa: str, values: pack.Values, spar
     x = np.ones((3, 70), dtype=np.float32)
     found, wanted = (kernels.matmul(isa, one, x, 33)[0] for one in (old, block))
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("values", INTEGERS)
+def test_version_3_is_read(kernels: Kernels, isa: str, values: pack.Values) -> None:
+    weight, scales = on_grid(33, 70, values, 32)
+    block = packed(weight, values, sparse=False, scales=scales)
+    # What tells of signs means nothing there.
+    old = changed(changed(block, "version", 3), "signs", 7)
+    np.testing.assert_array_equal(pack.unpack(old), weight)
+    np.testing.assert_array_equal(kernels.gather(old, 5, 70), weight[5])
+    x = np.ones((3, 70), dtype=np.float32)
+    found, wanted = (kernels.matmul(isa, one, x, 33)[0] for one in (old, block))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("values", INTEGERS)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_scales_below_zero(kernels: Kernels, isa: str, values: pack.Values, sparse: bool) -> None:
+    weight, scales = on_grid(33, 70, values, 32, signs=True)
+    block = packed(weight, values, sparse, scales=scales)
+    for rows in (1, 3, 40):
+        x = np.ones((rows, 70), dtype=np.float32)
+        found = kernels.matmul(isa, block, x, 33)[0]
+        np.testing.assert_allclose(found, x @ weight.T, rtol=1e-5, atol=1e-4)
+    if not pack.inspect(block).sparse:
+        np.testing.assert_array_equal(kernels.gather(block, 5, 70), weight[5])
 
 
 def test_version_2_has_no_int4(kernels: Kernels) -> None:
@@ -326,7 +361,7 @@ def test_gate_and_up_alternate() -> None:
 
 REFUSAL = (
     "block|version|value type|flags|planes|exponent|"
-    "groups of 16|rows|cells|outside|region|index|mask|shared|dense only"
+    "groups of 16|rows|cells|outside|region|index|mask|shared|signs|dense only"
 )
 HEADER_FIELDS = {
     "version": (8, 4),
@@ -344,6 +379,7 @@ HEADER_FIELDS = {
     "total": (88, 8),
     "exponent": (96, 4),
     "scale_columns": (100, 4),
+    "signs": (104, 4),
 }
 
 
@@ -357,7 +393,9 @@ def test_hostile_header(kernels: Kernels, field: str, value: int, values: pack.V
     if np.array_equal(block[offset : offset + width], new):
         pytest.skip("this is the true value")
     block[offset : offset + width] = new
-    if field == "exponent" and value % 2**32 < 2**8 - 16:  # the weight is larger or smaller
+    exponent = field == "exponent" and value % 2**32 < 2**8 - 16  # the weight is larger or smaller
+    signs = field == "signs" and value % 2**32 < 2 and values != "bf16"  # others are
+    if exponent or signs:
         kernels.check(block)
         pack.inspect(block)
         return

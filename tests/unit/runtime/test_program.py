@@ -1,5 +1,6 @@
 """Operators joined into programs: the numbers of node by node; what is left out is refused."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -201,6 +202,24 @@ def test_one_weight_for_two_steps():
     assert count == 1
     for apart, one in zip(run(model, 5, 0)[:1], run(together, 5, 0)[:1], strict=True):
         np.testing.assert_array_equal(one, apart)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_view_of_a_file_that_was_written_to_keeps_what_it_holds(tmp_path):
+    """The engine gives a view's pages back once it has copied them: these would be the file's."""
+    model, _ = joined(two_products())
+    (tensor,) = (one for one in model.graph.initializer if one.name == "up")
+    block = numpy_helper.to_array(tensor)
+    assert block.size > 4 * mmap.PAGESIZE
+    (tmp_path / "weights").write_bytes(bytes(block.size))
+    view = np.memmap(tmp_path / "weights", np.uint8, "c")
+    view[:] = block
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+    held = onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(view))
+    options.add_initializer("up", held)
+    onnxruntime.InferenceSession(model.SerializeToString(), options)
+    np.testing.assert_array_equal(view, block)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
