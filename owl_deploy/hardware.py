@@ -2,8 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from owl_deploy.errors import BadInput, unknown_name
 from owl_deploy.ranks import local_rank
 
 _DEVICES = ("auto", "cpu", "cuda")
+_SCORE_BYTES = 13  # of a head and a pair of tokens: scores, their softmax, and which are masked
 _TOKENS_A_BATCH = 1024  # on a CPU more is no faster, and leaves the caches
 
 
@@ -119,8 +121,21 @@ def find_training_dtype(name: str, device: torch.device) -> torch.dtype:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether it has instructions for that, a CPU AVX-512 BF16 or AMX: twice as fast as float32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):  # which is asked of the current one
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _holds_scores(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention holds scores of all pairs of tokens: grouped, without a fused kernel.
+
+    On CUDA those that PyTorch has for grouped heads take 16 bits only, and float16 from Ampere on.
+    """
+    heads = config.get("num_attention_heads")
+    if device.type != "cuda" or config.get("num_key_value_heads", heads) == heads:
+        return False
+    older = torch.cuda.get_device_properties(device).major < 8
+    return dtype == torch.float32 or (older and dtype == torch.float16)
 
 
 def find_batch(given: int | None, windows: torch.Tensor | None, skeleton: Skeleton) -> int:
@@ -129,9 +144,12 @@ def find_batch(given: int | None, windows: torch.Tensor | None, skeleton: Skelet
         return given
     if windows is None:
         return 1
-    config = skeleton.checkpoint.config
-    width = 8 * config.get("hidden_size", 0) + 4 * config.get("intermediate_size", 0)
-    sample = windows.shape[1] * width * skeleton.dtype.itemsize
+    config, length = skeleton.checkpoint.config, windows.shape[1]
+    inner = config.get("intermediate_size") or config.get("ffn_dim") or 0  # OPT's name for it
+    width = 8 * config.get("hidden_size", 0) + 4 * inner
+    sample = length * width * skeleton.dtype.itemsize
+    if _holds_scores(config, skeleton.device, skeleton.dtype):
+        sample += _SCORE_BYTES * config["num_attention_heads"] * length**2
     free = free_on(skeleton.device)
     if skeleton.device.type == "cpu":
         free = min(free, 4 * _TOKENS_A_BATCH * width * skeleton.dtype.itemsize)

@@ -108,7 +108,10 @@ class Judge:
     @torch.no_grad()
     def _order(self, norms: Sequence[LayerNorms]) -> None:
         """Find for every weight the first level at which it goes, less one; run the dense model."""
-        names = self.shape.names
+        names, sizes = self.shape.names, self.shape.linear_sizes
+        # In one piece: half of what is free is asked of all of them, and not of each again.
+        whole = room_for((sum(sizes),), torch.uint8, self.skeleton.device, self.scratch)
+        rooms = iter(whole.split(sizes))
         with bar("Ordering weights", len(names) * len(self.windows)) as advance:
             for index, name in enumerate(names):
                 with self.skeleton.loaded(name) as block:
@@ -116,9 +119,8 @@ class Judge:
                     self.orders.append({})
                     for key in self.shape.linears[index]:
                         scores = score.wanda(linears[key].weight.float(), norms[index][key])
-                        shape, order = tuple(scores.shape), levels(scores, self.group)
-                        found = room_for(shape, torch.uint8, scores.device, self.scratch)
-                        self.orders[index][key] = found.copy_(order)
+                        order = next(rooms).view_as(scores)
+                        self.orders[index][key] = order.copy_(levels(scores, self.group))
                     self.dense.through(block, index, advance, keep=True)
 
     @staticmethod

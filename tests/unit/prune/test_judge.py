@@ -39,6 +39,19 @@ def make(folder, scratch):
     return Judge(skeleton, shape, norms_of(skeleton, shape), WINDOWS, scratch, None)
 
 
+def test_room_for_all_orders_is_asked_for_at_once(tmp_path, monkeypatch):
+    """Each by itself would find half of what is left enough, until nothing is."""
+    asked = []
+
+    def room_for(shape, dtype, *_):
+        asked.append(shape)
+        return torch.empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(judging, "room_for", room_for)
+    judge = make(tiny.write_llama(tmp_path / "model"), tmp_path)
+    assert asked == [(sum(judge.shape.sizes),)]
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_divergence_is_that_of_the_whole_model(family, tmp_path):
     folder = tiny.write_model(family, tmp_path / "model")
