@@ -3,6 +3,7 @@
 python examples/generate.py DEPLOYMENT "The capital of France is" [THREADS]
 """
 
+import argparse
 import json
 import os
 import sys
@@ -39,4 +40,10 @@ def main(folder: str, prompt: str, threads: int, max_new_tokens: int = 64) -> No
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int((sys.argv[3:] or [os.cpu_count() or 1])[0]))
+    parser = argparse.ArgumentParser(description="Stream text from an owl deployment.")
+    parser.add_argument("folder", metavar="DEPLOYMENT")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument(
+        "threads", metavar="THREADS", type=int, nargs="?", default=os.cpu_count() or 1
+    )
+    main(**vars(parser.parse_args()))

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.filesize import decimal
 
-from owl_deploy.errors import BadInput, EnvironmentFailed, first_line
-from owl_deploy.lease import STALE_S, Held, holds, lease
+from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, printable
+from owl_deploy.lease import STALE_S, Held, holds, lease, outlast
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,8 @@ def only_writer(destination: Path, force: bool = False, *inputs: str | Path) -> 
     """Let no other run write `destination` meanwhile; refuse one that may not be written at all.
 
     See `check_output` and, for its `inputs`, `check_apart`. Whoever writes holds the lease
-    `.NAME.owl-lock` (lease.py); what killed runs left is cleared first.
+    `.NAME.owl-lock` (lease.py), and loses it if it stands still for long: see `check_writer`. What
+    killed runs left is cleared first.
     """
     _check_parent(destination)
     check_apart(destination, *inputs)
@@ -125,11 +127,29 @@ def _lock(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.owl-lock")
 
 
+def is_writer(destination: Path) -> bool:
+    """Whether this process is the `only_writer` of `destination`, still."""
+    return holds(_lock(destination))
+
+
+def check_writer(destination: Path) -> None:
+    """Raise `EnvironmentFailed` unless this process is the `only_writer` of `destination`, still.
+
+    One that was suspended may have lost it to a run of another machine, whose files it then meets.
+    """
+    if not is_writer(destination):
+        raise EnvironmentFailed(
+            f"Another run took {destination} over, since this one stood still.", "Run again."
+        )
+
+
 @contextlib.contextmanager
 def _leased(destination: Path) -> Iterator[None]:
+    lock = _lock(destination)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lease(_lock(destination)))
+            outlast(lock, lambda host: _say_who_is_waited_for(destination, host))
+            stack.enter_context(lease(lock))
         except Held as error:
             raise BadInput(
                 f"Another run is writing {destination}.",
@@ -138,6 +158,16 @@ def _leased(destination: Path) -> Iterator[None]:
         except OSError as error:
             raise _not_writable(destination.parent, error) from error
         yield
+
+
+def _say_who_is_waited_for(destination: Path, host: str) -> None:
+    typer.echo(
+        printable(
+            f"A run on {host} is writing {destination}, or was killed there: waiting for at most "
+            f"{STALE_S:.0f} s for it to show life."
+        ),
+        err=True,
+    )
 
 
 def check_room(
@@ -204,13 +234,10 @@ def staged_folder(destination: Path, force: bool = False, *inputs: Path) -> Iter
 def publish(staging: Path, destination: Path, force: bool) -> None:
     """Make `staging` appear as `destination`, safely on disk; with `force` for what is there.
 
-    Only for its `only_writer`: raises `EnvironmentFailed` where another took over meanwhile, or
-    something is there now that it may not replace.
+    Only for its `only_writer`: raises as `check_writer`, and `EnvironmentFailed` where something is
+    there now that it may not replace.
     """
-    if not holds(_lock(destination)):
-        raise EnvironmentFailed(
-            f"Another run took {destination} over, since this one stood still.", "Run again."
-        )
+    check_writer(destination)
     for path in staging.glob(".*.owl-tmp-*"):  # files that a kill left half written
         path.unlink()
     all_to_disk(staging)

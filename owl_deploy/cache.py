@@ -3,6 +3,7 @@
 Engine environments, the demo's input, and what takes long to find and may be needed again.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from owl_deploy.errors import EnvironmentFailed
 
 def cache_path() -> Path:
     """Where the cache folder is, or would be: `OWL_CACHE`, else the user's own of the system."""
-    return Path(os.environ.get("OWL_CACHE") or platformdirs.user_cache_dir("owl_deploy"))
+    return _place(os.environ.get("OWL_CACHE") or platformdirs.user_cache_dir("owl_deploy"))
+
+
+@functools.cache
+def _place(told: str) -> Path:
+    """Where that is, from the folder of the first who asks: a cluster's task then works in another,
+    and a relative path would mean a second cache there."""
+    return Path(told).absolute()
 
 
 def cache_dir(*parts: str) -> Path:

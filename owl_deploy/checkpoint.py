@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from owl_deploy import digests
 from owl_deploy.artefact import check_path, copy, link, own, read_object, save_tensors, sha256
-from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_out_of_memory
+from owl_deploy.errors import (
+    BadInput,
+    EnvironmentFailed,
+    first_line,
+    is_full_disk,
+    is_out_of_memory,
+)
 from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
 from owl_deploy.progress import quiet_transformers
@@ -238,7 +244,8 @@ class Checkpoint:
         """The whole model in memory, on the CPU, for inference: 4 bytes a weight in float32.
 
         Raises `BadInput` where a value is not finite, or the tensors are not those of the model
-        that config.json describes.
+        that config.json describes, and `EnvironmentFailed` where the system does not let them be
+        read; a full memory or disk stays the error that it is.
         """
         import transformers
 
@@ -255,8 +262,10 @@ class Checkpoint:
                     output_loading_info=True,
                 )
         except Exception as error:  # transformers' errors for a bad folder are of many types
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_full_disk(error):
                 raise
+            if isinstance(error, OSError) and error.errno is not None:  # transformers' own has none
+                raise _unreadable(self.folder, error) from error
             reason = first_line(error)
             if "ignore_mismatched_sizes" in reason:  # the advice is for programmers
                 raise BadInput(
@@ -361,8 +370,13 @@ def _open_safetensors(path: Path) -> Any:  # noqa: ANN401 - safetensors has no s
         return safe_open(path, framework="pt")
     except (SafetensorError, ValueError) as error:
         raise BadInput(f"{path} is corrupt ({error}).", "Get the file again.") from error
-    except OSError as error:  # of a share that is away, perhaps: it may come back
-        raise EnvironmentFailed(f"{path} cannot be read ({error}).", "Try again.") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> EnvironmentFailed:
+    """What is said of what the system does not read: of a share that is away, it may come back."""
+    return EnvironmentFailed(f"{path} cannot be read ({error}).", "Try again.")
 
 
 def _tensor_bytes(path: Path) -> int:

@@ -5,6 +5,7 @@ Results go to stdout, progress and errors to stderr. Nothing heavy is imported u
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     from owl_deploy.record import Record
 
 
+# What Ctrl-C leaves of the verbs that have no outputs.
+_LEFT = {"generate": "the text ends here", "serve": "nothing is served any more"}
+
+
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer has the type to itself
         """Let it be said what Ctrl-C left, for typer ends on that without a word."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise Interrupted(str(error)) from error
+            raise Interrupted(str(error) or _LEFT.get(str(ctx.invoked_subcommand), "")) from error
 
 
 app = typer.Typer(
@@ -172,7 +177,7 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Export a checkpoint as a deployment, checked against PyTorch."""
-    from owl_deploy.export.show import show, steps
+    from owl_deploy.export.show import advise, show, steps
 
     with steps() as progress:
         manifest = api.export(
@@ -185,6 +190,8 @@ def export(
             progress=progress,
         )
     _emit(manifest.to_json(), as_json, lambda: show(manifest, str(output)))
+    if precision is None:
+        advise(manifest)
 
 
 @app.command()
@@ -193,23 +200,14 @@ def generate(
     prompt: options.Prompt = None,
     prompt_file: options.PromptFile = None,
     chat: options.Chat = False,
+    system: options.System = None,
+    stop: options.Stop = None,
     max_new_tokens: options.MaxNewTokens = None,
     do_sample: options.DoSample = False,
-    temperature: Annotated[
-        float, typer.Option(help="With --do-sample: divides the logits; above 1 is more varied.")
-    ] = 1.0,
-    top_k: Annotated[
-        int, typer.Option(help="With --do-sample: choose among this many likeliest tokens.")
-    ] = 50,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="With --do-sample: choose among the likeliest tokens of this total probability."
-        ),
-    ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that occurred before become less likely.")
-    ] = 1.0,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.SamplingSeed = None,
     draft: options.DraftFolder = None,
     draft_tokens: options.DraftTokens = None,
@@ -219,22 +217,17 @@ def generate(
 ) -> None:
     """Stream text from a deployment, and say how fast it came."""
     from owl_deploy.generate import read_prompt
+    from owl_deploy.serve.stops import Stops
 
     sampling = api.Sampling(
         max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, seed
     )
-    greedy = api.Sampling(max_new_tokens, repetition_penalty=repetition_penalty)
-    if not do_sample and sampling != greedy:
-        raise api.BadInput(
-            "--temperature, --top-k, --top-p and --seed are for sampling.",
-            "Give --do-sample as well, or leave them out.",
-        )
     speed = api.Speed()
     pieces = []
     text = read_prompt(prompt, prompt_file)
-    how: dict[str, Any] = {"chat": chat, "threads": threads, "trust_library": trust_library}
-    how |= {"draft": draft, "draft_tokens": draft_tokens}
-    for piece in api.generate(deployment, text, sampling, speed, **how):
+    how: dict[str, Any] = {"chat": chat, "system": system, "threads": threads}
+    how |= {"trust_library": trust_library, "draft": draft, "draft_tokens": draft_tokens}
+    for piece in Stops(stop or ()).before(api.generate(deployment, text, sampling, speed, **how)):
         pieces.append(piece)
         if not as_json:
             typer.echo(piece, nl=False)
@@ -249,7 +242,8 @@ def serve(
     port: options.Port = 8000,
     batch: options.ServedBatch = 8,
     waiting: options.Waiting = 16,
-    context: options.ServedContext = 4096,
+    context: options.ServedContext = None,
+    names: options.ServedNames = None,
     threads: options.Threads = None,
     trust_library: options.TrustLibrary = False,
     draft: options.DraftFolder = None,
@@ -259,7 +253,7 @@ def serve(
     from owl_deploy.serve.server import serve as run
 
     how: dict[str, Any] = {"threads": threads, "trust_library": trust_library}
-    how |= {"batch": batch, "waiting": waiting, "context": context}
+    how |= {"batch": batch, "waiting": waiting, "context": context, "names": names or ()}
     how |= {"draft": draft, "draft_tokens": draft_tokens}
     run(deployment, host, port, say=_say, **how)
 
@@ -570,12 +564,12 @@ def list_recipes(as_json: options.Json = False) -> None:
         name: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         for name, path in recipes.shipped().items()
     }
-    width = max(map(len, purposes))
-    _emit(
-        purposes,
-        as_json,
-        lambda: typer.echo("\n".join(f"{n:{width}}  {text}" for n, text in purposes.items())),
-    )
+    width = max(map(len, purposes)) + 2
+    lines = [
+        textwrap.fill(text, 80, initial_indent=f"{name:{width}}", subsequent_indent=width * " ")
+        for name, text in purposes.items()
+    ]
+    _emit(purposes, as_json, lambda: typer.echo("\n".join(lines)))
 
 
 @recipes_app.command(name="show")

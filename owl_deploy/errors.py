@@ -142,10 +142,18 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left."""
+    """Whether the device or the host had no memory left; torch tells it of a host in words only."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     torch = sys.modules.get("torch")  # not loaded, it raised nothing
-    return (
-        isinstance(error, MemoryError)
-        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-        or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # On Linux "can't allocate memory" of the allocator, "Cannot allocate memory" of mmap; the others
+    # of CUDA and its libraries where they begin, which torch hands on as they are.
+    words = (
+        *("not enough memory", "allocate memory", "CUDA error: out of memory"),
+        *("STATUS_ALLOC_FAILED", "cusolverDnCreate"),
     )
+    return isinstance(error, RuntimeError) and any(one in str(error) for one in words)

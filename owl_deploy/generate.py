@@ -6,7 +6,7 @@ Through onnxruntime-genai, or, greedily, through the process of an engine that r
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from owl_deploy.engines.speculate import (
     Tally,
     share_of,
 )
-from owl_deploy.errors import BadInput, EngineFailed, first_line
+from owl_deploy.errors import BadInput, EngineFailed, first_line, option
 from owl_deploy.json_lines import in_template
 from owl_deploy.text import load_tokenizer, token_before
 from owl_deploy.tokenizer import Tokenizer
@@ -44,58 +44,65 @@ class PromptTooLong(BadInput):
     """A prompt that leaves no room for what is to come after it."""
 
 
+LEAST_TOP_P = 1e-6  # onnxruntime-genai takes the 0 that less may become for no limit
+# What each option may be, and how that is said.
+_POSSIBLE: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_new_tokens": (
+        lambda count: count == UNLIMITED or 1 <= count <= LARGEST,
+        f"1 to {LARGEST}, or {UNLIMITED} to go on until the context is full",
+    ),
+    "temperature": (lambda value: 0 <= value < math.inf, "0 (the likeliest token) or more"),
+    "top_k": (lambda count: -1 <= count <= LARGEST, f"1 to {LARGEST}, or 0 for all tokens"),
+    "top_p": (lambda share: 0 <= share <= 1, "0 to 1"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "more than 0; 1 is none"),
+}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Search options, by their names in onnxruntime-genai and transformers.
 
     `max_new_tokens`: None for `DEFAULT_NEW_TOKENS`, or as many as the context has room for;
-    `UNLIMITED` for all that it has room for. `ignore_eos`: no token that ends a text is
-    chosen, or with a draft it ends none.
+    `UNLIMITED` for all that it has room for. Without `do_sample` the likeliest token is taken, as
+    with a `temperature` of 0. With it, what is None of `temperature`, `top_k` (0 or -1: all
+    tokens), `top_p` and `repetition_penalty` is as the deployment says (`search_of`); `seed`: None
+    for another each time. `ignore_eos`: no token that ends a text is chosen, or with a draft it
+    ends none. Raises `BadInput` for what is impossible, and for options of sampling without
+    `do_sample`, which would do nothing.
     """
 
     max_new_tokens: int | None = None
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        new = self.max_new_tokens
-        if new is not None and new < 1 and new != UNLIMITED:
+        for name, (fits, said) in _POSSIBLE.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise BadInput(f"{option(name)} {value} is impossible.", f"Give {said}.")
+        drawn_by = (self.temperature, self.top_k, self.top_p, self.seed)
+        if not self.do_sample and drawn_by != (None,) * 4:
             raise BadInput(
-                f"--max-new-tokens {new} is impossible.",
-                f"Give 1 or more, or {UNLIMITED} to go on until the context is full.",
+                "--temperature, --top-k, --top-p and --seed are for sampling.",
+                "Give --do-sample as well, or leave them out.",
             )
-        for name, value, fits in (
-            ("--max-new-tokens", new, new is None or new <= LARGEST),
-            ("--temperature", self.temperature, 0 < self.temperature < math.inf),
-            ("--top-k", self.top_k, 1 <= self.top_k <= LARGEST),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1),
-            (
-                "--repetition-penalty",
-                self.repetition_penalty,
-                0 < self.repetition_penalty < math.inf,
-            ),
-        ):
-            if not fits:
-                raise BadInput(f"{name} {value} is impossible.")
 
-    @property
-    def shared(self) -> "Sampling | None":
-        """What texts that are written in one batch have in common; None for what goes alone.
-
-        A seed's text would depend on its company, and a penalty would see the padding.
-        """
-        if self.repetition_penalty != 1 or (self.do_sample and self.seed is not None):
-            return None
-        alike = self if self.do_sample else Sampling(ignore_eos=self.ignore_eos)
-        return replace(alike, max_new_tokens=None)
+    def search(self, usual: Search) -> Search:
+        """How a token is chosen; what is None here is as `usual`, if tokens are drawn at all."""
+        temperature = usual.temperature if self.temperature is None else self.temperature
+        if not self.do_sample or temperature == 0:
+            return Search(repetition_penalty=self.repetition_penalty or 1.0)
+        wishes = {one.name: getattr(self, one.name) for one in fields(Search)}
+        found = replace(usual, **{k: value for k, value in wishes.items() if value is not None})
+        top_k = found.top_k if found.top_k > 0 else LARGEST
+        return replace(found, top_k=top_k, top_p=max(found.top_p, LEAST_TOP_P))
 
 
-LEAST_TOP_P = 1e-6  # onnxruntime-genai takes the 0 that less may become for no limit
 GREEDY = Sampling()  # the likeliest token, always
 
 
@@ -122,17 +129,16 @@ class Speed:
         self.decode_s = elapsed_s - self.first_token_s
 
     @property
-    def tokens_per_s(self) -> float:
-        """Tokens a second after the first."""
-        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+    def tokens_per_s(self) -> float | None:
+        """Tokens a second after the first; None where that is the only one."""
+        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else None
 
     def sentence(self) -> str:
         """What a user is told of it."""
-        said = (
-            f"{self.prompt_tokens} tokens read in {self.first_token_s:.2f} s, then "
-            f"{self.tokens_per_s:.1f} tokens/s"
-        )
-        if self.draft is not None:
+        said = f"{self.prompt_tokens} tokens read in {self.first_token_s:.2f} s"
+        if self.tokens_per_s is not None:
+            said += f", then {self.tokens_per_s:.1f} tokens/s"
+        if self.draft is not None and self.draft.steps:
             said += (
                 f"; of {self.draft.proposed} tokens proposed {self.draft.share_accepted:.0%} "
                 f"accepted, {self.draft.tokens_per_step:.2f} tokens a step"
@@ -149,8 +155,9 @@ class Speed:
 class Row:
     """A text to be written: its `tokens`, at first the prompt's, and the `length` they may come to.
 
-    `speed` is filled in meanwhile. `ends`: tokens that end it before. `ended`: set once the text
-    has its last token, or by whoever wants no more of it.
+    `speed` is filled in meanwhile. `ends`: tokens that end it before. `search`: how `sampling` has
+    its tokens chosen in this deployment. `ended`: set once the text has its last token, or by
+    whoever wants no more of it.
     """
 
     tokens: list[int]
@@ -158,12 +165,24 @@ class Row:
     sampling: Sampling
     speed: Speed = field(default_factory=Speed)
     ends: list[int] = field(default_factory=list)
+    search: Search = field(default_factory=Search)
     ended: bool = False
 
     @property
     def room(self) -> int:
         """How many tokens may come yet."""
         return self.length - len(self.tokens)
+
+    @property
+    def shared(self) -> tuple[Search, bool] | None:
+        """What texts that are written in one batch have in common; None for what goes alone.
+
+        A seed's text would depend on its company, and a penalty would see the padding.
+        """
+        is_seeded = self.search.do_sample and self.sampling.seed is not None
+        if is_seeded or self.search.repetition_penalty != 1:
+            return None
+        return self.search, self.sampling.ignore_eos
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
@@ -210,6 +229,7 @@ def generate(
     speed: Speed | None = None,
     *,
     chat: bool = False,
+    system: str | None = None,
     threads: int | None = None,
     trust_library: bool = False,
     draft: str | Path | None = None,
@@ -218,32 +238,64 @@ def generate(
     """Yield what `deployment` puts after `prompt`, by `sampling`; `speed` is filled in meanwhile.
 
     Nothing happens, and nothing is refused, before the first piece is asked for.
-    With `chat` the prompt is a user's message, put into the model's chat template. `threads`: None
-    for the physical cores; `trust_library`: run operators that the folder brings. `draft`: a
-    deployment with the same tokens that proposes `draft_tokens` at a time (None: as many as pay),
-    or "lookup" for proposals from the text itself; the text is the deployment's own with or without
-    (speculate.py).
+    With `chat` the prompt is a user's message, put into the model's chat template, behind `system`
+    if that is given. `threads`: None for the physical cores; `trust_library`: run operators that
+    the folder brings. `draft`: a deployment with the same tokens that proposes `draft_tokens` at a
+    time (None: as many as pay), or "lookup" for proposals from the text itself; the text is the
+    deployment's own with or without (speculate.py).
     Raises `BadInput` for a folder that cannot be opened so, for sampling in another engine than
-    onnxruntime-genai, for a draft that does not fit, for a prompt that is too long, and for `chat`
-    with a model that has no template;
-    `EngineFailed` for what onnxruntime-genai stumbles over.
+    onnxruntime-genai, for a draft that does not fit, for a prompt that is too long, for `chat` with
+    a model that has no template, and for `system` without `chat`; `EngineFailed` for what
+    onnxruntime-genai stumbles over.
     """
     deployment, speed = Path(deployment), Speed() if speed is None else speed
     threads = threads_for(threads)
     opened = open_deployment(deployment, trust_library=trust_library)
     _check_prompt(prompt)
-    if chat and opened.chat_template.source is None:
-        raise BadInput(f"{deployment} has no chat template.", "Leave out --chat.")
+    messages = _messages(opened, prompt, system) if chat else None
+    if system is not None and not chat:
+        raise BadInput("--system is for a chat.", "Give --chat as well, or leave it out.")
     drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
     if opened.folder.engine is not None:
         yield from _in_engine(
-            opened, opened.folder.engine.name, prompt, sampling, speed, chat, threads
+            opened, opened.folder.engine.name, prompt, sampling, speed, messages, threads
         )
         return
     writer = Writer(opened, threads, drafting=drafting)
-    if chat:
-        prompt = opened.chat_template.render([{"role": "user", "content": prompt}])
+    if messages is not None:
+        prompt = opened.chat_template.render(messages)
     yield from writer.write(prompt, sampling, speed, templated=chat)
+
+
+def _messages(opened: Deployment, prompt: str, system: str | None) -> list[dict[str, str]]:
+    """What a chat begins with; raises `BadInput` for a model without a template."""
+    if opened.chat_template.source is None:
+        raise BadInput(f"{opened.path} has no chat template.", "Leave out --chat.")
+    said = {"role": "user", "content": prompt}
+    if system is None:
+        return [said]
+    _check_prompt(system, "The text of --system")
+    return [{"role": "system", "content": system}, said]
+
+
+def search_of(opened: Deployment) -> Search:
+    """How tokens are drawn where nobody says otherwise: by the deployment's genai_config.json.
+
+    Where its "search" has no `do_sample`, and for what it leaves out, that is OpenAI's way.
+    Raises `BadInput` for settings that are impossible.
+    """
+    told = opened.folder.settings.get("search", {})
+    names = [one.name for one in fields(Search)]
+    given = {name: told[name] for name in names if told.get(name) is not None}
+    if not given.get("do_sample"):
+        return Search()
+    try:
+        return Sampling(**given).search(Search())
+    except (BadInput, TypeError) as error:
+        raise BadInput(
+            f"{opened.path / GENAI_CONFIG} has a sampling that is none ({first_line(error)}).",
+            "Export again.",
+        ) from error
 
 
 class Writer:
@@ -251,9 +303,10 @@ class Writer:
 
     `context`: the tokens of a prompt and its answer together, at most; None for all that the model
     takes; `drafting`: what proposes tokens to a text that is written alone; `batch`: the texts that
-    are written together, at most. What is begun must be done with before the next. Raises
-    `BadInput` for a folder that onnxruntime-genai cannot open, or without a tokenizer; each method
-    raises `EngineFailed` for what that stumbles over.
+    are written together, at most. `usual`: how it draws tokens where a sampling does not say. What
+    is begun must be done with before the next. Raises `BadInput` for a folder that
+    onnxruntime-genai cannot open, without a tokenizer, or with a sampling that is impossible; each
+    method raises `EngineFailed` for what that stumbles over.
     """
 
     def __init__(
@@ -271,6 +324,7 @@ class Writer:
                 f"{self.path} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
                 "Export the checkpoint with --target owl or onnxruntime.",
             )
+        self.usual = search_of(opened)
         takes = opened.folder.number("context_length")
         self.context = min(context or takes, takes)
         pad = opened.folder.settings["model"].get("pad_token_id")
@@ -311,14 +365,14 @@ class Writer:
         speed.prompt_tokens = len(tokens)
         length = _length(len(tokens), sampling.max_new_tokens, self.context)
         ends = [] if sampling.ignore_eos else self._ends
-        return Row(tokens, length, sampling, speed, ends)
+        return Row(tokens, length, sampling, speed, ends, sampling.search(self.usual))
 
     def takes(self, rows: Sequence[Row]) -> bool:
         """Whether `rows` can be written together.
 
         They must be few enough, their tokens chosen alike, and their prompts' logits bearable.
         """
-        shared = {row.sampling.shared for row in rows}
+        shared = {row.shared for row in rows}
         alike = len(rows) == 1 or (len(shared) == 1 and None not in shared)
         # A row that ends like the padding is written before all others: it has none beside it.
         fits = len(rows) == 1 or all(row.tokens[-1] != self._pad for row in rows)
@@ -375,9 +429,7 @@ class Writer:
 
         ids = in_rows([row.tokens for row in rows], self._pad)
         length = min(ids.shape[1] + max(row.room for row in rows), self.context)
-        sampling = rows[0].sampling
-        sampling = replace(sampling, top_k=min(sampling.top_k, self._vocabulary))
-        generator = _generator(self._model, length, sampling, len(rows))
+        generator = _generator(self._model, length, rows, self._vocabulary)
         run_prompts(generator, ids, self._pad, whole=self._whole)
         while not generator.is_done() and not all(row.ended for row in rows):
             generator.generate_next_token()
@@ -387,16 +439,15 @@ class Writer:
         """The next token of a row that goes alone, with the draft."""
         from owl_deploy.engines.drivers.onnxruntime import Rows, pad_of
 
-        search = Search(**{one.name: getattr(row.sampling, one.name) for one in fields(Search)})
         proposing: Lookup | Proposer = Lookup()
         if drafting.deployment is not None:
             share = share_of(drafting.deployment.path, self.path)
             pad = pad_of(drafting.deployment.path)
             rows = Rows(self._draft, row.length, pad, whole=self._draft_whole)
-            proposing = Proposer(rows, search, share)
+            proposing = Proposer(rows, row.search, share)
         random = np.random.default_rng(row.sampling.seed)
         rows = Rows(self._model, row.length, self._pad, whole=self._whole)
-        speculation = Speculation(rows, proposing, search, drafting.tokens, random)
+        speculation = Speculation(rows, proposing, row.search, drafting.tokens, random)
         row.speed.draft = speculation.tally
         for token in speculation.tokens(list(row.tokens), row.length, row.ends):
             yield [token]
@@ -435,21 +486,20 @@ def _in_engine(
     prompt: str,
     sampling: Sampling,
     speed: Speed,
-    chat: bool,
+    messages: list[dict[str, str]] | None,
     threads: int,
 ) -> Iterator[str]:
     """The greedy road through an engine's own process, for what is no ONNX graph."""
-    if sampling.do_sample or sampling.repetition_penalty != 1:
+    if sampling.search(Search()) != Search():
         raise BadInput(
             f"{opened.path} runs in {engine}, from which owl takes the likeliest token only.",
             "Leave out --do-sample and --repetition-penalty.",
         )
 
     tokenizer = load_tokenizer(opened.path)
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        prompt = in_template("--chat", message, tokenizer, add_generation_prompt=True)
-    tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=not chat)
+    if messages is not None:
+        prompt = in_template("--chat", messages, tokenizer, add_generation_prompt=True)
+    tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=messages is None)
     told = told_numbers(opened.path / "config.json", "max_position_embeddings")
     context = opened.max_context or next(iter(told), DEFAULT_CONTEXT)
     length = _length(len(tokens), sampling.max_new_tokens, context)
@@ -512,21 +562,23 @@ def _length(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
     return prompt_tokens + new_tokens
 
 
-def _generator(model: Any, length: int, sampling: Sampling, rows: int) -> Any:  # noqa: ANN401
+def _generator(model: Any, length: int, rows: Sequence[Row], vocabulary: int) -> Any:  # noqa: ANN401
+    """What writes `rows`, which are all chosen as the first is."""
     import onnxruntime_genai
 
+    search, sampling = rows[0].search, rows[0].sampling
     options: dict[str, Any] = {
-        "batch_size": rows,
+        "batch_size": len(rows),
         "max_length": length,
         "min_length": length if sampling.ignore_eos else 0,
-        "do_sample": sampling.do_sample,
-        "repetition_penalty": sampling.repetition_penalty,
+        "do_sample": search.do_sample,
+        "repetition_penalty": search.repetition_penalty,
     }
-    if sampling.do_sample:
+    if search.do_sample:
         options |= {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": max(sampling.top_p, LEAST_TOP_P),
+            "temperature": search.temperature,
+            "top_k": min(search.top_k, vocabulary),
+            "top_p": search.top_p,
         }
     if sampling.seed is not None:
         options["random_seed"] = sampling.seed

@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,24 @@ def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
         heart.join()
         if _read(path) == mine:
             path.unlink(missing_ok=True)
+
+
+def outlast(path: Path, tell: Callable[[str], object]) -> None:
+    """Wait until the lease `path` is void, as long as its holder shows no life.
+
+    One of another machine cannot be asked: it is watched, until it touches the lease or that is
+    `STALE_S` old. `tell` is called first, with its host. Raises `Held` for a holder that lives.
+    """
+    found, before = _read(path), _touched(path)
+    if before is None or _is_void(path):
+        return
+    if _is_here(found):
+        raise Held
+    tell(str(found.get("host", "another machine")))
+    while (now := _touched(path)) is not None and not _is_void(path):
+        if now != before:
+            raise Held
+        time.sleep(BEAT_S / 10)
 
 
 def holds(path: Path) -> bool:
@@ -108,20 +126,37 @@ def _clear(path: Path) -> bool:
 
 
 def _is_void(path: Path) -> bool:
-    found, here = _read(path), _here()
-    if found and {name: found.get(name) for name in here} == here:
+    found = _read(path)
+    if _is_here(found):
         return not _lives(found)
     age_s = _age_s(path)
     return age_s > STALE_S or (age_s < -1 and _stands_still(path))
 
 
+def _is_here(found: dict[str, Any]) -> bool:
+    """Whether a lease's holder is, or was, a process of this machine: of the same boot, container.
+
+    Nobody can tell of a lease that says nothing.
+    """
+    here = _here()
+    return {name: found.get(name) for name in here} == here
+
+
 def _stands_still(path: Path) -> bool:
     """Whether nobody touches a file that is of a time to come, for a clock was set back, say."""
-    with contextlib.suppress(FileNotFoundError):  # given back meanwhile
-        before = path.stat().st_mtime_ns
-        time.sleep(2 * BEAT_S)
-        return path.stat().st_mtime_ns == before
-    return False
+    before = _touched(path)
+    time.sleep(2 * BEAT_S)
+    return before is not None and _touched(path) == before
+
+
+def _touched(path: Path) -> int | None:
+    """When a lease was touched last, in nanoseconds; None where it was given back.
+
+    It is opened for that: NFS may remember what it knows of a file, and asks for one that is.
+    """
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return os.fstat(file.fileno()).st_mtime_ns
+    return None
 
 
 def _age_s(path: Path) -> float:

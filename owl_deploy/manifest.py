@@ -147,6 +147,7 @@ class Pruning(_Part):
     """The settings that decided what was pruned; those of `recipe.PruneSettings`.
 
     `bits`: what survives is rounded to, with a scale for every `bits_group` columns of a row.
+    `structure`: "N:M", or "unstructured".
     `budget`: what the weights may take, by which each Linear got bits and a sparsity of its own.
     `head_bits`: what the output head was rounded to, if it was by itself.
     `reconstruct`: the most epochs for which a half of a block was trained.
@@ -155,6 +156,7 @@ class Pruning(_Part):
     method: str = ""
     allocation: str = ""
     sparsity: FiniteFloat = 0.0
+    structure: str = "unstructured"
     skip: tuple[str, ...] = ()
     bits: int | None = None
     bits_group: int | None = None
@@ -247,7 +249,11 @@ class CheckpointManifest(Manifest):
 class AdapterManifest(Manifest):
     """A LoRA adapter, in PEFT's format."""
 
-    USE = "It is an adapter: owl eval CHECKPOINT --adapter takes it."
+    USE = (
+        "It is an adapter: owl eval CHECKPOINT --adapter takes it. To deploy it, train with owl "
+        "finetune --merge masked, or merge it with PEFT's merge_and_unload: owl export takes what "
+        "either saves."
+    )
 
     kind: Literal["adapter"] = "adapter"
     finetune: Finetuning | None = None
@@ -282,8 +288,11 @@ class Source(_Part):
 class Parity(_Part):
     """How far a deployment is from PyTorch: by run (an engine and its way of computing), the
     largest difference over the largest logit, and the share of tokens that are the same.
+
+    `tolerance`: of that difference; None where it was only told.
     """
 
+    tolerance: FiniteFloat | None = None
     greedy_tokens: int = 0
     runs: dict[str, dict[str, int | FiniteFloat]] = {}
 

@@ -9,7 +9,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from owl_deploy.errors import BadInput, unknown_name
+
 Statistic = Literal["nothing", "norms", "hessian"]  # of a Linear's inputs
+
+
+_ROUNDING = ("awq", "gptq", "rtn")  # what people ask for by name, and which removes nothing
 
 
 class Options(BaseModel):
@@ -142,3 +147,12 @@ METHODS: dict[str, Method] = {
     ),
     "none": Method("owl_deploy.prune.by_score:none", "nothing", removes=False),
 }
+
+
+def unknown_method(name: str) -> BadInput:
+    """The error for a `name` that is no method's, with the way to what it may mean."""
+    if name.lower() in _ROUNDING:
+        return BadInput(
+            f"{name!r} is no way to prune.", "To round as GPTQ does: --method none --bits 4."
+        )
+    return unknown_name("method", name, METHODS)

@@ -195,7 +195,19 @@ Waiting = Annotated[
     int, Option(min=0, help="Requests that may wait behind those; one more gets 429.")
 ]
 ServedContext = Annotated[
-    int, Option(min=2, help="Most tokens of a prompt and its answer together.")
+    int | None,
+    Option(
+        min=2,
+        help="Most tokens of a prompt and its answer together. [4096, or what the model takes]",
+    ),
+]
+ServedNames = Annotated[
+    list[str] | None,
+    Option(
+        "--name",
+        parser=text,
+        help="What requests call the model; repeatable. [the folder's name]",
+    ),
 ]
 AnyDeployment = Annotated[
     Path, Argument(parser=path, help="A deployment, which may be a stranger's.")
@@ -205,6 +217,13 @@ PromptFile = Annotated[
     Path | None, Option(parser=path, help="A UTF-8 file with the prompt, instead of PROMPT.")
 ]
 Chat = Annotated[bool, Option("--chat", help="Put the prompt into the model's chat template.")]
+System = Annotated[
+    str | None, Option(help="With --chat: the system's message, before the prompt. [none]")
+]
+Stop = Annotated[
+    list[str] | None,
+    Option("--stop", parser=text, help="End before this string; repeatable. [none]"),
+]
 MaxNewTokens = Annotated[
     int | None,
     Option(
@@ -218,6 +237,34 @@ DoSample = Annotated[
     Option(
         "--do-sample",
         help="Choose tokens at random by probability, instead of always the likeliest.",
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    Option(
+        help="With --do-sample: divides the logits; above 1 is more varied, 0 takes the likeliest. "
+        "[the model's, or 1]"
+    ),
+]
+TopK = Annotated[
+    int | None,
+    Option(
+        help="With --do-sample: choose among this many likeliest tokens; 0 or -1: all. "
+        "[the model's, or 50]"
+    ),
+]
+TopP = Annotated[
+    float | None,
+    Option(
+        help="With --do-sample: choose among the likeliest tokens of this total probability. "
+        "[the model's, or 1]"
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    Option(
+        help="Above 1: tokens that occurred before become less likely. [1; with --do-sample the "
+        "model's]"
     ),
 ]
 DraftFolder = Annotated[

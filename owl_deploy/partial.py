@@ -10,7 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import all_to_disk, make_folder, save_tensors, write_json
+from owl_deploy.artefact import (
+    all_to_disk,
+    check_writer,
+    is_writer,
+    make_folder,
+    save_tensors,
+    write_json,
+)
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -64,11 +71,16 @@ class Partial:
         return _read(self.folder / name)
 
     def write(self, name: str, value: Any) -> None:  # noqa: ANN401 - any JSON value
-        """Write a JSON file, durably."""
+        """Write a JSON file, durably; raises as `check_writer`."""
+        check_writer(self.output)
         write_json(self.folder / name, value)
 
     def write_tensors(self, named: "Mapping[str, torch.Tensor]", path: Path) -> None:
-        """Write a safetensors file of the folder, durably, whole or not at all."""
+        """Write a safetensors file of the folder, durably, whole or not at all.
+
+        Raises as `check_writer`.
+        """
+        check_writer(self.output)
         temporary = self.folder / "unfinished"  # of a run that was killed, the next one's takes it
         save_tensors(named, temporary)
         all_to_disk(temporary)
@@ -80,8 +92,9 @@ class Partial:
         raise NotImplementedError
 
     def discard(self) -> None:
-        """Delete it all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete it all, if it is this process that writes it, and the run has not lost it."""
+        if is_writer(self.output):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def partial_folder(output: Path) -> Path:
@@ -104,13 +117,17 @@ def asked_before(output: Path) -> dict[str, Any]:
 def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
     """Keep what is finished when a run is stopped; drop it when it could only fail again.
 
+    What an earlier run has left is kept, whatever becomes of the one that goes on with it: that run
+    got over what this one is refused.
+
     Raises `EnvironmentFailed`, with `to_save_memory`, a sentence, in the way out, for a full disk
     or memory.
     """
     try:
         yield
     except BadInput:
-        partial.discard()
+        if not (partial.resumed and partial.has_work):
+            partial.discard()
         raise
     except BaseException as error:  # whatever stopped it, what is finished stays
         kept = partial.has_work

@@ -31,6 +31,8 @@ R = TypeVar("R")
 
 _PATIENCE = timedelta(hours=2)  # for the slowest Linear of a block, and for writing the result
 _A_SENTENCE_S = 10.0  # until another rank has said why the run ends
+# What each process chooses by the machine that it is on, where the option is left out.
+_TO_NAME = {"device": ", and name --device", "dtype": ", and name --dtype"}
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,16 @@ class Ranks:
         return found
 
     def check_alike(self, told: Mapping[str, object]) -> None:
-        """Together: raise `BadInput` for what is not the same in all processes, by its name."""
+        """Together: raise `BadInput` for what is not the same in all processes, by its name.
+
+        What only some of them tell is not.
+        """
         seen = self.gathered(dict(told))
-        for what in told:
-            if any(one[what] != seen[0][what] for one in seen):
+        for what in dict.fromkeys(name for one in seen for name in one):
+            if any(one.get(what) != seen[0].get(what) for one in seen):
                 raise BadInput(
-                    f"The {what} is not the same for all processes of this run.",
-                    "Give every node the same files and options, and name --device and --dtype."
-                    if what in ("device", "dtype")
-                    else "Give every node the same files.",
+                    f"Not all processes of this run have the same {what}.",
+                    f"Give every node the same files and options{_TO_NAME.get(what, '')}.",
                 )
 
     def shared(self, items: Sequence[T], do: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:

@@ -28,7 +28,7 @@ from owl_deploy.allocation import ALLOCATIONS, DEFAULT, SEARCHED
 from owl_deploy.artefact import sha256
 from owl_deploy.errors import BadInput, first_line, invalid, option, unknown_name
 from owl_deploy.families import FAMILIES, heads
-from owl_deploy.methods import METHODS, Modifier, Options, Statistic
+from owl_deploy.methods import METHODS, Modifier, Options, Statistic, unknown_method
 
 UNSTRUCTURED = "unstructured"
 RESOLVED = "recipe.yaml"  # in a checkpoint
@@ -92,7 +92,8 @@ class PruneSettings(BaseModel):
         values = {"method": "wanda", "allocation": DEFAULT} | values
         for what, table in (("method", METHODS), ("allocation", ALLOCATIONS)):
             if not isinstance(values[what], str) or values[what] not in table:
-                raise unknown_name(what, str(values[what]), table)
+                name = str(values[what])
+                raise unknown_method(name) if what == "method" else unknown_name(what, name, table)
         values["options"] = _options(values["method"], values.get("options", {}))
         if not METHODS[values["method"]].removes:
             if values.get("sparsity") or values.get("structure", UNSTRUCTURED) != UNSTRUCTURED:

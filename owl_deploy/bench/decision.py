@@ -325,7 +325,7 @@ def choose(options: Iterable[Option], max_loss: float | None) -> Option | None:
 
 def to_json(judged: Judged, max_loss: float | None = None) -> dict[str, Any]:
     """What `sentence` says, as JSON values; shares of quality lost, tokens/s."""
-    pick = choose(judged.options, max_loss)
+    pick = _recommended(judged, max_loss)
     return {
         "deploy": pick and pick.subject.name,
         "why": sentence(judged, max_loss),
@@ -346,22 +346,58 @@ def to_json(judged: Judged, max_loss: float | None = None) -> dict[str, Any]:
 
 def sentence(judged: Judged, max_loss: float | None = None) -> str:
     """What to deploy on this machine, why, and what sparsity would have to lose less to win."""
-    pick = choose(judged.options, max_loss)
+    pick = _recommended(judged, max_loss)
     if pick is None:
-        return "Nothing here says what to deploy: " + (
-            judged.unlike
-            or "no quality is known. `owl eval DEPLOYMENT --perplexity TEXT`, or --tasks "
-            "humaneval, records it before a benchmark."
-        )
+        return f"Nothing here says what to deploy: {_why_not(judged)}"
     unknown = ""
     if judged.unknown:
         them = " and ".join(judged.unknown)
         unknown = f"Left out, for their perplexity is not known: {them} (owl eval records it)."
-    said = (_pick(judged, pick, max_loss), _sparse(judged, pick, max_loss), unknown)
-    return " ".join(filter(None, said))
+    doubted = _doubted(judged, pick, max_loss)
+    said = [_pick(judged, pick, max_loss, doubted)]
+    said += [_unsure(judged, pick, doubted)] if doubted else []
+    said += [_sparse(judged, pick, max_loss), unknown]
+    # The next may be the best dense one, of which a sparse choice is told the same.
+    return " ".join(filter(None, dict.fromkeys(said)))
 
 
-def _pick(judged: Judged, pick: Option, max_loss: float | None) -> str:
+def _recommended(judged: Judged, max_loss: float | None) -> Option | None:
+    """The choice where there is one: the only one measured is the fastest of nothing."""
+    return choose(judged.options, max_loss) if len(judged.options) > 1 else None
+
+
+def _why_not(judged: Judged) -> str:
+    """Why nothing is recommended, and what would change that."""
+    if judged.unlike:
+        return judged.unlike
+    known = [one.subject.name for one in judged.options]
+    timed = [*known, *judged.unknown]
+    if len(timed) == 1:
+        return (
+            f"only {timed[0]} was timed, and there is nothing to compare it with. Give another "
+            "DEPLOYMENT as well, or a dense one by --baseline."
+        )
+    whose = f"the quality of {known[0]} alone" if known else "no quality"
+    return (
+        f"{whose} is known. `owl eval DEPLOYMENT --perplexity TEXT`, or --tasks humaneval, records "
+        "it before a benchmark."
+    )
+
+
+def _doubted(judged: Judged, pick: Option, max_loss: float | None) -> Option | None:
+    """The next after `pick`, where their comparison does not show that `pick` is faster."""
+    following = choose((one for one in judged.options if one is not pick), max_loss)
+    if following is None or _beside(judged, pick, following)[0] == "faster":
+        return None
+    return following
+
+
+def _unsure(judged: Judged, pick: Option, other: Option) -> str:
+    """What the comparison with another says that does not show `pick` to be faster."""
+    return f"Beside {other.title} it is {_beside(judged, pick, other)[1]}."
+
+
+def _pick(judged: Judged, pick: Option, max_loss: float | None, doubted: Option | None) -> str:
     allowed = f"at most {_percent(max_loss or 0)} of {judged.quality}"
     if max_loss is None:
         allowed = "no more than one standard error" if judged.by_task else "next to nothing"
@@ -372,9 +408,10 @@ def _pick(judged: Judged, pick: Option, max_loss: float | None) -> str:
         best = f"{least.title} has {judged.said(least)}"
     if pick.loss > 0 and pick.may_be_chance:
         best += f", which is within the noise of {judged.documents} problems"
+    doubt = f", though its lead over {doubted.title} is not established" if doubted else ""
     return (
         f"Deploy {pick.title}: {pick.tokens_per_s:.0f} tokens/s, the fastest here that loses "
-        f"{allowed} ({judged.metric} {judged.said(pick)}{problems}, {best})."
+        f"{allowed} ({judged.metric} {judged.said(pick)}{problems}, {best}){doubt}."
     )
 
 
@@ -407,7 +444,7 @@ def _gain(judged: Judged, pick: Option, best: Option) -> str:
     """What the sparse `pick` is ahead of the `best` dense one, and whether that is sparsity's."""
     verdict, gain = _beside(judged, pick, best)
     if verdict != "faster":
-        return f"Beside {best.title} it is {gain}."
+        return _unsure(judged, pick, best)
     others = [name for name in _PAYS if _of(pick, name) != _of(best, name)]
     if not others:
         return f"Sparsity pays: it is {gain} the best dense one's speed."
@@ -445,6 +482,9 @@ def _beside(judged: Judged, one: Option, other: Option) -> tuple[stats.Verdict, 
     for known in judged.comparisons:
         if (known.candidate, known.baseline) == names:
             return known.verdict, known.text
+        if (known.baseline, known.candidate) == names and known.low > 0:
+            turned = stats.Ratio(1 / known.ratio, 1 / known.high, 1 / known.low, known.pairs)
+            return turned.verdict, stats.describe(turned)
     now, then = paired(one.subject, other.subject, judged.timed)
     if not now:
         return "inconclusive", "inconclusive (no round timed both)"

@@ -5,11 +5,14 @@ import logging
 import os
 import platform
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -29,10 +32,12 @@ _ANSWER_S = 300.0  # a node that is busy takes its time to start a process
 def joined(address: str) -> Iterator[None]:
     """Be the driver of a job on the cluster at `address` ("local" makes one) until the block ends.
 
+    SIGTERM raises `KeyboardInterrupt` until then, as Ctrl-C does: a scheduler ends a job so.
     Raises `BadInput` where there is no cluster, or Ray does not let this Python join it.
     """
     _refuse_silence(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # owl sends nothing anywhere
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address,
@@ -43,9 +48,24 @@ def joined(address: str) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _no_cluster(address, first_line(error)) from error
     try:
+        _at_sigterm(_told_to_end)  # not Ray's, which prints where it was, and aborts
         yield
     finally:
         ray.shutdown()
+        _at_sigterm(before)
+
+
+def _told_to_end(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _at_sigterm(handler: Any) -> None:  # noqa: ANN401 - what `signal.getsignal` gives
+    """Let SIGTERM call `handler`, if there is one that Python knows.
+
+    Outside the main thread, which alone gets signals, nothing changes.
+    """
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _refuse_silence(address: str) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from fsspec import available_protocols
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from owl_deploy import digests
 from owl_deploy.artefact import make_folder, replaced, write_text
@@ -208,11 +208,14 @@ class Store:
         if (text := self.read(key)) is None:
             return None
         try:
-            return Stored.model_validate_json(text)
-        except ValidationError as error:
+            stored = Stored.model_validate_json(text)
+            if not stored.version:  # whose folder would be that of every version, and of more
+                raise ValueError("it names no version")
+        except ValueError as error:
             raise BadInput(
                 f"{self.place(key)} is no marker of owl's, or a damaged one.", self.again(name)
             ) from error
+        return stored
 
     def again(self, name: str) -> str:
         """What to do about an artefact that is damaged."""

@@ -261,12 +261,6 @@ class Folder:
                     f"{self.path} has no {MANIFEST}, which owl writes: nothing tells whether its "
                     "files are as they were exported."
                 )
-        own = self.path / (self.library or "")
-        if library is not None and own.is_file() and digest(own) != digest(library):
-            _say_once(
-                f"{self.path} brings another build of owl's operators; this installation's are "
-                "loaded (--trust-library loads its own)."
-            )
         return library
 
 

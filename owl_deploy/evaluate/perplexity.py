@@ -18,6 +18,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.kept import state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import (
+    deciding,
     engine_of,
     is_deployment,
     keep,
@@ -102,7 +103,8 @@ def checkpoint_perplexity(
     With `blockwise` one block is on the device at a time; None: where the model does not fit into
     what is free. With a LoRA adapter it is whole. The losses are added up in float32, whatever the
     dtype. Each of the `ranks` takes its part of the windows. Raises `BadInput` for a model that is
-    not supported, or a text without one full window for each rank.
+    not supported, a text without one full window for each rank, and ranks that read different
+    things.
     """
     assert asked.text is not None
     adapter, hardware, blockwise = asked.adapter, asked.hardware, asked.blockwise
@@ -119,6 +121,8 @@ def checkpoint_perplexity(
     own = ranks.part(windows)
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
+    alike = {"--window": asked.window, **deciding(checkpoint, adapter, dtype, device)}
+    ranks.check_alike(alike | {"text": token_digest(windows)})
     if blockwise is None:
         blockwise = adapter is None and not fits(checkpoint, dtype, device)
     if blockwise:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from owl_deploy import digests
 from owl_deploy.evaluate.subject import no_model_has
 from owl_deploy.progress import error_console
 from owl_deploy.ranks import Ranks
@@ -16,6 +17,8 @@ class SharedModel:
     All ranks ask for all requests, in one order, and get all answers: to the harness it is one
     process. That is the second of the two ways that its model class names. The first, to give a
     document to each rank as requests are built, draws other few-shot examples than one process.
+    Each method raises `BadInput` where a rank has other requests: it would answer what the others
+    did not ask.
     """
 
     def __init__(self, model: Any, ranks: Ranks) -> None:  # noqa: ANN401 - the harness has no types
@@ -62,6 +65,9 @@ class SharedModel:
     def _shared(
         self, requests: Sequence[Any], answer: Callable[[list[Any]], Sequence[Any]]
     ) -> list[Any]:
+        if self._ranks.size > 1:
+            asked = [[one.task_name, one.doc_id, one.args] for one in requests]
+            self._ranks.check_alike({"task data": digests.of_json(asked)})
         by_document = itertools.groupby(requests, lambda one: (one.task_name, one.doc_id))
         documents = [list(own) for _, own in by_document]  # with one context, which is read once
 

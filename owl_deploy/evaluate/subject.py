@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from owl_deploy.adapter import with_adapter
-from owl_deploy.artefact import is_artefact
+from owl_deploy.adapter import CONFIG, WEIGHTS, with_adapter
+from owl_deploy.artefact import is_artefact, sha256
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines import engine_for, get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment, text_of
@@ -15,6 +15,7 @@ from owl_deploy.engines.loading import Folder
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.kept import state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
+from owl_deploy.hardware import name_of
 from owl_deploy.manifest import DeploymentManifest, Manifest, read_manifest
 from owl_deploy.measurements import keep_measurement, measurement
 from owl_deploy.progress import error_console
@@ -73,6 +74,19 @@ def load_model(
     if adapter is not None:
         model = with_adapter(model, checkpoint, adapter).get_base_model()
     return model.to(device).eval()
+
+
+def deciding(
+    checkpoint: Checkpoint, adapter: Path | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, object]:
+    """What decides the figures of a checkpoint, whatever is asked: see `Ranks.check_alike`."""
+    files = [] if adapter is None else [adapter / name for name in (CONFIG, WEIGHTS)]
+    return {
+        "model": checkpoint.identity(),
+        "adapter": [sha256(file) for file in files if file.is_file()],
+        "device": device.type,
+        "dtype": name_of(dtype),
+    }
 
 
 def no_model_has(what: str) -> BadInput:

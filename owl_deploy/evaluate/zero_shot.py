@@ -21,6 +21,7 @@ from owl_deploy.evaluate.kept import KeptAnswers, state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.evaluate.subject import (
+    deciding,
     engine_of,
     is_deployment,
     keep,
@@ -154,7 +155,7 @@ def load_tasks(names: Sequence[str], path: Path | None = None, allow_code: bool 
         advance(1)
     for name in wanted:
         if name not in manager.all_tasks:
-            raise _unknown(name, manager.all_tasks)
+            raise _unknown(name, manager.all_tasks, path)
     with bar("Loading the tasks' data", len(wanted)) as advance:
         for name in wanted:
             for key, found in _load(manager, name).items():
@@ -166,14 +167,11 @@ def load_tasks(names: Sequence[str], path: Path | None = None, allow_code: bool 
     return Tasks(loaded, own or path is not None)
 
 
-def _unknown(name: str, known: Sequence[str]) -> BadInput:
+def _unknown(name: str, known: Sequence[str], path: Path | None) -> BadInput:
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
-    hint = (
-        f"Near it: {', '.join(near)}."
-        if near
-        else "`lm_eval ls tasks` lists the harness's; --tasks-path adds a folder of your own."
-    )
-    return BadInput(f"Unknown task {name!r}.", hint)
+    hint = f"Near it: {', '.join(near)}." if near else "`lm_eval ls tasks` lists the harness's."
+    own = "" if path else " For a task of your own give --tasks-path."
+    return BadInput(f"Unknown task {name!r}.", hint + own)
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:  # noqa: ANN401 - the harness has no types
@@ -195,13 +193,13 @@ def evaluate_tasks(
 
     Contexts longer than the window are cut on the left. Beside a folder that owl wrote lie its
     results without an adapter. Of several `ranks` each answers for its documents, by a checkpoint.
-    Raises `BadInput` for what cannot be run.
+    Raises `BadInput` for what cannot be run, and for ranks that are asked different things.
     """
     if not folder.is_dir():  # a name of the Hub
         folder = open_checkpoint(folder).folder
     adapter = asked.adapter
     measured = state_of(folder)
-    with _opened(folder, tasks, asked) as opened:
+    with _opened(folder, tasks, asked, ranks) as opened:
         by = [__version__, opened.by, opened.software, opened.window]
         key = [measured, adapter and state_of(adapter), *by]
         kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
@@ -327,7 +325,9 @@ class _Opened:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, tasks: Tasks, asked: EvaluationSettings) -> Iterator[_Opened]:
+def _opened(
+    folder: Path, tasks: Tasks, asked: EvaluationSettings, ranks: Ranks
+) -> Iterator[_Opened]:
     if is_deployment(folder):
         refuse_adapter(asked.adapter)
         from owl_deploy.evaluate.harness import DeploymentLM
@@ -356,6 +356,9 @@ def _opened(folder: Path, tasks: Tasks, asked: EvaluationSettings) -> Iterator[_
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     seen = seen_of(checkpoint.folder, asked.window)
+    alike = {"tasks": [*tasks.loaded["tasks"]], "--window": seen, "--limit": asked.limit}
+    alike |= {"--every": asked.every, **deciding(checkpoint, asked.adapter, dtype, device)}
+    ranks.check_alike(alike)  # before a model is loaded for nothing; what is asked: `SharedModel`
     batch = hardware.batch_size or 1
     model = CheckpointLM(
         load_model(checkpoint, dtype, device, asked.adapter),

@@ -1,14 +1,23 @@
-"""What `owl export` shows: the step that it is at, and the table that it ends with."""
+"""What `owl export` shows: the step that it is at, the table at its end, and what else to try."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.table import Table
 
 from owl_deploy.export.source import Progress
 from owl_deploy.manifest import DeploymentManifest
 from owl_deploy.progress import error_console, result_console
+
+_NOT_JUDGED = (
+    "The differences are told and not judged: rounding changes logits, and `owl eval` measures "
+    "what that costs."
+)
+_OTHERS = (
+    "Note: on CPUs `--target owl --precision int4` is usually the one to deploy, or int8 where "
+    "quality counts most."
+)
 
 
 @contextlib.contextmanager
@@ -51,16 +60,30 @@ def show(manifest: DeploymentManifest, output: str) -> None:
         )
     table.add_row("context", f"up to {manifest.max_context} tokens")
     for name, run in parity.runs.items():
-        shares = {key: share for key, share in run.items() if key.startswith("equal")}
-        share = next(iter(shares.values()))
-        table.add_row(
-            f"parity, {name}",
-            f"{run['relative_difference']:.1e} of the largest logit, "
-            f"{share * parity.greedy_tokens:.0f}/{parity.greedy_tokens} tokens",
-        )
+        told = f"{run['relative_difference']:.1e} of the largest logit, "
+        table.add_row(f"parity, {name}", told + _tokens(run, parity.greedy_tokens))
     console = result_console()
     console.print(table, highlight=False)
     if manifest.note:
         console.print(f"Note: {manifest.note}.", highlight=False)
-    took = f"{output}: parity checked against PyTorch, {manifest.seconds:.0f} s."
+    checked = "parity checked against PyTorch"
+    if parity.tolerance is None:
+        checked = "compared with PyTorch"
+        console.print(_NOT_JUDGED, soft_wrap=True, highlight=False)
+    took = f"{output}: {checked}, {manifest.seconds:.0f} s."
     console.print(took, soft_wrap=True, highlight=False)
+
+
+def _tokens(run: Mapping[str, float], count: int) -> str:
+    """How many of `count` tokens are PyTorch's: at their places, or until the first other one."""
+    if "equal_greedy_tokens" in run:
+        return f"{run['equal_greedy_tokens'] * count:.0f} of {count} tokens the same"
+    # After another token an engine that generates answers another question: no more is compared.
+    same = int(run["compared_steps"]) - (run["equal_generated_tokens"] < 1)
+    return f"the first {same} of {count} tokens the same"
+
+
+def advise(manifest: DeploymentManifest) -> None:
+    """Say on stderr what else to try on a CPU, after a precision that nobody chose."""
+    if manifest.engine in ("onnxruntime", "owl") and manifest.precision in ("fp32", "bf16"):
+        error_console().print(_OTHERS, soft_wrap=True)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -231,20 +231,30 @@ def export(
 
 
 def precision_of(target: str, precision: str | None = None) -> str:
-    """The `precision` asked for, or the default of `target`; `BadInput` where there is none."""
+    """The `precision` asked for, as `target` spells it, or its default.
+
+    Raises `BadInput` for a target, or a precision of it, that there is not.
+    """
     if target not in TARGETS:
         raise unknown_name("target", target, TARGETS)
     own = TARGETS[target].precisions
     if precision is None:
         return next(iter(own))
-    if precision not in own:
-        others = [name for name, row in TARGETS.items() if precision in row.precisions]
-        elsewhere = f"; --target {' or '.join(others)} has {precision}" if others else ""
+    if (found := _spelled(precision, own)) is None:
+        there = {name: _spelled(precision, row.precisions) for name, row in TARGETS.items()}
+        others = {name: spelled for name, spelled in there.items() if spelled}
+        spelled = next(iter(others.values()), "")
+        elsewhere = f"; --target {' or '.join(others)} has {spelled}" if others else ""
         raise BadInput(
             f"The target {target!r} has no precision {precision!r}.",
             f"It has: {', '.join(own)}{elsewhere}.",
         )
-    return precision
+    return found
+
+
+def _spelled(precision: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that is meant: people write INT4, and q4_k_m."""
+    return next((name for name in known if name.lower() == precision.lower()), None)
 
 
 def _check_head(head: str | None, row: Target) -> None:

@@ -27,10 +27,10 @@ from rich.filesize import decimal
 from torch import nn
 
 from owl_deploy import adapter
-from owl_deploy.artefact import check_room, only_writer, publish, sha256
+from owl_deploy.artefact import check_room, check_writer, only_writer, publish, sha256
 from owl_deploy.checkpoint import GRID, open_checkpoint, stored_dtype
 from owl_deploy.engines.worker import peak_bytes
-from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.errors import BadInput, option, unknown_name
 from owl_deploy.finetune.frozen import halve
 from owl_deploy.finetune.logits import TeacherCache, cache_bytes
 from owl_deploy.finetune.picture import learning_curve_svg
@@ -182,7 +182,11 @@ class Run:
             self._halve(self._teacher[0])
 
     def _check_ranks(self) -> None:
-        """Refuse processes that would have nothing to read, or that read different things."""
+        """Refuse processes that would have nothing to read, or that would train different things.
+
+        Weights that differ once differ ever more, and nothing else would say so: only gradients are
+        averaged. Threads may differ: they change in which order sums are made.
+        """
         if len(self.windows[0]) < self.ranks.size:
             raise BadInput(
                 f"There are {self.ranks.size} processes, and {len(self.windows[0])} windows.",
@@ -191,7 +195,9 @@ class Run:
         if self.ranks.size == 1:
             return
         asked = self.asked()
-        self.ranks.check_alike({what: asked[what] for what in ("model", "text", "teacher")})
+        alike = {option(name): value for name, value in asked["settings"].items()}
+        alike |= {what: asked[what] for what in ("model", "grid", "text", "teacher", "dtype")}
+        self.ranks.check_alike(alike | {"kind of device": asked["device"]})
 
     def _check_steps(self) -> None:
         """Refuse fewer steps than there are groups of blocks, each of which takes one at least."""
@@ -533,6 +539,7 @@ class Run:
             f"Fine-tuning{part}",
             self.ranks,
             keep,
+            functools.partial(check_writer, partial.output),
         )
 
     @property

@@ -55,6 +55,7 @@ def train(
     description: str,
     ranks: Ranks = ALONE,
     keep: Callable[[list[dict[str, Any]]], None] | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Train `trainee` in place on `windows` (to train on, held out), resuming from `folder`.
 
@@ -65,14 +66,17 @@ def train(
     nats a token. With a time limit the learning rate falls with the time, so only a training by
     steps resumes to the same losses. Ctrl-C ends a step, after which the training is saved, with
     `KeyboardInterrupt`; one in the last evaluation is obeyed once what was trained is safe by
-    `keep`, which gets the curve, and not at all without.
+    `keep`, which gets the curve, and not at all without. The leader calls `check` before anything
+    that was trained is written, along the way or by whoever called this.
     """
     before = ranks.from_leader(lambda: _cleared(folder))
     total = 100.0 if schedule.seconds else float(schedule.steps)
     speed = _Speed()
     with bar(description, total, speed.note) as advance:
         rate = settings.learning_rate or 0.0
-        clock = _Clock(schedule, trainee, lambda share: advance(share * total), ranks, speed, rate)
+        clock = _Clock(
+            schedule, trainee, lambda share: advance(share * total), ranks, speed, rate, check
+        )
         trainer = _trainer(trainee, windows, settings, clock, folder, fresh=before is None)
         with clock.interruptible(), talking():
             trainer.train(resume_from_checkpoint=None if before is None else str(before))
@@ -225,8 +229,10 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         ranks: Ranks = ALONE,
         speed: "_Speed | None" = None,
         learning_rate: float = 0.0,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self.schedule, self.trainee, self._advance = schedule, trainee, advance
+        self._check = check
         self.ranks, self.speed = ranks, speed or _Speed()
         self.interrupted = False  # as the ranks agreed
         self.told_late = False  # so, when the last step was done
@@ -329,10 +335,13 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         over = self._done >= 1
         control.should_evaluate = over or int(self._done * self._evaluations) > evaluated
         control.should_training_stop = over or self.interrupted
+        due = self.interrupted or self.seconds() - self._saved > _SAVE_SECONDS
         if over:
             self.interrupted = False
-        elif self.interrupted or self.seconds() - self._saved > _SAVE_SECONDS:
+        elif due:
             control.should_save = True
+        if (over or due) and self.ranks.leads:
+            self._check()
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: Any, **_: Any) -> None:  # noqa: ANN401
         """Note the time; stop at a loss that is no number."""

@@ -111,7 +111,7 @@ class Judge:
         names, sizes = self.shape.names, self.shape.linear_sizes
         # In one piece: half of what is free is asked of all of them, and not of each again.
         whole = room_for((sum(sizes),), torch.uint8, self.skeleton.device, self.scratch)
-        rooms = iter(whole.split(sizes))
+        rooms = iter(torch.split(whole, sizes))
         with bar("Ordering weights", len(names) * len(self.windows)) as advance:
             for index, name in enumerate(names):
                 with self.skeleton.loaded(name) as block:

@@ -129,11 +129,12 @@ def _complete(
 def _write_recipe(request: Request, plan: Plan, store: Store) -> None:
     """The resolved recipe, if SparseML has what reproduces the method."""
     if request.method.modifier is None:
-        error_console().print(
-            f"SparseML has nothing that prunes as {plan.settings.method} does: the checkpoint "
-            f"gets no {RESOLVED}.",
-            soft_wrap=True,
-        )
+        if request.method.removes:  # of what only rounds nobody expects a recipe of SparseML's
+            error_console().print(
+                f"SparseML has nothing that prunes as {plan.settings.method} does: the checkpoint "
+                f"gets no {RESOLVED}.",
+                soft_wrap=True,
+            )
         return
     skeleton = request.skeleton
     counts = [len(skeleton.linears(index)) for index in range(len(skeleton.names))]

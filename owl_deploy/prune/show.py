@@ -8,7 +8,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from owl_deploy.manifest import Block, CheckpointManifest
+from owl_deploy.methods import METHODS
 from owl_deploy.progress import result_console
+from owl_deploy.recipe import kept, parse_structure
 
 _BAR_WIDTH = 20
 
@@ -16,16 +18,22 @@ _BAR_WIDTH = 20
 def show(manifest: CheckpointManifest, output: str) -> None:
     """Print a checkpoint's manifest: its blocks as a table with bars, and where it is."""
     console = result_console()
-    console.print(_table(manifest))
+    row = METHODS.get(manifest.settings.method)
+    removes = row is None or row.removes
+    # What is only rounded alike has zeros that nobody asked for, and nothing else that differs.
+    pictured = removes or manifest.spent is not None
+    if pictured:
+        console.print(_table(manifest) if removes else _formats(manifest))
     _show_tuning(console, manifest)
     _show_reconstruction(console, manifest)
     console.print(
         f"{output}: {manifest.weights / 1e6:.1f} M weights {_rounded(manifest)}in the blocks, "
         f"{manifest.wall_seconds:.0f} s, "
-        f"peak memory {decimal(manifest.peak_memory_bytes)}. "
-        "The picture is in sparsity.svg.",
+        f"peak memory {decimal(manifest.peak_memory_bytes)}."
+        + (" The picture is in sparsity.svg." if pictured else ""),
         soft_wrap=True,
     )
+    _show_structure(console, manifest)
 
 
 def _table(manifest: CheckpointManifest) -> Table:
@@ -58,6 +66,16 @@ def _table(manifest: CheckpointManifest) -> Table:
     for name, asked, achieved in ends:
         shares = {"asked": f"{asked:.4f}", "achieved": f"{achieved:.4f}"}
         table.add_row(name, *(shares.get(heading, "") for heading in columns))
+    return table
+
+
+def _formats(manifest: CheckpointManifest) -> Table:
+    """The bits of each block, where a budget chose them."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("block")
+    table.add_column("bits", justify="right")
+    for block in manifest.blocks:
+        table.add_row(block.name.rpartition(".")[2], _bits(block))
     return table
 
 
@@ -121,3 +139,19 @@ def _show_reconstruction(console: Console, manifest: CheckpointManifest) -> None
         f"error on held-out text {before:.4f} before, {after:.4f} after.",
         soft_wrap=True,
     )
+
+
+def _show_structure(console: Console, manifest: CheckpointManifest) -> None:
+    """Say that N differs, for those who want N:M for what runs it."""
+    group = parse_structure(manifest.settings.structure)
+    if group is None:
+        return
+    asked = [one.sparsity for block in manifest.blocks for one in block.linears.values()]
+    numbers = {kept(sparsity, group[1]) for sparsity in asked if sparsity}
+    if len(numbers) > 1:
+        console.print(
+            f"Note: each Linear has its own N here, {min(numbers)} to {max(numbers)} of "
+            f"{group[1]}. --allocation uniform gives {manifest.settings.structure} throughout, as "
+            "hardware for it needs.",
+            soft_wrap=True,
+        )

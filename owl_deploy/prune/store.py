@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from owl_deploy.artefact import MANIFEST, publish
+from owl_deploy.artefact import MANIFEST, check_writer, publish
 from owl_deploy.grid import SCALE
 from owl_deploy.manifest import CheckpointManifest, TrainedHalf, read_manifest
 from owl_deploy.partial import ASKED, Partial
@@ -104,8 +104,9 @@ class Store(Partial):
         """Make the folder, in which the checkpoint now lies, the output; drop what is the run's.
 
         Once the manifest is there nothing else is needed to go on from a stop. What says so goes
-        last.
+        last. Raises as `publish`.
         """
+        check_writer(self.output)  # before anything goes
         self.forget_measured()
         for ending in ("block", "scales", "halves"):
             for path in self.folder.glob(f"*.{ending}"):

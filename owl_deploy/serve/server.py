@@ -9,7 +9,15 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+import time
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,9 +32,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from owl_deploy.engines import threads_for
-from owl_deploy.engines.deployment import open_deployment
+from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.speculate import Search
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.generate import PromptTooLong, Row, Speed, Writer, chosen_draft
+from owl_deploy.generate import LARGEST, PromptTooLong, Row, Speed, Writer, chosen_draft
 from owl_deploy.serve import wire
 from owl_deploy.serve.line import Answer, Asked, Line, Part
 
@@ -51,16 +60,25 @@ _UVICORN: dict[str, Any] = {
 }
 # Each row adds a little to a step, and everybody in a batch waits for its longest answer.
 BATCH = 8
+CONTEXT = 4096
 
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 Texts = AsyncGenerator[Part, None]
 
 
 class Service:
-    """The endpoints over one deployment, called `name`; `key`: what clients must know, if any."""
+    """The endpoints over one deployment, which has `names`, the first of them for who gives none.
 
-    def __init__(self, writer: Writer, name: str, waiting: int, key: str | None = None) -> None:
-        self._writer, self._name, self._key = writer, name, key
+    `key`: what clients must know, if any.
+    """
+
+    def __init__(
+        self, writer: Writer, names: Sequence[str], waiting: int, key: str | None = None
+    ) -> None:
+        self._writer, self._key = writer, key
+        more = {"object": "model", "created": int(time.time()), "owned_by": "owl"}
+        more["max_model_len"] = writer.context  # vLLM's
+        self._models = {name: {"id": name, **more} for name in names}
         self._line = Line(writer, waiting)
         self._most_bytes = min(MOST_BYTES, 2**16 + _BYTES_A_TOKEN * writer.context)
 
@@ -70,7 +88,7 @@ class Service:
         return Starlette(
             routes=[
                 Route("/health", self._health),
-                Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/models", self._guarded(self._all_models)),
                 Route("/v1/models/{model:path}", self._guarded(self._one_model)),
                 Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
                 Route("/v1/completions", self._guarded(self._completion), methods=["POST"]),
@@ -91,22 +109,19 @@ class Service:
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def _models(self, _: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model]})
+    async def _all_models(self, _: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": list(self._models.values())})
 
     async def _one_model(self, request: HttpRequest) -> Response:
-        self._check_model(request.path_params["model"])
-        return JSONResponse(self._model)
+        return JSONResponse(self._model(request.path_params["model"]))
 
-    @property
-    def _model(self) -> dict[str, Any]:
-        return {"id": self._name, "object": "model", "created": 0, "owned_by": "owl"}
-
-    def _check_model(self, name: str) -> None:
-        if name != self._name:
+    def _model(self, name: str) -> dict[str, Any]:
+        if name not in self._models:
+            there_are = ", ".join(map(repr, self._models))
             raise wire.Refused(
-                404, f"There is no model {name!r}, but {self._name!r}.", "model_not_found"
+                404, f"There is no model {name!r}, but {there_are}.", "model_not_found"
             )
+        return self._models[name]
 
     async def _chat(self, request: HttpRequest) -> Response:
         return await self._answer(request, wire.Chat)
@@ -116,7 +131,9 @@ class Service:
 
     async def _answer(self, request: HttpRequest, kind: type[wire.Request]) -> Response:
         asked = wire.parse(kind, await _body(request, self._most_bytes))
-        self._check_model(asked.model)
+        if asked.model is None:
+            asked.model = next(iter(self._models))
+        self._model(asked.model)
         speed = Speed()
         texts = self._texts(request, asked, speed)
         with _until_the_end():
@@ -283,7 +300,8 @@ def serve(
     *,
     batch: int = BATCH,
     waiting: int = 16,
-    context: int = 4096,
+    context: int | None = None,
+    names: Sequence[str] = (),
     threads: int | None = None,
     trust_library: bool = False,
     draft: str | Path | None = None,
@@ -294,12 +312,15 @@ def serve(
 
     `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered together,
     at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its answer,
-    at most: a batch takes memory for `batch` times as many. `threads`, `trust_library`, `draft`,
+    at most (None: `CONTEXT`, or what the model takes): a batch takes memory for `batch` times as
+    many. `names`: what clients call the model, in place of its folder's name. What a request leaves
+    out of how tokens are chosen is as the deployment's genai_config.json has it, where that says
+    `do_sample`, and `say` is told. `threads`, `trust_library`, `draft`,
     `draft_tokens`: as in `generate`; only a request that is answered alone has the draft. Clients
     must know the key that stands in the environment variable `OWL_API_KEY`, if one does. Raises
-    `BadInput` for a deployment that cannot be opened, for a draft that does not fit it, for an
-    address that cannot be had, for one that other machines reach without a key, and for a key that
-    no client could send.
+    `BadInput` for a deployment that cannot be opened, for a draft that does not fit it, for a
+    `context` that is more than it takes, for an address that cannot be had, for one that other
+    machines reach without a key, and for a key that no client could send.
     """
     key = _key()
     if not key and not _is_loopback(host):
@@ -311,15 +332,45 @@ def serve(
     with listener:
         opened = open_deployment(Path(deployment), trust_library=trust_library)
         drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
-        writer = Writer(opened, threads_for(threads), context, drafting, batch)
-        name = Path(deployment).resolve().name
-        running = _http_server(Service(writer, name, waiting, key).app())
+        threads, context = threads_for(threads), _context(opened, context)
+        writer = Writer(opened, threads, context, drafting, batch)
+        names = list(names) or [Path(deployment).resolve().name]
+        running = _http_server(Service(writer, names, waiting, key).app())
         # Before uvicorn's own handlers are there, and after: it sends itself the signal that ended
         # it once more.
         signal.signal(signal.SIGTERM, running.handle_exit)
         bound = f"[{host}]" if ":" in host else host
-        say(f"{name} is served at http://{bound}:{listener.getsockname()[1]}/v1")
+        url = f"http://{bound}:{listener.getsockname()[1]}/v1"
+        say(f"{', '.join(names)} ({_limits(writer, threads)}) is served at {url}")
+        if usual := _said_of(writer.usual):
+            say(f"Requests that do not say otherwise have the model's own {usual}.")
         running.run([listener])
+
+
+def _context(opened: Deployment, asked: int | None) -> int:
+    """The tokens of a prompt and its answer, at most; raises `BadInput` for more than there are."""
+    takes = opened.max_context
+    if asked is not None and takes is not None and asked > takes:
+        raise BadInput(
+            f"--context {asked} is more than the {takes} tokens that {opened.path} takes.",
+            f"Give {takes} or less.",
+        )
+    return asked or CONTEXT
+
+
+def _limits(writer: Writer, threads: int) -> str:
+    """What a user is told of a server's size."""
+    at_once = f"up to {writer.batch} at once" if writer.batch > 1 else "one at a time"
+    return f"context {writer.context}, {threads} thread{'s' * (threads > 1)}, {at_once}"
+
+
+def _said_of(usual: Search) -> str:
+    """How tokens are drawn where a model's makers had a say in that; else ""."""
+    if not usual.do_sample:
+        return ""
+    off = Search(do_sample=True, top_k=LARGEST)
+    found = {name: value for name, value in vars(usual).items() if value != getattr(off, name)}
+    return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
 def _key() -> str | None:

@@ -1,6 +1,6 @@
 """Strings that end an answer, found while it comes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class Stops:
@@ -26,6 +26,14 @@ class Stops:
     def rest(self) -> str:
         """What was kept back, once no more text comes."""
         return self._kept
+
+    def before(self, pieces: Iterable[str]) -> Iterator[str]:
+        """What of `pieces` comes before the first of the strings; no more of them are asked for."""
+        for piece in pieces:
+            yield self.feed(piece)
+            if self.found:
+                return
+        yield self.rest()
 
     def _undecided(self, text: str) -> int:
         """How many letters at the end of `text` are the beginning of a string."""

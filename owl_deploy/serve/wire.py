@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from owl_deploy.errors import BadInput
-from owl_deploy.generate import LARGEST, LEAST_TOP_P, UNLIMITED, Sampling, Speed, Writer
+from owl_deploy.generate import LARGEST, UNLIMITED, Sampling, Speed, Writer
 
 _SEEDS = LARGEST + 1
 # JSON's NUL character; behind a backslash that is one itself, the same letters are text.
@@ -122,7 +122,11 @@ class _StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What both kinds of request have in common; None is OpenAI's default."""
+    """What both kinds of request have in common; None is left out.
+
+    Without a `model` the one that is served is meant. How tokens are chosen is then the
+    deployment's; the rest is OpenAI's default.
+    """
 
     model_config = ConfigDict(extra="allow")  # new clients send what old servers need not know
 
@@ -132,7 +136,7 @@ class Request(BaseModel):
     usual_tokens: ClassVar[int]
     templated: ClassVar[bool]  # whether `text` is in the model's chat template
 
-    model: str
+    model: str | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] | None = None
@@ -151,24 +155,20 @@ class Request(BaseModel):
         return [one for one in self.stop or [] if one]
 
     def sampling(self) -> Sampling:
-        """How the next token is chosen: a temperature of 0 takes the likeliest."""
-        temperature = 1.0 if self.temperature is None else self.temperature
+        """How the next token is chosen; what is left out is as the deployment says.
+
+        A temperature of 0 takes the likeliest.
+        """
         return Sampling(
             max_new_tokens=self.max_completion_tokens or self.max_tokens or self.usual_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            top_k=self._top_k(),
-            top_p=1.0 if self.top_p is None else max(self.top_p, LEAST_TOP_P),
-            repetition_penalty=self.repetition_penalty or 1.0,
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
             seed=None if self.seed is None else self.seed % _SEEDS,
             ignore_eos=bool(self.ignore_eos),
         )
-
-    def _top_k(self) -> int:
-        """Theirs; 0 and -1 are for no limit."""
-        if self.top_k is None:
-            return Sampling.top_k
-        return self.top_k if self.top_k > 0 else LARGEST
 
     def text(self, writer: Writer) -> str:
         """The prompt for the model."""

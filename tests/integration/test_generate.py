@@ -96,11 +96,13 @@ def test_a_prompt_file_that_is_none_is_said_in_a_sentence(
         (("x", "--prompt-file", "y"), "There are two prompts"),
         (("caf\udce9",), "is not UTF-8 text"),  # how Python hands on bytes that are none
         ((PROMPT, "-n", 0), "-n 0 is impossible"),
-        ((PROMPT, "-n", 0), "Give 1 or more, or -1 to go on until the context is full"),
+        ((PROMPT, "-n", 0), "Give 1 to 2147483647, or -1 to go on until the context is full"),
         ((PROMPT, "-n", -2), "-2 is impossible"),
         ((PROMPT, "-n", 510), "give --max-new-tokens (-n) 506 or less; -1 takes all"),
         ((PROMPT * 150,), "leave no room for a new one: there is room for 512 in all"),
         ((PROMPT, "--threads", 0), "--threads 0 is too small"),
+        ((PROMPT, "--do-sample", "--top-p", 2), "--top-p 2.0 is impossible. Give 0 to 1."),
+        ((PROMPT, "--system", "x"), "--system is for a chat. Give --chat as well"),
     ],
 )
 def test_what_cannot_be_generated_is_said_in_a_sentence(owl, deployment, options, complaint):
@@ -177,6 +179,72 @@ def test_a_model_without_a_chat_template_is_not_asked_in_one(owl, deployment):
 def test_what_is_of_sampling_is_refused_without(owl, deployment, option):
     code, _, err = owl("generate", deployment, PROMPT, option)
     assert (code, "Give --do-sample as well" in err) == (2, True)
+
+
+def test_what_is_left_out_of_a_sampling_is_the_models(owl, deployment, tmp_path):
+    """Whose top_k of 1 is the likeliest token's text, as is a temperature of 0."""
+    folder = shutil.copytree(deployment, tmp_path / "sampled")
+    (folder / MANIFEST).unlink()
+    config = folder / "genai_config.json"
+    values = json.loads(config.read_text())
+    values["search"] |= {"do_sample": True, "top_k": 1}
+    config.write_text(json.dumps(values))
+    greedy = owl("generate", deployment, PROMPT, "-n", 24)[1]
+    for where, options in (
+        (folder, ()),
+        (deployment, ("--top-k", 1)),
+        (deployment, ("--temperature", 0)),
+    ):
+        asked = ("generate", where, PROMPT, "-n", 24, "--do-sample", *options)
+        assert owl(*asked)[:2] == (0, greedy)
+    for where, options in ((deployment, ()), (folder, ("--top-k", 0, "--temperature", 2))):
+        asked = ("generate", where, PROMPT, "-n", 24, "--do-sample", "--seed", 1, *options)
+        code, drawn, _ = owl(*asked)
+        assert (code, drawn != greedy) == (0, True)
+
+
+def test_one_token_is_told_without_a_speed(owl, deployment):
+    code, _, err = owl("generate", deployment, PROMPT, "-n", 1)
+    assert (code, "tokens/s" in err) == (0, False)
+    found = json.loads(owl("generate", deployment, PROMPT, "-n", 1, "--json")[1])
+    assert (found["new_tokens"], found["tokens_per_s"]) == (1, None)
+
+
+def test_a_text_ends_before_a_string(owl, deployment):
+    text = owl("generate", deployment, PROMPT, "-n", 24)[1]
+    stop = text[8:11]
+    asked = ("generate", deployment, PROMPT, "-n", 24, "--stop", "never said", "--stop", stop)
+    assert owl(*asked)[:2] == (0, text[: text.index(stop)])
+
+
+def test_a_chat_may_begin_with_the_systems_message(owl, deployment, tmp_path):
+    folder = shutil.copytree(deployment, tmp_path / "chat")
+    template = "{% for one in messages %}{{ one['role'] }}: {{ one['content'] }}; {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    chat = ("generate", folder, "Hi", "-n", 8, "--chat")
+    plain = ("generate", folder, "-n", 8)
+    for options, said in (((), ""), (("--system", "Be brief."), "system: Be brief.; ")):
+        assert owl(*chat, *options)[:2] == owl(*plain, f"{said}user: Hi; ")[:2]
+    assert "The text of --system is empty" in owl(*chat, "--system", "")[2]
+
+
+def test_ctrl_c_says_nothing_of_outputs_that_there_are_not(owl, deployment, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("owl_deploy.generate.open_deployment", interrupted)
+    code, _, err = owl("generate", deployment, PROMPT)
+    assert (code, err) == (130, "owl: interrupted; the text ends here.\n")
+    monkeypatch.setattr("owl_deploy.serve.server.open_deployment", interrupted)
+    code, _, err = owl("serve", deployment, "--port", 0)
+    assert (code, err) == (130, "owl: interrupted; nothing is served any more.\n")
+
+
+def test_the_example_says_how_it_is_called():
+    command = [sys.executable, "examples/generate.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "usage: generate.py" in done.stderr) == (2, True)
+    assert "Traceback" not in done.stderr
 
 
 def test_a_long_prompt_is_run_in_parts_to_the_same_end(deployment, monkeypatch):

@@ -309,7 +309,7 @@ def test_a_prompt_in_parts_says_the_same(pruned, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_new_tokens": 0}, {"temperature": 0}, {"top_k": 0}, {"top_p": 1.5}],
+    [{"max_new_tokens": 0}, {"temperature": -1}, {"top_k": -2}, {"top_p": 1.5}],
 )
 def test_impossible_sampling_is_refused(options):
     with pytest.raises(BadInput, match="impossible"):

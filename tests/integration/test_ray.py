@@ -4,16 +4,21 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import psutil
 import pytest
 
 from owl_deploy.artefact import sha256, staged_folder
+from owl_deploy.ending import exit_code
 from owl_deploy.errors import BadInput
 from owl_deploy.manifest import CheckpointManifest
 from owl_deploy.pipeline import Prune, Task, do, survey
+from owl_deploy.ranks import leave
 from owl_deploy.recipe import settings
+from tests import fresh
 
 ray = pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
@@ -30,12 +35,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 class Copy(Task):
     """A task that takes no time: the text of a file, in an artefact."""
 
-    APART: ClassVar = {"part": True, "dies": True, "alone": True, "apart": True}
+    APART: ClassVar = dict.fromkeys(("part", "dies", "alone", "apart", "waits"), True)
 
     task: Literal["copy", "alone"] = "copy"
     part: Path
     dies: Path | None = None  # kills its worker, unless this file is there
     apart: bool = False  # it sees no folder but those of its node's cache
+    waits: bool = False  # for ever, once it has said so
 
     def reads(self):
         return (self.part,)
@@ -51,6 +57,10 @@ class Copy(Task):
                 assert path.is_relative_to(own), path
         text = (self.part if self.part.is_file() else self.part / "text").read_text()
         with staged_folder(self.output, force=True) as folder:
+            if self.waits:
+                self.output.with_name("waiting").write_text(str(os.getpid()))
+                for _ in range(36_000):  # Ray interrupts Python, and no call of the system
+                    time.sleep(0.1)
             (folder / "text").write_text(text)
             CheckpointManifest(source=text).write(folder)
 
@@ -193,6 +203,36 @@ def test_nodes_that_share_a_store_alone(cluster, llama, tmp_path, monkeypatch, c
 
 def read(path):
     return Path(path).read_text()
+
+
+def sweep_slowly(address, folder):
+    """A driver whose one task has begun, and would take long."""
+    ROWS["copy"] = Row(cores=1)
+    task = Copy(title="Copying slowly", output=folder / "made", part=folder / "word", waits=True)
+    leave(exit_code(lambda: run.execute([task], folder, address, {}, 0)))
+
+
+def test_sigterm_ends_the_driver_as_ctrl_c_does_and_its_tasks(cluster, tmp_path):
+    (tmp_path / "word").write_text("owl")
+    driver = fresh.started(sweep_slowly, cluster.address, tmp_path, output=tmp_path)
+    until(lambda: (tmp_path / "waiting").is_file() and (tmp_path / "waiting").read_text())
+    assert list(tmp_path.glob(".made.owl-lock"))
+    worker = psutil.Process(int((tmp_path / "waiting").read_text()))
+    driver.terminate()
+    driver.join()
+    said = [line for line in (tmp_path / "stderr").read_text().splitlines() if "owl: " in line]
+    assert said == ["owl: interrupted; all tasks are cancelled; the same command goes on."]
+    assert driver.exitcode == 130
+    until(lambda: not worker.is_running())
+    assert not list(tmp_path.glob(".made*"))
+    assert not (tmp_path / "made").exists()
+
+
+def until(there):
+    end = time.monotonic() + 120
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_plan_on_a_cluster(cluster, llama, tmp_path, capfd):

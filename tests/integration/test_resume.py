@@ -1,6 +1,7 @@
 """kill -9 at any moment: nothing looks finished, and --resume ends with bit-identical weights."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -9,10 +10,13 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from owl_deploy import checkpoint, recipe
+from owl_deploy import checkpoint, lease, recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.finetune import run as finetuning
+from owl_deploy.finetune import train
 from owl_deploy.hardware import Hardware, on_threads
 from owl_deploy.partial import partial_folder
 from owl_deploy.prune import run, store, tune
@@ -247,11 +251,104 @@ def test_another_run_for_the_same_output_is_refused_at_once(model, text_file, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def taken_over(output):
+    """A run of another machine writes `output` now; the files that are there for it to go on from.
+
+    As when this one was suspended for longer than a lease lasts.
+    """
+    lock = output.with_name(f".{output.name}.owl-lock")
+    lock.write_text(json.dumps(lease._me() | {"host": "node-7", "of": ["another boot"]}))
+    return partial_files(output)
+
+
+def partial_files(output):
+    found = partial_folder(output).rglob("*")
+    return {path: path.stat().st_mtime_ns for path in found if path.is_file()}
+
+
+@pytest.mark.parametrize("moment", ["save", "finish"])
+def test_a_pruning_that_lost_its_output_leaves_the_next_one_its_blocks(
+    model, text_file, tmp_path, monkeypatch, moment
+):
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    settings, out = recipe.settings(allocation="uniform", sparsity=0.6), tmp_path / "out"
+    method, there = getattr(store.Store, moment), {}
+
+    def late(self, *arguments):
+        there.update(taken_over(out))
+        method(self, *arguments)
+
+    monkeypatch.setattr(store.Store, moment, late)
+    with pytest.raises(EnvironmentFailed, match=r"Another run took .*out over"):
+        prune(model, out, settings, calibration)
+    assert partial_files(out) == there
+    assert any(path.name == "plan.json" for path in there)
+
+
+FINETUNING = {"sequence_length": 32, "batch_size": 4, "max_steps": 3, "dtype": "float32"}
+
+
+@pytest.mark.parametrize(("step", "seconds"), [(2, 0.0), (3, 300.0)], ids=["saving", "ending"])
+def test_a_training_that_lost_its_output_leaves_the_next_one_alone(
+    sparse, text_file, tmp_path, monkeypatch, step, seconds
+):
+    out, there = tmp_path / "out", {}
+    step_end = train._Clock.on_step_end
+
+    def late(self, args, state, control, **more):
+        if state.global_step == step:
+            there.update(taken_over(out))
+        step_end(self, args, state, control, **more)
+
+    monkeypatch.setattr(train, "_SAVE_SECONDS", seconds)
+    monkeypatch.setattr(train._Clock, "on_step_end", late)
+    with pytest.raises(EnvironmentFailed, match=r"Another run took .*out over"):
+        finetuning.finetune(sparse, out, str(text_file), FINETUNING | {"method": "lora"})
+    assert partial_files(out) == there
+    assert any(path.name == "run.json" for path in there)
+
+
+@pytest.mark.parametrize(
+    ("failure", "ends", "complaint"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8."),
+            EnvironmentFailed,
+            r"not enough memory.*--resume",
+        ),
+        (OSError(5, "Input/output error"), EnvironmentFailed, "cannot be read"),
+        (ValueError("what nobody foresaw"), BadInput, "cannot load"),
+    ],
+    ids=str,
+)
+def test_a_training_that_cannot_be_gone_on_with_now_keeps_what_is_done(
+    sparse, text_file, tmp_path, monkeypatch, failure, ends, complaint
+):
+    def fail(*_, **__):
+        raise failure
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    arguments = (sparse, tmp_path / "out", str(text_file), FINETUNING | {"method": "masked"})
+    with monkeypatch.context() as patched:
+        patched.setattr(finetuning.Run, "complete", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            finetuning.finetune(*arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+        with pytest.raises(ends, match=complaint):
+            finetuning.finetune(*arguments, resume=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(finetuning.Run, "_train_group", None)  # not again
+        assert finetuning.finetune(*arguments, resume=True).finetune.resumed
+
+
 @pytest.mark.parametrize(
     ("failure", "complaint"),
     [
         (OSError(28, "No space left on device"), "is full"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory"), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
     ],
 )
 def test_a_full_disk_or_memory_ends_with_a_sentence_and_resumes(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from owl_deploy.artefact import sha256
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
@@ -132,7 +133,8 @@ def test_sampled_texts_share_a_batch_and_are_drawn_each_for_itself(writer):
 @pytest.mark.parametrize(
     ("sampling", "other", "fits"),
     [
-        (Sampling(), Sampling(temperature=0.5, seed=3), True),  # the likeliest token, both
+        # The likeliest token, both.
+        (Sampling(), Sampling(do_sample=True, temperature=0, seed=3), True),
         (Sampling(), Sampling(do_sample=True), False),
         (Sampling(do_sample=True), Sampling(do_sample=True, top_k=5), False),
         (Sampling(do_sample=True, seed=1), Sampling(do_sample=True, seed=1), False),
@@ -189,6 +191,37 @@ def test_prompts_that_are_run_in_parts_go_alone(deployment, tmp_path):
     rows = asked(writer)
     assert not writer.takes(rows[:2])
     assert together(writer, [rows[1]])[0]
+
+
+def test_what_a_request_leaves_out_is_the_models_and_the_start_says_so(deployment, tmp_path):
+    folder = shutil.copytree(deployment, tmp_path / "sampled")
+    config, manifest = folder / "genai_config.json", folder / "owl.json"
+    values, told = (json.loads(file.read_text()) for file in (config, manifest))
+    values["search"] |= {"do_sample": True, "temperature": 0.5, "top_k": 1, "top_p": 1.0}
+    config.write_text(json.dumps(values))
+    told["files"][config.name]["sha256"] = sha256(config)
+    manifest.write_text(json.dumps(told))
+    with serving(folder, "--name", "one", "--name", "two") as (process, client):
+        said = process.stderr.readline()
+        assert said == (
+            "Requests that do not say otherwise have the model's own temperature 0.5, top_k 1.\n"
+        )
+        assert [model.id for model in client.models.list()] == ["one", "two"]
+        asked = {"model": "two", "prompt": "The river ran", "max_tokens": 12}
+        usual, greedy, drawn = (
+            client.completions.create(**asked, **more).choices[0].text
+            for more in (
+                {},
+                {"temperature": 0},
+                {"temperature": 2, "extra_body": {"top_k": 0}, "seed": 1},
+            )
+        )
+    assert usual == greedy != drawn
+
+
+def test_more_context_than_the_model_takes_is_refused_in_a_sentence(owl, deployment):
+    code, _, err = owl("serve", deployment, "--port", 0, "--context", CONTEXT + 1)
+    assert (code, f"--context {CONTEXT + 1} is more than the {CONTEXT} tokens" in err) == (2, True)
 
 
 def test_clients_at_once_get_what_each_gets_alone(dense):

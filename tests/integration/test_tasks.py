@@ -310,3 +310,11 @@ def test_tasks_run_on_the_threads_asked_for(owl, deployment, loads):
     asked = ("eval", deployment("onnxruntime"), "--tasks", "owl_endings", "--tasks-path", TASKS)
     assert owl(*asked, "--limit", 1, "--window", WINDOW, "--threads", 3)[0] == 0
     assert [load["threads"] for load in loads] == [3]
+
+
+def test_an_unknown_task_may_be_ones_own():
+    known = ["boolq", "piqa"]
+    own = "For a task of your own give --tasks-path."
+    assert zero_shot._unknown("bolq", known, None).hint == f"Near it: boolq. {own}"
+    assert zero_shot._unknown("mine", known, None).hint.endswith(f"lists the harness's. {own}")
+    assert zero_shot._unknown("bolq", known, TASKS).hint == "Near it: boolq."

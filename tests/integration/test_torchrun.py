@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import random
 
 import pytest
@@ -182,6 +183,20 @@ def test_of_three_one_is_killed_and_one_process_goes_on(models, text_file, tmp_p
     divided.run(case | {"settings": resumed})
     divided.run(case | {"output": str(tmp_path / "whole")})
     check_tied(tmp_path / "0", tmp_path / "whole")
+
+
+def evaluate_own_text(model, folder):
+    """As a node does that has a file of its own under the path that all are given."""
+    fresh.owl("eval", model, "--perplexity", folder / os.environ["RANK"], "--window", 64)
+
+
+def test_a_node_with_another_text_gives_no_figure(models, text_file, tmp_path):
+    (tmp_path / "0").write_text(text_file.read_text())
+    (tmp_path / "1").write_text(text_file.read_text()[1:])
+    done = fresh.group(2, evaluate_own_text, models["llama"], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("owl: ") == 1
+    assert "Not all processes of this run have the same text." in done.stderr
 
 
 def test_more_processes_than_windows_end_with_one_sentence(models, text_file, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.run import evaluate
 from owl_deploy.evaluate.settings import EvaluationSettings
-from tests import divided, fresh
+from owl_deploy.hardware import Hardware
+from tests import alike, divided, fresh
 
 pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no Bubblewrap")
@@ -55,11 +57,34 @@ def test_every_model_gets_the_same_examples(llama):
     assert asked[0] == asked[1]
 
 
+@pytest.mark.parametrize(
+    ("what", "names", "other"),
+    [
+        ("tasks", ["owl_endings", "owl_texts"], {}),
+        ("--window", ["owl_endings"], {"window": 32}),
+        ("--limit", ["owl_endings"], {"limit": 1}),
+        ("--every", ["owl_endings"], {"every": 2}),
+        ("dtype", ["owl_endings"], {"hardware": Hardware(dtype="bfloat16")}),
+    ],
+)
+def test_processes_that_are_asked_different_things_are_refused(
+    llama, monkeypatch, what, names, other
+):
+    asked = EvaluationSettings(window=64)
+    of_first, of_second = (zero_shot.load_tasks(some, FOLDER) for some in (["owl_endings"], names))
+    said = alike.refused(
+        monkeypatch,
+        lambda ranks: zero_shot.evaluate_tasks(llama, of_first, asked, ranks),
+        lambda ranks: zero_shot.evaluate_tasks(llama, of_second, replace(asked, **other), ranks),
+    )
+    assert said.startswith(f"Not all processes of this run have the same {what}.")
+
+
 @needs_bwrap
 def test_of_three_one_is_killed_and_others_go_on(llama, caches, tmp_path):
     case = CODE | {"model": str(llama), "output": str(tmp_path / "found.json")}
     # As it gives its answers to the others: by then its own are kept.
-    done = divided.in_processes(3, tmp_path, [case | {"killed": [1, 3]}])
+    done = divided.in_processes(3, tmp_path, [case | {"killed": [1, 5]}])
     assert done.returncode != 0
     assert done.stderr.count("owl: ") <= 1  # torchrun may end the others before they say it
     assert not (tmp_path / "found.json").exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from owl_deploy import artefact
+from owl_deploy import artefact, lease
 from owl_deploy.errors import BadInput, EnvironmentFailed
 
 
@@ -257,6 +257,47 @@ def test_json_is_replaced_whole(tmp_path):
         artefact.write_json(path, {"n": float("nan")})
     assert json.loads(path.read_text()) == {"n": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def taken_over(output):
+    """A run of another machine writes `output` now."""
+    lock, of_another = artefact._lock(output), {"host": "node-7", "of": ["another boot"]}
+    lock.write_text(json.dumps(lease._me() | of_another))
+    return lock
+
+
+def test_who_lost_its_output_may_not_write_it(tmp_path):
+    output = tmp_path / "out"
+    assert not artefact.is_writer(output)
+    with artefact.only_writer(output):
+        artefact.check_writer(output)
+        lock = taken_over(output)
+        with pytest.raises(EnvironmentFailed, match=r"Another run took .*out over"):
+            artefact.check_writer(output)
+    assert lock.is_file()
+
+
+def test_a_run_that_was_killed_elsewhere_is_outlasted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    monkeypatch.setattr(lease, "STALE_S", 1.0)
+    taken_over(tmp_path / "out")
+    with artefact.only_writer(tmp_path / "out"):
+        assert artefact.is_writer(tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "A run on node-7 is writing" in said
+    assert (said.count("waiting for at most 60 s"), said.count("\n")) == (1, 1)
+
+
+def test_a_run_that_lives_elsewhere_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    lock = taken_over(tmp_path / "out")
+    threading.Timer(0.2, os.utime, (lock,)).start()
+    with (
+        pytest.raises(BadInput, match="Another run is writing"),
+        artefact.only_writer(tmp_path / "out"),
+    ):
+        pass
+    assert lock.is_file()
 
 
 def test_a_writer_is_waited_for(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -181,6 +182,31 @@ def test_a_whole_model_with_a_wrong_tensor_is_refused(copy, name, change, compla
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match=complaint):
         checkpoint.open_checkpoint(copy).load(torch.float32)
+
+
+NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8")
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (NO_MEMORY, RuntimeError),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), OSError),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (OSError(errno.EIO, "Input/output error"), EnvironmentFailed),
+        (OSError("no file named model.safetensors"), BadInput),
+        (ValueError("rope_theta must be a number"), BadInput),
+    ],
+    ids=str,
+)
+def test_what_the_system_refuses_is_no_bad_model(llama, monkeypatch, error, ends):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ends) as caught:
+        checkpoint.open_checkpoint(llama).load(torch.float32)
+    assert type(caught.value) is ends
 
 
 def test_a_config_nested_too_deep(copy):

@@ -154,6 +154,7 @@ TABLE = {
         ("--batch 3", "batch", 3),
         ("--waiting 5", "waiting", 5),
         ("--context 99", "context", 99),
+        ("--name one --name two", "names", ["one", "two"]),
         ("--threads 3", "threads", 3),
         ("--trust-library", "trust_library", True),
         ("--draft lookup", "draft", "lookup"),

@@ -4,6 +4,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -13,6 +14,7 @@ from owl_deploy.errors import (
     EnvironmentFailed,
     first_line,
     is_full_disk,
+    is_out_of_memory,
     not_installed,
     printable,
     with_type,
@@ -60,6 +62,47 @@ def test_a_disk_that_is_full_is_told_in_many_ways():
     other = CheckpointException("write", {1: (ValueError("no"), traceback.StackSummary())})
     for error in (RuntimeError("sizes do not match"), other, OSError(errno.EIO, "Input/output")):
         assert not is_full_disk(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+        RuntimeError("unable to mmap 8 bytes from file <model>: Cannot allocate memory (12)"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, `cusolverDnCreate(handle)`"),
+    ],
+    ids=str,
+)
+def test_a_memory_that_is_full_is_told_in_many_ways(error):
+    assert is_out_of_memory(error)
+
+
+def test_torch_says_it_on_this_machine_in_one_of_them():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("sizes do not match"),
+        ValueError("not enough memory"),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+    ids=str,
+)
+def test_no_other_error_is_of_the_memory(error):
+    assert not is_out_of_memory(error)
 
 
 def test_what_a_terminal_would_obey_is_shown():

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from owl_deploy import lease as leases
-from owl_deploy.lease import STALE_S, Held, holds, lease
+from owl_deploy.lease import STALE_S, Held, holds, lease, outlast
 
 HOLDER = """
 import sys, pathlib
@@ -106,6 +106,52 @@ def test_a_lease_of_a_time_to_come_is_void_if_nobody_touches_it(path, monkeypatc
     threading.Timer(0.1, elsewhere, (path, -3601)).start()
     with pytest.raises(Held), lease(path):
         pass
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    monkeypatch.setattr(leases, "STALE_S", 2.0)
+
+
+def test_another_machine_that_shows_no_life_is_outlasted(path, quick):
+    elsewhere(path, 0)
+    told, began = [], time.monotonic()
+    outlast(path, told.append)
+    assert time.monotonic() - began > 1.5
+    assert told == ["node-7"]
+    with lease(path):
+        assert holds(path)
+
+
+def test_another_machine_that_shows_life_is_not(path, quick):
+    elsewhere(path, 1)
+    threading.Timer(0.2, os.utime, (path,)).start()
+    with pytest.raises(Held):
+        outlast(path, lambda _: None)
+    assert left(path) == [path.name]
+
+
+def test_a_lease_that_is_given_back_need_not_get_old(path, quick, monkeypatch):
+    monkeypatch.setattr(leases, "STALE_S", STALE_S)
+    elsewhere(path, 0)
+    threading.Timer(0.2, path.unlink).start()
+    outlast(path, lambda _: None)
+    assert left(path) == []
+
+
+def test_nobody_is_watched_who_can_be_asked(path):
+    told = []
+    outlast(path, told.append)  # there is no lease
+    elsewhere(path, STALE_S + 20)
+    outlast(path, told.append)
+    path.unlink()
+    with holder(path) as process:
+        with pytest.raises(Held):
+            outlast(path, told.append)
+        process.kill()
+    outlast(path, told.append)
+    assert told == []
 
 
 def test_a_file_that_says_nothing_is_judged_by_its_age(path):

@@ -140,3 +140,12 @@ def test_an_earlier_benchmark(tmp_path):
 def test_a_deployment_that_lost_its_kind_is_one_still(tmp_path):
     write_json(tmp_path / MANIFEST, {"files": {}})
     assert read_manifest(tmp_path, DeploymentManifest) is not None
+
+
+def test_an_adapter_has_ways_to_a_deployment(owl, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    code, _, err = owl("export", tmp_path, "-o", tmp_path.parent / "out")
+    assert code == 2
+    said = " ".join(err.split())
+    assert "It is an adapter: owl eval CHECKPOINT --adapter takes it." in said
+    assert "--merge masked, or merge it with PEFT's merge_and_unload: owl export takes" in said

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from owl_deploy import cli
 from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.methods import METHODS, Options
+from owl_deploy.methods import METHODS, Options, unknown_method
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -58,3 +58,11 @@ def test_options_reach_their_method_and_no_other(owl, llama, text_file, tmp_path
     expected = {"block_size": 32, "dampening": 0.01, "preserve_mask": True}
     assert manifest.settings.options == expected
     assert manifest.recipe["overrides"] == {"options": {"block_size": 32, "preserve_mask": True}}
+
+
+@pytest.mark.parametrize("name", ["gptq", "AWQ", "rtn"])
+def test_what_rounds_has_another_way(owl, name):
+    code, _, err = owl("prune", "model", "-o", "out", "--method", name)
+    said = f"'{name}' is no way to prune. To round as GPTQ does: --method none --bits 4."
+    assert (code, said in " ".join(err.split())) == (2, True), err
+    assert "Did you mean 'wanda'?" in str(unknown_method("wandb"))

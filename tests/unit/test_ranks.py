@@ -99,8 +99,10 @@ def test_a_process_leaves_with_what_it_has_still_to_do(joined):
 def test_what_differs_between_processes_is_named(monkeypatch):
     others = {"text": "a", "dtype": "torch.bfloat16"}
     monkeypatch.setattr(Ranks, "gathered", lambda self, told: [told, others])
-    Ranks(0, 2).check_alike({"text": "a"})
-    with pytest.raises(BadInput, match=r"The dtype is not the same .* name --device and --dtype"):
+    Ranks(0, 2).check_alike(dict(others))
+    with pytest.raises(BadInput, match=r"the same dtype\. .* and options, and name --dtype\.$"):
         Ranks(0, 2).check_alike({"text": "a", "dtype": "torch.float32"})
-    with pytest.raises(BadInput, match=r"The text is not the same .* the same files"):
+    with pytest.raises(BadInput, match=r"the same text\. Give .* files and options\.$"):
         Ranks(0, 2).check_alike({"text": "b"})
+    with pytest.raises(BadInput, match=r"the same (dtype|tasks)\."):  # each has what one lacks
+        Ranks(0, 2).check_alike({"text": "a", "tasks": []})

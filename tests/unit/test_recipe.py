@@ -595,3 +595,11 @@ def test_a_recipe_that_is_no_text(tmp_path):
     for read in (recipe.read, recipe.read_yaml):
         with pytest.raises(BadInput, match=r"r\.yaml cannot be read"):
             read(tmp_path / "r.yaml")
+
+
+def test_the_list_fits_a_terminal(owl):
+    code, out, _ = owl("recipes", "ls")
+    assert (code, max(map(len, out.splitlines())) <= 80) == (0, True)
+    told = " ".join(out.split())
+    for path in recipe.shipped().values():
+        assert f"{path.stem} {path.read_text().splitlines()[0].removeprefix('# ')}" in told

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from owl_deploy.bench import BenchPlan, decision, entries
+from owl_deploy.bench.measure import conclude
 from owl_deploy.bench.result import Result, Score, Subject, metrics_of
 from owl_deploy.errors import BadInput
 from owl_deploy.measurements import keep_measurement
@@ -175,6 +176,86 @@ def test_a_faster_one_that_loses_too_much_is_faster_by_the_rounds_of_both() -> N
     assert beside({}, perplexity=30.0, slower=1.0).endswith(
         "Beside it owl-70-owl-int8 (owl, int8) is no speed-up (1.00 to 1.00)."
     )
+
+
+def in_rounds(*slower: float, pairs: int = 8) -> Result:
+    """Deployments "one", a candidate, "two" and so on, which take `slower` times as long as it."""
+    made = result(pairs=pairs)
+    key = metrics_of(made.scenarios)[0].key
+    first = made.subjects[4]
+    subjects = []
+    for name, factor in zip(("one", "two", "three"), (1.0, *slower), strict=False):
+        samples = tuple(
+            sample.model_copy(
+                update={"latencies_ms": {key: tuple(factor * x for x in sample.latencies_ms[key])}}
+            )
+            for sample in first.samples
+        )
+        role = "candidate" if name == "one" else "baseline"
+        subjects.append(first.model_copy(update={"name": name, "role": role, "samples": samples}))
+    return conclude(
+        BenchPlan(candidates=("x",), scenarios=("decode",), pairs=pairs),
+        made.scenarios[:1],
+        made.machine,
+        2,
+        30.0,
+        tuple(subjects),
+    )
+
+
+def test_one_deployment_alone_is_not_recommended() -> None:
+    alone = in_rounds()
+    told = said(alone)
+    assert told == (
+        "Nothing here says what to deploy: only one was timed, and there is nothing to compare it "
+        "with. Give another DEPLOYMENT as well, or a dense one by --baseline."
+    )
+    assert said(changed(alone, {"one": {"perplexity": None}})).startswith(told)
+    found = decision.to_json(decision.judge(alone))
+    assert (found["deploy"], found["why"]) == (None, told)
+    assert [one["name"] for one in found["options"]] == ["one"]
+    told = said(changed(in_rounds(1.5), {"two": {"perplexity": None}}))
+    assert told.startswith("Nothing here says what to deploy: the quality of one alone is known.")
+
+
+@pytest.mark.parametrize(
+    ("slower", "pairs", "doubt"),
+    [
+        (1.5, 8, ""),
+        (1.5, 2, "inconclusive (too few pairs): 1.50x (1.50 to 1.50)"),
+        (1.0, 8, "no speed-up (1.00 to 1.00)"),
+    ],
+)
+def test_a_lead_that_the_rounds_do_not_show_is_said(slower: float, pairs: int, doubt: str) -> None:
+    told = said(in_rounds(slower, pairs=pairs))
+    assert told.startswith("Deploy one (onnxruntime, fp32): ")
+    lead = ", though its lead over two (onnxruntime, fp32) is not established. Beside two "
+    lead += f"(onnxruntime, fp32) it is {doubt}."
+    assert told.endswith(lead) if doubt else "lead" not in told
+
+
+def test_a_lead_is_over_the_next_that_may_be_deployed() -> None:
+    made = in_rounds(1.0, 1.5)
+    assert "its lead over two " in said(made)
+    assert "lead" not in said(changed(made, {"two": {"perplexity": 99.0}}))
+
+
+def test_a_baselines_lead_is_by_the_same_comparison_turned_round() -> None:
+    made = in_rounds(0.5)
+    assert said(made).startswith("Deploy two ")
+    assert "lead" not in said(made)
+    (kept,) = made.comparisons
+    wide = kept.model_copy(update={"ratio": 0.8, "low": 0.5, "high": 1.25})  # by more looks
+    assert said(made.model_copy(update={"comparisons": (wide,)})).endswith(
+        "it is inconclusive (noisy machine): 1.25x (0.80 to 2.00)."
+    )
+
+
+def test_a_doubt_is_told_once() -> None:
+    """Of a sparse one its place beside the best dense one is told in any case."""
+    told = beside({}, slower=1.0)
+    assert "though its lead over dense-fp32 (owl, int8) is not established. " in told
+    assert told.count("it is no speed-up") == 1
 
 
 @pytest.mark.parametrize(

@@ -224,3 +224,14 @@ def test_a_cache_behind_a_link_is_not_told(store, driver, tmp_path, monkeypatch)
     perform(plan_in(driver)[0], shares(store, plan_in(driver), driver)[0], driver)
     root, folder = seen
     assert folder.is_relative_to(root)
+
+
+def test_a_relative_cache_is_one_wherever_a_task_works(store, driver, tmp_path, monkeypatch):
+    monkeypatch.setenv("OWL_CACHE", f"cache-of-{tmp_path.name}")
+    plan = plan_in(driver)
+    for task, share in zip(plan, shares(store, plan, driver).values(), strict=True):
+        perform(task, share, driver)  # which ends in another folder than it began
+    found = [path.relative_to(driver) for path in driver.rglob("store")]
+    assert found == [Path(f"cache-of-{tmp_path.name}", "store")]
+    kept = {path.name for path in (driver / found[0] / "files").iterdir()}
+    assert sha256(driver / "word") in kept

@@ -1,3 +1,6 @@
+import signal
+import threading
+
 import pytest
 
 pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
@@ -121,3 +124,39 @@ def test_only_what_can_take_tasks_is_a_node(monkeypatch):
     monkeypatch.setattr(nodes.ray, "nodes", lambda: told)
     (card,) = nodes.alive()
     assert (card.name, card.has) == ("card (card0123)", Need(4, 7, 1.0))
+
+
+@pytest.fixture
+def own_sigterm(monkeypatch):
+    """What SIGTERM calls in this test, and a Ray that makes it call something of its own."""
+    calls = []
+    before = signal.signal(signal.SIGTERM, lambda *_: calls.append("ours"))
+
+    def init(*_, **__):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: calls.append("Ray's"))
+
+    monkeypatch.setattr(nodes.ray, "init", init)
+    monkeypatch.setattr(nodes.ray, "shutdown", lambda: calls.append("shutdown"))
+    yield calls
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_driver_that_is_told_to_end_does_as_by_ctrl_c(own_sigterm):
+    with pytest.raises(KeyboardInterrupt), nodes.joined("local"):
+        signal.raise_signal(signal.SIGTERM)
+    assert own_sigterm == ["shutdown"]
+    signal.raise_signal(signal.SIGTERM)
+    assert own_sigterm == ["shutdown", "ours"]
+
+
+def test_a_driver_outside_the_main_thread_leaves_signals_alone(own_sigterm):
+    def drive():
+        with nodes.joined("local"):
+            own_sigterm.append("joined")
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    thread.join()
+    signal.raise_signal(signal.SIGTERM)
+    assert own_sigterm == ["joined", "shutdown", "ours"]

@@ -144,6 +144,22 @@ def test_a_marker_that_is_none_is_said(store, made, change):
         store.stored("checkpoints/a")
 
 
+@pytest.mark.parametrize("version", [None, ""])
+def test_a_marker_without_a_version_is_none(store, made, version):
+    """What a version replaces is removed, by the folder that is named for it."""
+    value = json.loads(publish(store, made, sparsity=0.5).model_dump_json())
+    publish(store, made, name="checkpoints/a/b", sparsity=0.5)
+    value["version"] = version
+    if version is None:
+        del value["version"]
+    store.write("checkpoints/a/stored.json", json.dumps(value))
+    words = r"no marker of owl's, or a damaged one\. Delete .*again"
+    for asked in (lambda: store.stored("checkpoints/a"), lambda: publish(store, made)):
+        with pytest.raises(BadInput, match=words):
+            asked()
+    assert store.stored("checkpoints/a/b") is not None
+
+
 @pytest.mark.parametrize("digest", ["/etc/passwd", "../../x", "", "0" * 63 + "G"])
 def test_a_marker_whose_digest_is_a_path_is_none(store, made, digest):
     """A node keeps files by their digests."""

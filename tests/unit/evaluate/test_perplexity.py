@@ -17,7 +17,7 @@ from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.hardware import Hardware
 from owl_deploy.measurements import measurement
 from owl_deploy.text import load_tokenizer
-from tests import tiny
+from tests import alike, tiny
 
 
 def test_equals_the_loss_of_transformers_window_by_window(llama, text_file):
@@ -151,3 +151,48 @@ def test_the_tokens_that_were_read_are_told_from_others(llama, text_file):
     )
     assert first == same
     assert first.token_ids_sha256 != other.token_ids_sha256
+
+
+def other_text(folder: Path) -> dict[str, object]:
+    (folder / "other.txt").write_text(tiny.text()[1:])
+    return {"text": str(folder / "other.txt")}
+
+
+def adapter(folder: Path) -> dict[str, object]:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("{}")
+    return {"adapter": folder}
+
+
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("text", other_text),
+        ("text", lambda _: {"windows": 3}),
+        ("--window", lambda _: {"window": 65}),
+        ("dtype", lambda _: {"hardware": Hardware(dtype="bfloat16")}),
+        ("adapter", adapter),
+    ],
+)
+def test_processes_that_would_read_different_things_are_refused(
+    llama, text_file, tmp_path, monkeypatch, what, other
+):
+    asked = EvaluationSettings(str(text_file), window=64, windows=4)
+    others = replace(asked, **other(tmp_path))
+    said = alike.refused(
+        monkeypatch,
+        lambda ranks: perplexity(llama, asked, ranks),
+        lambda ranks: perplexity(llama, others, ranks),
+    )
+    assert said.startswith(f"Not all processes of this run have the same {what}. Give every node")
+
+
+def test_processes_with_different_models_are_refused(llama, text_file, tmp_path, monkeypatch):
+    asked = EvaluationSettings(str(text_file), window=64, windows=4)
+    other = shutil.copytree(llama, tmp_path / "other")
+    said = alike.refused(
+        monkeypatch,
+        lambda ranks: perplexity(llama, asked, ranks),
+        lambda ranks: perplexity(other, asked, ranks),
+    )
+    assert "the same model." in said

@@ -1,6 +1,7 @@
 """A model of the harness that several processes ask together."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 pytest.importorskip("lm_eval.models", reason="pip install 'owl-deploy[eval]'")
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.shared import SharedModel
-from owl_deploy.ranks import ALONE
+from owl_deploy.ranks import ALONE, Ranks
+from tests import alike
 
 
 class Model:
@@ -53,3 +55,11 @@ def test_a_likelihood_that_is_no_number_is_no_answer(kind: str) -> None:
     assert len(getattr(model, kind)(requests(1, 1))) == 2
     with pytest.raises(BadInput, match="log-likelihood of a text is nan"):
         getattr(model, kind)(requests(1, 1, 1))
+
+
+def test_processes_that_have_other_documents_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asking(*lengths: int) -> Callable[[Ranks], object]:
+        return lambda ranks: SharedModel(Model(), ranks).generate_until(requests(*lengths))
+
+    said = alike.refused(monkeypatch, asking(1, 2), asking(2, 1))  # as if shuffled otherwise
+    assert "Not all processes of this run have the same task data." in said

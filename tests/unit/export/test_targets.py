@@ -52,6 +52,16 @@ def test_a_target_has_a_precision_of_its_own():
     assert targets.precision_of("owl", "int8") == "int8"
 
 
+@pytest.mark.parametrize(
+    ("target", "said", "found"),
+    [("owl", "INT4", "int4"), ("llama.cpp", "q4_k_m", "Q4_K_M"), ("deepsparse", "FP32", "fp32")],
+)
+def test_a_precision_is_meant_however_it_is_spelled(target, said, found):
+    assert targets.precision_of(target, said) == found
+    with pytest.raises(BadInput, match=r"--target llama\.cpp has Q4_K_M"):
+        targets.precision_of("owl", "q4_k_m")
+
+
 def test_the_help_names_every_precision(owl):
     told = " ".join(owl("export", "--help")[1].split())
     for target, row in targets.TARGETS.items():

@@ -19,13 +19,15 @@ from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.finetune import run as module
 from owl_deploy.finetune import train as training
-from owl_deploy.finetune.run import finetune
+from owl_deploy.finetune.run import Run, finetune
+from owl_deploy.finetune.settings import resolved
 from owl_deploy.finetune.show import caption
 from owl_deploy.finetune.source import Source
 from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import prune
+from owl_deploy.ranks import Ranks
 from owl_deploy.tokens import load_tokens
-from tests import tiny
+from tests import alike, tiny
 from tests.reference import finetune as reference
 from tests.reference.divergence import divergence
 
@@ -484,3 +486,73 @@ def test_ctrl_c_in_the_last_evaluation_loses_nothing(
     assert losses(resumed) == losses(whole)
     lora = finetune(sparse, tmp_path / "adapter", str(text_file), QUICK)
     assert lora.finetune.steps == 4
+
+
+def one_of_two(sparse, text, **other):
+    """A process that makes its run, asked `other` than `QUICK`."""
+    settings = resolved(QUICK | {"method": "masked"} | other, teacher=False)
+    return lambda ranks: Run(Source(sparse), settings, text, None, ranks)
+
+
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("--learning-rate", {"learning_rate": 1e-1}),
+        ("--max-steps", {"max_steps": 3}),
+        ("--sequence-length", {"sequence_length": 16}),
+        ("--dtype", {"dtype": "bfloat16"}),
+        ("--shard", {"shard": True}),
+    ],
+)
+def test_processes_with_other_settings_are_refused(models, text_file, monkeypatch, what, other):
+    _, sparse = models("llama")
+    usual, others = (one_of_two(sparse, str(text_file), **told) for told in ({}, other))
+    said = alike.refused(monkeypatch, usual, others)
+    assert said.startswith(f"Not all processes of this run have the same {what}. Give every node")
+
+
+def test_processes_whose_processors_choose_another_dtype_are_refused(
+    models, text_file, monkeypatch
+):
+    _, sparse = models("llama")
+
+    def on(fast):
+        def made(ranks):
+            monkeypatch.setattr("owl_deploy.hardware.multiplies_bfloat16", lambda _: fast)
+            return one_of_two(sparse, str(text_file), dtype="auto")(ranks)
+
+        return made
+
+    said = alike.refused(monkeypatch, on(True), on(False))
+    assert "the same dtype. Give every node the same files and options, and name --dtype." in said
+
+
+def test_processes_with_another_grid_or_device_are_refused(
+    models, text_file, tmp_path, monkeypatch
+):
+    _, sparse = models("llama")
+    usual = one_of_two(sparse, str(text_file))
+
+    def with_another(what, value):
+        def made(ranks):
+            asked = Run.asked
+            with monkeypatch.context() as patch:
+                patch.setattr(Run, "asked", lambda self: asked(self) | {what: value})
+                return usual(ranks)
+
+        return made
+
+    for what, value, told in (("grid", "0" * 64, "grid"), ("device", "cuda", "kind of device")):
+        said = alike.refused(monkeypatch, usual, with_another(what, value))
+        assert said.startswith(f"Not all processes of this run have the same {told}.")
+
+
+def test_processes_with_other_numbers_of_threads_train_together(models, text_file, monkeypatch):
+    _, sparse = models("llama")
+    told = []
+    monkeypatch.setattr(Ranks, "gathered", lambda self, value: told.append(value) or [value] * 2)
+    one_of_two(sparse, str(text_file))(Ranks(0, 2))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    one_of_two(sparse, str(text_file))(Ranks(0, 2))
+    first, second = filter(None, told)
+    assert first == second

@@ -162,5 +162,8 @@ def test_the_command_line(owl, llama, text_file, tmp_path):
     told = json.loads(out)
     assert told["settings"]["bits_group"] == 64
     assert told["sparsity"]["asked"] == 0
-    code, out, _ = owl(*command[:-1], "--force")
+    code, out, err = owl(*command[:-1], "--force")
     assert (code, "M weights of 4 bits (groups of 64) in the blocks" in out) == (0, True)
+    # Nothing was to go: no sparsity is shown, and no recipe of SparseML's is missed.
+    assert not {"asked", "achieved", "sparsity"} & {*out.replace(".", " ").split()}
+    assert "SparseML" not in err

@@ -15,6 +15,7 @@ from owl_deploy.grid import read_grid
 from owl_deploy.manifest import Cost
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune.show import show
 from owl_deploy.runtime import pack
 from tests import tiny
 
@@ -111,12 +112,18 @@ def test_gate_and_up_get_one_format():
     assert list(chosen[0]) == list(block)
 
 
-def test_rounding_only_mixes_4_and_8_bits(model, tmp_path, calibration):
+def test_rounding_only_mixes_4_and_8_bits(model, tmp_path, calibration, capsys):
     settings = recipe.settings(budget="6", method="none")
     manifest = prune(model, tmp_path / "out", settings, calibration)
     assert manifest.sparsity.asked == 0
     assert set(read_grid(tmp_path / "out").bits.values()) == {4, 8}
     assert not (tmp_path / "out" / "recipe.yaml").exists()
+    capsys.readouterr()
+    show(manifest, "out")
+    out = capsys.readouterr().out
+    assert out.split()[:2] == ["block", "bits"]
+    assert re.search(r"4: \d+%, 8: \d+%", out)
+    assert "achieved" not in out
 
 
 def test_the_recipe_says_the_sparsities(model, tmp_path, calibration):

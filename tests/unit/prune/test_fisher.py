@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import recipe
+from owl_deploy.artefact import only_writer
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.manifest import CheckpointManifest, read_manifest
@@ -148,9 +149,10 @@ def test_a_model_that_was_pruned_already_is_pruned_on(sparse, text_file, tmp_pat
 
 
 def losses_of(request, output):
-    store = Store(output, request.deciding(), resume=False, force=True)
     ways = [Format(None, 0.5)]
-    return sensitivity.measure_losses(request, store, request.settings, ways, errors=False)
+    with only_writer(output):
+        store = Store(output, request.deciding(), resume=False, force=True)
+        return sensitivity.measure_losses(request, store, request.settings, ways, errors=False)
 
 
 def test_a_reconstruction_does_not_measure_again(llama, tmp_path, monkeypatch):
@@ -226,9 +228,10 @@ def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file,
     settings = recipe.settings(method=method, allocation="fisher", sparsity=0.5)
     calibration = Calibration(str(text_file), samples=4, sequence_length=256, seed=3)
     request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
-    store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
     ways = [Format(None, one) for one in (0.3, 0.5, 0.7)]
-    found = Measuring(request, store, Maker(settings), ways, errors=False).run()
+    with only_writer(tmp_path / "out"):
+        store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
+        found = Measuring(request, store, Maker(settings), ways, errors=False).run()
     whole = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     for name, block in zip(request.shape.names, found, strict=True):
         forward = store.measured(name, "forward")

@@ -14,10 +14,12 @@ from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.cli import app
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.hardware import Hardware, find_device
+from owl_deploy.manifest import CheckpointManifest
 from owl_deploy.partial import partial_folder
 from owl_deploy.prune import request, run, write
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune.show import show
 from owl_deploy.prune.store import Store
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
@@ -474,3 +476,24 @@ def test_a_skipped_linear_may_stand_in_the_recipe(llama, tmp_path, calibration):
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(b[name], dense[name])
     assert not torch.equal(a[name], dense[name])
+
+
+@pytest.mark.parametrize(
+    ("structure", "sparsities", "says"),
+    [
+        ("2:4", (0.25, 0.5, 0.75), "Note: each Linear has its own N here, 1 to 3 of 4."),
+        ("2:4", (0.5, 0.0, 0.5), ""),  # one was skipped
+        ("unstructured", (0.25, 0.5, 0.75), ""),
+    ],
+)
+def test_linears_of_other_n_are_said(capsys, structure, sparsities, says):
+    linears = {
+        f"part{i}": {"achieved": one, "sparsity": one, "weights": 8}
+        for i, one in enumerate(sparsities)
+    }
+    block = {"name": "layers.0", "achieved": 0.5, "sparsity": 0.5, "linears": linears}
+    settings = {"method": "wanda", "structure": structure}
+    show(CheckpointManifest.model_validate({"settings": settings, "blocks": [block]}), "out")
+    out = capsys.readouterr().out
+    assert ("Note" in out, says in out) == (bool(says), True)
+    assert ("--allocation uniform gives 2:4 throughout" in out) == bool(says)

@@ -9,6 +9,7 @@ import transformers
 from pydantic import TypeAdapter
 
 from owl_deploy import recipe
+from owl_deploy.artefact import only_writer
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.prune import request as prune_request
 from owl_deploy.prune import sensitivity
@@ -43,7 +44,8 @@ def measured(request, folder):
 def costs_by(request, store):
     """The costs, measured in the store whatever the cache holds."""
     ways = formats(request.settings.method)
-    found = Measuring(request, store, Maker(request.settings), ways, errors=True).run()
+    with only_writer(store.output):
+        found = Measuring(request, store, Maker(request.settings), ways, errors=True).run()
     return sensitivity.costs(request, found)
 
 
@@ -160,7 +162,8 @@ def test_a_stopped_measurement_goes_on_to_the_same_costs(
 def test_what_is_measured_once_is_known_for_other_budgets(llama, text_file, tmp_path, monkeypatch):
     request = asked(llama, text_file)
     store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
-    first = sensitivity.measure_costs(request, store)
+    with only_writer(tmp_path / "out"):
+        first = sensitivity.measure_costs(request, store)
     other = dataclasses.replace(
         request, settings=request.settings.model_copy(update={"budget": "3"})
     )

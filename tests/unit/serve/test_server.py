@@ -7,12 +7,15 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2 as httpx
 import openai
 import pytest
 
+from owl_deploy.engines.speculate import Search
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.generate import PromptTooLong, Row
 from owl_deploy.serve import line, server, wire
@@ -21,10 +24,10 @@ PATIENCE = 60  # seconds: the machine may be busy
 
 
 class FakeWriter:
-    """Says a letter in each row for each `go`; `seen`: prompts and sampling, a list a batch."""
+    """Says a letter in each row for each `go`; `seen`: prompts and rows, a list a batch."""
 
     def __init__(self, batch=1):
-        self.batch, self.context = batch, 100
+        self.batch, self.context, self.usual = batch, 100, Search()
         self.go = threading.Semaphore(0)
         self.rows, self.seen = {}, []
         self.line, self.template = None, "{{ messages }}"
@@ -55,14 +58,15 @@ class FakeWriter:
             raise BadInput("The word is too long.", "A hint for the command line.")
         self.templated = templated
         speed.prompt_tokens = len(prompt)
-        return Row([prompt], 1 + sampling.max_new_tokens, sampling, speed)
+        search = sampling.search(self.usual)
+        return Row([prompt], 1 + sampling.max_new_tokens, sampling, speed, search=search)
 
     def takes(self, rows):
-        return len(rows) <= self.batch and len({row.sampling.shared for row in rows}) == 1
+        return len(rows) <= self.batch and len({row.shared for row in rows}) == 1
 
     def write_together(self, rows):
         self.rows = {row.tokens[0]: row for row in rows}
-        self.seen.append([(row.tokens[0], row.sampling) for row in rows])
+        self.seen.append([(row.tokens[0], row) for row in rows])
         while self.running:
             live = [number for number, row in enumerate(rows) if not row.ended]
             assert self.go.acquire(timeout=PATIENCE)
@@ -81,9 +85,9 @@ def writer(request):
 
 
 @contextmanager
-def served(writer, waiting=1, key=None, **settings):
+def served(writer, waiting=1, key=None, names=("tiny",), **settings):
     """The service in a thread; its base URL. `settings`: of uvicorn."""
-    service = server.Service(writer, "tiny", waiting, key)
+    service = server.Service(writer, names, waiting, key)
     writer.line = service._line
     running = server._http_server(service.app(), **{"log_level": "critical", **settings})
     writer.end = lambda: setattr(running, "should_exit", True)
@@ -339,10 +343,10 @@ def test_a_stream_says_who_speaks_what_it_says_and_why_it_ended(writer, client):
     assert "".join(delta.content for delta in deltas) == "abc"
     assert last.choices[0].finish_reason == "stop"
     assert (usage.choices, usage.usage.completion_tokens) == ([], 6)
-    (((prompt, sampling),),) = writer.seen
+    (((prompt, row),),) = writer.seen
     assert prompt == "user: Hi"
-    assert (sampling.do_sample, sampling.temperature, sampling.top_p) == (True, 0.5, 0.25)
-    assert (sampling.seed, sampling.max_new_tokens) == (5, 9)
+    assert row.search == Search(do_sample=True, temperature=0.5, top_p=0.25)
+    assert (row.sampling.seed, row.sampling.max_new_tokens) == (5, 9)
 
 
 def test_an_engine_that_fails_is_told_without_its_secrets(writer, client, caplog):
@@ -380,7 +384,7 @@ def test_no_proxy_keeps_a_stream_back(writer, url):
 
 def test_a_connection_is_the_clients_to_close(writer):
     """httpx keeps one for 5 s: closed by the server then, the next request on it would fail."""
-    service = server.Service(writer, "tiny", 1)
+    service = server.Service(writer, ["tiny"], 1)
     assert server._http_server(service.app()).config.timeout_keep_alive > 60
 
 
@@ -487,7 +491,30 @@ def test_what_asks_for_nothing_is_taken(writer, client):
 def test_what_clients_send_for_no_limit_and_for_the_least(writer, client, given, found):
     writer.go.release()
     ask(client, "a", 1, extra_body=given)
-    assert {name: getattr(writer.seen[0][0][1], name) for name in found} == found
+    assert {name: getattr(writer.seen[0][0][1].search, name) for name in found} == found
+
+
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        ({}, {}),
+        ({"temperature": None, "top_p": 0.5}, {"top_p": 0.5}),
+        ({"temperature": 1, "top_k": 0}, {"temperature": 1.0, "top_k": 2**31 - 1}),
+        ({"repetition_penalty": 1}, {"repetition_penalty": 1.0}),
+    ],
+)
+def test_what_a_request_leaves_out_is_the_models(writer, client, given, changes):
+    writer.usual = Search(True, 0.6, 20, 0.9, 1.1)
+    writer.go.release()
+    ask(client, "a", 1, extra_body=given)
+    assert writer.seen[0][0][1].search == replace(writer.usual, **changes)
+
+
+def test_a_greedy_request_has_nothing_of_the_models_sampling(writer, client):
+    writer.usual = Search(True, 0.6, 20, 0.9, 1.1)
+    writer.go.release()
+    ask(client, "a", 1, temperature=0, seed=3)
+    assert writer.seen[0][0][1].search == Search()
 
 
 @pytest.mark.parametrize("messages", [[1] * 9, [{"role": "user", "content": [1] * 9}]])
@@ -529,7 +556,7 @@ def test_a_prompt_may_be_a_list_of_one(writer, client):
 def test_a_penalty_of_repetitions_is_the_samplings(writer, client):
     writer.go.release()
     ask(client, "a", 1, extra_body={"repetition_penalty": 1.5})
-    assert writer.seen[0][0][1].repetition_penalty == 1.5
+    assert writer.seen[0][0][1].search.repetition_penalty == 1.5
 
 
 @pytest.mark.parametrize(
@@ -595,6 +622,64 @@ def test_the_model_is_told_by_its_name(client):
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="There is no model 'a/b'"):
         client.models.retrieve("a/b")
+
+
+def test_the_model_says_how_much_it_takes_and_since_when_it_is_served(client):
+    (model,) = client.models.list()
+    assert model.model_extra["max_model_len"] == 100
+    assert abs(time.time() - model.created) < PATIENCE
+
+
+def test_names_that_are_given_are_the_models_and_without_one_it_is_the_first(writer):
+    with (
+        served(writer, names=["gpt", "owl/7b"]) as url,
+        openai.OpenAI(base_url=url, api_key="-") as client,
+    ):
+        assert [model.id for model in client.models.list()] == ["gpt", "owl/7b"]
+        assert client.models.retrieve("owl/7b").id == "owl/7b"
+        writer.go.release(3)
+        asked = {"prompt": "a", "max_tokens": 1}
+        for named in ({"model": "owl/7b"}, {"model": None}, {}):
+            answer = httpx.post(f"{url}/completions", json=asked | named, timeout=PATIENCE)
+            assert answer.json()["model"] == (named.get("model") or "gpt")
+        with pytest.raises(openai.NotFoundError, match="no model 'tiny', but 'gpt', 'owl/7b'"):
+            ask(client, "a")
+
+
+def test_more_context_than_the_model_takes_is_refused():
+    opened = SimpleNamespace(max_context=512, path=Path("tiny"))
+    assert [server._context(opened, asked) for asked in (None, 99, 512)] == [4096, 99, 512]
+    with pytest.raises(BadInput, match=r"--context 513 .* 512 tokens .* Give 512 or less"):
+        server._context(opened, 513)
+
+
+@pytest.mark.parametrize(
+    ("batch", "threads", "limits"),
+    [(8, 2, "context 100, 2 threads, up to 8 at once"), (1, 1, "context 100, 1 thread, one at a")],
+)
+@pytest.mark.parametrize(
+    ("usual", "told"),
+    [
+        (Search(), []),
+        (Search(True, 0.6, 2**31 - 1, 0.9), ["temperature 0.6, top_p 0.9."]),
+        (Search(True, 1.0, 2**31 - 1, 1.0), []),
+    ],
+)
+def test_the_start_tells_limits_and_the_models_own_sampling(
+    monkeypatch, batch, threads, limits, usual, told
+):
+    writer, said = FakeWriter(batch), []
+    writer.usual = usual
+    running = SimpleNamespace(handle_exit=signal.getsignal(signal.SIGTERM), run=lambda _: None)
+    opened = SimpleNamespace(max_context=100)
+    monkeypatch.setattr(server, "open_deployment", lambda *_, **__: opened)
+    monkeypatch.setattr(server, "Writer", lambda *_: writer)
+    monkeypatch.setattr(server, "_http_server", lambda _: running)
+    server.serve("a/tiny", port=0, batch=batch, threads=threads, say=said.append)
+    where, *more = said
+    assert where.startswith(f"tiny ({limits}")
+    assert where.split()[-1].startswith("http://127.0.0.1:")  # where scripts look for it
+    assert more == [f"Requests that do not say otherwise have the model's own {x}" for x in told]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(url, monkeypatch):

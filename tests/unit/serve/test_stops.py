@@ -45,3 +45,10 @@ def test_the_text_ends_before_the_first_string(text, strings, said):
 def test_only_what_may_be_a_beginning_is_kept_back():
     stops = Stops(["\n\n"])
     assert [stops.feed(piece) for piece in ("one", "\n", "two\n")] == ["one", "", "\ntwo"]
+
+
+def test_a_text_ends_before_a_string_and_nothing_behind_it_is_made():
+    pieces = iter(["a", "b", "c", "d", "e"])
+    assert "".join(Stops(["cd"]).before(pieces)) == "ab"
+    assert list(pieces) == ["e"]
+    assert "".join(Stops(["ef"]).before("abcde")) == "abcde"

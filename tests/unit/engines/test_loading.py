@@ -1,0 +1,33 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from owl_deploy import verify
+from owl_deploy.artefact import MANIFEST, sha256
+from owl_deploy.engines import loading
+from owl_deploy.runtime import LIBRARY_NAMES
+
+
+def test_other_operators_are_told_by_verify_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an update every older deployment has them, and they are never loaded."""
+    ours, folder = tmp_path / "ours.so", tmp_path / "deployment"
+    ours.write_text("this build")
+    folder.mkdir()
+    name = sorted(LIBRARY_NAMES)[0]
+    (folder / name).write_text("another build")
+    options = {"custom_ops_library": name}
+    settings = {"model": {"type": "llama", "decoder": {"session_options": options}}}
+    (folder / loading.GENAI_CONFIG).write_text(json.dumps(settings))
+    (folder / "model.onnx").write_bytes(b"")  # a graph of nothing
+    files = {path.name: {"sha256": sha256(path)} for path in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"kind": "deployment", "files": files}))
+    for module in (loading, verify):
+        monkeypatch.setattr(module, "library_path", lambda: ours)
+
+    assert loading.Folder(folder).check() == ours
+    assert capsys.readouterr() == ("", "")
+    found = verify.verify(folder)
+    assert (found.whole, found.operators) == (True, verify.REPLACED)

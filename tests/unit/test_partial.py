@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+
+from owl_deploy import lease
+from owl_deploy.artefact import only_writer
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.partial import ASKED, Partial, kept_for_resuming, partial_folder
+
+
+class Counted(Partial):
+    """What is done of it is one file."""
+
+    @property
+    def has_work(self):
+        return (self.folder / "done.json").is_file()
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def run(output):
+    """Begin the run, which does something or not, and have it end with an error."""
+
+    def end(error, *, works=True, resume=False):
+        with only_writer(output):
+            partial = Counted(output, {}, resume=resume, force=False)
+            if works:
+                partial.write("done.json", 1)
+            with pytest.raises(type(error)), kept_for_resuming(partial, ""):
+                raise error
+
+    return end
+
+
+def content(output):
+    folder = partial_folder(output)
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+def taken_over(output):
+    """A run of another machine writes `output` now."""
+    lock = output.with_name(f".{output.name}.owl-lock")
+    lock.write_text(json.dumps(lease._me() | {"host": "node-7", "of": ["another boot"]}))
+
+
+def test_what_a_bad_input_stopped_would_stop_again(run, output):
+    run(BadInput("no"))
+    assert not content(output)
+
+
+def test_a_bad_input_does_not_cost_what_an_earlier_run_has_done(run, output):
+    run(KeyboardInterrupt())
+    run(BadInput("no"), works=False, resume=True)
+    assert content(output).keys() == {ASKED, "done.json"}
+
+
+def test_what_nobody_would_have_to_do_again_is_dropped(run, output):
+    run(KeyboardInterrupt(), works=False)
+    assert not content(output)
+
+
+@pytest.mark.parametrize("error", [BadInput("no"), ZeroDivisionError()], ids=repr)
+def test_a_process_that_only_reads_drops_nothing(output, error):
+    with only_writer(output):
+        partial = Counted(output, {}, resume=False, force=False)
+    with pytest.raises(type(error)), kept_for_resuming(partial, ""):  # as in another process
+        raise error
+    assert content(output).keys() == {ASKED}
+
+
+def test_a_run_that_lost_its_output_leaves_the_next_one_alone(output):
+    with only_writer(output):
+        partial = Counted(output, {}, resume=False, force=False)
+        taken_over(output)
+        before = content(output)
+        with pytest.raises(EnvironmentFailed, match="Another run took"):
+            partial.write("done.json", 1)
+        tensors, path = {"a": torch.ones(2)}, partial.folder / "a.safetensors"
+        with pytest.raises(EnvironmentFailed, match="Another run took"):
+            partial.write_tensors(tensors, path)
+        for error in (BadInput("no"), ZeroDivisionError()):
+            with pytest.raises(type(error)), kept_for_resuming(partial, ""):
+                raise error
+    assert content(output) == before
