@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = (
+    "low_bits_signs.json",
     "low_bits_smollm2.json",
     "low_bits_reconstructed.json",
     "low_bits_trained.json",
@@ -79,6 +80,7 @@ class Point(NamedTuple):
 
 def small() -> Iterator[Point]:
     """SmolLM2-135M; rows that were trained for other times are left out."""
+    seen = set()
     for file in SMALL:
         for row in read_object(RESULTS / file, "Check out the results.")["rows"]:
             # Of a slower machine: where as many steps took so many minutes.
@@ -95,7 +97,9 @@ def small() -> Iterator[Point]:
                 kind, name = RECONSTRUCTED, ""
             elif name.startswith("budget"):
                 kind, name = BUDGET, ""
-            yield Point(name, row["bits"], row["perplexity"], kind)
+            if (row["format"], kind) not in seen:
+                yield Point(name, row["bits"], row["perplexity"], kind)
+            seen.add((row["format"], kind))
 
 
 def large() -> Iterator[Point]:

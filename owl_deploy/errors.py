@@ -150,8 +150,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # not loaded, it raised nothing
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    # On Linux "can't allocate memory" of the allocator, "Cannot allocate memory" of mmap; the others
-    # of CUDA and its libraries where they begin, which torch hands on as they are.
+    # On Linux "can't allocate memory" of the allocator, "Cannot allocate memory" of mmap; then what
+    # CUDA and its libraries say where they begin, which torch hands on.
     words = (
         *("not enough memory", "allocate memory", "CUDA error: out of memory"),
         *("STATUS_ALLOC_FAILED", "cusolverDnCreate"),

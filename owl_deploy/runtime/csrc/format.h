@@ -108,7 +108,7 @@ struct ScaleCode {
                      : ScaleCode{exponent << 23, 0x07f80000, 19};
   }
   OWL_INLINE float decoded(std::uint8_t byte) const {
-    const auto wide = static_cast<std::uint32_t>(static_cast<std::int8_t>(byte));
+    const std::uint32_t wide = (std::uint32_t{byte} ^ 0x80U) - 0x80U;  // its sign in all upper bits
     const std::uint32_t bits = (wide << shift & mask) + exponent_bits;
     float scale;
     std::memcpy(&scale, &bits, 4);
