@@ -9,7 +9,7 @@ namespace {
 constexpr char kMagic[8] = {'O', 'W', 'L', 'P', 'A', 'C', 'K', '\0'};
 constexpr std::uint32_t kVersion = 4;
 constexpr std::uint32_t kWithoutSigns = 3;  // of scales
-constexpr std::uint32_t kOldest = 2;  // nor int4 and int3, and 32 columns share a scale
+constexpr std::uint32_t kOldest = 2;        // nor int4 and int3, and 32 columns share a scale
 constexpr std::uint32_t kFlagSparse = 1, kFlagPlanes = 2;
 constexpr std::uint32_t kMaxScaleExponent = 254 - 15;  // the largest scale is finite
 constexpr std::uint64_t kMaxExtent =

@@ -95,8 +95,8 @@ constexpr bool traits_are_sound() {
 }
 static_assert(traits_are_sound());
 
-// How the fp32 bits of a scale are had from its byte: these bits of it as a signed integer, moved to
-// the left, and the exponent that all scales of the weight begin with.
+// How the fp32 bits of a scale are had from its byte: these bits of it as a signed integer, moved
+// to the left, and the exponent that all scales of the weight begin with.
 struct ScaleCode {
   std::uint32_t exponent_bits = 0;
   std::uint32_t mask = 0x07f80000;

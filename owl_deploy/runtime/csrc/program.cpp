@@ -14,10 +14,10 @@
 //      softcap
 //   2: as 1, with attention_mask behind sin
 // `logits`, if given: the output that holds a head's logits. A session whose configuration has
-// kLastLogits gets, of a prompt longer than kFewRows, only those of each sequence's last tokens, and
-// of the last before a run of equal ones:
-// the other rows of that output are neither computed nor written, so that their memory, 400 MB for
-// 2048 tokens of a vocabulary of 49152, is never taken.
+// kLastLogits gets, of a prompt longer than kFewRows, only those of each sequence's last tokens,
+// and of the last before a run of equal ones: the other rows of that output are neither computed
+// nor written, so that their memory, 400 MB for 2048 tokens of a vocabulary of 49152, is never
+// taken.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
