@@ -391,6 +391,8 @@ def _scale_bits(
     rows, cols = weight.shape
     blocks = -(-cols // shared)
     if scales is not None:
+        if levels[0] == -levels[1]:  # then the values may have the sign: no bit goes to it
+            scales = np.abs(scales)
         return _grid_bits(scales, (rows, blocks), traits.counts)
     bits = np.empty((rows, blocks), dtype=np.int32)
     for part in _parts(weight):

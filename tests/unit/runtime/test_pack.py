@@ -17,6 +17,7 @@ SHAPES = [(1, 1), (16, 64), (17, 5), (31, 129), (64, 576), (100, 1000)]
 # largest may lose so that the others lose less.
 STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254, "int4": 0.3, "int3": 0.6}
 VALUES: tuple[pack.Values, ...] = tuple(pack.TRAITS)
+MIXED: tuple[tuple[pack.Values, bool], ...] = (("int8", False), ("int4", True))
 INTEGERS = tuple(values for values, traits in pack.TRAITS.items() if traits.levels)
 
 
@@ -116,7 +117,15 @@ def test_a_weight_on_a_grid_keeps_it(
         block = packed(held, values, sparse, scales=scales, scale_columns=shared)
         np.testing.assert_array_equal(pack.unpack(block), weight)
         assert pack.inspect(block).nonzeros == np.count_nonzero(weight)
-        assert pack.inspect(block).signed_scales == signs
+        assert pack.inspect(block).signed_scales == (signs and values != "int8")
+
+
+def test_8_bits_hold_scales_of_either_sign_and_any_mantissa() -> None:
+    """As they meet where Linears of different bits are one weight."""
+    (fine, steps), (coarse, signed) = (on_grid(16, 64, v, 32, signs=s) for v, s in MIXED)
+    weight, scales = np.concatenate((fine, coarse)), np.concatenate((steps, signed))
+    block = pack.pack(weight, "int8", sparse=False, scales=scales)
+    np.testing.assert_array_equal(pack.unpack(block), weight)
 
 
 @pytest.mark.parametrize("exponent", range(-22, -16))
