@@ -181,11 +181,11 @@ def pack(
 
     `planes`: int8 whose upper and lower bits lie apart; not with `sparse`. `scales` [rows,
     ceil(cols / scale_columns)], for integers: the grid that the weight lies on, to within what
-    bf16 rounds; each scale 0, or a power of two times (1 + m / 16) with a whole m, which is even
-    if any is below zero, and one that is less than 2^-15 of the largest is rounded to that. Without
-    them they are chosen: int8's so that the largest value fits, those of fewer bits for the least
-    squared error. ValueError for what does not fit, or is to be sparse where `values` come dense
-    only.
+    bf16 rounds; each scale 0, or a power of two times (1 + m / 16) with a whole m, which for fewer
+    than 8 bits is even if any is below zero, and one that is less than 2^-15 of the largest is
+    rounded to that. Without them they are chosen: int8's so that the largest value fits, those of
+    fewer bits for the least squared error. ValueError for what does not fit, or is to be sparse
+    where `values` come dense only.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
