@@ -10,12 +10,12 @@ first is `relative_error`, squared, over the weights' squares; the others are sh
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from owl_deploy.artefact import write_json
 from owl_deploy.checkpoint import open_checkpoint
 
 GROUP = 32
@@ -38,7 +38,7 @@ def main() -> None:
     for row in rows:
         print(*(f"{one:.4g}" if isinstance(one, float) else one for one in row.values()))
     if arguments.output:
-        arguments.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        write_json(arguments.output, {"rows": rows})
 
 
 def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -88,10 +88,8 @@ def by_zero_point(groups: torch.Tensor, bits: int) -> torch.Tensor:
     found = []
     for above in torch.linspace(0.6, 1, 9):
         for below in torch.linspace(0.6, 1, 9):
-            top, bottom = (
-                (groups.amax(1) * above).clamp(min=0),
-                (groups.amin(1) * below).clamp(max=0),
-            )
+            top = (groups.amax(1) * above).clamp(min=0)
+            bottom = (groups.amin(1) * below).clamp(max=0)
             scale = ((top - bottom) / (2**bits - 1)).clamp(min=1e-30).unsqueeze(1)
             zero = (-bottom.unsqueeze(1) / scale).round()
             rounded = ((groups / scale).round() + zero).clamp(0, 2**bits - 1) - zero

@@ -141,6 +141,15 @@ def is_full_disk(error: BaseException) -> bool:
     return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
 
 
+_NO_MEMORY = (
+    "not enough memory",
+    "allocate memory",  # on Linux "can't" of the allocator, "Cannot" of mmap
+    "CUDA error: out of memory",  # this and the next as CUDA and its libraries begin
+    "STATUS_ALLOC_FAILED",
+    "cusolverDnCreate",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host had no memory left; torch tells it of a host in words only."""
     if isinstance(error, MemoryError):
@@ -150,10 +159,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # not loaded, it raised nothing
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    # On Linux "can't allocate memory" of the allocator, "Cannot allocate memory" of mmap; then what
-    # CUDA and its libraries say where they begin, which torch hands on.
-    words = (
-        *("not enough memory", "allocate memory", "CUDA error: out of memory"),
-        *("STATUS_ALLOC_FAILED", "cusolverDnCreate"),
-    )
-    return isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -48,15 +47,11 @@ def joined(address: str) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _no_cluster(address, first_line(error)) from error
     try:
-        _at_sigterm(_told_to_end)  # not Ray's, which prints where it was, and aborts
+        _at_sigterm(signal.default_int_handler)  # not Ray's, which prints its stack, and aborts
         yield
     finally:
         ray.shutdown()
         _at_sigterm(before)
-
-
-def _told_to_end(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _at_sigterm(handler: Any) -> None:  # noqa: ANN401 - what `signal.getsignal` gives

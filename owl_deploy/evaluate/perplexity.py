@@ -121,8 +121,9 @@ def checkpoint_perplexity(
     own = ranks.part(windows)
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
-    alike = {"--window": asked.window, **deciding(checkpoint, adapter, dtype, device)}
-    ranks.check_alike(alike | {"text": token_digest(windows)})
+    if ranks.size > 1:
+        alike = {"--window": asked.window, **deciding(checkpoint, adapter, dtype, device)}
+        ranks.check_alike(alike | {"text": token_digest(windows)})
     if blockwise is None:
         blockwise = adapter is None and not fits(checkpoint, dtype, device)
     if blockwise:

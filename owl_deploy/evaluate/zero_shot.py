@@ -356,9 +356,10 @@ def _opened(
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     seen = seen_of(checkpoint.folder, asked.window)
-    alike = {"tasks": [*tasks.loaded["tasks"]], "--window": seen, "--limit": asked.limit}
-    alike |= {"--every": asked.every, **deciding(checkpoint, asked.adapter, dtype, device)}
-    ranks.check_alike(alike)  # before a model is loaded for nothing; what is asked: `SharedModel`
+    if ranks.size > 1:  # before a model is loaded for nothing; what is asked: `SharedModel`
+        alike = {"tasks": [*tasks.loaded["tasks"]], "--window": seen, "--limit": asked.limit}
+        alike |= {"--every": asked.every, **deciding(checkpoint, asked.adapter, dtype, device)}
+        ranks.check_alike(alike)
     batch = hardware.batch_size or 1
     model = CheckpointLM(
         load_model(checkpoint, dtype, device, asked.adapter),

@@ -91,6 +91,11 @@ class ValueTraits:
     # saves. None where it is never packed sparse.
     max_density: float | None = None
 
+    @property
+    def signed_scales(self) -> bool:
+        """Whether its scales may be below zero: its integers reach further on one side."""
+        return self.levels is not None and self.levels[0] != -self.levels[1]
+
     def pays(self, density: float) -> bool:
         """Whether a weight with this share of non-zeros is best packed sparse."""
         return self.max_density is not None and density <= self.max_density
@@ -391,7 +396,7 @@ def _scale_bits(
     rows, cols = weight.shape
     blocks = -(-cols // shared)
     if scales is not None:
-        if levels[0] == -levels[1]:  # then the values may have the sign: no bit goes to it
+        if not traits.signed_scales:  # the values have the sign then: no bit goes to it
             scales = np.abs(scales)
         return _grid_bits(scales, (rows, blocks), traits.counts)
     bits = np.empty((rows, blocks), dtype=np.int32)
@@ -403,7 +408,7 @@ def _scale_bits(
         ends = columns.min(axis=0), columns.max(axis=0)
         if not np.isfinite(ends).all():
             raise ValueError(_NOT_FINITE)
-        if traits.stored_bits < 8:
+        if traits.signed_scales:
             found = _least_squares(columns, *ends, traits)
         else:
             found = _fitting(*ends, levels)
