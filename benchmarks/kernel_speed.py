@@ -64,7 +64,7 @@ def main() -> None:
     isas = arguments.isa or library.isas()[: 1 if arguments.quick else 3]
     sparsities = (None, 0.7) if arguments.quick else SPARSITIES
     sparsities = (None, *arguments.sparsities) if arguments.sparsities else sparsities
-    some = {"fp32": (None, 0.7), "int3": (None,)}  # int3 comes dense only
+    some = {"fp32": (None, 0.7)}
     variants = [
         (v, s) for v in arguments.values for s in sparsities if s in some.get(v, sparsities)
     ]

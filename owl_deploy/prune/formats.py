@@ -21,11 +21,11 @@ class Format:
         return pack.INTEGERS[self.bits]
 
 
-# Half of the weights in 8 bits take more than all of them in 4, and lose more; in 3 bits they take
-# as much as in 4.
+# Half of the weights in 8 bits take more than all of them in 4, and lose more.
 FORMATS = (
     *(Format(bits) for bits in (8, 4, 3)),
     *(Format(4, sparsity) for sparsity in (0.4, 0.5, 0.6, 0.7)),
+    *(Format(3, sparsity) for sparsity in (0.5, 0.6, 0.7)),
 )
 
 Costs = list[dict[str, list[Cost]]]  # of each block, by the names of its pruned Linears

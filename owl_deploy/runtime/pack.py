@@ -37,10 +37,11 @@ bytes whose lower halves are the first cell. Sparse: each cell's set values begi
 two values in the byte's upper half; the last lower half may be unused. Kernels take such a value as the
 int8 value 16 times as large: hence the 16 above.
 
-int3 values lie in [-4, 3] and are stored plus 4; only dense. Each four cells of a group are 96 bytes: first
+int3 values lie in [-4, 3] and are stored plus 4. Dense: each four cells of a group are 96 bytes: first
 64, of which byte i holds the lower two bits of value i of each, the first cell's lowest; then for each cell
-8 bytes, whose bit i is the upper bit of its value i. Kernels take such a value as the int8 value 32 times
-as large.
+8 bytes, whose bit i is the upper bit of its value i. Sparse: bits 3 x i to 3 x i + 2 of a group's values,
+counted from the lowest of the first byte, are its i-th set value, whichever cell that is of. Kernels take
+such a value as the int8 value 32 times as large.
 
 Planes are for a dense int8 weight most of whose outputs matter little, as a head's do. A value in
 [-119, 119] is `16 x high + low`, both in [-8, 7] and stored plus 8, in 4 bits. The high plane comes first:
@@ -88,8 +89,8 @@ class ValueTraits:
     counts: int = 1  # an integer stands for so many of its scale
     planes: bool = False  # whether they may lie in planes
     # Above this share of non-zeros a weight is best packed whole: the mask costs more than it
-    # saves. None where it is never packed sparse.
-    max_density: float | None = None
+    # saves.
+    max_density: float = 1.0
 
     @property
     def signed_scales(self) -> bool:
@@ -98,7 +99,7 @@ class ValueTraits:
 
     def pays(self, density: float) -> bool:
         """Whether a weight with this share of non-zeros is best packed sparse."""
-        return self.max_density is not None and density <= self.max_density
+        return density <= self.max_density
 
     @property
     def pack(self) -> int:
@@ -189,8 +190,7 @@ def pack(
     bf16 rounds; each scale 0, or a power of two times (1 + m / 16) with a whole m, which for fewer
     than 8 bits is even if any is below zero, and one that is less than 2^-15 of the largest is
     rounded to that. Without them they are chosen: int8's so that the largest value fits, those of
-    fewer bits for the least squared error. ValueError for what does not fit, or is to be sparse
-    where `values` come dense only.
+    fewer bits for the least squared error. ValueError for what does not fit.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight has two dimensions and no empty one, not {weight.shape}")
@@ -199,8 +199,6 @@ def pack(
     traits = TRAITS[values]
     if planes and (sparse or not traits.planes or scale_columns != SCALE_COLUMNS):
         raise ValueError("only a dense int8 weight comes in planes")
-    if sparse and traits.max_density is None:
-        raise ValueError(f"{values} comes dense only")
     rows, cols = weight.shape
     weight = np.asarray(weight, dtype=np.float32)
     regions: list[tuple[str, NDArray[np.generic]]] = []
@@ -286,8 +284,8 @@ def unpack(block: Block) -> NDArray[np.float32]:
         index = _index(block, info)
         for group in range(info.groups):
             stored = raw[int(index[group]) * ALIGNMENT :]
-            if traits.stored_bits == 4:
-                stored = _sparse_nibbles(stored, masks[group].sum(axis=1))
+            if split_sparse := _SPLIT_SPARSE.get(traits.stored_bits):
+                stored = split_sparse(stored, masks[group].sum(axis=1))
             values = stored[: int(masks[group].sum()) * cells.itemsize].view(cells.dtype)
             cells[group][masks[group]] = values
     elif info.planes:
@@ -658,6 +656,7 @@ TRAITS: dict[Values, ValueTraits] = {
         decode=lambda bits: bits.view(np.int8) * np.float32(32),
         levels=(-4, 3),
         counts=32,
+        max_density=0.65,
     ),
 }
 
@@ -695,10 +694,10 @@ def _compress(
     parts: list[bytes] = []
     index = np.zeros(len(cells) + 1, dtype=np.uint32)
     for group, (values, used) in enumerate(zip(cells, mask, strict=True)):
-        if traits.stored_bits == 4:
-            stored = _join_sparse_nibbles(values[used].view(np.int8), used.sum(axis=1)).tobytes()
-        else:
-            stored = values[used].tobytes()
+        kept: NDArray[np.generic] = values[used]
+        if join := _JOIN_SPARSE.get(traits.stored_bits):
+            kept = join(kept.view(np.int8), used.sum(axis=1))
+        stored = kept.tobytes()
         stored += bytes(-len(stored) % ALIGNMENT)
         parts.append(stored)
         index[group + 1] = index[group] + len(stored) // ALIGNMENT
@@ -718,6 +717,24 @@ def _sparse_nibbles(stored: NDArray[np.uint8], counts: NDArray[np.int64]) -> NDA
     halves = np.stack((stored[:size] >> 4, stored[:size] & 15), axis=1).reshape(-1)
     unused = (np.cumsum((counts + 1) // 2) * 2 - 1)[counts % 2 == 1]
     return np.delete(halves, unused) - np.uint8(8)
+
+
+def _join_sparse_threes(values: NDArray[np.int8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Values of cells, 3 bits each, one after the other."""
+    bits = np.unpackbits((values + np.int8(4)).view(np.uint8)[:, None], axis=1, bitorder="little")
+    return np.packbits(bits[:, :3], bitorder="little")
+
+
+def _sparse_threes(stored: NDArray[np.uint8], counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The values that `_join_sparse_threes` joined."""
+    bits = np.unpackbits(stored, count=3 * int(counts.sum()), bitorder="little")
+    joined = np.packbits(bits.reshape(-1, 3), axis=1, bitorder="little")
+    return joined[:, 0] - np.uint8(4)
+
+
+# Of sparse cells, with how many values each has.
+_JOIN_SPARSE = {4: _join_sparse_nibbles, 3: _join_sparse_threes}
+_SPLIT_SPARSE = {4: _sparse_nibbles, 3: _sparse_threes}
 
 
 def _assemble(
@@ -760,8 +777,6 @@ def read_header(block: Block) -> PackedInfo:
     traits = TRAITS[names[code]]
     if flags == _PLANES and not traits.planes:
         raise ValueError("only int8 comes in planes")
-    if flags == _SPARSE and traits.max_density is None:
-        raise ValueError("int3 comes dense only")
     if version == OLDEST:
         shared = SCALE_COLUMNS if traits.levels else 0
     if version <= WITHOUT_SIGNS:
@@ -804,8 +819,10 @@ def _index(block: Block, info: PackedInfo) -> NDArray[np.int64]:
 def _check_groups(block: Block, info: PackedInfo) -> None:
     index = _index(block, info)
     room = np.diff(index) * ALIGNMENT
-    counts = _masks(block, info).sum(axis=2)  # of each cell, whose values begin on a byte
-    needed = -(-counts * info.traits.stored_bits // 8)
+    counts = _masks(block, info).sum(axis=2)  # of each cell
+    # Its values begin on a byte, or all of the group follow one another.
+    own = counts.sum(axis=1, keepdims=True) if info.traits.stored_bits == 3 else counts
+    needed = -(-own * info.traits.stored_bits // 8)
     if (room < 0).any():
         raise ValueError("the index is not ascending")
     if info.value_offset + index[-1] * ALIGNMENT + ALIGNMENT > block.size:

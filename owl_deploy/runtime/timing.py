@@ -42,7 +42,7 @@ def from_memory(
     isa = library.best_isa()
     block = pack.pack(weight, values, sparsity is not None, scale_columns=scale_columns)
     if lies_dense(library, isa, block):
-        block = pack.pack(weight, values, sparse=False, scale_columns=scale_columns)
+        block = pack.pack(weight, "int4", sparse=False, scale_columns=scale_columns)
     blocks = copies(block, min(_FILL, _COPIES * block.size))
     passes = time_matmul(library, isa, blocks, 1, many=False, threads=threads)
     return min(passes) / len(blocks) * rows / taken

@@ -68,7 +68,10 @@ def test_the_deployment_computes_what_the_checkpoint_does(
     assert recorded["value"] == found.value
 
 
-@pytest.fixture(params=[(4, 0.0), (4, 0.5), (3, 0.0)], ids=["int4", "int4-sparse", "int3"])
+@pytest.fixture(
+    params=[(4, 0.0), (4, 0.5), (3, 0.0), (3, 0.5)],
+    ids=["int4", "int4-sparse", "int3", "int3-sparse"],
+)
 def rounded(request, tmp_path):
     """A checkpoint whose weights lie on a grid of few bits beside it, and the type of these."""
     bits, sparsity = request.param

@@ -1,4 +1,4 @@
-// A sparse weight of 4 bits as a dense one, for processors on which that takes less time.
+// A sparse weight of 4 or 3 bits as a dense one of 4, for processors on which that takes less time.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace owl {
 // Whether these kernels' sessions lay `w` dense in memory. Many threads share memory's bandwidth
 // and have instructions to spare; of few it is the reverse: on two vCPUs of a Zen 3 half of a 1.5B
 // decodes at a third of dense int4's speed, sparse. A weight that would more than double, of which
-// three quarters and more are zero, is left alone.
+// three quarters and more are zero (in 3 bits seven tenths), is left alone.
 bool lies_dense(const PackedMatrix& w, const Kernels& kernels);
 
 // What the dense form takes: its scales and values, and the bytes that kernels load past these.

@@ -34,7 +34,7 @@ struct Counted {
   std::uint64_t values = 0, bytes = 0;
 };
 
-// What a group's masks ask for. The values of each cell begin on a byte of their own, so that bytes
+// What a group's masks ask for. Where the values of each cell begin on a byte of their own, bytes
 // are counted by cell.
 Counted count_group(const PackedMatrix& m, std::size_t group) {
   Counted counted;
@@ -46,6 +46,7 @@ Counted count_group(const PackedMatrix& m, std::size_t group) {
     counted.values += values;
     counted.bytes += m.traits().stored_bytes(values);
   }
+  if (m.traits().unbroken()) counted.bytes = m.traits().stored_bytes(counted.values);
   return counted;
 }
 
@@ -92,8 +93,6 @@ std::string check_header(const Header& h, std::size_t size) {
   if (h.flags > kFlagPlanes) return "unknown flags";
   if (h.flags == kFlagPlanes && !traits_of(static_cast<ValueType>(h.value_type)).planes)
     return "only int8 comes in planes";
-  if (h.flags == kFlagSparse && !traits_of(static_cast<ValueType>(h.value_type)).sparse)
-    return "int3 comes dense only";
   if (!scale_columns_are_sound(h)) return "scales cannot be shared by so many columns";
   if (signed_scales(h) > traits_of(static_cast<ValueType>(h.value_type)).integer())
     return "scales have signs or have none, and only integers have scales";

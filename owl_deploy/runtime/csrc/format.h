@@ -54,7 +54,6 @@ struct ValueTraits {
   std::size_t stored_bits;  // of a value in the block
   std::size_t cell_bits;    // of a value in an expanded cell: 8 meet int8 activations, in integers
   bool planes = false;      // whether they may lie in planes
-  bool sparse = true;       // or without those that are zero
 
   // Which is also how many values share one 32-bit lane.
   OWL_INLINE constexpr std::size_t columns_per_cell() const { return 32 / cell_bits; }
@@ -66,6 +65,9 @@ struct ValueTraits {
   }
   // Integers have scales.
   OWL_INLINE constexpr bool integer() const { return cell_bits == 8; }
+  // Of a sparse group: whether the values of a cell begin where those of the one before it end, to
+  // the bit, and not on a byte of their own.
+  OWL_INLINE constexpr bool unbroken() const { return stored_bits == 3; }
 };
 
 // A type is known by its place here, counted from 1.
@@ -75,8 +77,8 @@ constexpr ValueTraits kValueTraits[] = {
     {.type = ValueType::kInt8, .stored_bits = 8, .cell_bits = 8, .planes = true},
     // In [-8, 7], stored plus 8; in a cell 16 times that, as the upper bits of planes are.
     {.type = ValueType::kInt4, .stored_bits = 4, .cell_bits = 8},
-    // In [-4, 3], stored plus 4; in a cell 32 times that. Half of them removed would take no less.
-    {.type = ValueType::kInt3, .stored_bits = 3, .cell_bits = 8, .sparse = false},
+    // In [-4, 3], stored plus 4; in a cell 32 times that.
+    {.type = ValueType::kInt3, .stored_bits = 3, .cell_bits = 8},
 };
 constexpr std::size_t kValueTypes = sizeof(kValueTraits) / sizeof(kValueTraits[0]);
 
@@ -89,7 +91,6 @@ constexpr bool traits_are_sound() {
     const ValueTraits& t = kValueTraits[i];
     if (static_cast<std::size_t>(t.type) != i + 1) return false;
     if (t.planes && (t.stored_bits != 8 || !t.integer())) return false;
-    if (t.sparse && t.stored_bits == 3) return false;
   }
   return true;
 }
@@ -224,9 +225,7 @@ OWL_INLINE void with_form(const PackedMatrix& w, const Work& work) {
   with_type(w.type, [&](auto type) OWL_ALWAYS_INLINE {
     constexpr ValueTraits kTraits = type.kTraits;
     switch (w.storage) {
-      case Storage::kSparse:
-        if constexpr (kTraits.sparse) return work(Form<kTraits.type, Storage::kSparse>{});
-        return;
+      case Storage::kSparse: return work(Form<kTraits.type, Storage::kSparse>{});
       case Storage::kDense: return work(Form<kTraits.type, Storage::kDense>{});
       case Storage::kPlanes:
         if constexpr (kTraits.planes) return work(Form<kTraits.type, Storage::kPlanes>{});

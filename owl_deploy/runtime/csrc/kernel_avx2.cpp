@@ -57,12 +57,18 @@ struct Avx2 : Avx2Common {
   static Cell narrow_three_bits(const std::uint8_t* p) {
     return of_three_bits<Place>(p, narrow_three_bits_half<Place>);
   }
-  static void widen(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+  static void widen(Bits<4>, const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
     widen_nibbles<true>(p, size, bytes);
   }
-  // Turns the bit back that widen_nibbles turned.
-  static Cell narrow_expanded(Cell cell) { return {turned(cell.lo), turned(cell.hi)}; }
-  static __m256i turned(__m256i v) { return _mm256_xor_si256(v, _mm256_set1_epi8(8)); }
+  static void widen(Bits<3>, const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+    widen_threes<true>(p, size, bytes);
+  }
+  // Turns the upper bit back that widening turned.
+  template <std::size_t N>
+  static Cell narrow_expanded(Bits<N>, Cell cell) {
+    const __m256i bit = _mm256_set1_epi8(1 << (N - 1));
+    return {_mm256_xor_si256(cell.lo, bit), _mm256_xor_si256(cell.hi, bit)};
+  }
 };
 
 }  // namespace

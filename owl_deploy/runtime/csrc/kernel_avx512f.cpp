@@ -21,8 +21,11 @@ struct Avx512f : Avx512Common {
     return _mm512_inserti64x4(_mm512_castsi256_si512(v.lo), v.hi, 1);
   }
   static constexpr bool kWidens = true;
-  static void widen(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+  static void widen(Bits<4>, const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
     widen_nibbles<false>(p, size, bytes);
+  }
+  static void widen(Bits<3>, const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+    widen_threes<false>(p, size, bytes);
   }
   static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     const Halves cell = expand_bytes(p, mask);

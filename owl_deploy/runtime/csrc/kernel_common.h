@@ -52,15 +52,14 @@ inline std::size_t set_bits(M mask) {
     return static_cast<std::size_t>(__builtin_popcount(mask));
 }
 
-// 4-bit values for an instruction set that expands bytes, but not halves of them: so many as bytes
-// at a time. For a load of what has just been stored in parts waits until that has reached the
-// cache; here most of it did long before.
-constexpr std::size_t kWidenedBytes = 512;  // of packed values
-constexpr std::size_t kCellNibbles = 32;    // bytes, at most
+// 3-bit values, and 4-bit ones for an instruction set that expands bytes, but not halves of them:
+// so many as bytes at a time. For a load of what has just been stored in parts waits until that has
+// reached the cache; here most of it did long before.
+constexpr std::size_t kWidened = 1024;
 
 template <bool Needed>
 struct Widened {
-  alignas(64) std::uint8_t values[2 * kWidenedBytes];
+  alignas(64) std::uint8_t values[kWidened];
 };
 template <>
 struct Widened<false> {};
@@ -75,14 +74,16 @@ struct CellStream {
       kStorage == Storage::kPlanes || (kStorage == Storage::kDense && kTraits.stored_bits == 4);
   static constexpr bool kThreeBits = kStorage == Storage::kDense && kTraits.stored_bits == 3;
   static constexpr bool kWidens =
-      kStorage == Storage::kSparse && kTraits.stored_bits == 4 && V::kWidens;
+      kStorage == Storage::kSparse &&
+      (kTraits.stored_bits == 3 || (kTraits.stored_bits == 4 && V::kWidens));
   static constexpr bool kNarrow = !std::is_same_v<Products<V, Form>, Wide<V>>;
 
   const std::uint8_t* mask = nullptr;
   const std::uint8_t* value = nullptr;
-  // Of those that are widened: their bytes, what the first was made of, and where the group ends.
+  // Of those that are widened, whose first was made of what is at `value`: their bytes, the next
+  // cell's place among them, and where the group ends.
   std::uint8_t* widened = nullptr;
-  std::uintptr_t first = 0;
+  std::size_t at = 0;
   const std::uint8_t* end = nullptr;
 
   CellStream() = default;
@@ -92,6 +93,7 @@ struct CellStream {
     if constexpr (kWidens) {
       widened = room.values;
       end = w.group_values(group + 1);
+      widen();
     }
   }
 
@@ -102,9 +104,7 @@ struct CellStream {
       Mask<kTraits.columns_per_cell()> bits;
       std::memcpy(&bits, mask, sizeof(bits));
       mask += sizeof(bits);
-      const typename V::Cell cell = expand(bits);
-      value += kTraits.stored_bytes(set_bits(bits));
-      return ready(cell);
+      return ready(expand(bits));
     } else if constexpr (kPaired) {
       constexpr bool upper = Place % 2 == 1;
       const typename V::Cell both = V::load_cell(value);
@@ -130,22 +130,41 @@ struct CellStream {
 
   template <class M>
   typename V::Cell expand(M bits) {
+    const std::size_t count = set_bits(bits);
     if constexpr (kWidens) {
-      std::size_t at = reinterpret_cast<std::uintptr_t>(value) - first;
-      if (at > kWidenedBytes - kCellNibbles) {
-        V::widen(value, smaller(kWidenedBytes, static_cast<std::size_t>(end - value)), widened);
-        first = reinterpret_cast<std::uintptr_t>(value);
-        at = 0;
+      if (at > kWidened - kCellBytes) {
+        value = position();
+        at = kTraits.unbroken() ? at % 8 : 0;
+        widen();
       }
-      return V::expand(Bits<8>{}, widened + 2 * at, bits);
+      const typename V::Cell cell = V::expand(Bits<8>{}, widened + at, bits);
+      at += kTraits.unbroken() ? count : round_up(count, 2);
+      return cell;
     } else {
-      return V::expand(Bits<kTraits.stored_bits>{}, value, bits);
+      const typename V::Cell cell = V::expand(Bits<kTraits.stored_bits>{}, value, bits);
+      value += kTraits.stored_bytes(count);
+      return cell;
     }
+  }
+
+  // The byte with the next value; where cells do not begin on one, that with the first of its
+  // eight.
+  const std::uint8_t* position() const {
+    if constexpr (!kWidens)
+      return value;
+    else
+      return value + (kTraits.unbroken() ? at / 8 * 3 : at / 2);
+  }
+
+  void widen() {
+    constexpr Bits<kTraits.stored_bits> width;
+    const auto left = static_cast<std::size_t>(end - value);
+    V::widen(width, value, smaller(kTraits.stored_bytes(kWidened), left), widened);
   }
 
   static typename V::Cell ready(typename V::Cell cell) {
     if constexpr (kNarrow)
-      return V::narrow_expanded(cell);
+      return V::narrow_expanded(Bits<kTraits.stored_bits>{}, cell);
     else if constexpr (kTraits.integer())
       return V::bias8(cell);
     else
@@ -160,7 +179,7 @@ struct CellStream {
     constexpr std::size_t bytes =
         !kPaired && !kThreeBits && (kStorage == Storage::kDense || kTraits.stored_bits > 8) ? 256
                                                                                             : 128;
-    const char* p = reinterpret_cast<const char*>(value);
+    const char* p = reinterpret_cast<const char*>(position());
     for (std::size_t i = 0; i < bytes; i += 64)
       far ? prefetch_far(p + kPrefetchFarBytes + i) : prefetch(p + kPrefetchBytes + i);
     if constexpr (kStorage == Storage::kSparse) prefetch(mask + kPrefetchBytes / 2);

@@ -97,6 +97,19 @@ struct Neon {
     }
     return cell;
   }
+  // Values of 3 bits one after the other, as 32 times what they stand for, 16 of them from 6 bytes
+  // at a time. Two are 6 bits, and two bytes hold them wherever they begin.
+  static void widen(Bits<3>, const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+    const uint8x16_t pairs = {0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 3, 4, 4, 5, 5, 6};
+    const int16x8_t moves = {0, -6, -4, -2, 0, -6, -4, -2};
+    for (std::size_t i = 0; i < size; i += 6, bytes += 16) {
+      const uint16x8_t both = vreinterpretq_u16_u8(vqtbl1q_u8(vld1q_u8(p + i), pairs));
+      const uint16x8_t lower = vshlq_u16(both, moves);
+      const uint16x8_t values = vorrq_u16(vandq_u16(vshlq_n_u16(lower, 5), vdupq_n_u16(0x00e0)),
+                                          vandq_u16(vshlq_n_u16(lower, 10), vdupq_n_u16(0xe000)));
+      vst1q_u8(bytes, veorq_u8(vreinterpretq_u8_u16(values), vdupq_n_u8(0x80)));
+    }
+  }
   static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     Cell cell;
     for (int i = 0; i < 4; ++i)

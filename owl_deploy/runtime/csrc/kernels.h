@@ -61,7 +61,7 @@ struct AttentionSpan {
 struct Kernels {
   const char* name;
   std::size_t panel_groups;  // row groups that `panel` computes at once
-  bool prefers_dense_int4;   // where memory keeps up, a sparse weight of 4 bits takes longer
+  bool prefers_dense_int4;   // where memory keeps up, a sparse weight of 4 or 3 bits takes longer
 
   ActivationLayout (*layout)(const PackedMatrix& w);
   // x [cols] -> one activation row.

@@ -87,8 +87,11 @@ struct Avx2Common {
     return {add_nibbles_half<Upper>(cell.lo, v.lo), add_nibbles_half<Upper>(cell.hi, v.hi)};
   }
   static constexpr bool kWidens = true;
-  static void widen(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+  static void widen(Bits<4>, const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
     widen_nibbles<false>(p, size, bytes);
+  }
+  static void widen(Bits<3>, const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+    widen_threes<false>(p, size, bytes);
   }
   static Cell expand(Bits<8>, const std::uint8_t* p, std::uint64_t mask) {
     return expand_bytes(p, mask);

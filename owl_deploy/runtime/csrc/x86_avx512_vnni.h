@@ -3,6 +3,7 @@
 #pragma once
 
 #include "x86_avx512_common.h"
+#include "x86_expand.h"
 
 namespace owl {
 namespace {
@@ -33,6 +34,9 @@ struct Avx512VnniCommon : Avx512Common {
     const __m512i values = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 12)),
                                             _mm512_set1_epi8(static_cast<char>(0xf0)));
     return _mm512_xor_si512(_mm512_mask_expand_epi8(bias, mask, values), bias);
+  }
+  static void widen(Bits<3>, const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+    widen_threes<false>(p, size, bytes);
   }
   static Cell expand(Bits<16>, const std::uint8_t* p, std::uint32_t mask) {
     Cell cell = load_cell(p);

@@ -69,6 +69,30 @@ inline void widen_nibbles(const std::uint8_t* p, std::size_t size, std::uint8_t*
   }
 }
 
+// Values of 3 bits in `size` bytes, one after the other, as 32 times what they stand for, or Narrow
+// as above: 32 of them from 12 bytes at a time. Reads up to 15 bytes more; `bytes` has room for
+// whole times 32.
+template <bool Narrow>
+inline void widen_threes(const std::uint8_t* p, std::size_t size, std::uint8_t* bytes) {
+  // Two values are 6 bits, and two bytes hold them wherever they begin: moved to the upper end.
+  const __m256i pairs = _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 3, 4, 4, 5, 5, 6,  //
+                                         6, 7, 6, 7, 7, 8, 8, 9, 9, 10, 9, 10, 10, 11, 11, 12);
+  const __m256i moves = _mm256_set1_epi64x(0x0100004000100400);  // 10, 4, 6 and 8 bits, see below
+  const __m256i even = _mm256_set1_epi16(Narrow ? 0x0007 : 0x00e0);
+  const __m256i odd = _mm256_set1_epi16(static_cast<std::int16_t>(Narrow ? 0x0700 : 0xe000));
+  const __m256i bias = _mm256_set1_epi8(static_cast<char>(Narrow ? 0x04 : 0x80));
+  for (std::size_t i = 0; i < size; i += 12, bytes += 32) {
+    const __m256i both =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+    const __m256i upper = _mm256_mullo_epi16(_mm256_shuffle_epi8(both, pairs), moves);
+    const __m256i second = Narrow ? _mm256_srli_epi16(upper, 5) : upper;
+    const __m256i values =
+        _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(upper, Narrow ? 10 : 5), even),
+                        _mm256_and_si256(second, odd));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), _mm256_xor_si256(values, bias));
+  }
+}
+
 // Wider values, `lanes` of them in 16 bytes, by the table of their shuffles.
 template <int lanes, class Table>
 inline Halves expand_lanes(const Table& table, const std::uint8_t* p, std::uint32_t mask) {

@@ -11,7 +11,7 @@ from owl_deploy.runtime import library_path, pack
 
 from .conftest import Kernels
 from .test_kernels import TOLERANCE, activations, as_kernels_see, rounding_error
-from .test_pack import INTEGERS, VALUES, packed, sparse_weight
+from .test_pack import INTEGERS, VALUES, sparse_weight
 
 # Around every width that some kernel has: lanes, cells, blocks of 32, planes of 128 columns, tiles.
 WIDTHS = (*range(1, 21), 31, 32, 33, 63, 64, 65, 66, 127, 128, 129, 191, 193, 255, 256, 257, 259)
@@ -29,7 +29,7 @@ def check(kernels: Kernels, isa: str, block: pack.Block, rows: int, threads: int
 def test_every_tail(kernels: Kernels, isa: str, values: pack.Values) -> None:
     for number, cols in enumerate(WIDTHS):
         for outputs in (1 + number % 16, 17 + number % 64):
-            block = packed(sparse_weight(outputs, cols, 0.5, seed=cols), values)
+            block = pack.pack(sparse_weight(outputs, cols, 0.5, seed=cols), values)
             for rows in (1, 3):
                 check(kernels, isa, block, rows)
 
@@ -37,7 +37,7 @@ def test_every_tail(kernels: Kernels, isa: str, values: pack.Values) -> None:
 @pytest.mark.parametrize("values", VALUES)
 def test_every_sparsity(kernels: Kernels, isa: str, values: pack.Values) -> None:
     for percent in range(0, 101, 5):
-        block = packed(sparse_weight(70, 203, percent / 100, seed=percent), values)
+        block = pack.pack(sparse_weight(70, 203, percent / 100, seed=percent), values)
         for rows in (1, 18):
             check(kernels, isa, block, rows)
 
@@ -47,14 +47,14 @@ def test_every_sparsity(kernels: Kernels, isa: str, values: pack.Values) -> None
 def test_every_batch_near_a_tile(
     kernels: Kernels, isa: str, values: pack.Values, sparse: bool
 ) -> None:
-    block = packed(sparse_weight(90, 140, 0.7), values, sparse)
+    block = pack.pack(sparse_weight(90, 140, 0.7), values, sparse)
     for rows in (*range(1, 34), 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300):
         check(kernels, isa, block, rows, threads=2)
 
 
 @pytest.fixture(scope="module")
 def large() -> dict[str, pack.Block]:
-    return {values: packed(sparse_weight(1031, 4099, 0.7), values) for values in VALUES}
+    return {values: pack.pack(sparse_weight(1031, 4099, 0.7), values) for values in VALUES}
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -72,7 +72,7 @@ def test_no_thread_count_changes_a_bit_of_what_is_fused(
     kernels: Kernels, isa: str, values: pack.Values, rows: int, epilogue: str
 ) -> None:
     outputs, cols = 320, 200
-    block = packed(sparse_weight(2 * outputs, cols, 0.6), values)
+    block = pack.pack(sparse_weight(2 * outputs, cols, 0.6), values)
     width = 2 * outputs if epilogue == "none" else outputs
     x, skip = activations(rows, cols, 1), activations(rows, cols, 2)
     gamma, bias = activations(1, cols, 3)[0], activations(1, width, 4)[0]
@@ -104,7 +104,7 @@ def test_infinity_times_a_zero_that_is_not_stored_is_nan(
 ) -> None:
     """As in the dense product: what is left out of the file is still a zero."""
     weight = sparse_weight(50, 90, 0.7)
-    block = packed(weight, values)
+    block = pack.pack(weight, values)
     x = activations(rows, 90)
     x[-1, 41] = bad
     with np.errstate(invalid="ignore"):
@@ -119,7 +119,7 @@ def test_infinity_times_a_zero_that_is_not_stored_is_nan(
 def test_the_largest_activations_do_not_overflow_on_the_way(
     kernels: Kernels, isa: str, values: pack.Values
 ) -> None:
-    block = packed(np.eye(48, 64, dtype=np.float32), values)
+    block = pack.pack(np.eye(48, 64, dtype=np.float32), values)
     x = np.full((1, 64), 3e38, dtype=np.float32)
     y, _ = kernels.matmul(isa, block, x, 48)
     np.testing.assert_allclose(y, x[:, :48] * np.diagonal(pack.unpack(block)), rtol=0.01)
@@ -175,7 +175,7 @@ def test_owl_isa_chooses_the_kernels_of_a_session(
 ) -> None:
     from .test_operators import model_of
 
-    block = packed(sparse_weight(50, 96, 0.7), values)
+    block = pack.pack(sparse_weight(50, 96, 0.7), values)
     (tmp_path / "m.onnx").write_bytes(model_of(block, 96).SerializeToString())
     x = activations(5, 96)
     np.save(tmp_path / "x.npy", x)
@@ -225,7 +225,7 @@ def test_owl_says_that_owl_isa_is_wrong(kernels: Kernels) -> None:
 def test_what_is_next_to_nothing_is_nothing_in_one_row_and_in_two(
     kernels: Kernels, isa: str
 ) -> None:
-    block = packed(sparse_weight(16, 64, 0.5), "fp32")
+    block = pack.pack(sparse_weight(16, 64, 0.5), "fp32")
     x, gamma = np.full((2, 64), 1e-41, dtype=np.float32), np.ones(64, dtype=np.float32)
     together, _ = kernels.matmul(isa, block, x, 16, gamma=gamma)
     alone, _ = kernels.matmul(isa, block, x[:1], 16, gamma=gamma)

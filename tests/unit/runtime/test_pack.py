@@ -1,7 +1,5 @@
 """The packed format: what goes in comes out, and what is wrong is refused."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,14 +26,6 @@ def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArr
     return weight
 
 
-def packed(
-    weight: NDArray[np.float32], values: pack.Values, sparse: bool = True, **how: Any
-) -> pack.Block:
-    """As `pack.pack`, but dense where a type comes no other way."""
-    sparse = sparse and pack.TRAITS[values].max_density is not None
-    return pack.pack(weight, values, sparse, **how)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparse", [True, False])
@@ -44,15 +34,14 @@ def test_round_trip(
     shape: tuple[int, int], values: pack.Values, sparse: bool, sparsity: float
 ) -> None:
     weight = sparse_weight(*shape, sparsity)
-    block = packed(weight, values, sparse)
+    block = pack.pack(weight, values, sparse)
     info = pack.inspect(block)
     back = pack.unpack(block)
-    sparse = sparse and values != "int3"
     assert (info.rows, info.cols, info.sparse, info.values) == (*shape, sparse, values)
     assert back.shape == weight.shape
     assert np.array_equal(back == 0, weight == 0) or values in INTEGERS
     assert np.abs(back - weight).max() <= STEP[values] * np.abs(weight).max()
-    again = pack.unpack(packed(back, values, sparse))
+    again = pack.unpack(pack.pack(back, values, sparse))
     assert np.abs(again - back).max() <= STEP[values] * np.abs(weight).max()
 
 
@@ -114,7 +103,7 @@ def test_a_weight_on_a_grid_keeps_it(
     weight, scales = on_grid(37, 200, values, shared, signs=signs)
     bf16 = pack.unpack(pack.pack(weight, "bf16"))  # as checkpoints hold it
     for held in (weight, bf16):
-        block = packed(held, values, sparse, scales=scales, scale_columns=shared)
+        block = pack.pack(held, values, sparse, scales=scales, scale_columns=shared)
         np.testing.assert_array_equal(pack.unpack(block), weight)
         assert pack.inspect(block).nonzeros == np.count_nonzero(weight)
         assert pack.inspect(block).signed_scales == (signs and values != "int8")
@@ -184,7 +173,8 @@ def test_int4_of_the_smallest_and_the_largest(size: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "largest", "sparsity"), [("int4", 7, 0.0), ("int4", 7, 0.5), ("int3", 3, 0.0)]
+    ("values", "largest", "sparsity"),
+    [("int4", 7, 0.0), ("int4", 7, 0.5), ("int3", 3, 0.0), ("int3", 3, 0.5)],
 )
 def test_scales_lose_less_than_those_that_cut_nothing_off(
     values: pack.Values, largest: int, sparsity: float
@@ -206,7 +196,7 @@ def as_version_2(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_version_2_is_read(kernels: Kernels, isa: str, values: pack.Values, sparse: bool) -> None:
-    block = packed(sparse_weight(33, 70, 0.5), values, sparse)
+    block = pack.pack(sparse_weight(33, 70, 0.5), values, sparse)
     old = as_version_2(block)
     np.testing.assert_array_equal(pack.unpack(old), pack.unpack(block))
     x = np.ones((3, 70), dtype=np.float32)
@@ -217,7 +207,7 @@ def test_version_2_is_read(kernels: Kernels, isa: str, values: pack.Values, spar
 @pytest.mark.parametrize("values", INTEGERS)
 def test_version_3_is_read(kernels: Kernels, isa: str, values: pack.Values) -> None:
     weight, scales = on_grid(33, 70, values, 32)
-    block = packed(weight, values, sparse=False, scales=scales)
+    block = pack.pack(weight, values, sparse=False, scales=scales)
     # What tells of signs means nothing there.
     old = changed(changed(block, "version", 3), "signs", 7)
     np.testing.assert_array_equal(pack.unpack(old), weight)
@@ -231,7 +221,7 @@ def test_version_3_is_read(kernels: Kernels, isa: str, values: pack.Values) -> N
 @pytest.mark.parametrize("sparse", [False, True])
 def test_scales_below_zero(kernels: Kernels, isa: str, values: pack.Values, sparse: bool) -> None:
     weight, scales = on_grid(33, 70, values, 32, signs=True)
-    block = packed(weight, values, sparse, scales=scales)
+    block = pack.pack(weight, values, sparse, scales=scales)
     for rows in (1, 3, 40):
         x = np.ones((rows, 70), dtype=np.float32)
         found = kernels.matmul(isa, block, x, 33)[0]
@@ -246,7 +236,7 @@ def test_version_2_has_no_int4(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("values", VALUES[1:])
 def test_only_so_many_columns_share_a_scale(kernels: Kernels, values: pack.Values) -> None:
-    block = packed(sparse_weight(33, 70, 0.5), values)
+    block = pack.pack(sparse_weight(33, 70, 0.5), values)
     for shared in (1, 31, 48, 256) + ((32,) if values == "bf16" else (0,)):
         refused(kernels, changed(block, "scale_columns", shared), "shared by so many")
 
@@ -265,9 +255,43 @@ def test_values_of_int4_are_counted_by_cell(kernels: Kernels) -> None:
     refused(kernels, changed(block, "nonzeros", 130), "more bits")
 
 
+def test_values_of_int3_are_counted_by_group(kernels: Kernels) -> None:
+    """They follow one another: in 64 bytes there is room for 170, of whichever cells."""
+    weight = np.zeros((16, 256), dtype=np.float32)
+    weight[0, ::4] = 1
+    block = pack.pack(np.concatenate((weight, weight)), "int3").copy()
+    info = pack.inspect(block)
+    assert np.diff(block[info.index_offset :][:12].view(np.uint32)).tolist() == [1, 1]
+    room = 512 // 3  # values in 64 bytes
+    masks = block[info.mask_offset :][: info.mask_bytes // 2].reshape(64, 8)
+    masks[: (room - 64) // 2, 1] = 3
+    kernels.check(changed(block, "nonzeros", 64 + room))
+    masks[-1, 1] = 1
+    refused(kernels, changed(block, "nonzeros", 65 + room), "more bits")
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_values_of_int3_lie_where_the_format_says(group: int) -> None:
+    weight, scales = on_grid(33, 70, "int3", group)
+    weight[np.random.default_rng(5).random(weight.shape) < 0.5] = 0
+    block = pack.pack(weight, "int3", scales=scales, scale_columns=group)
+    info = pack.inspect(block)
+    bits = np.unpackbits(block[info.value_offset :], bitorder="little")
+    masks = np.unpackbits(block[info.mask_offset :][: info.mask_bytes], bitorder="little")
+    starts = 8 * 64 * block[info.index_offset :][: 4 * info.groups].view(np.uint32)
+    for row, column in zip(*np.nonzero(weight), strict=True):
+        in_group, group_at = row % 16, row // 16
+        place = (column // 4) * 64 + in_group * 4 + column % 4
+        own = masks[group_at * info.cells * 64 :]
+        assert own[place]
+        first = starts[group_at] + 3 * int(own[:place].sum())
+        stored = int(bits[first] + 2 * bits[first + 1] + 4 * bits[first + 2])
+        assert (stored - 4) * scales[row, column // group] == weight[row, column]
+
+
 def test_size_at_seventy_percent() -> None:
     weight = sparse_weight(1024, 1024, 0.7)
-    bits = {values: packed(weight, values).size / weight.size for values in ("bf16", "int8")}
+    bits = {values: pack.pack(weight, values).size / weight.size for values in ("bf16", "int8")}
     assert bits["bf16"] == pytest.approx(0.725, rel=0.02)
     assert bits["int8"] == pytest.approx(0.3 + 1 / 8 + 1 / 32, rel=0.01)
 
@@ -278,22 +302,22 @@ def test_the_size_of_a_dense_weight_is_known_before(
     shape: tuple[int, int], values: pack.Values
 ) -> None:
     weight = sparse_weight(*shape, 0.0)
-    assert pack.stored_bytes(shape, values) == packed(weight, values, sparse=False).size
+    assert pack.stored_bytes(shape, values) == pack.pack(weight, values, sparse=False).size
     if values in INTEGERS:
-        block = packed(weight, values, sparse=False, scale_columns=128)
+        block = pack.pack(weight, values, sparse=False, scale_columns=128)
         assert pack.stored_bytes(shape, values, scale_columns=128) == block.size
     if values == "int8":
-        block = packed(weight, values, sparse=False, planes=True)
+        block = pack.pack(weight, values, sparse=False, planes=True)
         assert pack.stored_bytes(shape, values, planes=True) == block.size
 
 
 @pytest.mark.parametrize("shape", [(192, 576), (100, 1000), (576, 1536)])
-@pytest.mark.parametrize("values", VALUES[:-1])  # int3 comes dense only
+@pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
 def test_the_size_of_a_sparse_weight_is_expected_to_a_hundredth(
     shape: tuple[int, int], values: pack.Values, sparsity: float
 ) -> None:
-    block = packed(sparse_weight(*shape, sparsity), values)
+    block = pack.pack(sparse_weight(*shape, sparsity), values)
     zeros = 1 - pack.inspect(block).nonzeros / (shape[0] * shape[1])
     expected = pack.stored_bytes(shape, values, zeros, scale_columns=32)
     assert expected == pytest.approx(block.size, rel=0.01)
@@ -310,12 +334,10 @@ def test_refuses_what_it_cannot_store() -> None:
         pack.pack(np.zeros(3, dtype=np.float32))
     for values in INTEGERS:
         with pytest.raises(ValueError, match="infinities"):
-            packed(np.array([[np.inf]], dtype=np.float32), values)
+            pack.pack(np.array([[np.inf]], dtype=np.float32), values)
     for values, sparse in (("bf16", False), ("int8", True)):
         with pytest.raises(ValueError, match="planes"):
             pack.pack(np.ones((2, 2), dtype=np.float32), values, sparse, planes=True)
-    with pytest.raises(ValueError, match="int3 comes dense only"):
-        pack.pack(np.ones((2, 2), dtype=np.float32), "int3")
     with pytest.raises(ValueError, match="must be one of"):
         pack.pack(np.ones((2, 2), dtype=np.float32), "int5")  # type: ignore[arg-type]
 
@@ -396,7 +418,7 @@ HEADER_FIELDS = {
 @pytest.mark.parametrize("value", [0, 1, 63, 2**31, 2**32 - 1, 2**63, 2**64 - 64, 2**64 - 1])
 @pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 def test_hostile_header(kernels: Kernels, field: str, value: int, values: pack.Values) -> None:
-    block = packed(sparse_weight(33, 70, 0.5), values).copy()
+    block = pack.pack(sparse_weight(33, 70, 0.5), values).copy()
     offset, width = HEADER_FIELDS[field]
     new = np.frombuffer((value % 2 ** (8 * width)).to_bytes(width, "little"), dtype=np.uint8)
     if np.array_equal(block[offset : offset + width], new):
@@ -460,7 +482,7 @@ def refused(kernels: Kernels, block: NDArray[np.uint8], match: str) -> None:
 def test_a_region_may_end_where_the_block_does_and_no_later(
     kernels: Kernels, values: pack.Values, sparse: bool, planes: bool, field: str, bytes_: int
 ) -> None:
-    block = packed(sparse_weight(33, 200, 0.5), values, sparse, planes=planes)
+    block = pack.pack(sparse_weight(33, 200, 0.5), values, sparse, planes=planes)
     # Space behind the last region, with a place that fits by the byte and one that does not.
     room = -(-bytes_ // 64) * 64
     longer = np.concatenate((block, np.zeros(room, dtype=np.uint8)))
@@ -492,7 +514,7 @@ def test_the_largest_exponent_is_allowed_and_no_larger(kernels: Kernels) -> None
 
 @pytest.mark.parametrize("values", ["bf16", "fp32"])
 def test_only_int8_comes_in_planes(kernels: Kernels, values: pack.Values) -> None:
-    block = packed(sparse_weight(33, 70, 0.5), values, sparse=False)
+    block = pack.pack(sparse_weight(33, 70, 0.5), values, sparse=False)
     refused(kernels, changed(block, "flags", 2), "planes")
 
 
@@ -525,7 +547,7 @@ def test_fuzzed_blocks_never_read_outside(kernels: Kernels, data: st.DataObject)
     planes = values == "int8" and not sparse and data.draw(st.booleans())
     weight = sparse_weight(rows, cols, 0.6)
     shared = 32 if planes else shared
-    block = packed(weight, values, sparse, planes=planes, scale_columns=shared).copy()
+    block = pack.pack(weight, values, sparse, planes=planes, scale_columns=shared).copy()
     for _ in range(data.draw(st.integers(1, 8))):
         # Mostly in the header and the index, where it hurts.
         at = data.draw(st.integers(0, min(block.size, 256) - 1) | st.integers(0, block.size - 1))

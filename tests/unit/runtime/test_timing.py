@@ -47,7 +47,7 @@ def test_a_system_without_them_gives_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert int(memory.sum(dtype=np.int64)) == 1 << 20
 
 
-WITHOUT_EXPANSION = ("avx2", "avxvnni", "avx512f")  # they take longer over a sparse int4 weight
+WITHOUT_EXPANSION = ("avx2", "avxvnni", "avx512f")  # they take longer over sparse int4 or int3
 
 
 def half_of(weight: np.ndarray) -> np.ndarray:
@@ -59,19 +59,22 @@ def test_what_a_session_lays_dense(kernels: Kernels) -> None:
     weight = np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)
     few = len(os.sched_getaffinity(0)) <= FEW_THREADS
     for isa in kernels.isas():
-        half = pack.pack(half_of(weight), "int4")
-        assert timing.lies_dense(kernels, isa, half) == (few and isa in WITHOUT_EXPANSION)
+        for values in ("int4", "int3"):
+            half = pack.pack(half_of(weight), values)
+            assert timing.lies_dense(kernels, isa, half) == (few and isa in WITHOUT_EXPANSION)
         for other in (
             pack.pack(weight, "int4", sparse=False),
+            pack.pack(weight, "int3", sparse=False),
             pack.pack(half_of(weight), "int8"),
             pack.pack(np.where(weight > 2, weight, 0), "int4"),  # nearly all zero
         ):
             assert not timing.lies_dense(kernels, isa, other)
 
 
+@pytest.mark.parametrize("values", ["int4", "int3"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_it_is_timed_as_it_lies(
-    kernels: Kernels, dense: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, values: pack.Values, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed = []
 
@@ -82,5 +85,6 @@ def test_it_is_timed_as_it_lies(
     monkeypatch.setattr(timing, "time_matmul", time_matmul)
     monkeypatch.setattr(timing, "lies_dense", lambda *_: dense)
     monkeypatch.setattr(timing, "_FILL", 1)
-    timing.from_memory(kernels, (64, 256), "int4", 0.5, scale_columns=32, threads=1)
-    assert [pack.inspect(block).sparse for block in timed] == [not dense]
+    timing.from_memory(kernels, (64, 256), values, 0.5, scale_columns=32, threads=1)
+    found = [(one.sparse, one.values) for one in map(pack.inspect, timed)]
+    assert found == [(False, "int4") if dense else (True, values)]
