@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from owl_deploy.artefact import read_object, sha256
+from owl_deploy.artefact import read_object
 from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.digests import digest
 from owl_deploy.errors import BadInput, first_line
 from owl_deploy.manifest import AdapterManifest, read_manifest
 
@@ -20,10 +21,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def weights_digest(checkpoint: Checkpoint) -> str:
     """One digest of a checkpoint's weight files, whatever its folder is called."""
-    digest = hashlib.sha256()
-    for path in sorted(set(checkpoint.files.values())):
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
-    return digest.hexdigest()
+    files = sorted(set(checkpoint.files.values()))
+    return hashlib.sha256(
+        b"".join(f"{one.name} {digest(one)}\n".encode() for one in files)
+    ).hexdigest()
 
 
 def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # noqa: ANN401

@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from owl_deploy.artefact import read_object, sha256, write_json
 from owl_deploy.cache import cache_dir, cache_path
@@ -50,6 +51,18 @@ def of_files(known: Iterable[tuple[str, str]]) -> str:
     """One digest of files in order, of each its name and its digest."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in known)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def state_of(folder: Path) -> list[list[Any]]:
+    """Which files lie in `folder`, with size and time of the last change (ns)."""
+
+    def files() -> Iterator[list[Any]]:
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                about = path.stat()
+                yield [path.name, about.st_size, about.st_mtime_ns]
+
+    return [[str(folder.resolve())], *files()]
 
 
 def _state(status: os.stat_result) -> list[int]:

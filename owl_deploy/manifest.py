@@ -245,6 +245,15 @@ class CheckpointManifest(Manifest):
     processes: int = 1
     finetune: Finetuning | None = None
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """What is told of the blocks' Linears, by their names in the model."""
+        return {
+            f"{block.name}.{name}": one
+            for block in self.blocks
+            for name, one in block.linears.items()
+        }
+
 
 class AdapterManifest(Manifest):
     """A LoRA adapter, in PEFT's format."""
@@ -308,7 +317,7 @@ class DeploymentManifest(Manifest):
 
     kind: Literal["deployment"] = "deployment"
     target: str | None = None
-    precision: str = "fp32"
+    precision: str = "unknown"
     engine: str | None = None
     graph: str = ""
     max_context: int | None = None

@@ -30,7 +30,14 @@ from owl_deploy.errors import BadInput, EngineFailed
 SCHEMA = 1
 PROBE_TOKENS, PROBE_STEPS, PROBE_COLUMNS = 32, 16, 64
 # Rounding differs between processors and thread counts; in quantized models it is amplified.
-LOGITS_MARGIN = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2, "int8": 5e-2, "int4": 1e-1, "int3": 2e-1}
+LOGITS_MARGIN = {
+    "fp32": 1e-3,
+    "bf16": 1e-2,
+    **dict.fromkeys(("int8", "Q8_0"), 5e-2),
+    **dict.fromkeys(("int4", "Q4_K_M", "Q4_0"), 1e-1),
+    **dict.fromkeys(("int3", "Q3_K_M", "Q2_K"), 2e-1),
+}
+_OF_OTHERS = max(LOGITS_MARGIN.values())
 
 
 def one_of_each(plan: BenchPlan) -> None:
@@ -93,7 +100,7 @@ def save(
 
 def _write(path: Path, side: Side, result: Result, margin: float) -> None:
     precision = result.subjects[0].precision
-    margins = Margins(time=margin, logits=LOGITS_MARGIN.get(precision, 1e-3))
+    margins = Margins(time=margin, logits=LOGITS_MARGIN.get(precision, _OF_OTHERS))
     content = {
         "schema_version": SCHEMA,
         "created": result.created,

@@ -24,6 +24,7 @@ from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.prompts import other_words, read_prompts, tokens_of
 from owl_deploy.bench.result import Comparison, Result, Sample, Subject
 from owl_deploy.bench.scenario import Scenario, by_session
+from owl_deploy.digests import state_of
 from owl_deploy.engines import (
     Deployment,
     EngineProcess,
@@ -132,8 +133,8 @@ def _identities(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> l
             [
                 subject.model_dump(),
                 software(subject.engine),
-                _modified(deployment.path),
-                _modified(Path(subject.draft)) if subject.draft not in ("", LOOKUP) else {},
+                state_of(deployment.path),
+                state_of(Path(subject.draft)) if subject.draft not in ("", LOOKUP) else [],
             ]
             for subject, deployment in entries
         ],
@@ -144,11 +145,6 @@ def asked_of(plan: BenchPlan) -> tuple[str, ...]:
     """The prompts whose answers are timed; none where no scenario has any."""
     answers = any(scenario.kind == "answers" for scenario in plan.described())
     return read_prompts(plan.prompts) if answers else ()
-
-
-def _modified(folder: Path) -> dict[str, tuple[int, int]]:
-    status = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
-    return {name: (found.st_size, found.st_mtime_ns) for name, found in status.items()}
 
 
 def _time_left(started: float, done: int, rounds: int) -> str:

@@ -3,14 +3,13 @@
 import contextlib
 import logging
 import os
-import platform
 import secrets
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from owl_deploy import __version__
+from owl_deploy import manifest
 from owl_deploy.artefact import write_text
 from owl_deploy.cluster.needs import Need, Node
 from owl_deploy.cluster.store import Store
@@ -103,14 +102,8 @@ def _amounts(resources: dict[str, float]) -> Need:
 
 
 def versions() -> dict[str, str]:
-    """The versions here that a result may depend on."""
-    found = {"owl_deploy": __version__, "Python": platform.python_version()}
-    for name in ("torch", "ray"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
+    """The versions here that a result may depend on, and Ray's."""
+    return manifest.versions() | {"ray": version("ray")}
 
 
 def difference(there: dict[str, str], here: dict[str, str]) -> str | None:

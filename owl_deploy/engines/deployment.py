@@ -40,7 +40,7 @@ class Deployment:
 
     @property
     def precision(self) -> str:
-        """How the weights are held: fp32, bf16, int8, int4 or int3."""
+        """How the weights are held, by a name of its target's; "unknown" where nothing says."""
         return self.manifest.precision
 
     @property

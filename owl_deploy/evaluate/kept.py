@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +71,3 @@ class KeptAnswers:
                     key, answer = json.loads(line)
                     answers[key] = answer
         return answers
-
-
-def state_of(folder: Path) -> list[list[Any]]:
-    """Which files lie in `folder`, with size and time of the last change (ns)."""
-
-    def files() -> Iterator[list[Any]]:
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                about = path.stat()
-                yield [path.name, about.st_size, about.st_mtime_ns]
-
-    return [[str(folder.resolve())], *files()]

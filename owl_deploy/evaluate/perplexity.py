@@ -11,11 +11,11 @@ import torch
 
 from owl_deploy.blocks import Skeleton, free_on, window_nll
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.digests import state_of
 from owl_deploy.engines import get_engine
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
-from owl_deploy.evaluate.kept import state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import (
     deciding,

@@ -9,11 +9,11 @@ import torch
 from owl_deploy.adapter import CONFIG, WEIGHTS, with_adapter
 from owl_deploy.artefact import is_artefact, sha256
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.digests import state_of
 from owl_deploy.engines import engine_for, get_engine
 from owl_deploy.engines.deployment import Deployment, open_deployment, text_of
 from owl_deploy.engines.loading import Folder
 from owl_deploy.errors import BadInput
-from owl_deploy.evaluate.kept import state_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.hardware import name_of
 from owl_deploy.manifest import DeploymentManifest, Manifest, read_manifest

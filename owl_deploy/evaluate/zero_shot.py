@@ -17,7 +17,7 @@ from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment, software
 from owl_deploy.engines.deployment import seen_of
 from owl_deploy.errors import BadInput, with_type
-from owl_deploy.evaluate.kept import KeptAnswers, state_of
+from owl_deploy.evaluate.kept import KeptAnswers
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.evaluate.subject import (
@@ -198,10 +198,10 @@ def evaluate_tasks(
     if not folder.is_dir():  # a name of the Hub
         folder = open_checkpoint(folder).folder
     adapter = asked.adapter
-    measured = state_of(folder)
+    measured = digests.state_of(folder)
     with _opened(folder, tasks, asked, ranks) as opened:
         by = [__version__, opened.by, opened.software, opened.window]
-        key = [measured, adapter and state_of(adapter), *by]
+        key = [measured, adapter and digests.state_of(adapter), *by]
         kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
         model = SharedModel(kept, ranks)
         results: dict[str, TaskResult] = {}

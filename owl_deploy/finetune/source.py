@@ -40,16 +40,8 @@ class Source:
         self.blocks = self.checkpoint.blocks
         self.matrices: dict[str, list[str]] = {}
         self.zeros = self.weights = 0
-        self.whole = self._whole()
+        self.whole = {name for name, one in self.manifest.linears.items() if one.whole}
         self._check_mask()
-
-    def _whole(self) -> set[str]:
-        return {
-            f"{block.name}.{name}"
-            for block in self.manifest.blocks
-            for name, one in block.linears.items()
-            if one.whole
-        }
 
     def _check_mask(self) -> None:
         told = {block.name: block.achieved for block in self.manifest.blocks}

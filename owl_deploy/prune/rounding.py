@@ -11,10 +11,15 @@ _STEP = 128  # columns whose updates are delayed together
 _PASSES = 2  # of refinement: the first takes off 10 to 20 % of the output's error, a third 1 %
 
 
-def round_pruned(dense: torch.Tensor, pruned: torch.Tensor, inputs: Inputs, grid: Grid) -> Swept:
-    """The float32 `pruned` [out, in], which a method made of `dense`, on the `grid`."""
+def round_pruned(
+    dense: torch.Tensor, pruned: torch.Tensor, removed: torch.Tensor, inputs: Inputs, grid: Grid
+) -> Swept:
+    """The float32 `pruned` [out, in], which a method made of `dense`, on the `grid`.
+
+    What is `removed` [out, in] stays zero.
+    """
     factor = inputs.of_hessian(factorise, inputs.dampening(_DAMPENING))
-    return rounded(beginning(dense, pruned), pruned == 0, factor, grid)
+    return rounded(beginning(dense, pruned), removed, factor, grid)
 
 
 def finished(

@@ -14,7 +14,7 @@ from owl_deploy.blocks import Activations
 from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE
 from owl_deploy.hardware import name_of
-from owl_deploy.manifest import TrainedHalf
+from owl_deploy.manifest import CheckpointManifest, TrainedHalf, read_manifest
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.linear import Maker, zeros
@@ -63,6 +63,8 @@ class Walk:
         self.skeleton, self.names, self.ranks = request.skeleton, request.shape.names, request.ranks
         self.maker, self.needs = Maker(plan.settings), plan.settings.needs
         self.head = plan.head(self.skeleton)
+        before = read_manifest(request.checkpoint.folder, CheckpointManifest)
+        self.linears_before = before.linears if before else {}
         self.hidden: Activations | None = None
         self.reconstruction: Reconstruction | None = None
         self.advance: Advance = lambda _: None
@@ -119,7 +121,7 @@ class Walk:
         linears = self.skeleton.linears(index)
         with self.skeleton.loaded(name, weights) as block:
             statistics = self._block_inputs(block, index)
-            weights |= self._divided(weights, statistics, index)
+            weights |= self._divided(weights, statistics, index, whole)
             for key in self.plan.sparsities[index]:
                 linears[key].weight.copy_(weights[f"{key}.weight"])
             if self.reconstruction:
@@ -153,17 +155,29 @@ class Walk:
     def _whole(self, index: int) -> set[str]:
         """The Linears of block `index` that are rounded, and of which nothing is removed, or was.
 
-        Where a model was pruned before, its zeros stay.
+        Where a model was pruned before, its zeros stay; those of rounding alone are integers.
         """
         asked = self.plan.sparsities[index].items()
         rounded = {key for key, one in asked if self.plan.bits_of(index, key) and not one}
         if not rounded:
             return set()
-        before = self.request.checkpoint.read_module(self.names[index])
-        return {key for key in rounded if zeros(before[f"{key}.weight"]) < SPARSE_FROM}
+        name = self.names[index]
+        before = self.request.checkpoint.read_module(name)
+
+        def is_whole(key: str) -> bool:
+            told = self.linears_before.get(f"{name}.{key}")
+            if told and (told.whole or told.sparsity):
+                return bool(told.whole)
+            return zeros(before[f"{key}.weight"]) < SPARSE_FROM
+
+        return set(filter(is_whole, rounded))
 
     def _divided(
-        self, dense: dict[str, torch.Tensor], statistics: InputStatistics | None, index: int
+        self,
+        dense: dict[str, torch.Tensor],
+        statistics: InputStatistics | None,
+        index: int,
+        whole: set[str],
     ) -> dict[str, torch.Tensor]:
         """What becomes of the `dense` tensors of block `index`: each rank prunes its own Linears.
 
@@ -178,8 +192,8 @@ class Walk:
         own: dict[str, torch.Tensor] = {}
         for key, sparsity in asked.items():
             if owner[key] == self.ranks.rank:
-                bits = self.plan.bits_of(index, key)
-                made = self._made(dense[f"{key}.weight"], Inputs(statistics, key), sparsity, bits)
+                how = sparsity, self.plan.bits_of(index, key), key in whole
+                made = self._made(dense[f"{key}.weight"], Inputs(statistics, key), *how)
                 own |= {f"{key}.{name}": tensor for name, tensor in made.items()}
         return self.ranks.merged(own, self.skeleton.device)
 
@@ -215,14 +229,19 @@ class Walk:
         )
 
     def _made(
-        self, dense: torch.Tensor, inputs: Inputs, sparsity: float, bits: int | None
+        self,
+        dense: torch.Tensor,
+        inputs: Inputs,
+        sparsity: float,
+        bits: int | None,
+        whole: bool = False,
     ) -> dict[str, torch.Tensor]:
         """The "weight" made of `dense` [out, in], where that lies and in its dtype.
 
         Where it is rounded, with its scales, [out, groups]: "weight_scale".
         """
         weight = dense.to(self.skeleton.device, torch.float32)
-        made = self.maker.make(weight, inputs, sparsity, bits)
+        made = self.maker.make(weight, inputs, sparsity, bits, whole=whole)
         found = {"weight": made.weight.to(dense.device, dense.dtype)}
         return found if made.scales is None else found | {SCALE: made.scales.to(dense.device)}
 

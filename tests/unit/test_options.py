@@ -4,6 +4,7 @@ from typing import get_args
 import pytest
 
 from owl_deploy import options
+from owl_deploy.export.targets import TARGETS
 
 
 def is_path(annotation):
@@ -52,3 +53,13 @@ def test_the_help_says_what_is_done_without(owl, verb, option, default):
     code, out, _ = owl(verb, "--help")
     after = " ".join(out.split(f"  {option} ", 1)[1].split())
     assert (code, default in after[:300]) == (0, True), after[:300]
+
+
+def test_the_help_names_what_the_tables_have():
+    targets = options.Target.__metadata__[0].help
+    precisions = options.Precision.__metadata__[0].help
+    for name, target in TARGETS.items():
+        assert name in targets
+        assert name in precisions
+        for precision in target.precisions:
+            assert precision in precisions

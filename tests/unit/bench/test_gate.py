@@ -16,6 +16,7 @@ from owl_deploy.bench import BenchPlan, baseline, gate
 from owl_deploy.bench.gate import Margins, Side
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, default_threads
+from owl_deploy.export.targets import TARGETS
 from owl_deploy.runtime import kernels
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -61,6 +62,11 @@ def test_a_speedup_is_an_improvement() -> None:
 def test_too_few_rounds_are_inconclusive(was: int, now: int) -> None:
     verdict = gate.judge_time("m", ratios(1, was), ratios(2, now, 0.5), 0.05)
     assert verdict == gate.Verdict("m", "INCONCLUSIVE", f"{min(was, now)} rounds, and 8 are needed")
+
+
+def test_every_precision_has_its_margin() -> None:
+    known = {name for target in TARGETS.values() for name in target.precisions}
+    assert known == baseline.LOGITS_MARGIN.keys()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from owl_deploy.digests import state_of
 from owl_deploy.evaluate import kept
 from owl_deploy.evaluate.kept import KeptAnswers
 
@@ -104,9 +105,9 @@ def test_a_batch_is_asked_for_at_once_and_forgotten_answers_anew() -> None:
 
 def test_a_folder_that_changed_has_another_state(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    before = kept.state_of(tmp_path / "folder")
+    before = state_of(tmp_path / "folder")
     (tmp_path / "folder" / "file").write_text("x")
-    assert kept.state_of(tmp_path / "folder") != before
+    assert state_of(tmp_path / "folder") != before
 
 
 def test_samples_of_one_question_are_several_answers() -> None:

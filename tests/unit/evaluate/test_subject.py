@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from owl_deploy.artefact import write_json
-from owl_deploy.evaluate.kept import state_of
+from owl_deploy.digests import state_of
 from owl_deploy.evaluate.subject import keep
 from owl_deploy.measurements import measurement, measurement_file
 

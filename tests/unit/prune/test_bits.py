@@ -121,6 +121,18 @@ def test_a_pruned_checkpoint_is_rounded_and_stays_as_sparse(llama, tmp_path, cal
         assert bool((integers[sparse[f"{name}.weight"] == 0] == 0).all())
 
 
+def test_zeros_of_rounding_alone_are_no_holes(llama, tmp_path, calibration):
+    """What is rounded once more may move them, though 3 bits leave as many as pruning might."""
+    for source, out, bits in ((llama, "three", 3), (tmp_path / "three", "four", 4)):
+        settings = recipe.settings(method="none", bits=bits, bits_group=128)
+        made = prune(source, tmp_path / out, settings, calibration)
+        assert all(one.whole for one in made.linears.values())
+    before, after = (on_the_grid(tmp_path / name) for name in ("three", "four"))
+    assert sum(int((one == 0).sum()) for one in before.values()) > 0.2 * made.weights
+    moved = [bool((after[name][one == 0] != 0).any()) for name, one in before.items()]
+    assert any(moved)
+
+
 def test_a_recipe_says_that_it_was_rounded(llama, tmp_path, calibration):
     settings = recipe.settings(bits=3, sparsity=0.5)
     prune(llama, tmp_path / "out", settings, calibration)

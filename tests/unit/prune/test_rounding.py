@@ -50,7 +50,7 @@ def prune_and_round(method, weight, hessian, sparsity, group, grid, share=0.0):
         swept = pkgutil.resolve_name(row.joint)(*asked, grid)
     else:
         pruned = pkgutil.resolve_name(row.prune)(*asked)
-        swept = rounding.round_pruned(weight, pruned, inputs, grid)
+        swept = rounding.round_pruned(weight, pruned, pruned == 0, inputs, grid)
     return rounding.finished(swept, weight, inputs, grid)
 
 
