@@ -17,6 +17,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO
 
+from owl_deploy.engines.environment import ending_with_us
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -126,8 +128,9 @@ class Builder:
         stderr: int,
     ) -> None:
         assert (stdin, stderr) == (subprocess.DEVNULL, subprocess.STDOUT)
-        assert command[:2] == [sys.executable, "-P"]
-        self._process = _CONTEXT.Process(target=_build, args=(command[2:], cwd, env, stdout.name))
+        arguments = command[6:]
+        assert command == ending_with_us([sys.executable, "-P", *arguments])
+        self._process = _CONTEXT.Process(target=_build, args=(arguments, cwd, env, stdout.name))
         self._process.start()
 
     @property

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,13 @@ from owl_deploy.lease import lease
 from owl_deploy.runtime import kernels, library_path
 
 WORKER = Path(__file__).with_name("worker.py")
+
+
+def ending_with_us(command: Sequence[str]) -> list[str]:
+    """What becomes `command`, a program by its path, to be killed when this process ends."""
+    program, *arguments = command
+    return [sys.executable, "-I", str(WORKER), program, str(os.getpid()), *arguments]
+
 
 Progress = Callable[[str], None]
 MARKER = ".complete"
@@ -279,10 +286,8 @@ def _run(command: list[str], what: str, progress: Progress, **variables: str) ->
     environment |= variables
     environment.pop("PYTHONPATH", None)
     lines: list[str] = []
-    program, *rest = command
     with subprocess.Popen(
-        # A killed owl leaves none at work in a folder that the next one clears.
-        [sys.executable, "-I", str(WORKER), program, str(os.getpid()), *rest],
+        ending_with_us(command),  # or one is at work in a folder that the next owl clears
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

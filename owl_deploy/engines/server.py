@@ -4,12 +4,11 @@ import http.client
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Self
 
-from owl_deploy.engines.environment import WORKER, installed_version, server_of
+from owl_deploy.engines.environment import ending_with_us, installed_version, server_of
 from owl_deploy.engines.process import DEFAULT_TIMEOUT_S, Child, threads_for
 from owl_deploy.engines.registry import MOST_ROWS
 from owl_deploy.engines.worker import peak_bytes
@@ -66,8 +65,7 @@ class ServerProcess(Child):
         try:
             self._port = _free_port()
             command = self._command()
-            starter = [sys.executable, "-I", str(WORKER), command[0], str(os.getpid())]
-            self._spawn([*starter, *command[1:]], self._environment(), subprocess.DEVNULL)
+            self._spawn(ending_with_us(command), self._environment(), subprocess.DEVNULL)
             self._wait(started + self.timeout_s)
         except BaseException:
             self.close()

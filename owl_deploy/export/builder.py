@@ -10,14 +10,11 @@ Version 0.18 of the builder misreads some configs of transformers 5; what it is 
 below.
 """
 
-import contextlib
 import copy
-import ctypes
 import importlib
 import itertools
 import json
 import runpy
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,12 +26,6 @@ _READERS: dict[str, tuple[str, ...]] = {
     "attn_logit_softcapping": (),
     "hidden_activation": _GEMMA,  # the others' is hidden_act
 }
-
-
-def die_with_parent() -> None:
-    """A killed `owl export` must not leave a builder at work."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def adapted(config: Any, builder: Any) -> Any:  # noqa: ANN401 - neither has types
@@ -190,5 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
     main()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.artefact import write_json
+from owl_deploy.engines.environment import ending_with_us
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
@@ -123,7 +124,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return subprocess.Popen(
-        command,
+        ending_with_us(command),
         cwd=scratch,
         env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)},
         stdin=subprocess.DEVNULL,

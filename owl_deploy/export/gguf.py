@@ -14,7 +14,7 @@ from typing import Any
 
 from owl_deploy.checkpoint import write_compatible
 from owl_deploy.engines import default_threads
-from owl_deploy.engines.environment import environment_folder, python_of
+from owl_deploy.engines.environment import ending_with_us, environment_folder, python_of
 from owl_deploy.engines.registry import get_engine
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.export import parity, rotary, windows
@@ -150,7 +150,7 @@ def _quantize(python: Path, full: Path, file: Path, precision: str) -> list[str]
 def _output(command: list[str], what: str = "Python", way_out: str = "") -> str:
     """What a part of llama.cpp says; raises `BadInput` and `EngineFailed` for what it refuses."""
     done = subprocess.run(
-        command,
+        ending_with_us(command),
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

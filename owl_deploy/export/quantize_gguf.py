@@ -4,7 +4,6 @@ Runs in the engine's environment: no import of owl_deploy here.
 """
 
 import ctypes
-import signal
 import sys
 
 import llama_cpp
@@ -22,6 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":  # a killed `owl export` must not leave it at work
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     main()

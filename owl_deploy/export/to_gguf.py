@@ -4,9 +4,7 @@ It needs torch and transformers, which are in the Python that has owl; SOURCE is
 converter, PACKAGES that of the other packages that it imports, those of the engine's environment.
 """
 
-import ctypes
 import runpy
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,6 +73,4 @@ def _accept_any_tokenizer() -> None:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":  # a killed `owl export` must not leave it at work
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     main()

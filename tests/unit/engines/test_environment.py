@@ -1,7 +1,9 @@
 import json
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -186,6 +188,27 @@ def test_without_a_compiler_nothing_begins(compiled: Path, monkeypatch: pytest.M
     with pytest.raises(EnvironmentFailed, match=r"no C\+\+ compiler"):
         environment.install("own")
     assert not environment.environment_folder(registry.ENGINES["own"]).exists()
+
+
+STARTS = """
+import os, signal, subprocess
+from owl_deploy.engines.environment import ending_with_us
+print(subprocess.Popen(ending_with_us(["/bin/sleep", "60"])).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_is_started_ends_with_who_started_it() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTS], stdout=subprocess.PIPE, check=False)
+    assert done.returncode == -signal.SIGKILL
+    status = Path("/proc") / done.stdout.decode().strip() / "stat"
+    for _ in range(100):
+        # Nobody may be there to hear of its end: a zombie then.
+        if not status.exists() or " Z " in status.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("it is still at work")
 
 
 def test_remove(engine: registry.Engine) -> None:
