@@ -1,11 +1,12 @@
 """What a benchmark compares: each deployment in each of its engines, under a name of its own."""
 
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from owl_deploy.bench.decision import scores_of
 from owl_deploy.bench.plan import BenchPlan
-from owl_deploy.bench.result import Block, Role, Subject
+from owl_deploy.bench.result import SPARSE_IN_3_BITS, Block, Role, Subject
 from owl_deploy.engines import Deployment, Engine, engine_for, get_engine, open_deployment
 from owl_deploy.engines.draft import open_draft
 from owl_deploy.errors import BadInput
@@ -73,8 +74,12 @@ def _subject(name: str, role: Role, deployment: Deployment, engine: Engine) -> S
 
 
 def _pruned(blocks: Sequence[BlockShares]) -> tuple[Block, ...]:
-    """The blocks of a pruned model; none of one that was only rounded, whatever zeros that left."""
-    if not any(one.sparsity for one in blocks):
+    """The blocks of a pruned model; none of one that was only rounded, whatever zeros that left.
+
+    One that was rounded after it was pruned says of itself that nothing was asked to go.
+    """
+    share = statistics.fmean(one.achieved for one in blocks) if blocks else 0.0
+    if not any(one.sparsity for one in blocks) and share < SPARSE_IN_3_BITS:
         return ()
     return tuple(
         Block(name=one.name, sparsity=one.achieved, outlier_ratio=one.outlier_ratio)

@@ -15,7 +15,9 @@ from owl_deploy.manifest import BenchmarkManifest, refuse_newer, what_it_is
 
 FILE = "result.json"
 SCHEMA: Final = 1  # the number of its format
-SPARSE = 0.4  # of zeros; rounding to 4 bits leaves 0.13 to 0.16, to 3 bits 0.24 to 0.36
+# From which share of zeros weights of unknown making count as pruned: rounding alone leaves 0.13 to
+# 0.16 in 4 bits and 0.24 to 0.36 in 3, and a head that was not pruned counts as well.
+SPARSE, SPARSE_IN_3_BITS = 0.25, 0.4
 _STATISTICS = {"median_ms", "spread", "p90_ms", "p99_ms", "processes", "tokens_per_s"}
 _WAY_OUT = "Give what owl bench -o wrote."
 Role = Literal["candidate", "baseline"]
@@ -99,7 +101,8 @@ class Subject(_Model):
     @property
     def is_sparse(self) -> bool:
         """Whether it was pruned: owl says so, or zeros do that no rounding leaves."""
-        return bool(self.blocks) or (self.zeros or 0.0) >= SPARSE
+        least = SPARSE_IN_3_BITS if self.precision == "int3" else SPARSE
+        return bool(self.blocks) or (self.zeros or 0.0) >= least
 
     def by_round(self, key: str) -> dict[int, tuple[float, ...]]:
         """The latencies of a metric, by the round of the process; none of one that failed."""

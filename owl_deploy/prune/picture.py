@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from owl_deploy.manifest import CheckpointManifest
+from owl_deploy.methods import METHODS
 from owl_deploy.picture import (
     formats_by_linear,
     search_by_time,
@@ -10,6 +11,20 @@ from owl_deploy.picture import (
     sparsity_by_linear,
 )
 from owl_deploy.prune.tune import Trial
+
+
+def removes(manifest: CheckpointManifest) -> bool:
+    """Whether its method is one that removes weights, or is unknown."""
+    row = METHODS.get(manifest.settings.method)
+    return row is None or row.removes
+
+
+def has_picture(manifest: CheckpointManifest) -> bool:
+    """Whether there is something to draw of its Linears.
+
+    Those that are only rounded alike have zeros that nobody asked for, and differ in nothing else.
+    """
+    return removes(manifest) or manifest.spent is not None
 
 
 def sparsity_svg(manifest: CheckpointManifest) -> str:

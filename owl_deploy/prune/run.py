@@ -18,7 +18,7 @@ from owl_deploy.manifest import CheckpointManifest, versions
 from owl_deploy.partial import ROUNDING, asked_before, kept_for_resuming, partial_folder
 from owl_deploy.progress import error_console
 from owl_deploy.prune import write
-from owl_deploy.prune.picture import sparsity_svg, tuning_svg
+from owl_deploy.prune.picture import has_picture, sparsity_svg, tuning_svg
 from owl_deploy.prune.plan import Plan, resolve
 from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.sparsities import resolved_layers
@@ -117,7 +117,8 @@ def _complete(
     write.assemble(request, plan, store)
     facts["wall_seconds"] = time.perf_counter() - started
     manifest = CheckpointManifest.model_validate(facts)
-    (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
+    if has_picture(manifest):
+        (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
     if plan.trials:
         (store.folder / "tuning.svg").write_text(tuning_svg(plan.trials), encoding="utf-8")
     all_to_disk(store.folder)

@@ -8,8 +8,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from owl_deploy.manifest import Block, CheckpointManifest
-from owl_deploy.methods import METHODS
 from owl_deploy.progress import result_console
+from owl_deploy.prune.picture import has_picture, removes
 from owl_deploy.recipe import kept, parse_structure
 
 _BAR_WIDTH = 20
@@ -18,19 +18,15 @@ _BAR_WIDTH = 20
 def show(manifest: CheckpointManifest, output: str) -> None:
     """Print a checkpoint's manifest: its blocks as a table with bars, and where it is."""
     console = result_console()
-    row = METHODS.get(manifest.settings.method)
-    removes = row is None or row.removes
-    # What is only rounded alike has zeros that nobody asked for, and nothing else that differs.
-    pictured = removes or manifest.spent is not None
-    if pictured:
-        console.print(_table(manifest) if removes else _formats(manifest))
+    if has_picture(manifest):
+        console.print(_table(manifest) if removes(manifest) else _formats(manifest))
     _show_tuning(console, manifest)
     _show_reconstruction(console, manifest)
     console.print(
         f"{output}: {manifest.weights / 1e6:.1f} M weights {_rounded(manifest)}in the blocks, "
         f"{manifest.wall_seconds:.0f} s, "
         f"peak memory {decimal(manifest.peak_memory_bytes)}."
-        + (" The picture is in sparsity.svg." if pictured else ""),
+        + (" The picture is in sparsity.svg." if has_picture(manifest) else ""),
         soft_wrap=True,
     )
     _show_structure(console, manifest)

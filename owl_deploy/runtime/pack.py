@@ -656,7 +656,7 @@ TRAITS: dict[Values, ValueTraits] = {
         decode=lambda bits: bits.view(np.int8) * np.float32(32),
         levels=(-4, 3),
         counts=32,
-        max_density=0.65,
+        max_density=0.6,  # rounding alone leaves a third of zeros and more, in some Linears
     ),
 }
 

@@ -30,6 +30,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from owl_deploy.engines import threads_for
 from owl_deploy.engines.deployment import Deployment, open_deployment
@@ -38,6 +39,7 @@ from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.generate import LARGEST, PromptTooLong, Row, Speed, Writer, chosen_draft
 from owl_deploy.serve import wire
 from owl_deploy.serve.line import Answer, Asked, Line, Part
+from owl_deploy.serve.log import RequestLog
 
 KEY = "OWL_API_KEY"  # from the environment, for everybody on a machine sees command lines
 MOST_BYTES = 2**20  # of a request's body
@@ -134,7 +136,7 @@ class Service:
         if asked.model is None:
             asked.model = next(iter(self._models))
         self._model(asked.model)
-        speed = Speed()
+        request.state.speed = speed = Speed()
         texts = self._texts(request, asked, speed)
         with _until_the_end():
             first = await anext(texts)  # what is wrong with the request comes before any answer
@@ -306,6 +308,7 @@ def serve(
     trust_library: bool = False,
     draft: str | Path | None = None,
     draft_tokens: int | None = None,
+    log: bool = True,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve `deployment` until SIGTERM or Ctrl-C; answers in the making are finished.
@@ -313,9 +316,10 @@ def serve(
     `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered together,
     at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its answer,
     at most (None: `CONTEXT`, or what the model takes): a batch takes memory for `batch` times as
-    many. `names`: what clients call the model, in place of its folder's name. What a request leaves
-    out of how tokens are chosen is as the deployment's genai_config.json has it, where that says
-    `do_sample`, and `say` is told. `threads`, `trust_library`, `draft`,
+    many. `names`: what clients call the model, in place of its folder's name. `log`: whether `say`
+    is told of each request, too (`RequestLog`). What a request leaves out of how tokens are chosen
+    is as the deployment's genai_config.json has it, where that says `do_sample`, and `say` is told.
+    `threads`, `trust_library`, `draft`,
     `draft_tokens`: as in `generate`; only a request that is answered alone has the draft. Clients
     must know the key that stands in the environment variable `OWL_API_KEY`, if one does. Raises
     `BadInput` for a deployment that cannot be opened, for a draft that does not fit it, for a
@@ -335,7 +339,8 @@ def serve(
         threads, context = threads_for(threads), _context(opened, context)
         writer = Writer(opened, threads, context, drafting, batch)
         names = list(names) or [Path(deployment).resolve().name]
-        running = _http_server(Service(writer, names, waiting, key).app())
+        app = Service(writer, names, waiting, key).app()
+        running = _http_server(RequestLog(app, say) if log else app)
         # Before uvicorn's own handlers are there, and after: it sends itself the signal that ended
         # it once more.
         signal.signal(signal.SIGTERM, running.handle_exit)
@@ -386,7 +391,7 @@ def _key() -> str | None:
     return key
 
 
-def _http_server(app: Starlette, **settings: Any) -> uvicorn.Server:  # noqa: ANN401
+def _http_server(app: ASGIApp, **settings: Any) -> uvicorn.Server:  # noqa: ANN401
     """What runs `app`; `settings`: of uvicorn, beside or in place of ours."""
     config = uvicorn.Config(app, **{**_UVICORN, **settings})
     logging.getLogger("uvicorn.error").addFilter(_is_no_advice)

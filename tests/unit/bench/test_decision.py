@@ -307,7 +307,8 @@ def test_a_dense_candidate_that_wins_is_not_sparsity_s_merit() -> None:
     assert "parsity pays" not in said(found)
     # What another tool pruned has no blocks in a manifest of ours.
     assert asked.model_copy(update={"zeros": 0.5}).is_sparse
-    assert not asked.model_copy(update={"zeros": 0.35}).is_sparse  # rounding to 3 bits leaves them
+    rounded = asked.model_copy(update={"zeros": 0.35, "precision": "int3"})
+    assert not rounded.is_sparse
     assert not asked.model_copy(update={"zeros": None}).is_sparse
 
 

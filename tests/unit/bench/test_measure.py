@@ -601,6 +601,9 @@ def test_what_was_only_rounded_is_not_sparse() -> None:
     rounded = BlockShares(name="model.layers.0", achieved=0.13, sparsity=0.0)
     pruned = rounded.model_copy(update={"sparsity": 0.13})
     assert entries._pruned([rounded, rounded]) == ()
+    assert entries._pruned([rounded.model_copy(update={"achieved": 0.36})]) == ()
+    before = rounded.model_copy(update={"achieved": 0.5})  # it was pruned, and then rounded
+    assert [one.sparsity for one in entries._pruned([before])] == [0.5]
     assert [one.sparsity for one in entries._pruned([rounded, pruned])] == [0.13, 0.13]
 
 

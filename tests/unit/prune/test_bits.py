@@ -85,7 +85,9 @@ def test_the_checkpoint_lies_on_its_grid(llama, tmp_path, calibration, bits, val
             assert most <= recipe.kept(asked, settings.group[1])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
-    assert (tmp_path / "out" / "recipe.yaml").is_file() == (settings.method != "none")
+    removes = settings.method != "none"
+    assert (tmp_path / "out" / "recipe.yaml").is_file() == removes
+    assert (tmp_path / "out" / "sparsity.svg").is_file() == removes
 
 
 def test_bfloat16_and_what_is_skipped(tmp_path, calibration):

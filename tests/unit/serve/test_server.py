@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ from owl_deploy.engines.speculate import Search
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.generate import PromptTooLong, Row
 from owl_deploy.serve import line, server, wire
+from owl_deploy.serve.log import RequestLog
 
 PATIENCE = 60  # seconds: the machine may be busy
 
@@ -85,11 +87,12 @@ def writer(request):
 
 
 @contextmanager
-def served(writer, waiting=1, key=None, names=("tiny",), **settings):
+def served(writer, waiting=1, key=None, names=("tiny",), say=lambda _: None, **settings):
     """The service in a thread; its base URL. `settings`: of uvicorn."""
     service = server.Service(writer, names, waiting, key)
     writer.line = service._line
-    running = server._http_server(service.app(), **{"log_level": "critical", **settings})
+    logged = RequestLog(service.app(), say)
+    running = server._http_server(logged, **{"log_level": "critical", **settings})
     writer.end = lambda: setattr(running, "should_exit", True)
     writer.interrupt = lambda: running.handle_exit(signal.SIGINT, None)
     with server._listen("127.0.0.1", 0) as listener:
@@ -811,6 +814,23 @@ def test_an_address_that_is_taken_is_said_in_a_sentence(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(BadInput, match=r"cannot be listened at .* Give a --port"):
             server.serve(tmp_path, port=port)
+
+
+def test_a_line_says_what_a_request_took_and_nothing_of_its_text(writer):
+    said = []
+    with served(writer, key="secret", say=said.append) as url:
+        with openai.OpenAI(base_url=url, api_key="secret", max_retries=0) as client:
+            for more in ({}, {"stream": True}):
+                writer.go.release(3)
+                list(ask(client, "private", **more))
+        httpx.get(url.removesuffix("v1") + "health", timeout=PATIENCE)
+        httpx.get(url + "/completions", timeout=PATIENCE)
+        httpx.get(url + "/no%0Asuch", timeout=PATIENCE)
+        until(lambda: len(said) == 4)
+    lines = [re.sub(r"^\S+ \S+ 127.0.0.1 |, \d+\.\d\d s$", "", told) for told in said]
+    answered = "POST /v1/completions 200, 7 + 3 tokens"
+    assert lines == [answered, answered, "GET /v1/completions 405", "GET /v1/no%0Asuch 404"]
+    assert "private" not in str(said)
 
 
 def test_the_refusals_shape_is_openais():
