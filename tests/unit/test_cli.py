@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 from typer.main import get_command
 
+from owl_deploy import api, cli
 from owl_deploy.cli import app
+from owl_deploy.serve.server import serve
 
 # What stands in for the work, and notes its arguments by their names.
 WORK = {
@@ -261,3 +263,32 @@ def test_an_option_arrives(arrived, line, option, where, expected):
     long, *rest = option.split()
     for name in next(one for one in options(line) if one[0] == long):
         assert at(arrived(*line.split(), name, *rest), where) == expected
+
+
+def defaults_of(settings):
+    """By the names of a settings class's fields, or of a function's parameters."""
+    if hasattr(settings, "model_fields"):
+        return {name: field.default for name, field in settings.model_fields.items()}
+    return {name: one.default for name, one in inspect.signature(settings).parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings"),
+    [
+        ("prune", api.Calibration),
+        ("prune", api.Hardware),
+        ("finetune", api.FinetuneSettings),
+        ("evaluate", api.EvaluationSettings),
+        ("bench", api.BenchPlan),
+        ("serve", serve),
+        ("generate", api.Sampling),
+    ],
+)
+def test_the_settings_defaults_are_the_command_lines(verb, settings):
+    """An option without a default of its own leaves the choice to the settings."""
+    known, told = defaults_of(settings), 0
+    for name, option in inspect.signature(getattr(cli, verb)).parameters.items():
+        if name in known and option.default not in (None, inspect.Parameter.empty):
+            assert option.default == known[name], name
+            told += 1
+    assert told
