@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from owl_deploy.errors import not_installed
 
 if TYPE_CHECKING:
+    from owl_deploy.bench.decision import decide
     from owl_deploy.bench.plan import BenchPlan
     from owl_deploy.bench.result import Comparison, Result, read_result
     from owl_deploy.bench.run import Outcome, bench, run_gate
@@ -76,6 +77,7 @@ __all__ = [
     "TaskResult",
     "Verified",
     "bench",
+    "decide",
     "evaluate",
     "export",
     "finetune",
@@ -114,6 +116,7 @@ WHERE = {
     "TaskResult": "owl_deploy.evaluate.zero_shot:TaskResult",
     "Verified": "owl_deploy.verify:Verified",
     "bench": "owl_deploy.bench.run:bench",
+    "decide": "owl_deploy.bench.decision:decide",
     "evaluate": "owl_deploy.evaluate.run:evaluate",
     "export": "owl_deploy.export.targets:export",
     "finetune": "owl_deploy.finetune.run:finetune",

@@ -393,7 +393,6 @@ def bench(
 
     from owl_deploy.artefact import check_apart
     from owl_deploy.bench.decision import check_measured, read_loss
-    from owl_deploy.bench.gate import LOOKS
     from owl_deploy.bench.show import show_outcome
 
     loss = read_loss(max_loss) if max_loss else None
@@ -403,9 +402,6 @@ def bench(
         check_apart(output, dense)
     exports = _dense(dense, deployments, trust_library) if dense else ()
     given["baselines"] = (*given.get("baselines", ()), *(one.output for one in exports))
-    given.setdefault("looks", LOOKS if check else 1)
-    if draft:
-        given.setdefault("scenarios", ("answers",))
     plan = api.BenchPlan(candidates=tuple(deployments), **given)
 
     def prepare() -> None:

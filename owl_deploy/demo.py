@@ -21,6 +21,7 @@ from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import judge, sentence
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison, Subject
+from owl_deploy.bench.stats import interval_words
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.ending import exit_code
 from owl_deploy.errors import EngineFailed, EnvironmentFailed
@@ -283,7 +284,7 @@ def show(result: Result, table: list[dict[str, Any]]) -> None:
         "calibrated on; pruned: the share of the blocks' weights that was removed; tok/s: "
         f"decoding at a context of {result.scenarios[0].tokens}; ms: a prompt of "
         f"{result.scenarios[1].tokens} tokens. Speed-ups are against dense in the same "
-        "engine, with 90 % intervals; no: none "
+        f"engine, with their {interval_words(one.pairs for one in result.comparisons)}; no: none "
         f"that matters; ?: the machine is too noisy to tell. {MODEL_IS}\n"
     )
     console.print(sentence(judge(result)), soft_wrap=True)

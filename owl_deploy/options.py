@@ -564,7 +564,10 @@ Needs = Annotated[
         "KIND: prune, export, evaluate or bench, which has all cores of its node.",
     ),
 ]
-RecipeName = Annotated[str, Argument(parser=text, help="A file, or the name of a shipped recipe.")]
+RecipeName = Annotated[
+    str,
+    Argument(parser=text, help="A file, a pruned checkpoint, or the name of a shipped recipe."),
+]
 Results = Annotated[
     list[Path], Argument(parser=path, help="Folders that owl bench -o or owl finetune wrote.")
 ]

@@ -46,21 +46,21 @@ class PruneSettings(BaseModel):
 
     `sparsity`: the share of the blocks' weights that is removed, in [0, 1). `structure`:
     "unstructured", or "N:M", N weights kept of every M neighbours, which sets the sparsity; an
-    allocation other than uniform then gives each block its own N. `outlier_multiple`: OWL's M.
-    `spread`: half the range of the sparsities over the blocks (OWL's lambda, DLP's alpha). `skip`:
-    Linears that stay dense, by their names or the ends of them, or what they lie in.
+    allocation other than uniform then gives each block its own N, and fisher and owl-per-linear
+    each Linear. `outlier_multiple`: OWL's M. `spread`: half the range of the sparsities over the
+    blocks (OWL's lambda, DLP's alpha). `skip`: Linears that stay dense, by their names or the ends
+    of them, or what they lie in.
     `head_sparsity`: that of the output head, which stays dense without it. `layers`, for the
     allocation "list": block or Linear name to sparsity. `bits`: what survives is rounded to so
     many, 8, 4 or 3, with one scale for every `bits_group` columns of a row, 32, 64 or 128.
-    `budget`: what the weights may take, such as "3.5"
-    (bits each, over those that are pruned) or "400MB" (of all that a deployment packs); the
-    allocation "budget" then finds a sparsity and the bits for each Linear. `head_bits`: the output
-    head is rounded too, to 4 or 3 bits; else it is not, unless a budget of a size finds that 4
-    are worth it. `options`: the method's
-    own, of the type that its row in `METHODS` names, or a mapping of their names to values.
-    `refit`: whether the weights that are left get the values that suit them best; ALPS does it in
-    any case. `reconstruct`: epochs for which each half of a pruned block is trained to give the
-    dense one's output.
+    `budget`: what the weights may take, such as "3.5" (bits each, over those that are pruned),
+    "400MB" (of all that a deployment packs) or "1.5x" (so many times as fast as dense int8 on this
+    machine); the allocation "budget" then finds a sparsity and the bits for each Linear.
+    `head_bits`: the output head is rounded too, to 4 or 3 bits; else it is not, unless a budget of
+    a size finds that 4 are worth it. `options`: the method's own, of the type that its row in
+    `METHODS` names, or a mapping of their names to values. `refit`: whether the weights that are
+    left get the values that suit them best; ALPS does it in any case. `reconstruct`: epochs for
+    which each half of a pruned block is trained to give the dense one's output.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -361,7 +361,7 @@ def find(name: str | Path) -> Path:
     return Path(name) / RESOLVED
 
 
-def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
+def merged(recipe: str | Path | None, overrides: dict[str, Any]) -> PruneSettings:
     """The settings of a recipe (see `find`) with `overrides` put over them.
 
     A recipe's options of a method, and the numbers of its allocation, go with it when another is
@@ -395,7 +395,7 @@ def merged(recipe: Path | None, overrides: dict[str, Any]) -> PruneSettings:
     return found
 
 
-def _check_removes(recipe: Path | None, overrides: dict[str, Any]) -> None:
+def _check_removes(recipe: str | Path | None, overrides: dict[str, Any]) -> None:
     """Raise `BadInput` where a list of sparsities is to go with what has a use for none."""
     why, method = "", METHODS.get(overrides.get("method", ""))
     if overrides.get("budget") is not None:
@@ -408,7 +408,9 @@ def _check_removes(recipe: Path | None, overrides: dict[str, Any]) -> None:
         )
 
 
-def _check_list(recipe: Path | None, values: dict[str, Any], overrides: dict[str, Any]) -> None:
+def _check_list(
+    recipe: str | Path | None, values: dict[str, Any], overrides: dict[str, Any]
+) -> None:
     """Take a recipe's list of sparsities out of its `values` where a rule is put over it.
 
     Raises `BadInput` where what is put over it does not say enough, or means another list.

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from owl_deploy import engines, options
 from owl_deploy.artefact import write_json
-from owl_deploy.bench import BenchPlan, Result, read_result
+from owl_deploy.bench import BenchPlan, Result, read_result, stats
 from owl_deploy.bench.decision import HUMANEVAL, judge, read_loss, refreshed, sentence
 from owl_deploy.bench.scenario import KINDS
 from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense, short
@@ -341,12 +341,13 @@ def show(
         console.print(view)
     for line in chain.from_iterable(map(_gains, drafts)):
         console.print(f"\n{line}", soft_wrap=True)
+    intervals = stats.interval_words(one.pairs for one in result.comparisons)
     console.print(
         f"\n{result.machine.cpu}, {result.threads} threads. pass@1: of {table[0]['problems']} of "
         "HumanEval's problems, greedy, in %, with its standard error; ppl: perplexity on code that "
         "was not calibrated on; @: tokens/s, decoding at a context of so many tokens; over dense: "
-        "that, in the same engine, with a 90 % interval; prompt: seconds for so many tokens; peak: "
-        f"of resident memory. {MODEL_IS}"
+        f"that, in the same engine, with its {intervals}; prompt: seconds for so many tokens; "
+        f"peak: of resident memory. {MODEL_IS}"
     )
 
 

@@ -111,6 +111,24 @@ class Judged:
         return min(self.options, key=lambda option: abs(option.loss) + option.noise)
 
 
+def decide(
+    result: Result, max_loss: float | str | None = None, quality_metric: str | None = None
+) -> dict[str, Any]:
+    """What to deploy of what `result` measured: the `decision` of `owl bench --json`.
+
+    `max_loss`: the share of the best dense deployment's quality that may go, such as 0.02 or "2%";
+    None: half a per cent of log-perplexity, or one standard error of a task's score.
+    `quality_metric`: perplexity, humaneval, or another task that `evaluate` has measured; None:
+    humaneval if all were asked the same problems, else perplexity. In what is returned `deploy` is
+    a deployment's name, None where nothing is recommended; `why` says it in sentences; `quality`
+    is what was chosen by; `options` are those that there were, each with its speed, its quality
+    and what of it is lost. Quality counts where it was measured before the benchmark. Raises
+    `BadInput` for a metric that is not measured of each, and for what is no share.
+    """
+    share = None if max_loss is None else read_loss(str(max_loss))
+    return to_json(judge(result, quality_metric), share)
+
+
 def read_loss(text: str) -> float:
     """A share such as "2%" or "0.02"; raises `BadInput` for what is none."""
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")

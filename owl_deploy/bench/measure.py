@@ -87,7 +87,7 @@ def run_bench(
     runner = _Runner(plan, scenarios, deployments, threads, opener, journal)
     with journal.alone():
         subjects = journal.restore(subject for subject, _ in entries)
-        for look in range(plan.looks):
+        for look in range(plan.most_looks):
             bandwidth = max(bandwidth, machine.read_bandwidth(threads))
             runner.rounds(subjects, look * plan.pairs, progress)
             bandwidth = max(bandwidth, machine.read_bandwidth(threads))  # others may have been busy
@@ -176,7 +176,7 @@ def conclude(
 ) -> Result:
     """The result that follows from the samples in `subjects`."""
     table = result.statistics(subjects, scenarios, bandwidth)
-    compared = result.comparisons(subjects, scenarios, stats.confidence(plan.looks))
+    compared = result.comparisons(subjects, scenarios, stats.confidence(plan.most_looks))
     return Result(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         owl_version=__version__,
@@ -210,8 +210,14 @@ def _notes(
         )
     worst = max((row["spread"] for rows in table.values() for row in rows.values()), default=0.0)
     if worst > stats.NOISY_SPREAD:
+        apart = max(
+            stats.apart(subject.latencies(key))
+            for key, rows in table.items()
+            for subject in subjects
+            if subject.name in rows
+        )
         yield (
-            f"Noisy machine: processes of one deployment differ by up to {worst:.0%}. Close other "
+            f"Noisy machine: processes of one deployment differ by up to {apart:.0%}. Close other "
             "programs, use a machine of your own, or take more --pairs."
         )
     for name in dict.fromkeys(subject.engine for subject in subjects):

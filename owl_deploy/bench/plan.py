@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from owl_deploy.bench.scenario import KINDS, Scenario
 from owl_deploy.engines import Deployment
@@ -44,12 +44,13 @@ class BenchPlan(BaseModel):
     as "decode@512x4". `context`, `prompt`, `batch`, `streams`: tokens attended to in decoding,
     tokens of a prompt, rows, streams, and clients of a server, which takes as many requests at
     once, one or several each. `new_tokens` an answer's length; `pairs` the rounds, taken up to
-    `looks` times while a comparison is inconclusive; `steps` the tokens decoded, `repeats` the
-    prompts run, in each process (of a server: by each client). Of `context`, `prompt` and
-    `new_tokens` what nobody gave is a wish, which `fitted` makes smaller for a model that takes
-    less. `draft`: a deployment, or "lookup", that proposes `draft_tokens` at a time (None: as many
-    as pay) to each candidate, which alone is a baseline then; `prompts` a file of what is asked in
-    `answers`.
+    `looks` times while a comparison is inconclusive (None: once, and in a check of `run_gate` as
+    often as a gate takes); `steps` the tokens decoded, `repeats` the prompts run, in each process
+    (of a server: by each client). Of `context`, `prompt` and `new_tokens` what nobody gave is a
+    wish, which `fitted` makes smaller for a model that takes less. `draft`: a deployment, or
+    "lookup", that proposes `draft_tokens` at a time (None: as many as pay) to each candidate, which
+    alone is a baseline then, in the scenario `answers`, which is meant where none is named;
+    `prompts` a file of what is asked in that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,7 +68,7 @@ class BenchPlan(BaseModel):
     threads: int | None = None
     trust_library: bool = False
     pairs: int = 8
-    looks: int = 1
+    looks: int | None = None
     steps: int = 32
     repeats: int = 5
     time_limit_s: float = 600.0
@@ -76,10 +77,28 @@ class BenchPlan(BaseModel):
     draft_tokens: int | None = None
     prompts: Path | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_draft(cls, values: Any) -> Any:  # noqa: ANN401 - before validation
+        """There is one scenario for a draft, which nobody has to name then."""
+        if isinstance(values, dict) and values.get("draft") is not None:
+            return {"scenarios": ("answers",)} | values
+        return values
+
+    @field_validator("draft", mode="before")
+    @classmethod
+    def _folder_or_lookup(cls, value: Any) -> Any:  # noqa: ANN401 - before validation
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("context", "prompt", "batch", "streams", "clients", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:  # noqa: ANN401 - before validation
         return (value,) if isinstance(value, int) else value
+
+    @property
+    def most_looks(self) -> int:
+        """How many times the rounds are taken at most."""
+        return 1 if self.looks is None else self.looks
 
     def described(self) -> tuple[Scenario, ...]:
         """The scenarios; raises `BadInput` for an unknown one, or a number that cannot be."""
@@ -91,7 +110,7 @@ class BenchPlan(BaseModel):
             ("--clients", self.clients, 1),
             ("--new-tokens", (self.new_tokens,), _LEAST_NEW),
             ("--pairs", (self.pairs,), 1),
-            ("--looks", (self.looks,), 1),
+            ("--looks", (self.most_looks,), 1),
         ):
             for value in values:
                 if value < least:

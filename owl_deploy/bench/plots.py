@@ -1,8 +1,11 @@
 """The report's pictures, as SVG that a page can restyle: text stays text, ink follows the page."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from owl_deploy.bench import stats
 from owl_deploy.bench.decision import Judged
 from owl_deploy.bench.result import Comparison, Result, Subject
 from owl_deploy.engines.registry import ENGINES, Ink
@@ -11,6 +14,7 @@ from owl_deploy.picture import ACCENT, FAINT, INK, PAGE, plain_log_scale, sparsi
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_WIDE = 40  # characters of a label beside the axes; more leave no room for these
 _UNKNOWN = Ink(INK, INK, "x")  # an engine that this version of owl does not have
 
 
@@ -34,13 +38,46 @@ def _errors(rows: Sequence[Comparison]) -> list[list[float]]:
     return [below, [max(0.0, row.high - row.ratio) for row in rows]]
 
 
+def _without_shared_folders(names: Iterable[str]) -> dict[str, str]:
+    """Each of the names, of those that are paths without the folders that all of them begin with.
+
+    Deployments whose folders are called alike are told apart by their paths.
+    """
+    names = list(names)
+    folders = [name.split("/")[:-1] for name in names if "/" in name]
+    alike = (len(set(level)) == 1 for level in zip(*folders, strict=False))
+    shared = sum(itertools.takewhile(bool, alike))
+    return {name: "/".join(name.split("/")[shared:]) if "/" in name else name for name in names}
+
+
+def _pair(candidate: str, baseline: str) -> str:
+    """The label of a comparison, in lines that are no wider than there is room for."""
+    if len(candidate) + len(baseline) + 3 <= _WIDE:
+        return f"{candidate} / {baseline}"
+    return f"{_wrapped(candidate)}\n/ {_wrapped(baseline)}"
+
+
+def _wrapped(name: str) -> str:
+    return textwrap.fill(name, _WIDE - 2, break_on_hyphens=False)  # "/ " may stand before it
+
+
+def _row_height(labels: Sequence[str], least: float) -> float:
+    """The inches that each of some rows needs for its label."""
+    return max([least, *(0.1 + 0.17 * len(label.splitlines()) for label in labels)])
+
+
 def speedups(result: Result, key: str) -> str:
     """Each comparison of a metric as a point with its interval; 1 is a line."""
     rows = [comparison for comparison in result.comparisons if comparison.scenario == key]
-    return _draw(_speedups, 0.9 + 0.34 * len(rows), result, rows)
+    short = _without_shared_folders(subject.name for subject in result.subjects)
+    labels = [_pair(short[row.candidate], short[row.baseline]) for row in rows]
+    height = 0.9 + _row_height(labels, 0.34) * len(rows)
+    return _draw(_speedups, height, result, rows, labels)
 
 
-def _speedups(axes: "Axes", result: Result, rows: Sequence[Comparison]) -> None:
+def _speedups(
+    axes: "Axes", result: Result, rows: Sequence[Comparison], labels: Sequence[str]
+) -> None:
     engines = {subject.name: subject.engine for subject in result.subjects}
     for place, row in enumerate(reversed(rows)):
         ink = _ink(engines[row.candidate])
@@ -52,11 +89,12 @@ def _speedups(axes: "Axes", result: Result, rows: Sequence[Comparison]) -> None:
             color=ink.light,
             capsize=3,
         )
-    axes.set_yticks(range(len(rows)), [f"{r.candidate} / {r.baseline}" for r in reversed(rows)])
+    axes.set_yticks(range(len(rows)), labels[::-1])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.axvline(1, color=INK, linewidth=1)
     axes.grid(axis="x")
-    axes.set_xlabel("times as fast, 90 % interval\n(right of 1: faster)")
+    intervals = stats.interval_words(row.pairs for row in rows)
+    axes.set_xlabel(f"times as fast, {intervals}\n(right of 1: faster)")
 
 
 def by_sparsity(result: Result, key: str) -> str:
@@ -178,17 +216,19 @@ def blocks(subject: Subject) -> str:
 def costs(result: Result) -> str:
     """Peak memory and file size of each subject, as bars."""
     rows = [subject for subject in result.subjects if subject.samples]
-    return _draw(_costs, 0.9 + 0.42 * len(rows), rows)
+    short = _without_shared_folders(subject.name for subject in rows)
+    labels = [_wrapped(short[subject.name]) for subject in rows]
+    return _draw(_costs, 0.9 + _row_height(labels, 0.42) * len(rows), rows, labels)
 
 
-def _costs(axes: "Axes", rows: Sequence[Subject]) -> None:
+def _costs(axes: "Axes", rows: Sequence[Subject], labels: Sequence[str]) -> None:
     places = list(range(len(rows)))[::-1]
     peaks = [subject.peak_bytes / 1e6 for subject in rows]
     sizes = [subject.size_bytes / 1e6 for subject in rows]
     bars = ((0.2, peaks, ACCENT, "peak memory"), (-0.2, sizes, FAINT, "file"))
     for shift, values, color, label in bars:
         axes.barh([p + shift for p in places], values, 0.38, color=color, label=label)
-    axes.set_yticks(places, [subject.name for subject in rows])
+    axes.set_yticks(places, labels)
     axes.set_xlabel("MB")
     axes.grid(axis="x")
     axes.legend()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from owl_deploy import __version__
 from owl_deploy.artefact import write_text
-from owl_deploy.bench import decision, plots
+from owl_deploy.bench import decision, plots, stats
 from owl_deploy.bench.decision import Judged, Option
 from owl_deploy.bench.result import Result, Subject, metrics_of
 from owl_deploy.bench.scenario import Metric
@@ -80,7 +80,6 @@ def render(
         curves=curves,
         left=[(one.title, one.state, one.said) for one in left],
         plots=plots,
-        blocks=_blocks,
         inks=inks,
         version=__version__,
     )
@@ -106,7 +105,8 @@ def _page(result: Result, max_loss: float | None, quality_metric: str | None) ->
         "metrics": [_metric(result, metric) for metric in metrics],
         "judged": judged,
         "quality": [_quality(judged, option) for option in judged.options],
-        "pruned": list(_pruned(result)),
+        "pruned": [_by_block(subject) for subject in _pruned(result)],
+        "interval": stats.interval_words(one.pairs for one in result.comparisons),
         "costs": [_cost(subject) for subject in result.subjects if subject.samples],
     }
 
@@ -122,6 +122,7 @@ def _metric(result: Result, metric: Metric) -> dict[str, Any]:
         "key": metric.key,
         "words": "; ".join(f"{c.candidate} over {c.baseline} {c.text}" for c in found),
         "by_sparsity": len(sparsities) > 1,
+        "interval": stats.interval_words(one.pairs for one in found),
         "speeds": [_speed(s, speeds[s.name]) for s in result.subjects if s.name in speeds],
         "comparisons": [
             (
@@ -165,11 +166,22 @@ def _pruned(result: Result) -> Iterator[Subject]:
             yield subject
 
 
-def _blocks(subject: Subject) -> _Rows:
+def _by_block(subject: Subject) -> dict[str, Any]:
+    """What is shown of a pruned model's blocks; outlier ratios where the allocation took any."""
+
     def ratio(of: float | None) -> str:
         return "" if of is None else f"{of:.3f}"
 
-    return [(b.name, f"{b.sparsity:.4f}", ratio(b.outlier_ratio)) for b in subject.blocks]
+    ratios = any(block.outlier_ratio is not None for block in subject.blocks)
+    return {
+        "subject": subject,
+        "caption": ": sparsity of each block" + (", and its outlier ratio." if ratios else "."),
+        "columns": ["block", "sparsity", *(["outlier ratio, %"] if ratios else [])],
+        "rows": [
+            (b.name, f"{b.sparsity:.4f}", *([ratio(b.outlier_ratio)] if ratios else []))
+            for b in subject.blocks
+        ],
+    }
 
 
 def _cost(subject: Subject) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ SCHEMA: Final = 1  # the number of its format
 # 0.16 in 4 bits and 0.24 to 0.36 in 3, and a head that was not pruned counts as well.
 SPARSE, SPARSE_IN_3_BITS = 0.25, 0.4
 _STATISTICS = {"median_ms", "spread", "p90_ms", "p99_ms", "processes", "tokens_per_s"}
+# What `owl bench --json` prints besides a result: what follows from it, and from a baseline's file.
+_PRINTED = ("decision", "verdict", "verdicts")
 _WAY_OUT = "Give what owl bench -o wrote."
 Role = Literal["candidate", "baseline"]
 Against = Literal["same engine", "best of the precision", "best of all"]
@@ -160,7 +162,7 @@ class Result(_Model):
     """A whole benchmark; `statistics` and `comparisons` follow from the samples.
 
     `read_gb_per_s` is what a plain read of memory reached, in the same run, on the same threads:
-    the roofline of decoding.
+    what decoding is held against.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -194,7 +196,10 @@ class Result(_Model):
 
 
 def read_result(path: str | Path) -> Result:
-    """Read a result.json, or the one in a folder; raises `BadInput` for anything else."""
+    """Read a result.json, or the one in a folder; raises `BadInput` for anything else.
+
+    What `owl bench --json` printed is one, too.
+    """
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     what_else = what_it_is(path)
@@ -203,6 +208,7 @@ def read_result(path: str | Path) -> Result:
     try:
         content = artefact.read_object(file, _WAY_OUT)
         refuse_newer(content, SCHEMA, str(file))
+        content = {name: value for name, value in content.items() if name not in _PRINTED}
         # An escape such as \ud800 is half a letter, which no page and no picture can hold.
         whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
         return Result.model_validate_json(whole)
@@ -233,8 +239,8 @@ def statistics(
     """For each metric and each subject that was measured: latencies in ms, and tokens/s.
 
     For answers to requests also `requests_per_s`, and for decoding `read_gb_per_s`, the model's
-    bytes over the latency, and `roofline`, its share of a plain read. Above 1, the engine does not
-    read all of the file: it skips zeros.
+    bytes over the latency, and `roofline`, its share of a plain read: a yardstick and no limit, for
+    not all of a file need be read in each step (an embedding apart from the head, zeros).
     """
     table: dict[str, dict[str, dict[str, float]]] = {}
     for metric in metrics_of(scenarios):

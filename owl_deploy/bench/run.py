@@ -87,16 +87,18 @@ def run_gate(
     """As `bench`, and save a baseline file or check against one.
 
     `margin` is the share of time that may be lost, kept in the saved file [0.05]; `summary` a file
-    that the verdicts, or the reason why there are none, are appended to as markdown. `prepare`
-    makes what is to be measured, once all is looked at that can be wrong before. Raises `BadInput`
-    for a file that is no baseline, and for one to be saved that would replace another thing, unless
-    `force`.
+    that the verdicts, or the reason why there are none, are appended to as markdown. A check takes
+    its rounds up to `gate.LOOKS` times where the plan does not say how often. `prepare` makes what
+    is to be measured, once all is looked at that can be wrong before. Raises `BadInput` for a file
+    that is no baseline, and for one to be saved that would replace another thing, unless `force`.
     """
     save, check, output, summary = (
         None if one is None else Path(one) for one in (save, check, output, summary)
     )
     if summary and not check:
         raise BadInput("--summary is for the verdicts of --check.", "Give both, or neither.")
+    if check and plan.looks is None:
+        plan = plan.model_copy(update={"looks": gate.LOOKS})
     _append(summary, "")  # what cannot be written is said before anything is measured
     try:
         _check_gate(plan, save, check, margin, output, force)

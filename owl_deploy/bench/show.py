@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from owl_deploy.bench import decision
+from owl_deploy.bench import decision, stats
 from owl_deploy.bench.gate import Verdict, overall
 from owl_deploy.bench.result import Against, Comparison, Result, Subject, metrics_of
 from owl_deploy.bench.run import Outcome
@@ -37,10 +37,12 @@ def show(
         console.print(f"Failed: {failure}")
     for note in result.notes:
         console.print(f"Note: {note}")
+    intervals = stats.interval_words(one.pairs for one in result.comparisons)
+    compared = f"speed-ups with their {intervals}; " if result.comparisons else ""
     console.print(
         f"{result.machine.name}, {result.threads} threads, {result.pairs} rounds in fresh "
-        f"processes; intervals of 90 %; perplexity as `owl eval` recorded it; a plain read of "
-        f"memory reaches {result.read_gb_per_s:.0f} GB/s."
+        f"processes; spread: that of the middle half of them; {compared}perplexity as `owl eval` "
+        f"recorded it; a plain read of memory reaches {result.read_gb_per_s:.0f} GB/s."
     )
 
 
@@ -120,8 +122,9 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _speed(result: Result, metric: Metric) -> Table:
-    columns = ("deployment", "engine", "type", "zeros", "ppl", "ms", "±%", "p99", "tok/s")
+    columns = ("deployment", "engine", "type", "zeros", "ppl", "ms", "spread", "p99", "tok/s")
     table = _table(f"\n{metric.title}", *columns)
+    table.collapse_padding = True  # nine columns leave names no more room than they need
     for subject in result.subjects:
         row = result.statistics.get(metric.key, {}).get(subject.name)
         if row is None:
@@ -130,7 +133,7 @@ def _speed(result: Result, metric: Metric) -> Table:
         table.add_row(
             *_identity(subject),
             _digits(row["median_ms"]),
-            f"{50 * row['spread']:.0f}",
+            f"{row['spread']:.0%}",
             _digits(row["p99_ms"]),
             _digits(row["tokens_per_s"]),
         )

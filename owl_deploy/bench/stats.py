@@ -8,7 +8,7 @@ of the rounds in their order to another, whatever the noise is like (Conover 199
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 
 MIN_PAIRS = 4  # fewer give no interval: with 4, the range of the pairs covers the median at 87 %
 CONFIDENCE = 0.90  # at least: of 8 rounds the second to the seventh cover it at 93 %
+_COVERING = 5  # rounds whose range has that confidence: 94 %; that of fewer covers it less often
 NO_SPEEDUP = 1.05  # "no speed-up" is claimed when all of the interval is below this ratio
 NOISY_SPREAD = 0.10
 
@@ -26,8 +27,8 @@ Verdict = Literal["faster", "slower", "no speed-up", "inconclusive"]
 class Summary:
     """What a deployment's latencies in one scenario come to, in ms.
 
-    `median` is over the processes' medians, `spread` their interquartile range over it; p90 and p99
-    are over all latencies together.
+    `median` is over the processes' medians, `spread` their interquartile range over it, which one
+    bad process hardly moves; p90 and p99 are over all latencies together.
     """
 
     median: float
@@ -39,7 +40,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster, baseline over candidate, with its 90 % interval."""
+    """How many times faster, baseline over candidate, with its interval."""
 
     ratio: float
     low: float
@@ -84,6 +85,26 @@ def summarize(processes: Sequence[Sequence[float]]) -> Summary:
     return Summary(
         median, float((three_quarters - quarter) / median), float(p90), float(p99), len(medians)
     )
+
+
+def apart(processes: Sequence[Sequence[float]]) -> float:
+    """How much longer the slowest process took than the fastest, as a share of the fastest."""
+    medians = [process_median(latencies) for latencies in processes]
+    return max(medians) / min(medians) - 1
+
+
+def interval_words(pairs: Iterable[int]) -> str:
+    """What to call the intervals of comparisons over so many rounds each.
+
+    Of few rounds it is no more than their range, and covers less than `CONFIDENCE` says.
+    """
+    counts = set(pairs)
+    few = sorted(count for count in counts if count < _COVERING)
+    words = [] if few and len(few) == len(counts) else [f"{100 * CONFIDENCE:.0f} % interval"]
+    if few:
+        rounds = "round" if few == [1] else "rounds"
+        words.append(f"range of {' or '.join(map(str, few))} {rounds}")
+    return ", or ".join(words)
 
 
 def confidence(looks: int) -> float:

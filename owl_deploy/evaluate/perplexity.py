@@ -107,11 +107,12 @@ def checkpoint_perplexity(
     things.
     """
     assert asked.text is not None
+    text = str(asked.text)
     adapter, hardware, blockwise = asked.adapter, asked.hardware, asked.blockwise
     checkpoint = open_checkpoint(folder)
     measured = state_of(checkpoint.folder)
     checkpoint.check_length(asked.window, "--window")
-    windows = windows_of(checkpoint.folder, asked.text, asked.window, asked.windows)
+    windows = windows_of(checkpoint.folder, text, asked.window, asked.windows)
     checkpoint.check_ids(windows)
     if len(windows) < ranks.size:
         raise BadInput(
@@ -133,7 +134,7 @@ def checkpoint_perplexity(
         nll = _blockwise_nll(skeleton, own, find_batch(hardware.batch_size, own, skeleton))
     else:
         nll = _whole_nll(load_model(checkpoint, dtype, device, adapter), own.to(device))
-    result = from_nll(asked.text, sum(ranks.gathered(nll)), windows)
+    result = from_nll(text, sum(ranks.gathered(nll)), windows)
     if adapter is None and ranks.leads:
         computed = {**asdict(result), "dtype": name_of(dtype)}
         keep(folder, "perplexity", computed, measured=measured)
@@ -147,6 +148,7 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
     DeepSparse is asked for. Raises `BadInput` for an engine that does not open it.
     """
     assert asked.text is not None
+    text = str(asked.text)
     refuse_adapter(asked.adapter)
     measured = state_of(folder)
     opened = open_deployment(folder, trust_library=asked.trust_library)
@@ -155,7 +157,7 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
         raise BadInput(
             f"{folder} takes {opened.max_context} tokens, not {window}.", "Give a smaller --window."
         )
-    windows = windows_of(folder, asked.text, window, asked.windows)
+    windows = windows_of(folder, text, window, asked.windows)
     nll = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "window.npy"
@@ -174,7 +176,7 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
                 np.save(file, ids.numpy())
                 nll += sum(process.request("score", tokens_file=str(file), window=window)["nll"])
                 advance(1)
-    result = from_nll(asked.text, nll, windows)
+    result = from_nll(text, nll, windows)
     keep(folder, "perplexity", {**asdict(result), "engine": engine}, measured=measured)
     return result
 

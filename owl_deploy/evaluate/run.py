@@ -56,15 +56,18 @@ class Evaluation:
         }
 
 
-def evaluate(folders: Sequence[str | Path], asked: EvaluationSettings) -> list[Evaluation]:
-    """Evaluate each of `folders`, checkpoints and deployments; tasks are loaded once for all.
+def evaluate(
+    folders: str | Path | Sequence[str | Path], asked: EvaluationSettings
+) -> list[Evaluation]:
+    """Evaluate each of `folders`, or the one, by what is `asked`; tasks are loaded once for all.
 
-    What came out is kept in a folder that owl wrote, as a measurement of it, without an adapter.
-
-    Raises `BadInput` when nothing is asked for, and for all that cannot be read or run.
+    They are checkpoints and deployments. What came out is kept in a folder that owl wrote, as a
+    measurement of it, without an adapter. Raises `BadInput` when nothing is asked for, and for all
+    that cannot be read or run.
     """
     if asked.text is None and not asked.tasks:
         raise BadInput("Nothing says what to evaluate by.", "Give --perplexity TEXT or --tasks.")
+    folders = [folders] if isinstance(folders, str | Path) else folders
     _check_read(folders, asked)
     ranks = join(versions())
     _refuse_deployments(folders, ranks)

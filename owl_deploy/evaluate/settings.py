@@ -1,5 +1,6 @@
 """What `owl eval` can be asked for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from owl_deploy.hardware import ANY_HARDWARE, Hardware
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to evaluate by: a text (SOURCE), names of tasks, or both; and on how much of them.
+    """What to evaluate by: a text (SOURCE), names of tasks (or one), or both; on how much of them.
 
     `window`: tokens a window of the text, and what the model sees at most of a task's; `windows`
     and `limit`: at most so many windows, and documents of a task, of which each `every`-th is
@@ -21,9 +22,9 @@ class EvaluationSettings:
     for deployments.
     """
 
-    text: str | None = None
-    tasks: tuple[str, ...] = ()
-    tasks_path: Path | None = None
+    text: str | Path | None = None
+    tasks: str | Sequence[str] = ()
+    tasks_path: str | Path | None = None
     allow_code: bool = False
     window: int = 2048
     windows: int | None = None
@@ -34,9 +35,12 @@ class EvaluationSettings:
     engine: str | None = None
     threads: int | None = None
     trust_library: bool = False
-    adapter: Path | None = None
+    adapter: str | Path | None = None
 
     def __post_init__(self) -> None:
+        # A lone name is a sequence as well, of its letters.
+        tasks = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks)
+        object.__setattr__(self, "tasks", tasks)
         if self.window < 2:  # tokens, of which the first predicts the second
             raise BadInput(f"--window {self.window} is too small.", "It must be 2 or more.")
         for option in ("windows", "limit", "every"):

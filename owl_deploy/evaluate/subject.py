@@ -56,14 +56,14 @@ def check_subject(folder: Path, asked: EvaluationSettings) -> None:
     load_tokenizer(folder)
 
 
-def refuse_adapter(adapter: Path | None) -> None:
+def refuse_adapter(adapter: str | Path | None) -> None:
     """Raise `BadInput` if there is one, for a deployment."""
     if adapter is not None:
         raise BadInput("--adapter goes with a checkpoint; a deployment is as it was exported.")
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, adapter: Path | None
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, adapter: str | Path | None
 ) -> Any:  # noqa: ANN401 - transformers is untyped
     """The whole model, with a LoRA adapter if there is one, for inference.
 
@@ -72,15 +72,15 @@ def load_model(
     """
     model = checkpoint.load(dtype)
     if adapter is not None:
-        model = with_adapter(model, checkpoint, adapter).get_base_model()
+        model = with_adapter(model, checkpoint, Path(adapter)).get_base_model()
     return model.to(device).eval()
 
 
 def deciding(
-    checkpoint: Checkpoint, adapter: Path | None, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, adapter: str | Path | None, dtype: torch.dtype, device: torch.device
 ) -> dict[str, object]:
     """What decides the figures of a checkpoint, whatever is asked: see `Ranks.check_alike`."""
-    files = [] if adapter is None else [adapter / name for name in (CONFIG, WEIGHTS)]
+    files = [] if adapter is None else [Path(adapter) / name for name in (CONFIG, WEIGHTS)]
     return {
         "model": checkpoint.identity(),
         "adapter": [sha256(file) for file in files if file.is_file()],

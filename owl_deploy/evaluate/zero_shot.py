@@ -122,7 +122,9 @@ def _requests_folder(tasks: Iterable[Any]) -> Path:
 
 
 @_one_speaks()
-def load_tasks(names: Sequence[str], path: Path | None = None, allow_code: bool = False) -> Tasks:
+def load_tasks(
+    names: Sequence[str], path: str | Path | None = None, allow_code: bool = False
+) -> Tasks:
     """The tasks called `names`, with their data; "paper" is the paper's seven.
 
     `path`: a folder with task files (YAML) of one's own. `allow_code`: HumanEval may run the
@@ -134,7 +136,7 @@ def load_tasks(names: Sequence[str], path: Path | None = None, allow_code: bool 
 
     from owl_deploy.evaluate.humaneval import NAME, humaneval
 
-    if path is not None and not path.is_dir():
+    if path is not None and not Path(path).is_dir():
         raise BadInput(f"There is no folder {path}.", "Give one with task files (YAML).")
     wanted = list(
         dict.fromkeys(one for name in names for one in (PAPER if name == "paper" else (name,)))
@@ -167,7 +169,7 @@ def load_tasks(names: Sequence[str], path: Path | None = None, allow_code: bool 
     return Tasks(loaded, own or path is not None)
 
 
-def _unknown(name: str, known: Sequence[str], path: Path | None) -> BadInput:
+def _unknown(name: str, known: Sequence[str], path: str | Path | None) -> BadInput:
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.6)
     hint = f"Near it: {', '.join(near)}." if near else "`lm_eval ls tasks` lists the harness's."
     own = "" if path else " For a task of your own give --tasks-path."
@@ -197,7 +199,7 @@ def evaluate_tasks(
     """
     if not folder.is_dir():  # a name of the Hub
         folder = open_checkpoint(folder).folder
-    adapter = asked.adapter
+    adapter = None if asked.adapter is None else Path(asked.adapter)
     measured = digests.state_of(folder)
     with _opened(folder, tasks, asked, ranks) as opened:
         by = [__version__, opened.by, opened.software, opened.window]

@@ -18,8 +18,10 @@ def learning_curve_svg(done: Finetuning, on_page: bool = False) -> str:
     def draw(axes: "Axes") -> None:
         trained = [(row.step, row.loss) for row in done.curve if row.loss is not None]
         held_out = [(row.step, row.eval_loss) for row in done.curve if row.eval_loss is not None]
+        mixed = done.teacher is not None  # what is trained on then is not held-out text's measure
+        each = "training loss, with the teacher's share" if mixed else "training loss of each step"
         for points, color, mark, label in (
-            (trained, FAINT, "", "training loss of each step"),
+            (trained, FAINT, "", each),
             (held_out, ACCENT, "o", "cross-entropy of held-out text"),
         ):
             axes.plot(*zip(*points, strict=True), color=color, marker=mark, label=label)
@@ -27,6 +29,7 @@ def learning_curve_svg(done: Finetuning, on_page: bool = False) -> str:
             axes.axhline(teacher, color=INK, linewidth=0.7, linestyle="--", label="the teacher's")
         axes.set_xlabel("step")
         axes.set_ylabel("nats a token")
-        axes.legend(loc="best")
+        # A curve may be anywhere inside of the axes.
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
     return svg(draw, page=PAGE if on_page else None)

@@ -1,5 +1,6 @@
 """What is asked of a pruning, checked before any work: which model, how, on what text, where."""
 
+import reprlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from owl_deploy.partial import ROUNDING
 from owl_deploy.prune import budget, reconstruct, tune
 from owl_deploy.prune.sparsities import Shape, select
 from owl_deploy.ranks import ALONE, Ranks
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.recipe import PruneSettings, merged
 from owl_deploy.text import calibration_windows, token_digest
 from owl_deploy.tokens import load_tokens
 
@@ -36,15 +37,21 @@ class Calibration:
     """The text that the model is run on: `samples` windows of `sequence_length` tokens.
 
     `source`: a SOURCE (see text.py). `seed`: of the draw of windows. Raises `BadInput` for
-    fewer than one window, or than two tokens.
+    fewer than one window, or than two tokens, and for a source that is neither a str nor a Path.
     """
 
-    source: str
+    source: str | Path  # as a str, once it is made: what a manifest can hold
     samples: int = 128
     sequence_length: int = 2048
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, str | Path):
+            raise BadInput(
+                f"The text to calibrate by is {reprlib.repr(self.source)}, which names none.",
+                "Give a file or another SOURCE, as a str or a Path.",
+            )
+        object.__setattr__(self, "source", str(self.source))
         for name, least in (("samples", 1), ("sequence_length", 2)):
             if getattr(self, name) < least:
                 raise BadInput(f"{option(name)} must be at least {least}.")
@@ -195,6 +202,23 @@ def check(
     )
 
 
+def as_settings(given: PruneSettings | dict[str, Any]) -> PruneSettings:
+    """The settings that are `given`, perhaps as a dict; raises `BadInput` for anything else."""
+    if isinstance(given, dict):
+        return merged(None, given)
+    if not isinstance(given, PruneSettings):
+        raise BadInput(
+            f"The settings of a pruning are {reprlib.repr(given)}, which are none.",
+            "Give PruneSettings, a dict, or what prune_settings makes of a recipe.",
+        )
+    return given
+
+
+def as_calibration(given: Calibration | str | Path | None) -> Calibration | None:
+    """The calibration that is `given`, perhaps by its source alone; `BadInput` for another."""
+    return given if given is None or isinstance(given, Calibration) else Calibration(given)
+
+
 def _check_alone(settings: PruneSettings, processes: int) -> None:
     """Raise `BadInput` for what several processes cannot share."""
     for asked, given in (("--budget", settings.budget), ("--reconstruct", settings.reconstruct)):
@@ -235,7 +259,7 @@ def _windows(
             "Give a text with --calibration.",
         )
     checkpoint.check_length(calibration.sequence_length, "--sequence-length")
-    tokens = load_tokens(checkpoint.folder, [calibration.source])
+    tokens = load_tokens(checkpoint.folder, [str(calibration.source)])
     checkpoint.check_ids(tokens)
     held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:

@@ -20,7 +20,7 @@ from owl_deploy.progress import error_console
 from owl_deploy.prune import write
 from owl_deploy.prune.picture import has_picture, sparsity_svg, tuning_svg
 from owl_deploy.prune.plan import Plan, resolve
-from owl_deploy.prune.request import Calibration, Request, check
+from owl_deploy.prune.request import Calibration, Request, as_calibration, as_settings, check
 from owl_deploy.prune.sparsities import resolved_layers
 from owl_deploy.prune.store import PLAN, Store
 from owl_deploy.prune.walk import Walk
@@ -32,8 +32,8 @@ from owl_deploy.text import source_files
 def prune(
     model: str | Path,
     output: str | Path,
-    settings: PruneSettings,
-    calibration: Calibration | None = None,
+    settings: PruneSettings | dict[str, Any],
+    calibration: Calibration | str | Path | None = None,
     hardware: Hardware = ANY_HARDWARE,
     *,
     tune_minutes: float | None = None,
@@ -43,22 +43,24 @@ def prune(
 ) -> CheckpointManifest:
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
-    `calibration` may be None when neither method nor allocation looks at inputs; `hardware` says
-    where to compute. For `tune_minutes` the sparsities of the Linears are searched for, from the
-    allocation on (see `tune`). `force` replaces an output that is there. Every finished block is
-    durable: a run that was stopped continues with `resume`, to bit-identical weights (on a CPU,
-    with as many processes and the same batch size); a search goes on for the time that it has left.
-    `origin` (see `recipe.origin`) is recorded in the manifest: what the settings were made from.
+    `settings`, or those that are given, as a dict; `calibration`, or its source alone, may be None
+    when neither method nor allocation looks at inputs; `hardware` says where to compute. For
+    `tune_minutes` the sparsities of the Linears are searched for, from the allocation on (see
+    `tune`). `force` replaces an output that is there. Every finished block is durable: a run that
+    was stopped continues with `resume`, to bit-identical weights (on a CPU, with as many processes
+    and the same batch size); a search goes on for the time that it has left. `origin` (see
+    `recipe.origin`) is recorded in the manifest: what the settings were made from.
     Returns the manifest, which says of each block what share of its weights was asked to go and
     went. Raises `BadInput` before any work for whatever can be known to be wrong by then,
     `EnvironmentFailed` for a full disk or memory.
     """
     started, output = time.perf_counter(), Path(output)
+    settings, calibration = as_settings(settings), as_calibration(calibration)
     ranks = join(versions())
     with contextlib.ExitStack() as stack:
         if ranks.leads:
             # Without `force` nothing that is there is replaced, whatever lies in it.
-            text = source_files(calibration.source) if calibration and force else []
+            text = source_files(str(calibration.source)) if calibration and force else []
             stack.enter_context(only_writer(output, force, model, *text))
         before, planned = ranks.from_leader(
             lambda: _before(output, ranks) if resume else ({}, False)

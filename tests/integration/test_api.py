@@ -15,6 +15,7 @@ from tests import tiny
 # What makes the page's example small; nothing else of it is changed.
 SMALLER = {
     'Calibration("text.txt")': 'Calibration("text.txt", samples=4, sequence_length=64)',
+    'EvaluationSettings(text="held-out.txt")': 'EvaluationSettings(text="held-out.txt", window=64)',
     "baselines=(dense,))": "baselines=(dense,), pairs=1)",
 }
 
@@ -23,7 +24,8 @@ SMALLER = {
 def work(tmp_path, monkeypatch):
     """A folder with a model and a text, which the example runs in."""
     tiny.write_llama(tmp_path / "MODEL")
-    (tmp_path / "text.txt").write_text(tiny.text())
+    for name in ("text.txt", "held-out.txt"):
+        (tmp_path / name).write_text(tiny.text())
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "busy_cores", lambda seconds: 0.0)
     monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 30.0)
@@ -69,6 +71,7 @@ def test_the_pages_example_goes_from_a_model_to_a_comparison(work, capsys):
     assert {c.scenario for c in result.comparisons} == {"decode@512", "prefill@128"}
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith(("decode@", "prefill@"))]) == 2
+    assert lines[-1].startswith("Deploy ")  # the quality of both is known
 
 
 def test_folders_may_be_strings_and_defaults_do(work):
@@ -98,6 +101,16 @@ def test_folders_may_be_strings_and_defaults_do(work):
     assert api.read_result(work / "result") == result
     with pytest.raises(api.BadInput, match="result exists"):
         api.bench(plan, "result")
+
+
+def test_one_folder_may_stand_alone_and_settings_be_a_dict(work):
+    settings = {"method": "magnitude", "allocation": "uniform", "sparsity": 0.5}
+    api.prune("MODEL", "sparse", settings)
+    (found,) = api.evaluate("sparse", api.EvaluationSettings(text="text.txt", window=64, windows=1))
+    assert found.model == "sparse"
+    text = api.Calibration(Path("text.txt"), 4, 64)
+    made = api.prune("MODEL", "wanda", api.PruneSettings(sparsity=0.5), text)
+    assert made.calibration["source"] == "text.txt"
 
 
 def test_what_is_wrong_is_said_as_a_kind_of_owl_error(work):

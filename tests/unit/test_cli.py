@@ -137,7 +137,6 @@ TABLE = {
         ("--time-limit 1.5", "plan.time_limit_s", 1.5),
         ("--save-baseline file", "save", Path("file")),
         ("--check file", "check", Path("file")),
-        ("--check file", "plan.looks", 3),
         ("--margin 0.2", "margin", 0.2),
         ("--max-loss 2%", "max_loss", 0.02),
         ("--max-loss 2%", "in_json", (0.02, None)),

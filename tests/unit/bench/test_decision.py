@@ -10,6 +10,7 @@ import pytest
 from owl_deploy.bench import BenchPlan, decision, entries
 from owl_deploy.bench.measure import conclude
 from owl_deploy.bench.result import Result, Score, Subject, metrics_of
+from owl_deploy.bench.run import Outcome
 from owl_deploy.errors import BadInput
 from owl_deploy.measurements import keep_measurement
 from tests.unit.bench.made import result, with_code
@@ -35,6 +36,16 @@ def test_a_share_is_read(text: str, share: float) -> None:
 def test_what_is_no_share_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="such as 2%"):
         decision.read_loss(text)
+
+
+def test_what_the_api_decides_is_what_bench_prints() -> None:
+    made = result()
+    for loss in (None, 0.02, 0.5):
+        wanted = Outcome(made).to_json(loss, "perplexity")["decision"]
+        assert decision.decide(made, max_loss=loss, quality_metric="perplexity") == wanted
+    assert decision.decide(made, "2%") == decision.decide(made, 0.02)
+    with pytest.raises(BadInput, match="no share"):
+        decision.decide(made, -0.1)
 
 
 def test_the_fastest_that_loses_no_more_is_chosen() -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from owl_deploy import artefact, digests
 from owl_deploy.bench import BenchPlan, baseline, gate
 from owl_deploy.bench.gate import Margins, Side
+from owl_deploy.bench.run import run_gate
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, default_threads
 from owl_deploy.export.targets import TARGETS
@@ -358,6 +359,23 @@ def test_noise_is_looked_at_three_times_and_then_said(
     strict = bench(now, tmp_path / "reference", "--check", saved, "--strict", *other)
     assert strict.exit_code == 1
     assert "INCOMPARABLE" in strict.stdout
+
+
+@pytest.mark.parametrize(("given", "looks"), [({}, gate.LOOKS), ({"looks": 2}, 2)])
+def test_a_check_from_python_looks_as_often(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, looks: int
+) -> None:
+    asked: list[int] = []
+
+    def look(_: Path, plan: BenchPlan, *rest: object) -> tuple[list[gate.Verdict], None]:
+        asked.append(plan.most_looks)
+        return [gate.Verdict("time", "OK", "as before")], None
+
+    monkeypatch.setattr(baseline, "check", look)
+    both = {"candidates": (tmp_path / "candidate",), "baselines": (tmp_path / "reference",)}
+    run_gate(BenchPlan.model_validate(both | given), check=saved)
+    assert asked == [looks]
+    assert BenchPlan.model_validate(both).most_looks == 1
 
 
 def test_other_logits_fail_before_anything_is_timed(

@@ -19,6 +19,7 @@ from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, r
 from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.measure import Opener
 from owl_deploy.bench.run import bench, run_gate
+from owl_deploy.bench.stats import process_median
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, environment
 from owl_deploy.errors import BadInput, EnvironmentFailed
@@ -251,7 +252,13 @@ def test_more_rounds_are_taken_while_it_is_inconclusive(pair: tuple[Path, Path])
 def test_a_noisy_machine_is_said_to_be_one(tmp_path: Path) -> None:
     one = fake(tmp_path / "one", decode_ms=10, prefill_ms=10, noise=0.5)
     noisy = run_bench(BenchPlan(candidates=(one,), pairs=4))
-    assert any("Noisy machine" in note for note in noisy.notes)
+    medians = [
+        [process_median(process) for process in noisy.subjects[0].latencies(key)]
+        for key in noisy.statistics
+    ]
+    apart = max(max(each) / min(each) - 1 for each in medians)
+    said = f"Noisy machine: processes of one deployment differ by up to {apart:.0%}."
+    assert any(said in note for note in noisy.notes)
 
 
 def test_an_interrupted_benchmark_goes_on_where_it_was(

@@ -65,7 +65,9 @@ def test_prompts_must_leave_room(fake):
 def test_a_draft_is_measured_on_answers_alone(fake):
     asked = {"candidates": (fake.path,), "draft": "lookup"}
     with pytest.raises(BadInput, match="real prompts"):
-        BenchPlan(**asked).described()
+        BenchPlan(**asked, scenarios=("decode",)).described()
+    assert [one.key for one in BenchPlan(**asked).described()] == ["answers@64"]
+    assert BenchPlan(**asked | {"draft": fake.path}).draft == str(fake.path)
     plan = BenchPlan(**asked, scenarios=("answers",), new_tokens=9, context=(77,))
     (scenario,) = plan.described()
     assert (scenario.key, scenario.context) == ("answers@9", 77)

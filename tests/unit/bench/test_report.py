@@ -1,20 +1,29 @@
 import html.parser
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from owl_deploy.bench import decision, plots, read_result, show, write_result
 from owl_deploy.bench.report import render, write_report
+from owl_deploy.bench.result import Result
 from owl_deploy.cli import app
 from owl_deploy.engines import ENGINES
 from owl_deploy.errors import BadInput
-from tests.unit.bench.made import result, with_code
+from owl_deploy.finetune.picture import learning_curve_svg
+from owl_deploy.manifest import Finetuning
+from tests.unit.bench.made import ROWS, result, with_code
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 
@@ -276,3 +285,143 @@ def test_another_folder_is_named_for_what_it_is(
     (tmp_path / file).write_text(content)
     with pytest.raises(BadInput, match=words):
         read_result(tmp_path)
+
+
+def test_spread_is_the_same_on_the_page_and_in_the_terminal(
+    page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = result()
+    row = made.statistics["decode@512"]["dense-fp32"]
+    rows = {"decode@512": {"dense-fp32": row | {"spread": 0.42}}}
+    made = made.model_copy(update={"statistics": made.statistics | rows})
+    assert "<td>42.0%</td>" in render([made])
+    show.show(made)
+    printed = capsys.readouterr().out
+    assert "42%" in next(line for line in printed.splitlines() if line.startswith("dense-fp32"))
+    assert page.count("Spread: ") == 1
+    assert '<th scope="col">p99, ms</th>' in page
+
+
+@pytest.mark.parametrize(("pairs", "words"), [(4, "range of 4 rounds"), (8, "90 % interval")])
+def test_intervals_are_called_what_they_are(
+    capsys: pytest.CaptureFixture[str], pairs: int, words: str
+) -> None:
+    page = render([result(pairs)])
+    assert f'<th scope="col">{words}</th>' in page
+    assert f"its {words} is the sign test's" in page
+    assert f"times as fast, {words}" in page
+    show.show(result(pairs))
+    assert f"speed-ups with their {words};" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plain_read_is_no_limit(page: str) -> None:
+    assert "a yardstick and no limit" in page
+
+
+def test_outlier_ratios_are_named_where_there_are_any(page: str) -> None:
+    assert "outlier ratio, %" in page
+    made = result()
+    subjects = tuple(
+        s.model_copy(
+            update={"blocks": [b.model_copy(update={"outlier_ratio": None}) for b in s.blocks]}
+        )
+        for s in made.subjects
+    )
+    without = render([made.model_copy(update={"subjects": subjects})])
+    assert "sparsity of each block." in without
+    assert "outlier ratio" not in without
+
+
+def test_every_table_has_a_name_of_its_own(page: str) -> None:
+    seen = Outline(page).seen
+    names = [how["aria-label"] for tag, how in seen if tag == "div" and "aria-label" in how]
+    assert len(names) == len(set(names)) == 2 * 2 + 1 + 2 + 1  # as the pictures
+    assert "table: Memory and size" in names
+
+
+def test_a_page_without_results_is_headed_by_what_it_shows() -> None:
+    assert "<h1>What to deploy on this machine</h1>" in render([result()])
+    assert "<h1>What training came to</h1>" in render([], [("a run", "<svg></svg>")])
+    assert "<h1>What was to be measured</h1>" in render([])
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are made, to be looked at."""
+    figures: list[Figure] = []
+
+    def make(self: Figure, *arguments: Any, **options: Any) -> Any:
+        figures.append(self)
+        return plain(self, *arguments, **options)
+
+    plain = Figure.subplots
+    monkeypatch.setattr(Figure, "subplots", make)
+    return figures
+
+
+def boxes(figure: Figure, artists: Sequence[Artist]) -> list[Any]:
+    """Where these are, in pixels, once all is in its place."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return [one.get_window_extent(canvas.get_renderer()) for one in artists]
+
+
+# As `entries` calls deployments of which two folders have one name.
+PATHS = "/home/somebody/models/tried in november/run-{}-of-the-search/deployment in owl, {}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda place: PATHS.format("abcdefg"[place], place + 1),
+        lambda place: f"{'abcdefg'[place]}{'-of-the-search' * 6}/deployment in owl, {place + 1}",
+        lambda place: f"SmolLM2-135M-Instruct-{'very-' * 12}pruned-{place}",
+    ],
+)
+def test_labels_begin_within_their_picture(drawn: list[Figure], name: Callable[[int], str]) -> None:
+    made = result(4).model_dump_json()
+    for place, row in enumerate(ROWS):
+        made = made.replace(f'"{row[0]}"', f'"{name(place)}"')
+    long = Result.model_validate_json(made)
+    pictures = plots.speedups(long, "decode@512") + plots.costs(long)
+    assert "/home/somebody" not in pictures
+    for figure in drawn:
+        (axes,) = figure.axes
+        labels = axes.get_yticklabels()
+        found = boxes(figure, [*labels, axes.xaxis.label])
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in found)
+        assert axes.bbox.width > 0.2 * figure.bbox.width
+        assert len({label.get_text() for label in labels}) == len(labels)
+        rows = sorted(found[:-1], key=lambda box: box.y0)
+        assert all(one.y1 <= other.y0 for one, other in itertools.pairwise(rows))
+
+
+@pytest.mark.parametrize("teacher", [None, "dense"])
+def test_a_learning_curve_is_not_covered(drawn: list[Figure], teacher: str | None) -> None:
+    done = Finetuning.model_validate(
+        {
+            "checkpoint": {"path": "model", "weights_sha256": ""},
+            "settings": {"method": "masked"},
+            "teacher": teacher,
+            "steps": 2,
+            "seconds": 1.0,
+            "tokens": 64,
+            "held_out_loss": {"before": 3.0, "after": 2.0, "teacher": teacher and 1.0},
+            "curve": [
+                {"step": 0, "loss": None, "eval_loss": 3.0},
+                {"step": 1, "loss": 2.5, "eval_loss": None},
+                {"step": 2, "loss": 2.4, "eval_loss": 2.0},
+            ],
+        }
+    )
+    picture = learning_curve_svg(done)
+    assert ("training loss, with the teacher's share" in picture) == bool(teacher)
+    (figure,) = drawn
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    (box,) = boxes(figure, [legend])
+    assert not box.overlaps(axes.bbox)
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= figure.bbox.y1

@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from owl_deploy.bench import show
+from owl_deploy.bench.gate import Verdict
 from owl_deploy.bench.result import SCHEMA, Sample, Subject, choose_baselines, read_result
+from owl_deploy.bench.run import Outcome
 from owl_deploy.errors import BadInput
 from tests.unit.bench import made
 
@@ -105,3 +107,15 @@ def test_a_headline_calls_only_a_dense_one_dense() -> None:
     told = show.headline(found.model_copy(update={"subjects": unlike}))
     assert told
     assert not any("perplexity" in line for line in told)
+
+
+def test_what_json_printed_is_a_result_too(tmp_path: Path) -> None:
+    found = made.result()
+    outcome = Outcome(found, (Verdict("decode@512", "OK", "as before"),))
+    printed = tmp_path / "printed.json"
+    printed.write_text(json.dumps(outcome.to_json()))
+    assert {"decision", "verdict", "verdicts"} <= json.loads(printed.read_text()).keys()
+    assert read_result(printed) == found
+    printed.write_text(json.dumps(outcome.to_json() | {"note": ""}))
+    with pytest.raises(BadInput, match="is not a benchmark's result"):
+        read_result(printed)

@@ -117,3 +117,22 @@ def test_percentiles_are_of_all_latencies_together() -> None:
 def test_as_many_pairs_as_are_needed_are_not_too_few() -> None:
     noisy = stats.Ratio(1.0, 0.5, 2.0, stats.MIN_PAIRS)
     assert stats.describe(noisy) == "inconclusive (noisy machine): 1.00x (0.50 to 2.00)"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([8, 5, 24], "90 % interval"),
+        ([], "90 % interval"),
+        ([4, 4], "range of 4 rounds"),
+        ([1], "range of 1 round"),
+        ([4, 2], "range of 2 or 4 rounds"),
+        ([8, 3], "90 % interval, or range of 3 rounds"),
+    ],
+)
+def test_an_interval_is_called_what_it_is(pairs: list[int], words: str) -> None:
+    assert stats.interval_words(pairs) == words
+
+
+def test_processes_are_apart_by_their_slowest_over_their_fastest() -> None:
+    assert stats.apart([[10, 10, 900], [12, 12], [11]]) == pytest.approx(0.2)

@@ -1,0 +1,50 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from owl_deploy import recipe
+from owl_deploy.errors import BadInput
+from owl_deploy.prune.request import Calibration, as_calibration, as_settings
+from owl_deploy.prune.run import prune
+
+MAGNITUDE = {"method": "magnitude", "allocation": "uniform", "sparsity": 0.5}
+
+
+def test_a_text_may_be_a_path_and_is_kept_as_its_name() -> None:
+    text = Calibration(Path("text.txt"), 8, 64)
+    assert text == Calibration("text.txt", samples=8, sequence_length=64)
+    assert json.loads(json.dumps(vars(text)))["source"] == "text.txt"
+    assert Calibration("text.txt") == Calibration("text.txt", 128, 2048, seed=0)
+
+
+@pytest.mark.parametrize("source", [None, ["text.txt"]])
+def test_a_text_that_names_nothing_is_refused(source: Any) -> None:
+    with pytest.raises(BadInput, match=r"which names none\. Give a file"):
+        Calibration(source)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_text_may_come_alone(kind: type) -> None:
+    assert as_calibration(kind("text.txt")) == Calibration("text.txt")
+    assert as_calibration(None) is None
+
+
+def test_settings_may_be_those_that_are_given() -> None:
+    assert as_settings(MAGNITUDE) == recipe.settings(**MAGNITUDE)
+    with pytest.raises(BadInput, match="Unknown key 'sparsty'"):
+        as_settings({"sparsty": 0.5})
+
+
+@pytest.mark.parametrize("strange", ["owl-wanda-70", None])
+def test_what_is_no_settings_is_refused(strange: Any) -> None:
+    with pytest.raises(BadInput, match=r"which are none\. Give PruneSettings, a dict"):
+        as_settings(strange)
+
+
+def test_a_pruning_takes_both(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time with `force`, which looks at the text before
+        made = prune(llama, out, MAGNITUDE, text_file, force=out.is_dir())
+    assert made.settings.sparsity == MAGNITUDE["sparsity"]
