@@ -316,7 +316,7 @@ def evaluate(
 
 @app.command()
 def finetune(
-    checkpoint: options.Trained,
+    checkpoint: options.Model,
     output: options.Output,
     text: options.TrainingText,
     method: options.TrainingMethod = "lora",

@@ -334,9 +334,6 @@ Adapter = Annotated[
 
 # --- finetune -------------------------------------------------------------------------------------
 
-Trained = Annotated[
-    str, Argument(parser=text, help="A model folder, or a name on the Hugging Face Hub.")
-]
 TrainingText = Annotated[
     list[str], Option("--text", help=f"Text to train on; repeatable: {_SOURCE}")
 ]

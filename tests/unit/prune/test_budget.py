@@ -201,7 +201,7 @@ def test_what_is_sparse_already_can_be_had_in_less(model, tmp_path, calibration)
 
 
 @pytest.mark.parametrize("unit", ["bits", "bytes"])
-def test_the_least_and_the_most_that_are_said_can_be_had(model, text_file, calibration, unit):
+def test_the_least_and_the_most_that_are_said_can_be_had(model, calibration, unit):
     from owl_deploy.hardware import ANY_HARDWARE
     from owl_deploy.prune.request import check
 

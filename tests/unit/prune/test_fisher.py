@@ -308,7 +308,7 @@ def test_a_method_measured_by_another_takes_what_that_has_found(
         sparsities("wanda", "of-wanda")
 
 
-def test_bad_input(llama, text_file, tmp_path):
+def test_bad_input(llama, tmp_path):
     with pytest.raises(BadInput, match="--spread means nothing to the allocation fisher"):
         recipe.merged(None, {"allocation": "fisher", "spread": 0.1})
     settings = recipe.settings(method="magnitude", allocation="fisher", sparsity=0.5)

@@ -31,7 +31,7 @@ def differing(a, b):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_it_equals_the_naive_procedure(tmp_path, text_file, calibration, family, tied):
+def test_it_equals_the_naive_procedure(tmp_path, calibration, family, tied):
     source = tiny.write_model(family, tmp_path / "dense", tie_word_embeddings=tied)
     values = {"sparsity": 0.5, "outlier_multiple": 2}
     prune(source, tmp_path / "without", recipe.settings(**values), calibration)
@@ -87,7 +87,7 @@ def test_magnitude_looks_at_no_text(llama, tmp_path):
     assert torch.equal(found, dense.masked_fill(gone, 0))
 
 
-def test_a_tied_head_that_lies_there_twice_is_written_twice(llama, tmp_path, calibration):
+def test_a_tied_head_that_lies_there_twice_is_written_twice(tmp_path, calibration):
     """Some checkpoints hold both names of a tied weight; a reader may take either."""
     source = tiny.write_llama(tmp_path / "twice")
     tensors = load_file(source / WEIGHTS)
