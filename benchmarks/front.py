@@ -63,7 +63,9 @@ _ENOUGH = 82  # problems to tell deployments apart by
 _CROWDED = {
     ("60 % int3", TRAINED.label): (5, 2),
     ("60 % int4", TRAINED.label): (-5, -8),
-    ("dense int3", ONE_SHOT.label): (6, 1),
+    ("int3", ONE_SHOT.label): (6, 1),
+    ("60 % int3", ONE_SHOT.label): (5, 2),
+    ("50 % int3", ONE_SHOT.label): (5, 2),
 }
 
 
@@ -87,15 +89,17 @@ def small() -> Iterator[Point]:
             minutes = row.get("equal_to_minutes", row.get("minutes", 0))
             if minutes not in (0, 30):
                 continue
-            name: str = row["format"].partition(", ")[0]
+            name: str = row["format"].partition(", ")[0].removeprefix("dense ")
             kind = ONE_SHOT
             if row.get("engine") == "llama.cpp":
                 kind = RIVAL
             elif minutes:  # all in 3 bits lie where half of the weights in 4 do
-                kind, name = TRAINED, "" if name == "dense int3" else name
+                kind, name = TRAINED, "" if name == "int3" else name
             elif row["settings"].get("reconstruct"):
                 kind, name = RECONSTRUCTED, ""
             elif name.startswith("budget"):
+                if file != SMALL[0]:  # of formats that are no longer all there are
+                    continue
                 kind, name = BUDGET, ""
             if (row["format"], kind) not in seen:
                 yield Point(name, row["bits"], row["perplexity"], kind)
