@@ -36,8 +36,8 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(request: Request, multiples: Sequence[float], scratch: Path) -> Measured:
-    """Each block's statistics under the dense model's own activations, for each outlier multiple.
+def measure(request: Request, scratch: Path) -> Measured:
+    """Each block's statistics under the dense model's own activations.
 
     `scratch` is a folder for states that memory does not hold.
     """
@@ -64,17 +64,16 @@ def measure(request: Request, multiples: Sequence[float], scratch: Path) -> Meas
                 )
                 norms.append(inputs.norms(request.ranks))
                 if request.ranks.size == 1:  # the block is at hand
-                    statistics[index] = _statistics(request, index, norms[index], multiples)
+                    statistics[index] = _statistics(request, index, norms[index])
                 if by_hessian:
                     of_hessians.append(_of_hessians(request, index, inputs, by_hessian))
             first = first or inputs
     if request.ranks.size > 1:
-        statistics = _divided(request, norms, multiples)
+        statistics = _divided(request, norms)
     found = [statistics[index] for index in range(len(norms))]
     if by_hessian:
         found = [
-            replace(one, values=dict.fromkeys(multiples, values))
-            for one, values in zip(found, of_hessians, strict=True)
+            replace(one, values=values) for one, values in zip(found, of_hessians, strict=True)
         ]
     return Measured(found, norms, None if by_hessian else first)
 
@@ -104,24 +103,21 @@ def _of_hessians(
     return [sum(values) / len(values)]
 
 
-def _statistics(
-    request: Request, index: int, norms: LayerNorms, multiples: Sequence[float]
-) -> BlockStatistics:
+def _statistics(request: Request, index: int, norms: LayerNorms) -> BlockStatistics:
     """Those of block `index`, which is loaded, by the norms of its inputs."""
     linears = request.skeleton.linears(index)
     scores = [score.wanda(linears[key].weight.float(), norm) for key, norm in norms.items()]
-    return block_statistics(scores, multiples, ALLOCATIONS[request.settings.allocation])
+    settings = request.settings
+    return block_statistics(scores, settings.outlier_multiple, ALLOCATIONS[settings.allocation])
 
 
-def _divided(
-    request: Request, norms: Sequence[LayerNorms], multiples: Sequence[float]
-) -> dict[int, BlockStatistics]:
+def _divided(request: Request, norms: Sequence[LayerNorms]) -> dict[int, BlockStatistics]:
     """The statistics of all blocks; the ranks take turns at them, none waiting for another."""
     skeleton, ranks = request.skeleton, request.ranks
     found: dict[int, BlockStatistics] = {}
     for index in range(ranks.rank, len(norms), ranks.size):
         with skeleton.loaded(skeleton.names[index]):
-            found[index] = _statistics(request, index, norms[index], multiples)
+            found[index] = _statistics(request, index, norms[index])
     for part in ranks.gathered(found):
         found |= part
     return found
@@ -170,17 +166,20 @@ def gather_head(
 
 
 def block_statistics(
-    scores: Sequence[torch.Tensor], multiples: Sequence[float], allocation: Allocation
+    scores: Sequence[torch.Tensor], multiple: float, allocation: Allocation
 ) -> BlockStatistics:
-    """The statistics of one block by Wanda's scores of its pruned Linears, each [out, in]."""
+    """The statistics of one block by Wanda's scores of its pruned Linears, each [out, in].
+
+    `multiple`: of their mean, from which scores are outliers.
+    """
     a_block = allocation.per == "block"
     if not scores:  # every Linear of the block is skipped
-        return BlockStatistics({}, {multiple: [] for multiple in multiples})
-    ratios = {multiple: score.outlier_ratio(scores, multiple) for multiple in multiples}
+        return BlockStatistics(None, [])
+    ratio = score.outlier_ratio(scores, multiple)
     if allocation.statistic is None or allocation.statistic.hessian:  # found apart, if anything
-        return BlockStatistics(ratios, {multiple: [] for multiple in multiples})
+        return BlockStatistics(ratio, [])
     value = pkgutil.resolve_name(allocation.statistic.measure)
     if a_block and value is score.outlier_ratio:
-        return BlockStatistics(ratios, {multiple: [ratio] for multiple, ratio in ratios.items()})
+        return BlockStatistics(ratio, [ratio])
     parts = [scores] if a_block else [[one] for one in scores]
-    return BlockStatistics(ratios, {m: [value(part, m) for part in parts] for m in multiples})
+    return BlockStatistics(ratio, [value(part, multiple) for part in parts])

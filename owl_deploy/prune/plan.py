@@ -63,7 +63,7 @@ class Plan(BaseModel):
         """That of block `index`, in percent, if it was measured; the head has none."""
         if self.statistics is None or index >= len(self.statistics):
             return None
-        return self.statistics[index].outlier_ratios.get(self.settings.outlier_multiple)
+        return self.statistics[index].outlier_ratio
 
 
 def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | None]:
@@ -91,7 +91,7 @@ def _by_rule(request: Request, store: Store) -> tuple[Plan, InputStatistics | No
     settings, measured = request.settings, None
     allocation = ALLOCATIONS[settings.allocation]
     if request.tune_minutes or allocation.statistic is not None:
-        measured = measure(request, [settings.outlier_multiple], store.folder)
+        measured = measure(request, store.folder)
     statistics = measured.statistics if measured else None
     if allocation.losses:
         sparsities = by_fisher(request, store)

@@ -37,15 +37,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What the dense pass finds of a block, by outlier multiple.
+    """What the dense pass finds of a block.
 
     The outlier ratio of the whole block, in percent; and what the allocation's rule asks for: one
     value, or, where each Linear gets its own sparsity, one for every pruned Linear in their order.
     Of a block of which nothing is pruned there is neither.
     """
 
-    outlier_ratios: dict[float, float]
-    values: dict[float, list[float]]
+    outlier_ratio: float | None
+    values: list[float]
 
 
 Statistics = Sequence[BlockStatistics]
@@ -104,7 +104,7 @@ def _by_rule(
     """
     rule = ALLOCATIONS[settings.allocation].rule
     assert rule is not None
-    values = [v for block in statistics or () for v in block.values[settings.outlier_multiple]]
+    values = [v for block in statistics or () for v in block.values]
     found = rule(settings.sparsity, sizes, values, settings.spread)
     least, most = 0.0, most_removed(settings.sparsity)
     if settings.group is not None:

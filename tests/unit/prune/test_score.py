@@ -17,14 +17,15 @@ def test_outlier_ratio_counts_over_the_whole_block():
 
 def test_a_statistic_is_of_the_block_or_of_each_linear():
     scores = [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 9.0]]), torch.tensor([[2.0] * 4])]
-    multiples = [1.5, 2]  # the means: 2.5 of all, 1, 5 and 2
     outliers = ALLOCATIONS["owl"].statistic
-    for per, values in (
-        ("block", {1.5: [12.5], 2: [12.5]}),
-        ("Linear", {1.5: [0.0, 50.0, 0.0], 2: [0.0, 0.0, 0.0]}),
+    for per, multiple, values in (  # the means: 2.5 of all, 1, 5 and 2
+        ("block", 1.5, [12.5]),
+        ("block", 2, [12.5]),
+        ("Linear", 1.5, [0.0, 50.0, 0.0]),
+        ("Linear", 2, [0.0, 0.0, 0.0]),
     ):
-        found = block_statistics(scores, multiples, Allocation(None, 0.1, outliers, per))
-        assert found == BlockStatistics({1.5: 12.5, 2: 12.5}, values)
+        found = block_statistics(scores, multiple, Allocation(None, 0.1, outliers, per))
+        assert found == BlockStatistics(12.5, values)
     median = Allocation(None, 0.1, ALLOCATIONS["dlp"].statistic, "Linear")
-    assert block_statistics(scores, [3], median).values == {3: [1.0, 1.0, 2.0]}
-    assert block_statistics([], [3], median) == BlockStatistics({}, {3: []})
+    assert block_statistics(scores, 3, median).values == [1.0, 1.0, 2.0]
+    assert block_statistics([], 3, median) == BlockStatistics(None, [])

@@ -33,7 +33,7 @@ def test_a_rule_sees_its_parts_in_model_order(monkeypatch, per, sizes, values, e
     monkeypatch.setitem(ALLOCATIONS, "tenth", Allocation(tenth, 0.2, None, per))
     each = iter(values)
     statistics = [
-        BlockStatistics({}, {4: [next(each) for _ in (own if per == "Linear" else own and "b")]})
+        BlockStatistics(None, [next(each) for _ in (own if per == "Linear" else own and "b")])
         for own in SHAPE.linears
     ]
     settings = recipe.settings(allocation="tenth", sparsity=0.35, outlier_multiple=4)
@@ -124,7 +124,7 @@ def test_mixed_groups_are_whole_numbers_for_each_linear(monkeypatch):
     )
     shape = Shape(("m.0", "m.1"), ({"q": 1, "up": 1}, {"q": 1, "up": 1}))
     settings = recipe.settings(allocation="given", structure="4:8")
-    found = linear_sparsities(settings, shape, [BlockStatistics({}, {5.0: [0.0]})] * 2)
+    found = linear_sparsities(settings, shape, [BlockStatistics(None, [0.0])] * 2)
     values = [value for own in found for value in own.values()]
     assert sum(values) == pytest.approx(2.0, abs=1 / 16)
     assert all(8 * value == round(8 * value) for value in values)
@@ -132,7 +132,7 @@ def test_mixed_groups_are_whole_numbers_for_each_linear(monkeypatch):
 
 def test_a_block_that_is_skipped_does_not_move_the_others():
     """Its share is not 0 outliers: then the others would have half the range."""
-    ratios = [BlockStatistics({}, {5: ratio}) for ratio in ([4.0], [], [6.0])]
+    ratios = [BlockStatistics(None, ratio) for ratio in ([4.0], [], [6.0])]
     settings = recipe.settings(allocation="owl", sparsity=0.5, spread=0.1)
     found = linear_sparsities(settings, SHAPE, ratios)
     assert found[1] == {}
@@ -146,7 +146,7 @@ def test_no_rule_empties_a_part_and_the_mean_is_held(allocation, structure):
     parts = 2 if allocation == "owl-per-linear" else 1
     asked = {"sparsity": 0.95} if structure == "unstructured" else {"structure": structure}
     settings = recipe.settings(allocation=allocation, spread=0.5, **asked)
-    ratios = [BlockStatistics({}, {5: [float(n + p) for p in range(parts)]}) for n in range(6)]
+    ratios = [BlockStatistics(None, [float(n + p) for p in range(parts)]) for n in range(6)]
     found = linear_sparsities(settings, shape, ratios)
     every = [one for own in found for one in own.values()]
     group = settings.group
