@@ -248,14 +248,14 @@ def serve(
     trust_library: options.TrustLibrary = False,
     draft: options.DraftFolder = None,
     draft_tokens: options.DraftTokens = None,
-    no_log: options.NoLog = False,
+    log: options.RequestLog = False,
 ) -> None:
     """Serve a deployment through OpenAI's HTTP API."""
     from owl_deploy.serve.server import serve as run
 
     how: dict[str, Any] = {"threads": threads, "trust_library": trust_library}
     how |= {"batch": batch, "waiting": waiting, "context": context, "names": names or ()}
-    how |= {"draft": draft, "draft_tokens": draft_tokens, "log": not no_log}
+    how |= {"draft": draft, "draft_tokens": draft_tokens, "log": log}
     run(deployment, host, port, say=_say, **how)
 
 

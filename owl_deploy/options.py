@@ -209,8 +209,8 @@ ServedNames = Annotated[
         help="What requests call the model; repeatable. [the folder's name]",
     ),
 ]
-NoLog = Annotated[
-    bool, Option("--no-log", help="Say no line of each request (its tokens, not its text).")
+RequestLog = Annotated[
+    bool, Option("--log", help="Say a line of each request: its tokens, not its text.")
 ]
 AnyDeployment = Annotated[
     Path, Argument(parser=path, help="A deployment, which may be a stranger's.")

@@ -105,7 +105,7 @@ _OWL_SERVE = Server(
         # -P: nothing is imported from the folder that the benchmark is run in.
         *("-P", "-m", "owl_deploy", "serve", "{deployment}", "--port", "{port}"),
         *("--batch", "{batch}", "--waiting", "{rows}"),
-        *("--context", "{context}", "--threads", "{threads}", "--no-log"),
+        *("--context", "{context}", "--threads", "{threads}"),
     ),
     trusting=("--trust-library",),
     unset=("OWL_API_KEY",),

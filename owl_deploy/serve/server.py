@@ -308,7 +308,7 @@ def serve(
     trust_library: bool = False,
     draft: str | Path | None = None,
     draft_tokens: int | None = None,
-    log: bool = True,
+    log: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve `deployment` until SIGTERM or Ctrl-C; answers in the making are finished.

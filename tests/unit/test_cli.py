@@ -160,7 +160,7 @@ TABLE = {
         ("--trust-library", "trust_library", True),
         ("--draft lookup", "draft", "lookup"),
         ("--draft-tokens 5", "draft_tokens", 5),
-        ("--no-log", "log", False),
+        ("--log", "log", True),
     ],
     "sweep model -o out -c text -p text": [
         ("--output other", "output", Path("other")),
