@@ -1,5 +1,6 @@
 """A line for each request: who asked for what, how it ended, and what it took."""
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -35,7 +36,8 @@ class RequestLog:
         try:
             await self._app(scope, receive, noted)
         finally:
-            self._say(_line(scope, status, time.monotonic() - began))
+            with contextlib.suppress(OSError):  # nobody reads it any more: no client's fault
+                self._say(_line(scope, status, time.monotonic() - began))
 
 
 def _line(scope: Scope, status: str, seconds: float) -> str:
