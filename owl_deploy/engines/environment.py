@@ -26,17 +26,15 @@ from owl_deploy.lease import lease
 from owl_deploy.runtime import kernels, library_path
 
 WORKER = Path(__file__).with_name("worker.py")
+Progress = Callable[[str], None]
+MARKER = ".complete"
+_ABOUT = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
 
 
 def ending_with_us(command: Sequence[str]) -> list[str]:
     """What becomes `command`, a program by its path, to be killed when this process ends."""
     program, *arguments = command
     return [sys.executable, "-I", str(WORKER), program, str(os.getpid()), *arguments]
-
-
-Progress = Callable[[str], None]
-MARKER = ".complete"
-_ABOUT = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
 
 
 def environment_folder(engine: Engine) -> Path:

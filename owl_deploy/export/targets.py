@@ -185,10 +185,9 @@ def export(
 
     `target`: a row of `TARGETS`. Without `precision` it has the target's default. `head`, for
     targets with a choice of it, is `screened` (usual for integers, unless the head was rounded to
-    fewer than 8 bits itself) or `whole`. `force`
-    replaces a destination that is there; `progress` is told each step. The deployment appears
-    whole, after its parity with PyTorch was checked, or not at all. Raises `BadInput`,
-    `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
+    fewer than 8 bits itself) or `whole`. `force` replaces a destination that is there; `progress`
+    is told each step. The deployment appears whole, after its parity with PyTorch was checked, or
+    not at all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
     """
     folder, destination = Path(folder), Path(destination)
     precision = precision_of(target, precision)
