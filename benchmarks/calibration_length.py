@@ -22,6 +22,7 @@ from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.hardware import find_dtype
 from owl_deploy.progress import bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
 from owl_deploy.recipe import settings
 from owl_deploy.text import calibration_windows
@@ -97,7 +98,7 @@ def main() -> None:
                     weight = weights[f"{name}.weight"].float()
                     for kind in (AsGPTQ, Inputs):
                         inputs = kind(own, name)
-                        change = maker.make(weight, inputs, 0.0, given.bits).weight - weight
+                        change = maker.make(weight, inputs, Format(given.bits)).weight - weight
                         rows.append(
                             {
                                 "linear": name,

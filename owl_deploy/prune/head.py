@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from owl_deploy.manifest import Cost
 from owl_deploy.progress import bar
 from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather_head
 from owl_deploy.prune.request import Request
@@ -47,7 +48,7 @@ def _loss(request: Request, store: Store) -> float:
         inputs = Inputs(statistics, skeleton.family.head)
         dense = request.checkpoint.read(skeleton.head_weights[0])
         weight = dense.to(skeleton.device, torch.float32)
-        left = Maker(request.settings).rounded(weight, inputs, 0.0, _BITS).weight.to(dense.dtype)
+        left = Maker(request.settings).rounded(weight, inputs, Format(_BITS)).weight.to(dense.dtype)
         del hidden
         asked = (held_out, request.batch, store.folder, advance)
         whole = skeleton.run(*asked)

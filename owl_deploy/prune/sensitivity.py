@@ -252,7 +252,7 @@ class Measuring:
         judging = Inputs(others, key) if others else None
         whole = _output(dense, judging) if judging else 0.0
         for way in self.ways:
-            left = self.maker.tried(dense, inputs, way.sparsity, way.bits)
+            left = self.maker.tried(dense, inputs, way)
             difference = left - dense
             share = _output(difference, judging) / whole if judging and whole else 0.0
             measured.append([share, zeros(left), gone])

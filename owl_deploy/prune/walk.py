@@ -17,6 +17,7 @@ from owl_deploy.hardware import name_of
 from owl_deploy.manifest import CheckpointManifest, TrainedHalf, read_manifest
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker, zeros
 from owl_deploy.prune.measure import gather, gather_head
 from owl_deploy.prune.owners import divide, owners
@@ -192,8 +193,9 @@ class Walk:
         own: dict[str, torch.Tensor] = {}
         for key, sparsity in asked.items():
             if owner[key] == self.ranks.rank:
-                how = sparsity, self.plan.bits_of(index, key), key in whole
-                made = self._made(dense[f"{key}.weight"], Inputs(statistics, key), *how)
+                form = Format(self.plan.bits_of(index, key), sparsity)
+                inputs = Inputs(statistics, key)
+                made = self._made(dense[f"{key}.weight"], inputs, form, whole=key in whole)
                 own |= {f"{key}.{name}": tensor for name, tensor in made.items()}
         return self.ranks.merged(own, self.skeleton.device)
 
@@ -229,19 +231,14 @@ class Walk:
         )
 
     def _made(
-        self,
-        dense: torch.Tensor,
-        inputs: Inputs,
-        sparsity: float,
-        bits: int | None,
-        whole: bool = False,
+        self, dense: torch.Tensor, inputs: Inputs, form: Format, *, whole: bool = False
     ) -> dict[str, torch.Tensor]:
         """The "weight" made of `dense` [out, in], where that lies and in its dtype.
 
         Where it is rounded, with its scales, [out, groups]: "weight_scale".
         """
         weight = dense.to(self.skeleton.device, torch.float32)
-        made = self.maker.make(weight, inputs, sparsity, bits, whole=whole)
+        made = self.maker.make(weight, inputs, form, whole=whole)
         found = {"weight": made.weight.to(dense.device, dense.dtype)}
         return found if made.scales is None else found | {SCALE: made.scales.to(dense.device)}
 
@@ -259,7 +256,7 @@ class Walk:
             dense = self.request.checkpoint.read(self.skeleton.head_weights[0])
             own = {}
             if self.ranks.leads:
-                own = self._made(dense, Inputs(statistics, name), sparsity, bits)
+                own = self._made(dense, Inputs(statistics, name), Format(bits, sparsity))
             weights = self.ranks.merged(own, self.skeleton.device)
             self._save(name, weights)
         if self.hidden is None or self.needs == "nothing":

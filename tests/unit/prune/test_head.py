@@ -12,6 +12,7 @@ from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.prune import head as head_module
 from owl_deploy.prune import request as prune_request
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.head import measure_head
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, check
@@ -75,7 +76,7 @@ def test_its_cost_is_the_divergence_of_the_model_with_it(
                 whole(window[None])
         assert len(request.held_out) == 3
         before = whole(request.held_out).logits.log_softmax(-1)
-        made = Maker(settings).rounded(head.weight, Inputs(statistics, "head"), 0.0, 4)
+        made = Maker(settings).rounded(head.weight, Inputs(statistics, "head"), Format(4))
         head.weight.copy_(made.weight)  # and with it the embedding, where it is that
         after = whole(request.held_out).logits.log_softmax(-1)
     expected = (before.exp() * (before - after)).sum(-1).mean()
