@@ -1,6 +1,7 @@
 """`--budget` through the whole verb, and what the budget comes to in the engine."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -16,7 +17,7 @@ from owl_deploy.manifest import Cost
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.show import show
-from owl_deploy.runtime import pack
+from owl_deploy.runtime import pack, timing
 from tests import tiny
 
 GATED = ("gate_proj", "up_proj")
@@ -235,6 +236,18 @@ def test_the_command_line(owl, model, text_file, tmp_path):
     assert "bits" in (tmp_path / "out" / "sparsity.svg").read_text()
 
 
+@pytest.fixture
+def time_as_bits(monkeypatch):
+    """Kernels that take their bits' time: real ones, of matrices this small, take a call's."""
+
+    def from_memory(_library, shape, values, sparsity, **_how):
+        bits = int(values.removeprefix("int"))
+        return 1e-9 * math.prod(shape) * (bits if sparsity is None else 1 + bits * (1 - sparsity))
+
+    monkeypatch.setattr(timing, "from_memory", from_memory)
+
+
+@pytest.mark.usefixtures("time_as_bits")
 def test_a_gain_in_speed_is_kept(model, tmp_path, calibration):
     settings = recipe.settings(budget="1.3x")
     manifest = prune(model, tmp_path / "out", settings, calibration)

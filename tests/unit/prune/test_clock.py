@@ -1,5 +1,7 @@
 """What a gain in speed leaves to the pruned Linears, by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from owl_deploy.prune import clock
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.clock import Clock, room_in_time
 from owl_deploy.prune.formats import Format
+from owl_deploy.runtime import timing
 
 SIZE = (4, 8)
 INT8, INT4, HALF = Format(8), Format(4), Format(4, 0.5)
@@ -52,7 +55,23 @@ def test_real_kernels_are_timed():
     found = clock.measure(recipe.settings(budget="1.2x"), _Skeleton(), shape)
     assert set(found.each) == {((32, 16), form) for form in clock.formats("sparsegpt")}
     assert all(0 < took < 1 for took in found.each.values())
-    assert 0 < found.rest < found.whole
+    assert found.rest > 0
+
+
+def test_what_a_gain_may_not_take_from_is_timed_apart(monkeypatch):
+    """The head as a token reads it, and Linears that stay: 4 bits of either, 8 of what is pruned."""
+    from owl_deploy.prune.sparsities import Shape
+
+    def by_bits(_library, shape, values, _sparsity, **_how):
+        return math.prod(shape) * int(values.removeprefix("int"))
+
+    monkeypatch.setattr(timing, "from_memory", by_bits)
+    settings = recipe.settings(budget="1.2x", head_bits=3)
+    found = clock.measure(settings, _Skeleton(), Shape(["block"], [{"a": 512}]))
+    head, linear = 16 * 64, 16 * 32
+    assert found.whole == 4 * head + 8 * linear + 8 * linear
+    assert found.rest == 3 * head + 4 * linear
+    assert found.each[(32, 16), Format(3)] == 3 * linear
 
 
 def test_without_the_library(monkeypatch, tmp_path):
