@@ -24,7 +24,7 @@ from owl_deploy.progress import bar
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
-from owl_deploy.recipe import settings
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import calibration_windows
 from owl_deploy.tokens import load_tokens
 
@@ -76,7 +76,7 @@ def main() -> None:
     given = parser.parse_args()
     checkpoint, cpu = open_checkpoint(given.model), torch.device("cpu")
     skeleton = Skeleton(checkpoint, find_dtype("auto", checkpoint, cpu), cpu)
-    maker = Maker(settings(method="none", bits=given.bits))
+    maker = Maker(PruneSettings.checked(method="none", bits=given.bits))
     weights = checkpoint.read_module(skeleton.names[given.block])
     linears = skeleton.linears(given.block)
     rows: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.sensitivity import Found, Measuring
 from owl_deploy.prune.store import Store
-from owl_deploy.recipe import settings
+from owl_deploy.prune_settings import PruneSettings
 
 PROBE = Format(4)
 WAYS = (
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="windows of 512 tokens")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
-    asked = settings(method="sparsegpt", budget="4")
+    asked = PruneSettings.checked(method="sparsegpt", budget="4")
     calibration = Calibration(str(given.calibration), given.samples, 512)
     request = check(given.model, asked, calibration, Hardware(dtype="float32"), tune_minutes=None)
     with tempfile.TemporaryDirectory() as folder:

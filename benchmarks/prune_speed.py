@@ -25,10 +25,10 @@ from typing import Any
 import torch
 import transformers
 
-from owl_deploy import recipe
 from owl_deploy.bench.machine import look
 from owl_deploy.prune.request import Calibration
 from owl_deploy.prune.run import prune
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import calibration_windows
 from owl_deploy.tokens import load_tokens
 
@@ -167,7 +167,7 @@ def run_one(who: str, method: str, model: Path, text: Path, samples: int, length
     """Prune once, in this process; the seconds go to stdout."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        settings = recipe.settings(
+        settings = PruneSettings.checked(
             method=method, sparsity=SPARSITY, outlier_multiple=MULTIPLE, spread=SPREAD
         )
         started = time.perf_counter()

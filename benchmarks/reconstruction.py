@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import transformers
 
-from owl_deploy import recipe
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.blocks import window_nll
@@ -33,6 +32,7 @@ from owl_deploy.prune.halves import Half
 from owl_deploy.prune.plan import resolve
 from owl_deploy.prune.request import Calibration, Request, check
 from owl_deploy.prune.store import Store
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import evaluation_windows
 from owl_deploy.tokens import load_tokens
 
@@ -90,7 +90,7 @@ def row(asked: str, given: argparse.Namespace) -> dict[str, Any]:
     """Prune, reconstruct as `asked` ("none": not at all), and measure."""
     if asked != "none":
         choose(asked)
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         method=given.method,
         allocation="uniform",
         sparsity=0.5,

@@ -32,8 +32,8 @@ from owl_deploy.manifest import versions
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.owners import owners
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import join
-from owl_deploy.recipe import settings
 
 WINDOW = 512  # tokens, of what is measured
 MEASURED = ((512, 1), (512, 4), (1024, 1), (1024, 4), (2048, 1))  # widths and windows, 2048 last
@@ -349,7 +349,7 @@ def measure_block(shape: Shape, windows: int) -> dict[str, Any]:
             inputs = {method: seen(method == "sparsegpt") for method in ("sparsegpt", "wanda")}
         dense = {key: weights[f"{key}.weight"].float() for key in linears}
         for method, step in (("sparsegpt", "solve"), ("wanda", "wanda")):
-            make = Maker(settings(method=method, sparsity=0.5)).make
+            make = Maker(PruneSettings.checked(method=method, sparsity=0.5)).make
 
             def solved(make: Any = make, statistics: Any = inputs[method]) -> None:  # noqa: ANN401
                 statistics._made.clear()  # the factors, which this process would keep

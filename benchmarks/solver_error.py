@@ -25,7 +25,7 @@ from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.methods import METHODS
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.refit import refit
-from owl_deploy.recipe import parse_structure
+from owl_deploy.prune_settings import parse_structure
 from owl_deploy.text import calibration_windows
 from owl_deploy.tokens import load_tokens
 

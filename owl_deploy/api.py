@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from owl_deploy.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
     from owl_deploy.prune.request import Calibration
     from owl_deploy.prune.run import prune
-    from owl_deploy.recipe import PruneSettings
+    from owl_deploy.prune_settings import PruneSettings
     from owl_deploy.recipe import merged as prune_settings
     from owl_deploy.verify import Verified, verify
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from owl_deploy import engines, recipe
+from owl_deploy import engines
 from owl_deploy.artefact import write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import judge, sentence
@@ -28,6 +28,7 @@ from owl_deploy.errors import EngineFailed, EnvironmentFailed
 from owl_deploy.measurements import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, execute
 from owl_deploy.progress import error_console, result_console
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import library_path
 
 # A target and a precision.
@@ -47,7 +48,7 @@ class Variant:
     name: str
     title: str
     roads: tuple[Road, ...]
-    settings: recipe.PruneSettings | None = None
+    settings: PruneSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Plan:
     pairs: int
 
 
-_OWL_50 = recipe.PruneSettings(allocation="owl", sparsity=0.5)
+_OWL_50 = PruneSettings(allocation="owl", sparsity=0.5)
 FIRST_LOOK = Plan(
     (
         Variant("dense", "dense", (_DEEPSPARSE, ("onnxruntime", "int8"), _OWL)),
@@ -87,13 +88,13 @@ FULL = Plan(
             "uniform-70",
             "uniform 70 %",
             _EVERYWHERE,
-            recipe.PruneSettings(allocation="uniform", sparsity=0.7),
+            PruneSettings(allocation="uniform", sparsity=0.7),
         ),
         Variant(
             "owl-70",
             "OWL 70 %",
             _EVERYWHERE,
-            recipe.PruneSettings(allocation="owl", sparsity=0.7),
+            PruneSettings(allocation="owl", sparsity=0.7),
         ),
     ),
     samples=8,
@@ -143,7 +144,7 @@ def _prune(variant: Variant, plan: Plan, source: Path, output: Path) -> Prune:
         title=f"Pruning: {variant.title} with Wanda, {windows}",
         output=output / "checkpoints" / variant.name,
         model=source / MODEL,
-        settings=variant.settings or recipe.PruneSettings(),
+        settings=variant.settings or PruneSettings(),
         calibration=str(source / CALIBRATION),
         samples=plan.samples,
         sequence_length=plan.length,

@@ -144,7 +144,7 @@ class Trial(_Part):
 
 
 class Pruning(_Part):
-    """The settings that decided what was pruned; those of `recipe.PruneSettings`.
+    """The settings that decided what was pruned; those of `prune_settings.PruneSettings`.
 
     `bits`: what survives is rounded to, with a scale for every `bits_group` columns of a row.
     `structure`: "N:M", or "unstructured".

@@ -32,7 +32,7 @@ from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, read_manifest
 from owl_deploy.measurements import keep_measurement, measurement_file
 from owl_deploy.partial import is_interrupted
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.record import Record, skipped
 from owl_deploy.text import source_files
 

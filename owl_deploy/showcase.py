@@ -47,7 +47,7 @@ from owl_deploy.pipeline import (
 )
 from owl_deploy.progress import error_console, result_console
 from owl_deploy.prune.tune import check as check_search
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import library_path
 from owl_deploy.showcase_input import MODEL, SISTER, showcase_input, sister_input
 

@@ -19,7 +19,8 @@ from owl_deploy.errors import BadInput, invalid
 from owl_deploy.export.targets import precision_of
 from owl_deploy.measurements import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Plan, Prune, Task, dense_exports
-from owl_deploy.recipe import PruneSettings, read_yaml
+from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.recipe import read_yaml
 from owl_deploy.record import Record
 from owl_deploy.text import check_source
 

@@ -14,6 +14,7 @@ from owl_deploy import cli
 from owl_deploy.cache import cache_path
 from owl_deploy.engines import EngineProcess
 from owl_deploy.export import genai
+from owl_deploy.prune_settings import PruneSettings
 from tests import fresh, tiny
 
 # On models this small threads only wait for each other, and more so on a busy machine.
@@ -62,11 +63,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sparse(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That checkpoint, 60 % of it pruned by magnitude; tests read it and never write into it."""
-    from owl_deploy import recipe
     from owl_deploy.prune.run import prune
 
     folder = tmp_path_factory.mktemp("sparse") / "sparse"
-    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.6)
+    settings = PruneSettings.checked(method="magnitude", allocation="uniform", sparsity=0.6)
     prune(llama, folder, settings, None)
     return folder
 

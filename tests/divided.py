@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from owl_deploy import ranks, recipe
+from owl_deploy import ranks
 from owl_deploy.ending import exit_code
 from owl_deploy.evaluate.run import evaluate
 from owl_deploy.evaluate.settings import EvaluationSettings
@@ -27,6 +27,7 @@ from owl_deploy.hardware import Hardware
 from owl_deploy.prune import run as pruning
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 
 _HERE = ("-m", "tests.divided")
 SAMPLES, LENGTH = 5, 48  # which no two or three processes share evenly
@@ -66,7 +67,9 @@ def run(one: dict[str, Any]) -> None:
     how = {"tune_minutes": settings.pop("tune", None), "resume": settings.pop("resume", False)}
     hardware = Hardware(batch_size=settings.pop("batch", None))
     calibration = Calibration(one["text"], SAMPLES, LENGTH)
-    prune(one["model"], one["output"], recipe.settings(**settings), calibration, hardware, **how)
+    prune(
+        one["model"], one["output"], PruneSettings.checked(**settings), calibration, hardware, **how
+    )
 
 
 def _kill_later(rank: int, count: int) -> None:

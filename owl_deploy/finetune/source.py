@@ -13,7 +13,8 @@ from owl_deploy.ending import Defect
 from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
 from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.recipe import RESOLVED, is_named
+from owl_deploy.prune_settings import is_named
+from owl_deploy.recipe import RESOLVED
 from owl_deploy.survivors import SPARSE_FROM, LinearGrid
 from owl_deploy.text import load_tokenizer
 from owl_deploy.tokens import load_tokens

@@ -15,7 +15,7 @@ from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.knapsack import Option, cheapest
 from owl_deploy.prune.linear import zeros
 from owl_deploy.prune.sparsities import Shape
-from owl_deploy.recipe import PruneSettings, parse_budget
+from owl_deploy.prune_settings import PruneSettings, parse_budget
 from owl_deploy.runtime import pack
 
 Formats = list[dict[str, Cost]]  # of each block, by the names of its pruned Linears

@@ -17,7 +17,7 @@ from owl_deploy.manifest import Cost
 from owl_deploy.progress import bar
 from owl_deploy.prune.formats import Costs, Format, formats, is_sparse
 from owl_deploy.prune.sparsities import Shape
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import library_path, timing
 from owl_deploy.runtime.native import Library
 

@@ -19,7 +19,7 @@ from owl_deploy.prune.knapsack import Option, cheapest
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sensitivity import measure_losses
 from owl_deploy.prune.store import Store
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.prune_settings import PruneSettings
 
 # A method that takes many times another's time, and what is measured in its place.
 _STAND_INS = {"alps": "sparsegpt"}

@@ -13,7 +13,7 @@ from owl_deploy.prune.formats import Format
 from owl_deploy.prune.grid import Grid
 from owl_deploy.prune.refit import refit
 from owl_deploy.prune.rounding import finished, round_pruned
-from owl_deploy.recipe import PruneSettings, kept
+from owl_deploy.prune_settings import PruneSettings, kept
 
 
 @dataclass(frozen=True)

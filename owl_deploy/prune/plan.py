@@ -21,7 +21,7 @@ from owl_deploy.prune.request import Request
 from owl_deploy.prune.sensitivity import measure_costs
 from owl_deploy.prune.sparsities import BlockStatistics, Shape, linear_sparsities
 from owl_deploy.prune.store import PLAN, SEARCH, Store
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.prune_settings import PruneSettings
 
 
 class Plan(BaseModel):

@@ -24,8 +24,9 @@ from owl_deploy.methods import METHODS, Method
 from owl_deploy.partial import ROUNDING
 from owl_deploy.prune import budget, reconstruct, tune
 from owl_deploy.prune.sparsities import Shape, select
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import ALONE, Ranks
-from owl_deploy.recipe import PruneSettings, merged
+from owl_deploy.recipe import merged
 from owl_deploy.text import calibration_windows, token_digest
 from owl_deploy.tokens import load_tokens
 

@@ -24,8 +24,9 @@ from owl_deploy.prune.request import Calibration, Request, as_calibration, as_se
 from owl_deploy.prune.sparsities import resolved_layers
 from owl_deploy.prune.store import PLAN, Store
 from owl_deploy.prune.walk import Walk
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import Ranks, join
-from owl_deploy.recipe import RESOLVED, PruneSettings, dump_resolved
+from owl_deploy.recipe import RESOLVED, dump_resolved
 from owl_deploy.text import source_files
 
 

@@ -46,7 +46,7 @@ from owl_deploy.prune.measure import gather
 from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import token_digest
 
 _CACHE = "losses"  # the folder in the cache

@@ -10,7 +10,7 @@ from rich.table import Table
 from owl_deploy.manifest import Block, CheckpointManifest
 from owl_deploy.progress import result_console
 from owl_deploy.prune.picture import has_picture, removes
-from owl_deploy.recipe import kept, parse_structure
+from owl_deploy.prune_settings import kept, parse_structure
 
 _BAR_WIDTH = 20
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 from owl_deploy.allocation import ALLOCATIONS, hold_mean, in_groups, most_removed
 from owl_deploy.errors import BadInput
 from owl_deploy.families import heads
-from owl_deploy.recipe import PruneSettings, is_named
+from owl_deploy.prune_settings import PruneSettings, is_named
 
 T = TypeVar("T")
 

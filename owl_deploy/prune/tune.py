@@ -19,8 +19,8 @@ from owl_deploy.errors import BadInput
 from owl_deploy.progress import bar
 from owl_deploy.prune.judge import Division, Judge
 from owl_deploy.prune.sparsities import Shape, Statistics, linear_sparsities
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import Ranks
-from owl_deploy.recipe import PruneSettings
 
 HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 8, 256  # to judge by: the first tokens of each window
 OFFSPRING = 8

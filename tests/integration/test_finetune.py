@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from owl_deploy import recipe
 from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune import train
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from tests import fresh
 
 
@@ -140,7 +140,7 @@ def test_a_dense_checkpoint_has_no_mask_to_keep(owl, llama, text_file, tmp_path,
 def test_a_rounded_checkpoint_keeps_zeros_and_grid(owl, llama, text_file, tmp_path, group):
     rounded, out = tmp_path / "rounded", tmp_path / "out"
     calibration = Calibration(str(text_file), samples=4, sequence_length=32)
-    prune(llama, rounded, recipe.settings(method="wanda", sparsity=0.5, bits=4), calibration)
+    prune(llama, rounded, PruneSettings.checked(method="wanda", sparsity=0.5, bits=4), calibration)
     how = ["--method", "masked", "--max-steps", 4, "--learning-rate", 0.3]
     how += ["--block-group", group] if group else []
     code, _, err = owl(*arguments(rounded, text_file, out, *how))
@@ -161,7 +161,7 @@ def test_of_what_was_only_rounded_weights_come_to_zero_and_off_it(owl, llama, te
     """And what was trained, with other zeros then, can be trained again."""
     rounded, out = tmp_path / "rounded", tmp_path / "out"
     calibration = Calibration(str(text_file), samples=4, sequence_length=32)
-    prune(llama, rounded, recipe.settings(method="none", bits=3), calibration)
+    prune(llama, rounded, PruneSettings.checked(method="none", bits=3), calibration)
     how = ["--method", "masked", "--max-steps", 6, "--learning-rate", 0.3]
     for folder, source in ((out, rounded), (tmp_path / "again", out)):
         code, _, err = owl(*arguments(source, text_file, folder, *how))
@@ -185,7 +185,7 @@ def test_of_what_was_only_rounded_weights_come_to_zero_and_off_it(owl, llama, te
 def test_what_would_leave_the_grid_is_refused(owl, llama, text_file, tmp_path):
     rounded = tmp_path / "rounded"
     calibration = Calibration(str(text_file), samples=4, sequence_length=32)
-    prune(llama, rounded, recipe.settings(method="wanda", sparsity=0.5, bits=4), calibration)
+    prune(llama, rounded, PruneSettings.checked(method="wanda", sparsity=0.5, bits=4), calibration)
     command = arguments(rounded, text_file, tmp_path / "out")
     code, _, err = owl(*command, "--merge", "masked")
     assert (code, "off their grid" in " ".join(err.split())) == (2, True)

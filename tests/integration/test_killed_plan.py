@@ -20,7 +20,7 @@ from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.measurements import measurement
 from owl_deploy.pipeline import RunTasks, Task, execute, survey
-from owl_deploy.recipe import PruneSettings
+from owl_deploy.prune_settings import PruneSettings
 from tests import fresh, tiny
 
 FP32, INT8 = ("onnxruntime", "fp32"), ("onnxruntime", "int8")

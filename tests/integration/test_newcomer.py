@@ -20,6 +20,7 @@ from owl_deploy.export.targets import export
 from owl_deploy.families import FAMILIES, Family
 from owl_deploy.methods import METHODS, Method, Modifier, Options
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
 
 
@@ -93,19 +94,19 @@ def repeats(dense, settings, calibration, tmp_path):
 def test_a_method(llama, tmp_path, calibration, monkeypatch):
     row = Method(f"{__name__}:dice", "norms", DiceOptions)
     monkeypatch.setitem(METHODS, "dice", row)
-    settings = recipe.settings(method="dice", sparsity=0.6, options={"throws": 3})
+    settings = PruneSettings.checked(method="dice", sparsity=0.6, options={"throws": 3})
     manifest = the_whole_way(llama, settings, calibration, tmp_path)
     assert manifest["settings"]["options"] == {"throws": 3}
     with pytest.raises(BadInput, match=r"sparse holds no recipe\.yaml.*SparseML has a modifier"):
         recipe.merged(tmp_path / "sparse", {})
     with pytest.raises(BadInput, match="throws in the options of dice is 0"):
-        recipe.settings(method="dice", options={"throws": 0})
+        PruneSettings.checked(method="dice", options={"throws": 0})
 
 
 def test_a_method_that_sparseml_has(llama, tmp_path, calibration, monkeypatch):
     modifier = Modifier("DiceModifier", {"throws": "num_throws"})
     monkeypatch.setitem(METHODS, "dice", Method(f"{__name__}:dice", "norms", DiceOptions, modifier))
-    settings = recipe.settings(method="dice", sparsity=0.6, options={"throws": 2})
+    settings = PruneSettings.checked(method="dice", sparsity=0.6, options={"throws": 2})
     prune(llama, tmp_path / "sparse", settings, calibration)
     assert "num_throws: 2" in (tmp_path / "sparse" / "recipe.yaml").read_text()
     assert repeats(llama, settings, calibration, tmp_path)
@@ -115,7 +116,7 @@ def test_a_method_that_sparseml_has(llama, tmp_path, calibration, monkeypatch):
 def test_an_allocation(llama, tmp_path, calibration, monkeypatch, per):
     row = Allocation(by_rank, 0.1, Statistic(f"{__name__}:largest"), per)
     monkeypatch.setitem(ALLOCATIONS, "by-rank", row)
-    settings = recipe.settings(allocation="by-rank", sparsity=0.6)
+    settings = PruneSettings.checked(allocation="by-rank", sparsity=0.6)
     assert settings.spread == 0.1
     if per == "Linear":
         manifest = the_whole_way(llama, settings, calibration, tmp_path)
@@ -130,7 +131,7 @@ def test_an_allocation(llama, tmp_path, calibration, monkeypatch, per):
 def test_an_allocation_is_tuned(llama, tmp_path, calibration, monkeypatch):
     row = Allocation(by_rank, 0.1, Statistic(f"{__name__}:largest"), "Linear")
     monkeypatch.setitem(ALLOCATIONS, "by-rank", row)
-    settings = recipe.settings(allocation="by-rank", sparsity=0.6)
+    settings = PruneSettings.checked(allocation="by-rank", sparsity=0.6)
     manifest = prune(llama, tmp_path / "out", settings, calibration, tune_minutes=1e-9).to_json()
     assert {trial["name"] for trial in manifest["tuning"]} > {"by-rank, spread 0.1", "uniform"}
 
@@ -139,7 +140,7 @@ def test_a_family(tmp_path, calibration, monkeypatch):
     monkeypatch.setitem(FAMILIES, "olmo2", Family("model", "model.layers", ("model.embed_tokens",)))
     monkeypatch.setitem(tiny.FAMILIES, "olmo2", tiny.FAMILIES["qwen2"])
     dense = tiny.write_model("olmo2", tmp_path / "dense")
-    settings = recipe.settings(sparsity=0.6, head_sparsity=0.3)
+    settings = PruneSettings.checked(sparsity=0.6, head_sparsity=0.3)
     manifest = the_whole_way(dense, settings, calibration, tmp_path)
     assert manifest["head"]["name"] == "lm_head"
     assert repeats(dense, settings, calibration, tmp_path)

@@ -8,7 +8,6 @@ import numpy as np
 import onnxruntime_genai
 import pytest
 
-from owl_deploy import recipe
 from owl_deploy.engines import EngineProcess, open_deployment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
@@ -20,6 +19,7 @@ from owl_deploy.export.targets import export
 from owl_deploy.generate import Sampling, Speed, generate
 from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import library_path
 from tests import tiny
 
@@ -36,7 +36,7 @@ def pruned(tmp_path_factory, text_file):
         folder / "dense", hidden_size=128, intermediate_size=336, num_hidden_layers=3
     )
     calibration = Calibration(str(text_file), samples=4, sequence_length=64)
-    prune(model, folder / "sparse", recipe.settings(sparsity=0.6), calibration)
+    prune(model, folder / "sparse", PruneSettings.checked(sparsity=0.6), calibration)
     return folder / "sparse"
 
 
@@ -129,7 +129,7 @@ def test_a_budget_is_what_the_deployment_holds(family, text_file, tmp_path, monk
     # Tied, for a table of its own would be in the precision that is asked for.
     model = tiny.write_model(family, tmp_path / "dense", **sizes, tie_word_embeddings=True)
     calibration = Calibration(str(text_file), samples=4, sequence_length=64)
-    settings = recipe.settings(budget="380kB", skip=("lm_head",))
+    settings = PruneSettings.checked(budget="380kB", skip=("lm_head",))
     prune(model, tmp_path / "mixed", settings, calibration)
     manifests = {
         precision: export(
@@ -153,7 +153,7 @@ def test_a_budget_in_bytes_counts_a_table_of_its_own(text_file, tmp_path, monkey
     sizes = {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 3}
     model = tiny.write_model("qwen2", tmp_path / "dense", **sizes)
     calibration = Calibration(str(text_file), samples=4, sequence_length=64)
-    prune(model, tmp_path / "mixed", recipe.settings(budget="380kB"), calibration)
+    prune(model, tmp_path / "mixed", PruneSettings.checked(budget="380kB"), calibration)
     packing = export(
         tmp_path / "mixed", tmp_path / "out", target="owl", precision="int4"
     ).to_json()["packing"]
@@ -166,7 +166,7 @@ def test_a_head_of_few_bits_is_what_the_checkpoint_holds(bits, tied, text_file, 
     sizes = {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 3}
     model = tiny.write_model("qwen2", tmp_path / "dense", **sizes, tie_word_embeddings=tied)
     calibration = Calibration(str(text_file), samples=4, sequence_length=64)
-    settings = recipe.settings(method="none", bits=4, head_bits=bits)
+    settings = PruneSettings.checked(method="none", bits=4, head_bits=bits)
     prune(model, tmp_path / "rounded", settings, calibration)
     how = {"int4": {}, "int8": {"head": "whole"}, "screened": {"head": "screened"}, "fp32": {}}
     packings = {

@@ -16,8 +16,8 @@ from owl_deploy.ending import exit_code
 from owl_deploy.errors import BadInput
 from owl_deploy.manifest import CheckpointManifest
 from owl_deploy.pipeline import Prune, Task, do, survey
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import leave
-from owl_deploy.recipe import settings
 from tests import fresh
 
 ray = pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
@@ -118,7 +118,7 @@ def plan_in(folder: Path, word: Path, model: Path, **every: object) -> tuple[Tas
         title="Pruning magnitude-50",
         output=folder / "made" / "pruned",
         model=model,
-        settings=settings(method="magnitude", allocation="uniform", sparsity=0.5),
+        settings=PruneSettings.checked(method="magnitude", allocation="uniform", sparsity=0.5),
     )
     return (prune, first, killed, absent, after, alone)
 

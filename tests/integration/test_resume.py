@@ -21,6 +21,7 @@ from owl_deploy.hardware import Hardware, on_threads
 from owl_deploy.partial import partial_folder
 from owl_deploy.prune import run, store, tune
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from tests import fresh, tiny
 
 
@@ -39,7 +40,14 @@ def prune_until(moment, model, output, text, asked, resume, shard_bytes):
     calibration = Calibration(text, samples=4, sequence_length=48)
     # The named allocations are tried, and no more.
     minutes = None if "budget" in asked else 1e-9
-    prune(model, output, recipe.settings(**asked), calibration, tune_minutes=minutes, resume=resume)
+    prune(
+        model,
+        output,
+        PruneSettings.checked(**asked),
+        calibration,
+        tune_minutes=minutes,
+        resume=resume,
+    )
 
 
 def killed(model, output, text, asked, moment, *, resume=False):
@@ -85,7 +93,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
 ):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
     asked = {"allocation": "owl", "sparsity": 0.6} | asked
-    settings = recipe.settings(**asked)
+    settings = PruneSettings.checked(**asked)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     first = prune(model, tmp_path / "whole", settings, calibration, tune_minutes=1e-9).to_json()
 
@@ -114,7 +122,7 @@ def test_a_budget_resumes_from_each_of_its_passes(model, text_file, tmp_path, mo
     asked = {"budget": "3.9", "method": "sparsegpt"}
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache of the whole"))
-    prune(model, tmp_path / "whole", recipe.settings(**asked), calibration)
+    prune(model, tmp_path / "whole", PruneSettings.checked(**asked), calibration)
 
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
@@ -124,7 +132,7 @@ def test_a_budget_resumes_from_each_of_its_passes(model, text_file, tmp_path, mo
     assert [name.rpartition(".")[2] for name in left] == ["forward"] * 3 + ["backward", "forward"]
     killed(model, out, text_file, asked, "save:1", resume=True)
     assert not list(partial_folder(out).glob("*.*ward"))  # the plan holds it all
-    prune(model, out, recipe.settings(**asked), calibration, resume=True)
+    prune(model, out, PruneSettings.checked(**asked), calibration, resume=True)
     whole, resumed = (weights(tmp_path / name) for name in ("whole", "out"))
     assert whole.keys() == resumed.keys()
     assert all(whole[name].equal(resumed[name]) for name in whole)
@@ -153,7 +161,7 @@ def test_what_is_whole_needs_only_to_appear(model, text_file, tmp_path, monkeypa
     def stopped(*_):
         raise KeyboardInterrupt
 
-    settings = recipe.settings(method="wanda", sparsity=0.6)
+    settings = PruneSettings.checked(method="wanda", sparsity=0.6)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     out = tmp_path / "out"
     with monkeypatch.context() as at_the_end:
@@ -169,7 +177,7 @@ def test_what_is_whole_needs_only_to_appear(model, text_file, tmp_path, monkeypa
 
 
 def test_a_search_that_was_killed_is_not_begun_again(model, text_file, tmp_path, monkeypatch):
-    settings = recipe.settings(sparsity=0.6)
+    settings = PruneSettings.checked(sparsity=0.6)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     whole = prune(model, tmp_path / "whole", settings, calibration, tune_minutes=1e-9)
     out = tmp_path / "out"
@@ -188,14 +196,14 @@ def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
     out = tmp_path / "out"
     killed(model, out, text_file, {"method": "wanda", "sparsity": 0.6}, "save:1")
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    settings = recipe.settings(sparsity=0.6)
+    settings = PruneSettings.checked(sparsity=0.6)
     with pytest.raises(BadInput, match=r"An earlier run .* was interrupted"):
         prune(model, out, settings, calibration, tune_minutes=1e-9)
     with pytest.raises(BadInput, match=r"settings\.sparsity was 0\.6, now 0\.5"):
         prune(
             model,
             out,
-            recipe.settings(sparsity=0.5),
+            PruneSettings.checked(sparsity=0.5),
             calibration,
             tune_minutes=1e-9,
             resume=True,
@@ -216,7 +224,7 @@ def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
 def test_nothing_to_resume(model, text_file, tmp_path):
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     with pytest.raises(BadInput, match="no interrupted run"):
-        prune(model, tmp_path / "out", recipe.settings(), calibration, resume=True)
+        prune(model, tmp_path / "out", PruneSettings.checked(), calibration, resume=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,7 +279,7 @@ def test_a_pruning_that_lost_its_output_leaves_the_next_one_its_blocks(
     model, text_file, tmp_path, monkeypatch, moment
 ):
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    settings, out = recipe.settings(allocation="uniform", sparsity=0.6), tmp_path / "out"
+    settings, out = PruneSettings.checked(allocation="uniform", sparsity=0.6), tmp_path / "out"
     method, there = getattr(store.Store, moment), {}
 
     def late(self, *arguments):
@@ -355,7 +363,7 @@ def test_a_full_disk_or_memory_ends_with_a_sentence_and_resumes(
     model, text_file, tmp_path, monkeypatch, failure, complaint
 ):
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    settings = recipe.settings(sparsity=0.6)
+    settings = PruneSettings.checked(sparsity=0.6)
     save, calls = store.Store.save, []
 
     def failing(self, *arguments):
@@ -376,7 +384,7 @@ def test_a_full_disk_or_memory_ends_with_a_sentence_and_resumes(
 
 def test_out_of_memory_it_goes_on_with_a_smaller_batch(model, text_file, tmp_path, monkeypatch):
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    settings, save, calls = recipe.settings(sparsity=0.6), store.Store.save, itertools.count()
+    settings, save, calls = PruneSettings.checked(sparsity=0.6), store.Store.save, itertools.count()
 
     def failing(self, *arguments):
         if next(calls):
@@ -404,7 +412,7 @@ def test_a_disk_that_is_really_full(model, text_file, tmp_path):
     try:
         calibration = Calibration(str(text_file), samples=4, sequence_length=48)
         with pytest.raises(EnvironmentFailed, match="is full"):
-            prune(model, small / "out", recipe.settings(sparsity=0.6), calibration)
+            prune(model, small / "out", PruneSettings.checked(sparsity=0.6), calibration)
         assert not (small / "out").exists()
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)

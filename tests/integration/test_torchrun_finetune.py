@@ -6,10 +6,10 @@ import pytest
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from owl_deploy import recipe
 from owl_deploy.checkpoint import GRID
 from owl_deploy.finetune import train
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.tokens import load_tokens
 from tests import divided, fresh
 
@@ -140,7 +140,7 @@ def test_a_sharded_process_holds_half_and_trains_what_one_with_a_copy_does(
 def test_a_rounded_checkpoint_keeps_its_grid_when_sharded(llama, text_file, tmp_path):
     rounded, out = tmp_path / "rounded", tmp_path / "out"
     calibration = Calibration(str(text_file), samples=4, sequence_length=32)
-    prune(llama, rounded, recipe.settings(method="wanda", sparsity=0.5, bits=4), calibration)
+    prune(llama, rounded, PruneSettings.checked(method="wanda", sparsity=0.5, bits=4), calibration)
     how = ("--method", "masked", "--max-steps", 3)
     copies = command(rounded, text_file, tmp_path / "copies", 2, *how)
     assert fresh.group(2, fresh.owl, *copies).returncode == 0

@@ -8,10 +8,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from owl_deploy import recipe
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
 from tests.slow.environments import environment, run
@@ -87,7 +87,7 @@ def pruned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pruned") / "checkpoint"
     source = demo_input()
     text = Calibration(str(source / CALIBRATION), samples=2, sequence_length=512)
-    prune(source / MODEL, folder, recipe.settings(allocation="owl", sparsity=0.7), text)
+    prune(source / MODEL, folder, PruneSettings.checked(allocation="owl", sparsity=0.7), text)
     return folder
 
 
@@ -136,7 +136,7 @@ def test_their_one_shot_applies_our_resolved_recipe(
     model = tiny.write_llama(
         tmp_path / "dense", hidden_size=1024, intermediate_size=2048, num_hidden_layers=3
     )
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         method=method, structure=structure, allocation=allocation, outlier_multiple=2
     )
     text = Calibration(str(text_file), samples=3, sequence_length=64)
@@ -154,7 +154,7 @@ def test_their_one_shot_prunes_the_head_where_our_recipe_does(tmp_path, text_fil
     model = tiny.write_llama(
         tmp_path / "dense", hidden_size=1024, intermediate_size=2048, tie_word_embeddings=False
     )
-    settings = recipe.settings(method=method, allocation="uniform", head_sparsity=0.3)
+    settings = PruneSettings.checked(method=method, allocation="uniform", head_sparsity=0.3)
     text = Calibration(str(text_file), samples=3, sequence_length=64)
     prune(model, tmp_path / "ours", settings, text)
     found = one_shot(library, model, tmp_path / "ours" / "recipe.yaml")
@@ -165,7 +165,7 @@ def test_their_one_shot_prunes_the_head_where_our_recipe_does(tmp_path, text_fil
 @pytest.mark.parametrize("library", ONE_SHOT)
 def test_their_one_shot_leaves_dense_what_our_recipe_skips(tmp_path, text_file, library):
     model = tiny.write_llama(tmp_path / "dense", hidden_size=1024, intermediate_size=2048)
-    settings = recipe.settings(allocation="uniform", skip=("model.layers.0",))
+    settings = PruneSettings.checked(allocation="uniform", skip=("model.layers.0",))
     text = Calibration(str(text_file), samples=3, sequence_length=64)
     prune(model, tmp_path / "ours", settings, text)
     assert "ignore" in (tmp_path / "ours" / "recipe.yaml").read_text()
@@ -215,7 +215,7 @@ def test_sparsemls_training_applies_our_magnitude_recipe(tmp_path):
     tensors = load_file(model / WEIGHTS)
     apart = {name: value + 1e-3 * torch.randn(value.shape) for name, value in tensors.items()}
     save_file(apart, model / WEIGHTS, metadata={"format": "pt"})  # no ties, of which it removes all
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         method="magnitude", allocation="linear", head_sparsity=0.3, skip=("model.layers.1",)
     )
     manifest = prune(model, tmp_path / "ours", settings, None).to_json()

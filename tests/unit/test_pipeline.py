@@ -36,7 +36,7 @@ from owl_deploy.pipeline import (
     state,
     survey,
 )
-from owl_deploy.recipe import settings
+from owl_deploy.prune_settings import PruneSettings
 
 
 class Join(Task):
@@ -155,7 +155,13 @@ def test_a_killed_plan_goes_on(word, tmp_path):
 
 
 ALL = (
-    Prune(title="p", output="a/c", model="m", settings=settings(sparsity=0.5), calibration="t.txt"),
+    Prune(
+        title="p",
+        output="a/c",
+        model="m",
+        settings=PruneSettings.checked(sparsity=0.5),
+        calibration="t.txt",
+    ),
     Export(title="e", output="a/d", checkpoint="a/c", target="owl", precision="int8"),
     Evaluate(title="v", output="a/d/measured/perplexity.json", model="a/d", text="t.txt"),
     Bench(title="b", output="a/b", plan=BenchPlan(candidates=("a/d",), pairs=2)),
@@ -186,7 +192,10 @@ def test_a_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     manifest.write(tmp_path)
     assert state(task) == "done"
     assert state(task.model_copy(update={"samples": 64})) == "outdated"
-    assert state(task.model_copy(update={"settings": settings(sparsity=0.6)})) == "outdated"
+    assert (
+        state(task.model_copy(update={"settings": PruneSettings.checked(sparsity=0.6)}))
+        == "outdated"
+    )
     DeploymentManifest().write(tmp_path)
     assert state(task) == "outdated"
 
@@ -203,11 +212,14 @@ def test_a_searched_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_p
     manifest.write(tmp_path)
     assert state(task) == "done"
     assert state(plain) == "outdated"
-    assert state(task.model_copy(update={"settings": settings(sparsity=0.6)})) == "outdated"
+    assert (
+        state(task.model_copy(update={"settings": PruneSettings.checked(sparsity=0.6)}))
+        == "outdated"
+    )
 
 
 def test_a_checkpoint_to_a_budget_without_a_receipt_is_judged_by_its_manifest(tmp_path):
-    asked = settings(budget="400MB")
+    asked = PruneSettings.checked(budget="400MB")
     task = ALL[0].model_copy(update={"output": tmp_path, "settings": asked})
     found = asked.model_copy(update={"sparsity": 0.1, "head_bits": 4})
     manifest = CheckpointManifest(
@@ -217,7 +229,10 @@ def test_a_checkpoint_to_a_budget_without_a_receipt_is_judged_by_its_manifest(tm
     manifest.write(tmp_path)
     assert state(task) == "done"
     for other in ({"budget": "300MB"}, {"budget": "400MB", "head_bits": 3}, {"bits": 4}):
-        assert state(task.model_copy(update={"settings": settings(**other)})) == "outdated"
+        assert (
+            state(task.model_copy(update={"settings": PruneSettings.checked(**other)}))
+            == "outdated"
+        )
 
 
 def test_a_fine_tuned_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 
-from owl_deploy import recipe
 from owl_deploy.prune.run import prune
+from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
 
 # Without dropout, where a family has it by default: an oracle draws other numbers.
@@ -11,7 +11,7 @@ STEADY = {"opt": {"dropout": 0.0, "attention_dropout": 0.0}}
 def pruned(family, folder):
     """A tiny model of a family, and that model with 60 % of its blocks' weights removed."""
     dense = tiny.write_model(family, folder / "dense", **STEADY.get(family, {}))
-    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.6)
+    settings = PruneSettings.checked(method="magnitude", allocation="uniform", sparsity=0.6)
     prune(dense, folder / "sparse", settings, None)
     return dense, folder / "sparse"
 

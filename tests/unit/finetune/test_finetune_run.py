@@ -25,6 +25,7 @@ from owl_deploy.finetune.show import caption
 from owl_deploy.finetune.source import Source
 from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import prune
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import Ranks
 from owl_deploy.tokens import load_tokens
 from tests import alike, tiny
@@ -433,7 +434,9 @@ def test_more_of_the_teachers_tokens_than_there_are(models, text_file, tmp_path)
 @pytest.mark.parametrize("skip", ["model.layers.0", "model.layers.0.self_attn", "mlp.down_proj"])
 def test_what_pruning_skipped_is_not_counted(models, text_file, tmp_path, skip):
     dense, _ = models("llama")
-    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.5, skip=(skip,))
+    settings = PruneSettings.checked(
+        method="magnitude", allocation="uniform", sparsity=0.5, skip=(skip,)
+    )
     prune(dense, tmp_path / "sparse", settings, None)
     asked = QUICK | {"method": "masked", "max_steps": 1}
     finetune(tmp_path / "sparse", tmp_path / "out", str(text_file), asked)

@@ -12,6 +12,7 @@ from owl_deploy import recipe
 from owl_deploy.checkpoint import GRID, WEIGHTS
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings, kept
 from tests import tiny
 
 
@@ -68,7 +69,7 @@ BLOCKS = [
     ids=lambda values: "-".join(map(str, values.values())),
 )
 def test_the_checkpoint_lies_on_its_grid(llama, tmp_path, calibration, bits, values):
-    settings = recipe.settings(bits=bits, **values)
+    settings = PruneSettings.checked(bits=bits, **values)
     manifest = prune(llama, tmp_path / "out", settings, calibration)
     found = on_the_grid(tmp_path / "out")
     assert sorted(found) == sorted(BLOCKS)
@@ -82,7 +83,7 @@ def test_the_checkpoint_lies_on_its_grid(llama, tmp_path, calibration, bits, val
             most = int((integers.reshape(-1, settings.group[1]) != 0).sum(1).max())
             block, _, linear = name.removeprefix("model.layers.").partition(".")
             asked = manifest.blocks[int(block)].linears[linear].sparsity
-            assert most <= recipe.kept(asked, settings.group[1])
+            assert most <= kept(asked, settings.group[1])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     removes = settings.method != "none"
@@ -94,7 +95,7 @@ def test_bfloat16_and_what_is_skipped(tmp_path, calibration):
     source = tiny.write_llama(tmp_path / "source")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(source)
-    settings = recipe.settings(method="none", bits=4, skip=("down_proj", "model.layers.1"))
+    settings = PruneSettings.checked(method="none", bits=4, skip=("down_proj", "model.layers.1"))
     prune(source, tmp_path / "out", settings, calibration)
     found = on_the_grid(tmp_path / "out")
     assert sorted(found) == sorted(n for n in BLOCKS if ".0." in n and "down" not in n)
@@ -106,7 +107,7 @@ def test_bfloat16_and_what_is_skipped(tmp_path, calibration):
 
 @pytest.mark.parametrize("method", ["none", "wanda"])
 def test_the_head_is_rounded_where_it_is_asked_for(llama, tmp_path, calibration, method):
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         method=method, bits=4, sparsity=0.0, head_sparsity=0.0, allocation="uniform"
     )
     prune(llama, tmp_path / "out", settings, calibration)
@@ -114,9 +115,12 @@ def test_the_head_is_rounded_where_it_is_asked_for(llama, tmp_path, calibration,
 
 
 def test_a_pruned_checkpoint_is_rounded_and_stays_as_sparse(llama, tmp_path, calibration):
-    prune(llama, tmp_path / "sparse", recipe.settings(sparsity=0.5), calibration)
+    prune(llama, tmp_path / "sparse", PruneSettings.checked(sparsity=0.5), calibration)
     prune(
-        tmp_path / "sparse", tmp_path / "out", recipe.settings(method="none", bits=4), calibration
+        tmp_path / "sparse",
+        tmp_path / "out",
+        PruneSettings.checked(method="none", bits=4),
+        calibration,
     )
     sparse = load_file(tmp_path / "sparse" / WEIGHTS)
     for name, integers in on_the_grid(tmp_path / "out").items():
@@ -126,7 +130,7 @@ def test_a_pruned_checkpoint_is_rounded_and_stays_as_sparse(llama, tmp_path, cal
 def test_zeros_of_rounding_alone_are_no_holes(llama, tmp_path, calibration):
     """What is rounded once more may move them, though 3 bits leave as many as pruning might."""
     for source, out, bits in ((llama, "three", 3), (tmp_path / "three", "four", 4)):
-        settings = recipe.settings(method="none", bits=bits, bits_group=128)
+        settings = PruneSettings.checked(method="none", bits=bits, bits_group=128)
         made = prune(source, tmp_path / out, settings, calibration)
         assert all(one.whole for one in made.linears.values())
     before, after = (on_the_grid(tmp_path / name) for name in ("three", "four"))
@@ -136,7 +140,7 @@ def test_zeros_of_rounding_alone_are_no_holes(llama, tmp_path, calibration):
 
 
 def test_a_recipe_says_that_it_was_rounded(llama, tmp_path, calibration):
-    settings = recipe.settings(bits=3, sparsity=0.5)
+    settings = PruneSettings.checked(bits=3, sparsity=0.5)
     prune(llama, tmp_path / "out", settings, calibration)
     text = (tmp_path / "out" / "recipe.yaml").read_text()
     assert "# Rounded to 3 bits as well, which SparseML does another way." in text

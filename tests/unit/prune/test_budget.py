@@ -17,6 +17,7 @@ from owl_deploy.manifest import Cost
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.show import show
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import pack, timing
 from tests import tiny
 
@@ -52,7 +53,7 @@ def packed(folder):
 @pytest.mark.parametrize("budget", ["2.7", "3.5", "4.6", "7"])
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
 def test_the_budget_is_kept(model, tmp_path, calibration, budget, method):
-    settings = recipe.settings(budget=budget, method=method, bits_group=64)
+    settings = PruneSettings.checked(budget=budget, method=method, bits_group=64)
     manifest = prune(model, tmp_path / "out", settings, calibration)
     grid = read_grid(tmp_path / "out")
     told = {
@@ -86,7 +87,7 @@ def test_more_bits_lose_less(model, tmp_path, calibration):
     """What the plan foresees, summed over the Linears."""
     losses = []
     for budget in ("3", "4", "5", "6"):
-        settings = recipe.settings(budget=budget)
+        settings = PruneSettings.checked(budget=budget)
         manifest = prune(model, tmp_path / budget, settings, calibration)
         losses.append(manifest.spent.loss)
     assert losses == sorted(losses, reverse=True)
@@ -114,7 +115,7 @@ def test_gate_and_up_get_one_format():
 
 
 def test_rounding_only_mixes_4_and_8_bits(model, tmp_path, calibration, capsys):
-    settings = recipe.settings(budget="6", method="none")
+    settings = PruneSettings.checked(budget="6", method="none")
     manifest = prune(model, tmp_path / "out", settings, calibration)
     assert manifest.sparsity.asked == 0
     assert set(read_grid(tmp_path / "out").bits.values()) == {4, 8}
@@ -128,7 +129,7 @@ def test_rounding_only_mixes_4_and_8_bits(model, tmp_path, calibration, capsys):
 
 
 def test_the_recipe_says_the_sparsities(model, tmp_path, calibration):
-    manifest = prune(model, tmp_path / "out", recipe.settings(budget="3.2"), calibration)
+    manifest = prune(model, tmp_path / "out", PruneSettings.checked(budget="3.2"), calibration)
     text = (tmp_path / "out" / "recipe.yaml").read_text()
     assert "# Rounded to 8, 4 or 3 bits as well, which SparseML does another way." in text
     again = recipe.merged(tmp_path / "out", {})
@@ -143,7 +144,7 @@ def test_the_recipe_says_the_sparsities(model, tmp_path, calibration):
 
 
 def test_what_is_skipped_stays(model, tmp_path, calibration):
-    settings = recipe.settings(budget="4.6", skip=("down_proj",))
+    settings = PruneSettings.checked(budget="4.6", skip=("down_proj",))
     prune(model, tmp_path / "out", settings, calibration)
     before, after = (load_file(folder / WEIGHTS) for folder in (model, tmp_path / "out"))
     name = "model.layers.1.mlp.down_proj"
@@ -191,14 +192,16 @@ def test_a_budget_needs_calibration(owl, model, tmp_path):
 
 def test_what_is_sparse_already_can_be_had_in_less(model, tmp_path, calibration):
     sparse = tmp_path / "sparse"
-    prune(model, sparse, recipe.settings(method="magnitude", allocation="uniform", sparsity=0.7))
+    prune(
+        model, sparse, PruneSettings.checked(method="magnitude", allocation="uniform", sparsity=0.7)
+    )
     manifest = prune(
-        sparse, tmp_path / "out", recipe.settings(method="none", budget="3"), calibration
+        sparse, tmp_path / "out", PruneSettings.checked(method="none", budget="3"), calibration
     )
     assert manifest.sparsity.achieved >= 0.7
     assert 8 * sum(packed(tmp_path / "out").values()) <= 3 * manifest.weights
     with pytest.raises(BadInput, match="below the least that none can make"):
-        prune(model, tmp_path / "no", recipe.settings(method="none", budget="3"), calibration)
+        prune(model, tmp_path / "no", PruneSettings.checked(method="none", budget="3"), calibration)
 
 
 @pytest.mark.parametrize("unit", ["bits", "bytes"])
@@ -210,13 +213,13 @@ def test_the_least_and_the_most_that_are_said_can_be_had(model, calibration, uni
         with pytest.raises(BadInput) as refused:
             check(
                 model,
-                recipe.settings(budget=budget),
+                PruneSettings.checked(budget=budget),
                 calibration,
                 ANY_HARDWARE,
                 tune_minutes=None,
             )
         said = refused.value.message.rpartition(", ")[2].removesuffix(".")
-        settings = recipe.settings(budget=said.partition(" ")[0])
+        settings = PruneSettings.checked(budget=said.partition(" ")[0])
         check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
 
 
@@ -249,7 +252,7 @@ def time_as_bits(monkeypatch):
 
 @pytest.mark.usefixtures("time_as_bits")
 def test_a_gain_in_speed_is_kept(model, tmp_path, calibration):
-    settings = recipe.settings(budget="1.3x")
+    settings = PruneSettings.checked(budget="1.3x")
     manifest = prune(model, tmp_path / "out", settings, calibration)
     linears = [one for block in manifest.blocks for one in block.linears.values()]
     took = []

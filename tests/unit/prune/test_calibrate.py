@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from owl_deploy import hardware, recipe
+from owl_deploy import hardware
 from owl_deploy.blocks import Activations
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
@@ -12,6 +12,7 @@ from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.sparsegpt import factorise
+from owl_deploy.prune_settings import PruneSettings
 
 
 class Block(nn.Module):
@@ -140,7 +141,9 @@ def test_running_means_count_where_values_are_rounded(
     llama, text_file, tmp_path, bits, read, counts
 ):
     text = Calibration(str(text_file), samples=2, sequence_length=16)
-    settings = recipe.settings(method="sparsegpt", sparsity=0.5, bits=bits, allocation="uniform")
+    settings = PruneSettings.checked(
+        method="sparsegpt", sparsity=0.5, bits=bits, allocation="uniform"
+    )
     request = check(llama, settings, text, ANY_HARDWARE, tune_minutes=None)
     hidden = request.skeleton.embed(request.own_windows, request.batch, tmp_path)
     with request.skeleton.loaded(request.skeleton.names[0]) as block:

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from owl_deploy import recipe
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import Cost
 from owl_deploy.prune import clock
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.clock import Clock, room_in_time
 from owl_deploy.prune.formats import Format
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import timing
 
 SIZE = (4, 8)
@@ -52,21 +52,21 @@ def test_real_kernels_are_timed():
     from owl_deploy.prune.sparsities import Shape
 
     shape = Shape(["block"], [{"a": 512}])
-    found = clock.measure(recipe.settings(budget="1.2x"), _Skeleton(), shape)
+    found = clock.measure(PruneSettings.checked(budget="1.2x"), _Skeleton(), shape)
     assert set(found.each) == {((32, 16), form) for form in clock.formats("sparsegpt")}
     assert all(0 < took < 1 for took in found.each.values())
     assert found.rest > 0
 
 
 def test_what_a_gain_may_not_take_from_is_timed_apart(monkeypatch):
-    """The head as a token reads it, and Linears that stay: 4 bits of either, 8 of what is pruned."""
+    """The head as a token reads it, and Linears that stay, in 4 bits; what is pruned in 8."""
     from owl_deploy.prune.sparsities import Shape
 
     def by_bits(_library, shape, values, _sparsity, **_how):
         return math.prod(shape) * int(values.removeprefix("int"))
 
     monkeypatch.setattr(timing, "from_memory", by_bits)
-    settings = recipe.settings(budget="1.2x", head_bits=3)
+    settings = PruneSettings.checked(budget="1.2x", head_bits=3)
     found = clock.measure(settings, _Skeleton(), Shape(["block"], [{"a": 512}]))
     head, linear = 16 * 64, 16 * 32
     assert found.whole == 4 * head + 8 * linear + 8 * linear
@@ -79,4 +79,6 @@ def test_without_the_library(monkeypatch, tmp_path):
 
     monkeypatch.setenv("OWL_RUNTIME_LIBRARY", str(tmp_path / "none.so"))
     with pytest.raises(EnvironmentFailed, match="is missing"):
-        clock.measure(recipe.settings(budget="1.2x"), _Skeleton(), Shape(["block"], [{"a": 512}]))
+        clock.measure(
+            PruneSettings.checked(budget="1.2x"), _Skeleton(), Shape(["block"], [{"a": 512}])
+        )

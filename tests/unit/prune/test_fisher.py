@@ -22,6 +22,7 @@ from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.run import prune
 from owl_deploy.prune.sensitivity import Found, Measuring
 from owl_deploy.prune.store import Store
+from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
 from tests.reference import sensitivity as reference
 
@@ -135,11 +136,11 @@ def test_above_what_was_zero_before_the_loss_rises_at_once():
 @pytest.mark.parametrize("sparsity", [0.55, 0.3])
 def test_a_model_that_was_pruned_already_is_pruned_on(sparse, text_file, tmp_path, sparsity):
     """60 % of each Linear is zero; with more asked for in the mean each gets as much or more."""
-    settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=sparsity)
+    settings = PruneSettings.checked(method="sparsegpt", allocation="fisher", sparsity=sparsity)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     once = prune(sparse, tmp_path / "once", settings, calibration)
     assert once.sparsity.achieved == pytest.approx(0.6, abs=0.01)
-    more = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.7)
+    more = PruneSettings.checked(method="sparsegpt", allocation="fisher", sparsity=0.7)
     twice = prune(tmp_path / "once", tmp_path / "twice", more, calibration)
     assert twice.sparsity.achieved == pytest.approx(0.7, abs=0.01)
     for block in twice.blocks:
@@ -159,7 +160,7 @@ def test_a_reconstruction_does_not_measure_again(llama, tmp_path, monkeypatch):
     """It holds out more windows, and losses are measured by as many as before."""
     (tmp_path / "long.txt").write_text(tiny.text(20_000))
     calibration = Calibration(str(tmp_path / "long.txt"), samples=72, sequence_length=512)
-    settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.5)
+    settings = PruneSettings.checked(method="sparsegpt", allocation="fisher", sparsity=0.5)
     first = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
     reconstructed = settings.model_copy(update={"reconstruct": 1})
     again = check(llama, reconstructed, calibration, ANY_HARDWARE, tune_minutes=None)
@@ -174,7 +175,7 @@ def test_a_reconstruction_does_not_measure_again(llama, tmp_path, monkeypatch):
 
 def test_losses_are_known_by_the_weights_content(llama, text_file, tmp_path, monkeypatch):
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    settings = recipe.settings(method="wanda", allocation="fisher", sparsity=0.5)
+    settings = PruneSettings.checked(method="wanda", allocation="fisher", sparsity=0.5)
 
     def found(folder, output):
         request = check(folder, settings, calibration, ANY_HARDWARE, tune_minutes=None)
@@ -205,7 +206,7 @@ def test_losses_are_known_by_the_weights_content(llama, text_file, tmp_path, mon
     ],
 )
 def test_a_model_is_pruned_by_it(llama, text_file, tmp_path, method, structure):
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         method=method, allocation="fisher", sparsity=0.5, structure=structure
     )
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
@@ -225,7 +226,7 @@ def test_a_model_is_pruned_by_it(llama, text_file, tmp_path, method, structure):
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file, tmp_path, method):
-    settings = recipe.settings(method=method, allocation="fisher", sparsity=0.5)
+    settings = PruneSettings.checked(method=method, allocation="fisher", sparsity=0.5)
     calibration = Calibration(str(text_file), samples=4, sequence_length=256, seed=3)
     request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
     ways = [Format(None, one) for one in (0.3, 0.5, 0.7)]
@@ -247,7 +248,7 @@ def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file,
 def test_a_stopped_run_goes_on_to_the_same_weights(
     llama, text_file, tmp_path, monkeypatch, own_cache
 ):
-    settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.5)
+    settings = PruneSettings.checked(method="sparsegpt", allocation="fisher", sparsity=0.5)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     prune(llama, tmp_path / "whole", settings, calibration)
     shutil.rmtree(own_cache)
@@ -270,7 +271,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 
 
 def test_a_search_begins_with_it(llama, text_file, tmp_path):
-    settings = recipe.settings(method="wanda", allocation="fisher", sparsity=0.5)
+    settings = PruneSettings.checked(method="wanda", allocation="fisher", sparsity=0.5)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     found = prune(llama, tmp_path / "out", settings, calibration, tune_minutes=0.01)
     assert found.tuning is not None
@@ -282,7 +283,7 @@ def test_a_search_begins_with_it(llama, text_file, tmp_path):
 
 def test_where_nothing_goes_nothing_is_measured(llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "Measuring", None)
-    settings = recipe.settings(method="sparsegpt", allocation="fisher", sparsity=0.0)
+    settings = PruneSettings.checked(method="sparsegpt", allocation="fisher", sparsity=0.0)
     calibration = Calibration(str(text_file), samples=2, sequence_length=32)
     assert prune(llama, tmp_path / "out", settings, calibration).sparsity.asked == 0
 
@@ -293,7 +294,7 @@ def test_a_method_measured_by_another_takes_what_that_has_found(
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
 
     def sparsities(method, output):
-        settings = recipe.settings(method=method, allocation="fisher", sparsity=0.5)
+        settings = PruneSettings.checked(method=method, allocation="fisher", sparsity=0.5)
         return [
             {name: one.sparsity for name, one in block.linears.items()}
             for block in prune(llama, tmp_path / output, settings, calibration).blocks
@@ -311,14 +312,14 @@ def test_a_method_measured_by_another_takes_what_that_has_found(
 def test_bad_input(llama, tmp_path):
     with pytest.raises(BadInput, match="--spread means nothing to the allocation fisher"):
         recipe.merged(None, {"allocation": "fisher", "spread": 0.1})
-    settings = recipe.settings(method="magnitude", allocation="fisher", sparsity=0.5)
+    settings = PruneSettings.checked(method="magnitude", allocation="fisher", sparsity=0.5)
     with pytest.raises(BadInput, match="with the allocation fisher looks at the model's inputs"):
         prune(llama, tmp_path / "out", settings, None)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_what_costs_most_is_pruned_least(llama, text_file, monkeypatch, bits):
-    settings = recipe.settings(method="wanda", allocation="fisher", sparsity=0.5, bits=bits)
+    settings = PruneSettings.checked(method="wanda", allocation="fisher", sparsity=0.5, bits=bits)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
     tried = set()

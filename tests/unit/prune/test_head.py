@@ -5,7 +5,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from owl_deploy import recipe
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.grid import read_grid
 from owl_deploy.hardware import ANY_HARDWARE
@@ -18,6 +17,7 @@ from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.run import prune
 from owl_deploy.prune.store import Store
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import pack
 from tests import tiny
 
@@ -31,7 +31,7 @@ def calibration(text_file):
 
 @pytest.mark.parametrize(("bits", "of_head"), [(4, 4), (4, 3), (8, 4)])
 def test_it_is_rounded_beside_the_blocks(llama, tmp_path, calibration, bits, of_head):
-    settings = recipe.settings(method="none", bits=bits, head_bits=of_head)
+    settings = PruneSettings.checked(method="none", bits=bits, head_bits=of_head)
     manifest = prune(llama, tmp_path / "out", settings, calibration)
     grid = read_grid(tmp_path / "out")
     assert grid.bits == dict.fromkeys(grid.scales, bits) | {"lm_head": of_head}
@@ -46,7 +46,7 @@ def test_it_is_rounded_beside_the_blocks(llama, tmp_path, calibration, bits, of_
 
 def test_it_is_what_a_sparsity_of_nought_gives(llama, tmp_path, calibration):
     for name, values in (("bits", {"head_bits": 4}), ("sparsity", {"head_sparsity": 0.0})):
-        settings = recipe.settings(method="none", bits=4, **values)
+        settings = PruneSettings.checked(method="none", bits=4, **values)
         prune(llama, tmp_path / name, settings, calibration)
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("bits", "sparsity"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -60,9 +60,9 @@ def test_its_cost_is_the_divergence_of_the_model_with_it(
     monkeypatch.setattr(prune_request, "MEASURED_TOKENS", 3 * 48)
     model = tiny.write_model(family, tmp_path / "dense", tie_word_embeddings=tied)
     calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
-    settings = recipe.settings(budget="60kB", method="none")
+    settings = PruneSettings.checked(budget="60kB", method="none")
     # The budget is not what is looked at: any that is possible.
-    settings = recipe.settings(budget=possible(model, settings, calibration), method="none")
+    settings = PruneSettings.checked(budget=possible(model, settings, calibration), method="none")
     request = check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
     store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
     eight, four = measure_head(request, store)
@@ -107,11 +107,11 @@ def possible(model, settings, calibration):
 def test_a_budget_of_a_size_finds_out_about_it(tmp_path, calibration):
     """The least has it in 4 bits; the most, which has room for all, does not."""
     model = tiny.write_model("qwen2", tmp_path / "dense", **SIZES)
-    settings = recipe.settings(budget="1kB", method="none")
+    settings = PruneSettings.checked(budget="1kB", method="none")
     least = int(possible(model, settings, calibration).removesuffix("kB"))
     found = {}
     for name, size in (("least", f"{least}kB"), ("most", f"{2 * least - 20}kB")):
-        settings = recipe.settings(budget=size, method="none")
+        settings = PruneSettings.checked(budget=size, method="none")
         manifest = prune(model, tmp_path / name, settings, calibration)
         found[name] = manifest.settings.head_bits
         assert ("lm_head" in read_grid(tmp_path / name).bits) == (found[name] == 4)
@@ -123,11 +123,11 @@ def test_a_budget_leaves_it_where_it_is_told_to(tmp_path, calibration):
     model = tiny.write_model("qwen2", tmp_path / "dense", **SIZES)
     for values in ({"budget": "4"}, {"budget": "260kB", "skip": ("lm_head",)}):
         manifest = prune(
-            model, tmp_path / "out", recipe.settings(**values), calibration, force=True
+            model, tmp_path / "out", PruneSettings.checked(**values), calibration, force=True
         )
         assert manifest.settings.head_bits is None
         assert "lm_head" not in read_grid(tmp_path / "out").bits
-    settings = recipe.settings(budget="4", head_bits=3)
+    settings = PruneSettings.checked(budget="4", head_bits=3)
     assert prune(model, tmp_path / "three", settings, calibration).settings.head_bits == 3
     assert read_grid(tmp_path / "three").bits["lm_head"] == 3
 

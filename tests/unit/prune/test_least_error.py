@@ -10,6 +10,7 @@ from owl_deploy.hardware import Hardware
 from owl_deploy.prune.least_error import least_error
 from owl_deploy.prune.request import check
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
 from tests.reference import lsa as reference
 
@@ -49,7 +50,7 @@ def calibration(text_file):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_blocks_lose_by_the_mean_error_of_their_linears(family, calibration, tmp_path):
     model = tiny.write_model(family, tmp_path / "dense", num_hidden_layers=4)
-    settings = recipe.settings(method="wanda", allocation="lsa", sparsity=0.7)
+    settings = PruneSettings.checked(method="wanda", allocation="lsa", sparsity=0.7)
     manifest = prune(model, tmp_path / "out", settings, calibration)
     windows = check(model, settings, calibration, Hardware(), tune_minutes=None).windows
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -75,14 +76,14 @@ def squares(model, linear, windows):
 
 
 def test_without_a_spread_it_is_uniform(llama, calibration, tmp_path):
-    settings = recipe.settings(method="wanda", allocation="lsa", sparsity=0.7, spread=0.0)
+    settings = PruneSettings.checked(method="wanda", allocation="lsa", sparsity=0.7, spread=0.0)
     manifest = prune(llama, tmp_path / "out", settings, calibration)
     assert {block.sparsity for block in manifest.blocks} == {0.7}
 
 
 def test_what_the_pruning_sees_is_not_spent(llama, calibration, tmp_path):
     """By its own recipe, which measures nothing, the model is the same."""
-    settings = recipe.settings(method="sparsegpt", allocation="lsa", sparsity=0.7)
+    settings = PruneSettings.checked(method="sparsegpt", allocation="lsa", sparsity=0.7)
     manifest = prune(llama, tmp_path / "out", settings, calibration)
     listed = recipe.merged(tmp_path / "out" / "recipe.yaml", {"method": "sparsegpt"})
     prune(llama, tmp_path / "again", listed, calibration)

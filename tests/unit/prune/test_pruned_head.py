@@ -12,6 +12,7 @@ from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.errors import BadInput
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.show import show
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
 from tests.reference import owl as reference
@@ -34,8 +35,8 @@ def differing(a, b):
 def test_it_equals_the_naive_procedure(tmp_path, calibration, family, tied):
     source = tiny.write_model(family, tmp_path / "dense", tie_word_embeddings=tied)
     values = {"sparsity": 0.5, "outlier_multiple": 2}
-    prune(source, tmp_path / "without", recipe.settings(**values), calibration)
-    settings = recipe.settings(**values, head_sparsity=0.4)
+    prune(source, tmp_path / "without", PruneSettings.checked(**values), calibration)
+    settings = PruneSettings.checked(**values, head_sparsity=0.4)
     manifest = prune(source, tmp_path / "with", settings, calibration).to_json()
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "without")
@@ -60,7 +61,7 @@ def test_it_equals_the_naive_procedure(tmp_path, calibration, family, tied):
 @pytest.mark.parametrize("structure", ["unstructured", "2:4"])
 @pytest.mark.parametrize("method", tiny.REMOVING)
 def test_every_method_and_its_recipe(llama, tmp_path, calibration, method, structure):
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         method=method, allocation="owl", structure=structure, head_sparsity=0.5
     )
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
@@ -68,7 +69,7 @@ def test_every_method_and_its_recipe(llama, tmp_path, calibration, method, struc
     assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
     if structure == "2:4":
         assert int((weight.reshape(-1, 4) != 0).sum(1).max()) <= 2
-    loaded = recipe.settings(**recipe.load(tmp_path / "out" / "recipe.yaml"))
+    loaded = PruneSettings.checked(**recipe.load(tmp_path / "out" / "recipe.yaml"))
     assert loaded.head_sparsity == 0.5
     assert loaded.layers == {block["name"]: block["sparsity"] for block in manifest["blocks"]}
     if method not in ("wanda-variant", "alps"):  # which a recipe calls Wanda, SparseGPT
@@ -77,7 +78,7 @@ def test_every_method_and_its_recipe(llama, tmp_path, calibration, method, struc
 
 
 def test_magnitude_looks_at_no_text(llama, tmp_path):
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         method="magnitude", allocation="uniform", sparsity=0.5, head_sparsity=0.25
     )
     prune(llama, tmp_path / "out", settings, None)
@@ -93,21 +94,21 @@ def test_a_tied_head_that_lies_there_twice_is_written_twice(tmp_path, calibratio
     tensors = load_file(source / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
-    prune(source, tmp_path / "out", recipe.settings(head_sparsity=0.5), calibration)
+    prune(source, tmp_path / "out", PruneSettings.checked(head_sparsity=0.5), calibration)
     found = load_file(tmp_path / "out" / WEIGHTS)
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
     assert float((found["lm_head.weight"] == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_run_stopped_after_the_head_resumes(llama, tmp_path, calibration, monkeypatch):
-    settings = recipe.settings(head_sparsity=0.5)
+    settings = PruneSettings.checked(head_sparsity=0.5)
     prune(llama, tmp_path / "whole", settings, calibration)
     with monkeypatch.context() as patched:
         patched.setattr("owl_deploy.prune.write.assemble", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prune(llama, tmp_path / "out", settings, calibration)
     with pytest.raises(BadInput, match="head_sparsity"):
-        prune(llama, tmp_path / "out", recipe.settings(), calibration, resume=True)
+        prune(llama, tmp_path / "out", PruneSettings.checked(), calibration, resume=True)
     monkeypatch.setattr("owl_deploy.blocks.Skeleton.embed", interrupted)  # no block needs to run
     bars = bars_filled(monkeypatch)
     prune(llama, tmp_path / "out", settings, calibration, resume=True)
@@ -140,7 +141,7 @@ def bars_filled(monkeypatch):
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_the_bar_ends_full(llama, tmp_path, calibration, monkeypatch, method, head):
     bars = bars_filled(monkeypatch)
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         method=method, allocation="uniform", sparsity=0.5, head_sparsity=head
     )
     prune(llama, tmp_path / "out", settings, calibration if method == "wanda" else None)
@@ -149,7 +150,7 @@ def test_the_bar_ends_full(llama, tmp_path, calibration, monkeypatch, method, he
 
 def test_large_checkpoints(tmp_path, calibration, monkeypatch):
     source = tiny.write_llama(tmp_path / "dense")
-    settings = recipe.settings(head_sparsity=0.5)
+    settings = PruneSettings.checked(head_sparsity=0.5)
     prune(source, tmp_path / "small", settings, calibration)
     monkeypatch.setattr("owl_deploy.checkpoint.SHARD_BYTES", 30_000)
     prune(source, tmp_path / "large", settings, calibration)
@@ -164,7 +165,7 @@ def test_large_checkpoints(tmp_path, calibration, monkeypatch):
 
 
 def test_the_table_names_the_head(llama, tmp_path, calibration, capsys):
-    manifest = prune(llama, tmp_path / "out", recipe.settings(head_sparsity=0.5), calibration)
+    manifest = prune(llama, tmp_path / "out", PruneSettings.checked(head_sparsity=0.5), calibration)
     show(manifest, "out")
     line = next(line for line in capsys.readouterr().out.splitlines() if "lm_head" in line)
     assert line.split()[1] == "0.5000"
@@ -185,13 +186,13 @@ def test_the_table_names_the_head(llama, tmp_path, calibration, capsys):
 )
 def test_what_cannot_be(values, complaint):
     with pytest.raises(BadInput, match=complaint):
-        recipe.settings(**values)
+        PruneSettings.checked(**values)
 
 
 def test_groups_must_divide_its_inputs(tmp_path, calibration):
     source = tiny.write_llama(tmp_path / "odd", hidden_size=72, intermediate_size=80)
     odd = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
-    settings = recipe.settings(structure="8:16", skip=odd)
+    settings = PruneSettings.checked(structure="8:16", skip=odd)
     prune(source, tmp_path / "out", settings, calibration)
     with pytest.raises(BadInput, match="lm_head has 72 inputs, no multiple of 16"):
         prune(

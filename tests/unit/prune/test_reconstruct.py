@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from owl_deploy import blocks, recipe
+from owl_deploy import blocks
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import GRID, WEIGHTS, open_checkpoint
 from owl_deploy.errors import BadInput
@@ -17,6 +17,7 @@ from owl_deploy.grid import limits
 from owl_deploy.prune import reconstruct
 from owl_deploy.prune.reconstruct import Reconstruction, error, held_out_windows
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
 from tests.reference import reconstruct as reference
 
@@ -37,7 +38,7 @@ def calibration(text_file):
 def pruned(model, folder, calibration, **values):
     """The manifest and the weights of a model of which half was removed."""
     asked = {"method": "sparsegpt", "allocation": "uniform", "sparsity": 0.5} | values
-    manifest = prune(model, folder, recipe.settings(**asked), calibration).to_json()
+    manifest = prune(model, folder, PruneSettings.checked(**asked), calibration).to_json()
     return manifest, load_file(folder / WEIGHTS)
 
 
@@ -236,7 +237,7 @@ def test_the_table_says_what_it_gave(models, tmp_path, calibration, owl):
 )
 def test_what_is_impossible_is_refused(values, complaint):
     with pytest.raises(BadInput, match=complaint):
-        recipe.settings(**values)
+        PruneSettings.checked(**values)
 
 
 def on_grid(folder, bits):
@@ -294,7 +295,7 @@ def test_zeros_of_a_model_that_was_pruned_before_stay(models, tmp_path, calibrat
 
 
 def test_a_budget_is_reconstructed_in_each_format(models, tmp_path, calibration):
-    settings = recipe.settings(budget="5", reconstruct=1)
+    settings = PruneSettings.checked(budget="5", reconstruct=1)
     manifest = prune(models["llama"], tmp_path / "out", settings, calibration).to_json()
     bits = {one["bits"] for block in manifest["blocks"] for one in block["linears"].values()}
     assert len(bits) > 1
@@ -302,7 +303,7 @@ def test_a_budget_is_reconstructed_in_each_format(models, tmp_path, calibration)
 
 
 def test_it_needs_a_text(models, tmp_path):
-    settings = recipe.settings(method="magnitude", allocation="uniform", reconstruct=1)
+    settings = PruneSettings.checked(method="magnitude", allocation="uniform", reconstruct=1)
     with pytest.raises(BadInput, match="A reconstruction trains what is left on a text"):
         prune(models["llama"], tmp_path / "out", settings, None)
 
@@ -311,14 +312,14 @@ def test_it_needs_windows_to_hold_out(models, tmp_path):
     (tmp_path / "text.txt").write_text(tiny.text(400))
     text = Calibration(str(tmp_path / "text.txt"), samples=10**6, sequence_length=2)
     with pytest.raises(BadInput, match="not 1000000") as refused:
-        prune(models["llama"], tmp_path / "out", recipe.settings(allocation="owl"), text)
+        prune(models["llama"], tmp_path / "out", PruneSettings.checked(allocation="owl"), text)
     there = int(re.search(r"holds (\d+) windows", str(refused.value))[1])
     enough = replace(text, samples=there)
     with pytest.raises(BadInput, match=f"not {there} and {held_out_windows(there)} others"):
         prune(
             models["llama"],
             tmp_path / "out",
-            recipe.settings(allocation="owl", reconstruct=1),
+            PruneSettings.checked(allocation="owl", reconstruct=1),
             enough,
         )
     assert not (tmp_path / "out").exists()

@@ -2,12 +2,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from owl_deploy import recipe
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.errors import BadInput
 from owl_deploy.methods import METHODS
 from owl_deploy.prune import refit
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
 from tests.reference import alps as reference
 
@@ -58,7 +58,7 @@ def test_the_first_block_keeps_its_mask_and_gets_other_values(
     """Later blocks see other inputs, so that their masks may differ."""
     values = {"method": method, "allocation": "uniform", "structure": structure, "sparsity": 0.5}
     for name, refitted in (("plain", False), ("refit", True)):
-        settings = recipe.settings(**values, refit=refitted)
+        settings = PruneSettings.checked(**values, refit=refitted)
         manifest = prune(llama, tmp_path / name, settings, calibration).to_json()
         assert manifest["settings"]["refit"] is refitted
         told = "no refit of the weights" in (tmp_path / name / "recipe.yaml").read_text()
@@ -72,7 +72,7 @@ def test_the_first_block_keeps_its_mask_and_gets_other_values(
 
 
 def test_it_needs_a_text(llama, tmp_path):
-    settings = recipe.settings(method="magnitude", allocation="uniform", refit=True)
+    settings = PruneSettings.checked(method="magnitude", allocation="uniform", refit=True)
     with pytest.raises(BadInput, match="magnitude, with a refit, with the allocation uniform"):
         prune(llama, tmp_path / "out", settings, None)
 
@@ -81,7 +81,7 @@ def test_it_needs_a_text(llama, tmp_path):
 def test_what_is_rounded_is_refitted_before(llama, tmp_path, calibration, method):
     found = []
     for again in (False, True):
-        settings = recipe.settings(
+        settings = PruneSettings.checked(
             method=method, allocation="uniform", sparsity=0.5, bits=4, refit=again
         )
         prune(llama, tmp_path / str(again), settings, calibration)

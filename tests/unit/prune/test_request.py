@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from owl_deploy import recipe
 from owl_deploy.errors import BadInput
 from owl_deploy.prune.request import Calibration, as_calibration, as_settings
 from owl_deploy.prune.run import prune
+from owl_deploy.prune_settings import PruneSettings
 
 MAGNITUDE = {"method": "magnitude", "allocation": "uniform", "sparsity": 0.5}
 
@@ -32,7 +32,7 @@ def test_the_text_may_come_alone(kind: type) -> None:
 
 
 def test_settings_may_be_those_that_are_given() -> None:
-    assert as_settings(MAGNITUDE) == recipe.settings(**MAGNITUDE)
+    assert as_settings(MAGNITUDE) == PruneSettings.checked(**MAGNITUDE)
     with pytest.raises(BadInput, match="Unknown key 'sparsty'"):
         as_settings({"sparsty": 0.5})
 

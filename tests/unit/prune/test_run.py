@@ -21,6 +21,7 @@ from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.show import show
 from owl_deploy.prune.store import Store
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
 from tests import tiny
 from tests.reference import owl as reference
@@ -39,7 +40,7 @@ def windows(folder, calibration):
 
 
 def test_owl_wanda_equals_the_naive_procedure(llama, tmp_path, calibration):
-    settings = recipe.settings(allocation="owl", sparsity=0.6, outlier_multiple=2, spread=0.1)
+    settings = PruneSettings.checked(allocation="owl", sparsity=0.6, outlier_multiple=2, spread=0.1)
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
 
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
@@ -57,7 +58,7 @@ def test_owl_wanda_equals_the_naive_procedure(llama, tmp_path, calibration):
 
 
 def test_owl_for_each_linear_equals_the_naive_procedure(llama, tmp_path, calibration):
-    settings = recipe.settings(
+    settings = PruneSettings.checked(
         allocation="owl-per-linear", sparsity=0.6, outlier_multiple=2, spread=0.1
     )
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
@@ -88,7 +89,7 @@ def test_owl_for_each_linear_equals_the_naive_procedure(llama, tmp_path, calibra
 
 
 def test_every_linear_keeps_its_own_n_of_8(llama, tmp_path, calibration):
-    settings = recipe.settings(allocation="owl-per-linear", structure="5:8", spread=0.3)
+    settings = PruneSettings.checked(allocation="owl-per-linear", structure="5:8", spread=0.3)
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
     pruned = load_file(tmp_path / "out" / "model.safetensors")
     kept = {}
@@ -107,7 +108,7 @@ def test_every_linear_keeps_its_own_n_of_8(llama, tmp_path, calibration):
 
 def test_a_block_that_is_skipped_stays_dense(llama, tmp_path, calibration):
     for allocation in ("owl", "owl-per-linear"):
-        settings = recipe.settings(
+        settings = PruneSettings.checked(
             allocation=allocation, sparsity=0.6, skip=("model.layers.0",), outlier_multiple=2
         )
         manifest = prune(llama, tmp_path / allocation, settings, calibration).to_json()
@@ -124,14 +125,14 @@ def test_a_block_that_is_skipped_stays_dense(llama, tmp_path, calibration):
 @pytest.mark.parametrize("method", tiny.REMOVING)
 @pytest.mark.parametrize("allocation", ["owl", "uniform"])
 def test_the_target_is_held(llama, tmp_path, calibration, method, allocation):
-    settings = recipe.settings(method=method, allocation=allocation, sparsity=0.7)
+    settings = PruneSettings.checked(method=method, allocation=allocation, sparsity=0.7)
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
     assert manifest["sparsity"]["asked"] == pytest.approx(0.7, abs=1e-6)
     assert manifest["sparsity"]["achieved"] == pytest.approx(0.7, abs=1e-3)
 
 
 def test_magnitude_uniform_needs_no_text(llama, tmp_path):
-    settings = recipe.settings(method="magnitude", allocation="uniform", sparsity=0.5)
+    settings = PruneSettings.checked(method="magnitude", allocation="uniform", sparsity=0.5)
     manifest = prune(llama, tmp_path / "out", settings, None).to_json()
     assert manifest["calibration"] is None
     weight = load_file(llama / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
@@ -142,13 +143,13 @@ def test_magnitude_uniform_needs_no_text(llama, tmp_path):
 
 def test_wanda_without_a_text_is_refused(llama, tmp_path):
     with pytest.raises(BadInput, match="looks at the model's inputs"):
-        prune(llama, tmp_path / "out", recipe.settings(), None)
+        prune(llama, tmp_path / "out", PruneSettings.checked(), None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_embeddings_norms_and_head_are_untouched(tmp_path, calibration):
     source = tiny.write_llama(tmp_path / "untied", tie_word_embeddings=False)
-    prune(source, tmp_path / "out", recipe.settings(sparsity=0.9), calibration)
+    prune(source, tmp_path / "out", PruneSettings.checked(sparsity=0.9), calibration)
     before = load_file(source / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -163,7 +164,7 @@ def test_sharded_bfloat16_in_and_out(tmp_path, calibration, monkeypatch):
     model.save_pretrained(source, max_shard_size="40KB")
     (source / "model.safetensors").unlink()
     monkeypatch.setattr("owl_deploy.checkpoint.SHARD_BYTES", 30_000)
-    prune(source, tmp_path / "out", recipe.settings(sparsity=0.5), calibration)
+    prune(source, tmp_path / "out", PruneSettings.checked(sparsity=0.5), calibration)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert sorted(set(index["weight_map"].values())) == shards
@@ -180,9 +181,9 @@ def test_sharded_bfloat16_in_and_out(tmp_path, calibration, monkeypatch):
 
 
 def test_a_resolved_recipe_prunes_to_the_same_weights(llama, tmp_path, calibration):
-    settings = recipe.settings(sparsity=0.6, outlier_multiple=2)
+    settings = PruneSettings.checked(sparsity=0.6, outlier_multiple=2)
     prune(llama, tmp_path / "a", settings, calibration)
-    resolved = recipe.settings(**recipe.load(tmp_path / "a" / "recipe.yaml"))
+    resolved = PruneSettings.checked(**recipe.load(tmp_path / "a" / "recipe.yaml"))
     assert resolved.allocation == "list"
     prune(llama, tmp_path / "b", resolved, calibration)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
@@ -190,7 +191,7 @@ def test_a_resolved_recipe_prunes_to_the_same_weights(llama, tmp_path, calibrati
 
 
 def test_the_config_holds_what_both_transformers_read(llama, tmp_path, calibration):
-    prune(llama, tmp_path / "out", recipe.settings(sparsity=0.5), calibration)
+    prune(llama, tmp_path / "out", PruneSettings.checked(sparsity=0.5), calibration)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50000.0
     assert config["torch_dtype"] == config["dtype"] == "float32"
@@ -203,7 +204,7 @@ def test_the_config_holds_what_both_transformers_read(llama, tmp_path, calibrati
 
 
 def test_the_recipe_lists_the_blocks_in_model_order(llama, tmp_path, calibration):
-    settings = recipe.settings(allocation="owl", sparsity=0.5)
+    settings = PruneSettings.checked(allocation="owl", sparsity=0.5)
     manifest = prune(llama, tmp_path / "out", settings, calibration).to_json()
     content = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     modifier = content["oneshot_stage"]["pruning_modifiers"]["WandaPruningModifier"]
@@ -218,7 +219,7 @@ def interrupted(*_):
 def test_an_interrupted_run_leaves_only_what_resumes(llama, tmp_path, calibration, monkeypatch):
     monkeypatch.setattr("owl_deploy.prune.write.assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prune(llama, tmp_path / "out", recipe.settings(), calibration)
+        prune(llama, tmp_path / "out", PruneSettings.checked(), calibration)
     assert [path.name for path in tmp_path.iterdir()] == [".out.owl-partial"]
 
 
@@ -239,7 +240,7 @@ def test_what_is_wrong_outside_the_blocks_is_found_before_any_work(
     model = tiny.write_model("llama", tmp_path / "model", tie_word_embeddings=False)
     spoil(model)
     with pytest.raises(BadInput, match=complaint):
-        prune(model, tmp_path / "out", recipe.settings(), calibration)
+        prune(model, tmp_path / "out", PruneSettings.checked(), calibration)
 
 
 def test_a_tied_matrix_that_is_two(tmp_path, calibration):
@@ -248,17 +249,17 @@ def test_a_tied_matrix_that_is_two(tmp_path, calibration):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with pytest.raises(BadInput, match=r"are one matrix .* the weights hold two"):
-        prune(model, tmp_path / "out", recipe.settings(head_sparsity=0.1), calibration)
+        prune(model, tmp_path / "out", PruneSettings.checked(head_sparsity=0.1), calibration)
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    prune(model, tmp_path / "out", recipe.settings(head_sparsity=0.1), calibration)
+    prune(model, tmp_path / "out", PruneSettings.checked(head_sparsity=0.1), calibration)
 
 
 def test_tokens_that_the_model_does_not_have(tmp_path, calibration):
     model = tiny.write_model("llama", tmp_path / "model", vocab_size=100)
     with pytest.raises(BadInput, match=r"gives the token \d+, and the model has 100"):
-        prune(model, tmp_path / "out", recipe.settings(), calibration)
+        prune(model, tmp_path / "out", PruneSettings.checked(), calibration)
 
 
 @pytest.mark.parametrize("name", ["run.json", "plan.json"])
@@ -269,21 +270,21 @@ def test_what_an_earlier_run_left_is_damaged(
     with monkeypatch.context() as patch:
         patch.setattr("owl_deploy.prune.write.assemble", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prune(llama, tmp_path / "out", recipe.settings(), calibration)
+            prune(llama, tmp_path / "out", PruneSettings.checked(), calibration)
     (tmp_path / ".out.owl-partial" / name).write_text(content)
     other = (name, content) == ("run.json", '{"a": 1}')
     complaint = "with other arguments" if other else f"left is damaged: .*{name}.*--force"
     with pytest.raises(BadInput, match=complaint):
-        prune(llama, tmp_path / "out", recipe.settings(), calibration, resume=True)
+        prune(llama, tmp_path / "out", PruneSettings.checked(), calibration, resume=True)
 
 
 def test_half_a_file_of_a_kill_is_not_published(llama, tmp_path, calibration, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("owl_deploy.prune.write.assemble", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prune(llama, tmp_path / "out", recipe.settings(), calibration)
+            prune(llama, tmp_path / "out", PruneSettings.checked(), calibration)
     (tmp_path / ".out.owl-partial" / ".plan.json.owl-tmp-0123abcd").write_text("{")
-    prune(llama, tmp_path / "out", recipe.settings(), calibration, resume=True)
+    prune(llama, tmp_path / "out", PruneSettings.checked(), calibration, resume=True)
     assert not list((tmp_path / "out").glob(".*"))
 
 
@@ -302,7 +303,7 @@ def changed(folder, name, value):
 
 
 def test_another_held_out_text_is_no_run_to_resume(llama, tmp_path, calibration, monkeypatch):
-    settings = recipe.settings(method="sparsegpt", allocation="uniform", reconstruct=1)
+    settings = PruneSettings.checked(method="sparsegpt", allocation="uniform", reconstruct=1)
     monkeypatch.setattr("owl_deploy.prune.write.assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(llama, tmp_path / "out", settings, calibration)
@@ -321,7 +322,7 @@ def test_another_held_out_text_is_no_run_to_resume(llama, tmp_path, calibration,
 @pytest.mark.gpu
 def test_cuda_gives_the_same_masks_but_for_rounding(llama, tmp_path, calibration):
     for device in ("cpu", "cuda"):
-        settings = recipe.settings(sparsity=0.5)
+        settings = PruneSettings.checked(sparsity=0.5)
         prune(llama, tmp_path / device, settings, calibration, Hardware(device, "float32"))
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "cuda"))
     for name in a:
@@ -345,7 +346,7 @@ def test_a_recipe_and_what_overrides_it_are_recorded(llama, tmp_path, text_file)
 
 def test_a_list_s_mean_is_what_the_recipe_and_the_manifest_say(llama, tmp_path, calibration):
     layers = {"model.layers.0": 0.4, "model.layers.1": 0.6}
-    settings = recipe.settings(allocation="list", layers=layers)
+    settings = PruneSettings.checked(allocation="list", layers=layers)
     manifest = prune(llama, tmp_path / "out", settings, calibration)
     assert manifest.settings.sparsity == pytest.approx(0.5)
     assert "0.5 of the weights removed" in (tmp_path / "out" / "recipe.yaml").read_text()
@@ -361,7 +362,12 @@ def test_the_first_block_s_statistics_go_when_it_is_done(llama, tmp_path, calibr
         return report(*arguments)
 
     monkeypatch.setattr(write, "report", counted)
-    prune(llama, tmp_path / "out", recipe.settings(method="sparsegpt", sparsity=0.5), calibration)
+    prune(
+        llama,
+        tmp_path / "out",
+        PruneSettings.checked(method="sparsegpt", sparsity=0.5),
+        calibration,
+    )
     assert alive == [0, 0]
 
 
@@ -373,7 +379,7 @@ def test_a_device_that_cannot_be_used(name):
 
 def test_a_run_that_resumes_takes_the_batch_that_it_had(llama, tmp_path, calibration, monkeypatch):
     """That was chosen by the memory that was free, which is another now."""
-    settings = recipe.settings(method="wanda", allocation="uniform", sparsity=0.5)
+    settings = PruneSettings.checked(method="wanda", allocation="uniform", sparsity=0.5)
     batches = iter([3, 2])
     monkeypatch.setattr(
         request, "find_batch", lambda given, *_: next(batches) if given is None else given
@@ -390,7 +396,7 @@ def test_a_run_that_resumes_takes_the_batch_that_it_had(llama, tmp_path, calibra
 
 def test_a_gain_in_speed_is_not_timed_again_when_it_is_planned(llama, monkeypatch, calibration):
     monkeypatch.setattr(request.budget, "room", lambda *_: 1 / 0)
-    settings = recipe.settings(method="none", budget="1.5x")
+    settings = PruneSettings.checked(method="none", budget="1.5x")
     asked = {"tune_minutes": None}
     found = request.check(llama, settings, calibration, Hardware(), planned=True, **asked)
     assert found.room is None
@@ -404,7 +410,7 @@ def test_activations_that_overflow_are_refused(tmp_path, calibration, own_cache,
     tensors = load_file(model / WEIGHTS)
     large = {name: 300 * one for name, one in tensors.items() if "layers.0.mlp" in name}
     save_file(tensors | large, model / WEIGHTS, metadata={"format": "pt"})
-    settings = recipe.settings(method="wanda", allocation=allocation, sparsity=0.5)
+    settings = PruneSettings.checked(method="wanda", allocation=allocation, sparsity=0.5)
     with pytest.raises(BadInput, match=r"overflows: what .* is infinite, or no number"):
         prune(model, tmp_path / "out", settings, calibration, Hardware(dtype="float16"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -417,7 +423,7 @@ def test_what_outgrows_16_bits_while_it_is_made_is_not_written(tmp_path, calibra
     name = "model.layers.1.self_attn.v_proj.weight"
     tensors[name] = (tensors[name].float() * (65000 / tensors[name].float().abs().max())).half()
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
-    settings = recipe.settings(method="sparsegpt", allocation="uniform", sparsity=0.6)
+    settings = PruneSettings.checked(method="sparsegpt", allocation="uniform", sparsity=0.6)
     with pytest.raises(BadInput, match=r"v_proj.* becomes larger than float16 holds"):
         prune(model, tmp_path / "out", settings, calibration, Hardware(dtype="float32"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -427,7 +433,7 @@ def test_a_model_that_is_away_for_a_while_costs_no_finished_block(
     tmp_path, calibration, monkeypatch
 ):
     model = tiny.write_llama(tmp_path / "model")
-    settings = recipe.settings(method="wanda", allocation="uniform", sparsity=0.5)
+    settings = PruneSettings.checked(method="wanda", allocation="uniform", sparsity=0.5)
     save, weights = Store.save, model / WEIGHTS
 
     def then_away(self, *block):
@@ -455,7 +461,9 @@ def test_a_model_that_is_away_for_a_while_costs_no_finished_block(
     ],
 )
 def test_the_recipe_repeats_a_result_with_a_dense_block(llama, tmp_path, calibration, asked):
-    first = prune(llama, tmp_path / "a", recipe.settings(method="wanda", **asked), calibration)
+    first = prune(
+        llama, tmp_path / "a", PruneSettings.checked(method="wanda", **asked), calibration
+    )
     again = recipe.merged(tmp_path / "a", {})
     second = prune(llama, tmp_path / "b", again, calibration)
     assert (second.sparsity, second.settings.skip) == (first.sparsity, first.settings.skip)
@@ -468,7 +476,7 @@ def test_the_recipe_repeats_a_result_with_a_dense_block(llama, tmp_path, calibra
 
 
 def test_a_skipped_linear_may_stand_in_the_recipe(llama, tmp_path, calibration):
-    settings = recipe.settings(method="wanda", allocation="owl-per-linear", sparsity=0.5)
+    settings = PruneSettings.checked(method="wanda", allocation="owl-per-linear", sparsity=0.5)
     prune(llama, tmp_path / "a", settings, calibration)
     prune(llama, tmp_path / "b", recipe.merged(tmp_path / "a", {"skip": ("q_proj",)}), calibration)
     folders = (tmp_path / "a", tmp_path / "b", llama)

@@ -8,7 +8,6 @@ import torch
 import transformers
 from pydantic import TypeAdapter
 
-from owl_deploy import recipe
 from owl_deploy.artefact import only_writer
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.prune import request as prune_request
@@ -18,6 +17,7 @@ from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.request import Calibration, check
 from owl_deploy.prune.sensitivity import Measuring
 from owl_deploy.prune.store import Store
+from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
 from tests.reference import sensitivity as reference
 
@@ -30,7 +30,7 @@ def model(request, tmp_path_factory):
 
 
 def asked(model, text_file, size="4", **values):
-    settings = recipe.settings(budget=size, **values)
+    settings = PruneSettings.checked(budget=size, **values)
     calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
     return check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
 
@@ -211,7 +211,9 @@ def test_other_questions_are_measured_anew(llama, text_file, values, text):
     count = itertools.count()
 
     def losses(values, text):
-        settings = recipe.settings(**{"method": "sparsegpt", "sparsity": 0.5, "bits": 4} | values)
+        settings = PruneSettings.checked(
+            **{"method": "sparsegpt", "sparsity": 0.5, "bits": 4} | values
+        )
         whole = {"samples": 5, "sequence_length": 48} | text
         calibration = Calibration(str(text_file), **whole)
         request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from owl_deploy import recipe
 from owl_deploy.allocation import ALLOCATIONS, Allocation
 from owl_deploy.errors import BadInput
 from owl_deploy.prune import sparsities
 from owl_deploy.prune.sparsities import BlockStatistics, Shape, linear_sparsities
+from owl_deploy.prune_settings import PruneSettings
 
 SHAPE = Shape(("m.0", "m.1", "m.2"), ({"q": 10, "up": 30}, {}, {"q": 10, "up": 50}))
 
@@ -36,14 +36,14 @@ def test_a_rule_sees_its_parts_in_model_order(monkeypatch, per, sizes, values, e
         BlockStatistics(None, [next(each) for _ in (own if per == "Linear" else own and "b")])
         for own in SHAPE.linears
     ]
-    settings = recipe.settings(allocation="tenth", sparsity=0.35, outlier_multiple=4)
+    settings = PruneSettings.checked(allocation="tenth", sparsity=0.35, outlier_multiple=4)
     assert linear_sparsities(settings, SHAPE, statistics) == expected
     assert seen == [(0.35, sizes, values, 0.2)]
 
 
 def test_a_list_may_name_blocks_and_linears():
     layers = {"m.0": 0.25, "m.2.up": 0.75}
-    settings = recipe.settings(allocation="list", layers=layers)
+    settings = PruneSettings.checked(allocation="list", layers=layers)
     found = linear_sparsities(settings, SHAPE, None)
     assert found == [{"q": 0.25, "up": 0.25}, {}, {"up": 0.75}]
     resolved = sparsities.resolved_layers(SHAPE, found, [2, 2, 2])
@@ -55,7 +55,7 @@ def test_a_list_may_name_blocks_and_linears():
     [({"m.0": 0.5, "m.3": 0.5}, r"it has no m\.3"), ({"m.0": 0.5}, r"m\.2 has no sparsity")],
 )
 def test_a_list_for_another_model_is_refused(layers, complaint):
-    settings = recipe.settings(allocation="list", layers=layers)
+    settings = PruneSettings.checked(allocation="list", layers=layers)
     with pytest.raises(BadInput, match=complaint):
         linear_sparsities(settings, SHAPE, None)
 
@@ -63,16 +63,18 @@ def test_a_list_for_another_model_is_refused(layers, complaint):
 def test_what_a_list_names_and_skip_does_as_well_stays_dense():
     full = [{"q": 10, "up": 30}, {"q": 10, "up": 30}, {"q": 10, "up": 50}]
     layers = {"m.0.q": 0.1, "m.0.up": 0.2, "m.1": 0.5, "m.2": 0.3}
-    settings = recipe.settings(allocation="list", layers=layers, skip=("q", "m.1"))
+    settings = PruneSettings.checked(allocation="list", layers=layers, skip=("q", "m.1"))
     shape = sparsities.select(SHAPE.names, full, settings.skip)
     assert linear_sparsities(settings, shape, None) == [{"up": 0.2}, {}, {"up": 0.3}]
-    other = recipe.settings(allocation="list", layers=layers | {"m.0.p": 0.5}, skip=("q", "m.1"))
+    other = PruneSettings.checked(
+        allocation="list", layers=layers | {"m.0.p": 0.5}, skip=("q", "m.1")
+    )
     with pytest.raises(BadInput, match=r"it has no m\.0\.p"):
         linear_sparsities(other, shape, None)
 
 
 def test_a_block_without_a_sparsity_may_be_skipped():
-    settings = recipe.settings(allocation="list", layers={"m.0": 0.5})
+    settings = PruneSettings.checked(allocation="list", layers={"m.0": 0.5})
     with pytest.raises(BadInput, match=r"Give --skip m\.2 if"):
         linear_sparsities(settings, SHAPE, None)
 
@@ -123,7 +125,7 @@ def test_mixed_groups_are_whole_numbers_for_each_linear(monkeypatch):
         ALLOCATIONS, "given", Allocation(lambda *_: [0.3, 0.5, 0.6, 0.6], per="Linear")
     )
     shape = Shape(("m.0", "m.1"), ({"q": 1, "up": 1}, {"q": 1, "up": 1}))
-    settings = recipe.settings(allocation="given", structure="4:8")
+    settings = PruneSettings.checked(allocation="given", structure="4:8")
     found = linear_sparsities(settings, shape, [BlockStatistics(None, [0.0])] * 2)
     values = [value for own in found for value in own.values()]
     assert sum(values) == pytest.approx(2.0, abs=1 / 16)
@@ -133,7 +135,7 @@ def test_mixed_groups_are_whole_numbers_for_each_linear(monkeypatch):
 def test_a_block_that_is_skipped_does_not_move_the_others():
     """Its share is not 0 outliers: then the others would have half the range."""
     ratios = [BlockStatistics(None, ratio) for ratio in ([4.0], [], [6.0])]
-    settings = recipe.settings(allocation="owl", sparsity=0.5, spread=0.1)
+    settings = PruneSettings.checked(allocation="owl", sparsity=0.5, spread=0.1)
     found = linear_sparsities(settings, SHAPE, ratios)
     assert found[1] == {}
     assert found[0]["q"] - found[2]["q"] == pytest.approx(0.2)
@@ -145,7 +147,7 @@ def test_no_rule_empties_a_part_and_the_mean_is_held(allocation, structure):
     shape = Shape([f"m.{n}" for n in range(6)], [{"q": 64, "up": 128}] * 6)
     parts = 2 if allocation == "owl-per-linear" else 1
     asked = {"sparsity": 0.95} if structure == "unstructured" else {"structure": structure}
-    settings = recipe.settings(allocation=allocation, spread=0.5, **asked)
+    settings = PruneSettings.checked(allocation=allocation, spread=0.5, **asked)
     ratios = [BlockStatistics(None, [float(n + p) for p in range(parts)]) for n in range(6)]
     found = linear_sparsities(settings, shape, ratios)
     every = [one for own in found for one in own.values()]
@@ -158,6 +160,8 @@ def test_no_rule_empties_a_part_and_the_mean_is_held(allocation, structure):
 
 
 def test_what_a_list_leaves_out_is_there_where_it_is_rounded():
-    settings = recipe.settings(allocation="list", layers={"m.0": 0.25, "m.2.up": 0.75}, bits=4)
+    settings = PruneSettings.checked(
+        allocation="list", layers={"m.0": 0.25, "m.2.up": 0.75}, bits=4
+    )
     found = linear_sparsities(settings, SHAPE, None)
     assert found == [{"q": 0.25, "up": 0.25}, {}, {"q": 0.0, "up": 0.75}]

@@ -16,6 +16,7 @@ from owl_deploy import recipe
 from owl_deploy.families import FAMILIES
 from owl_deploy.methods import METHODS
 from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
 
 ALLOCATIONS = ("uniform", "owl", "owl-per-linear", "dlp", "linear")
@@ -70,7 +71,7 @@ def test_every_combination(models, text_file, tmp_path, method, allocation, stru
     values = {"method": method, "allocation": allocation, "structure": structure, "spread": 0.1}
     if structure == "unstructured":
         values["sparsity"] = 0.6
-    settings = recipe.settings(**values)
+    settings = PruneSettings.checked(**values)
     text = Calibration(str(text_file), samples=3, sequence_length=32)
     manifest = prune(models[family], tmp_path / "out", settings, text).to_json()
 
@@ -102,7 +103,7 @@ def test_every_combination(models, text_file, tmp_path, method, allocation, stru
         for name in names:
             kept = pruned[f"{name}.weight"] != 0
             assert torch.equal(pruned[f"{name}.weight"][kept], dense[f"{name}.weight"][kept])
-    loaded = recipe.settings(**recipe.load(tmp_path / "out" / "recipe.yaml"))
+    loaded = PruneSettings.checked(**recipe.load(tmp_path / "out" / "recipe.yaml"))
     layers = {}  # a block, or its Linears where they are asked different shares
     for block in manifest["blocks"]:
         own = {f"{block['name']}.{name}": one["sparsity"] for name, one in block["linears"].items()}

@@ -18,6 +18,7 @@ from owl_deploy.prune import tune
 from owl_deploy.prune.request import check
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.sparsities import Shape
+from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import ALONE
 from tests import tiny
 
@@ -31,12 +32,14 @@ def mean(division):
 
 
 def test_a_search_begins_with_what_was_asked_and_others():
-    found = dict(tune.named(recipe.settings(allocation="dlp", spread=0.11)))
+    found = dict(tune.named(PruneSettings.checked(allocation="dlp", spread=0.11)))
     assert next(iter(found)) == "dlp, spread 0.11"
     assert {one.allocation for one in found.values()} == {"dlp", "linear", "uniform"}
     assert len(found) == 1 + 3 + 3 + 1
     assert len({(one.allocation, one.spread) for one in found.values()}) == len(found)
-    groups = [one for _, one in tune.named(recipe.settings(allocation="owl", structure="4:8"))]
+    groups = [
+        one for _, one in tune.named(PruneSettings.checked(allocation="owl", structure="4:8"))
+    ]
     assert {one.spread for one in groups if one.allocation == "owl"} == {0.125, 0.1875}
 
 
@@ -56,19 +59,19 @@ def test_a_search_begins_with_what_was_asked_and_others():
 )
 def test_nothing_to_tune_and_no_time(settings, minutes, said):
     with pytest.raises(BadInput, match=said):
-        tune.check(recipe.settings(**settings), minutes)
+        tune.check(PruneSettings.checked(**settings), minutes)
 
 
 def test_what_a_search_finds_is_no_allocation_to_ask_for(llama, text_file, tmp_path):
     text = Calibration(str(text_file), samples=3, sequence_length=48)
     with pytest.raises(BadInput, match="is what --tune finds"):
-        prune(llama, tmp_path / "out", recipe.settings(allocation="searched"), text)
+        prune(llama, tmp_path / "out", PruneSettings.checked(allocation="searched"), text)
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "4:8", "2:4"])
 @pytest.mark.parametrize("seed", range(5))
 def test_offspring_keep_the_sparsity_and_empty_no_linear(structure, seed):
-    settings = recipe.settings(structure=structure, sparsity=0.5)
+    settings = PruneSettings.checked(structure=structure, sparsity=0.5)
     mutation, draw = tune.Mutation(settings, SHAPE), random.Random(seed)
     division = mutation.feasible([0.5] * 12)
     assert division == (0.5,) * 12
@@ -90,7 +93,7 @@ def test_offspring_keep_the_sparsity_and_empty_no_linear(structure, seed):
 
 
 def test_linears_trade_alone_by_block_by_name_and_by_third():
-    ways = tune.Mutation(recipe.settings(), SHAPE).ways
+    ways = tune.Mutation(PruneSettings.checked(), SHAPE).ways
     assert [len(sets) for sets in ways] == [12, 4, 3, 9]
     for sets in ways:
         assert sorted(itertools.chain(*sets)) == list(range(12))
@@ -120,7 +123,7 @@ def searched(monkeypatch, generations, *, state=None, seed=0):
     clock = itertools.count()
     monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
     goal = tuple(0.5 + (0.2 if number % 3 == 2 else -0.2) for number in range(12))
-    mutation = tune.Mutation(recipe.settings(sparsity=0.5), SHAPE)
+    mutation = tune.Mutation(PruneSettings.checked(sparsity=0.5), SHAPE)
     state, kept = state or tune.Search(), []
     searcher = tune.Searcher(mutation, Bowl(goal), state, seed, ALONE, kept.append)
     searcher.run([("uniform", (0.5,) * 12), ("other", (0.4,) * 12)], generations / 60)
@@ -174,7 +177,7 @@ def test_losses_of_the_dense_states_are_the_models_own(family, tmp_path):
 def test_a_search_never_ends_worse_than_what_was_asked(
     llama, text_file, tmp_path, allocation, structure
 ):
-    settings = recipe.settings(allocation=allocation, structure=structure)
+    settings = PruneSettings.checked(allocation=allocation, structure=structure)
     text = Calibration(str(text_file), samples=3, sequence_length=48)
     manifest = prune(llama, tmp_path / "out", settings, text, tune_minutes=NO_TIME).to_json()
     trials = manifest["tuning"]
@@ -196,7 +199,7 @@ def test_what_was_found_is_pruned_again_from_its_recipe(llama, text_file, tmp_pa
     text = Calibration(str(text_file), samples=3, sequence_length=48)
     clock = itertools.count()
     monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
-    settings = recipe.settings(sparsity=0.6)
+    settings = PruneSettings.checked(sparsity=0.6)
     found = prune(llama, tmp_path / "found", settings, text, tune_minutes=20 / 60)
     assert len(found.tuning) == len(tune.named(settings)) + 19
     assert found.sparsity.asked == pytest.approx(0.6)
@@ -219,7 +222,7 @@ def test_of_the_offspring_the_best_on_little_text_is_judged_on_all(monkeypatch):
     goal = tuple(0.5 + (0.2 if number % 3 == 2 else -0.2) for number in range(12))
     state = tune.Search()
     state.judged("uniform", (0.5,) * 12, 1.5)
-    mutation = tune.Mutation(recipe.settings(sparsity=0.5), SHAPE)
+    mutation = tune.Mutation(PruneSettings.checked(sparsity=0.5), SHAPE)
     searcher = tune.Searcher(mutation, Noted(goal), state, 0, ALONE, print)
     searcher._generation()
     (young, few), (judged, every) = asked
@@ -237,7 +240,7 @@ def test_a_search_judges_by_text_that_nothing_was_made_by(llama, text_file, tmp_
             super().__init__(skeleton, shape, norms, windows, *rest)
 
     monkeypatch.setattr(planning, "Judge", Noted)
-    settings, text = recipe.settings(sparsity=0.5), Calibration(str(text_file), 3, 48)
+    settings, text = PruneSettings.checked(sparsity=0.5), Calibration(str(text_file), 3, 48)
     prune(llama, tmp_path / "out", settings, text, tune_minutes=NO_TIME)
     request = check(llama, settings, text, ANY_HARDWARE, tune_minutes=1)
     assert torch.equal(made["windows"], request.held_out[:8, :256])
