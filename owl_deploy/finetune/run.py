@@ -12,7 +12,6 @@ import contextlib
 import functools
 import gc
 import hashlib
-import math
 import os
 import shutil
 import sys
@@ -23,22 +22,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.filesize import decimal
 from torch import nn
 
 from owl_deploy import adapter
-from owl_deploy.artefact import check_room, check_writer, only_writer, publish, sha256
+from owl_deploy.artefact import check_writer, only_writer, publish, sha256
 from owl_deploy.checkpoint import GRID, open_checkpoint, stored_dtype
 from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.errors import BadInput, option, unknown_name
 from owl_deploy.finetune.frozen import halve
-from owl_deploy.finetune.logits import TeacherCache, cache_bytes
+from owl_deploy.finetune.logits import TeacherCache
+from owl_deploy.finetune.needs import Needs
 from owl_deploy.finetune.picture import learning_curve_svg
 from owl_deploy.finetune.settings import FinetuneSettings, resolved
 from owl_deploy.finetune.shard import gather_trained, shard, whole
 from owl_deploy.finetune.source import Source, load_teacher
 from owl_deploy.finetune.train import (
-    KEPT_CHECKPOINTS,
     Schedule,
     last_checkpoint,
     tokens_per_second,
@@ -50,7 +48,7 @@ from owl_deploy.hardware import find_device, find_training_dtype, name_of, on_th
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
 from owl_deploy.partial import Partial, asked_before, kept_for_resuming
 from owl_deploy.progress import bar
-from owl_deploy.ranks import ALONE, Ranks, free_memory, join
+from owl_deploy.ranks import ALONE, Ranks, join
 from owl_deploy.survivors import finished, freeze, sparsify
 from owl_deploy.text import source_files
 
@@ -60,9 +58,6 @@ _LESS_MEMORY = (
     "A smaller --batch-size or --block-group takes less; it is another training (--force)."
 )
 _COUNTED = ("step", "seconds", "tokens")  # what goes on from one block group to the next
-# Of the Trainer's checkpoints: bytes a trained number, with Adam's two moments; at once at most.
-_SAVED_BYTES, _SAVED = 12, KEPT_CHECKPOINTS + 1
-_IN_MEMORY_BYTES = 16  # of a trained number: itself, its gradient and those moments
 _PASSES = 4  # over the text, at most, in a time: they teach as new text does (arXiv 2305.16264)
 _HASHED = 1024  # windows at once: the text is larger than memory, perhaps
 # What `accelerate launch` sets to shard a model, which this does not do.
@@ -173,9 +168,18 @@ class Run:
         if settings.teacher_top is not None and settings.teacher_top >= vocabulary:
             raise BadInput(f"--teacher-top must be below the vocabulary's {vocabulary} entries.")
         self._teacher: tuple[Any, list[nn.Module]] | None = None
+        self.needs = Needs(
+            source,
+            settings,
+            self.teacher,
+            self.targets,
+            (len(self.windows[0]), length),
+            ranks.size,
+            self.sparse_result,
+        )
         self._check_ranks()
-        self._check_steps()
-        self._check_memory()
+        self.needs.check_steps()
+        self.needs.check_memory(self.dtype)
         if self.teacher is not None:
             like = settings.feature_weight is not None
             self._teacher = load_teacher(source, self.teacher, self.dtype, like=like)
@@ -199,19 +203,9 @@ class Run:
         alike |= {what: asked[what] for what in ("model", "grid", "text", "teacher", "dtype")}
         self.ranks.check_alike(alike | {"kind of device": asked["device"]})
 
-    def _check_steps(self) -> None:
-        """Refuse fewer steps than there are groups of blocks, each of which takes one at least."""
-        steps = self.settings.max_steps
-        if steps is not None and steps < self._groups:
-            raise BadInput(
-                f"--max-steps gives {steps} step{'s' * (steps > 1)}, and {self._groups} groups of "
-                "blocks take one each at least.",
-                "Give more --max-steps, or a larger --block-group.",
-            )
-
     def begin(self, output: Path, *, resume: bool, force: bool) -> "_Unfinished":
         """The leader's: where the run keeps what is done; `BadInput` where it cannot begin."""
-        self.check_disk(output.resolve().parent, copies=1 if resume else 2)
+        self.needs.check_disk(output.resolve().parent, resume=resume)
         return _Unfinished(output, self.asked(), resume=resume, force=force)
 
     def complete(
@@ -242,78 +236,6 @@ class Run:
             "versions": _versions(),
         }
 
-    def check_disk(self, folder: Path, copies: int) -> None:
-        """Refuse what cannot fit before minutes or hours are spent on it.
-
-        A checkpoint takes its size, and its trained tensors lie beside it meanwhile, from an
-        earlier run perhaps: hence `copies`. An adapter takes little. What is trained is saved on
-        the way, each time before an older one goes.
-        """
-        needed = (_SAVED if copies > 1 else 1) * _SAVED_BYTES * self._trained
-        if self.sparse_result:
-            files = set(self.source.checkpoint.files.values())
-            needed += copies * sum(path.stat().st_size for path in files)
-        check_room(folder, needed, "The result, with what is saved on the way,")
-        if cache := self._cache_bytes * self.ranks.size:
-            check_room(
-                folder, needed + cache, "The teacher's cache for --teacher-top, and the result,"
-            )
-
-    def _check_memory(self) -> None:
-        """Refuse what cannot fit: the system would end it, after hours perhaps, without a word."""
-        if self.ranks.size > 1 or find_device("auto").type != "cpu":
-            return
-        models = [self.source.checkpoint, *([self.teacher] if self.teacher else [])]
-        tokens = self.settings.batch_size * self.settings.sequence_length
-        logits = tokens * self.source.checkpoint.config.get("vocab_size", 0)
-        half = torch.bfloat16.itemsize  # what is frozen may be held in
-        least = half * sum(one.weights() for one in models) + _IN_MEMORY_BYTES * self._trained
-        least += 4 * logits * (1 + len(models))  # and their gradient
-        if self.settings.method == "masked":
-            whole = math.ceil(self._share * self.source.weights)
-            least += (self.dtype.itemsize - half) * whole
-        free = free_memory()
-        if least > free:
-            raise BadInput(
-                f"This training takes at least {decimal(int(least))} of memory, and "
-                f"{decimal(free)} are free.",
-                "Train fewer blocks at a time (--block-group), or smaller batches (--batch-size).",
-            )
-
-    @property
-    def _share(self) -> float:
-        """Of the blocks, those that are trained at once."""
-        blocks = len(self.source.blocks)
-        return min(1.0, (self.settings.block_group or blocks) / blocks)
-
-    @property
-    def _trained(self) -> int:
-        """About how many numbers are trained at once."""
-        if self.settings.method == "masked":
-            return math.ceil(self._share * (self.source.weights - self.source.zeros))
-        sides = (
-            sum(self.source.checkpoint.shape(f"{block}.{name}"))
-            for block, names in self.source.matrices.items()
-            for name in names
-            if name.removesuffix(".weight").rpartition(".")[2] in self.targets
-        )
-        return (self.settings.rank or 0) * sum(sides)
-
-    @property
-    def _cache_bytes(self) -> int:
-        """What a process keeps of the teacher; nothing where no window comes again."""
-        top = self.settings.teacher_top
-        steps = self.settings.max_steps or self._steps_a_pass
-        if top is None or (self._groups == 1 and steps <= self._steps_a_pass):
-            return 0
-        windows, length = self.windows[0].shape
-        return cache_bytes(windows, length - 1, top)
-
-    @property
-    def _groups(self) -> int:
-        blocks = len(self.source.blocks)
-        return math.ceil(blocks / (self.settings.block_group or blocks))
-
     def _describe_text(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for part in self.windows:
@@ -332,8 +254,8 @@ class Run:
         if self.ranks.leads:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
-        if self._cache_bytes:
-            windows, length = self.windows[0].shape
+        if self.needs.cache_bytes:
+            windows, length = self.needs.shape
             name, top = f"teacher-{self.ranks.rank}", self.settings.teacher_top or 0
             self._cache = TeacherCache(partial.folder, name, windows, length - 1, top)
         if self.settings.method == "masked":
@@ -523,7 +445,7 @@ class Run:
         keep: Callable[[list[dict[str, Any]]], None] | None = None,
     ) -> list[dict[str, Any]]:
         minutes = self.settings.max_minutes
-        steps = self.settings.max_steps or (_PASSES if minutes else 1) * self._steps_a_pass
+        steps = self.settings.max_steps or (_PASSES if minutes else 1) * self.needs.steps_a_pass
         each, more = divmod(steps, groups)
         schedule = Schedule(
             max(1, each + (index < more)), None if minutes is None else 60 * minutes / groups
@@ -541,11 +463,6 @@ class Run:
             keep,
             functools.partial(check_writer, partial.output),
         )
-
-    @property
-    def _steps_a_pass(self) -> int:
-        windows = self.settings.batch_size * self.settings.gradient_accumulation * self.ranks.size
-        return math.ceil(len(self.windows[0]) / windows)
 
     def _write(self, tensors: dict[str, torch.Tensor], staging: Path) -> None:
         if self.ranks.leads:

@@ -17,6 +17,7 @@ from owl_deploy.ending import Defect
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
+from owl_deploy.finetune import needs
 from owl_deploy.finetune import run as module
 from owl_deploy.finetune import train as training
 from owl_deploy.finetune.run import Run, finetune
@@ -237,11 +238,11 @@ def test_a_memory_too_small_is_seen_before_anything_is_trained(
     least = 2 * 2 * source.checkpoint.weights() + 2 * trained + 16 * survivors + 3 * 4 * logits
     asked = QUICK | {"method": "masked", "block_group": group}
     monkeypatch.setattr(module.Run, "execute", lambda *_: 1 / 0)
-    monkeypatch.setattr(module, "free_memory", lambda: least - 1)
+    monkeypatch.setattr(needs, "free_memory", lambda: least - 1)
     with pytest.raises(BadInput, match=r"This training takes at least .*--block-group"):
         finetune(sparse, tmp_path / "out", str(text_file), asked, teacher=str(dense))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(module, "free_memory", lambda: least)
+    monkeypatch.setattr(needs, "free_memory", lambda: least)
     with pytest.raises(ZeroDivisionError):
         finetune(sparse, tmp_path / "out", str(text_file), asked, teacher=str(dense))
 
@@ -376,7 +377,7 @@ def test_a_cache_of_the_teacher_changes_nothing(models, text_file, tmp_path, mon
     kept = finetune(sparse, tmp_path / "kept", str(text_file), values, teacher=str(dense))
     assert len(asked) == len(set(asked))
     assert 4 * 4 < len(asked) < 2 * 4 * 4  # the second group reads the text in another order
-    monkeypatch.setattr(module.Run, "_cache_bytes", 0)
+    monkeypatch.setattr(needs.Needs, "cache_bytes", 0)
     again = finetune(sparse, tmp_path / "again", str(text_file), values, teacher=str(dense))
     assert losses(kept) == losses(again)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "kept"]
