@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
+import errno
 import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ MANIFEST = "owl.json"  # what each artefact holds, see manifest.py
 MEASURED = "measured"  # the folder within an artefact that holds what was measured of it
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _OLD = ".owl-old-"  # in the name of what is replaced where that takes several steps
+_MOVE_IT_AWAY = "Move it away, then run again: with --resume, where that is an option."
 
 
 def check_output(destination: Path, force: bool = False) -> None:
@@ -38,6 +41,11 @@ def check_output(destination: Path, force: bool = False) -> None:
     _check_parent(destination)
     if not os.path.lexists(destination.resolve()):
         return
+    if destination.resolve().is_mount():
+        raise BadInput(
+            f"{destination} is where a disk is mounted, which nothing can replace.",
+            "Choose a folder within it.",
+        )
     if not force:
         raise BadInput(f"{destination} exists already.", "Use --force to replace it.")
     if not destination.is_dir() or (any(destination.iterdir()) and not is_artefact(destination)):
@@ -48,13 +56,22 @@ def check_output(destination: Path, force: bool = False) -> None:
 
 
 def check_path(path: Path) -> None:
-    """Refuse a path that is no text: libraries in Rust and C++ take none, some after hours."""
+    """Refuse a path that is no text, for libraries in Rust and C++ take none, some after hours; and
+    one that leads round in a circle, or to no name.
+    """
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
-        raise BadInput(
-            f"The path {path.absolute()} is not UTF-8.", "Rename what is not, or choose another."
-        ) from error
+        way_out = "Rename what is not, or choose another."
+        if sys.getfilesystemencoding() != "utf-8":
+            way_out = "Set LC_ALL=C.UTF-8, if its name is."
+        raise BadInput(f"The path {path.absolute()} is not UTF-8.", way_out) from error
+    try:
+        name = path.resolve().name
+    except (OSError, RuntimeError) as error:  # the latter of a loop, before Python 3.13
+        raise BadInput(f"{path} cannot be followed ({first_line(error)}).") from error
+    if not name:
+        raise BadInput(f"{path} is the root of all folders.", "Choose another name.")
 
 
 def _check_parent(destination: Path) -> None:
@@ -247,9 +264,13 @@ def publish(staging: Path, destination: Path, force: bool) -> None:
     try:
         check_output(destination, force)  # hours may have passed since it was looked at
     except BadInput as error:
-        way_out = "Move it away, then run again: with --resume, where that is an option."
-        raise EnvironmentFailed(f"Meanwhile: {error.message}", way_out) from error
-    _exchange(staging, destination)
+        raise EnvironmentFailed(f"Meanwhile: {error.message}", _MOVE_IT_AWAY) from error
+    try:
+        _exchange(staging, destination)
+    except OSError as error:  # such as EXDEV, of a folder of an image's lower layer
+        raise EnvironmentFailed(
+            f"{destination} cannot be replaced ({error.strerror}).", _MOVE_IT_AWAY
+        ) from error
     shutil.rmtree(staging)
 
 
@@ -304,9 +325,12 @@ def _remove_stale(destination: Path, *, folders: bool) -> None:
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`; the file that the block writes there becomes it, safely on disk.
 
-    `path` holds the old or the new content, never a part; of a link, what it leads to does.
+    `path` holds the old or the new content, never a part; of a link, what it leads to does. Raises
+    `OSError` for what is no file, such as /dev/null, whose place a file is not to take.
     """
     path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     _remove_stale(path, folders=False)
     temporary = _temporary(path)
     try:

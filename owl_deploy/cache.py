@@ -13,8 +13,16 @@ from owl_deploy.errors import EnvironmentFailed
 
 
 def cache_path() -> Path:
-    """Where the cache folder is, or would be: `OWL_CACHE`, else the user's own of the system."""
-    return _place(os.environ.get("OWL_CACHE") or platformdirs.user_cache_dir("owl_deploy"))
+    """Where the cache folder is, or would be: `OWL_CACHE`, else the user's own of the system.
+
+    Raises `EnvironmentFailed` where there is neither.
+    """
+    try:
+        return _place(os.environ.get("OWL_CACHE") or platformdirs.user_cache_dir("owl_deploy"))
+    except RuntimeError as error:  # neither HOME nor an entry in /etc/passwd
+        raise EnvironmentFailed(
+            "This user has no home folder to keep a cache in.", "Set OWL_CACHE to a folder."
+        ) from error
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from owl_deploy import __version__, api, options
-from owl_deploy.ending import Interrupted, exit_code
+from owl_deploy.ending import Interrupted, exit_code, explained
 from owl_deploy.errors import option
 from owl_deploy.methods import METHODS
 from owl_deploy.ranks import leads, leave, local_rank
@@ -36,6 +36,8 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted(str(error) or _LEFT.get(str(ctx.invoked_subcommand), "")) from error
+        except EOFError as error:  # of a file that was cut short, which click takes for Ctrl-D
+            raise explained(error) from error
 
 
 app = typer.Typer(
@@ -544,7 +546,7 @@ def report(
     ]
     loss = read_loss(max_loss) if max_loss else None
     measured = [api.read_result(path) for path in results if not trained[path]]
-    write_report(measured, output, curves, loss, quality_metric, force=force)
+    write_report(measured, output, curves, loss, quality_metric, force=force, made_of=results)
     _emit({"report": str(output)}, as_json, lambda: typer.echo(output))
 
 

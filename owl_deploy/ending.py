@@ -88,12 +88,44 @@ class _Stdout:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
+class _Stderr:
+    """stderr, which may be lost, as a terminal is that was closed: that costs what would be said
+    there, and not the work, the result or its exit code.
+    """
+
+    def __init__(self, stream: Any) -> None:  # noqa: ANN401 - a text stream, or a test's
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._until_it_is_lost():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._until_it_is_lost():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _until_it_is_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # what is left of it goes nowhere: Python would try that again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def exit_code(app: Callable[[], object]) -> int:
     """Run the command line `app`; say what it ends with, and return the exit code."""
     if sys.stdout is None:  # the next file that is opened would be where libraries print to
         return _say(EnvironmentFailed("stdout is closed.", "Send it to /dev/null or a file."))
     stdout = _Stdout(sys.stdout)
-    with contextlib.redirect_stdout(cast(TextIO, stdout)):
+    stderr = sys.stderr and cast(TextIO, _Stderr(sys.stderr))
+    with (
+        contextlib.redirect_stdout(cast(TextIO, stdout)),
+        contextlib.redirect_stderr(stderr),
+    ):
         try:
             code = _run(app, stdout)
         finally:

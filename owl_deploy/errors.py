@@ -127,18 +127,22 @@ def printable(text: str) -> str:
     )
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether a write failed for want of room; safetensors, numpy and torch tell it in
     words only.
     """
     if isinstance(error, OSError):
-        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return no_room or (error.errno is None and " requested and " in str(error))
+        return error.errno in _NO_ROOM or (error.errno is None and " requested and " in str(error))
     if type(error).__name__ == "CheckpointException":  # torch.distributed's, of some processes
         return any(is_full_disk(one) for one, _ in error.failures.values())  # type: ignore[attr-defined]
     if isinstance(error, RuntimeError):  # torch.save's
         return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
-    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
+    if type(error).__name__ != "SafetensorError":
+        return False
+    return any(f"(os error {number})" in str(error) for number in _NO_ROOM)
 
 
 _NO_MEMORY = (

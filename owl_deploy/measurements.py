@@ -1,5 +1,6 @@
 """What was measured of an artefact: files in its folder `measured`; its manifest stays."""
 
+import contextlib
 import errno
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from owl_deploy.artefact import MANIFEST, MEASURED, read_object, write_json
-from owl_deploy.errors import invalid
+from owl_deploy.errors import BadInput, invalid
 from owl_deploy.lease import lease
 from owl_deploy.manifest import Manifest, read_manifest
 
@@ -70,7 +71,10 @@ def keep_measurement(folder: Path, name: str, value: dict[str, Any], *, add: boo
         if path.is_symlink():
             raise OSError(errno.ELOOP, "it is a link", str(path))
     with lease(lock, wait=True):
-        earlier = measurement(folder, name) if add else None
+        earlier: dict[str, Any] | None = None
+        if add:
+            with contextlib.suppress(BadInput):  # what cannot be read cannot stay
+                earlier = measurement(folder, name)
         write_json(file, (earlier or {}) | value)
 
 

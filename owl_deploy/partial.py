@@ -6,7 +6,7 @@ The hidden folder `.NAME.owl-partial` holds `run.json`, what was asked, and what
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,30 @@ class Partial:
         all_to_disk(temporary)
         temporary.replace(path)
 
+    def read_tensors(self, path: Path) -> "dict[str, torch.Tensor]":
+        """The tensors of a file that `write_tensors` made; raises `BadInput` for a damaged one."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise damaged(path) from error
+
+    def check_unchanged(self, inputs: Callable[[], Mapping[str, Any]]) -> None:
+        """Raise `EnvironmentFailed` unless what was asked names the `inputs` as they are now.
+
+        For a run that has read them for hours, before it writes what came of that.
+        """
+        asked = _read_asked(self.folder)
+        try:
+            now = json.loads(json.dumps(inputs()))
+        except OSError as error:
+            raise _mixture(f"{error.filename}") from error
+        for name, value in now.items():
+            if asked.get(name) != value:
+                raise _mixture(f"the {name}")
+
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
@@ -159,9 +183,16 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - any JSON value
 
 def _read_asked(folder: Path) -> dict[str, Any]:
     found = _read(folder / ASKED)
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not isinstance(found.get(ROUNDING, {}), dict):
         raise damaged(folder / ASKED)
     return found
+
+
+def _mixture(what: str) -> EnvironmentFailed:
+    return EnvironmentFailed(
+        f"While this run read it, {what} was replaced or removed: what came of it is not written.",
+        "Run again with --force.",
+    )
 
 
 def damaged(path: Path) -> BadInput:

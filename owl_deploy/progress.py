@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,6 +28,8 @@ def result_console(width: int | None = None) -> Console:
 
     All is plain text: a path may hold brackets, and the numbers of a table have one colour.
     """
+    if width is None and os.environ.get("COLUMNS") == "0":  # rich would print nothing
+        width = shutil.get_terminal_size().columns
     return Console(width=width, highlight=False, markup=False)
 
 

@@ -44,7 +44,9 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     documents = list({_identity(one): one for one in named}.values())
     tokenizer = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or sum(map(_size, documents)) < _LEAST_BYTES:
+    # A template may write the date: a run that resumes tomorrow finds today's tokens.
+    dated = any(map(depends_on_template, documents))
+    if backend is None or (sum(map(_size, documents)) < _LEAST_BYTES and not dated):
         return _tokenized(tokenizer, documents)
     # Whether special tokens in a text are read as such, the backend is told at each call.
     split = bool(getattr(tokenizer, "split_special_tokens", False))
@@ -52,7 +54,7 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     template = (tokenizer.chat_template, tokenizer.special_tokens_map)  # which it may write
     digests = _digests(documents, template)
     name = f"{_key(maker, digests)}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # it is not there, or damaged
+    with contextlib.suppress(Exception):  # it is not there, or damaged, in any of numpy's words
         return _mapped(cache_path() / _CACHE / name)
     tokens = _tokenized(tokenizer, documents)
     if _digests(documents, template) != digests:  # changed meanwhile

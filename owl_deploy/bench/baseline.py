@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -58,8 +59,11 @@ def check_save(path: Path, plan: BenchPlan, force: bool) -> None:
         raise BadInput(f"A baseline needs --pairs {gate.MIN_ROUNDS} or more.")
     if not path.absolute().parent.is_dir():
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder.", "Give --save-baseline the name of a file.")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is no file.", "Give --save-baseline the name of one.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise BadInput(f"The folder {path.absolute().parent} cannot be written.")
+    artefact.check_apart(path, *plan.candidates, *plan.baselines)
     if path.exists() and not force:
         try:
             read(path)

@@ -88,9 +88,9 @@ class Journal:
         if time.time() - self.path.stat().st_mtime > _KEPT_S:
             self.path.unlink()
             return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
-                yield json.loads(text)
+                yield json.loads(line)
             except ValueError:  # the line that a kill cut short
                 continue
 

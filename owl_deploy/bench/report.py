@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy import __version__
-from owl_deploy.artefact import write_text
+from owl_deploy.artefact import MANIFEST, check_path, write_text
 from owl_deploy.bench import decision, plots, stats
 from owl_deploy.bench.decision import Judged, Option
-from owl_deploy.bench.result import Result, Subject, metrics_of
+from owl_deploy.bench.result import FILE, Result, Subject, metrics_of
 from owl_deploy.bench.scenario import Metric
 from owl_deploy.bench.show import headline
 from owl_deploy.engines.registry import ENGINES
@@ -33,20 +33,26 @@ def write_report(
     quality_metric: str | None = None,
     left: Sequence[Record] = (),
     force: bool = False,
+    made_of: Sequence[Path] = (),
 ) -> None:
     """Write the page for `results` to the file `path`; raises `BadInput` if that cannot be.
 
-    It replaces another of owl's pages; `force`: whatever is there.
+    It replaces another of owl's pages; `force`: whatever is there but what it is `made_of`, files
+    and folders with the results.
 
     `curves`: learning curves of fine-tunings, each a caption and an SVG. `max_loss`: the share of
     quality that may go in the choice of what to deploy, and `quality_metric` what quality that is
     (decision.py). `left`: tasks that failed, or were skipped for that.
     """
+    check_path(path)
+    read = (*made_of, *(folder / name for folder in made_of for name in (FILE, MANIFEST)))
+    if path.resolve() in [one.resolve() for one in read]:
+        raise BadInput(f"{path} is what the page is made of.", "Give another -o.")
     page = render(results, curves, max_loss, quality_metric, left)
     if not path.absolute().parent.is_dir():
         raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
     try:
-        if not force and path.exists() and _GENERATOR not in path.read_bytes():
+        if not force and path.is_file() and _GENERATOR not in path.read_bytes():
             raise BadInput(f"{path} is no page of owl's.", "Give another -o, or --force.")
         write_text(path, page)
     except OSError as error:

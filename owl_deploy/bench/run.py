@@ -1,7 +1,7 @@
 """`owl bench` as one call: check, measure, write."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,7 @@ def run_gate(
     )
     if summary and not check:
         raise BadInput("--summary is for the verdicts of --check.", "Give both, or neither.")
+    _check_distinct({"--save-baseline": save, "--check": check, "-o": output, "--summary": summary})
     if check and plan.looks is None:
         plan = plan.model_copy(update={"looks": gate.LOOKS})
     _append(summary, "")  # what cannot be written is said before anything is measured
@@ -110,6 +111,18 @@ def run_gate(
     if outcome.verdicts is not None:
         _append(summary, baseline.markdown(outcome.verdicts, outcome.result))
     return outcome
+
+
+def _check_distinct(given: Mapping[str, Path | None]) -> None:
+    """Refuse two uses for one path: what is written last would replace the other."""
+    seen: dict[Path, str] = {}
+    for name, path in given.items():
+        if path is None:
+            continue
+        artefact.check_path(path)
+        other = seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise BadInput(f"{other} and {name} are one path, {path}.", "Give another for one.")
 
 
 def _check_gate(

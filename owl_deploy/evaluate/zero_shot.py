@@ -203,7 +203,9 @@ def evaluate_tasks(
     measured = digests.state_of(folder)
     with _opened(folder, tasks, asked, ranks) as opened:
         by = [__version__, opened.by, opened.software, opened.window]
+        # What the answers are for as well: an evaluation of other tasks does not forget them.
         key = [measured, adapter and digests.state_of(adapter), *by]
+        key += [sorted(tasks.loaded["tasks"]), asked.limit, asked.every]
         kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
         model = SharedModel(kept, ranks)
         results: dict[str, TaskResult] = {}

@@ -212,6 +212,7 @@ class Run:
         self, partial: "_Unfinished", done: Finetuning
     ) -> CheckpointManifest | AdapterManifest:
         """The leader's: make what was written the output, with its manifest."""
+        partial.check_unchanged(self._inputs)
         staging = _staging(partial)
         manifest = self.manifest(done, staging)
         svg = learning_curve_svg(done)
@@ -223,17 +224,22 @@ class Run:
 
     def asked(self) -> dict[str, Any]:
         """What decides the result: a run that resumes must be asked the same."""
-        return {
-            "model": self.source.checkpoint.identity(),
+        return self._inputs() | {
             "settings": self.settings.model_dump(mode="json"),
             "text": self._describe_text(),
-            "grid": sha256(grid) if (grid := self.source.folder / GRID).is_file() else None,
-            "teacher": None if self.teacher is None else self.teacher.identity(),
             "device": find_device("auto").type,
             "dtype": name_of(self.dtype),
             "threads": torch.get_num_threads(),
             "processes": self.ranks.size,
             "versions": _versions(),
+        }
+
+    def _inputs(self) -> dict[str, Any]:
+        """The models that are read, as they are now."""
+        return {
+            "model": self.source.checkpoint.identity(),
+            "grid": sha256(grid) if (grid := self.source.folder / GRID).is_file() else None,
+            "teacher": None if self.teacher is None else self.teacher.identity(),
         }
 
     def _describe_text(self) -> dict[str, Any]:
@@ -345,7 +351,7 @@ class Run:
             read = functools.partial(partial.read, f"group-{index}.json")
             if self.ranks.from_leader(read) is None:
                 self._train_group(model, names, partial, index, len(starts))
-            own = _load(partial.folder / f"group-{index}.safetensors")
+            own = partial.read_tensors(partial.folder / f"group-{index}.safetensors")
             for name in names if index + 1 < len(starts) else ():
                 block = model.get_submodule(name)
                 freeze(block, _within(own, name), self.stored)
@@ -529,12 +535,6 @@ def _leader_first(ranks: Ranks, make: Callable[[], T]) -> T:
         return made
     ranks.gathered(None)
     return make()
-
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _within(tensors: dict[str, torch.Tensor], block: str) -> dict[str, torch.Tensor]:

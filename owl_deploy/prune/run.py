@@ -110,13 +110,14 @@ def _as_before(hardware: Hardware, before: dict[str, Any]) -> Hardware:
     """The `hardware`, with the batch that the run before chose by the memory that was free then."""
     if hardware.batch_size is not None or not before:
         return hardware
-    return replace(hardware, batch_size=before["batch_size"])
+    return replace(hardware, batch_size=before.get("batch_size"))
 
 
 def _complete(
     request: Request, plan: Plan, store: Store, facts: dict[str, Any], started: float
 ) -> CheckpointManifest:
     """Make the finished blocks the output, with the manifest of these `facts`."""
+    store.check_unchanged(lambda: {"model": request.checkpoint.identity()})
     write.assemble(request, plan, store)
     facts["wall_seconds"] = time.perf_counter() - started
     manifest = CheckpointManifest.model_validate(facts)

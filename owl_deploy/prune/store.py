@@ -44,17 +44,13 @@ class Store(Partial):
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a block that it holds."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(self.path(name))
+        tensors = self.read_tensors(self.path(name))
         return {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
 
     def scales(self, name: str) -> dict[str, torch.Tensor]:
         """The scales of a finished block's rounded weights, by their whole names."""
-        from safetensors.torch import load_file
-
         path = self._scales_path(name)
-        return load_file(path) if path.is_file() else {}
+        return self.read_tensors(path) if path.is_file() else {}
 
     def keep(self, name: str, way: str, found: dict[str, torch.Tensor]) -> None:
         """Write what the pass `way` has measured of a block, durably."""
@@ -67,9 +63,7 @@ class Store(Partial):
 
     def measured(self, name: str, way: str) -> dict[str, torch.Tensor]:
         """What the pass `way` has measured of a block."""
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / f"{name}.{way}")
+        return self.read_tensors(self.folder / f"{name}.{way}")
 
     def forget_measured(self) -> None:
         """Drop all that was measured, which a plan holds by now."""

@@ -43,6 +43,21 @@ def test_a_full_stdout(arguments, unbuffered, monkeypatch):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [("recipes", "ls"), ("recipes", "show", "nothing")])
+def test_a_stderr_that_is_lost_costs_what_it_would_say(arguments):
+    """As a terminal that was closed: not the result, and not the exit code."""
+    asked = {"stdout": subprocess.PIPE, "text": True, "check": False}
+    before = subprocess.run([*COMMAND, *arguments], stderr=subprocess.PIPE, **asked)
+    assert bool(before.stderr) == (before.returncode != 0)
+    reader, gone = os.pipe()
+    os.close(reader)
+    with Path("/dev/full").open("w") as full:
+        for lost in (full, gone):
+            done = subprocess.run([*COMMAND, *arguments], stderr=lost, **asked)
+            assert (done.returncode, done.stdout) == (before.returncode, before.stdout)
+    os.close(gone)
+
+
 def test_a_closed_stdout():
     done = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "recipes", "ls"],

@@ -166,6 +166,23 @@ def test_requests_are_built_once_for_the_harnesss_own_tasks(checkpoint, caches, 
     assert zero_shot.evaluate_tasks(checkpoint, theirs, EvaluationSettings(window=WINDOW)) == first
 
 
+def test_answers_to_other_tasks_are_not_forgotten(checkpoint, tasks, monkeypatch):
+    """One that ends forgets what it was told, and not what another has told so far."""
+    keys = []
+
+    class Noted(zero_shot.KeptAnswers):
+        def __init__(self, model, batch, key, rank=0):
+            keys.append(json.dumps(key, default=str))
+            super().__init__(model, batch, key, rank)
+
+    monkeypatch.setattr(zero_shot, "KeptAnswers", Noted)
+    every = tasks.loaded["tasks"]
+    one = zero_shot.Tasks(tasks.loaded | {"tasks": {NAMES[0]: every[NAMES[0]]}}, own=True)
+    for some, asked in ((tasks, {}), (one, {}), (one, {"every": 2}), (one, {"limit": 1})):
+        zero_shot.evaluate_tasks(checkpoint, some, EvaluationSettings(window=WINDOW, **asked))
+    assert len(set(keys)) == len(keys) == 4
+
+
 def test_requests_of_other_documents_lie_elsewhere(tasks):
     task = tasks.loaded["tasks"][NAMES[0]]
     documents = list(task.eval_docs)

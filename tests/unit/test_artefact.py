@@ -101,7 +101,7 @@ def renames_fail(monkeypatch):
 def test_an_exchange_that_was_cut_in_two_is_undone(tmp_path, renames_fail, step):
     """As by a kill, or a share that drops, between the renames of a file system without a swap."""
     write_folder(tmp_path / "out", "old")
-    with renames_fail(range(step, 9)), pytest.raises(OSError, match="Stale"):
+    with renames_fail(range(step, 9)), pytest.raises(EnvironmentFailed, match="Stale"):
         write_folder(tmp_path / "out", "new", force=True)
     with artefact.only_writer(tmp_path / "out", force=True):
         assert content_of(tmp_path / "out") == {"kind": "old" if step == 2 else "new"}
@@ -110,10 +110,36 @@ def test_an_exchange_that_was_cut_in_two_is_undone(tmp_path, renames_fail, step)
 
 def test_a_rename_that_fails_once_leaves_the_old_one_in_its_place(tmp_path, renames_fail):
     write_folder(tmp_path / "out", "old")
-    with renames_fail([2]), pytest.raises(OSError, match="Stale"):
+    with renames_fail([2]), pytest.raises(EnvironmentFailed, match="Stale"):
         write_folder(tmp_path / "out", "new", force=True)
     assert content_of(tmp_path / "out") == {"kind": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_no_file_keeps_its_place(tmp_path):
+    """A root's `--force` would else put a file where /dev/null was."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="it is no file"):
+        artefact.write_json(tmp_path / "fifo", {})
+    assert (tmp_path / "fifo").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_a_disk_is_mounted_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadInput, match="mounted, which nothing can replace"):
+        artefact.check_output(tmp_path / "out", force=True)
+    artefact.check_output(tmp_path / "out" / "within", force=True)
+
+
+def test_a_circle_of_links_and_the_root_are_refused(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(BadInput, match="cannot be followed"):
+        artefact.check_path(tmp_path / "a")
+    with pytest.raises(BadInput, match="root of all folders"):
+        artefact.check_path(Path("/"))
 
 
 def test_force_does_not_replace_what_owl_did_not_write(tmp_path):

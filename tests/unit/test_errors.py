@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from owl_deploy import api
@@ -57,10 +58,16 @@ def test_the_api_says_so_too(monkeypatch):
 def test_a_disk_that_is_full_is_told_in_many_ways():
     torch_says = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
     of_several = CheckpointException("write", {1: (torch_says, traceback.StackSummary())})
-    for error in (OSError(errno.ENOSPC, "No space left"), torch_says, of_several):
+    rust = [
+        SafetensorError(f"Error while serializing: I/O error: {said} (os error {number})")
+        for number, said in ((28, "No space left"), (122, "Disk quota"), (27, "File too large"))
+    ]
+    for error in (OSError(errno.ENOSPC, "No space left"), torch_says, of_several, *rust):
         assert is_full_disk(error)
     other = CheckpointException("write", {1: (ValueError("no"), traceback.StackSummary())})
-    for error in (RuntimeError("sizes do not match"), other, OSError(errno.EIO, "Input/output")):
+    rust[0] = SafetensorError("HeaderTooSmall (os error 2)")
+    others = (RuntimeError("sizes do not match"), other, OSError(errno.EIO, "Input/output"))
+    for error in (*others, rust[0]):
         assert not is_full_disk(error)
 
 

@@ -25,6 +25,13 @@ def test_a_damaged_measurement_is_refused(tmp_path, text):
         measurement(tmp_path, "perplexity")
 
 
+def test_what_is_damaged_keeps_nothing_from_being_kept(tmp_path):
+    keep_measurement(tmp_path, "tasks", {"a": {"documents": 1}}, add=True)
+    (tmp_path / "measured" / "tasks.json").write_text('{"a": ')
+    keep_measurement(tmp_path, "tasks", {"b": {"documents": 2}}, add=True)
+    assert measurement(tmp_path, "tasks") == {"b": {"documents": 2}}
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

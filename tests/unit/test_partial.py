@@ -48,6 +48,29 @@ def taken_over(output):
     lock.write_text(json.dumps(lease._me() | {"host": "node-7", "of": ["another boot"]}))
 
 
+def test_what_is_read_for_hours_is_what_was_asked_for(output):
+    inputs = {"model": [1, 2], "teacher": None}
+    with only_writer(output):
+        partial = Counted(output, inputs | {"settings": 3}, resume=False, force=False)
+        partial.check_unchanged(lambda: inputs)
+        with pytest.raises(EnvironmentFailed, match="the model was replaced"):
+            partial.check_unchanged(lambda: inputs | {"model": (1, 3)})
+        with pytest.raises(EnvironmentFailed, match="gone was replaced or removed"):
+            partial.check_unchanged(lambda: {"model": (output / "gone").stat()})
+
+
+@pytest.mark.parametrize("left", [0, 12, 90])
+def test_tensors_that_are_damaged_are_told(output, left):
+    with only_writer(output):
+        partial = Counted(output, {}, resume=False, force=False)
+        path = partial.folder / "one"
+        partial.write_tensors({"a": torch.ones(8)}, path)
+        assert partial.read_tensors(path)["a"].sum() == 8
+        path.write_bytes(path.read_bytes()[:left])
+        with pytest.raises(BadInput, match=r"damaged: .*one"):
+            partial.read_tensors(path)
+
+
 def test_what_a_bad_input_stopped_would_stop_again(run, output):
     run(BadInput("no"))
     assert not content(output)

@@ -36,6 +36,13 @@ def test_a_log_hears_a_note_once_there_is_one(capsys, monkeypatch):
     assert lines[1].endswith(" left, 90 tokens/s")
 
 
+@pytest.mark.parametrize("columns", ["", "0", "40"])
+def test_a_terminal_of_no_width_hides_nothing(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    progress.result_console().print("Five words as a result.")
+    assert capsys.readouterr().out == "Five words as a result.\n"
+
+
 def test_a_short_step_is_one_line(capsys):
     with progress.bar("Reading", 2) as advance:
         advance(1)

@@ -123,7 +123,19 @@ def test_the_special_tokens_that_a_template_writes_are_part_of_it(cache, llama, 
     assert ends[0] != ends[1]
 
 
-@pytest.mark.parametrize("left", [0, 100])
+def test_a_template_that_writes_the_time_is_asked_once(cache, llama, tmp_path):
+    """So that a run that resumes the next day has the tokens that it began with."""
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "u", "content": "x"}]}))
+    model = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    template = "{{ strftime_now('%H:%M:%S.%f') }}" * 4
+    config |= {"chat_template": template}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    first, second = (load_tokens(model, [str(tmp_path / "chats.jsonl")]) for _ in range(2))
+    assert first.tolist() == second.tolist()
+
+
+@pytest.mark.parametrize("left", [0, 20, 100])
 def test_a_damaged_file_of_the_cache_is_made_again(cache, sources, llama, left):
     whole = load_tokens(llama, [str(sources)]).clone()
     (kept,) = cache.iterdir()

@@ -417,6 +417,8 @@ def test_a_damaged_file_is_refused(
         (["--margin", "0.1"], "--margin is for --save-baseline"),
         (["--save-baseline", "x", "--pairs", "4"], "--pairs 8"),
         (["--save-baseline", "/nowhere/x"], "does not exist"),
+        (["--save-baseline", "x", "-o", "x"], "--save-baseline and -o are one path"),
+        (["--check", "x", "--summary", "./x"], "--check and --summary are one path"),
         (["--check", "/nowhere/x"], "cannot be read"),
     ],
 )
@@ -424,6 +426,15 @@ def test_gates_that_cannot_be(fake: Fake, arguments: list[str], words: str) -> N
     answer = bench(fake("a"), fake("b"), *arguments)
     assert getattr(answer.exception, "exit_code", None) == 2
     assert words in str(answer.exception)
+
+
+def test_a_baseline_is_not_saved_into_what_is_measured(fake: Fake) -> None:
+    measured = fake("a")
+    (file,) = measured.glob("*.json")
+    before = file.read_bytes()
+    answer = bench(measured, fake("b"), "--save-baseline", file, "--force")
+    assert "lies inside the input" in str(answer.exception)
+    assert file.read_bytes() == before
 
 
 def test_a_gate_needs_a_reference(fake: Fake, tmp_path: Path) -> None:
@@ -514,7 +525,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_timed(
     now = fake("candidate")
     loads.clear()
     folder = bench(now, tmp_path / "reference", "--save-baseline", tmp_path)
-    assert "is a folder" in str(folder.exception)
+    assert "is no file" in str(folder.exception)
     nowhere = tmp_path / "no" / "summary.md"
     answer = bench(now, tmp_path / "reference", "--check", saved, "--summary", nowhere)
     assert "cannot be written" in str(answer.exception)

@@ -284,7 +284,7 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(
 
     with pytest.raises(KeyboardInterrupt):
         run_bench(plan, interrupt_later, recording(opened))
-    journal.write_text(journal.read_text() + cut)
+    journal.write_bytes(journal.read_bytes() + cut.encode() + b"\xff\n")
     result = run_bench(plan, opener=recording(opened))
     assert opened == ["sparse", "dense", "dense", "sparse", "sparse", "dense"]
     assert [sample.round for sample in result.subjects[0].samples] == [0, 1, 2]

@@ -176,6 +176,12 @@ def test_the_verb(tmp_path: Path) -> None:
         write_report([result(4)], out)
     assert CliRunner().invoke(app, [*line, "--force"]).exit_code == 0
     assert "<h2>Measured " in out.read_text()
+    for name in ("one", "two"):
+        measured = tmp_path / name / "result.json"
+        before = measured.read_bytes()
+        answer = CliRunner().invoke(app, [*line[:-1], str(measured), "--force"])
+        assert "is what the page is made of" in str(answer.exception)
+        assert measured.read_bytes() == before
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

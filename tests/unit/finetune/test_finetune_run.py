@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from owl_deploy import adapter, recipe
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.ending import Defect
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.finetune import needs
@@ -204,6 +204,25 @@ def test_a_lost_mask_is_seen_before_anything_appears(models, text_file, tmp_path
     monkeypatch.setattr(module, "merged", careless)
     with pytest.raises(Defect, match="zeros of"):
         finetune(sparse, tmp_path / "out", str(text_file), QUICK | {"merge": "masked"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("which", ["model", "teacher"])
+def test_what_is_replaced_while_it_is_read_makes_nothing(
+    models, text_file, tmp_path, monkeypatch, which
+):
+    dense, sparse = (shutil.copytree(one, tmp_path / one.name) for one in models("llama"))
+    execute = Run.execute
+
+    def replacing(self, partial):
+        outcome = execute(self, partial)
+        os.utime({"model": sparse, "teacher": dense}[which] / "model.safetensors")
+        return outcome
+
+    monkeypatch.setattr(Run, "execute", replacing)
+    asked = QUICK | {"method": "masked", "max_steps": 1}
+    with pytest.raises(EnvironmentFailed, match=f"the {which} was replaced"):
+        finetune(sparse, tmp_path / "out", str(text_file), asked, teacher=str(dense))
     assert not (tmp_path / "out").exists()
 
 

@@ -352,6 +352,19 @@ def test_a_list_s_mean_is_what_the_recipe_and_the_manifest_say(llama, tmp_path, 
     assert "0.5 of the weights removed" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
+def test_a_mixture_of_two_models_is_not_written(tmp_path, calibration, monkeypatch):
+    model, report = tiny.write_llama(tmp_path / "model"), write.report
+
+    def replacing(*arguments):
+        (model / WEIGHTS).touch()
+        return report(*arguments)
+
+    monkeypatch.setattr(write, "report", replacing)
+    with pytest.raises(EnvironmentFailed, match="the model was replaced"):
+        prune(model, tmp_path / "out", PruneSettings.checked(), calibration)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_first_block_s_statistics_go_when_it_is_done(llama, tmp_path, calibration, monkeypatch):
     alive = []
     report = write.report
