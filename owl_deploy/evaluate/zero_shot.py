@@ -233,7 +233,11 @@ class _Group:
 
 
 def _groups(tasks: Tasks, opened: "_Opened", ranks: Ranks) -> list[_Group]:
-    """HumanEval is asked by chat where the model has a template for that; the others never."""
+    """HumanEval is asked by chat where the model has a template for that; the others never.
+
+    Each task alone, so that its result is kept before the next begins, but where a group's mean is
+    asked for.
+    """
     from owl_deploy.evaluate.humaneval import HumanEval
 
     every = tasks.loaded["tasks"]
@@ -242,8 +246,9 @@ def _groups(tasks: Tasks, opened: "_Opened", ranks: Ranks) -> list[_Group]:
     for task in code.values():
         task.for_model(chat, opened.window, ranks)
     others = {name: task for name, task in every.items() if name not in code}
+    each = [others] if tasks.loaded.get("groups") else [{name: others[name]} for name in others]
     # One's own files change under the same name.
-    found = [_Group(tasks.loaded | {"tasks": others}, False, not tasks.own)] if others else []
+    found = [_Group(tasks.loaded | {"tasks": some}, False, not tasks.own) for some in each if some]
     return found + ([_Group({"tasks": code}, chat, False)] if code else [])
 
 
