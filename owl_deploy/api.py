@@ -108,7 +108,7 @@ WHERE = {
     "OwlError": "owl_deploy.errors:OwlError",
     "ParityFailed": "owl_deploy.export.parity:ParityFailed",
     "Perplexity": "owl_deploy.evaluate.perplexity:Perplexity",
-    "PruneSettings": "owl_deploy.recipe:PruneSettings",
+    "PruneSettings": "owl_deploy.prune_settings:PruneSettings",
     "Result": "owl_deploy.bench.result:Result",
     "Sampling": "owl_deploy.generate:Sampling",
     "Speed": "owl_deploy.generate:Speed",
