@@ -38,7 +38,7 @@ def check_output(destination: Path, force: bool = False) -> None:
     mistyped `-o ~ --force` must not cost a home folder. Of a link, here and elsewhere, what it
     leads to is meant.
     """
-    _check_parent(destination)
+    check_parent(destination)
     if not os.path.lexists(destination.resolve()):
         return
     if destination.resolve().is_mount():
@@ -74,7 +74,8 @@ def check_path(path: Path) -> None:
         raise BadInput(f"{path} is the root of all folders.", "Choose another name.")
 
 
-def _check_parent(destination: Path) -> None:
+def check_parent(destination: Path) -> None:
+    """Refuse a path for a file or folder whose own folder is not there, or cannot be written."""
     check_path(destination)
     parent = destination.resolve().parent if destination.is_symlink() else destination.parent
     if not parent.is_dir():
@@ -116,7 +117,7 @@ def only_writer(destination: Path, force: bool = False, *inputs: str | Path) -> 
     `.NAME.owl-lock` (lease.py), and loses it if it stands still for long: see `check_writer`. What
     killed runs left is cleared first.
     """
-    _check_parent(destination)
+    check_parent(destination)
     check_apart(destination, *inputs)
     destination = destination.resolve()
     with _leased(destination):

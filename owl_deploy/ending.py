@@ -52,68 +52,64 @@ class Interrupted(OwlError):
         super().__init__(interrupted.sentence(left))
 
 
-class _Stdout:
-    """stdout, which remembers why it does not take what is printed."""
+class _Stream:
+    """stdout or stderr, which may not take what is printed: then `_fail` decides."""
 
     def __init__(self, stream: Any) -> None:  # noqa: ANN401 - a text stream, or a test's
         self._stream = stream
-        self.lost: OSError | None = None
-        if hasattr(stream, "reconfigure"):  # names of files need not be text: escaped, as on stderr
-            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._remembering():
-            return int(self._stream.write(text))
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+        return len(text)
 
     def flush(self) -> None:
-        with self._remembering():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _remembering(self) -> Iterator[None]:
         try:
-            yield
+            self._stream.flush()
         except OSError as error:
-            self.lost = error
-            raise
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        raise NotImplementedError
+
+    def _drop(self) -> None:
+        """Send what is left of it nowhere: Python would try again at its end, and complain."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+class _Stdout(_Stream):
+    """stdout, which remembers why it does not take what is printed."""
+
+    def __init__(self, stream: Any) -> None:  # noqa: ANN401
+        super().__init__(stream)
+        self.lost: OSError | None = None
+        if hasattr(stream, "reconfigure"):  # names of files need not be text: escaped, as on stderr
+            stream.reconfigure(errors="backslashreplace")
+
+    def _fail(self, error: OSError) -> None:
+        self.lost = error
+        raise error
 
     def close(self) -> None:
         """Write what is left, for Python would do it last, and complain in its own way."""
         with contextlib.suppress(OSError):
             self.flush()
         if self.lost is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._drop()
 
 
-class _Stderr:
+class _Stderr(_Stream):
     """stderr, which may be lost, as a terminal is that was closed: that costs what would be said
     there, and not the work, the result or its exit code.
     """
 
-    def __init__(self, stream: Any) -> None:  # noqa: ANN401 - a text stream, or a test's
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with self._until_it_is_lost():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._until_it_is_lost():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _until_it_is_lost(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:  # what is left of it goes nowhere: Python would try that again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+    def _fail(self, error: OSError) -> None:
+        self._drop()
 
 
 def exit_code(app: Callable[[], object]) -> int:

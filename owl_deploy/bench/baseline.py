@@ -3,7 +3,6 @@
 import datetime
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -57,12 +56,9 @@ def check_save(path: Path, plan: BenchPlan, force: bool) -> None:
     """Raise `BadInput` for too few rounds, and for a file that is to stay."""
     if plan.pairs < gate.MIN_ROUNDS:
         raise BadInput(f"A baseline needs --pairs {gate.MIN_ROUNDS} or more.")
-    if not path.absolute().parent.is_dir():
-        raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
+    artefact.check_parent(path)
     if path.exists() and not path.is_file():
         raise BadInput(f"{path} is no file.", "Give --save-baseline the name of one.")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise BadInput(f"The folder {path.absolute().parent} cannot be written.")
     artefact.check_apart(path, *plan.candidates, *plan.baselines)
     if path.exists() and not force:
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy import __version__
-from owl_deploy.artefact import MANIFEST, check_path, write_text
+from owl_deploy.artefact import MANIFEST, check_parent, write_text
 from owl_deploy.bench import decision, plots, stats
 from owl_deploy.bench.decision import Judged, Option
 from owl_deploy.bench.result import FILE, Result, Subject, metrics_of
@@ -44,13 +44,11 @@ def write_report(
     quality that may go in the choice of what to deploy, and `quality_metric` what quality that is
     (decision.py). `left`: tasks that failed, or were skipped for that.
     """
-    check_path(path)
+    check_parent(path)
     read = (*made_of, *(folder / name for folder in made_of for name in (FILE, MANIFEST)))
     if path.resolve() in [one.resolve() for one in read]:
         raise BadInput(f"{path} is what the page is made of.", "Give another -o.")
     page = render(results, curves, max_loss, quality_metric, left)
-    if not path.absolute().parent.is_dir():
-        raise BadInput(f"The folder {path.absolute().parent} does not exist.", "Create it first.")
     try:
         if not force and path.is_file() and _GENERATOR not in path.read_bytes():
             raise BadInput(f"{path} is no page of owl's.", "Give another -o, or --force.")

@@ -26,17 +26,15 @@ _IN_MEMORY_BYTES = 16  # of a trained number: itself, its gradient and those mom
 class Needs:
     """What `settings` ask of this machine for the checkpoint `source`.
 
-    `targets`: the Linears that LoRA adapts. `shape`: how many windows of how many tokens are read,
-    by so many `processes`. `writes_weights`: whether the result is a checkpoint, not an adapter.
+    `targets`: the Linears that LoRA adapts. So many `processes` read so many `windows`.
     """
 
     source: Source
     settings: FinetuneSettings
     teacher: Checkpoint | None
     targets: list[str]
-    shape: tuple[int, int]
+    windows: int
     processes: int
-    writes_weights: bool
 
     @property
     def groups(self) -> int:
@@ -48,7 +46,7 @@ class Needs:
     def steps_a_pass(self) -> int:
         """Over the text."""
         windows = self.settings.batch_size * self.settings.gradient_accumulation * self.processes
-        return math.ceil(self.shape[0] / windows)
+        return math.ceil(self.windows / windows)
 
     @property
     def cache_bytes(self) -> int:
@@ -57,8 +55,7 @@ class Needs:
         steps = self.settings.max_steps or self.steps_a_pass
         if top is None or (self.groups == 1 and steps <= self.steps_a_pass):
             return 0
-        windows, length = self.shape
-        return cache_bytes(windows, length - 1, top)
+        return cache_bytes(self.windows, self.settings.sequence_length - 1, top)
 
     def check_steps(self) -> None:
         """Refuse fewer steps than there are groups of blocks, each of which takes one at least."""
@@ -102,7 +99,7 @@ class Needs:
         each time before an older one goes.
         """
         needed = (1 if resume else _SAVED) * _SAVED_BYTES * self._trained
-        if self.writes_weights:
+        if self.settings.writes_weights:
             files = set(self.source.checkpoint.files.values())
             needed += (1 if resume else 2) * sum(path.stat().st_size for path in files)
         check_room(folder, needed, "The result, with what is saved on the way,")

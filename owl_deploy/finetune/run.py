@@ -144,8 +144,7 @@ class Run:
         self.teacher = None if teacher is None else open_checkpoint(teacher)
         self.ranks = ranks
         self.text = _sources(text)
-        self.sparse_result = settings.method == "masked" or settings.merge is not None
-        if self.sparse_result:
+        if settings.writes_weights:
             flag = "--merge masked" if settings.merge else "--method masked"
             source.refuse_dense(flag)
         if settings.merge:
@@ -168,15 +167,8 @@ class Run:
         if settings.teacher_top is not None and settings.teacher_top >= vocabulary:
             raise BadInput(f"--teacher-top must be below the vocabulary's {vocabulary} entries.")
         self._teacher: tuple[Any, list[nn.Module]] | None = None
-        self.needs = Needs(
-            source,
-            settings,
-            self.teacher,
-            self.targets,
-            (len(self.windows[0]), length),
-            ranks.size,
-            self.sparse_result,
-        )
+        windows = len(self.windows[0])
+        self.needs = Needs(source, settings, self.teacher, self.targets, windows, ranks.size)
         self._check_ranks()
         self.needs.check_steps()
         self.needs.check_memory(self.dtype)
@@ -261,7 +253,7 @@ class Run:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
         if self.needs.cache_bytes:
-            windows, length = self.needs.shape
+            windows, length = self.windows[0].shape
             name, top = f"teacher-{self.ranks.rank}", self.settings.teacher_top or 0
             self._cache = TeacherCache(partial.folder, name, windows, length - 1, top)
         if self.settings.method == "masked":
@@ -503,7 +495,7 @@ class Run:
 
     def manifest(self, done: Finetuning, written: Path) -> CheckpointManifest | AdapterManifest:
         """The source's manifest, true of the zeros that are `written`, and what was done."""
-        if not self.sparse_result:
+        if not self.settings.writes_weights:
             return AdapterManifest(versions=_versions(), finetune=done)
         carried = self.source.recounted(written)
         carried.pop("measured", None)  # of the weights before

@@ -57,6 +57,11 @@ class FinetuneSettings(BaseModel):
     dtype: str = "auto"
     shard: bool = False
 
+    @property
+    def writes_weights(self) -> bool:
+        """Whether the result is a sparse checkpoint, and not an adapter beside one."""
+        return self.method == "masked" or self.merge is not None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for what, name, known in (
