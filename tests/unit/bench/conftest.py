@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ def fake(tmp_path: Path) -> Callable[..., Path]:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines answer in the test's own process: for tests of what is made of the answers.
 
-    The real worker with the real driver of the fake engine; only what a process is for is missing.
+    The real worker with the real driver of the fake engine; only what a process is for is missing,
+    and its noise is the same each time.
     """
+    random.seed(0)
 
     def start(self: EngineProcess) -> None:
         vars(self)["worker"] = worker.Worker(worker.load_driver(str(self.engine.driver)))

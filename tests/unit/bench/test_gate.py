@@ -1,6 +1,5 @@
 import json
 import math
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -320,7 +319,6 @@ def test_exit_codes(word: gate.Word, plain: int, strict: int) -> None:
 @pytest.fixture
 def saved(fake: Fake, tmp_path: Path) -> Path:
     """A baseline file for `candidate` beside `reference`."""
-    random.seed(0)  # the fake engine draws its noise from it
     file = tmp_path / "baseline.json"
     answer = bench(fake("candidate"), fake("reference"), "--save-baseline", file)
     assert answer.exit_code == 0, answer.output

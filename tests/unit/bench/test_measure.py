@@ -249,6 +249,7 @@ def test_more_rounds_are_taken_while_it_is_inconclusive(pair: tuple[Path, Path])
     assert run_bench(clear).pairs == 6
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_noisy_machine_is_said_to_be_one(tmp_path: Path) -> None:
     one = fake(tmp_path / "one", decode_ms=10, prefill_ms=10, noise=0.5)
     noisy = run_bench(BenchPlan(candidates=(one,), pairs=4))
