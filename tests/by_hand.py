@@ -1,10 +1,11 @@
 """A server of OpenAI's completions by hand: `python by_hand.py FOLDER PORT ROWS CONTEXT`.
 
-FOLDER/server.json says how it behaves: `first_s` and `between_s` before texts; `texts` in an answer
-instead of as many as asked; `usage`: whether it counts them; `fails`: "end", "hang" (before it
-listens), "refuse" (the first three requests, 429), "status" (500), "error" (within an answer) or
-"break" (off). As llama.cpp's server does, it ends a connection that has carried an answer, and has
-not said so. What the last one was started with and asked is kept in FOLDER/asked.jsonl.
+FOLDER/server.json says how it behaves: `first_s` and `between_s` before texts; `at_once`: so many
+requests, of which none gets a text before all are there; `texts` in an answer instead of as many as
+asked; `usage`: whether it counts them; `fails`: "end", "hang" (before it listens), "refuse" (the
+first three requests, 429), "status" (500), "error" (within an answer) or "break" (off). As
+llama.cpp's server does, it ends a connection that has carried an answer, and has not said so. What
+the last one was started with and asked is kept in FOLDER/asked.jsonl.
 """
 
 import json
@@ -23,6 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     folder: Path
     says: dict
     lock = threading.Lock()
+    all_there: threading.Barrier
     refused = 0
     used = False
 
@@ -59,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         self.used = True
+        self.all_there.wait(60)
         texts = self.says.get("texts", tokens)
         for number in range(texts):
             time.sleep(self.says.get("between_s" if number else "first_s", 0))
@@ -97,6 +100,7 @@ def main():
     folder, port, *rest = sys.argv[1:]
     Handler.folder = Path(folder)
     Handler.says = json.loads((Handler.folder / "server.json").read_text())
+    Handler.all_there = threading.Barrier(Handler.says.get("at_once", 1))
     own = sorted(name for name in os.environ if name.startswith("BY_HAND"))
     (Handler.folder / "asked.jsonl").unlink(missing_ok=True)
     note(Handler.folder, {"arguments": rest, "pid": os.getpid(), "environment": own})

@@ -58,15 +58,15 @@ def look(seconds: float = 1.0) -> Machine:
 
 def busy_cores(seconds: float) -> float:
     """How many cores' worth of work the machine does while this process sleeps for `seconds`."""
-    before = psutil.cpu_times()
+    before, began = psutil.cpu_times(), time.perf_counter()
     time.sleep(seconds)
-    after = psutil.cpu_times()
+    after, took = psutil.cpu_times(), time.perf_counter() - began  # more, on a busy machine
     busy = sum(
         getattr(after, kind) - getattr(before, kind)
         for kind in ("user", "nice", "system", "irq", "softirq", "steal")
         if hasattr(after, kind)
     )
-    return float(busy) / seconds
+    return float(busy) / took
 
 
 def read_bandwidth(threads: int, size_bytes: int = 1 << 28, repeats: int = 5) -> float:

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,9 +306,9 @@ def test_who_lost_its_output_may_not_write_it(tmp_path):
 
 
 def test_a_run_that_was_killed_elsewhere_is_outlasted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "STALE_S", 1.0)
-    taken_over(tmp_path / "out")
+    lock = taken_over(tmp_path / "out")
+    meanwhile = SimpleNamespace(time=time.time, sleep=lambda _: os.utime(lock, (0, 0)))
+    monkeypatch.setattr(lease, "time", meanwhile)  # in which it gets old
     with artefact.only_writer(tmp_path / "out"):
         assert artefact.is_writer(tmp_path / "out")
     said = capsys.readouterr().err
@@ -315,9 +317,13 @@ def test_a_run_that_was_killed_elsewhere_is_outlasted(tmp_path, monkeypatch, cap
 
 
 def test_a_run_that_lives_elsewhere_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
     lock = taken_over(tmp_path / "out")
-    threading.Timer(0.2, os.utime, (lock,)).start()
+    touched = lock.stat().st_mtime + 0.5
+
+    def touch(*_):
+        os.utime(lock, (touched, touched))
+
+    monkeypatch.setattr(artefact, "_say_who_is_waited_for", touch)  # which it does, and watches
     with (
         pytest.raises(BadInput, match="Another run is writing"),
         artefact.only_writer(tmp_path / "out"),

@@ -1,3 +1,8 @@
+import time
+from types import SimpleNamespace
+
+import pytest
+
 from owl_deploy.bench import machine
 from owl_deploy.bench.machine import busy_cores, read_bandwidth
 
@@ -8,8 +13,13 @@ def test_the_machine_is_described() -> None:
     assert here.physical_cores <= here.logical_cores
     assert here.memory_bytes > 1e9
     assert here.name.startswith(here.cpu)
-    assert 0 <= busy_cores(0.1) <= here.logical_cores + 1
+    began = time.monotonic()
+    busy_s = 0.1 * busy_cores(0.1)
+    # It may sleep for longer, and the others are at work all the while.
+    assert 0 <= busy_s <= (here.logical_cores + 1) * (time.monotonic() - began)
 
 
-def test_memory_is_read_at_a_believable_speed() -> None:
+def test_memory_is_read_at_a_believable_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By the time that this process has the processor, which others take none of.
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=time.process_time))
     assert 0.2 < read_bandwidth(1, size_bytes=1 << 24, repeats=2) < 2000

@@ -1,5 +1,5 @@
 import io
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -7,6 +7,7 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from rich.console import Console
 
+from owl_deploy.cluster import show
 from owl_deploy.cluster.show import Board, table
 from owl_deploy.record import Record
 
@@ -24,8 +25,9 @@ def drawn(view):
     return console.file.getvalue().splitlines()
 
 
-def test_the_table_counts_each_kind():
-    running = Record(state="running", title="Exporting a", node="89abcdef01", started=time.time())
+def test_the_table_counts_each_kind(monkeypatch):
+    monkeypatch.setattr(show, "time", SimpleNamespace(time=lambda: 17.0))
+    running = Record(state="running", title="Exporting a", node="89abcdef01", started=14.0)
     lines = drawn(table(TITLES, ENDED, [running]))
     assert [line.split() for line in lines[:4]] == [
         ["running", "waiting", "done", "failed", "skipped"],
@@ -35,7 +37,7 @@ def test_the_table_counts_each_kind():
     ]
     assert lines[2].index("1") < lines[2].rindex("1")
     assert lines[0].index("waiting") <= lines[3].index("1") <= lines[0].index("done")
-    assert lines[4] == "Exporting a on 89abcdef, 0 s"
+    assert lines[4] == "Exporting a on 89abcdef, 3 s"
 
 
 def test_each_end_is_a_line_where_there_is_no_terminal():

@@ -193,7 +193,7 @@ def test_without_a_compiler_nothing_begins(compiled: Path, monkeypatch: pytest.M
 STARTS = """
 import os, signal, subprocess
 from owl_deploy.engines.environment import ending_with_us
-print(subprocess.Popen(ending_with_us(["/bin/sleep", "60"])).pid, flush=True)
+print(subprocess.Popen(ending_with_us(["/bin/sleep", "600"])).pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -203,7 +203,7 @@ def test_what_is_started_ends_with_who_started_it() -> None:
     done = subprocess.run([sys.executable, "-c", STARTS], stdout=subprocess.PIPE, check=False)
     assert done.returncode == -signal.SIGKILL
     status = Path("/proc") / done.stdout.decode().strip() / "stat"
-    for _ in range(100):
+    for _ in range(600):
         # Nobody may be there to hear of its end: a zombie then.
         if not status.exists() or " Z " in status.read_text():
             return

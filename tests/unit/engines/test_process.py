@@ -87,7 +87,9 @@ def test_an_engine_that_hangs_is_ended_at_the_time_limit(
 ) -> None:
     folder = fake(tmp_path, fail={"op": "prompt", "how": "hang"})
     started = time.monotonic()
-    with EngineProcess("fake", folder, timeout_s=1.0) as engine:
+    with EngineProcess("fake", folder, timeout_s=60.0) as engine:
+        assert engine.timeout_s == 60
+        engine.timeout_s = 1.0  # it has started, for which a busy machine takes longer
         with pytest.raises(EngineFailed, match="did not finish 'prefill' within 1 s"):
             engine.request("prefill", prompt=[1], repeats=1, warmup=0)
         assert children() == []
@@ -144,7 +146,7 @@ def test_an_unknown_operation_is_an_error(tmp_path: Path) -> None:
 
 def test_what_an_engine_started_ends_with_it_also_where_it_has_crashed(tmp_path: Path) -> None:
     child = Child("fake", tmp_path)
-    child._spawn(["bash", "-c", "sleep 60 & echo $!; exit 3"], dict(os.environ), subprocess.PIPE)
+    child._spawn(["bash", "-c", "sleep 600 & echo $!; exit 3"], dict(os.environ), subprocess.PIPE)
     assert child._process is not None
     assert child._process.stdout is not None
     helper = psutil.Process(int(child._process.stdout.readline()))
@@ -191,7 +193,8 @@ def test_what_an_engine_left_in_its_temporary_folder_goes_with_it(
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     folder = fake(tmp_path / "d", leaves="half a model", fail={"op": "prompt", "how": how})
-    with EngineProcess("fake", folder, timeout_s=5.0) as engine:
+    with EngineProcess("fake", folder) as engine:
+        engine.timeout_s = 1.0
         (own,) = scratch.iterdir()
         assert [path.read_text() for path in own.glob("*/left")] == ["half a model"]
         with pytest.raises(EngineFailed):
