@@ -122,8 +122,8 @@ def large() -> Iterator[Point]:
                 kind = BUDGET
             elif name.startswith(("sparse", *AFTER)):
                 kind = SPARSE
-            name = name.rpartition("-")[2] + AFTER.get(name.partition("-")[0], "")
-            name = "" if kind == BUDGET else name
+            after = AFTER.get(name.partition("-")[0], "")
+            name = "" if kind == BUDGET else name.rpartition("-")[2] + after
             score = row.get("scores", {}).get("humaneval", {})
             megabytes, perplexity = row["size_bytes"] / 1e6, row["perplexity"]
             if score.get("documents", 0) < _ENOUGH:

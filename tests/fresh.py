@@ -7,6 +7,7 @@ test says of a launcher, of an import or of the interpreter's end needs a start 
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,20 @@ def ran(
 ) -> "subprocess.CompletedProcess[str]":
     """The same to its end; the returncode of a signal is negative."""
     return _together([(work, arguments, environment)])
+
+
+def signalled_at(reached: Path, number: signal.Signals) -> None:
+    """Have this process send itself the signal `number` once `reached` is there.
+
+    At its next look at a file: from outside, on a busy machine, that might be seen when it is gone
+    again. Not within a file: of a lease that says nothing nobody knows whose it is, for a minute.
+    """
+
+    def look(event: str, _: object) -> None:
+        if event in ("open", "os.mkdir", "os.remove", "os.rename") and reached.exists():
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(look)
 
 
 def owl(*arguments: object) -> None:

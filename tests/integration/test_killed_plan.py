@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -46,17 +45,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def carry_out(reached: Path, tasks_of: Callable[..., tuple[Task, ...]], *arguments: object) -> None:
-    """Execute a plan's tasks, and be killed as soon as `reached` is there: the work of a process.
-
-    From outside, on a busy machine, it might be seen when it is gone again.
-    """
-
-    def look(event: str, _: object) -> None:
-        # Not within a file: of a lease that says nothing nobody knows whose it is, for a minute.
-        if event in ("open", "os.mkdir", "os.remove", "os.rename") and reached.exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(look)
+    """Execute a plan's tasks, and be killed once `reached` is there: the work of a process."""
+    fresh.signalled_at(reached, signal.SIGKILL)
     execute(tasks_of(*arguments), print)
 
 

@@ -139,17 +139,14 @@ def test_a_budget_resumes_from_each_of_its_passes(model, text_file, tmp_path, mo
     assert names[0] == names[1]
 
 
-# Stands still once a block is there: on a busy machine it might be done before that is seen.
+# Stands still once a block is there.
 STANDING = """
-import os, signal, sys
+import signal, sys
+from pathlib import Path
 from owl_deploy.__main__ import main
+from tests.fresh import signalled_at
 
-def look(event, _):
-    if event in ("open", "os.remove", "os.rename") and os.path.exists(block):
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-block = sys.argv.pop()
-sys.addaudithook(look)
+signalled_at(Path(sys.argv.pop()), signal.SIGSTOP)
 main()
 """
 

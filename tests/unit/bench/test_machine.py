@@ -13,10 +13,7 @@ def test_the_machine_is_described() -> None:
     assert here.physical_cores <= here.logical_cores
     assert here.memory_bytes > 1e9
     assert here.name.startswith(here.cpu)
-    began = time.monotonic()
-    busy_s = 0.1 * busy_cores(0.1)
-    # It may sleep for longer, and the others are at work all the while.
-    assert 0 <= busy_s <= (here.logical_cores + 1) * (time.monotonic() - began)
+    assert 0 <= busy_cores(0.1) <= here.logical_cores + 1
 
 
 def test_memory_is_read_at_a_believable_speed(monkeypatch: pytest.MonkeyPatch) -> None:
