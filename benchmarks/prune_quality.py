@@ -27,7 +27,9 @@ METHODS = (
     "wanda --refit",
     "sparsegpt",
     "sparsegpt --refit",
+    "sparsegpt --no-asymmetric",
     "alps",
+    "alps --no-asymmetric",
     "sparsegpt --reconstruct 8",
     "alps --reconstruct 8",
 )

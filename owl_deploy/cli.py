@@ -129,6 +129,7 @@ def prune(
     head_sparsity: options.HeadSparsity = None,
     refit: options.Refit = None,
     reconstruct: options.Reconstruct = None,
+    asymmetric: options.Asymmetric = None,
     bits: options.Bits = None,
     bits_group: options.BitsGroup = None,
     head_bits: options.HeadBits = None,

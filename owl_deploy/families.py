@@ -20,7 +20,9 @@ class Family:
     call the output head; `queries_and_values` the Linears of a block's attention that make them,
     by the last part of their names: one, where they are fused. `halves`: in a block, the attention
     and the norm that the stream enters once the attention has added to it; None where the MLP reads
-    what the attention reads. `windows`: which blocks have the sliding window that config.json tells
+    what the attention reads. `writers`: the Linears of a half whose outputs are added to the stream
+    as they are, by the last part of their names: none, where a norm comes between, or the halves
+    cannot be told apart. `windows`: which blocks have the sliding window that config.json tells
     of: none, as the family's code does not read it; every one; or those that its list says.
     """
 
@@ -30,6 +32,7 @@ class Family:
     head: str = "lm_head"
     queries_and_values: tuple[str, ...] = ("q_proj", "v_proj")
     halves: tuple[str, str] | None = ("self_attn", "post_attention_layernorm")
+    writers: tuple[str, ...] = ("o_proj", "down_proj")
     windows: Literal["none", "every", "listed"] = "none"
 
 
@@ -41,7 +44,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2": replace(_LLAMA, windows="listed"),
     "qwen3": replace(_LLAMA, windows="listed"),
     "gemma3_text": replace(
-        _LLAMA, halves=("self_attn", "pre_feedforward_layernorm"), windows="listed"
+        _LLAMA,
+        halves=("self_attn", "pre_feedforward_layernorm"),
+        writers=(),
+        windows="listed",
     ),
     "phi3": replace(_LLAMA, queries_and_values=("qkv_proj",), windows="every"),
     "opt": Family(
@@ -49,6 +55,7 @@ FAMILIES: dict[str, Family] = {
         "model.decoder.layers",
         ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         halves=("self_attn", "final_layer_norm"),
+        writers=("out_proj", "fc2"),
     ),
     "gpt_neox": Family(
         "gpt_neox",
@@ -57,6 +64,7 @@ FAMILIES: dict[str, Family] = {
         head="embed_out",
         queries_and_values=("query_key_value",),
         halves=None,
+        writers=(),
     ),
 }
 

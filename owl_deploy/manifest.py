@@ -151,6 +151,7 @@ class Pruning(_Part):
     `budget`: what the weights may take, by which each Linear got bits and a sparsity of its own.
     `head_bits`: what the output head was rounded to, if it was by itself.
     `reconstruct`: the most epochs for which a half of a block was trained.
+    `asymmetric`: Linears made up for what those before them had lost, too.
     """
 
     method: str = ""
@@ -163,6 +164,7 @@ class Pruning(_Part):
     budget: str | None = None
     head_bits: int | None = None
     reconstruct: int | None = None
+    asymmetric: bool = False
     options: dict[str, Any] = {}
 
 

@@ -150,6 +150,14 @@ Reconstruct = Annotated[
     int | None,
     Option(help="Epochs of training each half block to give the dense one's output. [off]"),
 ]
+Asymmetric = Annotated[
+    bool | None,
+    Option(
+        "--asymmetric/--no-asymmetric",
+        help="Let each layer make up for what those before it lost, too. [where the method's "
+        "weights make up for others]",
+    ),
+]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Random seed for the choice of windows.")]
 Device = Annotated[str, Option(help="Where to compute: auto, cpu or cuda.")]
 Dtype = Annotated[str, Option(help="Type to compute in: auto, float32, bfloat16 or float16.")]

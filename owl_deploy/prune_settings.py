@@ -45,7 +45,9 @@ class PruneSettings(BaseModel):
     a size finds that 4 are worth it. `options`: the method's own, of the type that its row in
     `METHODS` names, or a mapping of their names to values. `refit`: whether the weights that are
     left get the values that suit them best; ALPS does it in any case. `reconstruct`: epochs for
-    which each half of a pruned block is trained to give the dense one's output.
+    which each half of a pruned block is trained to give the dense one's output. `asymmetric`:
+    whether each Linear makes up for what those before it have lost as well (see `asymmetric`); by
+    default where the method's weights make up for others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,6 +68,7 @@ class PruneSettings(BaseModel):
     options: SerializeAsAny[Options] = Options()
     refit: bool = False
     reconstruct: int | None = Field(default=None, ge=1)
+    asymmetric: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +100,8 @@ class PruneSettings(BaseModel):
         rounds = values.get("bits") is not None or values.get("budget") is not None
         if rounds and values.get("bits_group") is None:
             values["bits_group"] = _BITS_GROUPS[0]
+        if values.get("asymmetric") is None:
+            values["asymmetric"] = METHODS[values["method"]].compensates
         allocation = ALLOCATIONS[values["allocation"]]
         group = parse_structure(values.get("structure", UNSTRUCTURED))
         if group is not None:
@@ -143,6 +148,12 @@ class PruneSettings(BaseModel):
             how = "--head-sparsity prunes" if self.head_bits is None else "--head-bits rounds"
             raise BadInput(f"--skip names the head, and {how} it.", "Drop one.")
         self._check_bits()
+        if self.asymmetric and self.needs != "hessian":
+            raise BadInput(
+                "--asymmetric is of methods whose weights make up for others, and "
+                f"{self.method} leaves them as they are.",
+                "Give another --method, or --bits or --refit as well.",
+            )
         return self
 
     def _check_bits(self) -> None:

@@ -279,6 +279,8 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
         lines.append(modifier.remark)
     if settings.refit:
         lines.append("SparseML knows no refit of the weights that are left.")
+    if settings.asymmetric:
+        lines.append("Each layer made up for what those before it lost, too: not so in SparseML.")
     if settings.reconstruct:
         lines.append("Then reconstructed, half a block at a time, which SparseML does not know.")
     return lines

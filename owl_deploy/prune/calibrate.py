@@ -43,6 +43,7 @@ class InputStatistics:
         self._sums: dict[str, torch.Tensor] = {}
         self._read = {name: torch.zeros(()) for name in read}  # sums over the running means
         self._tokens: dict[str, torch.Tensor] = {}  # how many each sum is of
+        self._crossed: dict[str, torch.Tensor] = {}
         self._leader: dict[str, str] = {}
         self._made: dict[Hashable, Any] = {}
         self._current: list[tuple[torch.Tensor, str]] = []
@@ -104,6 +105,9 @@ class InputStatistics:
             leader = group[0]
             ranks.reduce(self._sums[leader], owners[leader])
             ranks.reduce(self._tokens[leader], owners[leader])
+            for key in (leader, *(f"{name} read" for name in group)):
+                if key in self._crossed:
+                    ranks.reduce(self._crossed[key], owners[leader])
             if owners[leader] != ranks.rank:
                 del self._sums[leader]
 
@@ -130,15 +134,39 @@ class InputStatistics:
         found: T = self._made[key]
         return found
 
+    def cross(self, leader: str, other: torch.Tensor) -> None:
+        """Gather Y^T X [n, in] besides, for the inputs X of the pass that has just been run.
+
+        `leader`: the first Linear of a group, which shares this too. `other` [..., n]: the rows of
+        Y, a token each, which count as in X^T X.
+        """
+        rows = next(tensor for tensor, name in self._current if name == leader)
+        self._cross(leader, other.flatten(0, -2).float(), rows.flatten(0, -2).float())
+        for name in self._read:
+            if self._leader[name] == leader:
+                self._cross(f"{name} read", _running_means(other), _running_means(rows))
+
+    def _cross(self, key: str, others: torch.Tensor, rows: torch.Tensor) -> None:
+        if key not in self._crossed:
+            self._crossed[key] = rows.new_zeros(others.shape[1], rows.shape[1])
+        self._crossed[key].addmm_(others.T, rows)
+
+    def crossed(self, name: str) -> torch.Tensor:
+        """What `cross` has gathered for the Linear `name`, [n, in], its running means included."""
+        found = self._crossed[self._leader[name]]
+        return found + _READ * self._crossed[f"{name} read"] if name in self._read else found
+
     def unsure(self, name: str) -> float:
         """The inputs of a Linear over the tokens that were seen, by which X^T X is not to be taken
         at its word: about the share of its diagonal that serves best as dampening. 0 for those in
         `read`, whose diagonal the running means fill.
         """
-        if name in self._read:
-            return 0.0
+        return 0.0 if name in self._read else min(1.0, self.a_token(name))
+
+    def a_token(self, name: str) -> float:
+        """The inputs of a Linear over the tokens that were seen."""
         leader = self._leader[name]
-        return min(1.0, len(self._sums[leader]) / float(self._tokens[leader]))
+        return len(self._sums[leader]) / float(self._tokens[leader])
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -155,8 +183,7 @@ class InputStatistics:
     def _note(self, name: str, tensor: torch.Tensor) -> None:
         """Add `tensor` [..., in], which enters `name`, unless a Linear before it was given it."""
         if name in self._read:
-            counts = torch.arange(1, tensor.shape[-2] + 1, device=tensor.device).unsqueeze(1)
-            means = (tensor.float().cumsum(-2) / counts).flatten(0, -2)
+            means = _running_means(tensor)
             self._read[name] = self._read[name].to(means.device) + means.T @ means
         for seen, leader in self._current:
             if seen is tensor:
@@ -183,6 +210,12 @@ class InputStatistics:
             self._sums[name] = self._sums[name] + squares if name in self._sums else squares
 
 
+def _running_means(inputs: torch.Tensor) -> torch.Tensor:
+    """Of each window in `inputs` [..., length, in] the means up to every token, [tokens, in]."""
+    counts = torch.arange(1, inputs.shape[-2] + 1, device=inputs.device).unsqueeze(1)
+    return (inputs.float().cumsum(-2) / counts).flatten(0, -2)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a method may ask about the inputs of the Linear that it prunes, as far as it `needs` it.
@@ -198,12 +231,22 @@ class Inputs:
         assert self.statistics is not None
         return self.statistics.norm(self.name)
 
+    def crossed(self) -> torch.Tensor:
+        """Y^T X [n, in] for what the inputs were crossed with."""
+        assert self.statistics is not None
+        return self.statistics.crossed(self.name)
+
     def of_hessian(
         self, make: Callable[[torch.Tensor, *Arguments], T], *arguments: *Arguments
     ) -> T:
         """What `make` gives for X^T X [in, in] and `arguments`, once for Linears that share it."""
         assert self.statistics is not None
         return self.statistics.of_hessian(self.name, make, *arguments)
+
+    def a_token(self) -> float:
+        """How many they are over the tokens that were seen."""
+        assert self.statistics is not None
+        return self.statistics.a_token(self.name)
 
     def dampening(self, least: float) -> float:
         """The share of the mean diagonal to add to X^T X: more than the `least` for few tokens."""

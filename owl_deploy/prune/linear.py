@@ -35,6 +35,11 @@ class Maker:
         self.prune = pkgutil.resolve_name(self.row.prune)
         self.joint = pkgutil.resolve_name(self.row.joint) if self.row.joint else None
 
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether what is zero already stays so, if it is not said to be whole."""
+        return not self.row.removes or getattr(self.settings.options, "preserve_mask", False)
+
     def make(
         self, dense: torch.Tensor, inputs: Inputs, form: Format, *, whole: bool = False
     ) -> Made:

@@ -1,7 +1,7 @@
 """The pass over the dense model: what enters each block's Linears, and what allocations ask."""
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,21 +136,36 @@ def gather(
 ) -> InputStatistics:
     """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`.
 
+    `read` as in `empty_statistics`.
+    """
+    pruned = request.shape.linears[index]
+    inputs = empty_statistics(request, index, pruned, hessian=hessian, read=read)
+    with inputs.gathering(inputs_only=not keep):
+        hidden.through(block, index, advance, keep=keep)
+    return inputs
+
+
+def empty_statistics(
+    request: Request,
+    index: int,
+    names: Collection[str],
+    *,
+    hessian: bool,
+    read: bool = True,
+) -> InputStatistics:
+    """Those of the Linears `names` of block `index`, nothing gathered yet.
+
     With `read` the inputs of a v_proj that is rounded count by their running means as well, for
     attention averages its outputs.
     """
     linears = request.skeleton.linears(index)
-    pruned = request.shape.linears[index]
     rounded = read and hessian and request.settings.rounds
-    inputs = InputStatistics(
-        {key: linears[key] for key in pruned},
+    return InputStatistics(
+        {key: linears[key] for key in names},
         request.samples,
         hessian=hessian,
-        read=[key for key in pruned if rounded and key.endswith(_VALUES)],
+        read=[key for key in names if rounded and key.endswith(_VALUES)],
     )
-    with inputs.gathering(inputs_only=not keep):
-        hidden.through(block, index, advance, keep=keep)
-    return inputs
 
 
 def gather_head(

@@ -1,9 +1,11 @@
 """The pass that prunes: block after block, each on what the pruned ones before it let through.
 
-One block is on the device at a time. Of several processes each runs its part of the windows through
-it and prunes its part of the Linears (`ranks`); the first writes.
+One block is on the device at a time, in an asymmetric pruning beside its dense twin, and is pruned
+in one stage, or in several then. Of several processes each runs its part of the windows through it
+and prunes its part of the Linears (`ranks`); the first writes.
 """
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -16,13 +18,15 @@ from owl_deploy.grid import SCALE
 from owl_deploy.hardware import name_of
 from owl_deploy.manifest import CheckpointManifest, TrainedHalf, read_manifest
 from owl_deploy.progress import Advance, bar
+from owl_deploy.prune import asymmetric
+from owl_deploy.prune.asymmetric import Twins
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker, zeros
-from owl_deploy.prune.measure import gather, gather_head
+from owl_deploy.prune.measure import empty_statistics, gather, gather_head
 from owl_deploy.prune.owners import divide, owners
 from owl_deploy.prune.plan import Plan
-from owl_deploy.prune.reconstruct import Reconstruction
+from owl_deploy.prune.reconstruct import Reconstruction, Streams
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
 from owl_deploy.survivors import SPARSE_FROM, LinearGrid
@@ -67,6 +71,8 @@ class Walk:
         before = read_manifest(request.checkpoint.folder, CheckpointManifest)
         self.linears_before = before.linears if before else {}
         self.hidden: Activations | None = None
+        self.streams: Streams | None = None  # those of an asymmetric pruning
+        self.stages: list[list[str]] = []  # of a block, then
         self.reconstruction: Reconstruction | None = None
         self.advance: Advance = lambda _: None
 
@@ -78,6 +84,8 @@ class Walk:
         if len(held) < len(names):
             self._embed()
         passes = 2 * len(names) - (self.hidden is not None)
+        if self.streams:
+            passes = len(self.names) * (2 * len(self.stages) + 2)
         if self.reconstruction:
             passes += len(self.names) * self.reconstruction.passes
         with bar("Pruning", passes * self.request.steps) as self.advance:
@@ -114,6 +122,20 @@ class Walk:
         elif self.needs != "nothing":
             assert request.windows is not None
             self.hidden = self.skeleton.embed(request.own_windows, request.batch, self.store.folder)
+        if request.settings.asymmetric:
+            self._twin()
+
+    def _twin(self) -> None:
+        """Make the dense model's stream beside the pruned one's, and see how blocks run."""
+        assert self.hidden is not None
+        self.first = None  # what it was crossed with is not known
+        if self.reconstruction:
+            self.streams = self.reconstruction.training
+        else:
+            self.streams = Streams(self.hidden, self.hidden.copy(self.store.folder))
+        with self.skeleton.loaded(self.names[0]) as block:
+            linears = self.skeleton.linears(0)
+            self.stages = asymmetric.stages(block, linears, self.hidden, 0)
 
     @torch.no_grad()
     def _prune_block(self, index: int, whole: set[str]) -> dict[str, torch.Tensor]:
@@ -121,16 +143,39 @@ class Walk:
         weights = self.request.checkpoint.read_module(name)
         linears = self.skeleton.linears(index)
         with self.skeleton.loaded(name, weights) as block:
-            statistics = self._block_inputs(block, index)
-            weights |= self._divided(weights, statistics, index, whole)
-            for key in self.plan.sparsities[index]:
-                linears[key].weight.copy_(weights[f"{key}.weight"])
+            twins = Twins(block, copy.deepcopy(block) if self.streams else block)
+            for stage, statistics in self._inputs(twins, index):
+                weights |= self._divided(weights, statistics, index, stage, whole)
+                for key in stage:
+                    linears[key].weight.copy_(weights[f"{key}.weight"])
             if self.reconstruction:
                 weights = self._reconstructed(self.reconstruction, index, weights, whole)
                 self.advance(self.request.steps)
             else:
-                self._pass_on(block, index)
+                self._pass_on(twins, index)
         return weights
+
+    def _inputs(
+        self, twins: Twins, index: int
+    ) -> Iterator[tuple[list[str], InputStatistics | None]]:
+        """The Linears of block `index` by stages, with what enters them once those before are done.
+
+        Not asymmetric, they are one stage.
+        """
+        asked = list(self.plan.sparsities[index])
+        if self.streams is None:
+            yield asked, self._block_inputs(twins.pruned, index)
+            return
+        for stage in self.stages:
+            own = [key for key in stage if key in asked]
+            if not own:
+                self.advance(2 * self.request.steps)
+                continue
+            found = empty_statistics(self.request, index, own, hessian=True)
+            asymmetric.gather(
+                found, own, twins, index, self.streams, self.skeleton.family, self.advance
+            )
+            yield own, found
 
     def _reconstructed(
         self,
@@ -178,13 +223,14 @@ class Walk:
         dense: dict[str, torch.Tensor],
         statistics: InputStatistics | None,
         index: int,
+        stage: list[str],
         whole: set[str],
     ) -> dict[str, torch.Tensor]:
-        """What becomes of the `dense` tensors of block `index`: each rank prunes its own Linears.
+        """What becomes of the `dense` Linears of a `stage`: each rank prunes its own of them.
 
         Those that have one input stay together: they share what is made of its statistic.
         """
-        asked = self.plan.sparsities[index]
+        asked = {key: self.plan.sparsities[index][key] for key in stage}
         linears, hessian = self.skeleton.linears(index), self.needs == "hessian"
         if statistics:
             owner = divide(statistics, linears, self.ranks, hessian=hessian)
@@ -195,7 +241,8 @@ class Walk:
             if owner[key] == self.ranks.rank:
                 form = Format(self.plan.bits_of(index, key), sparsity)
                 inputs = Inputs(statistics, key)
-                made = self._made(dense[f"{key}.weight"], inputs, form, whole=key in whole)
+                weight = dense[f"{key}.weight"]
+                made = self._made(weight, inputs, form, linear=key, whole=key in whole)
                 own |= {f"{key}.{name}": tensor for name, tensor in made.items()}
         return self.ranks.merged(own, self.skeleton.device)
 
@@ -231,13 +278,24 @@ class Walk:
         )
 
     def _made(
-        self, dense: torch.Tensor, inputs: Inputs, form: Format, *, whole: bool = False
+        self,
+        dense: torch.Tensor,
+        inputs: Inputs,
+        form: Format,
+        *,
+        linear: str = "",
+        whole: bool = False,
     ) -> dict[str, torch.Tensor]:
         """The "weight" made of `dense` [out, in], where that lies and in its dtype.
 
-        Where it is rounded, with its scales, [out, groups]: "weight_scale".
+        Where it is rounded, with its scales, [out, groups]: "weight_scale". `linear`: its name in
+        the block; the head has none.
         """
         weight = dense.to(self.skeleton.device, torch.float32)
+        if self.streams and linear:
+            writes = asymmetric.writes(self.skeleton.family, linear)
+            keep_zeros = self.maker.keeps_zeros and not whole
+            weight = asymmetric.aimed(weight, inputs, writes=writes, keep_zeros=keep_zeros)
         made = self.maker.make(weight, inputs, form, whole=whole)
         found = {"weight": made.weight.to(dense.device, dense.dtype)}
         return found if made.scales is None else found | {SCALE: made.scales.to(dense.device)}
@@ -267,16 +325,22 @@ class Walk:
         """Bring the hidden states past a block that an earlier run has finished."""
         with self.skeleton.loaded(self.names[index], weights) as block, torch.no_grad():
             if self.hidden is not None:
-                self.advance(self.request.steps)
+                self.advance(max(1, 2 * len(self.stages)) * self.request.steps)
             if self.reconstruction:
                 self.reconstruction.replay(index, weights)
                 self.advance((1 + self.reconstruction.passes) * self.request.steps)
             else:
-                self._pass_on(block, index)
+                dense = copy.deepcopy(block) if self.streams else block
+                if self.streams:
+                    dense.load_state_dict(self.request.checkpoint.read_module(self.names[index]))
+                self._pass_on(Twins(block, dense), index)
 
-    def _pass_on(self, block: nn.Module, index: int) -> None:
+    def _pass_on(self, twins: Twins, index: int) -> None:
         """Run the pruned block, for what enters the next one; after the last only a head may."""
         if self.hidden is None:
             self.advance(2 * self.request.steps)
-        elif index + 1 < len(self.names) or self.head:
-            self.hidden.through(block, index, self.advance, keep=True)
+            return
+        if index + 1 < len(self.names) or self.head:
+            self.hidden.through(twins.pruned, index, self.advance, keep=True)
+        if self.streams and index + 1 < len(self.names):
+            self.streams.dense.through(twins.dense, index, self.advance, keep=True)

@@ -1,0 +1,159 @@
+"""What each Linear makes up for besides, against two whole models run side by side."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from owl_deploy.checkpoint import GRID
+from owl_deploy.errors import BadInput
+from owl_deploy.hardware import ANY_HARDWARE
+from owl_deploy.prune import asymmetric
+from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.run import prune
+from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.recipe import RESOLVED
+from tests import tiny
+from tests.reference import asymmetric as reference
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: tiny.write_model(name, folder / name) for name in reference.STAGES}
+
+
+@pytest.fixture(scope="module")
+def calibration(text_file):
+    return Calibration(str(text_file), samples=9, sequence_length=40)
+
+
+def loaded(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", reference.STAGES)
+def test_each_linear_aims_at_what_the_dense_model_has(
+    models, family, tmp_path, calibration, monkeypatch
+):
+    aims, aimed = [], asymmetric.aimed
+
+    def recording(dense, inputs, **how):
+        aims.append((inputs.name, aimed(dense, inputs, **how)))
+        return aims[-1][1]
+
+    monkeypatch.setattr(asymmetric, "aimed", recording)
+    settings = PruneSettings.checked(method="sparsegpt", allocation="uniform", sparsity=0.5)
+    assert settings.asymmetric
+    prune(models[family], tmp_path / "out", settings, calibration)
+    dense, pruned = loaded(models[family]), loaded(tmp_path / "out")
+    request = check(models[family], settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    blocks, stages = request.shape.names, reference.STAGES[family]
+    names = [f"{block}.{name}" for block in blocks for own, _ in stages for name in own]
+    expected = reference.aims(dense, pruned, request.windows, blocks, stages)
+    assert len(aims) == len(expected) == len(names)
+    for (linear, found), name in zip(aims, names, strict=True):
+        assert name.endswith(linear)
+        change = expected[name] - dense.get_submodule(name).weight.detach()
+        if "layers.0" in name and "q_proj" in name:
+            assert not change.any()  # nothing was lost before it
+        assert (found - expected[name]).abs().max() < 1e-4 + 0.02 * change.abs().max(), name
+
+
+def test_the_stream_comes_nearer_than_without(models, tmp_path, calibration):
+    """On the text that it was made by."""
+    dense = loaded(models["llama"])
+    settings = {"method": "sparsegpt", "allocation": "uniform", "sparsity": 0.5}
+    text = check(
+        models["llama"],
+        PruneSettings.checked(**settings),
+        calibration,
+        ANY_HARDWARE,
+        tune_minutes=None,
+    ).windows
+    wanted = reference.seen(dense, text, "model.layers.1", output=True)
+    errors = []
+    for name in (False, True):
+        asked = PruneSettings.checked(**settings, asymmetric=name)
+        prune(models["llama"], tmp_path / str(name), asked, calibration)
+        found = reference.seen(loaded(tmp_path / str(name)), text, "model.layers.1", output=True)
+        errors.append(float((found - wanted).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_zeros_that_stay_are_kept(models, tmp_path, calibration, bits):
+    """Rounding keeps those of a pruned model, and SparseGPT those that it is told to."""
+    sparse = {"method": "sparsegpt", "allocation": "uniform", "sparsity": 0.5}
+    prune(models["llama"], tmp_path / "sparse", PruneSettings.checked(**sparse), calibration)
+    again = {"method": "none", "bits": bits}
+    if bits is None:
+        again = sparse | {"sparsity": 0.6, "options": {"preserve_mask": True}}
+    settings = PruneSettings.checked(**again)
+    assert settings.asymmetric
+    prune(tmp_path / "sparse", tmp_path / "out", settings, calibration)
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("sparse", "out"))
+    for name, one in before.items():
+        if "proj" in name:
+            assert not after[name][one == 0].any()
+            assert not torch.equal(after[name], one)
+    assert (tmp_path / "out" / GRID).exists() == (bits is not None)
+
+
+def test_the_aim_with_zeros_is_the_best_of_those_that_keep_them(monkeypatch):
+    for name in ("_RIDGE", "_LEAST"):
+        monkeypatch.setattr(asymmetric, name, 1e-4)
+    torch.manual_seed(0)
+    rows, ahead = torch.randn(60, 6), torch.randn(60, 6)
+    linear = torch.nn.Linear(6, 3, bias=False)
+    weight = linear.weight.detach().masked_fill(torch.rand(3, 6) < 0.5, 0)
+    statistics = InputStatistics({"a": linear}, 1, hessian=True)
+    with statistics.gathering():
+        linear(rows[None])
+        statistics.cross("a", (ahead - rows)[None])
+    found = asymmetric.aimed(weight, Inputs(statistics, "a"), writes=False, keep_zeros=True)
+    assert torch.equal(found == 0, weight == 0)
+
+    def error(one):
+        return (rows @ one.T - ahead @ weight.T).square().sum(0)
+
+    for row in range(3):
+        kept = weight[row] != 0
+        best = torch.linalg.lstsq(rows[:, kept], ahead @ weight[row]).solution
+        least = (rows[:, kept] @ best - ahead @ weight[row]).square().sum()
+        assert least <= error(found)[row] < 1.02 * least
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"method": "wanda"}, False),
+        ({"method": "magnitude"}, False),
+        ({"method": "wanda", "bits": 4}, False),
+        ({"method": "sparsegpt"}, True),
+        ({"method": "alps"}, True),
+        ({"method": "none", "bits": 4}, True),
+        ({"budget": "3.5"}, True),
+    ],
+)
+def test_methods_that_compensate_do_so_for_what_came_before(given, expected):
+    assert PruneSettings.checked(**given).asymmetric is expected
+    assert PruneSettings.checked(**given, asymmetric=False).asymmetric is False
+
+
+def test_methods_that_do_not_are_said_to():
+    with pytest.raises(BadInput, match="--asymmetric is of methods whose weights make up"):
+        PruneSettings.checked(method="wanda", asymmetric=True)
+    assert PruneSettings.checked(method="wanda", refit=True, asymmetric=True).asymmetric
+
+
+def test_a_recipe_says_what_sparseml_does_not_do(models, tmp_path, calibration):
+    settings = PruneSettings.checked(method="sparsegpt", allocation="uniform", sparsity=0.5)
+    manifest = prune(models["opt"], tmp_path / "out", settings, calibration)
+    assert manifest.settings.asymmetric
+    recipe = (tmp_path / "out" / RESOLVED).read_text()
+    assert "what those before it lost" in recipe
