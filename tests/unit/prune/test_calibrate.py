@@ -127,6 +127,27 @@ def test_what_attention_reads_counts_the_running_means_too():
     assert [calibrate.Inputs(inputs, name).dampening(0.01) for name in "qv"] == [5 / 21, 0.01]
 
 
+def test_what_is_crossed_counts_as_the_statistic_does():
+    torch.manual_seed(0)
+    linears = {name: torch.nn.Linear(5, 3) for name in ("q", "v")}
+    inputs = InputStatistics(linears, 2, hessian=True, read=["v"])
+    batches = [(torch.randn(size, 7, 5), torch.randn(size, 7, 4)) for size in (2, 1)]
+    with inputs.gathering():
+        for x, other in batches:
+            for linear in linears.values():
+                linear(x)
+            inputs.cross("q", other)
+    plain, means = torch.zeros(4, 5), torch.zeros(4, 5)
+    for x, other in batches:
+        for rows, others in zip(x, other, strict=True):
+            for end in range(1, 8):
+                plain += others[end - 1].outer(rows[end - 1])
+                means += others[:end].mean(0).outer(rows[:end].mean(0))
+    for name, expected in (("q", plain), ("v", plain + 64 * means)):
+        found = calibrate.Inputs(inputs, name).crossed()
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("hessian", [False, True])
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38])
 def test_what_overflows_is_refused_by_its_name(hessian, value):
