@@ -27,9 +27,9 @@ METHODS = (
     "wanda --refit",
     "sparsegpt",
     "sparsegpt --refit",
-    "sparsegpt --no-asymmetric",
+    "sparsegpt --asymmetric",
     "alps",
-    "alps --no-asymmetric",
+    "alps --asymmetric",
     "sparsegpt --reconstruct 8",
     "alps --reconstruct 8",
 )

@@ -98,11 +98,6 @@ class Method:
     removes: bool = True
     refits: bool = False
 
-    @property
-    def compensates(self) -> bool:
-        """Whether its weights make up for others, which none that only removes does."""
-        return self.needs == "hessian" or not self.removes
-
 
 # Of methods with the same modifier the first is what a recipe with it means.
 METHODS: dict[str, Method] = {

@@ -153,9 +153,8 @@ Reconstruct = Annotated[
 Asymmetric = Annotated[
     bool | None,
     Option(
-        "--asymmetric/--no-asymmetric",
-        help="Let each layer make up for what those before it lost, too. [where the method's "
-        "weights make up for others]",
+        "--asymmetric",
+        help="Let each layer make up for what those before it lost, too: sparsegpt, alps, --bits.",
     ),
 ]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Random seed for the choice of windows.")]

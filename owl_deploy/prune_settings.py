@@ -46,8 +46,8 @@ class PruneSettings(BaseModel):
     `METHODS` names, or a mapping of their names to values. `refit`: whether the weights that are
     left get the values that suit them best; ALPS does it in any case. `reconstruct`: epochs for
     which each half of a pruned block is trained to give the dense one's output. `asymmetric`:
-    whether each Linear makes up for what those before it have lost as well (see `asymmetric`); by
-    default where the method's weights make up for others.
+    whether each Linear makes up for what those before it have lost as well (`prune/asymmetric.py`),
+    of a method whose weights make up for others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -100,8 +100,6 @@ class PruneSettings(BaseModel):
         rounds = values.get("bits") is not None or values.get("budget") is not None
         if rounds and values.get("bits_group") is None:
             values["bits_group"] = _BITS_GROUPS[0]
-        if values.get("asymmetric") is None:
-            values["asymmetric"] = METHODS[values["method"]].compensates
         allocation = ALLOCATIONS[values["allocation"]]
         group = parse_structure(values.get("structure", UNSTRUCTURED))
         if group is not None:

@@ -84,6 +84,8 @@ ONE, SEVERAL = checkpoint.SHARD_BYTES, 30_000  # shards
         ({"method": "wanda", "reconstruct": 2}, ONE),
         ({"method": "wanda", "reconstruct": 2}, SEVERAL),
         ({"method": "sparsegpt", "bits": 3, "reconstruct": 2}, ONE),
+        ({"method": "alps", "asymmetric": True}, ONE),
+        ({"method": "sparsegpt", "bits": 3, "reconstruct": 2, "asymmetric": True}, ONE),
     ],
     ids=str,
 )

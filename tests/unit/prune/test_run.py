@@ -436,9 +436,7 @@ def test_what_outgrows_16_bits_while_it_is_made_is_not_written(tmp_path, calibra
     name = "model.layers.1.self_attn.v_proj.weight"
     tensors[name] = (tensors[name].float() * (65000 / tensors[name].float().abs().max())).half()
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
-    settings = PruneSettings.checked(
-        method="sparsegpt", allocation="uniform", sparsity=0.6, asymmetric=False
-    )
+    settings = PruneSettings.checked(method="sparsegpt", allocation="uniform", sparsity=0.6)
     with pytest.raises(BadInput, match=r"v_proj.* becomes larger than float16 holds"):
         prune(model, tmp_path / "out", settings, calibration, Hardware(dtype="float32"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
