@@ -43,6 +43,7 @@ TABLE = {
         ("--head-sparsity 0.3", "settings.head_sparsity", 0.3),
         ("--refit", "settings.refit", True),
         ("--reconstruct 3", "settings.reconstruct", 3),
+        ("--asymmetric -m sparsegpt", "settings.asymmetric", True),
         ("--bits 4", "settings.bits", 4),
         ("--group 64 --bits 4", "settings.bits_group", 64),
         ("--head-bits 3 --bits 4", "settings.head_bits", 3),
