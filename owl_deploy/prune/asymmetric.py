@@ -12,8 +12,9 @@ included:
 
     W' = W + (S - R)^T X (X^T X + ridge)^-1
 
-(as a reconstruction aims at, in closed form; by the first rule alone int3 of SmolLM2-135M gained
-nothing: 19.17 of perplexity without it and with it, 18.44 with both). Both hold only where X is
+where tokens far larger than others count less (`_counting`): what a reconstruction aims at, in
+closed form. By the first rule alone int3 of SmolLM2-135M gained nothing, 19.17 of perplexity
+without it and with it; with both it had 18.44. Both hold only where X is
 what will enter, so that the Linears of a block are pruned in the order in which it runs, those that
 share an input together, each on what those before it let through (GPTQ's "true sequential").
 """
@@ -86,8 +87,11 @@ def gather(
                 run(block)(states.hidden[part].to(states.device), **arguments)
                 for block, states in blocks.on(streams)
             )
+            ahead = dense.float() - pruned.float()
+            if writes(family, stage[0]):
+                ahead *= _counting(dense.float())
             for name, *_ in statistics.groups():
-                statistics.cross(name, dense.float() - pruned.float())
+                statistics.cross(name, ahead)
             advance(2 * len(dense))
 
 
@@ -105,6 +109,21 @@ def aimed(dense: torch.Tensor, inputs: Inputs, *, writes: bool, keep_zeros: bool
     gram = inputs.of_hessian(refit.gram, refit.DAMPENING)
     target, start = found * gram.scale, dense * gram.scale
     return refit.on_support(target, start, dense != 0, gram.matrix) / gram.scale
+
+
+def _counting(stream: torch.Tensor) -> torch.Tensor:
+    """How much of each token's error counts, [batch, length, 1], by its dense `stream`.
+
+    All of most tokens', and of those that are larger than the median of their window so much less.
+    The norm that reads the stream next divides each token by its size, and of some models a few
+    tokens, such as a text's first, are a hundred times as large as others: without this their
+    errors were all that counted (Qwen2.5-Coder-1.5B, half removed: the error of block 2 became 0.96
+    of the stream's energy on other text, where it is 0.05 without what is done here).
+    """
+    sizes = stream.norm(dim=-1, keepdim=True)
+    median = sizes.median(dim=-2, keepdim=True).values
+    counting: torch.Tensor = median / sizes.clamp(min=torch.finfo(torch.float32).tiny)
+    return counting.clamp(max=1)
 
 
 def _running(stage: Sequence[str], family: Family) -> Callable[[nn.Module], Run]:

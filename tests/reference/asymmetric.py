@@ -66,7 +66,9 @@ def aims(dense, pruned, windows, blocks, stages, ridge=16):
                 else:
                     what = {"module": f"{block}.{stream}" if stream else block}
                     both = [seen(one, windows, **what, output=not stream) for one in (dense, state)]
-                    wanted = both[0] - both[1]
+                    sizes = both[0].norm(dim=1).view(len(windows), -1)
+                    medians = torch.stack([one.median() for one in sizes]).unsqueeze(1)
+                    wanted = (both[0] - both[1]) * (medians / sizes).clamp(max=1).view(-1, 1)
                 share = ridge * rows.shape[1] / len(rows)
                 sizes = (share * rows.square().sum(0)).sqrt()
                 change = torch.linalg.lstsq(

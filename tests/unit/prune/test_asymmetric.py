@@ -138,3 +138,11 @@ def test_a_recipe_says_what_sparseml_does_not_do(models, tmp_path, calibration):
     assert manifest.settings.asymmetric
     recipe = (tmp_path / "out" / RESOLVED).read_text()
     assert "what those before it lost" in recipe
+
+
+def test_tokens_that_are_far_larger_than_others_count_as_much_less():
+    stream = torch.zeros(2, 3, 4)
+    stream[0, :, 1] = torch.tensor([100.0, 1.0, -2.0])
+    stream[1, 0, 2] = 5.0  # beside two of no size
+    found = asymmetric._counting(stream)
+    assert found.squeeze(-1).tolist() == [[pytest.approx(0.02), 1, 1], [0, 0, 0]]
