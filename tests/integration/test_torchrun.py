@@ -17,7 +17,7 @@ QUICK = [
     ("llama", {"method": "sparsegpt", "allocation": "dlp", "head_sparsity": 0.5}),
     ("llama", {"method": "sparsegpt", "bits": 4, "allocation": "owl-per-linear"}),
     ("opt", {"method": "alps", "allocation": "uniform"}),
-    ("llama", {"method": "sparsegpt", "asymmetric": True}),
+    ("llama", {"method": "sparsegpt", "asymmetric": True, "allocation": "uniform"}),
     # Whose other sparsities hardly depend on what is read, as its scores do not.
     ("llama", {"method": "magnitude", "allocation": "owl-per-linear"}),
     ("opt", {"method": "wanda-variant", "allocation": "lsa"}),
