@@ -85,7 +85,10 @@ class Walk:
             self._embed()
         passes = 2 * len(names) - (self.hidden is not None)
         if self.streams:
-            passes = len(self.names) * (2 * len(self.stages) + 2)
+            # Two streams through every stage, and then on; none goes on from the last block.
+            passes = len(self.names) * (2 * len(self.stages) + 2) - 2 + 2 * bool(head)
+            if self.reconstruction:  # which brings both on, and counts as one
+                passes = len(self.names) * (2 * len(self.stages) + 1) + bool(head)
         if self.reconstruction:
             passes += len(self.names) * self.reconstruction.passes
         with bar("Pruning", passes * self.request.steps) as self.advance:

@@ -132,6 +132,13 @@ def test_methods_that_do_not_are_said_to():
     assert PruneSettings.checked(method="wanda", refit=True, asymmetric=True).asymmetric
 
 
+@pytest.mark.parametrize("more", [{}, {"head_sparsity": 0.5}, {"reconstruct": 1}], ids=str)
+def test_the_bar_comes_to_its_end(models, tmp_path, calibration, capsys, more):
+    settings = PruneSettings.checked(**ASKED | more)
+    prune(models["llama"], tmp_path / "out", settings, calibration)
+    assert "Pruning: done" in capsys.readouterr().err
+
+
 def test_a_recipe_says_what_sparseml_does_not_do(models, tmp_path, calibration):
     settings = PruneSettings.checked(**ASKED)
     manifest = prune(models["opt"], tmp_path / "out", settings, calibration)
