@@ -14,26 +14,25 @@ included:
 
 where tokens far larger than others count less (`_counting`): what a reconstruction aims at, in
 closed form. By the first rule alone int3 of SmolLM2-135M gained nothing, 19.17 of perplexity
-without it and with it; with both it had 18.44. Both hold only where X is
-what will enter, so that the Linears of a block are pruned in the order in which it runs, those that
-share an input together, each on what those before it let through (GPTQ's "true sequential").
+without it and with it; with both it had 18.44. Both hold only where X is what will enter, so that
+the Linears of a block are pruned in the order in which it runs, those that share an input together,
+each on what those before it let through (GPTQ's "true sequential").
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from owl_deploy.blocks import Activations, Seen
+from owl_deploy.blocks import Activations
 from owl_deploy.families import Family
 from owl_deploy.progress import Advance
-from owl_deploy.prune import refit
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
-from owl_deploy.prune.halves import Run, halves
+from owl_deploy.prune.halves import Run, ending_at, halves
 from owl_deploy.prune.reconstruct import Streams
+from owl_deploy.prune.refit import refit
 
 _RIDGE, _LEAST = 16, 0.01  # shares of each diagonal: of inputs over tokens, and so much anyway
 
@@ -90,8 +89,7 @@ def gather(
             ahead = dense.float() - pruned.float()
             if writes(family, stage[0]):
                 ahead *= _counting(dense.float())
-            for name, *_ in statistics.groups():
-                statistics.cross(name, ahead)
+            statistics.cross(stage[0], ahead)
             advance(2 * len(dense))
 
 
@@ -104,11 +102,7 @@ def aimed(dense: torch.Tensor, inputs: Inputs, *, writes: bool, keep_zeros: bool
     gap = crossed if writes else dense @ crossed
     factor = inputs.of_hessian(_factor, max(_LEAST, _RIDGE * inputs.a_token()))
     found = dense + torch.cholesky_solve(gap.T, factor).T
-    if not keep_zeros:
-        return found
-    gram = inputs.of_hessian(refit.gram, refit.DAMPENING)
-    target, start = found * gram.scale, dense * gram.scale
-    return refit.on_support(target, start, dense != 0, gram.matrix) / gram.scale
+    return refit(found, dense, inputs) if keep_zeros else found
 
 
 def _counting(stream: torch.Tensor) -> torch.Tensor:
@@ -128,41 +122,20 @@ def _counting(stream: torch.Tensor) -> torch.Tensor:
 
 def _running(stage: Sequence[str], family: Family) -> Callable[[nn.Module], Run]:
     """What runs a block for a `stage`: up to what enters it, or the stream that it has added to."""
-    first, last = stage[0], stage[-1]
-    if writes(family, first):
-        half = next(half for half in halves(family) if half.holds(first))
+    if writes(family, stage[0]):
+        half = next(half for half in halves(family) if half.holds(stage[0]))
         # A block's second half ends where the block does.
         return half.of if half.name == "attention" else lambda block: block
 
     def run(block: nn.Module) -> Run:
         def entering(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
-            with _entering(block.get_submodule(first), block.get_submodule(last)) as seen:
+            with ending_at(block.get_submodule(stage[-1])) as seen:  # which all of them are given
                 block(hidden, **arguments)
             return seen[0]
 
         return entering
 
     return run
-
-
-@contextlib.contextmanager
-def _entering(first: nn.Module, last: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Yield the list that what enters `first` comes into; the pass ends where `last` is entered."""
-    seen: list[torch.Tensor] = []
-
-    def stop(_: nn.Module, __: tuple[torch.Tensor, ...]) -> None:
-        raise Seen
-
-    handles = [
-        first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])),
-        last.register_forward_pre_hook(stop),  # after the hooks of statistics
-    ]
-    try:
-        with contextlib.suppress(Seen):
-            yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _factor(hessian: torch.Tensor, ridge: float) -> torch.Tensor:

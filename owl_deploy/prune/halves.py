@@ -41,7 +41,7 @@ class Half:
             return block
 
         def attention(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
-            with _ending_at(block.get_submodule(self.middle)) as seen:
+            with ending_at(block.get_submodule(self.middle)) as seen:
                 block(hidden, **arguments)
             return seen[0].view_as(hidden)  # OPT's norm is given all tokens in a row
 
@@ -76,7 +76,7 @@ class _Nothing(nn.Module):
 
 
 @contextlib.contextmanager
-def _ending_at(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+def ending_at(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """End the forward pass where `module` would begin; yield the list that its input comes into."""
     seen: list[torch.Tensor] = []
 

@@ -67,18 +67,12 @@ def test_each_linear_aims_at_what_the_dense_model_has(
 def test_the_stream_comes_nearer_than_without(models, tmp_path, calibration):
     """On the text that it was made by."""
     dense = loaded(models["llama"])
-    settings = ASKED
-    text = check(
-        models["llama"],
-        PruneSettings.checked(**settings),
-        calibration,
-        ANY_HARDWARE,
-        tune_minutes=None,
-    ).windows
+    settings = PruneSettings.checked(**ASKED)
+    text = check(models["llama"], settings, calibration, ANY_HARDWARE, tune_minutes=None).windows
     wanted = reference.seen(dense, text, "model.layers.1", output=True)
     errors = []
     for name in (False, True):
-        asked = PruneSettings.checked(**settings | {"asymmetric": name})
+        asked = PruneSettings.checked(**ASKED | {"asymmetric": name})
         prune(models["llama"], tmp_path / str(name), asked, calibration)
         found = reference.seen(loaded(tmp_path / str(name)), text, "model.layers.1", output=True)
         errors.append(float((found - wanted).square().sum()))
