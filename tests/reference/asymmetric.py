@@ -47,6 +47,17 @@ def seen(model, windows, module, *, output=False):
     return torch.cat(rows)
 
 
+def counted(wanted, found, windows):
+    """The error of each token, as far as it counts."""
+    error = wanted - found
+    length = len(error) // windows
+    for start in range(0, len(error), length):
+        most = wanted[start : start + length].norm(dim=1).median() / 2
+        for one in error[start : start + length]:
+            one *= min(1, most / one.norm()) if one.any() else 1
+    return error
+
+
 def aims(dense, pruned, windows, blocks, stages, ridge=16):
     """For each Linear, in order, the weight to keep in place of the dense one.
 
@@ -62,13 +73,12 @@ def aims(dense, pruned, windows, blocks, stages, ridge=16):
                 rows = seen(state, windows, linear)
                 weight = dense.get_submodule(linear).weight.detach().double()
                 if stream is None:
-                    wanted = seen(dense, windows, linear) @ weight.T - rows @ weight.T
+                    both = seen(dense, windows, linear), rows
+                    wanted = counted(*both, len(windows)) @ weight.T
                 else:
                     what = {"module": f"{block}.{stream}" if stream else block}
                     both = [seen(one, windows, **what, output=not stream) for one in (dense, state)]
-                    sizes = both[0].norm(dim=1).view(len(windows), -1)
-                    medians = torch.stack([one.median() for one in sizes]).unsqueeze(1)
-                    wanted = (both[0] - both[1]) * (medians / sizes).clamp(max=1).view(-1, 1)
+                    wanted = counted(*both, len(windows))
                 share = ridge * rows.shape[1] / len(rows)
                 sizes = (share * rows.square().sum(0)).sqrt()
                 change = torch.linalg.lstsq(

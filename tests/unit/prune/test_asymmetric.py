@@ -141,9 +141,13 @@ def test_a_recipe_says_what_sparseml_does_not_do(models, tmp_path, calibration):
     assert "what those before it lost" in recipe
 
 
-def test_tokens_that_are_far_larger_than_others_count_as_much_less():
-    stream = torch.zeros(2, 3, 4)
-    stream[0, :, 1] = torch.tensor([100.0, 1.0, -2.0])
-    stream[1, 0, 2] = 5.0  # beside two of no size
-    found = asymmetric._counting(stream)
-    assert found.squeeze(-1).tolist() == [[pytest.approx(0.02), 1, 1], [0, 0, 0]]
+def test_an_error_counts_up_to_half_of_the_size_that_tokens_have():
+    """In each window by itself: 2 in the first, beside one of 100; none in the second."""
+    wanted = torch.zeros(2, 3, 2)
+    wanted[0, :, 0] = torch.tensor([100.0, 2.0, -2.0])
+    wanted[1, 0, 1] = 5.0
+    error = torch.zeros(2, 3, 2)
+    error[0, :, 1] = torch.tensor([50.0, 0.9, -4.0])
+    error[1, 1, 0] = 0.1
+    found = asymmetric._counting(error, wanted)
+    assert found.squeeze(-1).tolist() == [[pytest.approx(0.02), 1, 0.25], [0, 0, 0]]
