@@ -192,7 +192,8 @@ class InputStatistics:
         if self._leader.setdefault(name, name) != name:
             raise AssertionError(f"{name} shared an input before and does not now")
         self._current.append((tensor, name))
-        self._add(name, tensor.reshape(-1, tensor.shape[-1]).float())
+        with _exact_products(tensor.dtype):
+            self._add(name, tensor.reshape(-1, tensor.shape[-1]).float())
 
     def _add(self, name: str, rows: torch.Tensor) -> None:
         """Add the inputs `rows` [tokens, in] to the statistic."""
@@ -208,6 +209,22 @@ class InputStatistics:
         else:
             squares = rows.square().sum(dim=0).double()
             self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+
+
+@contextlib.contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Make products of float32 matrices in the fastest way that is exact for values of a `dtype`.
+
+    Those of bfloat16's are exact in bfloat16, whose products are added up in float32 (of a GPU, in
+    TF32): where a processor has them X^T X takes a third of the time.
+    """
+    before = torch.get_float32_matmul_precision()
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _running_means(inputs: torch.Tensor) -> torch.Tensor:

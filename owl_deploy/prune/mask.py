@@ -38,17 +38,22 @@ def lowest_in_groups(scores: torch.Tensor, kept: int, group: int) -> torch.Tenso
 def _lowest(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Mark the counts[r] lowest of each row r of `scores` [rows, n], ties by index.
 
-    The counts differ by one at most. A partition finds the threshold of a row; a running count
-    chooses among the scores that equal it: what a stable sort gives, in linear time.
+    What a stable sort gives, in linear time. Rows that give as many are done together: the counts
+    differ by one at most.
     """
-    most = int(counts.max())
-    if most == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    lowest = scores.topk(most, dim=1, largest=False, sorted=False).values  # [rows, most]
-    highest = lowest.topk(min(2, most), dim=1).values  # a row that gives one less takes the second
-    threshold = highest.gather(1, (most - counts).clamp(max=highest.shape[1] - 1).unsqueeze(1))
-    below = scores < threshold
-    equal = scores == threshold
-    missing = counts.unsqueeze(1) - below.sum(1, keepdim=True)
-    chosen = below | (equal & (equal.cumsum(1) <= missing))
-    return chosen & (counts > 0).unsqueeze(1)
+    removed = torch.zeros_like(scores, dtype=torch.bool)
+    sizes = {int(counts.min()), int(counts.max())}
+    for count in sizes - {0}:
+        rows = slice(None) if len(sizes) == 1 else counts == count
+        removed[rows] = _so_many(scores[rows], count)
+    return removed
+
+
+def _so_many(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark the `count` lowest of each row: those below a threshold, and the first that equal it."""
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    below, equal = scores < threshold, scores == threshold
+    missing = count - below.sum(1, keepdim=True)
+    if bool((equal.sum(1, keepdim=True) > missing).any()):
+        equal &= equal.cumsum(1) <= missing
+    return below | equal

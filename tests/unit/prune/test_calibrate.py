@@ -57,6 +57,21 @@ def test_a_pass_for_the_inputs_alone_sees_the_same_and_spares_the_last_product(h
             assert torch.equal(*upper)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_matrix_is_exact_in_every_dtype(dtype):
+    """Also where products are made in bfloat16, which is for those of bfloat16's values alone."""
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 8, dtype=dtype)
+    rows = torch.randn(400, 96).to(dtype)
+    statistics = InputStatistics({"one": linear}, 1, hessian=True)
+    with statistics.gathering():
+        linear(rows)
+    expected = rows.double().T @ rows.double()
+    found = statistics.of_hessian("one", lambda matrix: matrix.double())
+    assert (found - expected).abs().max() < 1e-6 * expected.max()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_half_of_the_products_makes_the_whole_matrix(monkeypatch):
     monkeypatch.setattr(calibrate, "_COLUMNS", 4)
     states = torch.randn(4, 5, 6)
