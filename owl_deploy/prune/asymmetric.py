@@ -76,7 +76,8 @@ def gather(
 ) -> None:
     """Run both streams up to the Linears of a `stage`, for what `aimed` asks of the `statistics`.
 
-    `advance` is called with the number of windows done, of either stream.
+    The streams are those that enter the half of the block in which these are. `advance` is called
+    with the number of windows done, of either stream.
     """
     run = _running(stage, family)
     arguments, batch = streams.pruned.arguments[index], streams.pruned.batch
@@ -124,16 +125,20 @@ def _counting(error: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def _running(stage: Sequence[str], family: Family) -> Callable[[nn.Module], Run]:
-    """What runs a block for a `stage`: up to what enters it, or the stream that it has added to."""
+    """What runs the half of a block in which a `stage` is, from the stream that enters the half: up
+    to what enters the stage, or the stream that it has added to.
+    """
+    half = next(half for half in halves(family) if half.holds(stage[0]))
     if writes(family, stage[0]):
-        half = next(half for half in halves(family) if half.holds(stage[0]))
-        # A block's second half ends where the block does.
-        return half.of if half.name == "attention" else lambda block: block
+        return half.of
 
     def run(block: nn.Module) -> Run:
+        # The first half's own end comes after any that is looked for here.
+        part = block if half.name == "attention" else half.of(block)
+
         def entering(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
             with ending_at(block.get_submodule(stage[-1])) as seen:  # which all of them are given
-                block(hidden, **arguments)
+                part(hidden, **arguments)
             return seen[0]
 
         return entering

@@ -9,7 +9,7 @@ EfficientQAT (arXiv 2407.11062), whose scales and zero points train, too.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -101,16 +101,18 @@ class Reconstruction:
         changed: Collection[str],
         advance: Advance,
         grids: Mapping[str, LinearGrid] = MappingProxyType({}),
+        parts: Sequence[Half] | None = None,
     ) -> tuple[Tensors, dict[str, TrainedHalf]]:
         """The block's `weights` after its halves are trained, and what came of each, by name.
 
         `changed`: the Linears that were pruned or rounded; a half without one is left as it is.
-        `grids`: of those that were rounded, which stay on them.
+        `grids`: of those that were rounded, which stay on them. `parts`: the halves to train, if
+        not all, which begin where the streams are.
         """
         name = self.skeleton.names[index]
         dense = self.skeleton.checkpoint.read_module(name)
         outcomes: dict[str, TrainedHalf] = {}
-        for half in self.halves:
+        for half in parts or self.halves:
             self._pass(half, index, dense, "dense")
             if any(map(half.holds, changed)):
                 trained = self._trained(half, index, weights, dense, grids, advance)

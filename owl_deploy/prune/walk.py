@@ -1,8 +1,8 @@
 """The pass that prunes: block after block, each on what the pruned ones before it let through.
 
-One block is on the device at a time, in an asymmetric pruning beside its dense twin, and is pruned
-in one stage, or in several then. Of several processes each runs its part of the windows through it
-and prunes its part of the Linears (`ranks`); the first writes.
+One block is on the device at a time and is pruned in one go; in an asymmetric pruning beside its
+dense twin, half by half, and each in several stages. Of several processes each runs its part of the
+windows through it and prunes its part of the Linears (`ranks`); the first writes.
 """
 
 import copy
@@ -22,6 +22,7 @@ from owl_deploy.prune import asymmetric
 from owl_deploy.prune.asymmetric import Twins
 from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.formats import Format
+from owl_deploy.prune.halves import Half, halves
 from owl_deploy.prune.linear import Maker, zeros
 from owl_deploy.prune.measure import empty_statistics, gather, gather_head
 from owl_deploy.prune.owners import divide, owners
@@ -73,6 +74,7 @@ class Walk:
         self.hidden: Activations | None = None
         self.streams: Streams | None = None  # those of an asymmetric pruning
         self.stages: list[list[str]] = []  # of a block, then
+        self.halves: tuple[Half, ...] = (Half("block"),)  # pruned and passed one after the other
         self.reconstruction: Reconstruction | None = None
         self.advance: Advance = lambda _: None
 
@@ -85,10 +87,10 @@ class Walk:
             self._embed()
         passes = 2 * len(names) - (self.hidden is not None)
         if self.streams:
-            # Two streams through every stage, and then on; none goes on from the last block.
-            passes = len(self.names) * (2 * len(self.stages) + 2) - 2 + 2 * bool(head)
+            # Two streams through every stage, and then on; none goes on from the last half.
+            passes = 2 * (len(self.names) * (len(self.stages) + len(self.halves)) - 1 + bool(head))
             if self.reconstruction:  # which brings both on, and counts as one
-                passes = len(self.names) * (2 * len(self.stages) + 1) + bool(head)
+                passes = len(self.names) * (2 * len(self.stages) + len(self.halves)) + bool(head)
         if self.reconstruction:
             passes += len(self.names) * self.reconstruction.passes
         with bar("Pruning", passes * self.request.steps) as self.advance:
@@ -102,8 +104,8 @@ class Walk:
                     self._save(name, weights)
                 linears, asked = self.request.shape.linears[index], self.plan.sparsities[index]
                 bits = {key: self.plan.bits_of(index, key) for key in linears}
-                halves = self.store.halves(name)
-                yield Part(name, linears, asked, bits, weights, halves, whole)
+                outcomes = self.store.halves(name)
+                yield Part(name, linears, asked, bits, weights, outcomes, whole)
             if head:
                 yield self._finish_head(head, stored=head in held)
 
@@ -136,6 +138,7 @@ class Walk:
             self.streams = self.reconstruction.training
         else:
             self.streams = Streams(self.hidden, self.hidden.copy(self.store.folder))
+        self.halves = halves(self.skeleton.family)
         with self.skeleton.loaded(self.names[0]) as block:
             linears = self.skeleton.linears(0)
             self.stages = asymmetric.stages(block, linears, self.hidden, 0)
@@ -147,21 +150,29 @@ class Walk:
         linears = self.skeleton.linears(index)
         with self.skeleton.loaded(name, weights) as block:
             twins = Twins(block, copy.deepcopy(block) if self.streams else block)
-            for stage, statistics in self._inputs(twins, index):
-                weights |= self._divided(weights, statistics, index, stage, whole)
-                for key in stage:
-                    linears[key].weight.copy_(weights[f"{key}.weight"])
-            if self.reconstruction:
-                weights = self._reconstructed(self.reconstruction, index, weights, whole)
-                self.advance(self.request.steps)
-            else:
-                self._pass_on(twins, index)
+            outcomes: dict[str, TrainedHalf] = {}
+            for half in self.halves:
+                for stage, statistics in self._inputs(half, twins, index):
+                    weights |= self._divided(weights, statistics, index, stage, whole)
+                    for key in stage:
+                        linears[key].weight.copy_(weights[f"{key}.weight"])
+                if self.reconstruction:
+                    weights, own = self._reconstructed(
+                        self.reconstruction, half, index, weights, whole
+                    )
+                    outcomes |= own
+                    self.advance(self.request.steps)
+                else:
+                    self._pass_on(half, twins, index)
+        if self.reconstruction:
+            self.store.keep_halves(name, outcomes)
         return weights
 
     def _inputs(
-        self, twins: Twins, index: int
+        self, half: Half, twins: Twins, index: int
     ) -> Iterator[tuple[list[str], InputStatistics | None]]:
-        """The Linears of block `index` by stages, with what enters them once those before are done.
+        """The Linears of a `half` of block `index` by stages, with what enters them once those
+        before are done.
 
         Not asymmetric, they are one stage.
         """
@@ -169,7 +180,7 @@ class Walk:
         if self.streams is None:
             yield asked, self._block_inputs(twins.pruned, index)
             return
-        for stage in self.stages:
+        for stage in filter(lambda stage: half.holds(stage[0]), self.stages):
             own = [key for key in stage if key in asked]
             if not own:
                 self.advance(2 * self.request.steps)
@@ -183,23 +194,29 @@ class Walk:
     def _reconstructed(
         self,
         reconstruction: Reconstruction,
+        half: Half,
         index: int,
         made: dict[str, torch.Tensor],
         whole: set[str],
-    ) -> dict[str, torch.Tensor]:
-        """What `made` of block `index`, its tensors and scales, becomes by training its halves."""
+    ) -> tuple[dict[str, torch.Tensor], dict[str, TrainedHalf]]:
+        """What `made` of block `index`, its tensors and scales, becomes by training a `half`, or
+        its halves; and what came of each.
+        """
         scales = {key: one for key, one in made.items() if key.endswith(f".{SCALE}")}
         weights = {key: one for key, one in made.items() if key not in scales}
         grids, changed = {}, []
-        for key, sparsity in self.plan.sparsities[index].items():
+        asked = self.plan.sparsities[index].items()
+        for key, sparsity in ((key, one) for key, one in asked if half.holds(key)):
             bits, group = self.plan.bits_of(index, key), self.plan.settings.bits_group
             if bits and group:
                 grids[key] = LinearGrid(bits, group, scales[f"{key}.{SCALE}"], key in whole)
             if bits or sparsity:
                 changed.append(key)
-        weights, halves = reconstruction.block(index, weights, changed, self.advance, grids)
-        self.store.keep_halves(self.names[index], halves)
-        return weights | scales
+        parts = None if half.name == "block" else (half,)
+        weights, outcomes = reconstruction.block(
+            index, weights, changed, self.advance, grids, parts
+        )
+        return weights | scales, outcomes
 
     def _whole(self, index: int) -> set[str]:
         """The Linears of block `index` that are rounded, and of which nothing is removed, or was.
@@ -331,19 +348,23 @@ class Walk:
                 self.advance(max(1, 2 * len(self.stages)) * self.request.steps)
             if self.reconstruction:
                 self.reconstruction.replay(index, weights)
-                self.advance((1 + self.reconstruction.passes) * self.request.steps)
+                self.advance((len(self.halves) + self.reconstruction.passes) * self.request.steps)
             else:
                 dense = copy.deepcopy(block) if self.streams else block
                 if self.streams:
                     dense.load_state_dict(self.request.checkpoint.read_module(self.names[index]))
-                self._pass_on(Twins(block, dense), index)
+                for half in self.halves:
+                    self._pass_on(half, Twins(block, dense), index)
 
-    def _pass_on(self, twins: Twins, index: int) -> None:
-        """Run the pruned block, for what enters the next one; after the last only a head may."""
+    def _pass_on(self, half: Half, twins: Twins, index: int) -> None:
+        """Run a `half` of the pruned block, for what enters the next; after the last only a head
+        may look.
+        """
         if self.hidden is None:
             self.advance(2 * self.request.steps)
             return
-        if index + 1 < len(self.names) or self.head:
-            self.hidden.through(twins.pruned, index, self.advance, keep=True)
-        if self.streams and index + 1 < len(self.names):
-            self.streams.dense.through(twins.dense, index, self.advance, keep=True)
+        last = index + 1 == len(self.names) and half is self.halves[-1]
+        if not last or self.head:
+            self.hidden.through(half.of(twins.pruned), index, self.advance, keep=True)
+        if self.streams and not last:
+            self.streams.dense.through(half.of(twins.dense), index, self.advance, keep=True)
