@@ -133,7 +133,7 @@ def _running(stage: Sequence[str], family: Family) -> Callable[[nn.Module], Run]
         return half.of
 
     def run(block: nn.Module) -> Run:
-        # The first half's own end comes after any that is looked for here.
+        # By itself the first half is run up to its own end, which is not reached here.
         part = block if half.name == "attention" else half.of(block)
 
         def entering(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
