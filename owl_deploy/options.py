@@ -153,8 +153,8 @@ Reconstruct = Annotated[
 Asymmetric = Annotated[
     bool | None,
     Option(
-        "--asymmetric",
-        help="Let each layer make up for what those before it lost, too: sparsegpt, alps, --bits.",
+        help="Let each layer make up for what those before it lost, too: sparsegpt, alps, --bits. "
+        "[where weights are rounded]",
     ),
 ]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Random seed for the choice of windows.")]

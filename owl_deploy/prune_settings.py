@@ -47,7 +47,7 @@ class PruneSettings(BaseModel):
     left get the values that suit them best; ALPS does it in any case. `reconstruct`: epochs for
     which each half of a pruned block is trained to give the dense one's output. `asymmetric`:
     whether each Linear makes up for what those before it have lost as well (`prune/asymmetric.py`),
-    of a method whose weights make up for others.
+    of a method whose weights make up for others; None stands for yes where weights are rounded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,6 +120,8 @@ class PruneSettings(BaseModel):
             values.setdefault("spread", min(0.5, 1 / size) if allocation.counts_outliers else None)
         if values.get("spread") is None:
             values["spread"] = allocation.spread
+        if values.get("asymmetric") is None:
+            values["asymmetric"] = rounds  # what is only pruned is so as published, and as SparseML
         return values
 
     @model_validator(mode="after")

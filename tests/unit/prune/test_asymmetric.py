@@ -126,6 +126,19 @@ def test_methods_that_do_not_are_said_to():
     assert PruneSettings.checked(method="wanda", refit=True, asymmetric=True).asymmetric
 
 
+def test_what_is_rounded_is_so_unless_it_is_said_not_to_be():
+    pruned, rounded = {"method": "sparsegpt"}, {"method": "none", "bits": 4}
+    for asked, expected in (
+        (pruned, False),
+        (rounded, True),
+        (pruned | {"bits": 4}, True),
+        ({"budget": "3.5"}, True),
+        (rounded | {"asymmetric": False}, False),
+        (rounded | {"asymmetric": None}, True),
+    ):
+        assert PruneSettings.checked(**asked).asymmetric == expected
+
+
 @pytest.mark.parametrize("more", [{}, {"head_sparsity": 0.5}, {"reconstruct": 1}], ids=str)
 def test_the_bar_comes_to_its_end(models, tmp_path, calibration, capsys, more):
     settings = PruneSettings.checked(**ASKED | more)
