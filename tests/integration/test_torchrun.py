@@ -15,7 +15,10 @@ from tests.divided import SAMPLES
 QUICK = [
     ("llama", {"method": "wanda"}),
     ("llama", {"method": "sparsegpt", "allocation": "dlp", "head_sparsity": 0.5}),
-    ("llama", {"method": "sparsegpt", "bits": 4, "allocation": "owl-per-linear"}),
+    (
+        "llama",
+        {"method": "sparsegpt", "bits": 4, "allocation": "owl-per-linear", "asymmetric": False},
+    ),
     ("opt", {"method": "alps", "allocation": "uniform"}),
     ("llama", {"method": "sparsegpt", "asymmetric": True, "allocation": "uniform"}),
     # Whose other sparsities hardly depend on what is read, as its scores do not.
@@ -33,7 +36,7 @@ EVERY = [
 EVERY += [
     ("llama", {"method": "wanda", "tune": 1e-9}),
     ("opt", {"method": "wanda", "refit": True}),
-    ("opt", {"method": "none", "sparsity": 0, "bits": 4, "allocation": "uniform"}),
+    ("opt", {"method": "none", "bits": 4, "asymmetric": False}),
     ("llama", {"method": "sparsegpt", "structure": "2:4", "sparsity": 0.5}),
 ]
 CASES = {"quick": QUICK, "every": EVERY}
@@ -92,7 +95,7 @@ def differences(one, other):
 def kind(case):
     """What the spread is told for: a method, and what is done besides, on a model."""
     family, settings = case
-    return family, settings["method"], "refit" in settings, "asymmetric" in settings
+    return family, settings["method"], "refit" in settings, settings.get("asymmetric", False)
 
 
 def spread_of(cases, of_batches):
