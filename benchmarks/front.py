@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = (
+    "asymmetric_bits_smollm2.json",
     "low_bits_signs.json",
-    "low_bits_smollm2.json",
-    "low_bits_reconstructed.json",
     "low_bits_trained.json",
     "low_bits_llama_cpp.json",
 )
@@ -87,7 +86,7 @@ def small() -> Iterator[Point]:
         for row in read_object(RESULTS / file, "Check out the results.")["rows"]:
             # Of a slower machine: where as many steps took so many minutes.
             minutes = row.get("equal_to_minutes", row.get("minutes", 0))
-            if minutes not in (0, 30):
+            if minutes not in (0, 30) or row.get("settings", {}).get("asymmetric") is False:
                 continue
             name: str = row["format"].partition(", ")[0].removeprefix("dense ")
             kind = ONE_SHOT
@@ -98,7 +97,7 @@ def small() -> Iterator[Point]:
             elif row["settings"].get("reconstruct"):
                 kind, name = RECONSTRUCTED, ""
             elif name.startswith("budget"):
-                if file != SMALL[0]:  # of formats that are no longer all there are
+                if file != SMALL[0]:  # as a budget was met before
                     continue
                 kind, name = BUDGET, ""
             if (row["format"], kind) not in seen:

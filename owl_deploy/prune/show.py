@@ -96,11 +96,12 @@ def _rounded(manifest: CheckpointManifest) -> str:
     if spent is not None:
         speed = f"{spent.speed_up:.2f}x dense int8's speed, " if spent.speed_up else ""
         each = [one.bits for block in manifest.blocks for one in block.linears.values() if one.bits]
+        less = "less than " if settings.asymmetric else ""  # each format was measured without
         return (
             f"of {min(each)} to {max(each)} bits (groups of {settings.bits_group}), "
             f"{spent.bytes / 1e6:.1f} MB or "
             f"{8 * spent.bytes / manifest.weights:.2f} bits a weight packed, {speed}expected to "
-            f"lose {spent.loss:.3f} nats a token, "
+            f"lose {less}{spent.loss:.3f} nats a token, "
         )
     return f"of {settings.bits} bits (groups of {settings.bits_group}) " if settings.bits else ""
 
