@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from owl_deploy.blocks import Skeleton
 from owl_deploy.errors import BadInput
@@ -168,7 +169,8 @@ def _zeros(skeleton: Skeleton, shape: Shape, method: str) -> list[float]:
 def _rest(skeleton: Skeleton, shape: Shape) -> int:
     """The bytes of all else but the head that `owl export --target owl --precision int4` stores.
 
-    The embedding of a head that is not tied and other Linears in int4, the rest in fp32.
+    The embedding of a head that is not tied and other Linears in int4, the rest in fp32; so are the
+    rotary tables.
     """
     linears = {
         f"{block}.{name}.weight": name in pruned
@@ -178,7 +180,7 @@ def _rest(skeleton: Skeleton, shape: Shape) -> int:
     embedding = f"{skeleton.family.embeddings[0]}.weight"
     tied = skeleton.model.config.tie_word_embeddings
     head = embedding if tied else f"{skeleton.family.head}.weight"
-    total = 0
+    total = _tables(skeleton.model)
     for name, size in skeleton.stored_shapes().items():
         if linears.get(name) or name == head:
             continue
@@ -187,3 +189,13 @@ def _rest(skeleton: Skeleton, shape: Shape) -> int:
         else:
             total += 4 * math.prod(size)
     return total
+
+
+def _tables(model: Any) -> int:  # noqa: ANN401 - transformers is partly typed
+    """The bytes of a model's rotary tables: cosine and sine of each frequency at each position."""
+    frequencies = sum(
+        buffer.numel()
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    )
+    return 2 * 4 * frequencies * int(model.config.max_position_embeddings)
