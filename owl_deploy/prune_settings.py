@@ -39,8 +39,9 @@ class PruneSettings(BaseModel):
     allocation "list": block or Linear name to sparsity. `bits`: what survives is rounded to so
     many, 8, 4 or 3, with one scale for every `bits_group` columns of a row, 32, 64 or 128.
     `budget`: what the weights may take, such as "3.5" (bits each, over those that are pruned),
-    "400MB" (of all weights and tables in a deployment) or "1.5x" (so many times as fast as dense int8 on this
-    machine); the allocation "budget" then finds a sparsity and the bits for each Linear.
+    "400MB" (of all weights and tables in a deployment) or "1.5x" (so many times as fast as dense
+    int8 on this machine); the allocation "budget" then finds a sparsity and the bits for each
+    Linear.
     `head_bits`: the output head is rounded too, to 4 or 3 bits; else it is not, unless a budget of
     a size finds that 4 are worth it. `options`: the method's own, of the type that its row in
     `METHODS` names, or a mapping of their names to values. `refit`: whether the weights that are
