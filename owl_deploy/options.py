@@ -136,7 +136,7 @@ Budget = Annotated[
     str | None,
     Option(
         help="Give each layer the bits and sparsity that lose least within bits per weight (3.5), "
-        "the size of a deployment's weights (400MB), or a speed-up over int8 on this machine (1.5x). "
+        "a deployment's size (400MB), or a speed-up over int8 on this machine (1.5x). "
         "[none]"
     ),
 ]
