@@ -193,7 +193,7 @@ def _rest(skeleton: Skeleton, shape: Shape) -> int:
 
 def _tables(model: Any) -> int:  # noqa: ANN401 - transformers is partly typed
     """The bytes of a model's rotary tables: cosine and sine of each frequency at each position."""
-    frequencies = sum(
+    frequencies: int = sum(
         buffer.numel()
         for name, buffer in model.named_buffers()
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
