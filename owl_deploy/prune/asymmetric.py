@@ -73,11 +73,14 @@ def gather(
     streams: Streams,
     family: Family,
     advance: Advance,
+    *,
+    keep: bool,
 ) -> None:
     """Run both streams up to the Linears of a `stage`, for what `aimed` asks of the `statistics`.
 
-    The streams are those that enter the half of the block in which these are. `advance` is called
-    with the number of windows done, of either stream.
+    The streams are those that enter the half of the block in which these are. Where the stage's
+    outputs are added to them, what leaves the dense half takes the place of what entered it with
+    `keep`. `advance` is called with the number of windows done, of either stream.
     """
     run = _running(stage, family)
     arguments, batch = streams.pruned.arguments[index], streams.pruned.batch
@@ -89,6 +92,8 @@ def gather(
                 run(block)(states.hidden[part].to(states.device), **arguments)
                 for block, states in blocks.on(streams)
             )
+            if keep:
+                streams.dense.hidden[part] = dense.to(streams.dense.hidden.device)
             # By windows: OPT's norm is given all tokens in a row.
             wanted = dense.float().view(-1, length, dense.shape[-1])
             ahead = wanted - pruned.float().view_as(wanted)

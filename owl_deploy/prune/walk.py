@@ -163,7 +163,7 @@ class Walk:
                     outcomes |= own
                     self.advance(self.request.steps)
                 else:
-                    self._pass_on(half, twins, index)
+                    self._pass_on(half, twins, index, dense=not self._is_run(half, index))
         if self.reconstruction:
             self.store.keep_halves(name, outcomes)
         return weights
@@ -180,16 +180,34 @@ class Walk:
         if self.streams is None:
             yield asked, self._block_inputs(twins.pruned, index)
             return
-        for stage in filter(lambda stage: half.holds(stage[0]), self.stages):
+        stages = [stage for stage in self.stages if half.holds(stage[0])]
+        for stage in stages:
             own = [key for key in stage if key in asked]
             if not own:
                 self.advance(2 * self.request.steps)
                 continue
             found = empty_statistics(self.request, index, own, hessian=True)
             asymmetric.gather(
-                found, own, twins, index, self.streams, self.skeleton.family, self.advance
+                found,
+                own,
+                twins,
+                index,
+                self.streams,
+                self.skeleton.family,
+                self.advance,
+                keep=stage is stages[-1] and self._is_run(half, index),
             )
             yield own, found
+
+    def _is_run(self, half: Half, index: int) -> bool:
+        """Whether the dense `half` of block `index` is run to its end for what its last Linears are
+        to make up for, which brings its stream on.
+        """
+        if self.streams is None or self.reconstruction:
+            return False
+        last = [stage for stage in self.stages if half.holds(stage[0])][-1]
+        asked, family = self.plan.sparsities[index], self.skeleton.family
+        return any(key in asked and asymmetric.writes(family, key) for key in last)
 
     def _reconstructed(
         self,
@@ -356,9 +374,9 @@ class Walk:
                 for half in self.halves:
                     self._pass_on(half, Twins(block, dense), index)
 
-    def _pass_on(self, half: Half, twins: Twins, index: int) -> None:
+    def _pass_on(self, half: Half, twins: Twins, index: int, *, dense: bool = True) -> None:
         """Run a `half` of the pruned block, for what enters the next; after the last only a head
-        may look.
+        may look. And of the `dense` twin, where there is one.
         """
         if self.hidden is None:
             self.advance(2 * self.request.steps)
@@ -367,4 +385,7 @@ class Walk:
         if not last or self.head:
             self.hidden.through(half.of(twins.pruned), index, self.advance, keep=True)
         if self.streams and not last:
-            self.streams.dense.through(half.of(twins.dense), index, self.advance, keep=True)
+            if dense:
+                self.streams.dense.through(half.of(twins.dense), index, self.advance, keep=True)
+            else:
+                self.advance(self.request.steps)
