@@ -82,7 +82,7 @@ def gather(
     outputs are added to them, what leaves the dense half takes the place of what entered it with
     `keep`. `advance` is called with the number of windows done, of either stream.
     """
-    run = _running(stage, family)
+    run, reading = _running(stage, family), not writes(family, stage[0])
     arguments, batch = streams.pruned.arguments[index], streams.pruned.batch
     samples, length, _ = streams.pruned.hidden.shape
     with statistics.gathering():
@@ -94,6 +94,8 @@ def gather(
             )
             if keep:
                 streams.dense.hidden[part] = dense.to(streams.dense.hidden.device)
+            for name in stage[1:] if reading else ():  # to which the run does not come
+                statistics.note(name, pruned)
             # By windows: OPT's norm is given all tokens in a row.
             wanted = dense.float().view(-1, length, dense.shape[-1])
             ahead = wanted - pruned.float().view_as(wanted)
@@ -142,7 +144,7 @@ def _running(stage: Sequence[str], family: Family) -> Callable[[nn.Module], Run]
         part = block if half.name == "attention" else half.of(block)
 
         def entering(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ANN401
-            with ending_at(block.get_submodule(stage[-1])) as seen:  # which all of them are given
+            with ending_at(block.get_submodule(stage[0])) as seen:  # which all of them are given
                 part(hidden, **arguments)
             return seen[0]
 

@@ -174,14 +174,17 @@ class InputStatistics:
                 self._current.clear()
                 self._calls, self._calls_a_pass = 0, self._calls
             self._calls += 1
-            self._note(name, inputs[0])
+            self.note(name, inputs[0])
             if self._inputs_only and self._calls == self._calls_a_pass:
                 raise Seen
 
         return record
 
-    def _note(self, name: str, tensor: torch.Tensor) -> None:
-        """Add `tensor` [..., in], which enters `name`, unless a Linear before it was given it."""
+    def note(self, name: str, tensor: torch.Tensor) -> None:
+        """Add `tensor` [..., in], which enters `name`, unless a Linear before it was given it.
+
+        While gathering a Linear that is run does so itself.
+        """
         if name in self._read:
             means = _running_means(tensor)
             self._read[name] = self._read[name].to(means.device) + means.T @ means
