@@ -54,8 +54,8 @@ TRAINED = Kind("trained for 30 minutes", "o", ACCENT, True)
 SPARSE = Kind("half of the weights removed; trained on ...", "s", INK, True)
 RIVAL = Kind("llama.cpp", "^", FAINT, True)
 
-# Deployments by their names: what those that were trained were trained on.
-AFTER = {"trained": " on code", "answers": " on answers"}
+# By the beginnings of deployments' names: how they were rounded, or what they were trained on.
+AFTER = {"owl-int4": " to nearest", "trained": " on code", "answers": " on answers"}
 _ENOUGH = 82  # problems to tell deployments apart by
 
 # Labels that would lie upon others where the usual ones do, in points from their marks.
@@ -63,8 +63,8 @@ _CROWDED = {
     ("60 % int3", TRAINED.label): (5, 2),
     ("60 % int4", TRAINED.label): (-5, -8),
     ("int3", ONE_SHOT.label): (6, 1),
-    ("60 % int3", ONE_SHOT.label): (5, 2),
-    ("50 % int3", ONE_SHOT.label): (5, 2),
+    ("50 % int4", ONE_SHOT.label): (5, 2),
+    ("int4 to nearest", ONE_SHOT.label): (5, 2),
 }
 
 
@@ -112,16 +112,16 @@ def large() -> Iterator[Point]:
         found = read_object(RESULTS / file, "Check out the results.")
         runs = found.get("runs") or [{"rows": found.get("subjects") or found["rows"]}]
         for row in (row for run in runs for row in run["rows"]):
-            name: str = row.get("name") or row["deployment"]
+            name: str = (row.get("name") or row["deployment"]).removeprefix("dense-")
             if name in seen or row["engine"] not in ("owl", "llama.cpp") or "sister" in name:
                 continue
             seen.add(name)
             kind = RIVAL if row["engine"] == "llama.cpp" else ONE_SHOT
             if name.startswith("b"):
                 kind = BUDGET
-            elif name.startswith(("sparse", *AFTER)):
+            elif name.startswith(("sparse", "trained", "answers")):
                 kind = SPARSE
-            after = AFTER.get(name.partition("-")[0], "")
+            after = next((told for start, told in AFTER.items() if name.startswith(start)), "")
             name = "" if kind == BUDGET else name.rpartition("-")[2] + after
             score = row.get("scores", {}).get("humaneval", {})
             megabytes, perplexity = row["size_bytes"] / 1e6, row["perplexity"]
