@@ -180,7 +180,7 @@ class Walk:
         if self.streams is None:
             yield asked, self._block_inputs(twins.pruned, index)
             return
-        stages = [stage for stage in self.stages if half.holds(stage[0])]
+        stages = self._stages_of(half)
         for stage in stages:
             own = [key for key in stage if key in asked]
             if not own:
@@ -205,9 +205,12 @@ class Walk:
         """
         if self.streams is None or self.reconstruction:
             return False
-        last = [stage for stage in self.stages if half.holds(stage[0])][-1]
         asked, family = self.plan.sparsities[index], self.skeleton.family
+        last = self._stages_of(half)[-1]
         return any(key in asked and asymmetric.writes(family, key) for key in last)
+
+    def _stages_of(self, half: Half) -> list[list[str]]:
+        return [stage for stage in self.stages if half.holds(stage[0])]
 
     def _reconstructed(
         self,
