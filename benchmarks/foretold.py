@@ -4,7 +4,6 @@
 
 Measures each Linear in each way as they do, then runs the model with all Linears of one name made
 that way, and with all Linears: the divergence from the dense model on the same held-out windows.
-`by_error` is the older estimate: dense int4's loss, in proportion to the errors of the outputs.
 FILE holds a row for a name and a way, nats a token. The disk holds a byte a weight for each way.
 """
 
@@ -27,9 +26,8 @@ from owl_deploy.prune.sensitivity import Found, Measuring
 from owl_deploy.prune.store import Store
 from owl_deploy.prune_settings import PruneSettings
 
-PROBE = Format(4)
 WAYS = (
-    PROBE,
+    Format(4),
     Format(3),
     *(Format(4, sparsity) for sparsity in (0.5, 0.7)),
     *(Format(None, sparsity) for sparsity in (0.3, 0.5, 0.7)),
@@ -67,17 +65,12 @@ class Model:
         return state
 
 
-def row(
-    model: Model, name: str, own: dict[Linear, list[Found]], way: int, probe: int
-) -> dict[str, Any]:
+def row(model: Model, name: str, own: dict[Linear, list[Found]], way: int) -> dict[str, Any]:
     """The Linears `own` in one of the ways: foretold, and found."""
-    rates = ((one[probe].loss / one[probe].error, one[way].error) for one in own.values())
-    by_error = sum(rate * error for rate, error in rates)
     return {
         "linears": name,
         "sparsity": WAYS[way].sparsity,
         "bits": WAYS[way].bits,
-        "by_error": by_error,
         "foretold": sum(one[way].loss for one in own.values()),
         "found": model.divergence(own, way),
     }
@@ -96,14 +89,14 @@ def main() -> None:
     request = check(given.model, asked, calibration, Hardware(dtype="float32"), tune_minutes=None)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "out", request.deciding(), resume=False, force=False)
-        measured = Measuring(request, store, Maker(asked), WAYS, errors=True).run()
+        measured = Measuring(request, store, Maker(asked), WAYS).run()
         each = {(index, key): own for index, one in enumerate(measured) for key, own in one.items()}
         model, rows, cpu = Model(request, store), [], look().cpu
         for name in (*dict.fromkeys(key for _, key in each), "all"):
             own = {place: found for place, found in each.items() if name in ("all", place[1])}
             for way in range(len(WAYS)):
-                rows.append(row(model, name, own, way, WAYS.index(PROBE)))
-                numbers = (f"{rows[-1][key]:.4f}" for key in ("by_error", "foretold", "found"))
+                rows.append(row(model, name, own, way))
+                numbers = (f"{rows[-1][key]:.4f}" for key in ("foretold", "found"))
                 print(name, WAYS[way], *numbers, flush=True)
                 result = {"cpu": cpu, "samples": given.samples, "rows": rows}
                 write_json(given.output, result)

@@ -51,15 +51,13 @@ class Manifest(_Part):
 class Cost(_Part):
     """What a Linear would take in a format, `bits` and `sparsity`, and cost.
 
-    `bytes`: packed. `error`: of its outputs, squared, as a share of their square. `loss`: what the
-    model loses by that, in nats a token. `microseconds`: what a token's product takes here, where
-    the budget was of time.
+    `bytes`: packed. `loss`: what the model loses by that, in nats a token. `microseconds`: what a
+    token's product takes here, where the budget was of time.
     """
 
     bits: int
     sparsity: FiniteFloat
     bytes: int
-    error: FiniteFloat
     loss: FiniteFloat
     microseconds: FiniteFloat | None = None
 

@@ -37,7 +37,7 @@ def by_fisher(request: Request, store: Store) -> list[dict[str, float]]:
         return shape.by_block([0.0] * len(sizes))
     asked = levels(settings.sparsity, settings.group)
     ways = [Format(settings.bits, sparsity) for sparsity in asked]
-    found = measure_losses(request, store, _quick(settings), ways, errors=False)
+    found = measure_losses(request, store, _quick(settings), ways)
     linears = [own for block in found for own in block.values()]
     losses = [[one.loss for one in own] for own in linears]
     gone = [own[0].gone for own in linears]

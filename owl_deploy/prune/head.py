@@ -33,7 +33,7 @@ def measure_head(request: Request, store: Store) -> list[Cost]:
         request, request.settings, asked, TypeAdapter(float), lambda: _loss(request, store)
     )
     found = zip((8, _BITS), request.room.head, (0.0, loss), strict=True)
-    return [Cost(bits=b, sparsity=0.0, bytes=s, error=0.0, loss=x) for b, s, x in found]
+    return [Cost(bits=b, sparsity=0.0, bytes=s, loss=x) for b, s, x in found]
 
 
 @torch.no_grad()

@@ -132,34 +132,25 @@ def gather(
     *,
     keep: bool,
     hessian: bool,
-    read: bool = True,
 ) -> InputStatistics:
-    """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`.
-
-    `read` as in `empty_statistics`.
-    """
+    """What enters the pruned Linears of block `index`; with `keep` its outputs replace `hidden`."""
     pruned = request.shape.linears[index]
-    inputs = empty_statistics(request, index, pruned, hessian=hessian, read=read)
+    inputs = empty_statistics(request, index, pruned, hessian=hessian)
     with inputs.gathering(inputs_only=not keep):
         hidden.through(block, index, advance, keep=keep)
     return inputs
 
 
 def empty_statistics(
-    request: Request,
-    index: int,
-    names: Collection[str],
-    *,
-    hessian: bool,
-    read: bool = True,
+    request: Request, index: int, names: Collection[str], *, hessian: bool
 ) -> InputStatistics:
     """Those of the Linears `names` of block `index`, nothing gathered yet.
 
-    With `read` the inputs of a v_proj that is rounded count by their running means as well, for
-    attention averages its outputs.
+    The inputs of a v_proj that is rounded count by their running means as well, for attention
+    averages its outputs.
     """
     linears = request.skeleton.linears(index)
-    rounded = read and hessian and request.settings.rounds
+    rounded = hessian and request.settings.rounds
     return InputStatistics(
         {key: linears[key] for key in names},
         request.samples,

@@ -1,12 +1,10 @@
 """What each way to make a Linear costs the model's loss: a format of a budget, or a sparsity.
 
 Two passes over the dense model. The first goes forward, as a pruning does: each block's Linears are
-made in every way, by the calibration windows. Where the errors of their outputs are asked for, they
-are those on other windows, tr(D H D^T) for the difference D [out, in] that a way makes and
-H = X^T X of those. (On the windows that it was made by, a Linear of many inputs has a small part of
-that error.) The second goes backward through these others and asks what each of these differences
-costs: with the gradients G_n [out, in] of the loss of window n, whose tokens the model draws
-itself,
+made in every way, by the calibration windows. The second goes backward through other windows (on
+those that it was made by, a Linear of many inputs has a small part of its error) and asks what each
+of the differences D [out, in] costs: with the gradients G_n [out, in] of the loss of window n,
+whose tokens the model draws itself,
 
     loss = 1 / (2 tokens) sum_n sum_o (G_n[o] . D[o])^2 nats a token.
 
@@ -38,7 +36,7 @@ from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.errors import OwlError
 from owl_deploy.manifest import Cost
 from owl_deploy.progress import Advance, bar
-from owl_deploy.prune.calibrate import Inputs, InputStatistics
+from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.clock import weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.linear import Maker, zeros
@@ -57,15 +55,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Found:
-    """What one format costs: `loss` in nats a token, `zeros` as a share, of which `gone` were zero
-    before, and the `error` of the outputs as a share of their squares (0 where that is not asked
-    for).
+    """What one format costs: `loss` in nats a token, and `zeros` as a share, of which `gone` were
+    zero before.
     """
 
     loss: float
     zeros: float
     gone: float
-    error: float
 
 
 Losses = list[dict[str, list[Found]]]  # of each block, by the names of its pruned Linears
@@ -74,7 +70,7 @@ Losses = list[dict[str, list[Found]]]  # of each block, by the names of its prun
 def measure_costs(request: Request, store: Store) -> Costs:
     """The costs of the formats that the method can make, of every pruned Linear."""
     ways = formats(request.settings.method)
-    return costs(request, measure_losses(request, store, request.settings, ways, errors=True))
+    return costs(request, measure_losses(request, store, request.settings, ways))
 
 
 def costs(request: Request, losses: Losses) -> Costs:
@@ -87,7 +83,6 @@ def costs(request: Request, losses: Losses) -> Costs:
             bits=form.bits,
             sparsity=form.sparsity,
             bytes=packed_size(size, form, one.zeros, group),
-            error=one.error,
             loss=one.loss,
         )
 
@@ -104,12 +99,7 @@ def costs(request: Request, losses: Losses) -> Costs:
 
 
 def measure_losses(
-    request: Request,
-    store: Store,
-    settings: PruneSettings,
-    ways: Sequence[Format],
-    *,
-    errors: bool,
+    request: Request, store: Store, settings: PruneSettings, ways: Sequence[Format]
 ) -> Losses:
     """What each of the `ways` to make a Linear costs, by the method of the `settings`.
 
@@ -118,9 +108,9 @@ def measure_losses(
     return remembered(
         request,
         settings,
-        {"ways": [asdict(way) for way in ways], "errors": errors},
+        {"ways": [asdict(way) for way in ways]},
         TypeAdapter(Losses),
-        lambda: Measuring(request, store, Maker(settings), ways, errors=errors).run(),
+        lambda: Measuring(request, store, Maker(settings), ways).run(),
     )
 
 
@@ -163,10 +153,9 @@ class Measuring:
     """The two passes; what each leaves of a block is a file of tensors.
 
     Forward: what `entered` the block in the windows that are held out, and of each Linear for every
-    way the `difference` [ways, out, in], int8, in steps of `step` [ways, out], and the `measured`
-    [ways, 3]: errors of the outputs, zeros, zeros before. Backward: the `gradient` by what entered
-    the block, and of each Linear the `loss` [ways], with what was `measured`: all that is asked for
-    in the end.
+    way the `difference` [ways, out, in], int8, in steps of `step` [ways, out], and the `zeros`
+    [ways, 2]: after and before. Backward: the `gradient` by what entered the block, and of each
+    Linear the `loss` [ways], with its `zeros`: all that is asked for in the end.
 
     Of several processes each runs its part of the windows that Linears are made by, and makes its
     part of the Linears; backward it runs its part of the other windows. The first writes the files,
@@ -174,12 +163,12 @@ class Measuring:
     """
 
     def __init__(
-        self, request: Request, store: Store, maker: Maker, ways: Sequence[Format], *, errors: bool
+        self, request: Request, store: Store, maker: Maker, ways: Sequence[Format]
     ) -> None:
         self.request, self.store, self.skeleton = request, store, request.skeleton
         self.ranks = request.ranks
         self.names, self.linears = request.shape.names, request.shape.linears
-        self.maker, self.ways, self.errors = maker, ways, errors
+        self.maker, self.ways = maker, ways
         self.held_out = request.measured_by
 
     def run(self) -> Losses:
@@ -231,37 +220,28 @@ class Measuring:
         linears = self.skeleton.linears(index)
         with self.skeleton.loaded(name) as block:
             own = {key: linears[key].weight.float() for key in self.linears[index]}
-            asked = (self.request, block, index)
-            statistics = gather(*asked, hidden, advance, keep=True, hessian=hessian)
+            statistics = gather(
+                self.request, block, index, hidden, advance, keep=True, hessian=hessian
+            )
             owner = divide(statistics, linears, self.ranks, hessian=hessian)
-            others = None
-            if self.errors:
-                others = gather(*asked, held_out, advance, keep=True, hessian=True, read=False)
-            else:
-                held_out.through(block, index, advance, keep=True)
+            held_out.through(block, index, advance, keep=True)
             for key, dense in own.items():
                 if owner[key] == self.ranks.rank:
-                    found |= self._tried(key, dense, Inputs(statistics, key), others)
+                    found |= self._tried(key, dense, Inputs(statistics, key))
             return self.ranks.merged(found, self.skeleton.device)
 
-    def _tried(
-        self, key: str, dense: torch.Tensor, inputs: Inputs, others: InputStatistics | None
-    ) -> dict[str, torch.Tensor]:
+    def _tried(self, key: str, dense: torch.Tensor, inputs: Inputs) -> dict[str, torch.Tensor]:
         """What the forward pass leaves of the Linear `key`, whose weight is `dense` [out, in]."""
-        kept, measured, gone = [], [], zeros(dense)
-        judging = Inputs(others, key) if others else None
-        whole = _output(dense, judging) if judging else 0.0
+        kept, shares, gone = [], [], zeros(dense)
         for way in self.ways:
             left = self.maker.tried(dense, inputs, way)
-            difference = left - dense
-            share = _output(difference, judging) / whole if judging and whole else 0.0
-            measured.append([share, zeros(left), gone])
-            kept.append(in_steps(difference.cpu()))
+            shares.append([zeros(left), gone])
+            kept.append(in_steps((left - dense).cpu()))
         difference, step = (torch.stack(own) for own in zip(*kept, strict=True))
         return {
             f"{key}.difference": difference,
             f"{key}.step": step,
-            f"{key}.measured": torch.tensor(measured, dtype=torch.float64),
+            f"{key}.zeros": torch.tensor(shares, dtype=torch.float64),
         }
 
     def _backward(self, hidden: Activations) -> None:
@@ -316,7 +296,7 @@ class Measuring:
                     losses[at] += _squares(by_weight[at].float(), *kept[key])
                 advance(1)
         check_finite(losses, f"the gradient in {name}")
-        found = {f"{key}.measured": forward[f"{key}.measured"] for key in keys}
+        found = {f"{key}.zeros": forward[f"{key}.zeros"] for key in keys}
         shares = self.ranks.summed(losses) / (2 * self.held_out.numel())
         return found | {f"{key}.loss": own for key, own in zip(keys, shares, strict=True)}
 
@@ -330,11 +310,9 @@ class Measuring:
         backward = self.store.measured(name, "backward")
         return {
             key: [
-                Found(loss, zeros, gone, error)
-                for loss, (error, zeros, gone) in zip(
-                    backward[f"{key}.loss"].tolist(),
-                    backward[f"{key}.measured"].tolist(),
-                    strict=True,
+                Found(loss, *shares)
+                for loss, shares in zip(
+                    backward[f"{key}.loss"].tolist(), backward[f"{key}.zeros"].tolist(), strict=True
                 )
             ]
             for key in self.linears[self.names.index(name)]
@@ -353,12 +331,3 @@ def _squares(
     """sum_o (G[o] . D[o])^2 [ways], for one window's gradient G [out, in]."""
     of_rows = torch.stack([(gradient * one.to(gradient.device)).sum(dim=1) for one in differences])
     return (of_rows.cpu() * steps).double().square().sum(dim=1)
-
-
-def _output(weight: torch.Tensor, inputs: Inputs) -> float:
-    """The sum of squares of what `weight` [out, in] makes of the inputs."""
-    return ((weight @ inputs.of_hessian(_itself)) * weight).sum().item()
-
-
-def _itself(hessian: torch.Tensor) -> torch.Tensor:
-    return hessian

@@ -95,7 +95,7 @@ def test_more_bits_lose_less(model, tmp_path, calibration):
 
 
 def cost(size, loss, bits=4):
-    return Cost(bits=bits, sparsity=0.0, bytes=size, error=loss, loss=loss)
+    return Cost(bits=bits, sparsity=0.0, bytes=size, loss=loss)
 
 
 def test_gate_and_up_get_one_format():

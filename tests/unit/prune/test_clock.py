@@ -34,8 +34,8 @@ def test_what_cannot_be_had():
 
 def test_time_is_spent_and_not_bytes():
     """A format that is smaller and slower is not taken to be faster."""
-    small = Cost(bits=4, sparsity=0.5, bytes=1, error=0, loss=0.2, microseconds=9.0)
-    fast = Cost(bits=4, sparsity=0.0, bytes=5, error=0, loss=0.1, microseconds=4.0)
+    small = Cost(bits=4, sparsity=0.5, bytes=1, loss=0.2, microseconds=9.0)
+    fast = Cost(bits=4, sparsity=0.0, bytes=5, loss=0.1, microseconds=4.0)
     block = {"q": [small, fast]}
     assert spend([block], 5, time=True)[0]["q"] == fast
     assert spend([block], 4)[0]["q"] == small

@@ -153,7 +153,7 @@ def losses_of(request, output):
     ways = [Format(None, 0.5)]
     with only_writer(output):
         store = Store(output, request.deciding(), resume=False, force=True)
-        return sensitivity.measure_losses(request, store, request.settings, ways, errors=False)
+        return sensitivity.measure_losses(request, store, request.settings, ways)
 
 
 def test_a_reconstruction_does_not_measure_again(llama, tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file,
     ways = [Format(None, one) for one in (0.3, 0.5, 0.7)]
     with only_writer(tmp_path / "out"):
         store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
-        found = Measuring(request, store, Maker(settings), ways, errors=False).run()
+        found = Measuring(request, store, Maker(settings), ways).run()
     whole = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     for name, block in zip(request.shape.names, found, strict=True):
         forward = store.measured(name, "forward")
@@ -324,12 +324,12 @@ def test_what_costs_most_is_pruned_least(llama, text_file, monkeypatch, bits):
     request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
     tried = set()
 
-    def measured(request, store, settings, ways, errors):
+    def measured(request, store, settings, ways):
         tried.update(ways)
 
         def found(number, key):
             factor = 50 if (number, key) == (0, "mlp.up_proj") else 1
-            return [Found(factor * 10 ** (3 * way.sparsity), way.sparsity, 0, 0) for way in ways]
+            return [Found(factor * 10 ** (3 * way.sparsity), way.sparsity, 0) for way in ways]
 
         blocks = enumerate(request.shape.linears)
         return [{key: found(number, key) for key in own} for number, own in blocks]
