@@ -59,10 +59,14 @@ class Maker:
 
         That takes 10 to 20 % off the error of the outputs, in any format, and half of the time.
         """
-        if self.joint and not self.settings.refit:
-            swept: Swept = self.joint(dense, inputs, *self._how(form.sparsity), self._grid(form))
+        joint, pruned = None if self.settings.refit else self.joint, dense
+        if form.sparsity and joint:
+            swept: Swept = joint(dense, inputs, *self._how(form.sparsity), self._grid(form))
             return swept
-        pruned = self._pruned(dense, inputs, *self._how(form.sparsity))
+        if form.sparsity:
+            pruned = self._pruned(dense, inputs, *self._how(form.sparsity))
+        elif joint and not self.keeps_zeros:
+            whole = True
         removed = torch.zeros_like(pruned, dtype=torch.bool) if whole else pruned == 0
         return round_pruned(dense, pruned, removed, inputs, self._grid(form))
 

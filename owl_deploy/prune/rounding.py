@@ -1,4 +1,10 @@
-"""Round what a method leaves of a weight to a grid, with compensation (`owl prune --bits`)."""
+"""Round what a method leaves of a weight to a grid, with compensation (`owl prune --bits`).
+
+A column that is rounded early has more of the others to make up for it, so that those with the
+largest inputs come first (GPTQ's "act order"). The columns of a group stay together, for they share
+a scale: groups by their mean square, and within each its columns (group-aware reordering, arXiv
+2505.14638). Where they lie does not change.
+"""
 
 import torch
 
@@ -18,8 +24,31 @@ def round_pruned(
 
     What is `removed` [out, in] stays zero.
     """
-    factor = inputs.of_hessian(factorise, inputs.dampening(_DAMPENING))
-    return rounded(beginning(dense, pruned), removed, factor, grid)
+    factor, order = inputs.of_hessian(_in_order, inputs.dampening(_DAMPENING), grid.group)
+    swept = rounded(beginning(dense, pruned)[:, order], removed[:, order], factor, grid)
+    assert swept.codes is not None
+    back = order.argsort()
+    groups = order[:: grid.group].div(grid.group, rounding_mode="floor").argsort()
+    return Swept(swept.weight[:, back], removed, swept.codes[:, groups])
+
+
+def _in_order(hessian: torch.Tensor, dampening: float, group: int) -> tuple[Factor, torch.Tensor]:
+    """The factor of X^T X [in, in] with its columns in the order [in] in which they are rounded."""
+    order = by_size(hessian.diagonal(), group)
+    return factorise(hessian[order][:, order], dampening), order
+
+
+def by_size(squares: torch.Tensor, group: int) -> torch.Tensor:
+    """The order [in] of columns whose inputs have these `squares` [in], the largest first.
+
+    Each `group` of neighbours stays together; a last one that is smaller stays last.
+    """
+    whole = squares[: len(squares) - len(squares) % group].view(-1, group)
+    inside = whole.argsort(dim=1, descending=True, stable=True)
+    inside += group * torch.arange(len(whole), device=squares.device).unsqueeze(1)
+    first = inside[whole.mean(dim=1).argsort(descending=True, stable=True)].flatten()
+    rest = squares[whole.numel() :].argsort(descending=True, stable=True) + whole.numel()
+    return torch.cat((first, rest))
 
 
 def finished(

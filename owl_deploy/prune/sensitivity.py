@@ -48,7 +48,7 @@ from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import token_digest
 
 _CACHE = "losses"  # the folder in the cache
-_VERSION = 6  # of the measurement: what an earlier one found is not taken
+_VERSION = 7  # of the measurement: what an earlier one found is not taken
 
 T = TypeVar("T")
 

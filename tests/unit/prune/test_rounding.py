@@ -6,7 +6,10 @@ import torch
 from owl_deploy.methods import METHODS, SparseGPTOptions
 from owl_deploy.prune import columns, mask, rounding, score, sparsegpt
 from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.grid import Grid, decode
+from owl_deploy.prune.linear import Maker
+from owl_deploy.prune_settings import PruneSettings
 from tests.reference import rounding as reference
 
 BLOCK = 16  # of the joint form here: two blocks
@@ -105,6 +108,49 @@ def test_a_fixed_mask_equals_the_definition(layer, bits, removed):
     assert error(found, weight, hessian) <= error(swept.weight, weight, hessian)
 
 
+def test_the_largest_inputs_come_first_and_groups_stay_together():
+    """Of 14 columns in fours: groups by their means, columns within; the last two stay last."""
+    squares = torch.tensor([1.0, 4, 2, 3, 9, 9, 1, 9, 0, 0, 0, 0, 50, 60])
+    assert rounding.by_size(squares, 4).tolist() == [4, 5, 7, 6, 1, 3, 2, 0, 8, 9, 10, 11, 13, 12]
+
+
+@pytest.mark.parametrize("removed", ["dense", "half"])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_in_that_order_it_equals_the_definition(layer, bits, removed):
+    """The definition on a weight whose columns lie so; a group of 28 columns in eights has four."""
+    weight, _, hessian = layer
+    gone = masks(layer)[removed]
+    order = rounding.by_size(hessian.diagonal(), 8)
+    assert order.sort().values.tolist() == list(range(28))
+    asked = (weight, weight.masked_fill(gone, 0), gone, Known(hessian), Grid(bits, 8))
+    found = rounding.round_pruned(*asked)
+    expected, scales = reference.round_weight(
+        weight[:, order], hessian[order][:, order], bits, 8, gone[:, order]
+    )
+    assert torch.allclose(found.weight[:, order].double(), expected, rtol=1e-6, atol=0)
+    places = decode(found.codes).repeat_interleave(8, dim=1)[:, :28]
+    of_columns = scales.repeat_interleave(8, dim=1)[:, :28]
+    assert torch.equal(places[:, order].double(), of_columns.double())
+    assert torch.equal(found.removed, gone)
+
+
+def test_that_order_errs_less_than_that_in_which_they_lie():
+    """On other inputs, where these differ in size."""
+    errors = {"lie": 0.0, "size": 0.0}
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(24, 128, generator=generator)
+        mix = torch.eye(128) + 0.1 * torch.randn(128, 128, generator=generator)
+        mix = mix * (1.5 * torch.randn(128, generator=generator)).exp()
+        seen, others = (torch.randn(n, 128, generator=generator) @ mix for n in (1024, 4096))
+        hessian, kept = seen.T @ seen, torch.zeros_like(weight, dtype=torch.bool)
+        lying = rounding.rounded(weight, kept, columns.factorise(hessian, 0.01), Grid(3, 32))
+        ordered = rounding.round_pruned(weight, weight, kept, Known(hessian), Grid(3, 32))
+        for name, swept in (("lie", lying), ("size", ordered)):
+            errors[name] += error(swept.weight, weight, others.T @ others)
+    assert errors["size"] < 0.9 * errors["lie"]
+
+
 @pytest.mark.parametrize(
     ("sparsity", "group"), [(0.5, None), (0.7, None), (0.5, (2, 4)), (0, None)]
 )
@@ -175,6 +221,17 @@ def test_on_the_grid_and_better_than_rounding_to_nearest(layer, method, group, b
         assert int((~gone).reshape(-1, 4).sum(1).max()) <= 2
     nearest = grid.nearest(weight, weight.abs().amax(1, keepdim=True) / grid.highest)
     assert error(found, weight, hessian) <= error(nearest.masked_fill(gone, 0), weight, hessian)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_nothing_is_removed_every_method_rounds_alike(layer, method):
+    weight, _, hessian = layer
+    form, found = Format(4), []
+    for one in ("none", method):
+        maker = Maker(PruneSettings.checked(method=one, sparsity=0.0, bits=4))
+        found.append(maker.make(weight, Known(hessian), form))
+    assert torch.equal(found[0].weight, found[1].weight)
+    assert torch.equal(found[0].scales, found[1].scales)
 
 
 def test_zeros_stay_zeros_without_a_method(layer):
