@@ -19,7 +19,7 @@ from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sparsities import BlockStatistics
 
-_VALUES = "v_proj"  # the Linear that attention averages, in every family that does not fuse it
+VALUES = "v_proj"  # the Linear that attention averages, in every family that does not fuse it
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def empty_statistics(
         {key: linears[key] for key in names},
         request.samples,
         hessian=hessian,
-        read=[key for key in names if rounded and key.endswith(_VALUES)],
+        read=[key for key in names if rounded and key.endswith(VALUES)],
     )
 
 

@@ -30,7 +30,7 @@ def model(request, tmp_path_factory):
 
 
 def asked(model, text_file, size="4", **values):
-    settings = PruneSettings.checked(budget=size, **values)
+    settings = PruneSettings.checked(budget=size, **{"asymmetric": False} | values)
     calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
     return check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
 
@@ -153,6 +153,18 @@ def test_what_is_measured_once_is_known_for_other_budgets(llama, text_file, tmp_
     )
     with pytest.raises(TypeError):
         sensitivity.measure_costs(rounder, store)
+
+
+def test_what_a_v_proj_loses_counts_less_where_it_is_made_up_for(llama, text_file, tmp_path):
+    plain, made_up_for = (
+        measured(asked(llama, text_file, method="none", asymmetric=one), tmp_path)[1]
+        for one in (False, True)
+    )
+    for before, after in zip(plain, made_up_for, strict=True):
+        for key, options in before.items():
+            share = 0.26 if key == "self_attn.v_proj" else 1
+            left = [one.loss * share for one in options]
+            assert [one.loss for one in after[key]] == pytest.approx(left)
 
 
 def test_a_method_that_removes_nothing_has_the_dense_formats(llama, text_file, tmp_path):
