@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
     result = {"cpu": look().cpu, "samples": given.samples, "versions": versions(), "rows": []}
     if given.output.is_file():
         result = read_object(given.output, "Delete it.")
