@@ -47,9 +47,9 @@ from owl_deploy.prune.store import Store
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import token_digest
 
-# Where later Linears make up for what was lost, about half of it is left, whichever Linear lost it;
-# of what a v_proj loses half of that: its errors are alike from token to token, and the o_proj meets
-# them next. (Of SmolLM2-135M's in 3 bits: `benchmarks/made_up_for.py`.)
+# Where later Linears make up for what was lost, some half of it is left, whichever Linear lost it;
+# of what a v_proj loses so much of that: its errors are alike from token to token, and the o_proj
+# meets them next. (Of SmolLM2-135M's in 3 bits: `benchmarks/made_up_for.py`.)
 _LEFT_OF_VALUES = 0.45
 _CACHE = "losses"  # the folder in the cache
 _VERSION = 7  # of the measurement: what an earlier one found is not taken
