@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = (
+    "ordered_bits_smollm2.json",
     "asymmetric_bits_smollm2.json",
     "low_bits_signs.json",
     "low_bits_trained.json",
