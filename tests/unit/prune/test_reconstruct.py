@@ -263,7 +263,7 @@ def test_what_is_rounded_comes_nearer_on_its_grid(
     asked = {"bits": bits, "sparsity": sparsity, "method": "sparsegpt" if sparsity else "none"}
     asked["asymmetric"] = False  # which leaves still less
     pruned(models["llama"], tmp_path / "plain", calibration, **asked)
-    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 0.003)  # random weights leave less to gain
+    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 0.002)  # random weights leave less to gain
     manifest, _ = pruned(
         models["llama"], tmp_path / "out", calibration, **asked, reconstruct=2 * EPOCHS
     )
