@@ -78,7 +78,7 @@ def measure_costs(request: Request, store: Store) -> Costs:
 
 
 def costs(request: Request, losses: Losses) -> Costs:
-    """The costs by the `losses` of each format in turn, as far as nothing makes up for them."""
+    """The costs by the `losses` of each format in turn; a v_proj's as they count (see above)."""
     known, group = formats(request.settings.method), request.settings.bits_group
     assert group is not None
 

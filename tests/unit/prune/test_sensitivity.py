@@ -84,6 +84,8 @@ def test_each_linear_has_a_cost_of_every_format(llama, text_file, tmp_path):
             dense = [one for one in options if not one.sparsity]
             of_four = [one for one in options if one.bits == 4]
             for less_and_less in (dense, of_four):
+                losses = [one.loss for one in less_and_less]
+                assert losses == sorted(losses)
                 sizes = [one.bytes for one in less_and_less]
                 assert sizes == sorted(sizes, reverse=True)
 
