@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ import transformers
 
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.blocks import window_nll
+from owl_deploy.blocks import window_loss
 from owl_deploy.hardware import Hardware
 from owl_deploy.prune import reconstruct, walk
 from owl_deploy.prune.halves import Half
@@ -82,8 +83,7 @@ def perplexity(model: str, parts: Sequence[walk.Part], windows: torch.Tensor) ->
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for part in parts:
         whole.get_submodule(part.name).load_state_dict(dict(part.tensors))
-    nll = sum(window_nll(whole, window) for window in windows)
-    return math.exp(nll / (len(windows) * (windows.shape[1] - 1)))
+    return math.exp(statistics.mean(window_loss(whole, window) for window in windows))
 
 
 def row(asked: str, given: argparse.Namespace) -> dict[str, Any]:

@@ -153,13 +153,17 @@ class Skeleton:
         return hidden
 
     @torch.no_grad()
-    def losses(self, windows: torch.Tensor, states: Sequence["Activations"]) -> list[float]:
-        """The loss of each of `states`, what left the last block for `windows`, in nats a token.
+    def losses(self, windows: torch.Tensor, state: "Activations") -> list[float]:
+        """The loss of each of `windows`, in nats a token.
 
-        The model itself turns them into logits: its blocks are replaced by one that gives them.
+        `state`: what left the last block for them. The model itself turns it into logits: its
+        blocks are replaced by one that gives it.
         """
         with self._outside_loaded():
-            return [self._loss(windows, state) for state in states]
+            return [
+                self._loss(ids, hidden)
+                for ids, hidden in zip(windows.to(self.device), state.hidden, strict=True)
+            ]
 
     @torch.no_grad()
     def divergences(
@@ -288,13 +292,10 @@ class Skeleton:
         """What checkpoints call the module `name`: the head may have another name in the model."""
         return self.family.head if self.model.get_submodule(name) is self.head else name
 
-    def _loss(self, windows: torch.Tensor, state: "Activations") -> float:
-        total = 0.0
-        for ids, hidden in zip(windows.to(self.device), state.hidden, strict=True):
-            given = _Given(hidden.unsqueeze(0).to(self.device))
-            with self._blocks_replaced([given] * len(self.blocks)):
-                total += window_nll(self.model, ids)
-        return total / (len(windows) * (windows.shape[1] - 1))
+    def _loss(self, ids: torch.Tensor, hidden: torch.Tensor) -> float:
+        given = _Given(hidden.unsqueeze(0).to(self.device))
+        with self._blocks_replaced([given] * len(self.blocks)):
+            return window_loss(self.model, ids)
 
     def _left(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """What enters the head [length, width], of what left the last block for `ids` [length]."""
@@ -378,8 +379,8 @@ class Activations:
             advance(len(inputs))
 
 
-def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped
-    """The summed negative log-likelihood of ids[1:] given what stands before each, in nats.
+def window_loss(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped
+    """The mean negative log-likelihood of ids[1:] given what stands before each, in nats a token.
 
     `ids` [length]. Added up in float32 and more, whatever the dtype of the model.
     """
@@ -390,7 +391,7 @@ def window_nll(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transf
     ):
         logits = _logits(model, rows)
         total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    return total
+    return total / len(hidden)
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:

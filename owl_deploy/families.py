@@ -96,4 +96,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
         family = replace(family, embeddings=projected)
     if config.get("do_layer_norm_before", True):
         return family
-    return replace(family, halves=None)  # OPT-350m has each norm at the end of its half
+    # OPT-350m has each norm at the end of its half: between what a Linear writes and the rest.
+    return replace(family, halves=None, writers=())

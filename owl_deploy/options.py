@@ -538,7 +538,7 @@ Targets = Annotated[
 ]
 SweepPairs = Annotated[int | None, Option(min=1, help="Rounds of the benchmark. [8]")]
 SweepSamples = Annotated[int | None, Option(min=1, help="Calibration windows. [128]")]
-SweepLength = Annotated[int | None, Option(min=1, help="Tokens in a calibration window. [2048]")]
+SweepLength = Annotated[int | None, Option(min=2, help="Tokens in a calibration window. [2048]")]
 SweepWindow = Annotated[int | None, Option(min=2, help="Tokens in a window for perplexity. [2048]")]
 SweepWindows = Annotated[int | None, Option(min=1, help="Most windows for perplexity. [all]")]
 DryRun = Annotated[

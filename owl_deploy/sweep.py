@@ -45,7 +45,7 @@ class SweepPlan(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     pairs: int = Field(default=8, ge=1)
     samples: int = Field(default=128, ge=1)
-    sequence_length: int = Field(default=2048, ge=1)
+    sequence_length: int = Field(default=2048, ge=2)
     window: int = Field(default=2048, ge=2)
     windows: int | None = Field(default=None, ge=1)
 

@@ -1,4 +1,5 @@
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import torch
 from owl_deploy import cli
 from owl_deploy.cache import cache_path
 from owl_deploy.engines import EngineProcess
+from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai
 from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.runtime import library_path
+from owl_deploy.runtime.native import Library
 from tests import fresh, tiny
 
 # On models this small threads only wait for each other, and more so on a busy machine.
@@ -22,6 +26,16 @@ torch.set_num_threads(1)
 
 # A shell's background job ignores Ctrl-C, and so would whatever a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_products() -> Iterator[None]:
+    """Kernels of which a row says the same alone and among many; what tests others names them."""
+    with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(EnvironmentFailed):
+            if "amx" in Library(library_path()).isas():
+                patch.setenv("OWL_ISA", os.environ.get("OWL_ISA", "avx512"))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

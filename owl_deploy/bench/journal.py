@@ -58,15 +58,17 @@ class Journal:
         """The subjects by name, with the samples that an interrupted run left, and what failed."""
         restored = {subject.name: subject for subject in subjects}
         rounds: dict[int, list[dict[str, Any]]] = {}
+        failures: dict[str, str] = {}
         for line in self._lines():
             if "failure" in line:
-                given_up = restored[line["name"]]
-                update = {"failure": line["failure"]}
-                restored[given_up.name] = given_up.model_copy(update=update)
+                failures[line["name"]] = line["failure"]
             elif "discarded" in line:
                 rounds.pop(line["discarded"], None)
             else:
+                failures.pop(line["name"], None)  # it was repaired, and measured again
                 rounds.setdefault(line["sample"]["round"], []).append(line)
+        for name, failure in failures.items():
+            restored[name] = restored[name].model_copy(update={"failure": failure})
         going = {name for name, subject in restored.items() if subject.failure is None}
         for index, lines in sorted(rounds.items()):
             whole = {line["name"] for line in lines} >= going

@@ -281,7 +281,9 @@ def comparisons(
         for candidate in measured:
             if candidate.role == "candidate":
                 for baseline, against in choose_baselines(candidate, baselines, metric.key):
-                    found.append(_compare(candidate, baseline, against, metric.key, confidence))
+                    # Of what failed and was resumed there may be no round that both were in.
+                    if candidate.by_round(metric.key).keys() & baseline.by_round(metric.key):
+                        found.append(_compare(candidate, baseline, against, metric.key, confidence))
     return tuple(found)
 
 

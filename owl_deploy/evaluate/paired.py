@@ -1,7 +1,12 @@
-"""Two models by the same documents: which one answered that the other did not, and if by chance."""
+"""Two models by the same documents, or the same windows of a text: what differs, and if by chance.
+
+Much of what makes one window harder than another it does to both models: paired, a difference shows
+that two perplexities with their own errors would hide.
+"""
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -23,6 +28,34 @@ class Pairs:
         differ = self.lost + self.won
         tail = sum(math.comb(differ, few) for few in range(min(self.lost, self.won) + 1))
         return min(1.0, 2 * tail / (1 << differ))
+
+
+@dataclass(frozen=True)
+class LossPairs:
+    """A model's loss beside a reference's, in nats a token.
+
+    `difference`: the mean over `windows`; `stderr`: of that mean, by what the windows differ in
+    among themselves.
+    """
+
+    windows: int
+    difference: float
+    stderr: float
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether the difference is less than two of its standard errors."""
+        return abs(self.difference) < 2 * self.stderr
+
+
+def losses_beside(reference: Sequence[float], losses: Sequence[float]) -> LossPairs | None:
+    """What `losses`, of each window of a text, differ by from those of `reference`; None of one."""
+    if len(losses) < 2:
+        return None
+    each = [now - before for before, now in zip(reference, losses, strict=True)]
+    return LossPairs(
+        len(each), statistics.fmean(each), statistics.stdev(each) / math.sqrt(len(each))
+    )
 
 
 def beside(reference: Mapping[str, bool], right: Mapping[str, bool]) -> Pairs | None:

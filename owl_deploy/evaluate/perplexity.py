@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from owl_deploy.blocks import Skeleton, free_on, window_nll
+from owl_deploy.blocks import Skeleton, free_on, window_loss
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.digests import state_of
 from owl_deploy.engines import get_engine
@@ -44,7 +45,7 @@ class Perplexity:
 
     `windows` of `window` tokens were read; `tokens` of them were predicted: all but each window's
     first, which has nothing to be predicted from. `token_ids_sha256`: of those that were read, for
-    only values of the same can be compared.
+    only values of the same can be compared. `losses`: of each window by itself, in nats a token.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Perplexity:
     window: int
     tokens: int
     token_ids_sha256: str
+    losses: tuple[float, ...]
 
 
 def windows_of(folder: Path, text: str, window: int, limit: int | None) -> torch.Tensor:
@@ -68,20 +70,21 @@ def windows_of(folder: Path, text: str, window: int, limit: int | None) -> torch
     return evaluation_windows(tokens, window, most if limit is None else min(limit, most or limit))
 
 
-def from_nll(text: str, nll: float, windows: torch.Tensor) -> Perplexity:
-    """The perplexity for a summed negative log-likelihood over `windows` [windows, window].
+def from_losses(text: str, losses: Sequence[float], windows: torch.Tensor) -> Perplexity:
+    """The perplexity for the mean losses, in nats a token, of each of `windows` [windows, window].
 
     Raises `BadInput` when it is no finite number: then the weights or the engine are broken.
     """
     count, window = windows.shape
-    tokens = count * (window - 1)
+    mean = sum(losses) / count
     try:
-        value = math.exp(nll / tokens)
+        value = math.exp(mean)
     except OverflowError:
         value = math.inf
     if not math.isfinite(value):
-        raise no_model_has(f"The model's loss on {text} is {nll / tokens:.4g} nats a token")
-    return Perplexity(text, value, count, window, tokens, token_digest(windows))
+        raise no_model_has(f"The model's loss on {text} is {mean:.4g} nats a token")
+    tokens = count * (window - 1)
+    return Perplexity(text, value, count, window, tokens, token_digest(windows), tuple(losses))
 
 
 def perplexity(folder: Path, asked: EvaluationSettings, ranks: Ranks = ALONE) -> Perplexity:
@@ -131,10 +134,11 @@ def checkpoint_perplexity(
         if adapter is not None:
             raise BadInput("--adapter and --blockwise exclude each other.", "Leave one out.")
         skeleton = Skeleton(checkpoint, dtype, device)
-        nll = _blockwise_nll(skeleton, own, find_batch(hardware.batch_size, own, skeleton))
+        losses = _by_blocks(skeleton, own, find_batch(hardware.batch_size, own, skeleton))
     else:
-        nll = _whole_nll(load_model(checkpoint, dtype, device, adapter), own.to(device))
-    result = from_nll(text, sum(ranks.gathered(nll)), windows)
+        losses = _whole(load_model(checkpoint, dtype, device, adapter), own.to(device))
+    everyones = [loss for part in ranks.gathered(losses) for loss in part]
+    result = from_losses(text, everyones, windows)
     if adapter is None and ranks.leads:
         computed = {**asdict(result), "dtype": name_of(dtype)}
         keep(folder, "perplexity", computed, measured=measured)
@@ -158,7 +162,7 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
             f"{folder} takes {opened.max_context} tokens, not {window}.", "Give a smaller --window."
         )
     windows = windows_of(folder, text, window, asked.windows)
-    nll = 0.0
+    losses: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "window.npy"
         with (
@@ -174,9 +178,10 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
         ):
             for ids in windows:
                 np.save(file, ids.numpy())
-                nll += sum(process.request("score", tokens_file=str(file), window=window)["nll"])
+                scored = process.request("score", tokens_file=str(file), window=window)
+                losses += [nll / scored["predictions"] for nll in scored["nll"]]
                 advance(1)
-    result = from_nll(text, nll, windows)
+    result = from_losses(text, losses, windows)
     keep(folder, "perplexity", {**asdict(result), "engine": engine}, measured=measured)
     return result
 
@@ -186,20 +191,19 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bo
     return checkpoint.weights() * dtype.itemsize < 0.8 * free_on(device)
 
 
-def _whole_nll(model: Any, windows: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped
-    nll = 0.0
+def _whole(model: Any, windows: torch.Tensor) -> list[float]:  # noqa: ANN401 - transformers is untyped
+    losses = []
     with bar("Perplexity", len(windows)) as advance, torch.inference_mode():
         for ids in windows:
-            nll += window_nll(model, ids)
+            losses.append(window_loss(model, ids))
             advance(1)
-    return nll
+    return losses
 
 
-def _blockwise_nll(skeleton: Skeleton, windows: torch.Tensor, batch: int) -> float:
+def _by_blocks(skeleton: Skeleton, windows: torch.Tensor, batch: int) -> list[float]:
     with (
         tempfile.TemporaryDirectory() as scratch,
         bar("Perplexity, a block at a time", len(windows) * len(skeleton.blocks)) as advance,
     ):
         states = skeleton.run(windows, batch, Path(scratch), advance)
-        (loss,) = skeleton.losses(windows, [states])
-    return loss * len(windows) * (windows.shape[1] - 1)
+        return skeleton.losses(windows, states)

@@ -9,7 +9,7 @@ from typing import Any
 from owl_deploy.engines import threads_for
 from owl_deploy.errors import BadInput, OwlError, option
 from owl_deploy.evaluate import zero_shot
-from owl_deploy.evaluate.paired import Pairs, beside
+from owl_deploy.evaluate.paired import LossPairs, Pairs, beside, losses_beside
 from owl_deploy.evaluate.perplexity import Perplexity, perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import check_subject, is_deployment
@@ -26,6 +26,14 @@ class Evaluation:
     model: str
     perplexity: Perplexity | None
     tasks: dict[str, TaskResult]
+
+    def loss_beside(self, reference: "Evaluation") -> LossPairs | None:
+        """What its loss differs by from `reference`'s, where both read the same tokens."""
+        own, other = self.perplexity, reference.perplexity
+        # Models of two tokenizers, or that begin a text otherwise, read other tokens.
+        if own is None or other is None or own.token_ids_sha256 != other.token_ids_sha256:
+            return None
+        return losses_beside(other.losses, own.losses)
 
     def beside(self, reference: "Evaluation") -> dict[str, Pairs]:
         """By task, which documents it answers otherwise than `reference`, where that is known."""
@@ -101,7 +109,7 @@ def _telling(found: Sequence[Evaluation]) -> Iterator[None]:
 
 
 def to_json(found: Sequence[Evaluation]) -> dict[str, Any]:
-    """One evaluation by itself; of several each, with the others' `beside_first`, by task."""
+    """One evaluation by itself; of several each, the others with what they are beside the first."""
     if len(found) == 1:
         return found[0].to_json()
     records = [one.to_json() for one in found]
@@ -110,6 +118,9 @@ def to_json(found: Sequence[Evaluation]) -> dict[str, Any]:
         if pairs:
             told = {name: asdict(pair) | {"p_value": pair.p_value} for name, pair in pairs.items()}
             record["beside_first"] = told
+        loss = one.loss_beside(found[0])
+        if loss:
+            record["loss_beside_first"] = asdict(loss)
     return {"models": records}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from owl_deploy.evaluate.paired import Pairs
+from owl_deploy.evaluate.paired import LossPairs, Pairs
 from owl_deploy.evaluate.run import Evaluation
 from owl_deploy.evaluate.zero_shot import Metric, means
 from owl_deploy.progress import result_console
@@ -18,7 +18,8 @@ _CHANCE = 0.05  # what differs with a larger p-value is said to be perhaps by ch
 def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
     """Print a line of perplexity for each model, and a table of tasks with a column for each.
 
-    And of each but the first, which of a task's documents it answers otherwise than that.
+    And of each but the first, how much more it loses, and which of a task's documents it answers
+    otherwise.
     """
     console = console or result_console(WIDTH)
     names = _names([one.model for one in found])
@@ -34,6 +35,8 @@ def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
     if any(one.tasks for one in found):
         console.print(_table(names, found))
     for name, one in zip(names[1:], found[1:], strict=True):
+        if difference := one.loss_beside(found[0]):
+            console.print(f"{name} beside {names[0]}: {_lost(difference)}")
         for task, pairs in one.beside(found[0]).items():
             console.print(f"{name} beside {names[0]}, {task}: {_said(pairs)}")
 
@@ -58,6 +61,14 @@ def _table(names: Sequence[str], found: Sequence[Evaluation]) -> Table:
         cells = [_cell(own.get(metric)) for own in averages]
         table.add_row(f"mean of {tasks}", "", metric, *cells)
     return table
+
+
+def _lost(loss: LossPairs) -> str:
+    chance = ", which may be chance" if loss.may_be_chance else ""
+    return (
+        f"{loss.difference:+.4f} ± {loss.stderr:.4f} nats a token over the same {loss.windows} "
+        f"windows{chance}."
+    )
 
 
 def _said(pairs: Pairs) -> str:

@@ -35,6 +35,7 @@ from owl_deploy.blocks import Activations, check_finite
 from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.errors import OwlError
 from owl_deploy.manifest import Cost
+from owl_deploy.partial import ROUNDING
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.clock import weight_size
@@ -52,7 +53,7 @@ from owl_deploy.text import token_digest
 # meets them next. (Of SmolLM2-135M's in 3 bits: `benchmarks/made_up_for.py`.)
 _LEFT_OF_VALUES = 0.45
 _CACHE = "losses"  # the folder in the cache
-_VERSION = 7  # of the measurement: what an earlier one found is not taken
+_VERSION = 8  # of the measurement: what an earlier one found is not taken
 
 T = TypeVar("T")
 
@@ -131,9 +132,10 @@ def remembered(
     """What the cache folder holds of what was `asked`, or `measure` finds, together; it is kept.
 
     For these weights and this text (wherever they lie), device and dtype, and what the `settings`
-    make of a Linear; another machine may round its sums otherwise.
+    make of a Linear; another machine, or other threads, may round sums otherwise.
     """
     decided = request.deciding() | {"tune_minutes": None, "measurement": _VERSION, **asked}
+    decided[ROUNDING] = None  # the order of sums, which is not worth another hour
     decided["held_out"] = token_digest(request.measured_by)
     decided["calibration"] = (request.describe_calibration() or {}) | {"source": None}
     making = {"method", "structure", "skip", "bits_group", "options", "refit"}

@@ -22,6 +22,7 @@ from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import library_path
+from owl_deploy.runtime.native import Library
 from tests import tiny
 
 try:
@@ -265,6 +266,20 @@ def test_a_screened_head_leaves_likely_tokens_as_they_are(pruned, tmp_path, prec
         np.testing.assert_allclose(single[near], whole[head][near], atol=0.02 * spread)
     # Two roundings of one head (of int8 to [-119, 119] and to [-127, 127]), and what follows.
     assert np.abs(whole["screened"] - whole["whole"]).mean() < 0.02 * spread
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "bf16"])
+def test_a_prompt_in_tiles_loses_no_more(pruned, text_file, tmp_path, monkeypatch, precision):
+    if "amx" not in Library(library_path()).isas():
+        pytest.skip("this processor has no AMX")
+    export(pruned, tmp_path / "out", target="owl", precision=precision)
+    asked = EvaluationSettings(str(text_file), window=100, windows=8)
+    found = {}
+    for isa in ("amx", "avx512"):
+        monkeypatch.setenv("OWL_ISA", isa)
+        found[isa] = deployment_perplexity(tmp_path / "out", asked).losses
+    assert found["amx"] != found["avx512"]
+    assert found["amx"] == pytest.approx(found["avx512"], rel=2e-3)
 
 
 def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):

@@ -10,6 +10,9 @@
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace owl {
@@ -44,10 +47,24 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
-const Candidate kCandidates[] = {
-    {&kAvx512Kernels, has_avx512},   {&kAvx512VnniKernels, has_avx512vnni},
-    {&kAvxVnniKernels, has_avxvnni}, {&kAvx512fKernels, has_avx512f},
-    {&kAvx2Kernels, has_avx2},       {&kPortableKernels, always}};
+// Linux gives a process tiles when it asks for them, unless a thread's signal stack is too small to
+// save them on; whoever has them may ask again.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512() && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+const Candidate kCandidates[] = {{&kAmxKernels, has_amx},
+                                 {&kAvx512Kernels, has_avx512},
+                                 {&kAvx512VnniKernels, has_avx512vnni},
+                                 {&kAvxVnniKernels, has_avxvnni},
+                                 {&kAvx512fKernels, has_avx512f},
+                                 {&kAvx2Kernels, has_avx2},
+                                 {&kPortableKernels, always}};
 #elif defined(__aarch64__)
 bool has_dot_products() {
 #if defined(__linux__)

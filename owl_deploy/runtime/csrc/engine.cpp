@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -199,9 +200,9 @@ constexpr std::size_t kTaskBytes =
 constexpr std::size_t kSumGroups =
     96;  // sums of so many row groups, over all rows, are kept until they are finished
 static_assert(kSumGroups >= 2 * kPassRows);
-constexpr std::size_t kRowChunk = 128;  // activation rows of one task of a matrix-matrix product
 constexpr std::size_t kPrepareRows = 4;
-constexpr std::size_t kScreenSample = 64;  // with a smaller sample every near output counts
+constexpr std::size_t kTasksPerThread = 4;  // of a matrix-matrix product, where it is large enough
+constexpr std::size_t kScreenSample = 64;   // with a smaller sample every near output counts
 
 std::size_t group_bytes(const PackedMatrix& w) {
   if (!w.sparse()) return w.group_bytes;
@@ -218,10 +219,10 @@ struct LinearStep {
   float* sum;
   ActivationLayout layout;
 
-  // Integers' sums are exact, so that a row says the same either way. Only a few rows are screened.
+  // Integers' sums are exact, so that a row says the same in passes. Only a few rows are screened.
   bool are_few() const {
     const bool pass = op.weight.traits().integer() && op.weight.storage != Storage::kPlanes;
-    return rows <= (pass ? kPassRows : kFewRows);
+    return rows <= (pass ? kernels.pass_rows : kFewRows);
   }
 
   void normalise(std::size_t row, float* out) const {
@@ -313,7 +314,13 @@ struct LinearStep {
                                           : divide_up(kernels.panel_groups, 2) * 2;
   }
   std::size_t panels() const { return divide_up(op.weight.groups, groups_per_panel()); }
-  std::size_t chunk() const { return std::min(rows, kRowChunk); }
+  // Rows of one task: fewer where that leaves some threads nothing to do.
+  std::size_t chunk() const {
+    std::size_t chunk = kernels.panel_rows;
+    const std::size_t wanted = kTasksPerThread * likely_session_threads();
+    while (chunk > kRowChunk && panels() * divide_up(rows, chunk) < wanted) chunk /= 2;
+    return std::min(rows, chunk);
+  }
 
   void multiply_panel(std::size_t i, const std::uint8_t* prepared) const {
     const PackedMatrix& w = op.weight;
@@ -323,18 +330,19 @@ struct LinearStep {
                       end = std::min(w.groups, begin + groups_per_panel());
     const std::size_t parts = divide_up(end - begin, kernels.panel_groups);
     auto* tile = task_tile.get<std::uint8_t>(kPanelScratch);
-    auto* sums = task_sums.get<float>(count * width * (parts + 1));
+    const std::size_t size = divide_up(count, kRowTile) * kRowTile * width;
+    auto* sums = task_sums.get<float>(size * (parts + 1));
     for (std::size_t p = 0; p < parts; ++p) {
       const std::size_t from = begin + p * kernels.panel_groups;
       kernels.panel(w, from, std::min(end - from, kernels.panel_groups), layout,
-                    prepared + first * layout.stride, count, tile, sums + p * count * width);
+                    prepared + first * layout.stride, count, tile, sums + p * size);
     }
     if (parts == 1) return kernels.finish(begin, end, sums, width, first, count, output());
     // Narrow panels: put the halves of each row side by side.
-    float* joined = sums + parts * count * width;
+    float* joined = sums + parts * size;
     for (std::size_t m = 0; m < count; ++m) {
       for (std::size_t p = 0; p < parts; ++p)
-        std::memcpy(joined + p * width, sums + (p * count + m) * width, width * sizeof(float));
+        std::memcpy(joined + p * width, sums + p * size + m * width, width * sizeof(float));
       kernels.finish(begin, end, joined, parts * width, first + m, 1, output());
     }
   }
@@ -560,11 +568,11 @@ class Plan::Steps {
   explicit Steps(const Kernels& kernels) : kernels_(kernels) {}
 
   void add(const Linear& op, const float* x, std::size_t rows, float* y, float* sum) {
-    const ActivationLayout layout = kernels_.layout(op.weight);
-    const LinearStep& step =
-        linears_.emplace_back(LinearStep{kernels_, op, x, rows, y, sum, layout});
-    row_bytes_ = std::max(row_bytes_, layout.stride * rows);
-    step.are_few() ? add_few_rows(step) : add_many_rows(step);
+    LinearStep& step = linears_.emplace_back(LinearStep{kernels_, op, x, rows, y, sum, {}});
+    const bool few = step.are_few();
+    step.layout = kernels_.layout(op.weight, !few);
+    row_bytes_ = std::max(row_bytes_, step.layout.stride * divide_up(rows, kRowTile) * kRowTile);
+    few ? add_few_rows(step) : add_many_rows(step);
   }
 
   // Short runs enter the cache before long ones, which may follow them in their sequence, and are

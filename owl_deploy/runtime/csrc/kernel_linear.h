@@ -24,7 +24,7 @@ constexpr std::size_t activation_bytes(Bits<32>) {
 }
 
 template <class V>
-ActivationLayout activation_layout(const PackedMatrix& w) {
+ActivationLayout activation_layout(const PackedMatrix& w, bool) {
   ActivationLayout layout;
   with_type(w.type, [&](auto type) {
     if constexpr (type.kTraits.integer()) {
@@ -98,11 +98,11 @@ void prepare_values(Bits<8>, const PackedMatrix& w, const ActivationLayout& layo
 }
 
 template <class V>
-void prepare_values(Bits<16>, const PackedMatrix& w, const ActivationLayout&, const float* x,
+void prepare_values(Bits<16>, const PackedMatrix& w, const ActivationLayout& layout, const float* x,
                     std::uint8_t* row) {
   using Half = typename V::Half;
   auto* half = reinterpret_cast<Half*>(row);
-  const std::size_t columns = w.cells * 2;
+  const std::size_t columns = layout.stride / sizeof(Half);
   std::size_t i = 0;
   for (; i + 16 <= w.cols; i += 16) V::store_half_row(half + i, V::f_load(x + i));
   alignas(64) float tail[16] = {};
@@ -534,10 +534,11 @@ inline typename V::Cell add_low(const PackedMatrix& w, std::size_t group, std::s
                             : V::template add_nibbles<true>(cell, V::load_cell(both));
 }
 
-template <class V, class Form>
+// Calls put(i, cell) for each of `cells` cells of a group from `first` on, which are the stream's
+// next.
+template <class V, class Form, class Put>
 void unpack_cells(const PackedMatrix& w, std::size_t group, std::size_t first, std::size_t cells,
-                  std::size_t step, CellStream<V, Form>& stream, std::uint8_t* tile) {
-  auto put = [&](std::size_t c, typename V::Cell cell) { V::store_cell(tile + c * step, cell); };
+                  CellStream<V, Form>& stream, const Put& put) {
   for (std::size_t c = 0; c < cells; c += 4) {
     if constexpr (Form::kStorage == Storage::kPlanes) {
       for (std::size_t i = c; i < c + 4; i += 2) {
@@ -584,7 +585,10 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups,
   for (std::size_t done = 0; done < w.cells; done += kPanelBlockCells) {
     const std::size_t cells = smaller(kPanelBlockCells, w.cells - done);
     for (std::size_t n = 0; n < groups; ++n)
-      unpack_cells(w, begin + n, done, cells, N * kCellBytes, streams[n], scratch + n * kCellBytes);
+      unpack_cells(w, begin + n, done, cells, streams[n],
+                   [&](std::size_t c, typename V::Cell cell) {
+                     V::store_cell(scratch + (c * N + n) * kCellBytes, cell);
+                   });
     const std::uint8_t* x = rows + done * activation_bytes<V>(Bits<cell_bits>{});
     std::size_t m = 0;
     if constexpr (Form::kTraits.integer()) {

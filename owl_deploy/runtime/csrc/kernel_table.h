@@ -13,6 +13,8 @@ consteval Kernels make_kernels(const char* name) noexcept {
   return Kernels{
       .name = name,
       .panel_groups = V::kPanelGroups,
+      .panel_rows = kRowChunk,
+      .pass_rows = kPassRows,
       .prefers_dense_int4 = V::kWidens,
       .layout = activation_layout<V>,
       .prepare = prepare_row<V>,

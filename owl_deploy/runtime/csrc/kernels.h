@@ -14,9 +14,9 @@ namespace owl {
 // the cache: the way of many rows becomes the faster one at 8 to 16 rows for fp32, 16 to 32 for
 // bf16, 32 to 64 for int8 and int4, with AVX-512 as with AVX2; for planes at none up to 64.
 constexpr std::size_t kFewRows = 16;
-// Up to so many rows meet integers in passes of a few, see `few_in_passes`. Measured on Zen 4
-// (docs/benchmarks.md): that takes 0.7 to 1.0 of the other way's time, but with AVX2 1.0 to 1.1 for
-// sparse int4.
+// Up to so many rows meet integers in passes of a few, see `few_in_passes`, unless a table has a
+// faster way. Measured on Zen 4 (docs/benchmarks.md): that takes 0.7 to 1.0 of the other way's
+// time, but with AVX2 1.0 to 1.1 for sparse int4.
 constexpr std::size_t kPassRows = 48;
 
 enum class Epilogue { kNone = 0, kSiluMul = 1, kGeluMul = 2 };
@@ -61,9 +61,12 @@ struct AttentionSpan {
 struct Kernels {
   const char* name;
   std::size_t panel_groups;  // row groups that `panel` computes at once
+  std::size_t panel_rows;    // activation rows that are best given to it at once
+  std::size_t pass_rows;     // up to so many rows meet integers in passes of a few
   bool prefers_dense_int4;   // where memory keeps up, a sparse weight of 4 or 3 bits takes longer
 
-  ActivationLayout (*layout)(const PackedMatrix& w);
+  // `many`: of rows for `panel`, else for the others.
+  ActivationLayout (*layout)(const PackedMatrix& w, bool many);
   // x [cols] -> one activation row.
   void (*prepare)(const PackedMatrix& w, const ActivationLayout& layout, const float* x,
                   std::uint8_t* row);
@@ -84,7 +87,8 @@ struct Kernels {
   // The largest of x [size], size > 0; anything if there are NaN.
   float (*largest)(const float* x, std::size_t size);
   // `count` rows times groups [begin, begin + groups), groups <= panel_groups:
-  // sums [count, panel_groups * 16]; scratch: kPanelScratch bytes, 64-byte aligned.
+  // sums [count, panel_groups * 16]; scratch: kPanelScratch bytes, 64-byte aligned. Rows and sums
+  // have room for a multiple of kRowTile, whatever is in those past `count`.
   void (*panel)(const PackedMatrix& w, std::size_t begin, std::size_t groups,
                 const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
                 std::uint8_t* scratch, float* sums);
@@ -130,7 +134,10 @@ OWL_INLINE void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std
 constexpr std::size_t kPanelBlockCells =
     64;  // cells unpacked at a time: the tile stays in the first-level cache
 constexpr std::size_t kMaxPanelGroups = 4;  // the largest panel_groups
-constexpr std::size_t kPanelScratch = kPanelBlockCells * kMaxPanelGroups * kCellBytes;
+// In tiles of bf16 twice as much, for then it pays to come back to the sums less often.
+constexpr std::size_t kPanelScratch = 2 * kPanelBlockCells * kMaxPanelGroups * kCellBytes;
+constexpr std::size_t kRowChunk = 128;  // activation rows of one `panel`, unless more are better
+constexpr std::size_t kRowTile = 16;    // rows that a matrix instruction takes at once
 constexpr std::size_t kScreenGroups =
     32;  // row groups that are looked through for candidates at a time
 constexpr std::size_t kDecodeChunk = 128;  // cache positions of one decode task
@@ -148,6 +155,7 @@ constexpr std::size_t attend_many_scratch(std::size_t heads) {
 }
 
 // One table a file; only those that the build's target architecture has are linked in.
+extern const Kernels kAmxKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512fKernels;

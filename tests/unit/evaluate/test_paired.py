@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate import run
-from owl_deploy.evaluate.paired import Pairs, beside
+from owl_deploy.evaluate.paired import LossPairs, Pairs, beside, losses_beside
 from owl_deploy.evaluate.perplexity import Perplexity
 from owl_deploy.evaluate.run import Evaluation, to_json
 from owl_deploy.evaluate.settings import EvaluationSettings
@@ -42,6 +42,46 @@ def test_other_documents_are_no_pairs() -> None:
     assert beside({}, {}) is None
 
 
+def test_a_difference_of_losses_is_of_the_pairs():
+    """By hand: what differs is 0.1, 0.3, 0.2, though the windows themselves are nats apart."""
+    found = losses_beside([1.0, 3.0, 2.0], [1.1, 3.3, 2.2])
+    assert found is not None
+    assert found.windows == 3
+    assert found.difference == pytest.approx(0.2)
+    assert found.stderr == pytest.approx(0.1 / 3**0.5)
+    assert not found.may_be_chance
+    assert losses_beside([1.0, 3.0], [1.1, 2.9]) == LossPairs(
+        2, pytest.approx(0), pytest.approx(0.1)
+    )
+    assert losses_beside([1.0], [1.1]) is None
+
+
+def with_losses(name: str, losses: tuple[float, ...], tokens: str = "same") -> Evaluation:
+    """What loses that on each window of a text of these tokens."""
+    text = Perplexity("t", 12.345, len(losses), 8, 7 * len(losses), tokens, losses)
+    return Evaluation(name, text, {})
+
+
+def test_a_loss_is_told_beside_the_firsts():
+    found = [
+        with_losses("dense", (1.0, 3.0, 2.0)),
+        with_losses("sparse", (1.1, 3.3, 2.2)),
+        with_losses("same", (1.1, 2.9, 2.0)),
+        with_losses("other", (1.1, 2.9, 2.0), tokens="other"),
+    ]
+    console = Console(width=80)
+    with console.capture() as told:
+        show(found, console)
+    assert told.get().splitlines()[4:] == [
+        "sparse beside dense: +0.2000 ± 0.0577 nats a token over the same 3 windows.",
+        "same beside dense: +0.0000 ± 0.0577 nats a token over the same 3 windows, which ",
+        "may be chance.",
+    ]
+    dense, sparse, _, other = to_json(found)["models"]
+    assert sparse["loss_beside_first"]["difference"] == pytest.approx(0.2)
+    assert "loss_beside_first" not in dense | other
+
+
 def test_each_model_is_told_beside_the_first() -> None:
     dense, sparse, same = "1" * 12, "1" * 4 + "0" * 8, "1" * 10 + "0" * 2
     found = [
@@ -72,7 +112,7 @@ def test_what_was_found_before_another_failed_is_said(monkeypatch, capsys):
     def perplexity(folder, *_):
         if folder.name == "bad":
             raise BadInput("It is damaged.")
-        return Perplexity("t", 12.345, 1, 8, 7, "")
+        return Perplexity("t", 12.345, 1, 8, 7, "", (2.51,))
 
     monkeypatch.setattr(run, "perplexity", perplexity)
     with pytest.raises(BadInput, match="damaged"):

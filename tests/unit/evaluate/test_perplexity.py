@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from owl_deploy.artefact import write_json
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
-from owl_deploy.evaluate.perplexity import fits, from_nll, perplexity, windows_of
+from owl_deploy.evaluate.perplexity import fits, from_losses, perplexity, windows_of
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.hardware import Hardware
 from owl_deploy.measurements import measurement
@@ -28,6 +28,7 @@ def test_equals_the_loss_of_transformers_window_by_window(llama, text_file):
         losses = [model(part.unsqueeze(0), labels=part.unsqueeze(0)).loss.item() for part in ids]
     assert found.value == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
     assert (found.windows, found.window, found.tokens) == (3, 300, 897)
+    assert found.losses == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
@@ -36,7 +37,7 @@ def test_a_block_at_a_time_equals_the_whole_model(tmp_path, text_file, family):
     options = {"window": 300, "windows": 3}
     whole = perplexity(model, EvaluationSettings(str(text_file), **options, blockwise=False))
     streamed = perplexity(model, EvaluationSettings(str(text_file), **options, blockwise=True))
-    assert streamed.value == pytest.approx(whole.value, rel=1e-6)
+    assert streamed.losses == pytest.approx(whole.losses, rel=1e-6)
 
 
 def test_an_opt_whose_tokens_are_narrower_than_its_blocks(tmp_path, text_file):
@@ -121,7 +122,7 @@ def test_a_tokenizer_that_begins_a_text_does_so_once(llama, text_file, tmp_path)
 @pytest.mark.parametrize("nll", [1e6, math.inf, math.nan])
 def test_a_loss_that_is_no_number_is_an_error(nll):
     with pytest.raises(BadInput, match="nats a token"):
-        from_nll("text", nll, torch.zeros(1, 10))
+        from_losses("text", [nll], torch.zeros(1, 10))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def test_every_linear_is_in_one_half(skeletons, family):
 def test_an_opt_with_its_norms_at_the_end_is_not_divided():
     assert halves(family_of({"model_type": "opt"}))[0].name == "attention"
     asked = {"model_type": "opt", "do_layer_norm_before": False}
-    assert [half.name for half in halves(family_of(asked))] == ["block"]
+    family = family_of(asked)
+    assert [half.name for half in halves(family)] == ["block"]
+    assert not family.writers  # what they write is not added as it is
 
 
 def test_gradients_reach_what_the_half_uses_and_nothing_else(skeletons):

@@ -12,6 +12,7 @@ from owl_deploy.runtime.native import Library
 
 Floats = NDArray[np.float32]
 FEW_THREADS = 4  # kFewThreads in dense.cpp
+FEW_ROWS = 16  # kFewRows in kernels.h
 EPILOGUES = {"none": 0, "silu_mul": 1, "gelu_mul": 2}
 
 
@@ -85,6 +86,17 @@ class Kernels(Library):
         return out
 
 
+def to_bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The nearest values of bf16, halfway the even one."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+
+
+def in_tiles(rows: int, isa: str) -> bool:
+    """Whether so many rows meet integers in AMX's tiles, which hold both in bf16."""
+    return isa == "amx" and rows > FEW_ROWS
+
+
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
     """The built library; the tests are skipped, with its own hint, where it was not built."""
@@ -95,7 +107,7 @@ def kernels() -> Kernels:
 
 
 ARM = platform.machine() in ("aarch64", "arm64")
-ISAS = ["neon"] if ARM else ["avx512", "avx512vnni", "avxvnni", "avx512f", "avx2"]
+ISAS = ["neon"] if ARM else ["amx", "avx512", "avx512vnni", "avxvnni", "avx512f", "avx2"]
 
 
 @pytest.fixture(params=[*ISAS, "portable"])

@@ -10,7 +10,7 @@ import pytest
 from owl_deploy.runtime import library_path, pack
 
 from .conftest import Kernels
-from .test_kernels import TOLERANCE, activations, as_kernels_see, rounding_error
+from .test_kernels import PASS_ROWS, TOLERANCE, activations, error
 from .test_pack import INTEGERS, VALUES, sparse_weight
 
 # Around every width that some kernel has: lanes, cells, blocks of 32, planes of 128 columns, tiles.
@@ -21,8 +21,7 @@ def check(kernels: Kernels, isa: str, block: pack.Block, rows: int, threads: int
     info = pack.inspect(block)
     x = activations(rows, info.cols)
     y, _ = kernels.matmul(isa, block, x, info.rows, threads=threads)
-    error = rounding_error(y, as_kernels_see(x, info.values, isa), pack.unpack(block))
-    assert error < TOLERANCE, (info.rows, info.cols, rows)
+    assert error(y, x, block, isa) < TOLERANCE, (info.rows, info.cols, rows)
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -30,7 +29,7 @@ def test_every_tail(kernels: Kernels, isa: str, values: pack.Values) -> None:
     for number, cols in enumerate(WIDTHS):
         for outputs in (1 + number % 16, 17 + number % 64):
             block = pack.pack(sparse_weight(outputs, cols, 0.5, seed=cols), values)
-            for rows in (1, 3):
+            for rows in (1, 3, PASS_ROWS + 2):
                 check(kernels, isa, block, rows)
 
 
@@ -38,7 +37,7 @@ def test_every_tail(kernels: Kernels, isa: str, values: pack.Values) -> None:
 def test_every_sparsity(kernels: Kernels, isa: str, values: pack.Values) -> None:
     for percent in range(0, 101, 5):
         block = pack.pack(sparse_weight(70, 203, percent / 100, seed=percent), values)
-        for rows in (1, 18):
+        for rows in (1, 18, PASS_ROWS + 1):
             check(kernels, isa, block, rows)
 
 
@@ -61,7 +60,7 @@ def large() -> dict[str, pack.Block]:
 def test_a_large_odd_weight(
     kernels: Kernels, isa: str, values: pack.Values, large: dict[str, pack.Block]
 ) -> None:
-    for rows in (1, 19):
+    for rows in (1, 19, PASS_ROWS + 17):
         check(kernels, isa, large[values], rows, threads=2)
 
 

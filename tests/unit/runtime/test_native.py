@@ -180,7 +180,7 @@ def test_a_product_for_which_there_is_no_room_spoils_no_other() -> None:
             (np.ones((rows, 64), np.float32), np.zeros((rows, 16), np.float32)) for rows in (1, 64)
         )
         huge = np.zeros((3_000_000, 64), np.float32), np.zeros((3_000_000, 16), np.float32)
-        first = product(*one).copy()
+        first = [product(x, y).copy() for x, y in (one, many)]
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20),) * 2)
@@ -188,8 +188,8 @@ def test_a_product_for_which_there_is_no_room_spoils_no_other() -> None:
             product(*huge)
         except ValueError as error:
             print(error)
-        for x, y in (one, many):
-            assert np.array_equal(product(x, y), first)
+        for (x, y), before in zip((one, many), first):
+            assert np.array_equal(product(x, y), before)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

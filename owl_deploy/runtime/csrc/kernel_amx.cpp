@@ -1,0 +1,218 @@
+// AVX-512, and AMX for many rows of integers and bf16: Sapphire Rapids and later. Integers meet
+// whole rows in bf16 there, weights with their scales: sums need not leave the tiles for the scales
+// of each block, which is what takes the time of products of bytes. In 4 and 3 bits that rounds no
+// weight, for a scale has 4 significant bits; in 8 by less than they were rounded by before. Of
+// activations bf16 keeps more than int8 does.
+#include "kernel_table.h"
+#include "x86_avx512_bf16.h"
+
+namespace owl {
+namespace {
+
+using V = Avx512;
+constexpr std::size_t kColumns = 2;     // of a cell of bf16
+constexpr std::size_t kStepCells = 16;  // that a tile of weights holds
+constexpr std::size_t kStepBytes = kStepCells * kColumns * sizeof(V::Half);  // of activations
+constexpr std::size_t kGroups = V::kPanelGroups;
+constexpr std::size_t kWidth = kGroups * kGroupRows;
+constexpr std::size_t kChunkCells = kPanelScratch / (kGroups * kCellBytes);
+static_assert(kRowTile == 16 && kStepBytes == 64 && kGroups % 2 == 0);
+
+// What LDTILECFG reads (Intel's manual, volume 1, "TILECFG"): all tiles are 16 rows of 64 bytes.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      std::uint8_t palette = 1, first_row = 0, reserved[14] = {};
+      std::uint16_t bytes[16] = {};
+      std::uint8_t rows[16] = {};
+    } config;
+    static_assert(sizeof(config) == 64);
+    for (int i = 0; i < 8; ++i) {
+      config.bytes[i] = kStepBytes;
+      config.rows[i] = kRowTile;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// Activations of many rows are bf16 whatever the weight; without `blocks` a layout is of those.
+// An odd number of cache lines, so that a tile's rows do not all want the same places in the cache.
+ActivationLayout layout_of(const PackedMatrix& w, bool many) {
+  ActivationLayout layout = activation_layout<V>(w, many);
+  if (!many || w.traits().cell_bits == 32) return layout;
+  const std::size_t columns = w.cells * w.traits().columns_per_cell();
+  layout = {};
+  layout.stride =
+      (columns * sizeof(V::Half) + kStepBytes - 1) / kStepBytes * kStepBytes | kStepBytes;
+  return layout;
+}
+
+void prepare(const PackedMatrix& w, const ActivationLayout& layout, const float* x,
+             std::uint8_t* row) {
+  if (w.traits().integer() && layout.blocks == 0)
+    prepare_values<V>(Bits<16>{}, w, layout, x, row);
+  else
+    prepare_row<V>(w, layout, x, row);
+}
+
+// One output's scale for each of 16, and what makes up for the bias of a cell and for the powers
+// of two that its bytes are put behind.
+struct Scales {
+  V::F scale, behind_23, behind_15;
+  explicit Scales(const float* scales)
+      : scale(V::f_load(scales)),
+        behind_23(V::f_mul(scale, V::f_set1(-(8388608.0F + 128.0F)))),
+        behind_15(V::f_mul(scale, V::f_set1(-(32768.0F + 128.0F)))) {}
+};
+
+// Two columns of a biased cell of integers, the lower half of each 32 bits, times their scales: as
+// the lowest bits of 2^23 + u and 2^15 + u bytes are floats already. Only what bf16 cannot hold is
+// rounded, at the end; `Exact`: nothing is.
+template <bool Exact>
+inline V::Cell to_halves(V::Cell cell, const Scales& s) {
+  const auto behind = [&](int mask, int power) OWL_ALWAYS_INLINE {
+    constexpr int kAndOr = 0xea;
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(cell, _mm512_set1_epi32(mask), _mm512_set1_epi32(power), kAndOr));
+  };
+  const V::F first = V::f_fma(behind(0xff, 0x4b000000), s.scale, s.behind_23);
+  const V::F second = V::f_fma(behind(0xff00, 0x47000000), s.scale, s.behind_15);
+  if constexpr (Exact) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                                   _mm512_castps_si512(second));
+  } else {
+    const __m512i turns =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(turns,
+                                    reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+  }
+}
+
+// `steps` steps of Rows * 16 rows x [.., stride bytes] times tile [groups][kChunkCells][64], added
+// to sums [.., kWidth].
+template <std::size_t Rows>
+void multiply(const std::uint8_t* tile, std::size_t steps, const std::uint8_t* x,
+              std::size_t stride, float* sums) {
+  constexpr std::size_t row_bytes = kWidth * sizeof(float), group_bytes = kChunkCells * kCellBytes;
+  for (std::size_t n = 0; n < kGroups; n += 2) {
+    float* left = sums + n * kGroupRows;
+    float* right = left + kGroupRows;
+    _tile_loadd(0, left, row_bytes);
+    _tile_loadd(1, right, row_bytes);
+    if constexpr (Rows == 2) {
+      _tile_loadd(2, left + kRowTile * kWidth, row_bytes);
+      _tile_loadd(3, right + kRowTile * kWidth, row_bytes);
+    }
+    const std::uint8_t* w = tile + n * group_bytes;
+    for (std::size_t k = 0; k < steps; ++k, w += kStepCells * kCellBytes) {
+      _tile_loadd(4, x + k * kStepBytes, stride);
+      _tile_loadd(6, w, kCellBytes);
+      _tile_loadd(7, w + group_bytes, kCellBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (Rows == 2) {
+        _tile_loadd(5, x + kRowTile * stride + k * kStepBytes, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, left, row_bytes);
+    _tile_stored(1, right, row_bytes);
+    if constexpr (Rows == 2) {
+      _tile_stored(2, left + kRowTile * kWidth, row_bytes);
+      _tile_stored(3, right + kRowTile * kWidth, row_bytes);
+    }
+  }
+}
+
+// Cells [first, first + cells) of `groups` groups as tiles of bf16; returns how many steps these
+// are. Zeros fill the last one: what is left there of others could be no number.
+template <class Form, class Streams>
+std::size_t unpack(const PackedMatrix& w, std::size_t begin, std::size_t groups, std::size_t first,
+                   std::size_t cells, Streams& streams, std::uint8_t* tile) {
+  constexpr bool integer = Form::kTraits.integer();
+  constexpr std::size_t halves = integer ? 2 : 1;  // cells of bf16 that a cell makes
+  const std::size_t steps = (cells * halves + kStepCells - 1) / kStepCells;
+  const auto place = [&](std::size_t c, std::size_t n) {
+    return tile + (n * kChunkCells + c) * kCellBytes;
+  };
+  alignas(64) float scales[kChunkCells / kBlockCells / 2 * kWidth];
+  if constexpr (integer) unpack_scales<V>(w, begin, groups, first / kBlockCells, cells, scales);
+  for (std::size_t n = 0; n < groups; ++n) {
+    std::memset(place(cells * halves, n), 0, (steps * kStepCells - cells * halves) * kCellBytes);
+    if constexpr (!integer) {
+      unpack_cells(w, begin + n, first, cells, streams[n],
+                   [&](std::size_t c, V::Cell cell) { V::store_cell(place(c, n), cell); });
+    } else {
+      for (std::size_t b = 0; b < cells; b += kBlockCells) {
+        const Scales block(scales + b / kBlockCells * kWidth + n * kGroupRows);
+        unpack_cells(w, begin + n, first + b, smaller(kBlockCells, cells - b), streams[n],
+                     [&](std::size_t c, V::Cell cell) {
+                       constexpr bool exact = Form::kTraits.stored_bits <= 4;
+                       V::store_cell(place(2 * (b + c), n), to_halves<exact>(cell, block));
+                       V::store_cell(place(2 * (b + c) + 1, n),
+                                     to_halves<exact>(_mm512_srli_epi32(cell, 16), block));
+                     });
+      }
+    }
+  }
+  return steps;
+}
+
+template <class Form>
+void panel_in_tiles(const PackedMatrix& w, std::size_t begin, std::size_t groups,
+                    const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
+                    std::uint8_t* scratch, float* sums) {
+  constexpr std::size_t chunk = Form::kTraits.integer() ? kChunkCells / 2 : kChunkCells;
+  constexpr std::size_t bytes = Form::kTraits.columns_per_cell() * sizeof(V::Half);
+  const std::size_t stride = layout.stride;
+  std::memset(sums, 0, round_up(count, kRowTile) * kWidth * sizeof(float));
+  if (groups < kGroups) std::memset(scratch, 0, kPanelScratch);
+  CellStream<V, Form> streams[kGroups];
+  Widened<CellStream<V, Form>::kWidens> rooms[kGroups];
+  for (std::size_t n = 0; n < groups; ++n) streams[n] = CellStream<V, Form>(w, begin + n, rooms[n]);
+  const Tiles tiles;
+  for (std::size_t done = 0; done < w.cells; done += chunk) {
+    const std::size_t cells = smaller(chunk, w.cells - done);
+    const std::size_t steps = unpack<Form>(w, begin, groups, done, cells, streams, scratch);
+    const std::uint8_t* x = rows + done * bytes;
+    __asm__ volatile("" ::: "memory");  // GCC 12 does not know that tiles are loaded from memory
+    std::size_t m = 0;
+    for (; m + kRowTile < count; m += 2 * kRowTile)
+      multiply<2>(scratch, steps, x + m * stride, stride, sums + m * kWidth);
+    if (m < count) multiply<1>(scratch, steps, x + m * stride, stride, sums + m * kWidth);
+  }
+}
+
+void panel_of_any(const PackedMatrix& w, std::size_t begin, std::size_t groups,
+                  const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
+                  std::uint8_t* scratch, float* sums) {
+  with_form(w, [&](auto form) {
+    using Form = decltype(form);
+    if constexpr (Form::kTraits.cell_bits == 32)
+      panel_of<V, Form>(w, begin, groups, layout, rows, count, scratch, sums);
+    else
+      panel_in_tiles<Form>(w, begin, groups, layout, rows, count, scratch, sums);
+  });
+}
+
+consteval Kernels amx_kernels() noexcept {
+  Kernels kernels = make_kernels<V>("amx");
+  kernels.layout = layout_of;
+  kernels.prepare = prepare;
+  kernels.panel = panel_of_any;
+  kernels.panel_rows = 512;  // what a tile of weights takes to unpack is for all of them
+  kernels.pass_rows = kFewRows;
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels kAmxKernels = amx_kernels();
+
+}  // namespace owl
