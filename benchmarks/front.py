@@ -56,7 +56,12 @@ SPARSE = Kind("half of the weights removed; trained on ...", "s", INK, True)
 RIVAL = Kind("llama.cpp", "^", FAINT, True)
 
 # By the beginnings of deployments' names: how they were rounded, or what they were trained on.
-AFTER = {"owl-int4": " to nearest", "trained": " on code", "answers": " on answers"}
+AFTER = {
+    "owl-int4": " to nearest",
+    "trained": " on code",
+    "answers": " on answers",
+    "sparse-mixed": ", asymmetric",
+}
 _ENOUGH = 82  # problems to tell deployments apart by
 
 # Labels that would lie upon others where the usual ones do, in points from their marks.
