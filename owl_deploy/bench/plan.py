@@ -174,7 +174,8 @@ class BenchPlan(BaseModel):
         return not _ATTENDING.isdisjoint(self.scenarios)
 
     def _contexts(self, limit: int, takes: str) -> tuple[int, ...]:
-        if self._decodes and max(self.context) > limit and "context" in self.model_fields_set:
+        decides = self._decodes or "answers" in self.scenarios  # whose room it is
+        if decides and max(self.context) > limit and "context" in self.model_fields_set:
             raise BadInput(
                 f"--context {max(self.context)} is more than {takes}.",
                 f"Give --context {limit} or less.",

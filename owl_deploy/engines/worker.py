@@ -222,26 +222,15 @@ class Worker:
         steps = [self.decoder.row_tokens() for _ in range(count)]
         return {"tokens": [list(row) for row in zip(*steps)]}  # noqa: B905 - as old as 3.8
 
-    def score(self, tokens_file: str, window: int) -> dict[str, Any]:
-        """Negative log-likelihood of a token file (int .npy [n]), for perplexity.
+    def score(self, tokens: list[int]) -> dict[str, Any]:
+        """The mean negative log-likelihood of a window of two tokens or more, for perplexity.
 
-        Windows of `window` tokens do not overlap, and each is read alone: an empty cache, no token
-        put before it, so its first token is not predicted. A last part shorter than `window` is
-        left out. Needs `all_logits` at load. Returns the sum for each window, over `window - 1`
-        predictions, in nats.
+        It is read alone: an empty cache, no token put before it, so its first token is not
+        predicted. Needs `all_logits` at load. `loss`: in nats a predicted token.
         """
-        tokens = np.load(tokens_file)
-        total = len(tokens) // window
-        sums = []
-        for index in range(total):
-            part = tokens[index * window : (index + 1) * window]
-            sums.append(self._window_nll(part.astype(np.int64)))
-        return {"nll": sums, "predictions": window - 1}
-
-    def _window_nll(self, tokens: np.ndarray) -> float:
         self.decoder.reset()
-        ids = tokens.tolist()
-        return -sum(likelihoods(self.decoder.logits(ids), ids[1:])[0])
+        logprobs, _ = likelihoods(self.decoder.logits(tokens), tokens[1:])
+        return {"loss": -sum(logprobs) / len(logprobs)}
 
     def continuations(self, context: list[int], targets: list[list[int]]) -> dict[str, Any]:
         """How likely each of `targets` is after `context`; none of them is empty.

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from owl_deploy.blocks import Skeleton, free_on, window_loss
@@ -163,24 +162,20 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
         )
     windows = windows_of(folder, text, window, asked.windows)
     losses: list[float] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "window.npy"
-        with (
-            EngineProcess(
-                engine,
-                folder,
-                threads=asked.threads,
-                trust_library=asked.trust_library,
-                context=get_engine(engine).context_for(window),
-                all_logits=True,
-            ) as process,
-            bar("Perplexity", len(windows)) as advance,
-        ):
-            for ids in windows:
-                np.save(file, ids.numpy())
-                scored = process.request("score", tokens_file=str(file), window=window)
-                losses += [nll / scored["predictions"] for nll in scored["nll"]]
-                advance(1)
+    with (
+        EngineProcess(
+            engine,
+            folder,
+            threads=asked.threads,
+            trust_library=asked.trust_library,
+            context=get_engine(engine).context_for(window),
+            all_logits=True,
+        ) as process,
+        bar("Perplexity", len(windows)) as advance,
+    ):
+        for ids in windows.tolist():
+            losses.append(process.request("score", tokens=ids)["loss"])
+            advance(1)
     result = from_losses(text, losses, windows)
     keep(folder, "perplexity", {**asdict(result), "engine": engine}, measured=measured)
     return result

@@ -56,7 +56,7 @@ def _table(manifest: CheckpointManifest) -> Table:
     table.add_section()
     ends = [("all blocks", whole.asked, whole.achieved)]
     if head := manifest.head:
-        rounded = manifest.settings.head_bits
+        rounded = manifest.settings.head_bits or manifest.settings.bits
         name = f"{head.name}, {rounded} bits" if rounded else head.name
         ends.append((name, head.sparsity, head.achieved))
     for name, asked, achieved in ends:

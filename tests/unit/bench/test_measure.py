@@ -338,6 +338,16 @@ def test_what_failed_of_one_that_goes_on_is_kept(cache: Path) -> None:
     assert (found.samples, found.failed) == ((sample,), {"decode@512x4": "No memory."})
 
 
+def test_a_sample_after_a_failure_says_that_it_was_repaired() -> None:
+    subject = result().subjects[0].model_copy(update={"samples": ()})
+    sample = result().subjects[0].samples[0]
+    journal = Journal("plan")
+    journal.give_up(subject.name, "No memory.")
+    assert journal.restore([subject])[subject.name].failure == "No memory."
+    journal.add(subject.name, {}, sample, {})
+    assert journal.restore([subject])[subject.name].failure is None
+
+
 def test_what_has_failed_holds_up_no_round_of_another_day(
     pair: tuple[Path, Path], cache: Path
 ) -> None:
@@ -523,6 +533,7 @@ def limited(folder: Path, tokens: int) -> Path:
     ("settings", "message"),
     [
         ({"context": (128, 257)}, "--context 257 is more than the 256 tokens that .*small takes"),
+        ({"context": 257, "scenarios": ("answers",)}, "--context 257 is more than the 256 tokens"),
         ({"scenarios": ("prefill@257",)}, "--scenario prefill@257 is more than the 256 tokens"),
         ({"context": 512, "scenarios": ("throughput",)}, "Give --context 256 or less"),
         ({"prompt": 300}, "--prompt 300 is more than the 256 tokens"),

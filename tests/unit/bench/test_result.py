@@ -5,8 +5,16 @@ import pytest
 
 from owl_deploy.bench import show
 from owl_deploy.bench.gate import Verdict
-from owl_deploy.bench.result import SCHEMA, Sample, Subject, choose_baselines, read_result
+from owl_deploy.bench.result import (
+    SCHEMA,
+    Sample,
+    Subject,
+    choose_baselines,
+    comparisons,
+    read_result,
+)
 from owl_deploy.bench.run import Outcome
+from owl_deploy.bench.scenario import Scenario
 from owl_deploy.errors import BadInput
 from tests.unit.bench import made
 
@@ -81,6 +89,14 @@ def test_an_engine_without_a_dense_baseline() -> None:
         "ort4": ("best of all",),
     }
     assert chosen(subject("s", "owl", "int8", 5), []) == {}
+
+
+def test_those_that_no_round_timed_both_of_are_not_compared() -> None:
+    scenarios = (Scenario(kind="decode", tokens=512, context=512),)
+    now, then = subject("s", "owl", "int8", 5, "candidate"), subject("d", "owl", "int8", 9)
+    assert [one.pairs for one in comparisons((now, then), scenarios, 0.95)] == [1]
+    later = now.model_copy(update={"samples": (now.samples[0].model_copy(update={"round": 1}),)})
+    assert comparisons((later, then), scenarios, 0.95) == ()
 
 
 def test_an_earlier_result_is_read() -> None:

@@ -150,6 +150,9 @@ def test_what_is_measured_once_is_known_for_other_budgets(llama, text_file, tmp_
     )
     monkeypatch.setattr(sensitivity, "Measuring", None)  # not again
     assert sensitivity.measure_costs(other, store) == first
+    fewer = dataclasses.replace(request, batch=1)  # at once, as where memory is short
+    assert fewer.deciding() != request.deciding()
+    assert sensitivity.measure_costs(fewer, store) == first
     rounder = dataclasses.replace(
         request, settings=request.settings.model_copy(update={"bits_group": 64})
     )
