@@ -87,7 +87,9 @@ def run_bench(
     runner = _Runner(plan, scenarios, deployments, threads, opener, journal)
     with journal.alone():
         subjects = journal.restore(subject for subject, _ in entries)
-        for look in range(plan.most_looks):
+        # Those that an interrupted run has had did not decide it.
+        looked = max(0, _next_round(subjects.values()) - 1) // plan.pairs
+        for look in range(min(looked, plan.most_looks - 1), plan.most_looks):
             bandwidth = max(bandwidth, machine.read_bandwidth(threads))
             runner.rounds(subjects, look * plan.pairs, progress)
             bandwidth = max(bandwidth, machine.read_bandwidth(threads))  # others may have been busy

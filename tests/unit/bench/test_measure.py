@@ -396,6 +396,36 @@ def test_what_failed_and_was_repaired_is_timed_after_all(pair: tuple[Path, Path]
     assert [one.pairs for one in found.comparisons] == [2] * len(found.comparisons)
 
 
+def test_what_failed_in_a_later_look_is_tried_again_too(pair: tuple[Path, Path]) -> None:
+    bad = fake(pair[0].parent / "bad", decode_ms=10, prefill_ms=50, fail={})
+    whole = (bad / "fake.json").read_text()
+    times = (bad / "fake.json").stat()
+
+    def write(**changes: object) -> None:
+        """Change what the engine does and not what the model is: its size and its age."""
+        text = json.dumps(json.loads(whole) | changes)
+        (bad / "fake.json").write_text(text + " " * (1000 - len(text)))
+        os.utime(bad / "fake.json", ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def interrupt(line: str) -> None:
+        if line.startswith("Round 3"):
+            write(fail={"op": "load", "how": "raise"})
+        if line.startswith("Round 4"):
+            raise KeyboardInterrupt
+
+    def decided(result: Result) -> bool:
+        return bool(result.failures)
+
+    write()
+    plan = BenchPlan(candidates=(bad,), baselines=pair[1:], pairs=2, looks=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(plan, interrupt, decided=decided)
+    write()
+    found = run_bench(plan, decided=decided)
+    assert not found.failures
+    assert len(found.subjects[0].samples) == 3  # of four rounds all but the one that it failed in
+
+
 def test_a_discarded_half_round_does_not_come_back(pair: tuple[Path, Path], cache: Path) -> None:
     plan = BenchPlan(candidates=pair, pairs=2, scenarios=("decode",))
 
