@@ -128,7 +128,8 @@ def large() -> Iterator[Point]:
             elif name.startswith(("sparse", "trained", "answers")):
                 kind = SPARSE
             after = next((told for start, told in AFTER.items() if name.startswith(start)), "")
-            name = "" if kind == BUDGET else name.rpartition("-")[2] + after
+            unnamed = kind == BUDGET or name.startswith("rounded-mixed")  # next to another int4
+            name = "" if unnamed else name.rpartition("-")[2] + after
             score = row.get("scores", {}).get("humaneval", {})
             megabytes, perplexity = row["size_bytes"] / 1e6, row["perplexity"]
             if score.get("documents", 0) < _ENOUGH:
