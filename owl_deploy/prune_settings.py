@@ -45,11 +45,11 @@ class PruneSettings(BaseModel):
     `head_bits`: the output head is rounded too, to 4 or 3 bits; else it is not, unless a budget of
     a size finds that 4 are worth it, or it is pruned and `bits` round what is left.
     `options`: the method's own, of the type that its row in `METHODS` names, or a mapping of their
-    names to values. `refit`: whether the weights that are
-    left get the values that suit them best; ALPS does it in any case. `reconstruct`: epochs for
-    which each half of a pruned block is trained to give the dense one's output. `asymmetric`:
-    whether each Linear makes up for what those before it have lost as well (`prune/asymmetric.py`),
-    of a method whose weights make up for others; None stands for yes where weights are rounded.
+    names to values. `refit`: whether the weights that are left get the values that suit them best;
+    ALPS does it in any case. `reconstruct`: epochs for which each half of a pruned block is trained
+    to give the dense one's output. `asymmetric`: whether each Linear makes up for what those before
+    it have lost as well (`prune/asymmetric.py`), of a method whose weights make up for others; None
+    stands for yes where weights are rounded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

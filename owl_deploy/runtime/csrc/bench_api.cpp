@@ -56,8 +56,7 @@ void multiply(const owl::Kernels& kernels, const owl::PackedMatrix& w, std::size
               std::size_t rows, bool many) {
   const std::size_t step = many ? kernels.panel_groups : 2;
   alignas(64) std::uint8_t tile[owl::kPanelScratch];
-  std::vector<float> sums(owl::divide_up(rows, owl::kRowTile) * owl::kRowTile * step *
-                          owl::kGroupRows);
+  std::vector<float> sums(owl::in_row_tiles(rows) * step * owl::kGroupRows);
   for (std::size_t g = begin; g < end; g += step) {
     const std::size_t groups = std::min(step, end - g);
     if (many)
@@ -199,8 +198,7 @@ OWL_EXPORT int owl_time_matmul(const char* isa, const void* const* packed, const
     }
     const owl::ActivationLayout layout = kernels->layout(weights[0], many != 0);
     std::vector<float> x(weights[0].cols, 0.5F);
-    std::vector<std::uint8_t> storage(
-        layout.stride * owl::divide_up(rows, owl::kRowTile) * owl::kRowTile + 64);
+    std::vector<std::uint8_t> storage(layout.stride * owl::in_row_tiles(rows) + 64);
     auto* prepared = storage.data() + (64 - reinterpret_cast<std::uintptr_t>(storage.data()) % 64);
     for (std::size_t m = 0; m < rows; ++m)
       kernels->prepare(weights[0], layout, x.data(), prepared + m * layout.stride);

@@ -330,7 +330,7 @@ struct LinearStep {
                       end = std::min(w.groups, begin + groups_per_panel());
     const std::size_t parts = divide_up(end - begin, kernels.panel_groups);
     auto* tile = task_tile.get<std::uint8_t>(kPanelScratch);
-    const std::size_t size = divide_up(count, kRowTile) * kRowTile * width;
+    const std::size_t size = in_row_tiles(count) * width;
     auto* sums = task_sums.get<float>(size * (parts + 1));
     for (std::size_t p = 0; p < parts; ++p) {
       const std::size_t from = begin + p * kernels.panel_groups;
@@ -571,7 +571,7 @@ class Plan::Steps {
     LinearStep& step = linears_.emplace_back(LinearStep{kernels_, op, x, rows, y, sum, {}});
     const bool few = step.are_few();
     step.layout = kernels_.layout(op.weight, !few);
-    row_bytes_ = std::max(row_bytes_, step.layout.stride * divide_up(rows, kRowTile) * kRowTile);
+    row_bytes_ = std::max(row_bytes_, step.layout.stride * in_row_tiles(rows));
     few ? add_few_rows(step) : add_many_rows(step);
   }
 

@@ -42,12 +42,10 @@ class Tiles {
 // Activations of many rows are bf16 whatever the weight; without `blocks` a layout is of those.
 // An odd number of cache lines, so that a tile's rows do not all want the same places in the cache.
 ActivationLayout layout_of(const PackedMatrix& w, bool many) {
-  ActivationLayout layout = activation_layout<V>(w, many);
-  if (!many || w.traits().cell_bits == 32) return layout;
+  if (!many || w.traits().cell_bits == 32) return activation_layout<V>(w, many);
   const std::size_t columns = w.cells * w.traits().columns_per_cell();
-  layout = {};
-  layout.stride =
-      (columns * sizeof(V::Half) + kStepBytes - 1) / kStepBytes * kStepBytes | kStepBytes;
+  ActivationLayout layout;
+  layout.stride = round_up(columns * sizeof(V::Half), kStepBytes) | kStepBytes;
   return layout;
 }
 
@@ -137,7 +135,7 @@ std::size_t unpack(const PackedMatrix& w, std::size_t begin, std::size_t groups,
                    std::size_t cells, Streams& streams, std::uint8_t* tile) {
   constexpr bool integer = Form::kTraits.integer();
   constexpr std::size_t halves = integer ? 2 : 1;  // cells of bf16 that a cell makes
-  const std::size_t steps = (cells * halves + kStepCells - 1) / kStepCells;
+  const std::size_t steps = divide_up(cells * halves, kStepCells);
   const auto place = [&](std::size_t c, std::size_t n) {
     return tile + (n * kChunkCells + c) * kCellBytes;
   };
@@ -171,7 +169,7 @@ void panel_in_tiles(const PackedMatrix& w, std::size_t begin, std::size_t groups
   constexpr std::size_t chunk = Form::kTraits.integer() ? kChunkCells / 2 : kChunkCells;
   constexpr std::size_t bytes = Form::kTraits.columns_per_cell() * sizeof(V::Half);
   const std::size_t stride = layout.stride;
-  std::memset(sums, 0, round_up(count, kRowTile) * kWidth * sizeof(float));
+  std::memset(sums, 0, in_row_tiles(count) * kWidth * sizeof(float));
   if (groups < kGroups) std::memset(scratch, 0, kPanelScratch);
   CellStream<V, Form> streams[kGroups];
   Widened<CellStream<V, Form>::kWidens> rooms[kGroups];

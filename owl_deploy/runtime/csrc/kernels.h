@@ -138,6 +138,10 @@ constexpr std::size_t kMaxPanelGroups = 4;  // the largest panel_groups
 constexpr std::size_t kPanelScratch = 2 * kPanelBlockCells * kMaxPanelGroups * kCellBytes;
 constexpr std::size_t kRowChunk = 128;  // activation rows of one `panel`, unless more are better
 constexpr std::size_t kRowTile = 16;    // rows that a matrix instruction takes at once
+// The rows that `panel` needs room for.
+OWL_INLINE constexpr std::size_t in_row_tiles(std::size_t rows) {
+  return divide_up(rows, kRowTile) * kRowTile;
+}
 constexpr std::size_t kScreenGroups =
     32;  // row groups that are looked through for candidates at a time
 constexpr std::size_t kDecodeChunk = 128;  // cache positions of one decode task
