@@ -3,41 +3,17 @@
 // of each block, which is what takes the time of products of bytes. In 4 and 3 bits that rounds no
 // weight, for a scale has 4 significant bits; in 8 by less than they were rounded by before. Of
 // activations bf16 keeps more than int8 does.
+#include "kernel_amx_attention.h"
 #include "kernel_table.h"
-#include "x86_avx512_bf16.h"
 
 namespace owl {
 namespace {
 
-using V = Avx512;
-constexpr std::size_t kColumns = 2;     // of a cell of bf16
-constexpr std::size_t kStepCells = 16;  // that a tile of weights holds
-constexpr std::size_t kStepBytes = kStepCells * kColumns * sizeof(V::Half);  // of activations
+constexpr std::size_t kStepCells = kTileBytes / kCellBytes;
 constexpr std::size_t kGroups = V::kPanelGroups;
 constexpr std::size_t kWidth = kGroups * kGroupRows;
 constexpr std::size_t kChunkCells = kPanelScratch / (kGroups * kCellBytes);
-static_assert(kRowTile == 16 && kStepBytes == 64 && kGroups % 2 == 0);
-
-// What LDTILECFG reads (Intel's manual, volume 1, "TILECFG"): all tiles are 16 rows of 64 bytes.
-class Tiles {
- public:
-  Tiles() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, first_row = 0, reserved[14] = {};
-      std::uint16_t bytes[16] = {};
-      std::uint8_t rows[16] = {};
-    } config;
-    static_assert(sizeof(config) == 64);
-    for (int i = 0; i < 8; ++i) {
-      config.bytes[i] = kStepBytes;
-      config.rows[i] = kRowTile;
-    }
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
+static_assert(kGroups % 2 == 0);
 
 // Activations of many rows are bf16 whatever the weight; without `blocks` a layout is of those.
 // An odd number of cache lines, so that a tile's rows do not all want the same places in the cache.
@@ -83,11 +59,7 @@ inline V::Cell to_halves(V::Cell cell, const Scales& s) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
                                    _mm512_castps_si512(second));
   } else {
-    const __m512i turns =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(turns,
-                                    reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+    return in_turns(first, second);
   }
 }
 
@@ -96,35 +68,10 @@ inline V::Cell to_halves(V::Cell cell, const Scales& s) {
 template <std::size_t Rows>
 void multiply(const std::uint8_t* tile, std::size_t steps, const std::uint8_t* x,
               std::size_t stride, float* sums) {
-  constexpr std::size_t row_bytes = kWidth * sizeof(float), group_bytes = kChunkCells * kCellBytes;
+  constexpr std::size_t group_bytes = kChunkCells * kCellBytes;
   for (std::size_t n = 0; n < kGroups; n += 2) {
-    float* left = sums + n * kGroupRows;
-    float* right = left + kGroupRows;
-    _tile_loadd(0, left, row_bytes);
-    _tile_loadd(1, right, row_bytes);
-    if constexpr (Rows == 2) {
-      _tile_loadd(2, left + kRowTile * kWidth, row_bytes);
-      _tile_loadd(3, right + kRowTile * kWidth, row_bytes);
-    }
-    const std::uint8_t* w = tile + n * group_bytes;
-    for (std::size_t k = 0; k < steps; ++k, w += kStepCells * kCellBytes) {
-      _tile_loadd(4, x + k * kStepBytes, stride);
-      _tile_loadd(6, w, kCellBytes);
-      _tile_loadd(7, w + group_bytes, kCellBytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (Rows == 2) {
-        _tile_loadd(5, x + kRowTile * stride + k * kStepBytes, stride);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, left, row_bytes);
-    _tile_stored(1, right, row_bytes);
-    if constexpr (Rows == 2) {
-      _tile_stored(2, left + kRowTile * kWidth, row_bytes);
-      _tile_stored(3, right + kRowTile * kWidth, row_bytes);
-    }
+    const Factors factors[] = {{x, tile + n * group_bytes, tile + (n + 1) * group_bytes}};
+    multiply_tiles<Rows>(factors, steps, stride, sums + n * kGroupRows, kWidth);
   }
 }
 
@@ -179,7 +126,7 @@ void panel_in_tiles(const PackedMatrix& w, std::size_t begin, std::size_t groups
     const std::size_t cells = smaller(chunk, w.cells - done);
     const std::size_t steps = unpack<Form>(w, begin, groups, done, cells, streams, scratch);
     const std::uint8_t* x = rows + done * bytes;
-    __asm__ volatile("" ::: "memory");  // GCC 12 does not know that tiles are loaded from memory
+    before_tiles();
     std::size_t m = 0;
     for (; m + kRowTile < count; m += 2 * kRowTile)
       multiply<2>(scratch, steps, x + m * stride, stride, sums + m * kWidth);
@@ -204,6 +151,7 @@ consteval Kernels amx_kernels() noexcept {
   kernels.layout = layout_of;
   kernels.prepare = prepare;
   kernels.panel = panel_of_any;
+  kernels.attend_many = attend_many<V, Bf16Tiles>;
   kernels.panel_rows = 512;  // what a tile of weights takes to unpack is for all of them
   kernels.pass_rows = kFewRows;
   return kernels;

@@ -243,42 +243,6 @@ void attend_one(const AttentionSpan& span, const float* q, std::size_t begin, st
       : attend_chunk<V, CacheType::kFp16>(span, q, begin, end, scratch, out, maxima, sums);
 }
 
-// One tile of keys, transposed: panels [ceil(kKeyBlock / width)][head_size][width].
-template <class V>
-void transpose_keys(const AttentionSpan& span, std::size_t begin, std::size_t end, float* panels) {
-  constexpr std::size_t width = V::kPanelGroups * kGroupRows;
-  const std::size_t size = span.head_size;
-  for (std::size_t t = 0; t < kKeyBlock; t += 16) {
-    float* panel = panels + t / width * size * width + t % width;
-    for (std::size_t d = 0; d < size; d += 16) {
-      typename V::F rows[16];
-      for (std::size_t r = 0; r < 16; ++r)
-        rows[r] = begin + t + r < end
-                      ? load_cache<V>(span.cache, span.keys, (begin + t + r) * size + d)
-                      : V::f_set1(0.0F);
-      V::transpose16(rows);
-      for (std::size_t r = 0; r < 16; ++r) V::f_store(panel + (d + r) * width, rows[r]);
-    }
-  }
-}
-
-// One tile of values: panels [ceil(head_size / width)][kKeyBlock][width], zero where there is
-// nothing.
-template <class V>
-void copy_values(const AttentionSpan& span, std::size_t begin, std::size_t end, float* panels) {
-  constexpr std::size_t width = V::kPanelGroups * kGroupRows;
-  const std::size_t size = span.head_size;
-  for (std::size_t d = 0; d < round_up(size, width); d += 16) {
-    float* panel = panels + d / width * kKeyBlock * width + d % width;
-    for (std::size_t t = 0; t < kKeyBlock; ++t) {
-      const bool inside = d < size && begin + t < end;
-      V::f_store(panel + t * width,
-                 inside ? load_cache<V>(span.cache, span.values, (begin + t) * size + d)
-                        : V::f_set1(0.0F));
-    }
-  }
-}
-
 // Masks scores [rows, kKeyBlock], takes exponentials under the running maximum and rescales what
 // was summed before.
 template <class V>
@@ -293,8 +257,9 @@ void soften_tile(const AttentionSpan& span, std::size_t rows, std::size_t count,
     F peak = V::f_set1(maxima[m]);
     for (std::size_t i = 0; i < kKeyBlock; i += 16)
       V::f_store(s + i, cap<V>(V::f_mul(V::f_load(s + i), V::f_set1(span.scale)), span.softcap));
-    for (std::size_t i = 0; i < kKeyBlock; ++i)
-      if (tile + i > own || tile + i < oldest) s[i] = -__builtin_inff();
+    if (tile + kKeyBlock > own + 1 || tile < oldest)
+      for (std::size_t i = 0; i < kKeyBlock; ++i)
+        if (tile + i > own || tile + i < oldest) s[i] = -__builtin_inff();
     for (std::size_t i = 0; i < kKeyBlock; i += 16) peak = V::f_max(peak, V::f_load(s + i));
     const float maximum = V::f_hmax(peak);
     if (maximum == -__builtin_inff()) {  // nothing of this tile is visible, and nothing was before
@@ -319,15 +284,84 @@ void soften_tile(const AttentionSpan& span, std::size_t rows, std::size_t count,
   }
 }
 
+// How attend_many multiplies queries by a tile of keys, and weights by one of values: in fp32.
 template <class V>
+class Fp32Tiles {
+ public:
+  // Floats of a query of `size`.
+  static std::size_t query_floats(std::size_t size) { return size; }
+
+  static void take_query(const float* q, std::size_t size, float* row) {
+    std::memcpy(row, q, size * sizeof(float));
+  }
+
+  // Adds the scores of positions [begin, end) to `scores` [rows, kKeyBlock]. panels: room for
+  // kKeyBlock * kMaxHeadSize floats.
+  static void score(const AttentionSpan& span, std::size_t begin, std::size_t end,
+                    const float* queries, std::size_t rows, float* panels, float* scores) {
+    transpose_keys(span, begin, end, panels);
+    for (std::size_t p = 0; p < kKeyBlock / kWidth; ++p)
+      multiply_fp32_rows<V>(panels + p * span.head_size * kWidth, span.head_size, queries,
+                            span.head_size, rows, scores + p * kWidth, kKeyBlock);
+  }
+
+  // Adds the values of these positions by `weights` [rows, kKeyBlock] to `sums` [rows, stride];
+  // weights are of no use afterwards.
+  static void mix(const AttentionSpan& span, std::size_t begin, std::size_t end, float* weights,
+                  std::size_t rows, float* panels, float* sums, std::size_t stride) {
+    copy_values(span, begin, end, panels);
+    for (std::size_t p = 0; p < stride / kWidth; ++p)
+      multiply_fp32_rows<V>(panels + p * kKeyBlock * kWidth, kKeyBlock, weights, kKeyBlock, rows,
+                            sums + p * kWidth, stride);
+  }
+
+ private:
+  static constexpr std::size_t kWidth = V::kPanelGroups * kGroupRows;
+
+  // Transposed: panels [ceil(kKeyBlock / width)][head_size][width].
+  static void transpose_keys(const AttentionSpan& span, std::size_t begin, std::size_t end,
+                             float* panels) {
+    const std::size_t size = span.head_size;
+    for (std::size_t t = 0; t < kKeyBlock; t += 16) {
+      float* panel = panels + t / kWidth * size * kWidth + t % kWidth;
+      for (std::size_t d = 0; d < size; d += 16) {
+        typename V::F rows[16];
+        for (std::size_t r = 0; r < 16; ++r)
+          rows[r] = begin + t + r < end
+                        ? load_cache<V>(span.cache, span.keys, (begin + t + r) * size + d)
+                        : V::f_set1(0.0F);
+        V::transpose16(rows);
+        for (std::size_t r = 0; r < 16; ++r) V::f_store(panel + (d + r) * kWidth, rows[r]);
+      }
+    }
+  }
+
+  // Panels [ceil(head_size / width)][kKeyBlock][width], zero where there is nothing.
+  static void copy_values(const AttentionSpan& span, std::size_t begin, std::size_t end,
+                          float* panels) {
+    const std::size_t size = span.head_size;
+    for (std::size_t d = 0; d < round_up(size, kWidth); d += 16) {
+      float* panel = panels + d / kWidth * kKeyBlock * kWidth + d % kWidth;
+      for (std::size_t t = 0; t < kKeyBlock; ++t) {
+        const bool inside = d < size && begin + t < end;
+        V::f_store(panel + t * kWidth,
+                   inside ? load_cache<V>(span.cache, span.values, (begin + t) * size + d)
+                          : V::f_set1(0.0F));
+      }
+    }
+  }
+};
+
+template <class V, class Products = Fp32Tiles<V>>
 void attend_many(const AttentionSpan& span, const float* q, std::size_t q_stride, std::size_t count,
                  std::size_t position, std::size_t window, std::uint8_t* scratch, float* out,
                  std::size_t out_stride) {
   constexpr std::size_t width = V::kPanelGroups * kGroupRows;
-  const std::size_t size = span.head_size;
+  const Products products{};
+  const std::size_t size = span.head_size, query = Products::query_floats(size);
   const std::size_t sums_stride = round_up(size, width);
-  const std::size_t rows = span.heads * count;
-  auto* queries = reinterpret_cast<float*>(scratch);                 // [heads * count, head_size]
+  const std::size_t rows = span.heads * count, room = in_row_tiles(rows);
+  auto* queries = reinterpret_cast<float*>(scratch);                 // [heads * count, query]
   float* mixed = queries + kQueryBlock * span.heads * kMaxHeadSize;  // [heads * count, sums_stride]
   float* scores = mixed + kQueryBlock * span.heads * kMaxHeadSize;   // [heads * count, kKeyBlock]
   float* panels = scores + kQueryBlock * span.heads * kKeyBlock;     // keys, later values
@@ -335,9 +369,9 @@ void attend_many(const AttentionSpan& span, const float* q, std::size_t q_stride
   float* totals = maxima + kQueryBlock * span.heads;
   for (std::size_t h = 0; h < span.heads; ++h)
     for (std::size_t s = 0; s < count; ++s)
-      std::memcpy(queries + (h * count + s) * size, q + s * q_stride + h * size,
-                  size * sizeof(float));
-  std::memset(mixed, 0, rows * sums_stride * sizeof(float));
+      Products::take_query(q + s * q_stride + h * size, size, queries + (h * count + s) * query);
+  std::memset(queries + rows * query, 0, (room - rows) * query * sizeof(float));
+  std::memset(mixed, 0, room * sums_stride * sizeof(float));
   for (std::size_t m = 0; m < rows; ++m) {
     maxima[m] = -__builtin_inff();
     totals[m] = 0.0F;
@@ -346,17 +380,11 @@ void attend_many(const AttentionSpan& span, const float* q, std::size_t q_stride
   const std::size_t start =
       window != 0 && position + 1 > window ? (position + 1 - window) / kKeyBlock * kKeyBlock : 0;
   for (std::size_t tile = start; tile < end; tile += kKeyBlock) {
-    transpose_keys<V>(span, tile, end, panels);
-    std::memset(scores, 0, rows * kKeyBlock * sizeof(float));
-    for (std::size_t p = 0; p < kKeyBlock / width; ++p)
-      multiply_fp32_rows<V>(panels + p * size * width, size, queries, size, rows,
-                            scores + p * width, kKeyBlock);
+    std::memset(scores, 0, room * kKeyBlock * sizeof(float));
+    products.score(span, tile, end, queries, rows, panels, scores);
     soften_tile<V>(span, rows, count, tile, position, window, scores, maxima, totals, mixed,
                    sums_stride);
-    copy_values<V>(span, tile, end, panels);
-    for (std::size_t p = 0; p < sums_stride / width; ++p)
-      multiply_fp32_rows<V>(panels + p * kKeyBlock * width, kKeyBlock, scores, kKeyBlock, rows,
-                            mixed + p * width, sums_stride);
+    products.mix(span, tile, end, scores, rows, panels, mixed, sums_stride);
   }
   for (std::size_t h = 0; h < span.heads; ++h)
     for (std::size_t s = 0; s < count; ++s) {

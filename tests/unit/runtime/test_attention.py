@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from .conftest import Kernels
+from .conftest import Kernels, in_tiles, to_bf16
 
 Floats = NDArray[np.float32]
 
@@ -117,7 +117,27 @@ def test_what_is_not_a_number_stays_so(
     assert np.isfinite(out[:-1]).all()
 
 
-@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("cache", [np.float32, np.float16])
+def test_large_keys_lose_nothing(kernels: Kernels, isa: str, length: int, cache: type) -> None:
+    """What tells positions apart may be a thousandth of a score, which bf16 alone would lose."""
+    heads, size, past = 1, 64, 90
+    rng = np.random.default_rng(7)
+    qkv = rng.standard_normal((length, 3, size)).astype(np.float32)
+    past_keys, past_values = rng.standard_normal((2, 1, past + length, size)).astype(np.float32)
+    qkv[:, 0, 1:3] += 30
+    for keys in (past_keys[0], qkv[:, 1]):
+        keys[:, 0] += 300
+        keys[:, 1] *= 10
+        keys[:, 2] = -keys[:, 1]
+    caches = past_keys.astype(cache), past_values.astype(cache)
+    out = kernels.attention(isa, qkv.reshape(length, -1), *caches, heads, past, None)
+    q = qkv[:, :heads].astype(np.float64)
+    expected = oracle(q, *(c.astype(np.float64) for c in caches), past, 0, 0)
+    assert np.abs(out - expected).max() < 0.01
+
+
+@pytest.mark.parametrize("length", [1, 6, 40])
 def test_thread_count_changes_no_bit(kernels: Kernels, isa: str, length: int) -> None:
     outputs = [
         check(kernels, isa, 9, 3, 64, length, 400, np.float16, threads=threads)
@@ -157,6 +177,9 @@ def check(
     tolerance = 2e-5 if cache is np.float32 else 5e-3
     np.testing.assert_allclose(keys, all_keys, atol=tolerance)
     np.testing.assert_allclose(values, all_values, atol=tolerance)
+    if in_tiles(length, isa):  # values in bf16, and what they are weighted by
+        all_values = to_bf16(values.astype(np.float32)).astype(np.float64)
+        tolerance = 8e-3
     np.testing.assert_allclose(
         out, oracle(q, all_keys, all_values, past, softcap, window), atol=tolerance
     )

@@ -1,0 +1,93 @@
+// AMX's tiles of bf16, beside AVX-512.
+#pragma once
+
+#include "kernel_common.h"
+#include "x86_avx512_bf16.h"
+
+namespace owl {
+namespace {
+
+using V = Avx512;
+constexpr std::size_t kStepBytes = 64;                     // of a row of activations in a tile
+constexpr std::size_t kStepColumns = 32;                   // which are so many columns in bf16
+constexpr std::size_t kTileBytes = kRowTile * kStepBytes;  // of activations, weights or sums
+static_assert(kRowTile == 16 && kStepBytes == kStepColumns * sizeof(V::Half));
+
+// What LDTILECFG reads (Intel's manual, volume 1, "TILECFG"): all tiles are 16 rows of 64 bytes.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      std::uint8_t palette = 1, first_row = 0, reserved[14] = {};
+      std::uint16_t bytes[16] = {};
+      std::uint8_t rows[16] = {};
+    } config;
+    static_assert(sizeof(config) == 64);
+    for (int i = 0; i < 8; ++i) {
+      config.bytes[i] = kStepBytes;
+      config.rows[i] = kRowTile;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// GCC 12 does not know that tiles are loaded from memory: what was written there is, before this.
+inline void before_tiles() { __asm__ volatile("" ::: "memory"); }
+
+// A tile of activations, and one of weights for each of two groups of 16 outputs.
+struct Factors {
+  const std::uint8_t *x, *left, *right;
+};
+
+// Rows * 16 rows of activations, `stride` bytes apart, times two groups of outputs, `steps` tiles
+// of each of the factors, added to sums [.., sums_stride].
+template <std::size_t Rows, std::size_t Count>
+inline void multiply_tiles(const Factors (&factors)[Count], std::size_t steps, std::size_t stride,
+                           float* left, std::size_t sums_stride) {
+  const std::size_t row_bytes = sums_stride * sizeof(float);
+  float* right = left + kGroupRows;
+  _tile_loadd(0, left, row_bytes);
+  _tile_loadd(1, right, row_bytes);
+  if constexpr (Rows == 2) {
+    _tile_loadd(2, left + kRowTile * sums_stride, row_bytes);
+    _tile_loadd(3, right + kRowTile * sums_stride, row_bytes);
+  }
+  for (const Factors& f : factors) {
+    for (std::size_t k = 0; k < steps; ++k) {
+      _tile_loadd(4, f.x + k * kStepBytes, stride);
+      _tile_loadd(6, f.left + k * kTileBytes, kStepBytes);
+      _tile_loadd(7, f.right + k * kTileBytes, kStepBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (Rows == 2) {
+        _tile_loadd(5, f.x + kRowTile * stride + k * kStepBytes, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, left, row_bytes);
+  _tile_stored(1, right, row_bytes);
+  if constexpr (Rows == 2) {
+    _tile_stored(2, left + kRowTile * sums_stride, row_bytes);
+    _tile_stored(3, right + kRowTile * sums_stride, row_bytes);
+  }
+}
+
+// bf16 of 32 floats side by side.
+inline V::Cell side_by_side(V::F first, V::F second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+// bf16 of two rows of 16 floats, a column of both in each 32 bits, as tiles of weights have them.
+inline V::Cell in_turns(V::F first, V::F second) {
+  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(turns, side_by_side(first, second));
+}
+
+}  // namespace
+}  // namespace owl
