@@ -500,17 +500,18 @@ struct PrefillStep : AttentionWork {
               std::size_t others)
       : AttentionWork{table, attention}, run(positions), at(others) {}
 
-  std::size_t blocks() const { return divide_up(run.length, kQueryBlock); }
+  std::size_t block_size() const { return query_block(shared()); }
+  std::size_t blocks() const { return divide_up(run.length, block_size()); }
 
   void enter_block(std::size_t i, float* q) const {
-    for (std::size_t s = i * kQueryBlock; s < std::min(run.length, (i + 1) * kQueryBlock); ++s)
-      enter(run, s, q + s * width());
+    const std::size_t end = std::min(run.length, (i + 1) * block_size());
+    for (std::size_t s = i * block_size(); s < end; ++s) enter(run, s, q + s * width());
   }
 
   void attend_block(std::size_t i, const float* q) const {
     // The last blocks see the most and are started first, so that threads finish together.
     const std::size_t block = blocks() - 1 - i / op.kv_heads, head = i % op.kv_heads;
-    const std::size_t s = block * kQueryBlock, count = std::min(kQueryBlock, run.length - s);
+    const std::size_t s = block * block_size(), count = std::min(block_size(), run.length - s);
     const std::size_t at = s * width() + head * shared() * op.head_size;
     auto* scratch = task_sums.get<float>(attend_many_scratch(shared()));
     kernels.attend_many(span_of(op, run, head), q + at, width(), count, run.past + s, op.window,

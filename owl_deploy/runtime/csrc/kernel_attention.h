@@ -361,12 +361,13 @@ void attend_many(const AttentionSpan& span, const float* q, std::size_t q_stride
   const std::size_t size = span.head_size, query = Products::query_floats(size);
   const std::size_t sums_stride = round_up(size, width);
   const std::size_t rows = span.heads * count, room = in_row_tiles(rows);
-  auto* queries = reinterpret_cast<float*>(scratch);                 // [heads * count, query]
-  float* mixed = queries + kQueryBlock * span.heads * kMaxHeadSize;  // [heads * count, sums_stride]
-  float* scores = mixed + kQueryBlock * span.heads * kMaxHeadSize;   // [heads * count, kKeyBlock]
-  float* panels = scores + kQueryBlock * span.heads * kKeyBlock;     // keys, later values
+  const std::size_t most = span.heads * query_block(span.heads);
+  auto* queries = reinterpret_cast<float*>(scratch);  // [heads * count, query]
+  float* mixed = queries + most * kMaxHeadSize;       // [heads * count, sums_stride]
+  float* scores = mixed + most * kMaxHeadSize;        // [heads * count, kKeyBlock]
+  float* panels = scores + most * kKeyBlock;          // keys, later values
   float* maxima = panels + 2 * kKeyBlock * kMaxHeadSize;
-  float* totals = maxima + kQueryBlock * span.heads;
+  float* totals = maxima + most;
   for (std::size_t h = 0; h < span.heads; ++h)
     for (std::size_t s = 0; s < count; ++s)
       Products::take_query(q + s * q_stride + h * size, size, queries + (h * count + s) * query);

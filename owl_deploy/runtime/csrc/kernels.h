@@ -145,17 +145,22 @@ OWL_INLINE constexpr std::size_t in_row_tiles(std::size_t rows) {
 constexpr std::size_t kScreenGroups =
     32;  // row groups that are looked through for candidates at a time
 constexpr std::size_t kDecodeChunk = 128;  // cache positions of one decode task
-constexpr std::size_t kQueryBlock = 16;    // query positions of one prefill task
 constexpr std::size_t kKeyBlock = 64;      // cache positions of one prefill tile
 constexpr std::size_t kMaxHeadSize = 256;
 constexpr std::size_t kMaxSharedHeads = 64;              // query heads for one kv head
 constexpr std::size_t kMaxHeads = std::size_t{1} << 20;  // so that no width overflows
 
+// Query positions of one prefill task, a multiple of kRowTile: more where few heads share the keys
+// and values that it makes ready for all of its rows.
+OWL_INLINE constexpr std::size_t query_block(std::size_t heads) {
+  return heads <= 2 ? 64 : heads <= 4 ? 32 : 16;
+}
+
 // Floats of scratch that attend_one and attend_many need.
 constexpr std::size_t attend_one_scratch(std::size_t heads) { return heads * kDecodeChunk; }
 constexpr std::size_t attend_many_scratch(std::size_t heads) {
-  return kQueryBlock * heads * (2 * kMaxHeadSize + kKeyBlock + 2) + 2 * kKeyBlock * kMaxHeadSize +
-         64;
+  return query_block(heads) * heads * (2 * kMaxHeadSize + kKeyBlock + 2) +
+         2 * kKeyBlock * kMaxHeadSize + 64;
 }
 
 // One table a file; only those that the build's target architecture has are linked in.
