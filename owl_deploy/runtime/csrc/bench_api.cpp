@@ -60,7 +60,8 @@ void multiply(const owl::Kernels& kernels, const owl::PackedMatrix& w, std::size
   for (std::size_t g = begin; g < end; g += step) {
     const std::size_t groups = std::min(step, end - g);
     if (many)
-      kernels.panel(w, g, groups, layout, prepared, rows, tile, sums.data());
+      kernels.panel(w, g, groups, layout, prepared, rows, tile, sums.data(),
+                    step * owl::kGroupRows);
     else if (rows > 1)
       owl::few_in_passes(kernels, w, g, g + groups, layout, prepared, rows, sums.data(),
                          step * owl::kGroupRows);

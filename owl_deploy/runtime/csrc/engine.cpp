@@ -308,43 +308,39 @@ struct LinearStep {
                        layout, prepared + m * layout.stride, least[m], output_row(m), op.outputs);
   }
 
+  // What one task computes: so many rows of as many groups.
+  struct Part {
+    std::size_t rows, groups;
+  };
   // A gated epilogue needs both halves of a pair of groups.
-  std::size_t groups_per_panel() const {
-    return op.epilogue == Epilogue::kNone ? kernels.panel_groups
-                                          : divide_up(kernels.panel_groups, 2) * 2;
+  std::size_t whole(std::size_t groups) const {
+    return op.epilogue == Epilogue::kNone ? groups : divide_up(groups, 2) * 2;
   }
-  std::size_t panels() const { return divide_up(op.weight.groups, groups_per_panel()); }
-  // Rows of one task: fewer where that leaves some threads nothing to do.
-  std::size_t chunk() const {
-    std::size_t chunk = kernels.panel_rows;
+  std::size_t panels(const Part& part) const { return divide_up(op.weight.groups, part.groups); }
+  std::size_t tasks(const Part& part) const { return panels(part) * divide_up(rows, part.rows); }
+  // Less, and first of groups, where more would leave some threads nothing to do.
+  Part part() const {
+    Part part{kernels.panel_rows, whole(kernels.panel_groups)};
     const std::size_t wanted = kTasksPerThread * likely_session_threads();
-    while (chunk > kRowChunk && panels() * divide_up(rows, chunk) < wanted) chunk /= 2;
-    return std::min(rows, chunk);
+    while (part.groups > whole(kernels.tile_groups) && tasks(part) < wanted)
+      part.groups -= kernels.tile_groups;
+    while (part.rows > kRowChunk && tasks(part) < wanted) part.rows /= 2;
+    return part;
   }
 
-  void multiply_panel(std::size_t i, const std::uint8_t* prepared) const {
-    const PackedMatrix& w = op.weight;
-    const std::size_t width = kernels.panel_groups * kGroupRows;
-    const std::size_t first = i / panels() * chunk(), count = std::min(chunk(), rows - first);
-    const std::size_t begin = i % panels() * groups_per_panel(),
-                      end = std::min(w.groups, begin + groups_per_panel());
-    const std::size_t parts = divide_up(end - begin, kernels.panel_groups);
+  void multiply_part(std::size_t i, const std::uint8_t* prepared) const {
+    const Part size = part();
+    const std::size_t first = i / panels(size) * size.rows, begin = i % panels(size) * size.groups,
+                      count = std::min(size.rows, rows - first),
+                      end = std::min(op.weight.groups, begin + size.groups);
     auto* tile = task_tile.get<std::uint8_t>(kPanelScratch);
-    const std::size_t size = in_row_tiles(count) * width;
-    auto* sums = task_sums.get<float>(size * (parts + 1));
-    for (std::size_t p = 0; p < parts; ++p) {
-      const std::size_t from = begin + p * kernels.panel_groups;
-      kernels.panel(w, from, std::min(end - from, kernels.panel_groups), layout,
-                    prepared + first * layout.stride, count, tile, sums + p * size);
-    }
-    if (parts == 1) return kernels.finish(begin, end, sums, width, first, count, output());
-    // Narrow panels: put the halves of each row side by side.
-    float* joined = sums + parts * size;
-    for (std::size_t m = 0; m < count; ++m) {
-      for (std::size_t p = 0; p < parts; ++p)
-        std::memcpy(joined + p * width, sums + p * size + m * width, width * sizeof(float));
-      kernels.finish(begin, end, joined, parts * width, first + m, 1, output());
-    }
+    const std::size_t stride = size.groups * kGroupRows;
+    auto* sums = task_sums.get<float>(in_row_tiles(count) * stride);
+    for (std::size_t g = begin; g < end; g += kernels.panel_groups)
+      kernels.panel(op.weight, g, std::min(end - g, kernels.panel_groups), layout,
+                    prepared + first * layout.stride, count, tile, sums + (g - begin) * kGroupRows,
+                    stride);
+    kernels.finish(begin, end, sums, stride, first, count, output());
   }
 };
 
@@ -682,8 +678,7 @@ class Plan::Steps {
   void add_many_rows(const LinearStep& step) {
     const LinearStep* s = &step;
     add_prepare(s, kPrepareRows);
-    add_phase(s->panels() * divide_up(s->rows, s->chunk()),
-              [this, s](std::size_t i) { s->multiply_panel(i, rows_); });
+    add_phase(s->tasks(s->part()), [this, s](std::size_t i) { s->multiply_part(i, rows_); });
   }
 
   void add_enter(const DecodeStep& step) {

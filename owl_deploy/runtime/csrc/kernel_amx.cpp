@@ -10,8 +10,11 @@ namespace owl {
 namespace {
 
 constexpr std::size_t kStepCells = kTileBytes / kCellBytes;
-constexpr std::size_t kGroups = V::kPanelGroups;
-constexpr std::size_t kWidth = kGroups * kGroupRows;
+constexpr std::size_t kGroups = V::kPanelGroups;  // of a tile of weights, as unpacked
+// Of a panel: rows of activations are fetched once for all of them, a part that stays in the
+// second-level cache. Not so many that the sums, which go there too, leave no room for it; and no
+// power of two, so that a tile's rows of sums do not all want the same places in the first.
+constexpr std::size_t kPanelGroups = 3 * kGroups;
 constexpr std::size_t kChunkCells = kPanelScratch / (kGroups * kCellBytes);
 static_assert(kGroups % 2 == 0);
 
@@ -64,14 +67,14 @@ inline V::Cell to_halves(V::Cell cell, const Scales& s) {
 }
 
 // `steps` steps of Rows * 16 rows x [.., stride bytes] times tile [groups][kChunkCells][64], added
-// to sums [.., kWidth].
+// to sums [.., sums_stride].
 template <std::size_t Rows>
 void multiply(const std::uint8_t* tile, std::size_t steps, const std::uint8_t* x,
-              std::size_t stride, float* sums) {
+              std::size_t stride, float* sums, std::size_t sums_stride) {
   constexpr std::size_t group_bytes = kChunkCells * kCellBytes;
   for (std::size_t n = 0; n < kGroups; n += 2) {
     const Factors factors[] = {{x, tile + n * group_bytes, tile + (n + 1) * group_bytes}};
-    multiply_tiles<Rows>(factors, steps, stride, sums + n * kGroupRows, kWidth);
+    multiply_tiles<Rows>(factors, steps, stride, sums + n * kGroupRows, sums_stride);
   }
 }
 
@@ -79,14 +82,14 @@ void multiply(const std::uint8_t* tile, std::size_t steps, const std::uint8_t* x
 // are. Zeros fill the last one: what is left there of others could be no number.
 template <class Form, class Streams>
 std::size_t unpack(const PackedMatrix& w, std::size_t begin, std::size_t groups, std::size_t first,
-                   std::size_t cells, Streams& streams, std::uint8_t* tile) {
+                   std::size_t cells, Streams* streams, std::uint8_t* tile) {
   constexpr bool integer = Form::kTraits.integer();
   constexpr std::size_t halves = integer ? 2 : 1;  // cells of bf16 that a cell makes
   const std::size_t steps = divide_up(cells * halves, kStepCells);
   const auto place = [&](std::size_t c, std::size_t n) {
     return tile + (n * kChunkCells + c) * kCellBytes;
   };
-  alignas(64) float scales[kChunkCells / kBlockCells / 2 * kWidth];
+  alignas(64) float scales[kChunkCells / kBlockCells / 2 * kGroups * kGroupRows];
   if constexpr (integer) unpack_scales<V>(w, begin, groups, first / kBlockCells, cells, scales);
   for (std::size_t n = 0; n < groups; ++n) {
     std::memset(place(cells * halves, n), 0, (steps * kStepCells - cells * halves) * kCellBytes);
@@ -95,7 +98,7 @@ std::size_t unpack(const PackedMatrix& w, std::size_t begin, std::size_t groups,
                    [&](std::size_t c, V::Cell cell) { V::store_cell(place(c, n), cell); });
     } else {
       for (std::size_t b = 0; b < cells; b += kBlockCells) {
-        const Scales block(scales + b / kBlockCells * kWidth + n * kGroupRows);
+        const Scales block(scales + (b / kBlockCells * kGroups + n) * kGroupRows);
         unpack_cells(w, begin + n, first + b, smaller(kBlockCells, cells - b), streams[n],
                      [&](std::size_t c, V::Cell cell) {
                        constexpr bool exact = Form::kTraits.stored_bits <= 4;
@@ -112,37 +115,46 @@ std::size_t unpack(const PackedMatrix& w, std::size_t begin, std::size_t groups,
 template <class Form>
 void panel_in_tiles(const PackedMatrix& w, std::size_t begin, std::size_t groups,
                     const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
-                    std::uint8_t* scratch, float* sums) {
+                    std::uint8_t* scratch, float* sums, std::size_t sums_stride) {
   constexpr std::size_t chunk = Form::kTraits.integer() ? kChunkCells / 2 : kChunkCells;
   constexpr std::size_t bytes = Form::kTraits.columns_per_cell() * sizeof(V::Half);
   const std::size_t stride = layout.stride;
-  std::memset(sums, 0, in_row_tiles(count) * kWidth * sizeof(float));
-  if (groups < kGroups) std::memset(scratch, 0, kPanelScratch);
-  CellStream<V, Form> streams[kGroups];
-  Widened<CellStream<V, Form>::kWidens> rooms[kGroups];
+  for (std::size_t m = 0; m < in_row_tiles(count); ++m)
+    std::memset(sums + m * sums_stride, 0, round_up(groups, kGroups) * kGroupRows * sizeof(float));
+  CellStream<V, Form> streams[kPanelGroups];
+  Widened<CellStream<V, Form>::kWidens> rooms[kPanelGroups];
   for (std::size_t n = 0; n < groups; ++n) streams[n] = CellStream<V, Form>(w, begin + n, rooms[n]);
   const Tiles tiles;
   for (std::size_t done = 0; done < w.cells; done += chunk) {
     const std::size_t cells = smaller(chunk, w.cells - done);
-    const std::size_t steps = unpack<Form>(w, begin, groups, done, cells, streams, scratch);
     const std::uint8_t* x = rows + done * bytes;
-    before_tiles();
-    std::size_t m = 0;
-    for (; m + kRowTile < count; m += 2 * kRowTile)
-      multiply<2>(scratch, steps, x + m * stride, stride, sums + m * kWidth);
-    if (m < count) multiply<1>(scratch, steps, x + m * stride, stride, sums + m * kWidth);
+    for (std::size_t n = 0; n < groups; n += kGroups) {
+      const std::size_t own = smaller(kGroups, groups - n);
+      if (own < kGroups) std::memset(scratch, 0, kPanelScratch);
+      const std::size_t steps = unpack<Form>(w, begin + n, own, done, cells, streams + n, scratch);
+      float* to = sums + n * kGroupRows;
+      before_tiles();
+      std::size_t m = 0;
+      for (; m + kRowTile < count; m += 2 * kRowTile)
+        multiply<2>(scratch, steps, x + m * stride, stride, to + m * sums_stride, sums_stride);
+      if (m < count)
+        multiply<1>(scratch, steps, x + m * stride, stride, to + m * sums_stride, sums_stride);
+    }
   }
 }
 
 void panel_of_any(const PackedMatrix& w, std::size_t begin, std::size_t groups,
                   const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
-                  std::uint8_t* scratch, float* sums) {
+                  std::uint8_t* scratch, float* sums, std::size_t stride) {
   with_form(w, [&](auto form) {
     using Form = decltype(form);
-    if constexpr (Form::kTraits.cell_bits == 32)
-      panel_of<V, Form>(w, begin, groups, layout, rows, count, scratch, sums);
-    else
-      panel_in_tiles<Form>(w, begin, groups, layout, rows, count, scratch, sums);
+    if constexpr (Form::kTraits.cell_bits == 32) {
+      for (std::size_t n = 0; n < groups; n += kGroups)
+        panel_of<V, Form>(w, begin + n, smaller(kGroups, groups - n), layout, rows, count, scratch,
+                          sums + n * kGroupRows, stride);
+    } else {
+      panel_in_tiles<Form>(w, begin, groups, layout, rows, count, scratch, sums, stride);
+    }
   });
 }
 
@@ -151,6 +163,7 @@ consteval Kernels amx_kernels() noexcept {
   kernels.layout = layout_of;
   kernels.prepare = prepare;
   kernels.panel = panel_of_any;
+  kernels.panel_groups = kPanelGroups;
   kernels.attend_many = attend_many<V, Bf16Tiles>;
   kernels.panel_rows = 512;  // what a tile of weights takes to unpack is for all of them
   kernels.pass_rows = kFewRows;

@@ -572,12 +572,12 @@ void unpack_scales(const PackedMatrix& w, std::size_t begin, std::size_t groups,
 template <class V, class Form>
 void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups,
               const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
-              std::uint8_t* scratch, float* sums) {
+              std::uint8_t* scratch, float* sums, std::size_t sums_stride) {
   constexpr std::size_t N = V::kPanelGroups;
   constexpr std::size_t cell_bits = Form::kTraits.cell_bits;
-  constexpr std::size_t width = N * kGroupRows;
   const std::size_t stride = layout.stride;
-  std::memset(sums, 0, count * width * sizeof(float));
+  for (std::size_t m = 0; m < count; ++m)
+    std::memset(sums + m * sums_stride, 0, N * kGroupRows * sizeof(float));
   if (groups < N) std::memset(scratch, 0, kPanelBlockCells * N * kCellBytes);
   CellStream<V, Form> streams[N];
   Widened<CellStream<V, Form>::kWidens> rooms[N];
@@ -600,18 +600,18 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups,
       unpack_scales<V>(w, begin, groups, block, cells, scales);
       for (; m + M <= count; m += M)
         multiply_integer<V, P, M>(scratch, scales, cells, block, layout, rows + m * stride,
-                                  x + m * stride, sums + m * width, width);
+                                  x + m * stride, sums + m * sums_stride, sums_stride);
       for (; m < count; ++m)
         multiply_integer<V, P, 1>(scratch, scales, cells, block, layout, rows + m * stride,
-                                  x + m * stride, sums + m * width, width);
+                                  x + m * stride, sums + m * sums_stride, sums_stride);
     } else {
       constexpr int M = V::kFloatRows;
       for (; m + M <= count; m += M)
-        multiply_float<V, cell_bits, M>(scratch, cells, x + m * stride, stride, sums + m * width,
-                                        width);
+        multiply_float<V, cell_bits, M>(scratch, cells, x + m * stride, stride,
+                                        sums + m * sums_stride, sums_stride);
       for (; m < count; ++m)
-        multiply_float<V, cell_bits, 1>(scratch, cells, x + m * stride, stride, sums + m * width,
-                                        width);
+        multiply_float<V, cell_bits, 1>(scratch, cells, x + m * stride, stride,
+                                        sums + m * sums_stride, sums_stride);
     }
   }
 }
@@ -619,9 +619,9 @@ void panel_of(const PackedMatrix& w, std::size_t begin, std::size_t groups,
 template <class V>
 void panel(const PackedMatrix& w, std::size_t begin, std::size_t groups,
            const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
-           std::uint8_t* scratch, float* sums) {
+           std::uint8_t* scratch, float* sums, std::size_t stride) {
   with_form(w, [&](auto form) {
-    panel_of<V, decltype(form)>(w, begin, groups, layout, rows, count, scratch, sums);
+    panel_of<V, decltype(form)>(w, begin, groups, layout, rows, count, scratch, sums, stride);
   });
 }
 

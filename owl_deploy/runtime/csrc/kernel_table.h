@@ -12,6 +12,7 @@ template <class V>
 consteval Kernels make_kernels(const char* name) noexcept {
   return Kernels{
       .name = name,
+      .tile_groups = V::kPanelGroups,
       .panel_groups = V::kPanelGroups,
       .panel_rows = kRowChunk,
       .pass_rows = kPassRows,

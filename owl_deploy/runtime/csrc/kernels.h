@@ -60,7 +60,8 @@ struct AttentionSpan {
 
 struct Kernels {
   const char* name;
-  std::size_t panel_groups;  // row groups that `panel` computes at once
+  std::size_t tile_groups;   // row groups that are unpacked at once, for all rows of a `panel`
+  std::size_t panel_groups;  // those that it computes at once, a multiple of these
   std::size_t panel_rows;    // activation rows that are best given to it at once
   std::size_t pass_rows;     // up to so many rows meet integers in passes of a few
   bool prefers_dense_int4;   // where memory keeps up, a sparse weight of 4 or 3 bits takes longer
@@ -86,12 +87,12 @@ struct Kernels {
                  std::size_t outputs);
   // The largest of x [size], size > 0; anything if there are NaN.
   float (*largest)(const float* x, std::size_t size);
-  // `count` rows times groups [begin, begin + groups), groups <= panel_groups:
-  // sums [count, panel_groups * 16]; scratch: kPanelScratch bytes, 64-byte aligned. Rows and sums
-  // have room for a multiple of kRowTile, whatever is in those past `count`.
+  // `count` rows times groups [begin, begin + groups), groups <= panel_groups: sums [count,
+  // stride], of which it writes those of whole tile_groups; scratch: kPanelScratch bytes, 64-byte
+  // aligned. Rows and sums have room for a multiple of kRowTile, whatever is in those past `count`.
   void (*panel)(const PackedMatrix& w, std::size_t begin, std::size_t groups,
                 const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
-                std::uint8_t* scratch, float* sums);
+                std::uint8_t* scratch, float* sums, std::size_t stride);
   // Bias, epilogue: sums [count, sums_stride] of groups [begin, end) -> output rows from `first`.
   void (*finish)(std::size_t begin, std::size_t end, const float* sums, std::size_t sums_stride,
                  std::size_t first, std::size_t count, const Output& output);
@@ -133,9 +134,9 @@ OWL_INLINE void few_in_passes(const Kernels& kernels, const PackedMatrix& w, std
 
 constexpr std::size_t kPanelBlockCells =
     64;  // cells unpacked at a time: the tile stays in the first-level cache
-constexpr std::size_t kMaxPanelGroups = 4;  // the largest panel_groups
+constexpr std::size_t kMaxTileGroups = 4;  // the largest tile_groups
 // In tiles of bf16 twice as much, for then it pays to come back to the sums less often.
-constexpr std::size_t kPanelScratch = 2 * kPanelBlockCells * kMaxPanelGroups * kCellBytes;
+constexpr std::size_t kPanelScratch = 2 * kPanelBlockCells * kMaxTileGroups * kCellBytes;
 constexpr std::size_t kRowChunk = 128;  // activation rows of one `panel`, unless more are better
 constexpr std::size_t kRowTile = 16;    // rows that a matrix instruction takes at once
 // The rows that `panel` needs room for.
