@@ -71,6 +71,7 @@ _CROWDED = {
     ("int3", ONE_SHOT.label): (6, 1),
     ("50 % int4", ONE_SHOT.label): (5, 2),
     ("int4 to nearest", ONE_SHOT.label): (5, 2),
+    ("int4, asymmetric", SPARSE.label): (5, 2),
 }
 
 
