@@ -175,8 +175,8 @@ Precision = Annotated[
         "--precision",
         "-p",
         help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8, int4, "
-        "int3 or fp32 for owl; Q8_0, Q4_K_M, Q4_0, Q3_K_M or Q2_K for llama.cpp; fp32 for "
-        "deepsparse. [the first of the target]",
+        "int3 or fp32 for owl; Q8_0, Q4_K_M, Q4_0, IQ4_XS, Q3_K_M, IQ3_M or Q2_K for "
+        "llama.cpp; fp32 for deepsparse. [the first of the target]",
     ),
 ]
 Head = Annotated[

@@ -40,9 +40,8 @@ def test_without_the_engine_the_export_says_how_to_get_it(owl, llama, tmp_path, 
 def test_another_targets_precision(owl, llama, tmp_path):
     code, _, said = owl("export", llama, "-o", tmp_path / "out", "-t", "llama.cpp", "-p", "int8")
     assert code == 2
-    assert "Q8_0, Q4_K_M, Q4_0, Q3_K_M, Q2_K; --target onnxruntime or owl has int8" in " ".join(
-        said.split()
-    )
+    types = "Q8_0, Q4_K_M, Q4_0, IQ4_XS, Q3_K_M, IQ3_M, Q2_K"
+    assert f"{types}; --target onnxruntime or owl has int8" in " ".join(said.split())
 
 
 def test_the_converter_runs_no_code_of_a_model(llama, tmp_path):
