@@ -66,16 +66,20 @@ inline V::Cell to_halves(V::Cell cell, const Scales& s) {
   }
 }
 
-// `steps` steps of Rows * 16 rows x [.., stride bytes] times tile [groups][kChunkCells][64], added
-// to sums [.., sums_stride].
-template <std::size_t Rows>
+// `steps` steps of `rows` rows x [.., stride bytes] times tile [groups][kChunkCells][64]: added to
+// sums [.., sums_stride], or put there.
+template <bool Add>
 void multiply(const std::uint8_t* tile, std::size_t steps, const std::uint8_t* x,
-              std::size_t stride, float* sums, std::size_t sums_stride) {
+              std::size_t stride, std::size_t rows, float* sums, std::size_t sums_stride) {
   constexpr std::size_t group_bytes = kChunkCells * kCellBytes;
-  for (std::size_t n = 0; n < kGroups; n += 2) {
-    const Factors factors[] = {{x, tile + n * group_bytes, tile + (n + 1) * group_bytes}};
-    multiply_tiles<Rows>(factors, steps, stride, sums + n * kGroupRows, sums_stride);
-  }
+  for_row_tiles(rows, [&](auto tiles, std::size_t m) OWL_ALWAYS_INLINE {
+    for (std::size_t n = 0; n < kGroups; n += 2) {
+      const Factors factors[] = {
+          {x + m * stride, tile + n * group_bytes, tile + (n + 1) * group_bytes}};
+      multiply_tiles<tiles.value, Add>(factors, steps, stride,
+                                       sums + m * sums_stride + n * kGroupRows, sums_stride);
+    }
+  });
 }
 
 // Cells [first, first + cells) of `groups` groups as tiles of bf16; returns how many steps these
@@ -119,8 +123,6 @@ void panel_in_tiles(const PackedMatrix& w, std::size_t begin, std::size_t groups
   constexpr std::size_t chunk = Form::kTraits.integer() ? kChunkCells / 2 : kChunkCells;
   constexpr std::size_t bytes = Form::kTraits.columns_per_cell() * sizeof(V::Half);
   const std::size_t stride = layout.stride;
-  for (std::size_t m = 0; m < in_row_tiles(count); ++m)
-    std::memset(sums + m * sums_stride, 0, round_up(groups, kGroups) * kGroupRows * sizeof(float));
   CellStream<V, Form> streams[kPanelGroups];
   Widened<CellStream<V, Form>::kWidens> rooms[kPanelGroups];
   for (std::size_t n = 0; n < groups; ++n) streams[n] = CellStream<V, Form>(w, begin + n, rooms[n]);
@@ -134,11 +136,10 @@ void panel_in_tiles(const PackedMatrix& w, std::size_t begin, std::size_t groups
       const std::size_t steps = unpack<Form>(w, begin + n, own, done, cells, streams + n, scratch);
       float* to = sums + n * kGroupRows;
       before_tiles();
-      std::size_t m = 0;
-      for (; m + kRowTile < count; m += 2 * kRowTile)
-        multiply<2>(scratch, steps, x + m * stride, stride, to + m * sums_stride, sums_stride);
-      if (m < count)
-        multiply<1>(scratch, steps, x + m * stride, stride, to + m * sums_stride, sums_stride);
+      if (done == 0)
+        multiply<false>(scratch, steps, x, stride, count, to, sums_stride);
+      else
+        multiply<true>(scratch, steps, x, stride, count, to, sums_stride);
     }
   }
 }

@@ -52,8 +52,8 @@ class Bf16Tiles {
         const std::uint8_t* right = left + group_bytes;
         const Factors factors[] = {
             {x, left, right}, {x + columns * 2, left, right}, {x, left + rest, right + rest}};
-        multiply_tiles<tiles.value>(factors, steps, columns * sizeof(float),
-                                    scores + m * kKeyBlock + n * kGroupRows, kKeyBlock);
+        multiply_tiles<tiles.value, false>(factors, steps, columns * sizeof(float),
+                                           scores + m * kKeyBlock + n * kGroupRows, kKeyBlock);
       }
     });
   }
@@ -73,8 +73,8 @@ class Bf16Tiles {
       for (std::size_t d = 0; d < span.head_size; d += 2 * kGroupRows) {
         const std::uint8_t* left = bytes(panels) + d / kGroupRows * group_bytes;
         const Factors factors[] = {{bytes(weights + m * kKeyBlock), left, left + group_bytes}};
-        multiply_tiles<tiles.value>(factors, steps, kKeyBlock * sizeof(float),
-                                    sums + m * stride + d, stride);
+        multiply_tiles<tiles.value, true>(factors, steps, kKeyBlock * sizeof(float),
+                                          sums + m * stride + d, stride);
       }
     });
   }
@@ -87,15 +87,6 @@ class Bf16Tiles {
   static std::uint8_t* bytes(float* p) { return reinterpret_cast<std::uint8_t*>(p); }
   static const std::uint8_t* bytes(const float* p) {
     return reinterpret_cast<const std::uint8_t*>(p);
-  }
-
-  // Calls multiply(how many tiles of rows at once, first row).
-  template <class Multiply>
-  static void for_row_tiles(std::size_t rows, Multiply multiply) {
-    std::size_t m = 0;
-    for (; m + kRowTile < rows; m += 2 * kRowTile)
-      multiply(std::integral_constant<std::size_t, 2>{}, m);
-    if (m < rows) multiply(std::integral_constant<std::size_t, 1>{}, m);
   }
 
   // Panels [upper halves, rests][key groups][steps] of tiles: two dimensions of 16 positions in

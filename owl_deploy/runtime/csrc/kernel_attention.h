@@ -295,11 +295,12 @@ class Fp32Tiles {
     std::memcpy(row, q, size * sizeof(float));
   }
 
-  // Adds the scores of positions [begin, end) to `scores` [rows, kKeyBlock]. panels: room for
+  // Puts the scores of positions [begin, end) into `scores` [rows, kKeyBlock]. panels: room for
   // kKeyBlock * kMaxHeadSize floats.
   static void score(const AttentionSpan& span, std::size_t begin, std::size_t end,
                     const float* queries, std::size_t rows, float* panels, float* scores) {
     transpose_keys(span, begin, end, panels);
+    std::memset(scores, 0, rows * kKeyBlock * sizeof(float));
     for (std::size_t p = 0; p < kKeyBlock / kWidth; ++p)
       multiply_fp32_rows<V>(panels + p * span.head_size * kWidth, span.head_size, queries,
                             span.head_size, rows, scores + p * kWidth, kKeyBlock);
@@ -381,7 +382,6 @@ void attend_many(const AttentionSpan& span, const float* q, std::size_t q_stride
   const std::size_t start =
       window != 0 && position + 1 > window ? (position + 1 - window) / kKeyBlock * kKeyBlock : 0;
   for (std::size_t tile = start; tile < end; tile += kKeyBlock) {
-    std::memset(scores, 0, room * kKeyBlock * sizeof(float));
     products.score(span, tile, end, queries, rows, panels, scores);
     soften_tile<V>(span, rows, count, tile, position, window, scores, maxima, totals, mixed,
                    sums_stride);

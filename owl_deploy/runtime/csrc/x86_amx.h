@@ -43,17 +43,24 @@ struct Factors {
 };
 
 // Rows * 16 rows of activations, `stride` bytes apart, times two groups of outputs, `steps` tiles
-// of each of the factors, added to sums [.., sums_stride].
-template <std::size_t Rows, std::size_t Count>
+// of each of the factors: added to sums [.., sums_stride], or put there where nothing is yet.
+template <std::size_t Rows, bool Add, std::size_t Count>
 inline void multiply_tiles(const Factors (&factors)[Count], std::size_t steps, std::size_t stride,
                            float* left, std::size_t sums_stride) {
   const std::size_t row_bytes = sums_stride * sizeof(float);
   float* right = left + kGroupRows;
-  _tile_loadd(0, left, row_bytes);
-  _tile_loadd(1, right, row_bytes);
-  if constexpr (Rows == 2) {
-    _tile_loadd(2, left + kRowTile * sums_stride, row_bytes);
-    _tile_loadd(3, right + kRowTile * sums_stride, row_bytes);
+  if constexpr (Add) {
+    _tile_loadd(0, left, row_bytes);
+    _tile_loadd(1, right, row_bytes);
+    if constexpr (Rows == 2) {
+      _tile_loadd(2, left + kRowTile * sums_stride, row_bytes);
+      _tile_loadd(3, right + kRowTile * sums_stride, row_bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
   }
   for (const Factors& f : factors) {
     for (std::size_t k = 0; k < steps; ++k) {
@@ -75,6 +82,15 @@ inline void multiply_tiles(const Factors (&factors)[Count], std::size_t steps, s
     _tile_stored(2, left + kRowTile * sums_stride, row_bytes);
     _tile_stored(3, right + kRowTile * sums_stride, row_bytes);
   }
+}
+
+// Calls multiply(how many tiles of rows at once, first row) for all of `rows`.
+template <class Multiply>
+void for_row_tiles(std::size_t rows, Multiply multiply) {
+  std::size_t m = 0;
+  for (; m + kRowTile < rows; m += 2 * kRowTile)
+    multiply(std::integral_constant<std::size_t, 2>{}, m);
+  if (m < rows) multiply(std::integral_constant<std::size_t, 1>{}, m);
 }
 
 // bf16 of 32 floats side by side.
