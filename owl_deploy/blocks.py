@@ -153,17 +153,24 @@ class Skeleton:
         return hidden
 
     @torch.no_grad()
-    def losses(self, windows: torch.Tensor, state: "Activations") -> list[float]:
+    def losses(
+        self,
+        windows: torch.Tensor,
+        state: "Activations",
+        loss: Callable[[Any, torch.Tensor], float],
+    ) -> list[float]:
         """The loss of each of `windows`, in nats a token.
 
         `state`: what left the last block for them. The model itself turns it into logits: its
-        blocks are replaced by one that gives it.
+        blocks are replaced by one that gives it. `loss`: of the model and a window [length].
         """
+        found = []
         with self._outside_loaded():
-            return [
-                self._loss(ids, hidden)
-                for ids, hidden in zip(windows.to(self.device), state.hidden, strict=True)
-            ]
+            for ids, hidden in zip(windows.to(self.device), state.hidden, strict=True):
+                given = _Given(hidden.unsqueeze(0).to(self.device))
+                with self._blocks_replaced([given] * len(self.blocks)):
+                    found.append(loss(self.model, ids))
+        return found
 
     @torch.no_grad()
     def divergences(
@@ -292,11 +299,6 @@ class Skeleton:
         """What checkpoints call the module `name`: the head may have another name in the model."""
         return self.family.head if self.model.get_submodule(name) is self.head else name
 
-    def _loss(self, ids: torch.Tensor, hidden: torch.Tensor) -> float:
-        given = _Given(hidden.unsqueeze(0).to(self.device))
-        with self._blocks_replaced([given] * len(self.blocks)):
-            return window_loss(self.model, ids)
-
     def _left(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """What enters the head [length, width], of what left the last block for `ids` [length]."""
         given = _Given(hidden.unsqueeze(0).to(self.device))
@@ -379,10 +381,15 @@ class Activations:
             advance(len(inputs))
 
 
-def window_loss(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - transformers is untyped
+def window_loss(
+    model: Any,  # noqa: ANN401 - transformers is untyped
+    ids: torch.Tensor,
+    see: Callable[[torch.Tensor], object] | None = None,
+) -> float:
     """The mean negative log-likelihood of ids[1:] given what stands before each, in nats a token.
 
-    `ids` [length]. Added up in float32 and more, whatever the dtype of the model.
+    `ids` [length]. Added up in float32 and more, whatever the dtype of the model. `see` is called
+    with the logits [rows, words], in order, a part at a time.
     """
     hidden = model.base_model(input_ids=ids.unsqueeze(0), use_cache=False)[0][0, :-1]
     total = 0.0
@@ -390,6 +397,8 @@ def window_loss(model: Any, ids: torch.Tensor) -> float:  # noqa: ANN401 - trans
         torch.split(hidden, _LOGIT_ROWS), torch.split(ids[1:], _LOGIT_ROWS), strict=True
     ):
         logits = _logits(model, rows)
+        if see is not None:
+            see(logits)
         total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
     return total / len(hidden)
 

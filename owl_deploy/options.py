@@ -319,6 +319,14 @@ Every = Annotated[
 ]
 Window = Annotated[int, Option(help="Tokens in a window; for tasks, the most the model sees.")]
 Windows = Annotated[int | None, Option(help="Most windows of the text to use. [all]")]
+Divergence = Annotated[
+    bool,
+    Option(
+        "--divergence",
+        help="Also tell how far each model's predictions are from the first's (KL). Takes disk: "
+        "2 bytes a token of the text and word of the vocabulary.",
+    ),
+]
 CheckpointDevice = Annotated[str, Option(help="For checkpoints: auto, cpu or cuda.")]
 CheckpointDtype = Annotated[
     str, Option(help="For checkpoints: auto, float32, bfloat16 or float16.")

@@ -222,15 +222,19 @@ class Worker:
         steps = [self.decoder.row_tokens() for _ in range(count)]
         return {"tokens": [list(row) for row in zip(*steps)]}  # noqa: B905 - as old as 3.8
 
-    def score(self, tokens: list[int]) -> dict[str, Any]:
+    def score(self, tokens: list[int], predictions: str = "", keep: bool = False) -> dict[str, Any]:
         """The mean negative log-likelihood of a window of two tokens or more, for perplexity.
 
         It is read alone: an empty cache, no token put before it, so its first token is not
-        predicted. Needs `all_logits` at load. `loss`: in nats a predicted token.
+        predicted. Needs `all_logits` at load. `loss`: in nats a predicted token. `predictions`: a
+        file, in which what is predicted is kept, or beside which it is put: see `Predictions`.
         """
         self.decoder.reset()
-        logprobs, _ = likelihoods(self.decoder.logits(tokens), tokens[1:])
-        return {"loss": -sum(logprobs) / len(logprobs)}
+        parts = self.decoder.logits(tokens)
+        if not predictions:
+            return {"loss": mean_loss(parts, tokens)}
+        with Predictions(predictions, len(tokens) - 1, keep) as seen:
+            return {"loss": mean_loss(seen.each(parts), tokens), **seen.result()}
 
     def continuations(self, context: list[int], targets: list[list[int]]) -> dict[str, Any]:
         """How likely each of `targets` is after `context`; none of them is empty.
@@ -269,6 +273,84 @@ class Worker:
         From the kernel's high-water mark: `ru_maxrss` also counts the parent that forked us.
         """
         return {"peak_bytes": peak_bytes()}
+
+
+class Predictions:
+    """What a model predicts at each of a window's `places`: kept in a file, or beside what is kept.
+
+    The file holds of each place the likeliest token, which float16 may not tell from the next, and
+    the log-probabilities [vocab] in float16, of the model that it was written for with `keep`.
+    """
+
+    def __init__(self, path: str, places: int, keep: bool) -> None:
+        self._file = open(path, "wb" if keep else "rb")  # noqa: PTH123, SIM115 - as old as 3.8
+        self._keep, self._places = keep, places
+        self._seen = self._vocabulary = self._same = 0
+        self._divergence = 0.0
+
+    def __enter__(self) -> Predictions:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def each(self, parts: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+        """The logits of all places in order, in `parts` [n, vocab], as they come: they are seen."""
+        for part in parts:
+            self.see(part)
+            yield part
+
+    def see(self, logits: np.ndarray) -> None:
+        """The next logits [n, vocab]; a row beyond the last place is left out."""
+        logits = logits[: self._places - self._seen]
+        self._seen += len(logits)
+        self._vocabulary = logits.shape[1]
+        place = np.dtype([("top", np.int32), ("logs", np.float16, self._vocabulary)])
+        for start in range(0, len(logits), 128):
+            rows = log_probabilities(logits[start : start + 128])
+            top = rows.argmax(axis=1)
+            if self._keep:
+                kept = np.empty(len(rows), place)
+                kept["top"], kept["logs"] = top, rows
+                self._file.write(kept.tobytes())
+            elif os.fstat(self._file.fileno()).st_size == self._places * place.itemsize:
+                kept = np.frombuffer(self._file.read(len(rows) * place.itemsize), place)
+                self._divergence += divergence(kept["logs"].astype(np.float32), rows)
+                self._same += int((kept["top"] == top).sum())
+
+    def result(self) -> dict[str, Any]:
+        """Means over the places, where those of one model were put beside another's.
+
+        `divergence`: KL, from the distribution that is kept, in nats; `same_top`: the share of
+        places whose likeliest token is the same. They mean nothing where the `vocabulary`, the
+        tokens that each chooses from, is not that of the model whose predictions are kept.
+        """
+        return {
+            "vocabulary": self._vocabulary,
+            "divergence": self._divergence / self._places,
+            "same_top": self._same / self._places,
+        }
+
+
+def divergence(kept: np.ndarray, rows: np.ndarray) -> float:
+    """KL of log-probabilities `rows` from those `kept` [n, vocab], in nats, over all rows."""
+    shares = np.exp(kept)
+    total = shares.sum(axis=1)  # not quite one, where they were rounded
+    return float(((shares * (kept - rows)).sum(axis=1) / total - np.log(total)).sum())
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Those of logits [n, vocab], in nats and float32; none is so small that float16 has it not."""
+    rows = logits.astype(np.float32)
+    rows -= rows.max(axis=1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    return np.maximum(rows, np.float32(np.finfo(np.float16).min))
+
+
+def mean_loss(parts: Iterable[np.ndarray], tokens: list[int]) -> float:
+    """In nats a token of `tokens` but the first, by the logits [n, vocab] before each."""
+    logprobs, _ = likelihoods(parts, tokens[1:])
+    return -sum(logprobs) / len(logprobs)
 
 
 def likelihoods(parts: Iterable[np.ndarray], following: list[int]) -> tuple[list[float], bool]:

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from owl_deploy.engines import get_engine
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.engines.process import EngineProcess
 from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.divergence import Watched
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import (
     deciding,
@@ -36,6 +37,8 @@ from owl_deploy.text import (
     token_digest,
     tokenize,
 )
+
+_Loss = Callable[[Any, torch.Tensor], float]  # of a model on a window [length], in nats a token
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,28 @@ def from_losses(text: str, losses: Sequence[float], windows: torch.Tensor) -> Pe
     return Perplexity(text, value, count, window, tokens, token_digest(windows), tuple(losses))
 
 
-def perplexity(folder: Path, asked: EvaluationSettings, ranks: Ranks = ALONE) -> Perplexity:
+def perplexity(
+    folder: Path,
+    asked: EvaluationSettings,
+    ranks: Ranks = ALONE,
+    watched: Watched | None = None,
+) -> Perplexity:
     """The perplexity of a checkpoint, or of a deployment as it runs in its engine.
 
     It is kept in a folder that owl wrote, beside its manifest, so that a benchmark can show it
-    beside the speed. The windows of a checkpoint are divided over the `ranks`.
+    beside the speed. The windows of a checkpoint are divided over the `ranks`. What is predicted is
+    `watched`, if something is to.
     """
     if is_deployment(folder):
-        return deployment_perplexity(folder, asked)
-    return checkpoint_perplexity(folder, asked, ranks)
+        return deployment_perplexity(folder, asked, watched)
+    return checkpoint_perplexity(folder, asked, ranks, watched)
 
 
 def checkpoint_perplexity(
-    folder: Path, asked: EvaluationSettings, ranks: Ranks = ALONE
+    folder: Path,
+    asked: EvaluationSettings,
+    ranks: Ranks = ALONE,
+    watched: Watched | None = None,
 ) -> Perplexity:
     """The perplexity of a checkpoint on the text that is `asked` for, on CPU or CUDA.
 
@@ -122,6 +134,9 @@ def checkpoint_perplexity(
             "Give a longer text or a shorter --window, or start fewer processes.",
         )
     own = ranks.part(windows)
+    if watched is not None:
+        watched.reads(folder, windows, own)
+    loss = window_loss if watched is None else watched.loss
     device = find_device(hardware.device)
     dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
     if ranks.size > 1:
@@ -133,9 +148,9 @@ def checkpoint_perplexity(
         if adapter is not None:
             raise BadInput("--adapter and --blockwise exclude each other.", "Leave one out.")
         skeleton = Skeleton(checkpoint, dtype, device)
-        losses = _by_blocks(skeleton, own, find_batch(hardware.batch_size, own, skeleton))
+        losses = _by_blocks(skeleton, own, find_batch(hardware.batch_size, own, skeleton), loss)
     else:
-        losses = _whole(load_model(checkpoint, dtype, device, adapter), own.to(device))
+        losses = _whole(load_model(checkpoint, dtype, device, adapter), own.to(device), loss)
     everyones = [loss for part in ranks.gathered(losses) for loss in part]
     result = from_losses(text, everyones, windows)
     if adapter is None and ranks.leads:
@@ -144,7 +159,9 @@ def checkpoint_perplexity(
     return result
 
 
-def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity:
+def deployment_perplexity(
+    folder: Path, asked: EvaluationSettings, watched: Watched | None = None
+) -> Perplexity:
     """The perplexity of a deployment on the text that is `asked` for, as its engine computes it.
 
     A deployment for DeepSparse is evaluated in ONNX Runtime, which runs the same graph, unless
@@ -161,6 +178,8 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
             f"{folder} takes {opened.max_context} tokens, not {window}.", "Give a smaller --window."
         )
     windows = windows_of(folder, text, window, asked.windows)
+    if watched is not None:
+        watched.reads(folder, windows, windows)
     losses: list[float] = []
     with (
         EngineProcess(
@@ -174,7 +193,11 @@ def deployment_perplexity(folder: Path, asked: EvaluationSettings) -> Perplexity
         bar("Perplexity", len(windows)) as advance,
     ):
         for ids in windows.tolist():
-            losses.append(process.request("score", tokens=ids)["loss"])
+            also = {} if watched is None else watched.asked()
+            answer = process.request("score", tokens=ids, **also)
+            if watched is not None:
+                watched.take(answer)
+            losses.append(answer["loss"])
             advance(1)
     result = from_losses(text, losses, windows)
     keep(folder, "perplexity", {**asdict(result), "engine": engine}, measured=measured)
@@ -186,19 +209,19 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> bo
     return checkpoint.weights() * dtype.itemsize < 0.8 * free_on(device)
 
 
-def _whole(model: Any, windows: torch.Tensor) -> list[float]:  # noqa: ANN401 - transformers is untyped
+def _whole(model: Any, windows: torch.Tensor, loss: _Loss) -> list[float]:  # noqa: ANN401 - transformers is untyped
     losses = []
     with bar("Perplexity", len(windows)) as advance, torch.inference_mode():
         for ids in windows:
-            losses.append(window_loss(model, ids))
+            losses.append(loss(model, ids))
             advance(1)
     return losses
 
 
-def _by_blocks(skeleton: Skeleton, windows: torch.Tensor, batch: int) -> list[float]:
+def _by_blocks(skeleton: Skeleton, windows: torch.Tensor, batch: int, loss: _Loss) -> list[float]:
     with (
         tempfile.TemporaryDirectory() as scratch,
         bar("Perplexity, a block at a time", len(windows) * len(skeleton.blocks)) as advance,
     ):
         states = skeleton.run(windows, batch, Path(scratch), advance)
-        return skeleton.losses(windows, states)
+        return skeleton.losses(windows, states, loss)

@@ -9,6 +9,13 @@ from typing import Any
 from owl_deploy.engines import threads_for
 from owl_deploy.errors import BadInput, OwlError, option
 from owl_deploy.evaluate import zero_shot
+from owl_deploy.evaluate.divergence import (
+    Divergence,
+    First,
+    Watched,
+    divergence,
+    first_predictions,
+)
 from owl_deploy.evaluate.paired import LossPairs, Pairs, beside, losses_beside
 from owl_deploy.evaluate.perplexity import Perplexity, perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
@@ -21,11 +28,15 @@ from owl_deploy.ranks import Ranks, join
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one folder gave; `tasks` by name. Neither is there where it was not asked for."""
+    """What one folder gave; `tasks` by name. Neither is there where it was not asked for.
+
+    `divergence`: from the first of several, where that was asked for.
+    """
 
     model: str
     perplexity: Perplexity | None
     tasks: dict[str, TaskResult]
+    divergence: Divergence | None = None
 
     def loss_beside(self, reference: "Evaluation") -> LossPairs | None:
         """What its loss differs by from `reference`'s, where both read the same tokens."""
@@ -86,15 +97,32 @@ def evaluate(
     if asked.tasks:
         tasks = zero_shot.load_tasks(asked.tasks, asked.tasks_path, asked.allow_code)
     found: list[Evaluation] = []
-    for folder in map(Path, folders):
-        if len(folders) > 1:
-            error_console().print(f"{folder}:", highlight=False)
-        with _telling(found):
-            loss = None if asked.text is None else perplexity(folder, asked, ranks)
-        with _telling([*found, Evaluation(str(folder), loss, {})]):
-            results = {} if tasks is None else zero_shot.evaluate_tasks(folder, tasks, asked, ranks)
-        found.append(Evaluation(str(folder), loss, results))
+    with first_predictions() if asked.divergence else contextlib.nullcontext() as first:
+        for folder in map(Path, folders):
+            if len(folders) > 1:
+                error_console().print(f"{folder}:", highlight=False)
+            with _telling(found):
+                one = _by_text(folder, asked, ranks, first)
+            with _telling([*found, one]):
+                if tasks is not None:
+                    results = zero_shot.evaluate_tasks(folder, tasks, asked, ranks)
+                    one = replace(one, tasks=results)
+            found.append(one)
     return found
+
+
+def _by_text(
+    folder: Path, asked: EvaluationSettings, ranks: Ranks, first: First | None
+) -> Evaluation:
+    """What the text gives, if there is one, and how far that is from what the `first` predicts."""
+    if asked.text is None:
+        return Evaluation(str(folder), None, {})
+    if first is None:
+        return Evaluation(str(folder), perplexity(folder, asked, ranks), {})
+    watched = Watched(first)
+    loss = perplexity(folder, asked, ranks, watched)
+    everyones = [window for part in ranks.gathered(watched.found) for window in part]
+    return Evaluation(str(folder), loss, {}, divergence(everyones))
 
 
 @contextlib.contextmanager
@@ -121,6 +149,8 @@ def to_json(found: Sequence[Evaluation]) -> dict[str, Any]:
         loss = one.loss_beside(found[0])
         if loss:
             record["loss_beside_first"] = asdict(loss)
+        if one.divergence:
+            record["divergence_from_first"] = asdict(one.divergence)
     return {"models": records}
 
 
@@ -129,7 +159,8 @@ def _check_read(folders: Sequence[str | Path], asked: EvaluationSettings) -> Non
     kinds = [is_deployment(Path(folder)) for folder in folders]
     readers = {
         "--tasks": (bool(asked.tasks), ("limit", "every", "tasks_path", "allow_code")),
-        "--perplexity": (asked.text is not None, ("windows", "blockwise")),
+        "--perplexity": (asked.text is not None, ("windows", "blockwise", "divergence")),
+        "several models": (len(folders) > 1, ("divergence",)),
         "checkpoints": (not all(kinds), ("hardware", "blockwise")),
         "deployments": (any(kinds), ("engine", "threads", "trust_library")),
     }

@@ -14,7 +14,8 @@ class EvaluationSettings:
 
     `window`: tokens a window of the text, and what the model sees at most of a task's; `windows`
     and `limit`: at most so many windows, and documents of a task, of which each `every`-th is
-    taken: the first may be the easier ones. `tasks_path`: a folder with task files of one's own;
+    taken: the first may be the easier ones. `divergence`: of the text, also how far each model's
+    predictions are from the first's. `tasks_path`: a folder with task files of one's own;
     `allow_code`: run the programs that the model writes for HumanEval.
     `hardware`, `blockwise` (one block in memory at a time; None: if memory is short) and `adapter`
     (LoRA's, in PEFT's format) are for checkpoints; `engine` (None: the one it is made for),
@@ -28,6 +29,7 @@ class EvaluationSettings:
     allow_code: bool = False
     window: int = 2048
     windows: int | None = None
+    divergence: bool = False
     limit: int | None = None
     every: int = 1
     hardware: Hardware = ANY_HARDWARE

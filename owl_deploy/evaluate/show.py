@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from owl_deploy.evaluate.divergence import Divergence
 from owl_deploy.evaluate.paired import LossPairs, Pairs
 from owl_deploy.evaluate.run import Evaluation
 from owl_deploy.evaluate.zero_shot import Metric, means
@@ -18,8 +19,8 @@ _CHANCE = 0.05  # what differs with a larger p-value is said to be perhaps by ch
 def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
     """Print a line of perplexity for each model, and a table of tasks with a column for each.
 
-    And of each but the first, how much more it loses, and which of a task's documents it answers
-    otherwise.
+    And of each but the first, how much more it loses, how far its predictions are, and which of a
+    task's documents it answers otherwise.
     """
     console = console or result_console(WIDTH)
     names = _names([one.model for one in found])
@@ -37,6 +38,8 @@ def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
     for name, one in zip(names[1:], found[1:], strict=True):
         if difference := one.loss_beside(found[0]):
             console.print(f"{name} beside {names[0]}: {_lost(difference)}")
+        if apart := one.divergence:
+            console.print(f"{name} beside {names[0]}: {_apart(apart)}")
         for task, pairs in one.beside(found[0]).items():
             console.print(f"{name} beside {names[0]}, {task}: {_said(pairs)}")
 
@@ -69,6 +72,12 @@ def _lost(loss: LossPairs) -> str:
         f"{loss.difference:+.4f} ± {loss.stderr:.4f} nats a token over the same {loss.windows} "
         f"windows{chance}."
     )
+
+
+def _apart(found: Divergence) -> str:
+    error = "" if found.stderr is None else f" ± {found.stderr:.2g}"
+    same = f"{100 * found.same_top:.1f}"
+    return f"KL divergence {found.value:.3g}{error}, {same} % of the likeliest tokens the same."
 
 
 def _said(pairs: Pairs) -> str:

@@ -12,6 +12,7 @@ import pytest
 from owl_deploy.engines import EngineProcess, open_deployment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
+from owl_deploy.evaluate.run import evaluate
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export import targets
 from owl_deploy.export.parity import Session
@@ -206,10 +207,11 @@ def test_int4_without_a_grid_is_rounded_to_nearest(pruned, text_file, tmp_path):
     assert manifest["packing"]["weights_on_grid"] == 0
     assert manifest["packing"]["screened_head"]
     assert "--bits 4 loses less" in manifest["note"]
-    text = str(text_file)
-    dense = checkpoint_perplexity(pruned, EvaluationSettings(text, window=128, windows=8))
-    found = deployment_perplexity(tmp_path / "out", EvaluationSettings(text, window=128, windows=8))
-    assert found.value == pytest.approx(dense.value, rel=5e-2)
+    asked = EvaluationSettings(str(text_file), window=128, windows=8, divergence=True)
+    dense, found = evaluate([pruned, tmp_path / "out"], asked)
+    assert found.perplexity.value == pytest.approx(dense.perplexity.value, rel=5e-2)
+    assert 0 < found.divergence.value < 0.06
+    assert 0.5 < found.divergence.same_top < 1
 
 
 def test_a_grid_that_its_weights_do_not_lie_on(rounded, owl, tmp_path):

@@ -76,6 +76,7 @@ TABLE = {
         ("--every 4", "asked.every", 4),
         ("--window 99", "asked.window", 99),
         ("--windows 7", "asked.windows", 7),
+        ("--divergence", "asked.divergence", True),
         ("--device cpu", "asked.hardware.device", "cpu"),
         ("--dtype bfloat16", "asked.hardware.dtype", "bfloat16"),
         ("--batch-size 3", "asked.hardware.batch_size", 3),

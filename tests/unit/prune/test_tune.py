@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 from owl_deploy import recipe
-from owl_deploy.blocks import Skeleton
+from owl_deploy.blocks import Skeleton, window_loss
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
@@ -168,7 +168,7 @@ def test_losses_of_the_dense_states_are_the_models_own(family, tmp_path):
     with torch.no_grad():
         losses = [model(ids[None], labels=ids[None]).loss.item() for ids in windows]
     for _ in range(2):  # the weights that were loaded for it are gone again, and can come back
-        assert skeleton.losses(windows, states) == pytest.approx(losses, rel=1e-5)
+        assert skeleton.losses(windows, states, window_loss) == pytest.approx(losses, rel=1e-5)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
