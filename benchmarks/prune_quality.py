@@ -85,6 +85,7 @@ def row(method: str, setting: str, given: argparse.Namespace) -> dict[str, Any]:
             "prune_seconds": manifest["wall_seconds"],
             "prune_cpu_seconds": cpu_seconds,
             "perplexity": measure(out, given),
+            "cpu": look().cpu,  # a file may be gone on with on another machine
         }
 
 

@@ -1,8 +1,9 @@
 """How `owl` ends: an exit code, and at most one sentence on stderr.
 
 0 done, 1 a failed check, 2 bad input, 3 not decided, 4 an engine or the environment failed; 130
-after Ctrl-C. 141, without a word, when the reader of stdout has gone: what a shell reports of a
-program that SIGPIPE ended. 70 (sysexits.h: EX_SOFTWARE) for what owl did not foresee, a defect.
+after Ctrl-C, and 143 after SIGTERM, which is taken as Ctrl-C is. 141, without a word, when the
+reader of stdout has gone: what a shell reports of a program that SIGPIPE ended. 70 (sysexits.h:
+EX_SOFTWARE) for what owl did not foresee, a defect.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from owl_deploy.errors import (
 from owl_deploy.ranks import one_voice
 
 READER_GONE = 141
+TERMINATED = 143
 # What a system says for itself; other errors of it are a program's.
 _OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 
@@ -130,11 +132,13 @@ def exit_code(app: Callable[[], object]) -> int:
 
 
 def _run(app: Callable[[], object], stdout: _Stdout) -> int:
-    try:
-        with _noting_interrupts():
-            return _ended(app, stdout)
-    except KeyboardInterrupt as error:
-        return _say(Interrupted(str(error)))
+    with _sigterm_as_interrupt() as came:
+        try:
+            with _noting_interrupts():
+                code = _ended(app, stdout)
+        except KeyboardInterrupt as error:
+            code = _say(Interrupted(str(error)))
+    return TERMINATED if came and code == Interrupted.exit_code else code
 
 
 def _ended(app: Callable[[], object], stdout: _Stdout) -> int:
@@ -218,6 +222,35 @@ def _noting_interrupts() -> Iterator[None]:
             yield
     finally:
         _interrupts.clear()
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[list[bool]]:
+    """Until the block ends SIGTERM does what Ctrl-C would: what is temporary goes, too.
+
+    Containers, schedulers and `kill` end a program by it. What is given holds something once it
+    came. Where it has a handler it keeps that one.
+    """
+    came: list[bool] = []
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield came
+        return
+
+    def interrupt(_signal: int, frame: FrameType | None) -> None:
+        came.append(True)
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # a shell's background job ignores Ctrl-C
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

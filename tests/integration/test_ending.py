@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from owl_deploy import cli
 from owl_deploy.cache import cache_dir
 from owl_deploy.ending import explained
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.recipe import shipped
 
 COMMAND = (sys.executable, "-m", "owl_deploy")
 
@@ -143,6 +145,36 @@ def test_a_ctrl_c_that_is_ignored_stays_so(owl, monkeypatch):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_ends_it_as_ctrl_c_does(owl, monkeypatch, tmp_path, interrupts):
+    def list_recipes():
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, interrupts)
+    try:
+        monkeypatch.setattr("owl_deploy.recipe.shipped", list_recipes)
+        code, out, err = owl("recipes", "ls")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, out) == (143, "")
+    assert err == "owl: interrupted; finished outputs are untouched.\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_sigterm_that_is_ignored_stays_so(owl, monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(
+            "owl_deploy.recipe.shipped", lambda: signal.raise_signal(signal.SIGTERM) or shipped()
+        )
+        assert owl("recipes", "ls")[0] == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
