@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from owl_deploy.artefact import save_tensors
 from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
-from owl_deploy.runtime.pack import INTEGERS, SHARED_COLUMNS, TRAITS
+from owl_deploy.runtime.value_types import INTEGERS, SHARED_COLUMNS, TRAITS
 
 if TYPE_CHECKING:
     import torch

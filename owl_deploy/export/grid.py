@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl_deploy.grid import read_grid
-from owl_deploy.runtime import pack
+from owl_deploy.runtime.value_types import INTEGERS, TRAITS, Values
 
 QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
-_INTEGERS = [name for _, name in sorted(pack.INTEGERS.items())]  # the narrowest first
+_INTEGERS = [name for _, name in sorted(INTEGERS.items())]  # the narrowest first
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Grid:
         scales = {name: scale.numpy() for name, scale in kept.scales.items()}
         return cls(kept.bits, kept.group, scales)
 
-    def holder(self, bits: int, values: pack.Values) -> pack.Values | None:
+    def holder(self, bits: int, values: Values) -> Values | None:
         """The type that keeps integers of so many `bits` where `values` are asked for.
 
         That type, or the narrowest that does where fewer than 8 bits are asked for and the
@@ -86,8 +86,8 @@ class Grid:
         return [Rounded(self.scales[name], self.bits[name]) for name in names]
 
 
-def _fits(bits: int, values: pack.Values) -> bool:
-    return pack.TRAITS[values].stored_bits >= bits
+def _fits(bits: int, values: Values) -> bool:
+    return TRAITS[values].stored_bits >= bits
 
 
 def _linear(initializer: str) -> str:

@@ -12,6 +12,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
 from owl_deploy.export.grid import Grid, Rounded
 from owl_deploy.runtime import pack
+from owl_deploy.runtime.value_types import SCALE_COLUMNS, TRAITS, Values
 
 Cache = Literal["fp16", "fp32"]
 # How the head is stored: as int8 in planes, so that a token's likely successors get all 8 bits and
@@ -31,7 +32,7 @@ class Rewriter:
     """
 
     model: ir.Model
-    precision: pack.Values
+    precision: Values
     cache: Cache
     head: Head = "whole"
     head_size: int = 0
@@ -43,12 +44,12 @@ class Rewriter:
         """The nodes of these types, in graph order; safe to edit the graph meanwhile."""
         return [node for node in self.model.graph if node.op_type in kinds]
 
-    def format_of(self, weight: NDArray[np.float32], rounded: Rounded) -> tuple[pack.Values, bool]:
+    def format_of(self, weight: NDArray[np.float32], rounded: Rounded) -> tuple[Values, bool]:
         """How `pack` stores a weight [outputs, inputs]: in which values, and whether sparse."""
         values = self._holder(rounded, self.precision) or self.precision
         return values, _pays(weight, values)
 
-    def _holder(self, rounded: Rounded | None, values: pack.Values) -> pack.Values | None:
+    def _holder(self, rounded: Rounded | None, values: Values) -> Values | None:
         """What keeps the grid of a weight where `values` are asked for; None: nothing does."""
         return self.grid.holder(rounded.bits, values) if self.grid and rounded else None
 
@@ -59,7 +60,7 @@ class Rewriter:
         *,
         may_be_sparse: bool = True,
         planes: bool = False,
-        precision: pack.Values | None = None,
+        precision: Values | None = None,
         rounded: Rounded | None = None,
     ) -> ir.Value:
         """The initializer `name` with `weight` [outputs, inputs] packed, sparse if that pays.
@@ -70,7 +71,7 @@ class Rewriter:
         graph = self.model.graph
         if name not in self.packed:
             values = "int8" if planes else precision or self.precision
-            scales, shared = None, pack.SCALE_COLUMNS
+            scales, shared = None, SCALE_COLUMNS
             if not planes and (holder := self._holder(rounded, values)):
                 assert rounded is not None
                 assert self.grid is not None
@@ -128,9 +129,9 @@ class Rewriter:
         )
 
 
-def _pays(weight: NDArray[np.float32], values: pack.Values) -> bool:
+def _pays(weight: NDArray[np.float32], values: Values) -> bool:
     """Whether a weight has zeros enough to be stored sparse."""
-    return pack.TRAITS[values].pays(int(np.count_nonzero(weight)) / weight.size)
+    return TRAITS[values].pays(int(np.count_nonzero(weight)) / weight.size)
 
 
 def constant(value: ir.Value | None) -> NDArray[np.float32] | None:

@@ -16,6 +16,7 @@ from owl_deploy.export import program
 from owl_deploy.export.grid import QKV, Rounded, joined
 from owl_deploy.export.rewriter import DOMAIN, Rewriter, are_closed, constant, maker
 from owl_deploy.runtime import pack
+from owl_deploy.runtime.value_types import TRAITS, Values
 
 _Floats = NDArray[np.float32]
 
@@ -225,8 +226,8 @@ def replace_embedding(rewriter: Rewriter) -> int:
             weight = constant(table)
             if weight is None:
                 continue
-            few = pack.TRAITS[rewriter.precision].stored_bits < 8
-            precision: pack.Values | None = "int4" if few else None
+            few = TRAITS[rewriter.precision].stored_bits < 8
+            precision: Values | None = "int4" if few else None
             rewriter.pack(name, weight, may_be_sparse=False, precision=precision)
         elif name not in rewriter.packed or rewriter.packed[name].sparse:
             continue

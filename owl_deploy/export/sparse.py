@@ -20,7 +20,8 @@ from owl_deploy.export.program import knows_logits
 from owl_deploy.export.rewriter import DOMAIN, Cache, Head, Rewriter
 from owl_deploy.export.rewrites import REPLACEMENTS, REWRITES, drop_unused, replace_attention
 from owl_deploy.families import heads
-from owl_deploy.runtime import LIBRARY_NAME, LIBRARY_NAMES, library_path, pack
+from owl_deploy.runtime import LIBRARY_NAME, LIBRARY_NAMES, library_path
+from owl_deploy.runtime.value_types import TRAITS, Values
 
 # onnxruntime-genai takes memory for the logits of each token of a prompt, 400 MB for 2048 tokens
 # of a vocabulary of 49152, and reads the last token's. By LAST_LOGITS the engine knows, and neither
@@ -34,7 +35,7 @@ PROMPT_CHUNK = 128
 def sparsify(
     model: ir.Model,
     folder: Path,
-    precision: pack.Values = "bf16",
+    precision: Values = "bf16",
     cache: Cache | None = None,
     *,
     head: Head | None = None,
@@ -75,9 +76,9 @@ def sparsify(
     return {"cache": kept, "replaced": counts, **_statistics(rewriter)}
 
 
-def _usual_head(precision: pack.Values, grid: Grid | None) -> Head:
+def _usual_head(precision: Values, grid: Grid | None) -> Head:
     """Screened beside integers; whole where it is to have few bits, and was rounded to them."""
-    traits = pack.TRAITS[precision]
+    traits = TRAITS[precision]
     if not traits.levels:
         return "whole"
     bits = min(grid.bits.get(name, 8) for name in heads()) if grid else 8

@@ -16,7 +16,8 @@ from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import BlockShares, DeploymentManifest, versions
-from owl_deploy.runtime import kernels, library_path, pack
+from owl_deploy.runtime import kernels, library_path
+from owl_deploy.runtime.value_types import TRAITS, Values
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
 # it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.
@@ -108,7 +109,7 @@ def _owl(request: Request) -> dict[str, Any]:
             f"{_not_built(request.source, error)}, and the target 'owl' starts from it.",
             "Use --target deepsparse, or --target onnxruntime in fp32.",
         ) from error
-    bits = pack.TRAITS[cast(pack.Values, request.precision)].stored_bits
+    bits = TRAITS[cast(Values, request.precision)].stored_bits
     if bits < 8 and not built["packing"]["weights_on_grid"]:
         less = f"owl prune --method none --bits {bits} loses less, and an export keeps it"
         built["note"] = f"the weights were rounded to nearest; {less}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from owl_deploy.manifest import Cost
 from owl_deploy.methods import METHODS
 from owl_deploy.runtime import pack
+from owl_deploy.runtime.value_types import INTEGERS, TRAITS, Values
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,10 @@ class Format:
     sparsity: float = 0.0
 
     @property
-    def values(self) -> pack.Values:
+    def values(self) -> Values:
         """The engine's type that holds what is rounded."""
         assert self.bits is not None
-        return pack.INTEGERS[self.bits]
+        return INTEGERS[self.bits]
 
 
 # Half of the weights in 8 bits take more than all of them in 4, and lose more.
@@ -38,7 +39,7 @@ def formats(method: str) -> list[Format]:
 
 def is_sparse(form: Format, zeros: float) -> bool:
     """Whether the engine packs a weight with this share of zeros sparse in this format."""
-    return pack.TRAITS[form.values].pays(1 - zeros)
+    return TRAITS[form.values].pays(1 - zeros)
 
 
 def packed_size(shape: tuple[int, int], form: Format, zeros: float, group: int) -> int:

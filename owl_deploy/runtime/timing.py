@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.runtime import pack
 from owl_deploy.runtime.native import Library
+from owl_deploy.runtime.value_types import Values
 
 _FILL = 192 << 20  # bytes of copies: more than caches hold
 _COPIES = 4096  # at most: of the smallest weights, which no cache is too small for
@@ -21,7 +22,7 @@ _PRIVATE = (
 def from_memory(
     library: Library,
     shape: tuple[int, int],
-    values: pack.Values,
+    values: Values,
     sparsity: float | None,
     *,
     scale_columns: int,

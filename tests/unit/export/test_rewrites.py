@@ -13,6 +13,7 @@ from owl_deploy.export import rewrites
 from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head, Rewriter
 from owl_deploy.runtime import pack
+from owl_deploy.runtime.value_types import Values
 
 RNG = np.random.default_rng(0)
 GATED = [("MatMul", "x g", "a"), ("MatMul", "x u", "b"), ("Sigmoid", "a", "s")]
@@ -183,7 +184,7 @@ def test_dense_weights_are_stored_whole(density: float, is_sparse: bool) -> None
 
 @pytest.mark.parametrize("head", ["screened", "whole"])
 @pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
-def test_a_screened_head_is_int8(precision: pack.Values, head: Head) -> None:
+def test_a_screened_head_is_int8(precision: Values, head: Head) -> None:
     nodes = [("MatMul", "x w", "a"), ("MatMul", "a v", "y")]
     graph = rewriter(nodes, {"w": weight(8, 20), "v": weight(20, 40)})
     graph.precision, graph.head = precision, head
@@ -296,7 +297,7 @@ def test_a_tied_embedding_reads_the_heads_weight() -> None:
     ("precision", "of_table"),
     [("bf16", "bf16"), ("int8", "int8"), ("int4", "int4"), ("int3", "int4")],
 )
-def test_an_embedding_of_its_own_is_packed_whole(precision: pack.Values, of_table: str) -> None:
+def test_an_embedding_of_its_own_is_packed_whole(precision: Values, of_table: str) -> None:
     graph = rewriter([("Gather", "table input_ids", "y")], {"table": weight(20, 8)})
     graph.precision = precision
     assert rewrites.replace_embedding(graph) == 1

@@ -19,6 +19,7 @@ from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.show import show
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.runtime import pack, timing
+from owl_deploy.runtime.value_types import TRAITS
 from tests import tiny
 
 GATED = ("gate_proj", "up_proj")
@@ -43,7 +44,7 @@ def packed(folder):
     for name, bits in grid.bits.items():
         weight = weights[f"{name}.weight"].float().numpy()
         values = f"int{bits}"
-        sparse = pack.TRAITS[values].pays(np.count_nonzero(weight) / weight.size)
+        sparse = TRAITS[values].pays(np.count_nonzero(weight) / weight.size)
         sizes[name] = pack.pack(
             weight, values, sparse, scales=grid.scales[name].numpy(), scale_columns=grid.group
         ).size

@@ -3,6 +3,7 @@ import torch
 
 from owl_deploy.prune.grid import Grid, decode
 from owl_deploy.runtime import pack
+from owl_deploy.runtime.value_types import INTEGERS
 
 
 @pytest.mark.parametrize(("bits", "lowest", "highest"), [(8, -127, 127), (4, -8, 7), (3, -4, 3)])
@@ -33,7 +34,7 @@ def test_the_scales_fit_the_bytes_of_the_engine(bits, size):
     assert bool((scales < 0).any()) == (bits < 8 and size > 1e-20)
     rounded = grid.nearest(weight, scales.unsqueeze(1))
     held = {"scales": scales.unsqueeze(1).numpy(), "scale_columns": 32}
-    block = pack.pack(rounded.numpy(), pack.INTEGERS[bits], sparse=False, **held)
+    block = pack.pack(rounded.numpy(), INTEGERS[bits], sparse=False, **held)
     assert torch.equal(torch.from_numpy(pack.unpack(block)), rounded)
     assert torch.equal(scales.bfloat16().float(), scales)
 

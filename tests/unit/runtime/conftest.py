@@ -9,11 +9,42 @@ from numpy.typing import NDArray
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.runtime import library_path
 from owl_deploy.runtime.native import Library
+from owl_deploy.runtime.value_types import TRAITS, Values
 
 Floats = NDArray[np.float32]
 FEW_THREADS = 4  # kFewThreads in dense.cpp
 FEW_ROWS = 16  # kFewRows in kernels.h
 EPILOGUES = {"none": 0, "silu_mul": 1, "gelu_mul": 2}
+
+# Relative to the largest value of the row and block: half a step of each type; of int4, what the
+# largest may lose so that the others lose less.
+STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254, "int4": 0.3, "int3": 0.6}
+VALUES: tuple[Values, ...] = tuple(TRAITS)
+INTEGERS = tuple(values for values, traits in TRAITS.items() if traits.levels)
+
+
+def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((rows, cols)).astype(np.float32)
+    weight[rng.random((rows, cols)) < sparsity] = 0
+    return weight
+
+
+def on_grid(
+    rows: int, cols: int, values: Values, shared: int, *, signs: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A weight of random integers times scales of the byte's form, and the scales."""
+    rng = np.random.default_rng(0)
+    shape = (rows, -(-cols // shared))
+    parts = 8 if signs else 16
+    scales = np.ldexp(1 + rng.integers(0, parts, shape) / parts, rng.integers(-9, 5, shape))
+    scales = scales.astype(np.float32)
+    if signs:
+        scales *= rng.choice(np.float32([-1, 1]), shape)
+    least, largest = TRAITS[values].levels or (0, 0)
+    integers = rng.integers(least, largest + 1, (rows, cols))
+    integers[rng.random((rows, cols)) < 0.4] = 0
+    return integers * scales.repeat(shared, axis=1)[:, :cols], scales
 
 
 def owned(block: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from owl_deploy.runtime import library_path, pack
+from owl_deploy.runtime.value_types import TRAITS, Values
 
-from .conftest import Kernels
+from .conftest import INTEGERS, VALUES, Kernels, sparse_weight
 from .test_kernels import PASS_ROWS, TOLERANCE, activations, error
-from .test_pack import INTEGERS, VALUES, sparse_weight
 
 # Around every width that some kernel has: lanes, cells, blocks of 32, planes of 128 columns, tiles.
 WIDTHS = (*range(1, 21), 31, 32, 33, 63, 64, 65, 66, 127, 128, 129, 191, 193, 255, 256, 257, 259)
@@ -25,7 +25,7 @@ def check(kernels: Kernels, isa: str, block: pack.Block, rows: int, threads: int
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_every_tail(kernels: Kernels, isa: str, values: pack.Values) -> None:
+def test_every_tail(kernels: Kernels, isa: str, values: Values) -> None:
     for number, cols in enumerate(WIDTHS):
         for outputs in (1 + number % 16, 17 + number % 64):
             block = pack.pack(sparse_weight(outputs, cols, 0.5, seed=cols), values)
@@ -34,7 +34,7 @@ def test_every_tail(kernels: Kernels, isa: str, values: pack.Values) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_every_sparsity(kernels: Kernels, isa: str, values: pack.Values) -> None:
+def test_every_sparsity(kernels: Kernels, isa: str, values: Values) -> None:
     for percent in range(0, 101, 5):
         block = pack.pack(sparse_weight(70, 203, percent / 100, seed=percent), values)
         for rows in (1, 18, PASS_ROWS + 1):
@@ -43,9 +43,7 @@ def test_every_sparsity(kernels: Kernels, isa: str, values: pack.Values) -> None
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparse", [True, False])
-def test_every_batch_near_a_tile(
-    kernels: Kernels, isa: str, values: pack.Values, sparse: bool
-) -> None:
+def test_every_batch_near_a_tile(kernels: Kernels, isa: str, values: Values, sparse: bool) -> None:
     block = pack.pack(sparse_weight(90, 140, 0.7), values, sparse)
     for rows in (*range(1, 34), 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300):
         check(kernels, isa, block, rows, threads=2)
@@ -58,7 +56,7 @@ def large() -> dict[str, pack.Block]:
 
 @pytest.mark.parametrize("values", VALUES)
 def test_a_large_odd_weight(
-    kernels: Kernels, isa: str, values: pack.Values, large: dict[str, pack.Block]
+    kernels: Kernels, isa: str, values: Values, large: dict[str, pack.Block]
 ) -> None:
     for rows in (1, 19, PASS_ROWS + 17):
         check(kernels, isa, large[values], rows, threads=2)
@@ -68,7 +66,7 @@ def test_a_large_odd_weight(
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("epilogue", ["none", "silu_mul", "gelu_mul"])
 def test_no_thread_count_changes_a_bit_of_what_is_fused(
-    kernels: Kernels, isa: str, values: pack.Values, rows: int, epilogue: str
+    kernels: Kernels, isa: str, values: Values, rows: int, epilogue: str
 ) -> None:
     outputs, cols = 320, 200
     block = pack.pack(sparse_weight(2 * outputs, cols, 0.6), values)
@@ -99,7 +97,7 @@ def test_no_thread_count_changes_a_bit_of_what_is_fused(
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("values", ["fp32", "bf16"])
 def test_infinity_times_a_zero_that_is_not_stored_is_nan(
-    kernels: Kernels, isa: str, values: pack.Values, rows: int, bad: float
+    kernels: Kernels, isa: str, values: Values, rows: int, bad: float
 ) -> None:
     """As in the dense product: what is left out of the file is still a zero."""
     weight = sparse_weight(50, 90, 0.7)
@@ -116,7 +114,7 @@ def test_infinity_times_a_zero_that_is_not_stored_is_nan(
 
 @pytest.mark.parametrize("values", VALUES)
 def test_the_largest_activations_do_not_overflow_on_the_way(
-    kernels: Kernels, isa: str, values: pack.Values
+    kernels: Kernels, isa: str, values: Values
 ) -> None:
     block = pack.pack(np.eye(48, 64, dtype=np.float32), values)
     x = np.full((1, 64), 3e38, dtype=np.float32)
@@ -128,10 +126,10 @@ def test_the_largest_activations_do_not_overflow_on_the_way(
 @pytest.mark.parametrize("end", [0, 1])
 @pytest.mark.parametrize("rows", [1, 6, 65])
 def test_the_largest_products_add_up_exactly(
-    kernels: Kernels, isa: str, values: pack.Values, end: int, rows: int
+    kernels: Kernels, isa: str, values: Values, end: int, rows: int
 ) -> None:
     """Every weight at one end of the grid and every activation at one of theirs."""
-    levels = pack.TRAITS[values].levels
+    levels = TRAITS[values].levels
     assert levels is not None
     weight = np.full((16, 64), levels[end], dtype=np.float32)
     block = pack.pack(weight, values, False, scales=np.ones((16, 2), dtype=np.float32))
@@ -170,7 +168,7 @@ def with_isa(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("values", VALUES[1:])
 def test_owl_isa_chooses_the_kernels_of_a_session(
-    kernels: Kernels, isa: str, values: pack.Values, tmp_path
+    kernels: Kernels, isa: str, values: Values, tmp_path
 ) -> None:
     from .test_operators import model_of
 

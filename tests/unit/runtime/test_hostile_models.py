@@ -20,8 +20,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from owl_deploy.runtime import library_path, pack
+from owl_deploy.runtime.value_types import Values
 
-from .test_pack import VALUES, sparse_weight
+from .conftest import VALUES, sparse_weight
 from .test_program import SIZE, TOTAL, decoder, joined, with_mask
 
 NUMBERS = (-(2**63), -(2**31), -7, -1, 0, 1, 2, 3, 5, 8, 9, 16, 17, 48, 63, 400, 401, 402, 4097)
@@ -43,7 +44,7 @@ _TYPES = {
 
 @functools.cache
 def base_model(
-    blocks: int, cache: int, values: pack.Values, *, mask: bool, program: bool
+    blocks: int, cache: int, values: Values, *, mask: bool, program: bool
 ) -> onnx.ModelProto:
     """A small decoder, as nodes or as a program."""
     model = decoder(blocks, cache, values)

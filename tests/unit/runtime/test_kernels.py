@@ -5,9 +5,9 @@ import pytest
 from numpy.typing import NDArray
 
 from owl_deploy.runtime import pack
+from owl_deploy.runtime.value_types import Values
 
-from .conftest import FEW_ROWS, Kernels, in_tiles, to_bf16
-from .test_pack import INTEGERS, VALUES, on_grid, sparse_weight
+from .conftest import FEW_ROWS, INTEGERS, VALUES, Kernels, in_tiles, on_grid, sparse_weight, to_bf16
 
 PASS_ROWS = 48  # kPassRows in kernels.h
 TOLERANCE = 2e-6  # of sum |x| |w|: fp32 sums, since the oracle rounds activations as the kernels do
@@ -22,7 +22,7 @@ def rounding_error(
     return float(np.max(np.abs(y - exact) / np.maximum(scale, 1e-30)))
 
 
-def as_kernels_see(x: NDArray[np.float32], values: pack.Values, isa: str) -> NDArray[np.float32]:
+def as_kernels_see(x: NDArray[np.float32], values: Values, isa: str) -> NDArray[np.float32]:
     """x as the kernels round it: int8 in blocks of 32, bf16 where there is a bf16 product."""
     if values in INTEGERS and in_tiles(len(x), isa):
         return to_bf16(x)
@@ -60,7 +60,7 @@ def test_against_oracle(
     kernels: Kernels,
     isa: str,
     shape: tuple[int, int],
-    values: pack.Values,
+    values: Values,
     sparsity: float,
     sparse: bool,
 ) -> None:
@@ -163,7 +163,7 @@ def test_planes_pass_on_what_is_not_a_number(
 )
 @pytest.mark.parametrize(("outputs", "cols"), [(16, 3), (50, 36), (35, 333), (2085, 100)])
 def test_a_row_says_the_same_alone_and_in_company(
-    kernels: Kernels, isa: str, values: pack.Values, storage: str, outputs: int, cols: int
+    kernels: Kernels, isa: str, values: Values, storage: str, outputs: int, cols: int
 ) -> None:
     """To the last bit among few rows; of integers, if their sums are exact, among many as well."""
     planes = storage == "planes"
@@ -194,7 +194,7 @@ def test_a_row_says_the_same_alone_and_in_company(
     [(v, r) for v in ("fp32", "int8") for r in (2, 5, FEW_ROWS)] + [("int8", PASS_ROWS)],
 )
 def test_a_gated_row_says_the_same_in_company(
-    kernels: Kernels, isa: str, rows: int, values: pack.Values
+    kernels: Kernels, isa: str, rows: int, values: Values
 ) -> None:
     if in_tiles(rows, isa):
         pytest.skip("tiles take bf16, a row by itself int8")
@@ -212,7 +212,7 @@ def test_a_gated_row_says_the_same_in_company(
 @pytest.mark.parametrize("shared", [64, 128])
 @pytest.mark.parametrize("cols", [32, 33, 96, 130, 700])
 def test_scales_of_more_columns(
-    kernels: Kernels, isa: str, values: pack.Values, sparse: bool, shared: int, cols: int
+    kernels: Kernels, isa: str, values: Values, sparse: bool, shared: int, cols: int
 ) -> None:
     block = pack.pack(sparse_weight(50, cols, 0.5), values, sparse, scale_columns=shared)
     for rows in (1, 5, 20):
@@ -227,7 +227,7 @@ def test_scales_of_more_columns(
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("rows", [1, 6, 20])
 def test_integers_of_one_grid_agree_to_the_last_bit(
-    kernels: Kernels, isa: str, narrow: pack.Values, sparse: bool, rows: int
+    kernels: Kernels, isa: str, narrow: Values, sparse: bool, rows: int
 ) -> None:
     weight, scales = on_grid(70, 203, narrow, 32)
     x = activations(rows, 203)
@@ -240,7 +240,7 @@ def test_integers_of_one_grid_agree_to_the_last_bit(
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 129, 300])
-def test_batches(kernels: Kernels, isa: str, values: pack.Values, rows: int) -> None:
+def test_batches(kernels: Kernels, isa: str, values: Values, rows: int) -> None:
     block = pack.pack(sparse_weight(80, 300, 0.7), values)
     x = activations(rows, 300)
     y, _ = kernels.matmul(isa, block, x, 80, threads=3)
@@ -249,9 +249,7 @@ def test_batches(kernels: Kernels, isa: str, values: pack.Values, rows: int) -> 
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("rows", [1, 9, 150])
-def test_thread_count_changes_no_bit(
-    kernels: Kernels, isa: str, values: pack.Values, rows: int
-) -> None:
+def test_thread_count_changes_no_bit(kernels: Kernels, isa: str, values: Values, rows: int) -> None:
     block = pack.pack(sparse_weight(700, 333, 0.6), values)
     x = activations(rows, 333)
     first, _ = kernels.matmul(isa, block, x, 700, threads=1)
@@ -261,7 +259,7 @@ def test_thread_count_changes_no_bit(
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_empty_and_full_rows(kernels: Kernels, isa: str, values: pack.Values) -> None:
+def test_empty_and_full_rows(kernels: Kernels, isa: str, values: Values) -> None:
     weight = sparse_weight(50, 200, 0.7)
     weight[::3] = 0
     weight[1::3] = 1.5
@@ -276,7 +274,7 @@ def test_empty_and_full_rows(kernels: Kernels, isa: str, values: pack.Values) ->
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("rows", [1, 5, 20, PASS_ROWS + 3])
 def test_infinity_and_nan_propagate(
-    kernels: Kernels, isa: str, values: pack.Values, bad: float, rows: int
+    kernels: Kernels, isa: str, values: Values, bad: float, rows: int
 ) -> None:
     block = pack.pack(np.abs(sparse_weight(40, 100, 0.0)) + 0.1, values, sparse=False)
     x = np.ones((rows, 100), dtype=np.float32)
@@ -299,7 +297,7 @@ def test_denormal_activations_are_harmless(kernels: Kernels, isa: str) -> None:
 @pytest.mark.parametrize("rows", [1, 9, 20])
 @pytest.mark.parametrize("values", ["fp32", *INTEGERS])
 def test_gated(
-    kernels: Kernels, isa: str, epilogue: str, outputs: int, rows: int, values: pack.Values
+    kernels: Kernels, isa: str, epilogue: str, outputs: int, rows: int, values: Values
 ) -> None:
     gate, up = sparse_weight(outputs, 72, 0.5, seed=3), sparse_weight(outputs, 72, 0.5, seed=4)
     block = pack.pack(pack.interleave_gate_up(gate, up), values)

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from owl_deploy.runtime import library_path, pack
+from owl_deploy.runtime.value_types import Values
 
-from .conftest import Kernels
+from .conftest import VALUES, Kernels, sparse_weight
 from .test_attention import rotary_tables
-from .test_pack import VALUES, sparse_weight
 
 
 def model_of(block: NDArray[np.uint8], cols: int) -> onnx.ModelProto:
@@ -84,7 +84,7 @@ def test_an_attribute_of_another_type_is_refused(name: str, value: object) -> No
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("rows", [1, 70])
-def test_no_thread_count_of_the_session_changes_a_bit(values: pack.Values, rows: int) -> None:
+def test_no_thread_count_of_the_session_changes_a_bit(values: Values, rows: int) -> None:
     block = pack.pack(sparse_weight(900, 260, 0.7), values)
     x = np.random.default_rng(0).standard_normal((rows, 260)).astype(np.float32)
     first = session(block, 260).run(None, {"x": x})[0]
@@ -105,7 +105,7 @@ def test_no_rows_give_no_rows() -> None:
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("values", VALUES)
-def test_no_damaged_weight_crashes_a_session(values: pack.Values) -> None:
+def test_no_damaged_weight_crashes_a_session(values: Values) -> None:
     """Each damage is refused by name, or harmless; the header's fields are refused."""
     rng = np.random.default_rng(0)
     whole = pack.pack(sparse_weight(40, 150, 0.6), values)

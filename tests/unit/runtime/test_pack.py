@@ -7,32 +7,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from owl_deploy.runtime import pack
+from owl_deploy.runtime.value_types import SHARED_COLUMNS, Values
 
-from .conftest import Kernels, in_tiles, to_bf16
+from .conftest import INTEGERS, STEP, VALUES, Kernels, in_tiles, on_grid, sparse_weight, to_bf16
 
 SHAPES = [(1, 1), (16, 64), (17, 5), (31, 129), (64, 576), (100, 1000)]
-# Relative to the largest value of the row and block: half a step of each type; of int4, what the
-# largest may lose so that the others lose less.
-STEP = {"fp32": 0.0, "bf16": 2**-8, "int8": 17 / 16 * 1.001 / 254, "int4": 0.3, "int3": 0.6}
-VALUES: tuple[pack.Values, ...] = tuple(pack.TRAITS)
-MIXED: tuple[tuple[pack.Values, bool], ...] = (("int8", False), ("int4", True))
-INTEGERS = tuple(values for values, traits in pack.TRAITS.items() if traits.levels)
-
-
-def sparse_weight(rows: int, cols: int, sparsity: float, seed: int = 0) -> NDArray[np.float32]:
-    rng = np.random.default_rng(seed)
-    weight = rng.standard_normal((rows, cols)).astype(np.float32)
-    weight[rng.random((rows, cols)) < sparsity] = 0
-    return weight
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99, 1.0])
-def test_round_trip(
-    shape: tuple[int, int], values: pack.Values, sparse: bool, sparsity: float
-) -> None:
+def test_round_trip(shape: tuple[int, int], values: Values, sparse: bool, sparsity: float) -> None:
     weight = sparse_weight(*shape, sparsity)
     block = pack.pack(weight, values, sparse)
     info = pack.inspect(block)
@@ -61,133 +47,6 @@ def test_planes_hold_int8_in_two_halves(shape: tuple[int, int], sparsity: float)
     assert np.abs(scale * 16 * high - weight).max() <= 8.5 / 119 * 17 / 16 * np.abs(weight).max()
 
 
-def test_int8_scales_span_the_sizes_of_a_weight_s_rows() -> None:
-    weight = sparse_weight(64, 64, 0.0)
-    weight *= np.logspace(-4, 4, 64, dtype=np.float32)[:, None]
-    error = np.abs(pack.unpack(pack.pack(weight, "int8")) - weight).max(axis=1)
-    size = np.abs(weight).max(axis=1)
-    assert (
-        error[size > 2**-14 * size.max()] <= STEP["int8"] * size[size > 2**-14 * size.max()]
-    ).all()
-    assert error.max() <= STEP["int8"] * size.max()
-    for factor in (1e-30, 1e30):  # the exponent is the weight's own
-        scaled = (weight[:8] * np.float32(factor)).astype(np.float32)
-        back = pack.unpack(pack.pack(scaled, "int8"))
-        assert np.abs(back - scaled).max() <= STEP["int8"] * np.abs(scaled).max()
-
-
-def on_grid(
-    rows: int, cols: int, values: pack.Values, shared: int, *, signs: bool = False
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A weight of random integers times scales of the byte's form, and the scales."""
-    rng = np.random.default_rng(0)
-    shape = (rows, -(-cols // shared))
-    parts = 8 if signs else 16
-    scales = np.ldexp(1 + rng.integers(0, parts, shape) / parts, rng.integers(-9, 5, shape))
-    scales = scales.astype(np.float32)
-    if signs:
-        scales *= rng.choice(np.float32([-1, 1]), shape)
-    least, largest = pack.TRAITS[values].levels or (0, 0)
-    integers = rng.integers(least, largest + 1, (rows, cols))
-    integers[rng.random((rows, cols)) < 0.4] = 0
-    return integers * scales.repeat(shared, axis=1)[:, :cols], scales
-
-
-@pytest.mark.parametrize("values", INTEGERS)
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("shared", pack.SHARED_COLUMNS)
-@pytest.mark.parametrize("signs", [False, True])
-def test_a_weight_on_a_grid_keeps_it(
-    values: pack.Values, sparse: bool, shared: int, signs: bool
-) -> None:
-    weight, scales = on_grid(37, 200, values, shared, signs=signs)
-    bf16 = pack.unpack(pack.pack(weight, "bf16"))  # as checkpoints hold it
-    for held in (weight, bf16):
-        block = pack.pack(held, values, sparse, scales=scales, scale_columns=shared)
-        np.testing.assert_array_equal(pack.unpack(block), weight)
-        assert pack.inspect(block).nonzeros == np.count_nonzero(weight)
-        assert pack.inspect(block).signed_scales == (signs and values != "int8")
-
-
-def test_8_bits_hold_scales_of_either_sign_and_any_mantissa() -> None:
-    """As they meet where Linears of different bits are one weight."""
-    (fine, steps), (coarse, signed) = (on_grid(16, 64, v, 32, signs=s) for v, s in MIXED)
-    weight, scales = np.concatenate((fine, coarse)), np.concatenate((steps, signed))
-    block = pack.pack(weight, "int8", sparse=False, scales=scales)
-    np.testing.assert_array_equal(pack.unpack(block), weight)
-
-
-@pytest.mark.parametrize("exponent", range(-22, -16))
-def test_an_8_bit_grid_in_float16_holds_weights_that_are_nearly_nothing(exponent: int) -> None:
-    generator = np.random.default_rng(0)
-    scales = np.ldexp(1 + generator.integers(0, 16, (16, 2)) / 16, -8).astype(np.float32)
-    scales[3] = np.ldexp(scales[3], exponent + 8)  # fp16 has multiples of 2**-24 there
-    integers = generator.integers(-127, 128, (16, 128))
-    weight = integers * scales.repeat(64, axis=1)
-    held = weight.astype(np.float16).astype(np.float32)
-    assert not np.array_equal(held, weight)
-    block = pack.pack(held, "int8", scales=scales, scale_columns=64)
-    np.testing.assert_array_equal(pack.unpack(block), weight)
-
-
-def test_a_weight_off_its_grid_is_refused() -> None:
-    weight, scales = on_grid(37, 64, "int4", 32)
-    large = np.argwhere(np.abs(weight / scales.repeat(32, axis=1)) == 7)[0]
-    for row, column, change in ((3, 40, 0.3), (36, 0, 0.6), (*large, 0.1)):
-        changed = weight.copy()
-        changed[row, column] += np.float32(change) * scales[row, column // 32]
-        with pytest.raises(ValueError, match="does not lie on its grid"):
-            pack.pack(changed, "int4", scales=scales)
-    for bad in (np.nan, np.inf, 8 * scales[0, 0], scales[0, 0] * -9):
-        changed = weight.copy()
-        changed[0, 0] = bad
-        with pytest.raises(ValueError, match=r"does not lie on its grid|infinities or NaN"):
-            pack.pack(changed, "int4", scales=scales)
-    with pytest.raises(ValueError, match="power of two times sixteenths"):
-        pack.pack(weight, "int4", scales=scales * np.float32(1.01))
-    with pytest.raises(ValueError, match="sixteenths or eighths"):
-        pack.pack(weight, "int4", scales=-scales)
-    with pytest.raises(ValueError, match="does not lie on its grid"):
-        pack.pack(-8 * np.ones((1, 32), np.float32), "int4", scales=-np.ones((1, 1), np.float32))
-    with pytest.raises(ValueError, match="asks for"):
-        pack.pack(weight, "int4", scales=scales[:, :1])
-    with pytest.raises(ValueError, match="share a scale"):
-        pack.pack(weight, "int4", scale_columns=48)
-    with pytest.raises(ValueError, match="planes"):
-        pack.pack(weight, "int8", sparse=False, planes=True, scale_columns=64)
-
-
-def test_scales_too_small_for_their_weight_s_exponent_are_rounded_up() -> None:
-    scales = np.array([[1.0], [2.0**-30]], dtype=np.float32)
-    back = pack.unpack(pack.pack(np.repeat(7 * scales, 32, axis=1), "int4", scales=scales))
-    np.testing.assert_array_equal(back[0], np.full(32, 7, dtype=np.float32))
-    assert not back[1].any()
-
-
-@pytest.mark.parametrize("size", [1e-45, 1e-39, 1e-37, 1e30, 3e38])
-def test_int4_of_the_smallest_and_the_largest(size: float) -> None:
-    weight = np.array([[1, -1, 0.5, 0]], dtype=np.float32) * np.float32(size)
-    back = pack.unpack(pack.pack(weight, "int4"))
-    assert np.isfinite(back).all()
-    assert np.abs(back - weight).max() <= max(0.3 * size, 2e-37)
-
-
-@pytest.mark.parametrize(
-    ("values", "largest", "sparsity"),
-    [("int4", 7, 0.0), ("int4", 7, 0.5), ("int3", 3, 0.0), ("int3", 3, 0.5)],
-)
-def test_scales_lose_less_than_those_that_cut_nothing_off(
-    values: pack.Values, largest: int, sparsity: float
-) -> None:
-    weight = sparse_weight(64, 512, sparsity)
-    peaks = np.abs(weight.reshape(64, -1, 32)).max(axis=2) / largest
-    scales = ((peaks.view(np.int32) + 0x7FFFF) >> 19 << 19).view(np.float32)
-    step = scales.repeat(32, axis=1)
-    whole = np.sum((np.rint(weight / step) * step - weight) ** 2)
-    found = np.sum((pack.unpack(pack.pack(weight, values, sparsity > 0)) - weight) ** 2)
-    assert found < 0.8 * whole
-
-
 def as_version_2(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """`block` as it was before its header said how many columns share a scale."""
     return changed(changed(block, "version", 2), "scale_columns", 0)
@@ -195,7 +54,7 @@ def as_version_2(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_version_2_is_read(kernels: Kernels, isa: str, values: pack.Values, sparse: bool) -> None:
+def test_version_2_is_read(kernels: Kernels, isa: str, values: Values, sparse: bool) -> None:
     block = pack.pack(sparse_weight(33, 70, 0.5), values, sparse)
     old = as_version_2(block)
     np.testing.assert_array_equal(pack.unpack(old), pack.unpack(block))
@@ -205,7 +64,7 @@ def test_version_2_is_read(kernels: Kernels, isa: str, values: pack.Values, spar
 
 
 @pytest.mark.parametrize("values", INTEGERS)
-def test_version_3_is_read(kernels: Kernels, isa: str, values: pack.Values) -> None:
+def test_version_3_is_read(kernels: Kernels, isa: str, values: Values) -> None:
     weight, scales = on_grid(33, 70, values, 32)
     block = pack.pack(weight, values, sparse=False, scales=scales)
     # What tells of signs means nothing there.
@@ -219,7 +78,7 @@ def test_version_3_is_read(kernels: Kernels, isa: str, values: pack.Values) -> N
 
 @pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("sparse", [False, True])
-def test_scales_below_zero(kernels: Kernels, isa: str, values: pack.Values, sparse: bool) -> None:
+def test_scales_below_zero(kernels: Kernels, isa: str, values: Values, sparse: bool) -> None:
     weight, scales = on_grid(33, 70, values, 32, signs=True)
     block = pack.pack(weight, values, sparse, scales=scales)
     for rows in (1, 3, 40):
@@ -236,7 +95,7 @@ def test_version_2_has_no_int4(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES[1:])
-def test_only_so_many_columns_share_a_scale(kernels: Kernels, values: pack.Values) -> None:
+def test_only_so_many_columns_share_a_scale(kernels: Kernels, values: Values) -> None:
     block = pack.pack(sparse_weight(33, 70, 0.5), values)
     for shared in (1, 31, 48, 256) + ((32,) if values == "bf16" else (0,)):
         refused(kernels, changed(block, "scale_columns", shared), "shared by so many")
@@ -299,9 +158,7 @@ def test_size_at_seventy_percent() -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES, (192, 576)])
 @pytest.mark.parametrize("values", VALUES)
-def test_the_size_of_a_dense_weight_is_known_before(
-    shape: tuple[int, int], values: pack.Values
-) -> None:
+def test_the_size_of_a_dense_weight_is_known_before(shape: tuple[int, int], values: Values) -> None:
     weight = sparse_weight(*shape, 0.0)
     assert pack.stored_bytes(shape, values) == pack.pack(weight, values, sparse=False).size
     if values in INTEGERS:
@@ -316,7 +173,7 @@ def test_the_size_of_a_dense_weight_is_known_before(
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
 def test_the_size_of_a_sparse_weight_is_expected_to_a_hundredth(
-    shape: tuple[int, int], values: pack.Values, sparsity: float
+    shape: tuple[int, int], values: Values, sparsity: float
 ) -> None:
     block = pack.pack(sparse_weight(*shape, sparsity), values)
     zeros = 1 - pack.inspect(block).nonzeros / (shape[0] * shape[1])
@@ -341,36 +198,6 @@ def test_refuses_what_it_cannot_store() -> None:
             pack.pack(np.ones((2, 2), dtype=np.float32), values, sparse, planes=True)
     with pytest.raises(ValueError, match="must be one of"):
         pack.pack(np.ones((2, 2), dtype=np.float32), "int5")  # type: ignore[arg-type]
-
-
-def test_bf16_keeps_infinities_and_nan() -> None:
-    weight = np.array([[np.inf, -np.inf, np.nan, 1e-45, -0.0, 3.0]], dtype=np.float32)
-    back = pack.unpack(pack.pack(weight, "bf16"))
-    np.testing.assert_array_equal(back, [[np.inf, -np.inf, np.nan, 0, 0, 3]])
-
-
-def test_bf16_rounds_to_nearest_and_ties_to_even() -> None:
-    bits = np.array([0x3F800000, 0x3F807FFF, 0x3F808000, 0x3F808001, 0x3F818000], dtype=np.uint32)
-    smallest = np.float32(2.0**-126)
-    weight = np.concatenate((bits.view(np.float32), [smallest, -smallest, smallest / 2]))[None]
-    back = pack.unpack(pack.pack(weight, "bf16")).view(np.uint32)[0] >> 16
-    assert back.tolist() == [0x3F80, 0x3F80, 0x3F80, 0x3F81, 0x3F82, 0x0080, 0x8080, 0]
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_only_int8_has_an_exponent(name: pack.Values) -> None:
-    assert pack.inspect(pack.pack(np.full((2, 2), 1e30, np.float32), name)).scale_exponent == 0
-
-
-def test_rows_of_zeros_have_no_scale() -> None:
-    weight = np.zeros((2, 32), dtype=np.float32)
-    weight[0, 0] = 1.0
-    block = pack.pack(weight, "int8")
-    info = pack.inspect(block)
-    scales = block[info.scale_offset :][: info.scale_bytes]
-    assert scales[0] > 0
-    assert not scales[1:].any()
-    assert not pack.unpack(block)[1].any()
 
 
 def test_gate_and_up_must_be_of_one_shape() -> None:
@@ -418,7 +245,7 @@ HEADER_FIELDS = {
 @pytest.mark.parametrize("field", HEADER_FIELDS)
 @pytest.mark.parametrize("value", [0, 1, 63, 2**31, 2**32 - 1, 2**63, 2**64 - 64, 2**64 - 1])
 @pytest.mark.parametrize("values", ["bf16", "int8", "int4", "int3"])
-def test_hostile_header(kernels: Kernels, field: str, value: int, values: pack.Values) -> None:
+def test_hostile_header(kernels: Kernels, field: str, value: int, values: Values) -> None:
     block = pack.pack(sparse_weight(33, 70, 0.5), values).copy()
     offset, width = HEADER_FIELDS[field]
     new = np.frombuffer((value % 2 ** (8 * width)).to_bytes(width, "little"), dtype=np.uint8)
@@ -481,7 +308,7 @@ def refused(kernels: Kernels, block: NDArray[np.uint8], match: str) -> None:
     ],
 )
 def test_a_region_may_end_where_the_block_does_and_no_later(
-    kernels: Kernels, values: pack.Values, sparse: bool, planes: bool, field: str, bytes_: int
+    kernels: Kernels, values: Values, sparse: bool, planes: bool, field: str, bytes_: int
 ) -> None:
     block = pack.pack(sparse_weight(33, 200, 0.5), values, sparse, planes=planes)
     # Space behind the last region, with a place that fits by the byte and one that does not.
@@ -514,7 +341,7 @@ def test_the_largest_exponent_is_allowed_and_no_larger(kernels: Kernels) -> None
 
 
 @pytest.mark.parametrize("values", ["bf16", "fp32"])
-def test_only_int8_comes_in_planes(kernels: Kernels, values: pack.Values) -> None:
+def test_only_int8_comes_in_planes(kernels: Kernels, values: Values) -> None:
     block = pack.pack(sparse_weight(33, 70, 0.5), values, sparse=False)
     refused(kernels, changed(block, "flags", 2), "planes")
 
@@ -542,7 +369,7 @@ def test_mask_with_too_many_bits(kernels: Kernels) -> None:
 def test_fuzzed_blocks_never_read_outside(kernels: Kernels, data: st.DataObject) -> None:
     """Damage is refused, or leaves a block that multiplies inside its bounds (ASan watches)."""
     values = data.draw(st.sampled_from(VALUES))
-    shared = data.draw(st.sampled_from(pack.SHARED_COLUMNS))
+    shared = data.draw(st.sampled_from(SHARED_COLUMNS))
     rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
     sparse = data.draw(st.booleans())
     planes = values == "int8" and not sparse and data.draw(st.booleans())

@@ -16,11 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from owl_deploy.export.program import join_programs
 from owl_deploy.runtime import library_path, pack
+from owl_deploy.runtime.value_types import Values
 
-from .conftest import FEW_THREADS, Kernels
+from .conftest import FEW_THREADS, VALUES, Kernels, sparse_weight
 from .test_edges import with_isa
 from .test_native import RESIDENT
-from .test_pack import VALUES, sparse_weight
 
 pytestmark = pytest.mark.usefixtures("kernels")
 WIDTH, HEADS, KV_HEADS, SIZE, INNER, VOCABULARY = 96, 4, 2, 32, 80, 70
@@ -33,7 +33,7 @@ REFUSALS = tuple(
 )
 
 
-def decoder(blocks: int, cache: int, values: pack.Values = "fp32") -> onnx.ModelProto:
+def decoder(blocks: int, cache: int, values: Values = "fp32") -> onnx.ModelProto:
     """What `owl export` makes of a small model, node by node; a foreign node between two blocks."""
     weights = {}
     nodes = []
@@ -269,7 +269,7 @@ print(sizes[1])
 """
 
 
-def twice(weight: NDArray[np.float32], values: pack.Values) -> onnx.ModelProto:
+def twice(weight: NDArray[np.float32], values: Values) -> onnx.ModelProto:
     """A square weight, and once more."""
     nodes = [
         helper.make_node("SparseMatMul", [source, "w"], [result], domain="ai.owl")
@@ -284,7 +284,7 @@ def twice(weight: NDArray[np.float32], values: pack.Values) -> onnx.ModelProto:
 )
 @pytest.mark.parametrize("values", ["int4", "int3"])
 def test_it_lies_dense_where_it_is_faster_so(
-    kernels: Kernels, isa: str, values: pack.Values, sparsity: float, tmp_path: Path
+    kernels: Kernels, isa: str, values: Values, sparsity: float, tmp_path: Path
 ) -> None:
     """16.8 M weights, 6.6 or 5 MB at 50 % and 2.5 at 95 %, are 8.9 dense: the same bits of rows."""
     if isa not in kernels.isas():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from owl_deploy.runtime import pack, timing
+from owl_deploy.runtime.value_types import Values
 from tests.unit.runtime.conftest import FEW_THREADS, Kernels
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -74,7 +75,7 @@ def test_what_a_session_lays_dense(kernels: Kernels) -> None:
 @pytest.mark.parametrize("values", ["int4", "int3"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_it_is_timed_as_it_lies(
-    kernels: Kernels, values: pack.Values, dense: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, values: Values, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed = []
 
