@@ -44,7 +44,7 @@ MaxLoss = Annotated[
     str | None,
     Option(
         help="Loss of quality that is acceptable in the choice of what to deploy, such as 2%. "
-        "[0.5% of log-perplexity, or one standard error of a task's score]"
+        "[0.5% of log-perplexity, or one standard error of the difference in a task's score]"
     ),
 ]
 QualityMetric = Annotated[
