@@ -32,6 +32,7 @@ SMALL = (
 LARGE = (
     "humaneval_showcase.json",
     "iq4_showcase.json",
+    "int3_showcase.json",
     "showcase_intel/result.json",
     "showcase_amd/result.json",
     "budget_showcase.json",

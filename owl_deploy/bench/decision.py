@@ -1,7 +1,7 @@
 """What to deploy: the fastest of a benchmark that loses no more quality than may go.
 
 Quality is a task's metric, such as HumanEval's pass@1, or the logarithm of perplexity, which is the
-model's mean loss. What a deployment loses is its difference from the best dense baseline, as a
+model's mean loss. What a deployment loses is its difference from the best dense one, as a
 share of that one's. A task's difference has a standard error: paired, where both were asked the
 same problems (Miller 2024, arXiv 2411.00640, section 4.2). Where nobody says what may go, that much
 may: the one-standard-error rule (Breiman et al. 1984, section 3.4.3).
@@ -285,7 +285,7 @@ def _judged(subjects: Sequence[Subject], speeds: _Speeds, key: str) -> Judged:
         return Judged(key, key, 0, ())
     sign = 1 if key == PERPLEXITY else -1
     whole = [s for s in subjects if not s.is_sparse]
-    dense = [s for s in whole if s.role == "baseline"] or whole or subjects
+    dense = whole or subjects
     best = min((scores[s.name] for s in dense), key=lambda score: sign * score.value)
     found = [
         Option(

@@ -529,10 +529,17 @@ def test_of_the_best_nothing_better_is_named() -> None:
 
 
 def test_a_better_one_that_is_slower_is_named() -> None:
-    # Not a baseline, which would be what losses are counted from.
-    told = said(with_perplexity(result(), "dense-fp32", 9.0, "candidate"), 0.0)
+    # Not a dense one, which would be what losses are counted from.
+    sparse = changed(result(), {"dense-fp32": {"zeros": 0.5}})
+    told = said(with_perplexity(sparse, "dense-fp32", 9.0, "candidate"), 0.0)
     assert told.startswith("Deploy dense-deepsparse (deepsparse, fp32): 4")
     assert "(perplexity 13.7, dense-fp32 (onnxruntime, fp32) has 9.00)." in told
+
+
+def test_a_weak_baseline_does_not_excuse_a_loss() -> None:
+    told = said(with_perplexity(result(), "dense-fp32", 9.0, "candidate"))
+    assert told.startswith("Deploy dense-fp32 (onnxruntime, fp32): ")
+    assert "(perplexity 9.00, none has better)" in told
 
 
 def test_where_a_loss_is_nothing_and_where_it_may_be_chance() -> None:
