@@ -1,9 +1,10 @@
-// AVX-512, and AMX for many rows of integers and bf16: Sapphire Rapids and later. Integers meet
-// whole rows in bf16 there, weights with their scales: sums need not leave the tiles for the scales
-// of each block, which is what takes the time of products of bytes. In 4 and 3 bits that rounds no
-// weight, for a scale has 4 significant bits; in 8 by less than they were rounded by before. Of
-// activations bf16 keeps more than int8 does.
+// AVX-512, and AMX for several rows: Sapphire Rapids and later. A few meet integers in bytes, many
+// in bf16, and rows of bf16 too. Integers meet whole rows in bf16 there, weights with their scales:
+// sums need not leave the tiles for the scales of each block, which is what takes the time of
+// products of bytes. In 4 and 3 bits that rounds no weight, for a scale has 4 significant bits; in
+// 8 by less than they were rounded by before. Of activations bf16 keeps more than int8 does.
 #include "kernel_amx_attention.h"
+#include "kernel_amx_few.h"
 #include "kernel_table.h"
 
 namespace owl {
@@ -163,11 +164,12 @@ consteval Kernels amx_kernels() noexcept {
   Kernels kernels = make_kernels<V>("amx");
   kernels.layout = layout_of;
   kernels.prepare = prepare;
+  kernels.few = few_of_any;
   kernels.panel = panel_of_any;
   kernels.panel_groups = kPanelGroups;
   kernels.attend_many = attend_many<V, Bf16Tiles>;
   kernels.panel_rows = 512;  // what a tile of weights takes to unpack is for all of them
-  kernels.pass_rows = kFewRows;
+  kernels.pass_rows = 2 * kFewRows;
   return kernels;
 }
 

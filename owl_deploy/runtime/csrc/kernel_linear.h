@@ -538,7 +538,8 @@ inline typename V::Cell add_low(const PackedMatrix& w, std::size_t group, std::s
 // next.
 template <class V, class Form, class Put>
 void unpack_cells(const PackedMatrix& w, std::size_t group, std::size_t first, std::size_t cells,
-                  CellStream<V, Form>& stream, const Put& put) {
+                  CellStream<V, Form>& from, const Put& put) {
+  CellStream<V, Form> stream = from;  // whose places stay in registers, whatever is put
   for (std::size_t c = 0; c < cells; c += 4) {
     if constexpr (Form::kStorage == Storage::kPlanes) {
       for (std::size_t i = c; i < c + 4; i += 2) {
@@ -555,6 +556,7 @@ void unpack_cells(const PackedMatrix& w, std::size_t group, std::size_t first, s
       put(c + 3, stream.template next<3>());
     }
   }
+  from = stream;
 }
 
 // Scales of a tile's groups for its blocks of activations from `first` on: [blocks][Groups][16].

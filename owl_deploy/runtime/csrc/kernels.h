@@ -76,7 +76,8 @@ struct Kernels {
   void (*matvec)(const PackedMatrix& w, std::size_t begin, std::size_t end,
                  const ActivationLayout& layout, const std::uint8_t* row, float* sums);
   // `count` rows, at most kFewRows, times groups [begin, end): sums [count, stride], in each row
-  // what `matvec` makes of it, to the last bit.
+  // what `matvec` makes of it, to the last bit. Rows have room for a multiple of kRowTile, whatever
+  // is in those past `count`.
   void (*few)(const PackedMatrix& w, std::size_t begin, std::size_t end,
               const ActivationLayout& layout, const std::uint8_t* rows, std::size_t count,
               float* sums, std::size_t stride);

@@ -1,4 +1,4 @@
-// AMX's tiles of bf16, beside AVX-512.
+// AMX's tiles, beside AVX-512.
 #pragma once
 
 #include "kernel_common.h"
@@ -13,10 +13,18 @@ constexpr std::size_t kStepColumns = 32;                   // which are so many 
 constexpr std::size_t kTileBytes = kRowTile * kStepBytes;  // of activations, weights or sums
 static_assert(kRowTile == 16 && kStepBytes == kStepColumns * sizeof(V::Half));
 
-// What LDTILECFG reads (Intel's manual, volume 1, "TILECFG"): all tiles are 16 rows of 64 bytes.
+struct TileShape {
+  std::uint8_t rows = kRowTile;
+  std::uint16_t bytes = kStepBytes;  // of a row
+};
+
+// What LDTILECFG reads (Intel's manual, volume 1, "TILECFG"): the tiles' shapes, the first ones' as
+// they are given.
 class Tiles {
  public:
-  Tiles() {
+  template <class... Shapes>
+  explicit Tiles(Shapes... first) {
+    const TileShape shapes[8] = {first...};
     struct alignas(64) {
       std::uint8_t palette = 1, first_row = 0, reserved[14] = {};
       std::uint16_t bytes[16] = {};
@@ -24,8 +32,8 @@ class Tiles {
     } config;
     static_assert(sizeof(config) == 64);
     for (int i = 0; i < 8; ++i) {
-      config.bytes[i] = kStepBytes;
-      config.rows[i] = kRowTile;
+      config.bytes[i] = shapes[i].bytes;
+      config.rows[i] = shapes[i].rows;
     }
     _tile_loadconfig(&config);
   }

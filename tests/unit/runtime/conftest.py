@@ -123,9 +123,9 @@ def to_bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
 
 
-def in_tiles(rows: int, isa: str) -> bool:
-    """Whether so many rows meet integers in AMX's tiles, which hold both in bf16."""
-    return isa == "amx" and rows > FEW_ROWS
+def in_bf16(rows: int, isa: str, passes: int = 2) -> bool:
+    """Whether so many rows meet integers in AMX's tiles of bf16: more than these passes hold."""
+    return isa == "amx" and rows > passes * FEW_ROWS
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from owl_deploy.runtime import pack
 from owl_deploy.runtime.value_types import Values
 
-from .conftest import FEW_ROWS, INTEGERS, VALUES, Kernels, in_tiles, on_grid, sparse_weight, to_bf16
+from .conftest import FEW_ROWS, INTEGERS, VALUES, Kernels, in_bf16, on_grid, sparse_weight, to_bf16
 
 PASS_ROWS = 48  # kPassRows in kernels.h
 TOLERANCE = 2e-6  # of sum |x| |w|: fp32 sums, since the oracle rounds activations as the kernels do
@@ -22,9 +22,11 @@ def rounding_error(
     return float(np.max(np.abs(y - exact) / np.maximum(scale, 1e-30)))
 
 
-def as_kernels_see(x: NDArray[np.float32], values: Values, isa: str) -> NDArray[np.float32]:
+def as_kernels_see(
+    x: NDArray[np.float32], values: Values, isa: str, passes: int = 2
+) -> NDArray[np.float32]:
     """x as the kernels round it: int8 in blocks of 32, bf16 where there is a bf16 product."""
-    if values in INTEGERS and in_tiles(len(x), isa):
+    if values in INTEGERS and in_bf16(len(x), isa, passes):
         return to_bf16(x)
     if values == "bf16" and isa in ("amx", "avx512"):
         return to_bf16(x)
@@ -41,9 +43,10 @@ def as_kernels_see(x: NDArray[np.float32], values: Values, isa: str) -> NDArray[
 def error(y: NDArray[np.float32], x: NDArray[np.float32], block: pack.Block, isa: str) -> float:
     """`rounding_error` of what the kernels see of x and of the weight."""
     info, weight = pack.inspect(block), pack.unpack(block)
-    if info.values in INTEGERS and in_tiles(len(x), isa):
+    passes = 1 if info.planes else 2
+    if info.values in INTEGERS and in_bf16(len(x), isa, passes):
         weight = to_bf16(weight)
-    return rounding_error(y, as_kernels_see(x, info.values, isa), weight)
+    return rounding_error(y, as_kernels_see(x, info.values, isa, passes), weight)
 
 
 def activations(rows: int, cols: int, seed: int = 7) -> NDArray[np.float32]:
@@ -169,10 +172,11 @@ def test_a_row_says_the_same_alone_and_in_company(
     planes = storage == "planes"
     weight = sparse_weight(outputs, cols, 0.5)
     block = pack.pack(weight, values, storage == "sparse", planes=planes)
-    exact = values in INTEGERS and not planes and not in_tiles(PASS_ROWS, isa)
+    exact = values in INTEGERS and not planes
     some = [*range(2, FEW_ROWS + 2)]
     if exact:
-        some += [2 * FEW_ROWS + 1, PASS_ROWS, PASS_ROWS + 1]
+        more = (FEW_ROWS + 9, 2 * FEW_ROWS, 2 * FEW_ROWS + 1, PASS_ROWS, PASS_ROWS + 1)
+        some += [rows for rows in more if not in_bf16(rows, isa)]
     x, skip = activations(some[-1], cols, 1), activations(some[-1], cols, 2)
     given = {"gamma": activations(1, cols, 3)[0], "bias": activations(1, outputs, 4)[0]}
     alone = [
@@ -196,8 +200,8 @@ def test_a_row_says_the_same_alone_and_in_company(
 def test_a_gated_row_says_the_same_in_company(
     kernels: Kernels, isa: str, rows: int, values: Values
 ) -> None:
-    if in_tiles(rows, isa):
-        pytest.skip("tiles take bf16, a row by itself int8")
+    if in_bf16(rows, isa):
+        pytest.skip("many rows are taken in bf16, one in int8")
     parts = (sparse_weight(600, 72, 0.5, seed=seed) for seed in (3, 4))
     block = pack.pack(pack.interleave_gate_up(*parts), values)
     x = activations(rows, 72)
@@ -302,7 +306,7 @@ def test_gated(
     gate, up = sparse_weight(outputs, 72, 0.5, seed=3), sparse_weight(outputs, 72, 0.5, seed=4)
     block = pack.pack(pack.interleave_gate_up(gate, up), values)
     weight = pack.unpack(block)
-    if values in INTEGERS and in_tiles(rows, isa):
+    if values in INTEGERS and in_bf16(rows, isa):
         weight = to_bf16(weight)
     both = weight.reshape(-1, 2, 16, 72).astype(np.float64)
     x = activations(rows, 72)

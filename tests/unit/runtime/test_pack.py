@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from owl_deploy.runtime import pack
 from owl_deploy.runtime.value_types import SHARED_COLUMNS, Values
 
-from .conftest import INTEGERS, STEP, VALUES, Kernels, in_tiles, on_grid, sparse_weight, to_bf16
+from .conftest import INTEGERS, STEP, VALUES, Kernels, in_bf16, on_grid, sparse_weight, to_bf16
 
 SHAPES = [(1, 1), (16, 64), (17, 5), (31, 129), (64, 576), (100, 1000)]
 
@@ -84,7 +84,7 @@ def test_scales_below_zero(kernels: Kernels, isa: str, values: Values, sparse: b
     for rows in (1, 3, 40):
         x = np.ones((rows, 70), dtype=np.float32)
         found = kernels.matmul(isa, block, x, 33)[0]
-        seen = to_bf16(weight.astype(np.float32)) if in_tiles(rows, isa) else weight
+        seen = to_bf16(weight.astype(np.float32)) if in_bf16(rows, isa) else weight
         np.testing.assert_allclose(found, x @ seen.T, rtol=1e-5, atol=1e-4)
     if not pack.inspect(block).sparse:
         np.testing.assert_array_equal(kernels.gather(block, 5, 70), weight[5])
