@@ -7,7 +7,6 @@ same problems (Miller 2024, arXiv 2411.00640, section 4.2). Where nobody says wh
 may: the one-standard-error rule (Breiman et al. 1984, section 3.4.3).
 """
 
-import contextlib
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -70,8 +69,8 @@ class Judged:
 
     `documents`: of the task. `options` are in the order of the result's subjects. `unlike`: why
     there are none, where what is known of them cannot be compared. `unknown`: the deployments whose
-    quality nobody measured; `timed`: the benchmark's first metric, by its key, and `comparisons`
-    in that.
+    quality nobody measured; `aside`: why HumanEval, which some were asked, does not judge them;
+    `timed`: the benchmark's first metric, by its key, and `comparisons` in that.
     """
 
     key: str
@@ -80,6 +79,7 @@ class Judged:
     options: tuple[Option, ...]
     unlike: str = ""
     unknown: tuple[str, ...] = ()
+    aside: str = ""
     timed: str = ""
     comparisons: tuple[Comparison, ...] = ()
 
@@ -256,10 +256,14 @@ def judge(result: Result, key: str | None = None) -> Judged:
 
 
 def _by_what_is_known(timed: Sequence[Subject], speeds: _Speeds) -> Judged:
-    with contextlib.suppress(BadInput):
+    aside = ""
+    try:
         by_code = _judged(timed, speeds, HUMANEVAL)
         if by_code.options and by_code.best.value > _TELLS * (by_code.best.stderr or 0.0):
             return by_code
+    except BadInput as error:
+        if any(HUMANEVAL in one.scores for one in timed):
+            aside = str(error)
     unknown = tuple(subject.name for subject in timed if not subject.perplexity)
     known = [one for one in timed if one.perplexity]
     dense = [one.name for one in timed if not one.is_sparse]
@@ -272,7 +276,7 @@ def _by_what_is_known(timed: Sequence[Subject], speeds: _Speeds) -> Judged:
         judged = _judged(known, speeds, PERPLEXITY)
     except BadInput as error:
         return _undecided(str(error))
-    return replace(judged, unknown=unknown)
+    return replace(judged, unknown=unknown, aside=aside)
 
 
 def _undecided(why: str) -> Judged:
@@ -375,6 +379,7 @@ def sentence(judged: Judged, max_loss: float | None = None) -> str:
     said = [_pick(judged, pick, max_loss, doubted)]
     said += [_unsure(judged, pick, doubted)] if doubted else []
     said += [_sparse(judged, pick, max_loss), unknown]
+    said += [f"That is by perplexity: {judged.aside}"] if judged.aside else []
     # The next may be the best dense one, of which a sparse choice is told the same.
     return " ".join(filter(None, dict.fromkeys(said)))
 

@@ -406,6 +406,7 @@ def test_pass_at_1_judges_nothing_that_it_cannot(spoil: dict[str, object]) -> No
     subjects[3] = first.model_copy(update={"scores": changed if spoil else {}})
     found = made.model_copy(update={"subjects": tuple(subjects)})
     assert decision.judge(found).key == "perplexity"
+    assert ("That is by perplexity: " in said(found)) == ("stderr" not in spoil)
     if "stderr" not in spoil:
         with pytest.raises(BadInput, match=r"other documents|has no humaneval measured"):
             decision.judge(found, "humaneval")
