@@ -54,7 +54,7 @@ ONE_SHOT = Kind("one format, one shot", "o", ACCENT, False)
 BUDGET = Kind("a format for each matrix", "D", ACCENT, False)
 RECONSTRUCTED = Kind("reconstructed", "s", ACCENT, True)
 TRAINED = Kind("trained for 30 minutes", "o", ACCENT, True)
-SPARSE = Kind("half of the weights removed; trained on ...", "s", INK, True)
+SPARSE = Kind("weights removed, half if not said; trained on ...", "s", INK, True)
 RIVAL = Kind("llama.cpp", "^", FAINT, True)
 
 # By the beginnings of deployments' names: how they were rounded, or what they were trained on.
@@ -63,6 +63,7 @@ AFTER = {
     "trained": " on code",
     "answers": " on answers",
     "sparse-mixed": ", asymmetric",
+    "sparse-60": ", 60 %",
 }
 _ENOUGH = 82  # problems to tell deployments apart by
 
@@ -74,6 +75,7 @@ _CROWDED = {
     ("50 % int4", ONE_SHOT.label): (5, 2),
     ("int4 to nearest", ONE_SHOT.label): (5, 2),
     ("int4, asymmetric", SPARSE.label): (5, -11),
+    ("int8, asymmetric", SPARSE.label): (6, -7),
 }
 
 
