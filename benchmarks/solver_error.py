@@ -2,8 +2,8 @@
 
     python benchmarks/solver_error.py [--block 0 --block 9 ...] [--sparsity 0.5] -o FILE
 
-Prunes the Linears of some blocks of the demo's model, each by itself, by the dense model's own
-inputs on the calibration text, and measures on its evaluation text, which holds other articles:
+Prunes the Linears of the demo's model, each by itself, by the dense model's own inputs on the
+calibration text, and measures on its evaluation text, which holds other articles:
 ||X (V - W)^T||^2 / ||X W^T||^2 for a weight W that became V. FILE holds a row a Linear.
 """
 
@@ -80,7 +80,7 @@ def errors(
 def main() -> None:
     """Measure, write, and print a line a way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--block", type=int, action="append", help="repeat. [0, 9]")
+    parser.add_argument("--block", type=int, action="append", help="repeat. [all]")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--structure", default="unstructured")
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -88,7 +88,7 @@ def main() -> None:
     skeleton = Skeleton(open_checkpoint(demo_input() / MODEL), torch.float32, torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
-        blocks = set(given.block or (0, 9))
+        blocks = set(given.block or range(len(skeleton.names)))
         for index, seen, other in statistics(skeleton, blocks, Path(scratch)):
             weights = skeleton.checkpoint.read_module(skeleton.names[index])
             for name in skeleton.linears(index):
