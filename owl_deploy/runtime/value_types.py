@@ -81,6 +81,24 @@ def _encode_integers(weight: NDArray[np.float32]) -> NDArray[np.generic]:
     return weight.astype(np.int8).view(np.uint8)
 
 
+def _integers(
+    code: int, bits: int, levels: tuple[int, int], max_density: float, *, planes: bool = False
+) -> ValueTraits:
+    """Integers of so many bits; kernels expand them into the upper ones of a byte."""
+    counts = 2 ** (8 - bits)
+    return ValueTraits(
+        code=code,
+        stored_bits=bits,
+        dtype=np.uint8,
+        encode=_encode_integers,
+        decode=lambda encoded: encoded.view(np.int8) * np.float32(counts),
+        levels=levels,
+        counts=counts,
+        planes=planes,
+        max_density=max_density,
+    )
+
+
 TRAITS: dict[Values, ValueTraits] = {
     "fp32": ValueTraits(
         code=1,
@@ -98,36 +116,10 @@ TRAITS: dict[Values, ValueTraits] = {
         decode=lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
         max_density=0.85,
     ),
-    "int8": ValueTraits(
-        code=3,
-        stored_bits=8,
-        dtype=np.uint8,
-        encode=_encode_integers,
-        decode=lambda bits: bits.view(np.int8).astype(np.float32),
-        levels=(-127, 127),
-        planes=True,
-        max_density=0.8,
-    ),
-    "int4": ValueTraits(
-        code=4,
-        stored_bits=4,
-        dtype=np.uint8,
-        encode=_encode_integers,
-        decode=lambda bits: bits.view(np.int8) * np.float32(16),
-        levels=(-8, 7),
-        counts=16,
-        max_density=0.7,
-    ),
-    "int3": ValueTraits(
-        code=5,
-        stored_bits=3,
-        dtype=np.uint8,
-        encode=_encode_integers,
-        decode=lambda bits: bits.view(np.int8) * np.float32(32),
-        levels=(-4, 3),
-        counts=32,
-        max_density=0.6,  # rounding alone leaves a third of zeros and more, in some Linears
-    ),
+    "int8": _integers(3, 8, (-127, 127), 0.8, planes=True),
+    "int4": _integers(4, 4, (-8, 7), 0.7),
+    # Rounding alone leaves a third of zeros and more, in some Linears.
+    "int3": _integers(5, 3, (-4, 3), 0.6),
 }
 
 # The types whose values are integers, by their bits.
