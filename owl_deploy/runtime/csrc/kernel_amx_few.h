@@ -29,15 +29,15 @@ struct FewInTiles {
 
   // Signed bytes, as they are in `dot` but for the bias; zeros where a block is only half there.
   OWL_INLINE void unpack(Stream& stream, std::size_t b, std::uint8_t* to) const {
-    const std::size_t there = smaller(kBlockCells, w.cells - b * kBlockCells);
-    if (there < kBlockCells) std::memset(to, 0, kBlockBytes);
-#pragma GCC unroll 2
-    for (std::size_t c = 0; c < there; c += 4, to += 4 * kCellBytes) {
-      stream.template prefetch_ahead<true>();
-      V::store_cell(to, V::bias8(stream.template next<0>()));
-      V::store_cell(to + kCellBytes, V::bias8(stream.template next<1>()));
-      V::store_cell(to + 2 * kCellBytes, V::bias8(stream.template next<2>()));
-      V::store_cell(to + 3 * kCellBytes, V::bias8(stream.template next<3>()));
+    const auto store = [&](const auto& block) OWL_ALWAYS_INLINE {
+      for (std::size_t i = 0; i < std::size(block.cell); ++i)
+        V::store_cell(to + i * kCellBytes, V::bias8(block.cell[i]));
+    };
+    if ((b + 1) * kBlockCells <= w.cells) {
+      store(CellBlock<V, kBlockCells>(stream));
+    } else {
+      std::memset(to, 0, kBlockBytes);
+      store(CellBlock<V, kBlockCells / 2>(stream));
     }
   }
 
