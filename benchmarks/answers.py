@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from openai import AsyncOpenAI
+from openai import APIConnectionError, AsyncOpenAI
 
 from owl_deploy.progress import bar
 
@@ -141,7 +141,10 @@ def main() -> None:
     answered = {json.loads(line)["messages"][0]["content"] for line in before}
     every = requests(arguments.packages, arguments.of_one, arguments.seed)
     left = (one for one in every if one not in answered)
-    asyncio.run(ask(list(islice(left, arguments.requests)), arguments.output, arguments))
+    try:
+        asyncio.run(ask(list(islice(left, arguments.requests)), arguments.output, arguments))
+    except APIConnectionError:
+        parser.error(f"No server answers at {arguments.url}. Start `owl serve` there; give --url.")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     ).hexdigest()
 
 
+def check_adapter(folder: Path) -> None:
+    """Raise `BadInput` for a folder without an adapter's files."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder} has no {name}.", "Give a folder that holds a PEFT adapter.")
+
+
 def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # noqa: ANN401
     """`model`, loaded from `checkpoint`, with the adapter in `folder` applied (a PeftModel).
 
@@ -37,9 +44,7 @@ def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # no
     import peft
     from safetensors import safe_open
 
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise BadInput(f"{folder} has no {name}.", "Give a folder that holds a PEFT adapter.")
+    check_adapter(folder)
     config = read_object(folder / CONFIG, "Get the adapter again.")
     if (kind := config.get("peft_type")) != "LORA":  # of others some read what they name
         raise BadInput(f"The adapter in {folder} is of PEFT's type {kind!r}.", "Give a LoRA one.")

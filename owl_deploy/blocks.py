@@ -472,10 +472,11 @@ def room_for(
         return torch.empty(shape, dtype=dtype, device=device)
     if size < free_memory() / 2:
         return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(dir=scratch, prefix="hidden-") as file:
-        # The mapping outlives the name: the space is given back with the tensor, or the process.
+    with tempfile.TemporaryFile(dir=scratch) as file:  # without a name, which a kill would leave
+        # The mapping outlives the file: the space is given back with the tensor, or the process.
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
-        flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype)
+        path = f"/proc/self/fd/{file.fileno()}"
+        flat = torch.from_file(path, shared=True, size=math.prod(shape), dtype=dtype)
     return flat.view(shape)
 
 

@@ -201,7 +201,7 @@ class Checkpoint:
 
     def check_length(self, tokens: int, option: str) -> None:
         """Raise `BadInput` where the model takes fewer than the `tokens` of `option`."""
-        check_length(self.config, tokens, option)
+        check_length(self.config, tokens, option, str(self.folder))
 
     def check_shapes(self, wanted: Mapping[str, list[int]]) -> None:
         """Raise `BadInput` unless there is a tensor of each name and shape in `wanted`."""
@@ -324,12 +324,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json", "Get the file again.")
 
 
-def check_length(config: Mapping[str, Any], tokens: int, option: str) -> None:
-    """Raise `BadInput` where the model of a `config` takes fewer than the `tokens` of `option`."""
-    longest = config.get("max_position_embeddings")
-    if longest and tokens > longest:
+def check_length(
+    config: Mapping[str, Any], tokens: int, option: str, model: str = "The model"
+) -> None:
+    """Raise `BadInput` where the `model` of a `config` takes fewer than the `tokens` of `option`.
+
+    So too where it does not say in a number how many it takes.
+    """
+    longest = config.get("max_position_embeddings") or math.inf
+    if not isinstance(longest, int | float):
         raise BadInput(
-            f"The model takes {longest} tokens, not {tokens}.", f"Give a smaller {option}."
+            f"max_position_embeddings is {longest!r} in {model}'s config.json, and is a number.",
+            "Get the file again.",
+        )
+    if tokens > longest:
+        raise BadInput(
+            f"{model} takes {longest} tokens, not {tokens}.", f"Give a smaller {option}."
         )
 
 

@@ -468,6 +468,11 @@ def _structure(source: Path, groups: set[tuple[int, int] | None]) -> dict[str, A
     if len({size for _, size in known}) > 1 or None in groups:
         raise BadInput(f"The recipe {source} mixes structures with different M.")
     mean, size = round(sum(left for left, _ in known) / len(known)), known[0][1]
+    if all(left == size for left, _ in known):
+        raise BadInput(
+            f"The recipe {source} removes nothing: its mask_structure is 0:{size}.",
+            f"It says how many of {size} are removed.",
+        )
     return {"structure": f"{min(mean, size - 1)}:{size}"}
 
 

@@ -214,7 +214,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokeniz
     except Exception as error:  # missing, truncated, or of an unknown class: many types
         raise BadInput(
             f"{folder} holds no tokenizer that can be read ({first_line(error)}).",
-            "Copy the model's tokenizer files there.",
+            "Copy the model's tokenizer files, and its config.json, there.",
         ) from error
 
 

@@ -67,6 +67,14 @@ class Deployment:
             told = self.folder.number("context_length")
         return told or None
 
+    def check_length(self, tokens: int, option: str) -> None:
+        """Raise `BadInput` where the model takes fewer than the `tokens` of `option`."""
+        if self.max_context and tokens > self.max_context:
+            raise BadInput(
+                f"{self.path} takes {self.max_context} tokens, not {tokens}.",
+                f"Give a smaller {option}.",
+            )
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The form for messages that the model was taught, if any."""

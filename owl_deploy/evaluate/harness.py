@@ -164,8 +164,6 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
 
     def _begun(self, context: str, options: dict[str, Any]) -> "_Text":
         wanted: dict[str, Any] = normalize_gen_kwargs(options)
-        if wanted.get("do_sample"):
-            raise BadInput("The task samples, and a deployment is evaluated greedily.")
         end = self.tokenizer.decode(self.eot_token_id)
         stops: list[str] = handle_stop_sequences(wanted.get("until"), eos=end)
         most = int(wanted["max_gen_toks"])

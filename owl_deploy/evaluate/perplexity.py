@@ -173,10 +173,7 @@ def deployment_perplexity(
     measured = state_of(folder)
     opened = open_deployment(folder, trust_library=asked.trust_library)
     engine, window = engine_of(opened, asked.engine), asked.window
-    if opened.max_context and window > opened.max_context:
-        raise BadInput(
-            f"{folder} takes {opened.max_context} tokens, not {window}.", "Give a smaller --window."
-        )
+    opened.check_length(window, "--window")
     windows = windows_of(folder, text, window, asked.windows)
     if watched is not None:
         watched.reads(folder, windows, windows)

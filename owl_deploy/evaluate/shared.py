@@ -3,9 +3,11 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from owl_deploy import digests
+from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.subject import no_model_has
 from owl_deploy.progress import error_console
 from owl_deploy.ranks import Ranks
@@ -40,10 +42,27 @@ class SharedModel:
         return found
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """As the harness has it; says first how many contexts will be cut."""
+        """As the harness has it; says first how many contexts will be cut.
+
+        A context without a token begins as texts do that are scored. Raises `BadInput` for a task
+        that samples: its answers would be others each time.
+        """
+        if any(request.args[1].get("do_sample") for request in requests):
+            raise BadInput(
+                "The task samples, and models are evaluated greedily.",
+                "Set do_sample to false in its generation_kwargs.",
+            )
         if self._ranks.leads:
             self._tell_what_is_cut(requests)
-        return self._shared(requests, self._model.generate_until)
+        begun = [self._begun(request) for request in requests]
+        return self._shared(begun, self._model.generate_until)
+
+    def _begun(self, request: Any) -> Any:  # noqa: ANN401
+        context, options = request.args
+        if self._model.tok_encode(context):
+            return request
+        begin = self._model.tokenizer.decode(self._model.prefix_token_id)
+        return replace(request, arguments=(begin, options))
 
     def _tell_what_is_cut(self, requests: Sequence[Any]) -> None:
         """A task's text that is cut on the left asks for something else."""

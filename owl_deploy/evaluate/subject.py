@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from owl_deploy.adapter import CONFIG, WEIGHTS, with_adapter
+from owl_deploy.adapter import CONFIG, WEIGHTS, check_adapter, with_adapter
 from owl_deploy.artefact import is_artefact, sha256
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.digests import state_of
@@ -48,11 +48,18 @@ def engine_of(deployment: Deployment, asked: str | None) -> str:
 
 def check_subject(folder: Path, asked: EvaluationSettings) -> None:
     """Raise `BadInput` for a folder that could not be evaluated, before others are for hours."""
+    model: Deployment | Checkpoint
     if is_deployment(folder):
         refuse_adapter(asked.adapter)
-        engine_of(open_deployment(folder, trust_library=asked.trust_library), asked.engine)
+        model = open_deployment(folder, trust_library=asked.trust_library)
+        engine_of(model, asked.engine)
     else:
-        folder = open_checkpoint(folder).folder
+        model = open_checkpoint(folder)
+        folder = model.folder
+        if asked.adapter is not None:
+            check_adapter(Path(asked.adapter))
+    if asked.text is not None:
+        model.check_length(asked.window, "--window")
     load_tokenizer(folder)
 
 

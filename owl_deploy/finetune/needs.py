@@ -83,12 +83,15 @@ class Needs:
         if self.settings.method == "masked":
             whole = math.ceil(self._share * self.source.weights)
             least += (dtype.itemsize - half) * whole
+            fewer = "fewer blocks at a time (--block-group)"
+        else:
+            fewer = "an adapter of a smaller --rank"
         free = free_memory()
         if least > free:
             raise BadInput(
                 f"This training takes at least {decimal(int(least))} of memory, and "
                 f"{decimal(free)} are free.",
-                "Train fewer blocks at a time (--block-group), or smaller batches (--batch-size).",
+                f"Train {fewer}, or smaller batches (--batch-size).",
             )
 
     def check_disk(self, folder: Path, *, resume: bool) -> None:

@@ -173,6 +173,7 @@ class Run:
         self.needs.check_steps()
         self.needs.check_memory(self.dtype)
         if self.teacher is not None:
+            self.teacher.check_length(settings.sequence_length, "--sequence-length")
             like = settings.feature_weight is not None
             self._teacher = load_teacher(source, self.teacher, self.dtype, like=like)
             self._halve(self._teacher[0])

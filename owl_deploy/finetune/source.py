@@ -12,7 +12,7 @@ from owl_deploy.checkpoint import GRID, Checkpoint, check_links, open_checkpoint
 from owl_deploy.ending import Defect
 from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
-from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.manifest import MANIFEST, CheckpointManifest, read_manifest
 from owl_deploy.prune_settings import is_named
 from owl_deploy.recipe import RESOLVED
 from owl_deploy.survivors import SPARSE_FROM, LinearGrid
@@ -43,6 +43,13 @@ class Source:
         self.zeros = self.weights = 0
         self.whole = {name for name, one in self.manifest.linears.items() if one.whole}
         self._check_mask()
+        there = {f"{block}.{name}" for block in self.blocks for name in self.matrices[block]}
+        for name in sorted(self.whole):
+            if f"{name}.weight" not in there:
+                raise BadInput(
+                    f"{self.folder / MANIFEST} tells of {name}, which the model has not.",
+                    "Make the checkpoint again, or remove the file.",
+                )
 
     def _check_mask(self) -> None:
         told = {block.name: block.achieved for block in self.manifest.blocks}
@@ -75,16 +82,20 @@ class Source:
         They are others where nothing was removed: training moves weights to zero and off it.
         """
         found, result = self.manifest.to_json(), Checkpoint(written)
-        for block in found["blocks"] if self.whole else ():
-            for name, one in block["linears"].items():
+        if not self.whole:
+            return found
+        zeros = 0.0
+        for block in found["blocks"]:
+            own = 0.0
+            for name, one in block.get("linears", {}).items():
                 if (linear := f"{block['name']}.{name}") in self.whole:
-                    zeros = int((result.read(f"{linear}.weight") == 0).sum())
-                    one["achieved"] = zeros / one["weights"]
-            shares = (one["achieved"] * one["weights"] for one in block["linears"].values())
-            block["achieved"] = sum(shares) / max(block["weights"], 1)  # it may be skipped
-        if self.whole:
-            shares = (block["achieved"] * block["weights"] for block in found["blocks"])
-            found["sparsity"]["achieved"] = sum(shares) / found["weights"]
+                    weight = result.read(f"{linear}.weight")
+                    one["weights"] = weight.numel()
+                    one["achieved"] = 1 - weight.count_nonzero().item() / weight.numel()
+                own += one["achieved"] * one.get("weights", 0)
+            block["achieved"] = own / max(block.get("weights", 0), 1)  # it may be skipped
+            zeros += own
+        found.setdefault("sparsity", {})["achieved"] = zeros / max(found.get("weights", 0), 1)
         return found
 
     def refuse_dense(self, what: str) -> None:
@@ -209,6 +220,9 @@ def load_teacher(
 def _lies_on(weight: torch.Tensor, grid: LinearGrid) -> bool:
     """Whether a `weight` [out, in] is integers times its scales, to what its dtype rounds."""
     scales = grid.scales.repeat_interleave(grid.group, dim=1)[:, : weight.shape[1]]
-    places = weight.float() / scales.where(scales != 0, 1)  # of no scale all weights are zero
-    allowed = places.abs() * torch.finfo(weight.dtype).eps + 1e-3
+    scales = scales.abs().where(scales != 0, 1)  # of no scale all weights are zero
+    places = weight.float() / scales
+    told = torch.finfo(weight.dtype)
+    coarse = told.smallest_normal * told.eps / 2 / scales  # half of the smallest number
+    allowed = torch.maximum(places.abs() * told.eps + 1e-3, coarse.clamp(max=0.25))
     return bool(((places - places.round()).abs() <= allowed).all())

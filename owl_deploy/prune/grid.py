@@ -7,6 +7,7 @@ Q4_0. A scale's *code* is the upper 13 bits of it as a float32: 16 * (e + 127) a
 sixteenths, and `_BELOW_ZERO`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,14 @@ _BELOW_ZERO = 1 << 12
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers of `bits` bits, zero among them; `group` columns of a row share a scale."""
+    """Integers of `bits` bits, zero among them; `group` columns of a row share a scale.
+
+    `dtype`: of the numbers that are to hold integers times scales.
+    """
 
     bits: int
     group: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def lowest(self) -> int:
@@ -39,11 +44,15 @@ class Grid:
     def window(self, weight: torch.Tensor) -> tuple[int, int]:
         """The least and the largest code for the scales of `weight` [out, in], above zero.
 
-        They end some binades above what the largest weight needs.
+        They end some binades above what the largest weight needs, and begin where the numbers
+        stored are as fine as scales are: of float16 at 2^-20 for 8 bits, 2^-21 for fewer.
         """
         peak = weight.abs().amax().reshape(1, 1)
         top = int(self._clipping_nothing(peak)) // 16 + _BINADES_ABOVE
-        last = min(max(top, _BINADES + 1), 255)  # normal numbers only
+        told = torch.finfo(self.dtype)
+        finest = round(math.log2(told.smallest_normal * told.eps)) + 127  # 2^(e - 127) is a number
+        first = max(finest + (3 if self._signed else 4), 1)  # by a mantissa of so many bits
+        last = min(max(top, first + _BINADES), 255)
         return 16 * (last - _BINADES), 16 * last - self._step
 
     def best_codes(

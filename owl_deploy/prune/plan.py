@@ -113,7 +113,10 @@ def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Pl
     assert request.tune_minutes is not None
     ranks, settings, shape = request.ranks, plan.settings, request.shape
     kept = ranks.from_leader(lambda: store.read(SEARCH))
-    state = tune.Search() if kept is None else tune.Search.from_json(kept)
+    try:
+        state = tune.Search() if kept is None else tune.Search.from_json(kept)
+    except (KeyError, TypeError) as error:
+        raise damaged(store.folder / SEARCH) from error
     windows = request.held_out[: tune.HELD_OUT_WINDOWS, : tune.HELD_OUT_TOKENS]
     skeleton = Skeleton(request.checkpoint, request.training_dtype, request.skeleton.device)
     judge = Judge(skeleton, shape, measured.norms, windows, store.folder, settings.group)

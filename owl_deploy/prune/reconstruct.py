@@ -117,6 +117,8 @@ class Reconstruction:
             if any(map(half.holds, changed)):
                 trained = self._trained(half, index, weights, dense, grids, advance)
                 weights, outcomes[half.name] = trained
+            else:
+                advance(self.passes / len(self.halves) * len(self.training.pruned.hidden))
             self._pass(half, index, weights, "pruned")
         return weights, outcomes
 

@@ -337,7 +337,7 @@ class Walk:
             writes = asymmetric.writes(self.skeleton.family, linear)
             keep_zeros = self.maker.keeps_zeros and not whole
             weight = asymmetric.aimed(weight, inputs, writes=writes, keep_zeros=keep_zeros)
-        made = self.maker.make(weight, inputs, form, whole=whole)
+        made = self.maker.make(weight, inputs, form, whole=whole, dtype=dense.dtype)
         found = {"weight": made.weight.to(dense.device, dense.dtype)}
         return found if made.scales is None else found | {SCALE: made.scales.to(dense.device)}
 

@@ -195,7 +195,27 @@ def test_what_would_leave_the_grid_is_refused(owl, llama, text_file, tmp_path):
         save_file(scales | {name: wrong}, rounded / GRID, {"bits": "4", "group": "32"})
         code, _, err = owl(*command, "--method", "masked")
         assert (code, f"{name} does not fit its weight" in " ".join(err.split())) == (2, True), err
+    manifest = json.loads((rounded / "owl.json").read_text())
+    unknown = {"achieved": 0.0, "sparsity": 0.0, "weights": 4, "whole": True}
+    manifest["blocks"][0]["linears"]["foo"] = unknown
+    (rounded / "owl.json").write_text(json.dumps(manifest))
+    code, _, err = owl(*command, "--method", "masked")
+    assert (code, "of model.layers.0.foo, which" in " ".join(err.split())) == (2, True), err
     assert [path.name for path in tmp_path.iterdir()] == ["rounded"]
+
+
+def test_a_manifest_that_tells_little_is_added_to(owl, llama, text_file, tmp_path):
+    """All of them pass the schema."""
+    rounded = tmp_path / "rounded"
+    calibration = Calibration(str(text_file), samples=4, sequence_length=32)
+    prune(llama, rounded, PruneSettings.checked(method="none", bits=4), calibration)
+    manifest = json.loads((rounded / "owl.json").read_text())
+    del manifest["sparsity"], manifest["weights"]
+    (rounded / "owl.json").write_text(json.dumps(manifest))
+    out = tmp_path / "out"
+    code, _, err = owl(*arguments(rounded, text_file, out, "-m", "masked", "--max-steps", 1))
+    assert code == 0, err
+    assert read_manifest(out, CheckpointManifest).blocks[0].achieved > 0
 
 
 def test_other_arguments_are_refused_by_name(sparse, text_file, tmp_path, monkeypatch):

@@ -375,6 +375,12 @@ oneshot_stage:
             "targets: model.layers.0}}",
             "0 removed of 4",
         ),
+        ("{WandaPruningModifier: {sparsity: 0.0, mask_structure: '0:4'}}", "removes nothing"),
+        (
+            "{WandaPruningModifier: {sparsity: [0.0, 0.0], mask_structure: '0:4', "
+            "targets: [model.layers.0, model.layers.1]}}",
+            "removes nothing",
+        ),
         ("{WandaPruningModifier: {sparsity: 0.5, mask_structure: '0:00'}}", "neither 'unstr"),
         ("{WandaPruningModifier: {sparsity: 0.5, sequential_update: false}}", "sequential_update"),
     ],

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("lm_eval.models", reason="pip install 'owl-deploy[eval]'")
+from lm_eval.api.instance import Instance
+
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.shared import SharedModel
 from owl_deploy.ranks import ALONE, Ranks
@@ -18,6 +20,8 @@ class Model:
     """Sees ten tokens, which are words, and answers with how many there were."""
 
     max_length = 10
+    prefix_token_id = 7
+    tokenizer = SimpleNamespace(decode=str)
 
     def tok_encode(self, text: str) -> list[str]:
         return text.split()
@@ -41,6 +45,21 @@ def test_what_the_window_cuts_is_told(
     told = " ".join(capsys.readouterr().err.split())
     assert told.startswith(f"{cut} of {len(lengths)} texts lose their beginnings" if cut else "")
     assert bool(told) == bool(cut)
+
+
+def test_a_task_that_samples_is_refused() -> None:
+    sampling = {"max_gen_toks": 4, "do_sample": True, "temperature": 1.0}
+    one = SimpleNamespace(task_name="one", doc_id=0, args=("a", sampling))
+    with pytest.raises(BadInput, match="The task samples"):
+        SharedModel(Model(), ALONE).generate_until([*requests(1), one])
+
+
+def test_a_context_without_a_token_begins_as_a_text_that_is_scored() -> None:
+    texts = [
+        Instance("generate_until", {}, (text, {"max_gen_toks": 4}), 0, ("one", n, 1))
+        for n, text in enumerate(("", "a b"))
+    ]
+    assert SharedModel(Model(), ALONE).generate_until(texts) == ["1", "2"]
 
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,9 @@ import pytest
 
 from owl_deploy.artefact import write_json
 from owl_deploy.digests import state_of
-from owl_deploy.evaluate.subject import keep
+from owl_deploy.errors import BadInput
+from owl_deploy.evaluate.settings import EvaluationSettings
+from owl_deploy.evaluate.subject import check_subject, keep
 from owl_deploy.measurements import measurement, measurement_file
 
 
@@ -125,3 +128,14 @@ def test_what_replaced_the_measured_one_does_not_keep_its_result(
     keep(ours, "perplexity", LONG | {"value": 99.0}, measured=before)
     assert measurement(ours, "perplexity") == LONG
     assert "was replaced meanwhile" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_could_not_be_evaluated_is_refused(llama: Path, tmp_path: Path) -> None:
+    """For this the second model does not wait for the first, which may take hours."""
+    asked = EvaluationSettings(text="text.txt", window=512)
+    check_subject(llama, asked)
+    with pytest.raises(BadInput, match=r"takes 512 tokens, not 513\. Give a smaller --window"):
+        check_subject(llama, replace(asked, window=513))
+    check_subject(llama, EvaluationSettings(tasks="lambada", window=513))  # which tasks are cut to
+    with pytest.raises(BadInput, match=r"has no adapter_config\.json"):
+        check_subject(llama, replace(asked, adapter=tmp_path))

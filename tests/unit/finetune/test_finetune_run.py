@@ -260,6 +260,9 @@ def test_a_memory_too_small_is_seen_before_anything_is_trained(
     monkeypatch.setattr(needs, "free_memory", lambda: least - 1)
     with pytest.raises(BadInput, match=r"This training takes at least .*--block-group"):
         finetune(sparse, tmp_path / "out", str(text_file), asked, teacher=str(dense))
+    monkeypatch.setattr(needs, "free_memory", lambda: 1000)
+    with pytest.raises(BadInput, match=r"Train an adapter of a smaller --rank, or smaller batches"):
+        finetune(sparse, tmp_path / "out", str(text_file), QUICK, teacher=str(dense))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(needs, "free_memory", lambda: least)
     with pytest.raises(ZeroDivisionError):
@@ -340,6 +343,17 @@ def test_the_teachers_logits_count_by_their_weight(models, tmp_path, share):
     assert abs(told - untold) > 1
     share = 0.5 if share is None else share
     assert first == pytest.approx(share * told + (1 - share) * untold, rel=1e-5)
+
+
+def test_a_teacher_that_takes_less_than_a_window(models, text_file, tmp_path):
+    dense, sparse = models("llama")
+    teacher = shutil.copytree(dense, tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text())
+    for longest, words in ((16, "teacher takes 16 tokens, not 32"), ("64", "'64' in .*teacher's")):
+        config["max_position_embeddings"] = longest
+        (teacher / "config.json").write_text(json.dumps(config))
+        with pytest.raises(BadInput, match=words):
+            finetune(sparse, tmp_path / "out", str(text_file), QUICK, teacher=str(teacher))
 
 
 def test_a_teacher_with_another_vocabulary(models, text_file, tmp_path):

@@ -1,15 +1,17 @@
 """`--bits` through the whole verb: the checkpoint, its scales, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from owl_deploy import recipe
 from owl_deploy.checkpoint import GRID, WEIGHTS
+from owl_deploy.finetune.source import Source
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune_settings import PruneSettings, kept
@@ -103,6 +105,25 @@ def test_bfloat16_and_what_is_skipped(tmp_path, calibration):
     for name in before.keys() - {f"{linear}.weight" for linear in found}:
         assert torch.equal(before[name], after[name]), name
     assert after["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+def test_float16_with_rows_that_are_nearly_nothing(llama, tmp_path, calibration):
+    """Their scales are no finer than the dtype's least numbers, so that integers can be told."""
+    shutil.copytree(llama, tmp_path / "source")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = {key: value.half() for key, value in load_file(llama / WEIGHTS).items()}
+    tensors[name][:8] *= 3e-5
+    save_file(tensors, tmp_path / "source" / WEIGHTS, {"format": "pt"})
+    settings = PruneSettings.checked(method="none", bits=8)
+    prune(tmp_path / "source", tmp_path / "out", settings, calibration)
+    assert sorted(on_the_grid(tmp_path / "out")) == sorted(BLOCKS)
+    weight, scales = load_file(tmp_path / "out" / WEIGHTS)[name], load_file(tmp_path / "out" / GRID)
+    assert weight.dtype == torch.float16
+    assert weight[:8].any()
+    places = weight[:8].float() / scales[f"{name}_scale"][:8].float().repeat_interleave(32, 1)
+    assert torch.equal(places, places.round())
+    grids = Source(tmp_path / "out").grids("model.layers.0")
+    assert grids.keys() >= {"mlp.up_proj"}
 
 
 @pytest.mark.parametrize("method", ["none", "wanda"])

@@ -39,6 +39,19 @@ def test_the_scales_fit_the_bytes_of_the_engine(bits, size):
     assert torch.equal(scales.bfloat16().float(), scales)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_float16_holds_all_that_a_grid_for_it_has(bits):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 32, generator=generator) * torch.logspace(-9, -3, 64).unsqueeze(1)
+    for dtype, exact in ((torch.float16, True), (torch.float32, False)):
+        grid = Grid(bits, 32, dtype)
+        window = grid.window(weight)
+        assert window[1] - window[0] == 16 * 16 - grid._step
+        scales = decode(grid.best_codes(weight, torch.ones(32), window)).unsqueeze(1)
+        places = grid.nearest(weight, scales).half().float() / scales
+        assert bool(((places - places.round()).abs() < 0.07).all()) == exact
+
+
 def test_the_scale_is_the_best_of_all_that_are_tried():
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(40, 32, generator=generator)

@@ -192,7 +192,7 @@ def test_it_stops_where_it_overfits(models, tmp_path, monkeypatch):
     assert sum(advanced) == pytest.approx(reconstruction.passes / 2)
 
 
-def test_a_half_that_is_skipped_stays_as_it_is(models, tmp_path, calibration, monkeypatch):
+def test_a_half_that_is_skipped_stays_as_it_is(models, tmp_path, calibration, monkeypatch, capsys):
     monkeypatch.setattr(reconstruct, "LEARNING_RATE", 0.002)
     attention = [f"{name}_proj" for name in "qkvo"]
     manifest, found = pruned(
@@ -200,6 +200,7 @@ def test_a_half_that_is_skipped_stays_as_it_is(models, tmp_path, calibration, mo
     )
     dense = load_file(models["llama"] / WEIGHTS)
     assert [list(block["halves"]) for block in manifest["blocks"]] == [["mlp"]] * 2
+    assert "Pruning: done in" in capsys.readouterr().err
     for name in dense:
         trained = "mlp" in name or "post_attention" in name
         assert torch.equal(dense[name], found[name]) != trained, name
@@ -338,6 +339,7 @@ def test_what_memory_does_not_hold_lies_in_a_file_twice(models, tmp_path, calibr
     states = skeleton.embed(windows, 1, tmp_path)
     other = states.copy(tmp_path)
     assert len(made) == 2
+    assert not any(tmp_path.iterdir())  # they have no names, which a kill would leave
     assert torch.equal(states.hidden, other.hidden)
     other.hidden.zero_()
     assert states.hidden.any()

@@ -13,6 +13,7 @@ from owl_deploy.blocks import Skeleton, window_loss
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
+from owl_deploy.partial import partial_folder
 from owl_deploy.prune import plan as planning
 from owl_deploy.prune import tune
 from owl_deploy.prune.request import check
@@ -246,3 +247,14 @@ def test_a_search_judges_by_text_that_nothing_was_made_by(llama, text_file, tmp_
     assert torch.equal(made["windows"], request.held_out[:8, :256])
     assert not torch.equal(made["windows"][: len(request.windows)], request.windows)
     assert all(norms["mlp.down_proj"].std() > 0 for norms in made["norms"])
+
+
+def test_a_damaged_search_is_no_search_to_go_on_with(llama, text_file, tmp_path, monkeypatch):
+    settings, text = PruneSettings.checked(sparsity=0.5), Calibration(str(text_file), 3, 48)
+    with monkeypatch.context() as patched:
+        patched.setattr(planning.tune.Searcher, "run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prune(llama, tmp_path / "out", settings, text, tune_minutes=1)
+    (partial_folder(tmp_path / "out") / planning.SEARCH).write_text("{}")
+    with pytest.raises(BadInput, match=r"is damaged: .*search\.json"):
+        prune(llama, tmp_path / "out", settings, text, tune_minutes=1, resume=True)
