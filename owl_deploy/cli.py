@@ -472,6 +472,7 @@ def sweep(
     from owl_deploy import pipeline
     from owl_deploy import sweep as sweeps
     from owl_deploy.bench.show import show_trade_off
+    from owl_deploy.engines import threads_for
     from owl_deploy.record import Unfinished
 
     if needs and not ray:
@@ -484,6 +485,8 @@ def sweep(
         from owl_deploy.cluster.needs import read_needs
 
         read_needs(needs or [])
+    else:
+        threads_for(plan.threads)  # which another machine may have
     if dry_run:
         states = _stored(tasks, output, store) if store else pipeline.survey(tasks)
         lines = [f"{state:8}  {one.title}" for state, one in zip(states, tasks, strict=True)]

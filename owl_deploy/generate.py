@@ -97,6 +97,10 @@ class Sampling:
         temperature = usual.temperature if self.temperature is None else self.temperature
         if not self.do_sample or temperature == 0:
             return Search(repetition_penalty=self.repetition_penalty or 1.0)
+        return self.drawing(usual)
+
+    def drawing(self, usual: Search) -> Search:
+        """How a token is drawn; what is None here is as `usual`. At a temperature of 0 none is."""
         wishes = {one.name: getattr(self, one.name) for one in fields(Search)}
         found = replace(usual, **{k: value for k, value in wishes.items() if value is not None})
         top_k = found.top_k if found.top_k > 0 else LARGEST
@@ -213,6 +217,8 @@ def read_prompt(text: str | None, file: Path | None) -> str:
 
 def _read(file: Path | None) -> tuple[str, bytes]:
     """What `file` is called, and what stands in it but for its last line break; None is stdin."""
+    if file is None and sys.stdin is None:
+        raise BadInput("stdin is closed.", "Give the prompt itself, or --prompt-file.")
     try:
         content = sys.stdin.buffer.read() if file is None else file.read_bytes()
     except OSError as error:
@@ -290,11 +296,11 @@ def search_of(opened: Deployment) -> Search:
     if not given.get("do_sample"):
         return Search()
     try:
-        return Sampling(**given).search(Search())
+        return Sampling(**given).drawing(Search())
     except (BadInput, TypeError) as error:
         raise BadInput(
             f"{opened.path / GENAI_CONFIG} has a sampling that is none ({first_line(error)}).",
-            "Export again.",
+            "Correct it in the model's generation_config.json, and export again.",
         ) from error
 
 
@@ -328,7 +334,10 @@ class Writer:
         takes = opened.folder.number("context_length")
         self.context = min(context or takes, takes)
         pad = opened.folder.settings["model"].get("pad_token_id")
-        if pad is not None and not 0 <= pad < opened.vocab:
+        if (
+            pad is not None
+            and not 0 <= (pad := opened.folder.number("pad_token_id")) < opened.vocab
+        ):
             pad = None
         # Prompts that are run in parts, as the settings may ask for, go alone.
         in_parts = "chunk_size" in opened.folder.settings.get("search", {})

@@ -1,5 +1,6 @@
 """`owl sweep`: methods x allocations x sparsities x targets, and the trade-off between them."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from owl_deploy.artefact import check_path
 from owl_deploy.bench import decision
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
-from owl_deploy.bench.result import Result
+from owl_deploy.bench.result import FILE, Result
 from owl_deploy.checkpoint import check_length, local_folder, read_config
 from owl_deploy.errors import BadInput, invalid
 from owl_deploy.export.targets import precision_of
@@ -25,6 +26,7 @@ from owl_deploy.record import Record
 from owl_deploy.text import check_source
 
 REPORT = "report.html"
+_BENCH = "bench"  # what the folders of benchmarks are called, before a digest of their plans
 
 
 class SweepPlan(BaseModel):
@@ -39,7 +41,7 @@ class SweepPlan(BaseModel):
     allocations: tuple[str, ...] = Field(default=(DEFAULT,), min_length=1)
     sparsities: tuple[float, ...] = Field(default=(0.5, 0.7), min_length=1)
     targets: tuple[str, ...] = Field(default=("onnxruntime",), min_length=1)
-    scenarios: tuple[str, ...] = ("decode", "prefill")
+    scenarios: tuple[str, ...] = Field(default=("decode", "prefill"), min_length=1)
     context: tuple[int, ...] = (512,)
     prompt: tuple[int, ...] = (128,)
     threads: int | None = Field(default=None, ge=1)
@@ -53,7 +55,7 @@ class SweepPlan(BaseModel):
         """The settings of each checkpoint, by its name; raises `BadInput` for wrong ones."""
         every = itertools.product(self.methods, self.allocations, self.sparsities)
         return {
-            f"{method}-{allocation}-{100 * sparsity:g}": api.prune_settings(
+            f"{method}-{allocation}-{100 * sparsity:.10g}": api.prune_settings(
                 None, {"method": method, "allocation": allocation, "sparsity": sparsity}
             )
             for method, allocation, sparsity in every
@@ -94,7 +96,7 @@ def tasks(
     for source in (calibration, text):
         check_source(source)
     roads, prunings = plan.roads(), plan.prunings()
-    _check_lengths(model, plan, prunings.values())
+    longest = _longest(model, plan, prunings.values())
     made: list[Task] = []
     for name, settings in prunings.items():
         checkpoint = output / "checkpoints" / name
@@ -121,19 +123,23 @@ def tasks(
         threads=plan.threads,
         pairs=plan.pairs,
     )
+    if longest:
+        bench.within(longest, model)
     return (*made, *dense, *quality, _bench(bench, output))
 
 
-def _check_lengths(model: Path, plan: SweepPlan, prunings: Iterable[PruneSettings]) -> None:
-    """Raise `BadInput` for windows that the `model` does not take, to prune by or to evaluate on.
+def _longest(model: Path, plan: SweepPlan, prunings: Iterable[PruneSettings]) -> int | None:
+    """How many tokens the `model` takes, if it says so.
 
-    Pruning would find that before its work, and evaluating after all that is pruned and exported.
+    Raises `BadInput` for windows to prune by or to evaluate on that are longer: evaluating would
+    find that after all is pruned and exported.
     """
     way_out = "Check the path; a sweep takes no name on the Hub, so download the model first."
     config = read_config(local_folder(model, way_out))
     if any(settings.calibrates for settings in prunings):
         check_length(config, plan.sequence_length, "--sequence-length")
     check_length(config, plan.window, "--window")
+    return config.get("max_position_embeddings")
 
 
 def _export(checkpoint: Path, output: Path, road: tuple[str, str]) -> Export:
@@ -161,7 +167,7 @@ def _evaluate(deployment: Path, text: str, plan: SweepPlan) -> Evaluate:
 def _bench(bench: BenchPlan, output: Path) -> Bench:
     """The benchmark of all, in a folder of its own."""
     bench.described()  # to hear now what is wrong with it
-    name = f"bench-{digests.of_json(bench.model_dump(mode='json'))[:8]}"
+    name = f"{_BENCH}-{digests.of_json(bench.model_dump(mode='json'))[:8]}"
     title = f"Benchmarking {len(bench.candidates) + len(bench.baselines)} deployments"
     return Bench(title=title, output=output / name, plan=bench)
 
@@ -172,7 +178,8 @@ def run(
     """Do the `plan` by `execute`, and write the report in `output`; the result, and what failed.
 
     `execute` returns the records of what it could not do, by its number in the plan it was given.
-    The deployments that are whole are benchmarked without the others; no result where none is.
+    The deployments that are whole are benchmarked without the others; no result where none is,
+    and the report tells of an earlier benchmark then.
     """
     left, last = dict(execute(plan)), len(plan) - 1
     if left and (rest := without(plan, left, output)):
@@ -182,8 +189,18 @@ def run(
         plan = rest
     records = [record for _, record in sorted(left.items())]
     result = None if last in left else api.read_result(plan[-1].output)
-    write_report([result] if result else [], output / REPORT, left=records, force=True)
+    shown = result or _earlier(output)
+    write_report([shown] if shown else [], output / REPORT, left=records, force=True)
     return result, records
+
+
+def _earlier(output: Path) -> Result | None:
+    """The newest result of this sweep, before it was widened perhaps."""
+    files = output.glob(f"{_BENCH}-*/{FILE}")
+    for file in sorted(files, key=lambda one: one.stat().st_mtime, reverse=True):
+        with contextlib.suppress(BadInput):
+            return api.read_result(file.parent)
+    return None
 
 
 def without(plan: Plan, lost: Container[int], output: Path) -> Plan | None:

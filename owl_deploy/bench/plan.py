@@ -58,7 +58,7 @@ class BenchPlan(BaseModel):
     candidates: tuple[Path, ...] = Field(min_length=1)
     baselines: tuple[Path, ...] = ()
     engines: tuple[str, ...] = ()
-    scenarios: tuple[str, ...] = ("decode", "prefill")
+    scenarios: tuple[str, ...] = Field(default=("decode", "prefill"), min_length=1)
     context: tuple[int, ...] = (512,)
     prompt: tuple[int, ...] = (128,)
     batch: tuple[int, ...] = (1,)
@@ -145,9 +145,10 @@ class BenchPlan(BaseModel):
         Raises `BadInput` for what was asked and is more than the smallest of them takes.
         """
         known = [(one.max_context, one.path) for one in deployments if one.max_context is not None]
-        if not known:
-            return self, ()
-        limit, path = min(known)
+        return self.within(*min(known)) if known else (self, ())
+
+    def within(self, limit: int, path: Path) -> tuple[Self, tuple[str, ...]]:
+        """As `fitted`, for the model in `path`, which takes `limit` tokens."""
         takes = f"the {limit} tokens that {path} takes"
         new = self._new_tokens(limit, takes)
         fitting: dict[str, int | tuple[int, ...]] = {

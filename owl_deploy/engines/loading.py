@@ -6,6 +6,7 @@ operators that run are this installation's, unless the user trusts the folder's 
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -279,6 +280,10 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def is_bare(name: str) -> bool:
     """Whether `name` is that of a file within a folder, and leads nowhere else."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a character
+        return False
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
 
 
@@ -310,6 +315,8 @@ def _strange(settings: dict[str, Any], options: dict[str, Any]) -> set[str]:
     """The settings that may name something to read or to write: all but what owl writes."""
     model, search = settings.get("model", {}), settings.get("search", {})
     decoder = model.get("decoder", {})
+    if not isinstance(search, dict):
+        raise TypeError
     strange = {key for key in settings.keys() - {"model", "search"} if settings[key]}
     strange |= {key for key in model.keys() - {"type", "decoder"} if not _is_number(model[key])}
     strange |= {key for key in decoder.keys() - _NAMES if not _is_number(decoder[key])}

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from owl_deploy.artefact import MANIFEST
 from owl_deploy.checkpoint import GRID, Checkpoint, check_links, open_checkpoint
 from owl_deploy.ending import Defect
 from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
-from owl_deploy.manifest import MANIFEST, CheckpointManifest, read_manifest
+from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.prune_settings import is_named
 from owl_deploy.recipe import RESOLVED
 from owl_deploy.survivors import SPARSE_FROM, LinearGrid

@@ -143,6 +143,8 @@ class Line:
             while (pieces := await self._in_thread(next, steps, None)) is not None:
                 for number, piece in pieces.items():
                     batch[number][0].hear(piece)
+                # Whoever has the whole of an answer may ask again at once.
+                self._is_writing = not all(row.ended for _, row in batch)
         except Exception as error:
             for answer, row in batch:
                 if not row.ended:

@@ -417,7 +417,7 @@ def _listen(host: str, port: int) -> socket.socket:
         socket.getaddrinfo(host or None, 0, family)
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
-        hint = "Give a --port."
+        hint = "Give another --port."
         if _is_the_hosts(error):
             hint = "Give a --host that is this machine's, as 127.0.0.1 is."
         raise BadInput(f"{host}:{port} cannot be listened at ({error}).", hint) from error

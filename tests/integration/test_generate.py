@@ -69,6 +69,12 @@ def test_a_prompt_that_is_not_utf8_is_said_in_a_sentence(deployment):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_closed_stdin_is_said_in_a_sentence(owl, deployment, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # as Python has it then
+    code, _, err = owl("generate", deployment, "-")
+    assert (code, "stdin is closed" in err) == (2, True), err
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

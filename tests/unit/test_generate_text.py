@@ -71,9 +71,19 @@ def test_a_model_has_a_sampling_where_it_says_so():
     assert Sampling(do_sample=True).search(Search()) == Search(do_sample=True)
 
 
+def test_a_model_whose_own_temperature_is_0_is_greedy_unless_a_request_has_another():
+    usual = search_of(opened(do_sample=True, temperature=0.0, top_k=0, top_p=0.5))
+    assert usual == Search(do_sample=True, temperature=0.0, top_k=LARGEST, top_p=0.5)
+    assert Sampling(do_sample=True).search(usual) == Search()
+    assert Sampling(do_sample=True, temperature=0.5).search(usual).temperature == 0.5
+    assert Sampling().search(usual) == Search()
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": [0.5]}, {"top_k": "many"}])
 def test_a_models_sampling_that_is_none_is_said_in_a_sentence(wrong):
-    with pytest.raises(BadInput, match=r"tiny/genai_config.json has a sampling .* Export again"):
+    with pytest.raises(
+        BadInput, match=r"tiny/genai_config.json has a sampling .* and export again"
+    ):
         search_of(opened(do_sample=True, **wrong))
 
 

@@ -2,7 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.show import show_trade_off
 from owl_deploy.errors import BadInput
 from owl_deploy.pipeline import Bench, attempt, needs
@@ -82,6 +84,24 @@ def test_where_nothing_is_whole_the_report_says_why(checkpoint: Path) -> None:
     page = (output / "report.html").read_text()
     assert "Nothing was measured." in page
     assert "it needs what failed: Pruning wanda-owl-50" in page
+
+
+def test_a_widening_that_fails_leaves_the_earlier_figures_in_the_report(
+    checkpoint: Path,
+) -> None:
+    output, result = checkpoint.parent / "out", made.result()
+    for name, content in (("bench-a", result), ("bench-b", None), ("benchmark", None)):
+        (output / name).mkdir(parents=True)
+        told = content.model_dump_json() if content else "{"
+        (output / name / "result.json").write_text(told)
+    found, left = run(
+        tasks(checkpoint, output, PLAN, *TEXTS), output, lambda some: attempt(some, list)
+    )
+    assert found is None
+    assert left
+    page = (output / "report.html").read_text()
+    assert "Nothing was measured." not in page
+    assert result.subjects[0].name in page
 
 
 def test_a_target_without_a_precision_has_its_own(checkpoint: Path) -> None:
@@ -164,6 +184,10 @@ def test_a_text_that_is_not_there_is_missed_before_any_work(
         ({}, "The model takes 512 tokens, not 2048. Give a smaller --sequence-length."),
         ({"sequence_length": 512}, "The model takes 512 tokens, not 2048. Give a smaller --window"),
         ({"sequence_length": 512, "window": 512}, None),
+        (
+            {"sequence_length": 512, "window": 512, "context": (4096,)},
+            "--context 4096 is more than the 512 tokens that .*model takes",
+        ),
         # Nothing looks at the text to prune by.
         ({"methods": ("magnitude",), "allocations": ("uniform",), "window": 512}, None),
     ],
@@ -192,6 +216,19 @@ def test_what_the_options_say_wrong(owl: Any, checkpoint: Path) -> None:
     for option in ("--samples", "--sequence-length", "--window", "--windows", "--pairs"):
         code, _, err = owl(*line, option, 0, "--dry-run")
         assert (code, f"Invalid value for '{option}'" in err, "Known" in err) == (2, True, False)
+
+
+def test_more_threads_than_can_be_are_refused_before_any_work(owl: Any, checkpoint: Path) -> None:
+    line = ("sweep", checkpoint, "-o", checkpoint.parent / "out", "-c", "c4", "-p", "c4")
+    code, _, err = owl(*line, "--threads", 9999, "--dry-run")
+    assert (code, "--threads 9999 is too large" in err) == (2, True)
+
+
+def test_a_sweep_or_a_benchmark_of_nothing_is_refused() -> None:
+    with pytest.raises(BadInput, match="scenarios"):
+        read_plan(None, {"scenarios": ()})
+    with pytest.raises(ValidationError, match="scenarios"):
+        BenchPlan(candidates=(Path("one"),), scenarios=())
 
 
 @pytest.mark.parametrize("name", ["samples", "sequence_length", "windows", "threads", "pairs"])

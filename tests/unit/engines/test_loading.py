@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from owl_deploy import verify
 from owl_deploy.artefact import MANIFEST, sha256
 from owl_deploy.engines import loading
+from owl_deploy.errors import BadInput
 from owl_deploy.runtime import LIBRARY_NAMES
 
 
@@ -31,3 +33,23 @@ def test_other_operators_are_told_by_verify_alone(
     assert capsys.readouterr() == ("", "")
     found = verify.verify(folder)
     assert (found.whole, found.operators) == (True, verify.REPLACED)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"search": []}, "is not a decoder's"),
+        ({"search": ""}, "is not a decoder's"),
+        ({"model": {"decoder": []}}, "is not a decoder's"),
+        (
+            {"model": {"decoder": {"session_options": {"custom_ops_library": "\ud800"}}}},
+            "is not a file of the folder",
+        ),
+    ],
+)
+def test_settings_that_are_none_are_said_in_a_sentence(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    (tmp_path / loading.GENAI_CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match=words):
+        _ = loading.Folder(tmp_path).library

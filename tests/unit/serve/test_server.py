@@ -31,7 +31,8 @@ class FakeWriter:
 
     def __init__(self, batch=1):
         self.batch, self.context, self.usual = batch, 100, Search()
-        self.go = threading.Semaphore(0)
+        self.go, self.done = threading.Semaphore(0), threading.Event()
+        self.done.set()
         self.rows, self.seen = {}, []
         self.line, self.template = None, "{{ messages }}"
 
@@ -80,6 +81,7 @@ class FakeWriter:
                 row.speed.count(0.0)
                 row.ended |= not row.room
             yield {number: rows[number].tokens[-1] for number in live}
+        assert self.done.wait(PATIENCE)
 
 
 @pytest.fixture
@@ -193,6 +195,20 @@ def test_requests_are_answered_one_after_another_and_a_full_line_says_when_to_re
         "completion_tokens": 3,
         "total_tokens": 8,
     }
+
+
+def test_whoever_has_an_answer_may_ask_again_though_nobody_may_wait(writer):
+    """The model's thread is not yet done with the batch then."""
+    writer.done.clear()
+    how = {"api_key": "-", "max_retries": 0, "timeout": PATIENCE}
+    with served(writer, waiting=0) as url, openai.OpenAI(base_url=url, **how) as client:
+        writer.go.release(6)
+        assert ask(client, "first").choices[0].text == "abc"
+        again = in_background(lambda: ask(client, "again"))
+        until(lambda: writer.waiting)
+        writer.done.set()
+        until(lambda: again)
+    assert again[0].choices[0].text == "abc"
 
 
 def all_ask(writer, client, prompts, **more):
