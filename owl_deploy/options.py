@@ -153,7 +153,8 @@ Reconstruct = Annotated[
 Asymmetric = Annotated[
     bool | None,
     Option(
-        help="Let each layer make up for what those before it lost, too: sparsegpt, alps, --bits. "
+        help="Let each layer make up for what those before it lost, too: sparsegpt, alps, "
+        "--refit, --bits, --budget. "
         "[where weights are rounded]",
     ),
 ]

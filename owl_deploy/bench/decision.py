@@ -266,7 +266,7 @@ def _by_what_is_known(timed: Sequence[Subject], speeds: _Speeds) -> Judged:
             aside = str(error)
     unknown = tuple(subject.name for subject in timed if not subject.perplexity)
     known = [one for one in timed if one.perplexity]
-    dense = [one.name for one in timed if not one.is_sparse]
+    dense = [one.path for one in timed if not one.is_sparse]
     if known and dense and all(one.is_sparse for one in known):
         return _undecided(
             "no dense deployment has its perplexity measured, which a loss is counted from "
