@@ -150,6 +150,8 @@ def prune(
     """Prune or round a model in one shot, and write a checkpoint."""
     overrides = _given({**locals(), "options": _given(own, own)}, api.PruneSettings.model_fields)
     settings = api.prune_settings(recipe, overrides)
+    if bits and not recipe and {"method", "sparsity", "structure"}.isdisjoint(overrides):
+        _say(f"{settings.sparsity:.0%} of the weights go, too; --method none rounds only.")
 
     from owl_deploy.prune.show import show
     from owl_deploy.recipe import origin

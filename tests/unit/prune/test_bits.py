@@ -206,3 +206,14 @@ def test_the_command_line(owl, llama, text_file, tmp_path):
     # Nothing was to go: no sparsity is shown, and no recipe of SparseML's is missed.
     assert not {"asked", "achieved", "sparsity"} & {*out.replace(".", " ").split()}
     assert "SparseML" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [((), True), (("-m", "none"), False), (("-s", "0.3"), False)]
+)
+def test_bits_alone_remove_weights_too_and_that_is_said(
+    owl, llama, tmp_path, text_file, options, said
+):
+    how = ("--bits", 8, "-c", text_file, "--samples", 4, "--sequence-length", 32)
+    code, _, err = owl("prune", llama, "-o", tmp_path / "out", *how, *options)
+    assert (code, "70% of the weights go, too; --method none rounds only." in err) == (0, said), err
