@@ -18,8 +18,8 @@ _EPILOGUES = {"": 0, "none": 0, "silu_mul": 1, "gelu_mul": 2}
 _ABSENT = -1
 _INPUT, _SLOT, _OUTPUT = range(3)
 _FLOAT_OUTPUTS = 4  # values other than caches that nodes outside may read
-_MASK = 9  # of CachedAttention's inputs
 LOGITS = "logits"  # the attribute that names the output of the head
+_TOLD_BY = {"tokens": "input_ids", "mask": "attention_mask"}  # attributes with it: graph inputs
 _RANK = 3  # activations are [batch, length, width]
 
 
@@ -31,8 +31,10 @@ def join_programs(
     `weight_shapes`: (rows, columns) of each packed weight.
     """
     count = 0
+    told_by = {value.name: value for value in graph.inputs}
     for run in list(_runs(graph)):
-        if len(run) > 1 and (node := _Program(run, weight_shapes, head_size).node()):
+        node = _Program(run, weight_shapes, head_size, told_by).node()
+        if node and (len(run) > 1 or LOGITS in node.attributes):
             node.name = f"/program/{count}"
             made = [value for value in node.outputs if value.name]
             old = {value.name: value for step in run for value in step.outputs}
@@ -74,6 +76,7 @@ class _Program:
     run: list[ir.Node]
     weight_shapes: Mapping[str, tuple[int, int]]
     head_size: int
+    graph_inputs: Mapping[str | None, ir.Value]
     inputs: list[ir.Value] = field(default_factory=list)
     outputs: list[ir.Value | None] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)  # widths
@@ -98,26 +101,25 @@ class _Program:
             steps += record
             numbers += floats_of_step
             self._release(at)
+        last = self._last_logits()
         return ir.node(
             "ProgramFp32" if kinds == {ir.DataType.FLOAT} else "ProgramFp16",
             self.inputs,
-            {
-                **{"steps": steps, "numbers": numbers, "slots": self.slots or [1]},
-                **({LOGITS: logits} if (logits := self._logits()) is not None else {}),
-            },
+            {"steps": steps, "numbers": numbers, "slots": self.slots or [1], **last},
             domain=DOMAIN,
             outputs=[ir.val(value.name if value else "") for value in self.outputs],
         )
 
-    def _logits(self) -> int | None:
-        """Which output holds logits that only the graph's caller reads, where a mask is known."""
-        if not any(len(node.inputs) > _MASK and node.inputs[_MASK] for node in self.run):
-            return None
+    def _last_logits(self) -> dict[str, int]:
+        """The attributes by which logits may be left out that only the graph's caller reads."""
+        if not self.graph_inputs.keys() >= set(_TOLD_BY.values()):
+            return {}
         heads = [node.outputs[0] for node in self.run if node.op_type == "SparseMatMul"]
         for index, value in enumerate(self.outputs):
             if value and value in heads and value.is_graph_output() and not value.consumers():
-                return index
-        return None
+                told_by = {key: self.graph_inputs[name] for key, name in _TOLD_BY.items()}
+                return {LOGITS: index} | {key: self._input(one) for key, one in told_by.items()}
+        return {}
 
     def _matmul(self, node: ir.Node) -> tuple[list[int], list[float]]:
         x, weight, bias, skip, gamma = (*node.inputs, *[None] * 5)[:5]
@@ -154,9 +156,12 @@ class _Program:
             return _ABSENT
         if value in self.places:
             return self.places[value]
+        return _code(self._input(value), _INPUT)
+
+    def _input(self, value: ir.Value) -> int:
         if value not in self.inputs:
             self.inputs.append(value)
-        return _code(self.inputs.index(value), _INPUT)
+        return self.inputs.index(value)
 
     def _make(self, value: ir.Value | None, width: int) -> int:
         """Where a step writes `value`: its output, or the free slot that fits best."""

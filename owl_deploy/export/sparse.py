@@ -23,14 +23,6 @@ from owl_deploy.families import heads
 from owl_deploy.runtime import LIBRARY_NAME, LIBRARY_NAMES, library_path
 from owl_deploy.runtime.value_types import TRAITS, Values
 
-# onnxruntime-genai takes memory for the logits of each token of a prompt, 400 MB for 2048 tokens
-# of a vocabulary of 49152, and reads the last token's. By LAST_LOGITS the engine knows, and neither
-# computes the others nor touches their memory. Where a graph's head is no part of a program
-# (something follows it: a softcap), prompts are run in parts of so many tokens instead, which
-# onnxruntime-genai does with a single sequence only. Not where the graph takes its rotary tables by
-# the length of a run, as LongRoPE's does: a later part's would not fit the keys of those before.
-PROMPT_CHUNK = 128
-
 
 def sparsify(
     model: ir.Model,
@@ -69,9 +61,7 @@ def sparsify(
     # A deployment's is known by its name, whatever that is called which OWL_RUNTIME_LIBRARY names.
     name = library.name if library.name in LIBRARY_NAMES else LIBRARY_NAME
     shutil.copyfile(library, folder / name)
-    graph = rewriter.model.graph
-    in_parts = not any(node.op_type == "If" for node in graph)
-    _configure(config, folder, name, last_logits=knows_logits(graph), in_parts=in_parts)
+    _configure(config, folder, name, last_logits=knows_logits(rewriter.model.graph))
     kept = rewriter.cache if counts[replace_attention.__name__] else "fp32"
     return {"cache": kept, "replaced": counts, **_statistics(rewriter)}
 
@@ -86,14 +76,15 @@ def _usual_head(precision: Values, grid: Grid | None) -> Head:
 
 
 def _configure(
-    config: dict[str, Any], destination: Path, library: str, *, last_logits: bool, in_parts: bool
+    config: dict[str, Any], destination: Path, library: str, *, last_logits: bool
 ) -> None:
     options = config["model"]["decoder"].setdefault("session_options", {})
     options["custom_ops_library"] = library
     if last_logits:
+        # onnxruntime-genai takes memory for the logits of each token of a prompt, 400 MB for 2048
+        # tokens of a vocabulary of 49152, and reads the last token's. By this the engine knows, and
+        # neither computes the others nor touches their memory.
         options[LAST_LOGITS] = "1"
-    elif in_parts:
-        config.setdefault("search", {})["chunk_size"] = PROMPT_CHUNK
     (destination / GENAI_CONFIG).write_text(json.dumps(config, indent=4) + "\n")
 
 

@@ -120,6 +120,29 @@ def test_a_prompt_may_end_in_any_number_of_fillers(model, alone, fillers):
     np.testing.assert_allclose(logits[0, 0], alone(128, 0)[0][0], rtol=0, atol=1e-4 * scale)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_the_last_logits_are_known_where_foreign_nodes_lie_between(tmp_path, family):
+    """Norms of queries and keys, or behind attention and MLP: the head begins a program there."""
+    source = tiny.write_model(family, tmp_path / "source")
+    export(source, tmp_path / "made", target="owl", precision="int8")
+    config = json.loads((tmp_path / "made" / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"][LAST_LOGITS] == "1"
+    assert "chunk_size" not in config["search"]
+    model = onnxruntime_genai.Model(str(tmp_path / "made"))
+    (prompt,) = prompts([60])
+    wanted, _ = decode(model, prompt[None])
+    scale = np.abs(wanted).max()
+    for fillers in (15, 16, 17, 196):
+        filled = np.concatenate((prompt, np.full(fillers, PAD, np.int32)))
+        found, _ = decode(model, filled[None])
+        np.testing.assert_allclose(found[0, 0], wanted[0, 0], rtol=0, atol=1e-4 * scale)
+    rows = prompts([60, 150])
+    singles = [decode(model, row[None]) for row in rows]
+    check_rows(
+        decode(model, padded(rows)), [(one[0], two[0]) for one, two in singles], 1e-4 * scale
+    )
+
+
 def test_a_plain_session_gives_all_logits_and_one_that_says_so_the_last(deployment):
     config = json.loads((deployment / "genai_config.json").read_text())
     options = config["model"]["decoder"]["session_options"]

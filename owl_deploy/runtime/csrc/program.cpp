@@ -13,11 +13,12 @@
 //      num_heads, kv_num_heads, local_window_size, do_rotary, rotary_interleaved  numbers: scale,
 //      softcap
 //   2: as 1, with attention_mask behind sin
-// `logits`, if given: the output that holds a head's logits. A session whose configuration has
-// kLastLogits gets, of a prompt longer than kFewRows, only those of each sequence's last tokens,
-// and of the last before a run of equal ones: the other rows of that output are neither computed
-// nor written, so that their memory, 400 MB for 2048 tokens of a vocabulary of 49152, is never
-// taken.
+// `logits`, if given: the output that holds a head's logits, and with it `tokens` and `mask`: the
+// inputs [batch, length] and [batch, total] of integers by which their rows are told apart. A
+// session whose configuration has kLastLogits gets, of a prompt longer than kFewRows, only those of
+// each sequence's last tokens, and of the last before a run of equal ones: the other rows of that
+// output are neither computed nor written, so that their memory, 400 MB for 2048 tokens of a
+// vocabulary of 49152, is never taken.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -244,7 +245,12 @@ class ProgramKernel {
  public:
   ProgramKernel(const Ort::ConstKernelInfo& info, ONNXTensorElementDataType cache, bool last_logits)
       : cache_(cache),
-        logits_(last_logits ? attribute_or<std::int64_t>(info, "logits", kAbsent) : kAbsent) {
+        logits_(last_logits ? attribute_or<std::int64_t>(info, "logits", kAbsent) : kAbsent),
+        tokens_(attribute_or<std::int64_t>(info, "tokens", kAbsent)),
+        mask_(attribute_or<std::int64_t>(info, "mask", kAbsent)) {
+    for (const std::int64_t input : {tokens_, mask_})
+      require(input == kAbsent || extent(input) < info.GetInputCount(),
+              "tokens and mask must be inputs");
     for (const std::int64_t width : info.GetAttributes<std::int64_t>("slots")) {
       require(width > 0 && width <= kMaxWidth, "a slot's width is out of range");
       slot_widths_.push_back((static_cast<std::size_t>(width) + 15) / 16 * 16);
@@ -371,10 +377,9 @@ class ProgramKernel {
       require(shape.size() == 3, "activations are [batch, length, width]");
       batch_ = extent(shape[0]);
       length_ = extent(shape[1]);
-      embedded_ = tensor.GetTensorData<float>();
-      embedded_width_ = extent(shape[2]);
       require(batch_ <= kMaxRows && length_ <= kMaxRows && rows() <= kMaxRows,
               "there are too many rows");
+      find_ends();
       const owl::Scratch::Borrowed borrowed(slots);
       place_slots();
       owl::Plan plan(owl::best_kernels());
@@ -468,10 +473,34 @@ class ProgramKernel {
       op.gamma = vector(s.gamma, op.weight.cols);
       float* sum = result(s.sum, op.weight.cols);
       float* y = result(s.y, op.outputs);
-      if (mask_ != nullptr && sum == nullptr && length_ > 1 && rows() > owl::kFewRows &&
+      if (tokens_ != nullptr && sum == nullptr && length_ > 1 && rows() > owl::kFewRows &&
           s.y.place == Value::kOutput && static_cast<std::int64_t>(s.y.index) == kernel_.logits_)
         return add_last(plan, op, x, y);
       plan.add(op, x, rows(), y, sum);
+    }
+
+    // By what rows of logits that are wanted are told from others, if not all are.
+    void find_ends() {
+      // Deployments that were made before these attributes have all rows computed.
+      if (kernel_.logits_ == kAbsent || kernel_.tokens_ == kAbsent || kernel_.mask_ == kAbsent)
+        return;
+      std::size_t columns = 0;
+      tokens_ = integers(kernel_.tokens_, columns);
+      require(columns == length_, "there must be a token for each row");
+      mask_ = integers(kernel_.mask_, total_);
+      require(total_ >= length_, "the mask is shorter than the sequences");
+    }
+
+    // An input [batch, columns].
+    const std::int64_t* integers(std::int64_t index, std::size_t& columns) {
+      const Ort::ConstValue tensor = needed_input(context_, extent(index));
+      const auto info = tensor.GetTensorTypeAndShapeInfo();
+      const auto shape = info.GetShape();
+      require(info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 && shape.size() == 2 &&
+                  extent(shape[0]) == batch_,
+              "tokens and mask are integers, [batch, columns]");
+      columns = extent(shape[1]);
+      return tensor.GetTensorData<std::int64_t>();
     }
 
     // Of each sequence by itself, so that it does not depend on the others. Not of the last token
@@ -498,11 +527,8 @@ class ProgramKernel {
     // Of the rows [first, end), one at least, the last whose token is not that of the row at their
     // end; `first` if there is none.
     std::size_t row_before_equals(std::size_t first, std::size_t end) {
-      const std::size_t width = embedded_width_;
-      const float* last = embedded_ + (end - 1) * width;
       std::size_t row = end - 1;
-      while (row > first && std::memcmp(embedded_ + row * width, last, width * sizeof(float)) == 0)
-        --row;
+      while (row > first && tokens_[row] == tokens_[end - 1]) --row;
       return row;
     }
 
@@ -526,26 +552,22 @@ class ProgramKernel {
             const Value& v = which == 0 ? s.present_key : s.present_value;
             return needed_output(context_, v.index, shape).GetTensorMutableRawData();
           });
-      if (!t.mask) return;
-      mask_ = t.mask.GetTensorData<std::int64_t>();
-      total_ =
-          t.mask.GetTensorTypeAndShapeInfo().GetElementCount() / std::max<std::size_t>(1, batch_);
     }
 
     const ProgramKernel& kernel_;
     OrtKernelContext* raw_;
     Ort::KernelContext context_;
     std::size_t batch_ = 0, length_ = 0;
-    const float* embedded_ = nullptr;  // what the steps begin with: equal where tokens are
-    std::size_t embedded_width_ = 0;
-    const std::int64_t* mask_ = nullptr;  // [batch, total_], checked by an attention step
+    const std::int64_t* tokens_ = nullptr;  // [batch, length_], where some logits are left out
+    const std::int64_t* mask_ = nullptr;    // [batch, total_], then
     std::size_t total_ = 0;
     std::vector<Row> slot_now_;
     Row output_now_[kFloatOutputs];
   };
 
   ONNXTensorElementDataType cache_;
-  std::int64_t logits_;  // the output of which only the last rows are wanted
+  std::int64_t logits_;         // the output of which only the last rows are wanted
+  std::int64_t tokens_, mask_;  // inputs
   std::vector<std::size_t> slot_widths_;
   std::vector<Step> steps_;
   owl::HugeMemory memory_;

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from owl_deploy.engines.loading import LAST_LOGITS
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.export import sparse
 from owl_deploy.runtime import LIBRARY_NAME, pack
@@ -57,8 +58,8 @@ def test_the_folder_is_whole(folder: Path, library: Path) -> None:
         library.name,
     }
     config = json.loads((folder / "genai_config.json").read_text())
-    assert config["search"]["chunk_size"] == sparse.PROMPT_CHUNK
     options = config["model"]["decoder"]
+    assert LAST_LOGITS not in options["session_options"]  # something follows the head
     assert options["session_options"]["custom_ops_library"] == library.name
     assert options["session_options"]["log_id"] == "kept"
     (packed,) = onnx.load(folder / "model.onnx").graph.initializer

@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from owl_deploy.engines.loading import LAST_LOGITS
 from owl_deploy.runtime import library_path, pack
 from owl_deploy.runtime.value_types import Values
 
@@ -193,7 +194,8 @@ def feed(dice: random.Random, model: onnx.ModelProto, length: int, past: int, *,
         "ids": np.ones((1, length), np.int64),
         "seqlens": np.array([past + length - 1], np.int32),
         "total": np.array([past + length], np.int32),
-        "mask": np.ones((1, past + length), np.int64),
+        "attention_mask": np.ones((1, past + length), np.int64),
+        "input_ids": np.ones((1, length), np.int64),
     }
     result = {}
     for value in model.graph.input:
@@ -202,7 +204,7 @@ def feed(dice: random.Random, model: onnx.ModelProto, length: int, past: int, *,
     if not wild:
         return result
     name = dice.choice(list(result))
-    if dice.random() < 0.5 and name in ("seqlens", "total", "ids", "mask"):
+    if dice.random() < 0.5 and name in ("seqlens", "total", "ids", "attention_mask", "input_ids"):
         number = dice.choice(LENGTHS)
         # Caches as long as `total`: beyond this the process ends for want of memory.
         result[name].flat[dice.randrange(result[name].size)] = (
@@ -233,8 +235,9 @@ def run_mutant(seed: int) -> str:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = dice.choice([1, 2])
+    options.add_session_config_entry(LAST_LOGITS, dice.choice("01"))
     options.register_custom_ops_library(str(library_path()))
-    length, past = dice.choice([(1, 13), (4, 13), (1, 0), (5, 0)])
+    length, past = dice.choice([(1, 13), (4, 13), (1, 0), (5, 0), (30, 0)])
     inputs = feed(dice, model, length, past, wild=dice.random() < 0.4)
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options)

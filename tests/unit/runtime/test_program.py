@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from owl_deploy.engines.loading import LAST_LOGITS
 from owl_deploy.export.program import join_programs
 from owl_deploy.runtime import library_path, pack
 from owl_deploy.runtime.value_types import Values
@@ -24,7 +25,7 @@ from .test_native import RESIDENT
 
 pytestmark = pytest.mark.usefixtures("kernels")
 WIDTH, HEADS, KV_HEADS, SIZE, INNER, VOCABULARY = 96, 4, 2, 32, 80, 70
-TOTAL, PAST = 20, 13
+TOTAL, PAST = 40, 13
 LEFT_OUT = r"ai\.owl: .*(left out|must be an initializer)"
 NOT_OURS = "Input0 is absent, but not optional"  # ONNX Runtime refuses the first by itself
 REFUSALS = tuple(
@@ -103,10 +104,17 @@ def joined(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
 
 
 def run(
-    model: onnx.ModelProto, length: int, past: int, threads: int = 2, mask: NDArray | None = None
+    model: onnx.ModelProto,
+    length: int,
+    past: int,
+    threads: int = 2,
+    mask: NDArray | None = None,
+    tokens: NDArray | None = None,
 ) -> list[NDArray]:
+    """What comes out; of rows with `tokens` only the last logits."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry(LAST_LOGITS, "0" if tokens is None else "1")
     options.intra_op_num_threads = threads
     options.register_custom_ops_library(str(library_path()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
@@ -118,9 +126,11 @@ def run(
     }
     names = [value.name for value in session.get_inputs()]
     feeds = {name: value for name, value in feeds.items() if name in names}
-    if "mask" in names:
-        feeds["mask"] = np.ones((1, past + length), np.int64) if mask is None else mask
-        feeds["seqlens"][0] = feeds["mask"].sum() - 1
+    if "attention_mask" in names:
+        mask = np.ones((1, past + length), np.int64) if mask is None else mask
+        tokens = np.arange(length)[None] if tokens is None else tokens
+        feeds |= {"attention_mask": mask, "input_ids": tokens}
+        feeds["seqlens"][0] = mask.sum() - 1
     for value in session.get_inputs():
         if value.name in feeds:
             continue
@@ -308,8 +318,10 @@ def with_mask(model: onnx.ModelProto) -> onnx.ModelProto:
     """`decoder`'s model with the attention mask at every attention."""
     for node in model.graph.node:
         if node.op_type == "CachedAttention":
-            node.input.append("mask")
-    model.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.INT64, [1, "t"]))
+            node.input.append("attention_mask")
+    for name, length in (("attention_mask", "t"), ("input_ids", "n")):
+        value = helper.make_tensor_value_info(name, TensorProto.INT64, [1, length])
+        model.graph.input.append(value)
     return model
 
 
@@ -320,6 +332,20 @@ def test_a_program_sees_the_mask():
     apart, together = (run(m, 5, 0, mask=mask)[0] for m in (model, joined(model)[0]))
     np.testing.assert_array_equal(together[:, 3:], apart[:, 3:])
     assert np.abs(together[:, 3:] - run(model, 5, 0)[0][:, 3:]).max() > 0.01
+
+
+@pytest.mark.parametrize(("blocks", "programs"), [(2, 1), (3, 2)])
+@pytest.mark.parametrize("equals", [0, 1, 16, 17, 30])
+def test_the_last_logits_and_those_before_equal_tokens(blocks, programs, equals):
+    """The head's program need not begin with the tokens' embedding: rows of its input may differ
+    where tokens are equal."""
+    model, count = joined(with_mask(decoder(blocks, TensorProto.FLOAT)))
+    assert count == programs
+    tokens = np.arange(40)[None]
+    tokens[:, 40 - equals :] = 7
+    every, some = (run(model, 40, 0, tokens=one)[0][0] for one in (None, tokens))
+    wanted = [*range(24, 40), *([39 - equals] if equals > 16 else [])]
+    np.testing.assert_allclose(some[wanted], every[wanted], atol=1e-5)
 
 
 @pytest.mark.parametrize(
