@@ -334,10 +334,8 @@ class Writer:
         takes = opened.folder.number("context_length")
         self.context = min(context or takes, takes)
         pad = opened.folder.settings["model"].get("pad_token_id")
-        if (
-            pad is not None
-            and not 0 <= (pad := opened.folder.number("pad_token_id")) < opened.vocab
-        ):
+        pad = None if pad is None else opened.folder.number("pad_token_id")
+        if pad is not None and not 0 <= pad < opened.vocab:
             pad = None
         # Prompts that are run in parts, as the settings may ask for, go alone.
         in_parts = "chunk_size" in opened.folder.settings.get("search", {})

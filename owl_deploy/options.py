@@ -154,8 +154,7 @@ Asymmetric = Annotated[
     bool | None,
     Option(
         help="Let each layer make up for what those before it lost, too: sparsegpt, alps, "
-        "--refit, --bits, --budget. "
-        "[where weights are rounded]",
+        "--refit, --bits, --budget. [where weights are rounded]",
     ),
 ]
 WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Random seed for the choice of windows.")]
