@@ -857,7 +857,7 @@ def test_a_host_that_is_none_of_this_machine_is_what_the_hint_names(monkeypatch,
 def test_an_address_that_is_taken_is_said_in_a_sentence(tmp_path):
     with server._listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(BadInput, match=r"cannot be listened at .* Give a --port"):
+        with pytest.raises(BadInput, match=r"cannot be listened at .* Give another --port"):
             server.serve(tmp_path, port=port)
 
 
