@@ -21,6 +21,7 @@ from owl_deploy.errors import (
     first_line,
     is_full_disk,
     is_out_of_memory,
+    too_long,
 )
 from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
@@ -338,9 +339,7 @@ def check_length(
             "Get the file again.",
         )
     if tokens > longest:
-        raise BadInput(
-            f"{model} takes {longest} tokens, not {tokens}.", f"Give a smaller {option}."
-        )
+        raise too_long(model, longest, tokens, option)
 
 
 def _looks_like_hub_name(name: str) -> bool:

@@ -83,6 +83,11 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> BadInput:
     return BadInput(f"Unknown {what} {name!r}.", hint)
 
 
+def too_long(model: str, takes: float, tokens: int, option: str) -> BadInput:
+    """The error for the `tokens` that an `option` asks for, of which the `model` takes fewer."""
+    return BadInput(f"{model} takes {takes} tokens, not {tokens}.", f"Give a smaller {option}.")
+
+
 _SAID = {  # where pydantic's own words name types of Python
     "model_type": "it should be a mapping",
     "dict_type": "it should be a mapping",

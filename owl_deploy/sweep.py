@@ -96,7 +96,6 @@ def tasks(
     for source in (calibration, text):
         check_source(source)
     roads, prunings = plan.roads(), plan.prunings()
-    longest = _longest(model, plan, prunings.values())
     made: list[Task] = []
     for name, settings in prunings.items():
         checkpoint = output / "checkpoints" / name
@@ -123,23 +122,25 @@ def tasks(
         threads=plan.threads,
         pairs=plan.pairs,
     )
-    if longest:
-        bench.within(longest, model)
-    return (*made, *dense, *quality, _bench(bench, output))
+    last = _bench(bench, output)
+    _check_lengths(model, plan, prunings.values(), bench)
+    return (*made, *dense, *quality, last)
 
 
-def _longest(model: Path, plan: SweepPlan, prunings: Iterable[PruneSettings]) -> int | None:
-    """How many tokens the `model` takes, if it says so.
+def _check_lengths(
+    model: Path, plan: SweepPlan, prunings: Iterable[PruneSettings], bench: BenchPlan
+) -> None:
+    """Raise `BadInput` for windows, contexts and prompts that the `model` does not take.
 
-    Raises `BadInput` for windows to prune by or to evaluate on that are longer: evaluating would
-    find that after all is pruned and exported.
+    Evaluating and the benchmark would find that after all is pruned and exported.
     """
     way_out = "Check the path; a sweep takes no name on the Hub, so download the model first."
     config = read_config(local_folder(model, way_out))
     if any(settings.calibrates for settings in prunings):
         check_length(config, plan.sequence_length, "--sequence-length")
     check_length(config, plan.window, "--window")
-    return config.get("max_position_embeddings")
+    if longest := config.get("max_position_embeddings"):
+        bench.within(longest, model)
 
 
 def _export(checkpoint: Path, output: Path, road: tuple[str, str]) -> Export:

@@ -11,7 +11,7 @@ from typing import Any
 from owl_deploy.artefact import check_path, read_object
 from owl_deploy.engines.loading import GENAI_CONFIG, Folder
 from owl_deploy.engines.registry import MODEL, engine_for, known_targets
-from owl_deploy.errors import BadInput, unknown_name
+from owl_deploy.errors import BadInput, too_long, unknown_name
 from owl_deploy.manifest import (
     BlockShares,
     CheckpointManifest,
@@ -70,10 +70,7 @@ class Deployment:
     def check_length(self, tokens: int, option: str) -> None:
         """Raise `BadInput` where the model takes fewer than the `tokens` of `option`."""
         if self.max_context and tokens > self.max_context:
-            raise BadInput(
-                f"{self.path} takes {self.max_context} tokens, not {tokens}.",
-                f"Give a smaller {option}.",
-            )
+            raise too_long(str(self.path), self.max_context, tokens, option)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

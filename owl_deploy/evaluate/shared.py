@@ -59,7 +59,7 @@ class SharedModel:
 
     def _begun(self, request: Any) -> Any:  # noqa: ANN401
         context, options = request.args
-        if self._model.tok_encode(context):
+        if context.strip() or self._model.tok_encode(context):
             return request
         begin = self._model.tokenizer.decode(self._model.prefix_token_id)
         return replace(request, arguments=(begin, options))

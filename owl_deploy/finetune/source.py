@@ -13,7 +13,7 @@ from owl_deploy.checkpoint import GRID, Checkpoint, check_links, open_checkpoint
 from owl_deploy.ending import Defect
 from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE, KeptGrid, read_grid
-from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.manifest import Block, CheckpointManifest, read_manifest
 from owl_deploy.prune_settings import is_named
 from owl_deploy.recipe import RESOLVED
 from owl_deploy.survivors import SPARSE_FROM, LinearGrid
@@ -82,22 +82,25 @@ class Source:
 
         They are others where nothing was removed: training moves weights to zero and off it.
         """
-        found, result = self.manifest.to_json(), Checkpoint(written)
+        manifest = self.manifest
         if not self.whole:
-            return found
-        zeros = 0.0
-        for block in found["blocks"]:
-            own = 0.0
-            for name, one in block.get("linears", {}).items():
-                if (linear := f"{block['name']}.{name}") in self.whole:
-                    weight = result.read(f"{linear}.weight")
-                    one["weights"] = weight.numel()
-                    one["achieved"] = 1 - weight.count_nonzero().item() / weight.numel()
-                own += one["achieved"] * one.get("weights", 0)
-            block["achieved"] = own / max(block.get("weights", 0), 1)  # it may be skipped
-            zeros += own
-        found.setdefault("sparsity", {})["achieved"] = zeros / max(found.get("weights", 0), 1)
-        return found
+            return manifest.to_json()
+        result = Checkpoint(written)
+        blocks = tuple(self._recounted(block, result) for block in manifest.blocks)
+        share = sum(one.achieved * one.weights for one in blocks) / max(manifest.weights, 1)
+        sparsity = manifest.sparsity.model_copy(update={"achieved": share})
+        return manifest.model_copy(update={"blocks": blocks, "sparsity": sparsity}).to_json()
+
+    def _recounted(self, block: Block, result: Checkpoint) -> Block:
+        linears = dict(block.linears)
+        for name, one in block.linears.items():
+            if (linear := f"{block.name}.{name}") in self.whole:
+                weight = result.read(f"{linear}.weight")
+                share = 1 - weight.count_nonzero().item() / weight.numel()
+                linears[name] = one.model_copy(update={"achieved": share})
+        zeros = sum(one.achieved * one.weights for one in linears.values())
+        share = zeros / max(block.weights, 1)  # it may be skipped
+        return block.model_copy(update={"linears": linears, "achieved": share})
 
     def refuse_dense(self, what: str) -> None:
         """Raise `BadInput` when there is no mask that `what` could keep."""
