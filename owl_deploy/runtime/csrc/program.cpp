@@ -473,14 +473,15 @@ class ProgramKernel {
       op.gamma = vector(s.gamma, op.weight.cols);
       float* sum = result(s.sum, op.weight.cols);
       float* y = result(s.y, op.outputs);
-      if (tokens_ != nullptr && sum == nullptr && length_ > 1 && rows() > owl::kFewRows &&
-          s.y.place == Value::kOutput && static_cast<std::int64_t>(s.y.index) == kernel_.logits_)
+      if (tokens_ != nullptr && sum == nullptr && s.y.place == Value::kOutput &&
+          static_cast<std::int64_t>(s.y.index) == kernel_.logits_)
         return add_last(plan, op, x, y);
       plan.add(op, x, rows(), y, sum);
     }
 
     // By what rows of logits that are wanted are told from others, if not all are.
     void find_ends() {
+      if (length_ <= 1 || rows() <= owl::kFewRows) return;
       // Deployments that were made before these attributes have all rows computed.
       if (kernel_.logits_ == kAbsent || kernel_.tokens_ == kAbsent || kernel_.mask_ == kAbsent)
         return;
