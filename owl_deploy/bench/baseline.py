@@ -130,7 +130,12 @@ def check(
     if gate.overall(verdicts) in ("REGRESSED", "INCOMPARABLE"):
         return verdicts, None
     return _check_times(
-        saved, now, margins, verdicts, partial(run_bench, plan, progress, keep=keep)
+        saved,
+        now,
+        margins,
+        verdicts,
+        plan.most_looks,
+        partial(run_bench, plan, progress, keep=keep),
     )
 
 
@@ -139,13 +144,15 @@ def _check_times(
     now: Side,
     margins: Margins,
     verdicts: list[Verdict],
+    looks: int,
     run: Callable[..., Result],
 ) -> tuple[list[Verdict], Result]:
-    """Time the plan's rounds, up to its `looks` times, while the answer is inconclusive."""
+    """Time the plan's rounds, up to `looks` times, while the answer is inconclusive."""
 
     def timed(result: Result) -> list[Verdict]:
         side = timed_side(now, result)
-        return gate.check_memory(saved, side, margins) + gate.check_time(saved, side, margins)
+        found = gate.check_memory(saved, side, margins)
+        return found + gate.check_time(saved, side, margins, looks)
 
     def decided(result: Result) -> bool:
         return bool(result.failures) or gate.overall(timed(result)) != "INCONCLUSIVE"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from owl_deploy.bench import stats
+from owl_deploy.errors import BadInput
 
 Word = Literal["OK", "IMPROVED", "REGRESSED", "INCONCLUSIVE", "INCOMPARABLE"]
 EXIT_CODES: dict[Word, int] = {
@@ -70,6 +71,16 @@ class Margins:
     bytes: float = 0.01
     nonzeros: float = 0.001
     logits: float = 1e-3
+
+
+def check_rounds(pairs: int, looks: int) -> None:
+    """Raise `BadInput` for rounds that can never be enough for a verdict."""
+    if pairs * looks < MIN_ROUNDS:
+        most = "1 look" if looks == 1 else f"{looks} looks"
+        raise BadInput(
+            f"{most} of {pairs} rounds can tell nothing: a check needs {MIN_ROUNDS} in all.",
+            f"Give --pairs {-(-MIN_ROUNDS // looks)} or more.",
+        )
 
 
 def overall(verdicts: Sequence[Verdict]) -> Word:
@@ -175,19 +186,27 @@ def check_memory(saved: Side, now: Side, margins: Margins) -> list[Verdict]:
     return [_counted("peak memory, MiB", mib[0], mib[1], margins.memory)]
 
 
-def check_time(saved: Side, now: Side, margins: Margins) -> list[Verdict]:
-    """Whether each metric's ratio to the reference is no worse than it was."""
+def check_time(saved: Side, now: Side, margins: Margins, looks: int = LOOKS) -> list[Verdict]:
+    """Whether each metric's ratio to the reference is no worse than it was.
+
+    `looks`: how often that may be asked at most, of growing samples.
+    """
     if saved.ratios.keys() != now.ratios.keys():
         names = sorted(saved.ratios.keys() ^ now.ratios.keys())
         return [Verdict("time", "INCOMPARABLE", f"other metrics: {', '.join(names)}")]
     return [
-        judge_time(metric, saved.ratios[metric], now.ratios[metric], margins.time)
+        judge_time(metric, saved.ratios[metric], now.ratios[metric], margins.time, looks)
         for metric in saved.ratios
     ]
 
 
 def judge_time(
-    metric: str, was: Sequence[float], is_now: Sequence[float], margin: float, seed: int = 0
+    metric: str,
+    was: Sequence[float],
+    is_now: Sequence[float],
+    margin: float,
+    looks: int = LOOKS,
+    seed: int = 0,
 ) -> Verdict:
     """One metric: the whole 90 % interval of the change must lie beyond the margin to be a change.
 
@@ -199,7 +218,7 @@ def judge_time(
     rounds = min(len(was), len(is_now))
     if rounds < MIN_ROUNDS:
         return Verdict(metric, "INCONCLUSIVE", f"{rounds} rounds, and {MIN_ROUNDS} are needed")
-    change, low, high = difference(was, is_now, seed)
+    change, low, high = difference(was, is_now, looks, seed)
     text = f"{change - 1:+.1%} time ({low - 1:+.1%} to {high - 1:+.1%}), margin {margin:.0%}"
     if low > 1 + margin:
         return Verdict(metric, "REGRESSED", text)
@@ -211,12 +230,12 @@ def judge_time(
 
 
 def difference(
-    was: Sequence[float], is_now: Sequence[float], seed: int = 0
+    was: Sequence[float], is_now: Sequence[float], looks: int = LOOKS, seed: int = 0
 ) -> tuple[float, float, float]:
     """How many times the time of before is needed now, and its interval.
 
     Both sides' rounds are resampled: the saved ratio is no more certain than the new one. At 90 %
-    over all `LOOKS`.
+    over all `looks`.
     """
     generator = np.random.default_rng(seed)
 
@@ -225,7 +244,7 @@ def difference(
         result: np.ndarray = np.median(np.asarray(values)[picks], axis=1)
         return result
 
-    tail = (1 - stats.confidence(LOOKS)) / 2
+    tail = (1 - stats.confidence(looks)) / 2
     low, high = np.quantile(medians(is_now) - medians(was), [tail, 1 - tail])
     centre = float(np.median(is_now) - np.median(was))
     return math.exp(centre), math.exp(float(low)), math.exp(float(high))

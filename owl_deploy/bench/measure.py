@@ -345,7 +345,7 @@ class _Runner:
             why = next(iter(failed.values()))
             self.journal.give_up(subject.name, why)
             return subject.model_copy(update={"failure": why, "failed": {}})
-        about, peak = opened[0]
+        about, peak = opened[0][0], max(peak for _, peak in opened)
         load_s = about.pop("seconds")
         sample = Sample(
             round=index, load_s=load_s, peak_bytes=peak, latencies_ms=latencies, draft=drafted

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -30,17 +30,20 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_Latencies = Annotated[tuple[Annotated[FiniteFloat, Field(gt=0)], ...], Field(min_length=1)]
+
+
 class Sample(_Model):
     """One round's fresh processes: what was measured, by metric, in ms.
 
-    Load time and peak memory are those of the first session (scenario.py). `draft`: what came of
-    a draft's proposals, where there is one (engines/speculate.py's `Tally`).
+    Load time is that of the first session (scenario.py), peak memory the largest of all. `draft`:
+    what came of a draft's proposals, where there is one (engines/speculate.py's `Tally`).
     """
 
     round: int
     load_s: FiniteFloat
     peak_bytes: int
-    latencies_ms: dict[str, tuple[float, ...]]
+    latencies_ms: dict[str, _Latencies]
     draft: dict[str, float] = {}
 
 
@@ -150,9 +153,9 @@ class Comparison(_Model):
     candidate: str
     baseline: str
     against: tuple[Against, ...]
-    ratio: float
-    low: float
-    high: float
+    ratio: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
     pairs: int
     verdict: stats.Verdict
     text: str
@@ -174,7 +177,7 @@ class Result(_Model):
     read_gb_per_s: float
     scenarios: tuple[Scenario, ...] = Field(min_length=1)
     subjects: tuple[Subject, ...] = Field(min_length=1)
-    statistics: dict[str, dict[str, dict[str, float]]]
+    statistics: dict[str, dict[str, dict[str, FiniteFloat]]]
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...] = ()
 

@@ -16,6 +16,7 @@ from owl_deploy.bench.gate import Margins, Side
 from owl_deploy.bench.run import run_gate
 from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, default_threads
+from owl_deploy.errors import BadInput
 from owl_deploy.export.targets import TARGETS
 from owl_deploy.runtime import kernels
 
@@ -35,7 +36,7 @@ def gated(seed: int, change: float) -> gate.Word:
     """What a gate comes to: looks after 8, 16 and 24 rounds, against a saved 8."""
     saved, now = ratios(seed, 8), ratios(10_000 + seed, 24, change)
     for looked in (8, 16, 24):
-        word = gate.judge_time("decode@512", saved, now[:looked], 0.05, seed).word
+        word = gate.judge_time("decode@512", saved, now[:looked], 0.05, seed=seed).word
         if word != "INCONCLUSIVE":
             break
     return word
@@ -206,7 +207,7 @@ def test_the_interval_counts_the_noise_of_both_sides() -> None:
     _, low, high = gate.difference(was.tolist(), is_now.tolist())
     expected = np.quantile(medians[1] - medians[0], [0.05 / 3, 1 - 0.05 / 3])  # three looks
     assert [math.log(low), math.log(high)] == pytest.approx(expected.tolist(), abs=0.01)
-    again, other = (gate.difference(was.tolist(), is_now.tolist(), seed) for seed in (0, 7))
+    again, other = (gate.difference(was.tolist(), is_now.tolist(), seed=seed) for seed in (0, 7))
     assert again[1:] == (low, high) != other[1:]
 
 
@@ -374,6 +375,29 @@ def test_a_check_from_python_looks_as_often(
     run_gate(BenchPlan.model_validate(both | given), check=saved)
     assert asked == [looks]
     assert BenchPlan.model_validate(both).most_looks == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"pairs": 2}, "3 looks of 2 rounds can tell nothing: .* --pairs 3"),
+        ({"pairs": 7, "looks": 1}, "1 look of 7 rounds can tell nothing: .* --pairs 8"),
+    ],
+)
+def test_rounds_that_can_never_be_enough_are_refused(
+    saved: Path, tmp_path: Path, given: Any, words: str
+) -> None:
+    both = {"candidates": (tmp_path / "candidate",), "baselines": (tmp_path / "reference",)}
+    with pytest.raises(BadInput, match=words):
+        run_gate(BenchPlan.model_validate(both | given), check=saved)
+
+
+def test_more_looks_make_each_less_certain() -> None:
+    was, now = ratios(1, 8), ratios(2, 8)
+    _, low, high = gate.difference(was, now, looks=3)
+    _, lower, higher = gate.difference(was, now, looks=20)
+    assert lower < low
+    assert high < higher
 
 
 def test_other_logits_fail_before_anything_is_timed(

@@ -234,6 +234,26 @@ def test_every_scenario_is_measured_in_the_process_that_suits_it(pair: tuple[Pat
     shown(result)
 
 
+@pytest.mark.parametrize("batch", [(1, 4), (4, 1)])
+def test_the_peak_is_that_of_the_hungriest_process(
+    pair: tuple[Path, Path], batch: tuple[int, ...]
+) -> None:
+    @contextmanager
+    def hungry(engine: str, path: Path, **options: Any) -> Iterator[EngineProcess]:
+        with EngineProcess(engine, path, **options) as process:
+            ask = process.request
+
+            def answer(op: str, **arguments: Any) -> dict[str, Any]:
+                taken = {"peak_bytes": 10**9 * options["batch"]}
+                return ask(op, **arguments) | (taken if op == "memory" else {})
+
+            vars(process)["request"] = answer
+            yield process
+
+    plan = BenchPlan(candidates=pair[:1], scenarios=("decode",), batch=batch, pairs=1)
+    assert run_bench(plan, opener=hungry).subjects[0].peak_bytes == 4 * 10**9
+
+
 def test_a_scenario_is_given_by_its_key(pair: tuple[Path, Path]) -> None:
     keys = ("decode@128", "decode@64x4", "prefill@100", "generate@64+32", "throughput@128x3")
     plan = BenchPlan(candidates=pair, scenarios=(*keys, "decode"), context=(128,))
@@ -527,6 +547,10 @@ def test_a_damaged_result_is_refused(tmp_path: Path, text: str) -> None:
         (("statistics", "decode@512", "dense-int8"), {}),
         (("statistics", "decode@512", "nobody"), {}),
         (("subjects", 0, "samples", 0, "load_s"), "Infinity"),
+        (("subjects", 0, "samples", 0, "latencies_ms", "decode@512"), []),
+        (("subjects", 0, "samples", 0, "latencies_ms", "decode@512"), [0.0]),
+        (("statistics", "decode@512", "dense-int8", "tokens_per_s"), "Infinity"),
+        (("comparisons", 0, "ratio"), "Infinity"),
         (("subjects", 0, "perplexity"), -1),
     ],
     ids=str,
