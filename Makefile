@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 demo: $(RUNNABLE) runtime
 	$(BIN)/python -m owl_deploy.demo --output demo
 
-# Half an hour: two more settings, and every engine and precision.
+# Half an hour: two more settings, and stock ONNX Runtime in more precisions.
 demo-full: $(RUNNABLE) runtime
 	$(BIN)/python -m owl_deploy.demo --full --output demo-full
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from owl_deploy import engines
-from owl_deploy.artefact import write_json
+from owl_deploy import engines, options
+from owl_deploy.artefact import make_folder, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import judge, sentence
 from owl_deploy.bench.report import write_report
@@ -313,13 +313,14 @@ def conclude(
 
 
 def main(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for what is made.")],
+    output: options.Output,
     full: Annotated[
-        bool, typer.Option("--full", help="More settings, every engine: half an hour.")
+        bool, typer.Option("--full", help="More settings and exports: half an hour.")
     ] = False,
 ) -> None:
     """Prune SmolLM2-135M with OWL, export it, bench it against dense."""
     plan = FULL if full else FIRST_LOOK
+    make_folder(output)  # what is in its way is said before anything is fetched
     say = Clock()
     source, has_owl = prepare(say)
     made = tasks(plan, source, output, has_owl=has_owl)

@@ -193,6 +193,13 @@ class Finetune(Task):
         return agree(told, given) and (manifest.finetune.teacher is None) == (self.teacher is None)
 
 
+def _versions() -> str:
+    """What writes deployments: what another version wrote may be slower, and a gain of one side
+    over the other then none by sparsity.
+    """
+    return f"{__version__}-{installed_version('onnxruntime')}"
+
+
 class Export(Task):
     """`owl export`."""
 
@@ -206,6 +213,10 @@ class Export(Task):
     @override
     def reads(self) -> tuple[Path | str, ...]:
         return (self.checkpoint,)
+
+    @override
+    def asked(self, inputs: Sequence[str] | None = None) -> dict[str, Any]:
+        return super().asked(inputs) | {"by": _versions()}
 
     @override
     def run(self) -> None:
@@ -375,7 +386,8 @@ def _text_inputs(source: str | None) -> list[Path | str]:
 
 
 def digest(source: Path | str) -> str:
-    """What tells content from other content: an artefact's manifest, else all that is in there.
+    """What tells content from other content: all that is in there, but of an artefact only its
+    manifest, which tells a deployment's files by their digests, and a checkpoint's weights.
 
     What is no file here is a name of something elsewhere, and stands for itself.
     """
@@ -384,8 +396,9 @@ def digest(source: Path | str) -> str:
         return file_digest(path)
     if not path.is_dir():
         return str(source)
-    manifest = path / MANIFEST
-    files = [manifest] if manifest.is_file() else [path / name for name in file_names(path)]
+    files = [path / name for name in file_names(path)]
+    if path / MANIFEST in files:
+        files = [one for one in files if one.name == MANIFEST or one.suffix == ".safetensors"]
     return digests.of_files((file.name, file_digest(file)) for file in files)
 
 
@@ -486,9 +499,7 @@ def dense_exports(
     that is no checkpoint.
     """
     read_config(local_folder(checkpoint, "Check the path: it takes no name on the Hub."))
-    # What another version wrote may be slower, and a gain over it would be none over dense.
-    by = f"{__version__}-{installed_version('onnxruntime')}"
-    folder = folder or cache_dir("dense", f"{digest(checkpoint)[:16]}-{by}")
+    folder = folder or cache_dir("dense", f"{digest(checkpoint)[:16]}-{_versions()}")
     # What runs in an engine that skips zeros is compared with dense in the same.
     own = sorted(road for road in set(roads) if engine_for(road[0]).skips_zeros)
     return tuple(

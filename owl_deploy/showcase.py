@@ -21,7 +21,7 @@ import typer
 from rich.table import Table
 
 from owl_deploy import engines, options
-from owl_deploy.artefact import write_json
+from owl_deploy.artefact import make_folder, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result, stats
 from owl_deploy.bench.decision import HUMANEVAL, judge, read_loss, refreshed, sentence
 from owl_deploy.bench.scenario import KINDS
@@ -470,7 +470,7 @@ _Skipped = Annotated[
 
 
 def main(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for what is made.")],
+    output: options.Output,
     allow_code: options.AllowCode = False,
     every: options.Every = SHOWCASE.every,
     limit: options.Limit = None,
@@ -504,6 +504,7 @@ def main(
     )
     plan = plan.without(skip or ())
     _check_numbers(plan, output)
+    make_folder(output)
     prepare(plan, say)
     say("Input: Qwen2.5-Coder-1.5B-Instruct and Python sources")
     sister = sister_input() if plan.roads["sister"] else Path()

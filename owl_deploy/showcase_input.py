@@ -74,8 +74,7 @@ def showcase_input() -> Path:
     """
     folder = cache_dir() / f"showcase-input-{_VERSION}"
     if not folder.is_dir():
-        scratch_is_beside = tempfile.TemporaryDirectory(dir=folder.parent)  # gigabytes
-        with staged_folder(folder) as staging, scratch_is_beside as scratch:
+        with staged_folder(folder) as staging, _scratch(staging) as scratch:
             _convert(_MODEL, Path(scratch), staging / MODEL)
             _write_texts(Path(scratch), staging)
             DemoInputManifest(version=_VERSION).write(staging)
@@ -89,11 +88,15 @@ def sister_input() -> Path:
     """
     folder = cache_dir() / f"showcase-sister-{_VERSION}"
     if not folder.is_dir():
-        scratch_is_beside = tempfile.TemporaryDirectory(dir=folder.parent)
-        with staged_folder(folder) as staging, scratch_is_beside as scratch:
+        with staged_folder(folder) as staging, _scratch(staging) as scratch:
             _convert(_SISTER, Path(scratch), staging / SISTER)
             DemoInputManifest(version=_VERSION).write(staging)
     return folder
+
+
+def _scratch(staging: Path) -> "tempfile.TemporaryDirectory[str]":
+    """A folder for gigabytes that do not stay; of a run that is killed the next clears it away."""
+    return tempfile.TemporaryDirectory(dir=staging)
 
 
 def _convert(parts: _Parts, scratch: Path, model: Path) -> None:

@@ -28,6 +28,7 @@ from owl_deploy.runtime import kernels, library_path
 WORKER = Path(__file__).with_name("worker.py")
 Progress = Callable[[str], None]
 MARKER = ".complete"
+_THIS = "{}.{}".format(*sys.version_info)
 _ABOUT = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
 
 
@@ -48,7 +49,9 @@ def is_installed(name: str) -> bool:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of an engine, or None when it is not installed (or not as the lock file says)."""
+    """The version of an engine, or None when it is not installed (or not as the lock file says, or
+    with another Python's packages, where this one needs them).
+    """
     engine = get_engine(name)
     if engine.lock is None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -57,7 +60,8 @@ def installed_version(name: str) -> str | None:
     folder = environment_folder(engine)
     with contextlib.suppress(OSError, BadInput, KeyError):
         marker = artefact.read_object(folder / MARKER, "")
-        if marker["lock"] == _pinned(engine) and _python(folder).exists():
+        other = engine.shares_packages and not (folder / "lib" / f"python{_THIS}").is_dir()
+        if marker["lock"] == _pinned(engine) and _python(folder).exists() and not other:
             return str(marker["version"])
     return None
 
@@ -241,11 +245,13 @@ def _library() -> str | None:
 
 
 def find_python(engine: Engine) -> Path:
-    """A Python that the engine's environment can be made with: this one, or one on the PATH.
+    """A Python that the engine's environment can be made with: this one, or one on the PATH where
+    the two share no packages.
 
     Raises `EnvironmentFailed` that says how to get one.
     """
-    names = [f"python{version}" for version in engine.pythons]
+    others = () if engine.shares_packages else engine.pythons
+    names = [f"python{version}" for version in others]
     for candidate in [sys.executable, *filter(None, map(shutil.which, names))]:
         if _version_of(candidate) in engine.pythons:
             return Path(candidate)

@@ -94,6 +94,11 @@ class Engine:
         """What a page's style sheet calls its colour."""
         return re.sub(r"[^a-z0-9-]", "-", self.name)
 
+    @property
+    def shares_packages(self) -> bool:
+        """Whether what is kept of it runs in this Python, with its environment's packages."""
+        return self.build is not None and bool(self.build.kept)
+
     def context_for(self, tokens: int) -> int:
         """The context to open it with, so that it computes `tokens` tokens rightly."""
         return max(tokens + self.spare_context, self.least_context)

@@ -284,6 +284,14 @@ def test_a_prompt_in_tiles_loses_no_more(pruned, text_file, tmp_path, monkeypatc
     assert found["amx"] == pytest.approx(found["avx512"], rel=2e-3)
 
 
+def test_tiles_round_nothing_in_fp32(pruned, tmp_path, monkeypatch):
+    if "amx" not in Library(library_path()).isas():
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setenv("OWL_ISA", "amx")
+    manifest = export(pruned, tmp_path / "out", target="owl", precision="fp32").to_json()
+    assert manifest["parity"]["relative_difference"] < 1e-5
+
+
 def test_text_streams_out_of_stock_onnxruntime_genai(pruned, tmp_path):
     export(pruned, tmp_path / "out", target="owl", precision="int8")
     speed = Speed()

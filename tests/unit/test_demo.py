@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from owl_deploy import demo
+from owl_deploy import demo, showcase
 from owl_deploy.demo import FIRST_LOOK, FULL, tasks
-from owl_deploy.errors import EngineFailed
+from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, needs
 from tests.unit.bench.made import result
 
@@ -63,3 +65,20 @@ def test_an_engine_that_failed_is_said_after_the_table(tmp_path, monkeypatch):
     assert raised.value.exit_code == 4
     assert len(shown) == 1
     assert (tmp_path / "table.json").is_file()
+
+
+@pytest.mark.parametrize("main", [demo.main, showcase.main])
+@pytest.mark.parametrize("wrong", ["", "file"])
+def test_an_output_that_cannot_be_is_said_before_anything_is_fetched(
+    main, wrong, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for module in (demo, showcase):
+        monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(showcase, "_check_code", lambda _: None)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    told = CliRunner().invoke(app, ["-o", wrong])
+    assert isinstance(told.exception, BadInput) or told.exit_code == 2, told.output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

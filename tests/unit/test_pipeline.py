@@ -277,6 +277,29 @@ def test_a_deployment_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     assert state(task) == "outdated"
 
 
+def test_a_checkpoint_that_was_trained_where_it_lies_is_another(tmp_path):
+    CheckpointManifest(wall_seconds=7.5).write(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    before = digest(tmp_path)
+    (tmp_path / "notes.txt").write_text("of no matter")
+    keep_measurement(tmp_path, "perplexity", {"value": 3.0})
+    assert digest(tmp_path) == before
+    weights.write_bytes(b"trained")
+    assert digest(tmp_path) != before
+
+
+def test_another_version_exports_again(tmp_path, monkeypatch):
+    task = ALL[1].model_copy(update={"output": tmp_path / "d", "checkpoint": tmp_path / "c"})
+    made = {"target": task.target, "precision": task.precision}
+    write = DeploymentManifest.model_validate(made).write
+    monkeypatch.setattr(Export, "run", lambda self: (self.output.mkdir(), write(self.output)))
+    done([task])
+    assert state(task) == "done"
+    monkeypatch.setattr(pipeline, "installed_version", lambda name: "999")
+    assert state(task) == "outdated"
+
+
 def test_a_measurement_without_a_receipt_is_judged_by_what_it_was_of(tmp_path):
     kept = {"text": "t.txt", "value": 3.0, "window": 128, "windows": 2}
     keep_measurement(tmp_path, "perplexity", kept)

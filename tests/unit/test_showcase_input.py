@@ -36,6 +36,23 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_what_a_killed_run_fetched_is_within_what_the_next_clears(
+    wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def convert(_parts: object, scratch: Path, model: Path) -> None:
+        (scratch / "model.gguf").touch()
+        seen.extend(scratch.relative_to(model.parent).parents)
+        model.mkdir()
+
+    monkeypatch.setenv("OWL_CACHE", str(wheels / "cache"))
+    monkeypatch.setattr(showcase_input, "_convert", convert)
+    made = showcase_input.sister_input()
+    assert seen == [Path()]  # directly in what becomes the folder
+    assert [path.name for path in made.rglob("*") if path.is_dir()] == [showcase_input.SISTER]
+
+
 def test_code_is_kept_and_data_is_not(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(showcase_input, "_CODE", {"one==1": ""})
     monkeypatch.setattr(showcase_input, "check_digest", lambda *_: None)

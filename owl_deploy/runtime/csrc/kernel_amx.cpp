@@ -160,6 +160,14 @@ void panel_of_any(const PackedMatrix& w, std::size_t begin, std::size_t groups,
   });
 }
 
+// A cache in fp32 is that of weights in fp32: of such a model nothing is rounded.
+void attend_many_of_any(const AttentionSpan& span, const float* q, std::size_t q_stride,
+                        std::size_t count, std::size_t position, std::size_t window,
+                        std::uint8_t* scratch, float* out, std::size_t out_stride) {
+  const auto attend = span.cache == CacheType::kFp32 ? attend_many<V> : attend_many<V, Bf16Tiles>;
+  attend(span, q, q_stride, count, position, window, scratch, out, out_stride);
+}
+
 consteval Kernels amx_kernels() noexcept {
   Kernels kernels = make_kernels<V>("amx");
   kernels.layout = layout_of;
@@ -167,7 +175,7 @@ consteval Kernels amx_kernels() noexcept {
   kernels.few = few_of_any;
   kernels.panel = panel_of_any;
   kernels.panel_groups = kPanelGroups;
-  kernels.attend_many = attend_many<V, Bf16Tiles>;
+  kernels.attend_many = attend_many_of_any;
   kernels.panel_rows = 512;  // what a tile of weights takes to unpack is for all of them
   kernels.pass_rows = 2 * kFewRows;
   return kernels;

@@ -163,7 +163,8 @@ def test_what_is_to_be_compiled_otherwise_is_not_installed(
     row = registry.ENGINES["own"]
     assert row.build is not None
     folder = environment.environment_folder(row)
-    (folder / "bin").mkdir(parents=True)
+    for name in ("bin", f"lib/python{THIS}"):
+        (folder / name).mkdir(parents=True)
     (folder / "bin" / "python").touch()
     marker = {"lock": environment._pinned(row), "version": "1.5"}
     (folder / environment.MARKER).write_text(json.dumps(marker))
@@ -175,6 +176,29 @@ def test_what_is_to_be_compiled_otherwise_is_not_installed(
         file = tmp_path / changed
         file.write_text(file.read_text() + "# another\n")
     assert not environment.is_installed("own")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_packages_of_another_python_are_none_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = registry.ENGINES["own"]
+    folder = environment.environment_folder(row)
+    for name in ("bin", f"lib/python{THIS}"):
+        (folder / name).mkdir(parents=True)
+    (folder / "bin" / "python").touch()
+    marker = {"lock": environment._pinned(row), "version": "1.5"}
+    (folder / environment.MARKER).write_text(json.dumps(marker))
+    assert environment.is_installed("own")
+    (folder / "lib" / f"python{THIS}").rename(folder / "lib" / "python3.4")
+    assert not environment.is_installed("own")
+    assert row.build is not None
+    alone = replace(row, build=replace(row.build, kept=()))  # nothing of it runs in this Python
+    monkeypatch.setitem(registry.ENGINES, "own", alone)
+    (folder / environment.MARKER).write_text(
+        json.dumps(marker | {"lock": environment._pinned(alone)})
+    )
+    assert environment.is_installed("own")
+    with pytest.raises(EnvironmentFailed, match="needs Python"):
+        environment.find_python(replace(row, pythons=("3.4",)))
 
 
 def test_without_a_compiler_nothing_begins(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
