@@ -65,16 +65,19 @@ def total_s(answer: dict[str, Any]) -> float:
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all problems together; each line has its own problem's counts."""
-    timed = [line for line in lines if line["draft_s"] > 0 and line["same"]]
+    """Of all problems together; each line has its own problem's counts.
+
+    A step's tokens are those that the answers kept: the last one's may be more than were asked for.
+    """
+    timed = [line for line in lines if line["draft_s"] > 0]
     ratios = [math.log(line["alone_s"] / line["draft_s"]) for line in timed]
     counts = {key: sum(line[key] for line in lines) for key in ("steps", "proposed", "accepted")}
-    made = sum(line["made"] for line in lines)
+    later = sum(line["tokens"] - 1 for line in lines)  # the first is the prompt's
     return {
         "problems": len(lines),
         "same": sum(line["same"] for line in lines),
         "share_accepted": counts["accepted"] / max(1, counts["proposed"]),
-        "tokens_per_step": made / max(1, counts["steps"]),
+        "tokens_per_step": later / max(1, counts["steps"]),
         "speed_up": math.exp(sum(ratios) / len(ratios)) if ratios else None,
     }
 

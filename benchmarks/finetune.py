@@ -61,7 +61,7 @@ def prune(case: str, work: Path) -> Path:
     if not is_artefact(folder):
         text = demo_input() / CALIBRATION
         calibration = ("--calibration", text, "--samples", 32, "--sequence-length", 512)
-        what = ("--method", method, "--sparsity", sparsity)
+        what = ("--method", method, "--allocation", "owl", "--sparsity", sparsity)
         owl("prune", demo_input() / MODEL, "-o", folder, *what, *calibration)
     return folder
 

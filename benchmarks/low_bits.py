@@ -133,6 +133,8 @@ def main() -> None:
     result = {"cpu": look().cpu, **settings, "versions": versions(), "rows": []}
     if given.output.is_file():
         result = read_object(given.output, "Delete it.")
+        if {key: result.get(key) for key in settings} != settings:
+            parser.error(f"{given.output} was made with other options")
     done = {one["format"] for one in result["rows"]}
     asked = [one for one in given.format or FORMATS if named(one, given.minutes) not in done]
     for name in asked[: given.steps]:

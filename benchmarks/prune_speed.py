@@ -168,7 +168,11 @@ def run_one(who: str, method: str, model: Path, text: Path, samples: int, length
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         settings = PruneSettings.checked(
-            method=method, sparsity=SPARSITY, outlier_multiple=MULTIPLE, spread=SPREAD
+            method=method,
+            allocation="owl",
+            sparsity=SPARSITY,
+            outlier_multiple=MULTIPLE,
+            spread=SPREAD,
         )
         started = time.perf_counter()
         if who == "ours":

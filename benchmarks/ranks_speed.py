@@ -31,7 +31,8 @@ def prune(method: str, ranks: int, windows: int, folder: Path) -> dict[str, floa
     """Seconds of one run of so many processes, each on one core with one thread."""
     given, output = demo_input(), folder / "pruned"
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    line = ["prune", given / MODEL, "-o", output, "--method", method, "--sparsity", "0.5"]
+    line = ["prune", given / MODEL, "-o", output, "--method", method]
+    line += ["--allocation", "owl", "--sparsity", "0.5"]
     line += ["--calibration", given / CALIBRATION]
     line += ["--samples", windows, "--sequence-length", "512"]
     command = [sys.executable, "-m", *(launcher if ranks > 1 else []), "owl_deploy", *line]

@@ -4,9 +4,10 @@ A command that is in neither list below is run, in the order of its page, in a f
 README's model, texts and outputs.
 """
 
-import ast
+import argparse
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import typer
@@ -100,24 +103,37 @@ def parse(command: str) -> None:
         assert targets is not None
         assert set(words[1:]) <= set(targets[1].split())
     elif command.startswith("python benchmarks/"):
-        known = options_of(Path(words[1]))
-        assert {word for word in words if re.match(r"--?[a-z]", word)} <= known
+        parse_of_script(Path(words[1]), words[2:])
     elif words[0] == "pip":
         extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]
         asked = re.findall(r"\[([\w,]+)\]", command)
         assert {e for one in asked for e in one.split(",")} <= set(extras["optional-dependencies"])
 
 
-def options_of(script: Path) -> set[str]:
-    """What a script adds to its argument parser."""
-    calls = (node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call))
-    return {
-        str(argument.value)
-        for call in calls
-        if getattr(call.func, "attr", "") == "add_argument"
-        for argument in call.args
-        if isinstance(argument, ast.Constant)
-    }
+class Parsed(Exception):
+    """A script has read its arguments."""
+
+
+def parse_of_script(script: Path, arguments: list[str]) -> None:
+    """Have a script's own parser read its arguments; nothing after that is run."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(*given: Any, **named: Any) -> None:
+        parse_args(*given, **named)
+        raise Parsed
+
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+        mock.patch.object(sys, "argv", [str(script), *arguments]),
+        mock.patch.object(sys, "path", [str(script.parent), *sys.path]),
+    ):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except Parsed:
+            return
+        except SystemExit as refused:
+            raise AssertionError(f"{script} refuses {arguments}") from refused
+    raise AssertionError(f"{script} reads no arguments")
 
 
 def smaller(command: str) -> list[str]:
@@ -252,6 +268,8 @@ def test_the_readme_leaves_what_it_says(readme: Work) -> None:
         "make coffee",
         "pip install '.[everything]'",
         "python benchmarks/kernel_speed.py --fast",
+        "python benchmarks/prune_quality.py MODEL c.txt e.txt -o q.json --method wander",
+        "python benchmarks/prune_quality.py MODEL -o q.json",
     ],
 )
 def test_what_does_not_exist_is_found(wrong: str) -> None:
