@@ -176,15 +176,16 @@ def check_measured(deployments: Iterable[Path], key: str | None) -> None:
         kept = {path: measurement(path, PERPLEXITY) or {} for path in deployments}
         _scores(
             {
-                str(path): (found.get("value"), text_of(found), scores_of(path))
+                str(path): (str(path), found.get("value"), text_of(found), scores_of(path))
                 for path, found in kept.items()
             },
             key,
         )
 
 
-# Of each its perplexity, what tells the text of that from others ("" if unknown), and its scores.
-_Measured = dict[str, tuple[float | None, str, dict[str, Score]]]
+# Of each its path, its perplexity, what tells the text of that from others ("" if unknown), and its
+# scores.
+_Measured = dict[str, tuple[str, float | None, str, dict[str, Score]]]
 
 
 def _scores(measured: _Measured, key: str) -> dict[str, Score]:
@@ -193,15 +194,15 @@ def _scores(measured: _Measured, key: str) -> dict[str, Score]:
     if key not in (PERPLEXITY, HUMANEVAL) and key not in tasks:
         raise unknown_name("--quality-metric", key, sorted({PERPLEXITY, HUMANEVAL, *tasks}))
     found: dict[str, Score] = {}
-    for name, (perplexity, _, scores) in measured.items():
+    for name, (path, perplexity, _, scores) in measured.items():
         if key == PERPLEXITY and perplexity is not None:
             found[name] = Score(metric=PERPLEXITY, value=perplexity)
         elif key in scores:
             found[name] = scores[key]
         else:
             how = f"--{PERPLEXITY} TEXT" if key == PERPLEXITY else f"--tasks {key}"
-            raise BadInput(f"{name} has no {key} measured.", f"Run: owl eval {name} {how}")
-    texts = {text: name for name, (_, text, _) in measured.items() if text}
+            raise BadInput(f"{name} has no {key} measured.", f"Run: owl eval {path} {how}")
+    texts = {text: name for name, (_, _, text, _) in measured.items() if text}
     if key == PERPLEXITY and len(texts) > 1:
         raise BadInput(
             "{} and {} were measured on other text, or in other windows.".format(*texts.values()),
@@ -284,7 +285,8 @@ def _undecided(why: str) -> Judged:
 
 
 def _judged(subjects: Sequence[Subject], speeds: _Speeds, key: str) -> Judged:
-    scores = _scores({s.name: (s.perplexity, s.perplexity_on, s.scores) for s in subjects}, key)
+    of_each = {s.name: (s.path, s.perplexity, s.perplexity_on, s.scores) for s in subjects}
+    scores = _scores(of_each, key)
     if not subjects:
         return Judged(key, key, 0, ())
     sign = 1 if key == PERPLEXITY else -1
