@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.filesize import decimal
 
-from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, printable
+from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_full_disk, printable
 from owl_deploy.lease import STALE_S, Held, holds, lease, outlast
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MANIFEST = "owl.json"  # what each artefact holds, see manifest.py
 MEASURED = "measured"  # the folder within an artefact that holds what was measured of it
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_FORGOTTEN_S = 4 * 3600.0  # no file of this age is still being written
 _OLD = ".owl-old-"  # in the name of what is replaced where that takes several steps
 _MOVE_IT_AWAY = "Move it away, then run again: with --resume, where that is an option."
 
@@ -174,6 +175,10 @@ def _leased(destination: Path) -> Iterator[None]:
                 "Wait until it is done, or choose another output folder.",
             ) from error
         except OSError as error:
+            if is_full_disk(error):
+                raise EnvironmentFailed(
+                    f"The disk of {destination.parent} is full.", "Make room, then run again."
+                ) from error
             raise _not_writable(destination.parent, error) from error
         yield
 
@@ -272,7 +277,9 @@ def publish(staging: Path, destination: Path, force: bool) -> None:
         raise EnvironmentFailed(
             f"{destination} cannot be replaced ({error.strerror}).", _MOVE_IT_AWAY
         ) from error
-    shutil.rmtree(staging)
+    old = _temporary(destination)  # which the next run clears, if this one is killed now
+    staging.rename(old)
+    shutil.rmtree(old)
 
 
 def _exchange(a: Path, b: Path) -> None:
@@ -311,12 +318,13 @@ def _temporary(path: Path) -> Path:
 def _remove_stale(destination: Path, *, folders: bool) -> None:
     """Clear what runs that were killed left beside `destination`; its only writer, `folders` too.
 
-    What writes JSON leaves files, and needs no lease: one that is a lease's time old is nobody's.
+    What writes JSON leaves files, and needs no lease: one that is hours old is nobody's, whatever
+    the clock of the file system.
     """
     for path in destination.parent.glob(f".{glob.escape(destination.name)}.owl-tmp-*"):
         with contextlib.suppress(OSError):
             if not path.is_dir():
-                if time.time() - path.stat().st_mtime > STALE_S:
+                if time.time() - path.stat().st_mtime > _FORGOTTEN_S:
                     path.unlink()
             elif folders:
                 shutil.rmtree(path)
@@ -336,7 +344,7 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        _to_disk(temporary)
+        to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -345,10 +353,11 @@ def replaced(path: Path) -> Iterator[Path]:
 def all_to_disk(path: Path) -> None:
     """Make sure that a file, or a folder and all that is in it, outlives a power failure."""
     for one in [*path.rglob("*"), path]:
-        _to_disk(one)
+        to_disk(one)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Make sure that what a file or a folder itself holds outlives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

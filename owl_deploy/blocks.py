@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from owl_deploy.checkpoint import Checkpoint
-from owl_deploy.errors import BadInput, first_line
+from owl_deploy.errors import BadInput, first_line, is_out_of_memory
 from owl_deploy.families import Family
 from owl_deploy.ranks import free_memory
 
@@ -544,6 +544,8 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
                 config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
     except Exception as error:  # a config can be wrong in any way; transformers raises many types
+        if is_out_of_memory(error):
+            raise
         raise BadInput(
             f"{checkpoint.folder / 'config.json'} describes no model that transformers can build "
             f"({first_line(error)})."

@@ -59,7 +59,7 @@ def outlast(path: Path, tell: Callable[[str], object]) -> None:
     found, before = _read(path), _touched(path)
     if before is None or _is_void(path):
         return
-    if _is_here(found):
+    if _is_known(found):
         raise Held
     tell(str(found.get("host", "another machine")))
     while (now := _touched(path)) is not None and not _is_void(path):
@@ -79,6 +79,7 @@ def _me() -> dict[str, Any]:
         **_here(),
         "process": os.getpid(),
         "started": _started(os.getpid()),
+        "user": os.getuid(),
         "time": time.time(),
         "token": secrets.token_hex(8),
     }
@@ -98,10 +99,15 @@ def _here() -> dict[str, Any]:
 def _take(path: Path, mine: dict[str, Any]) -> bool:
     """Make the lease; False if another holds it. One that is void is cleared first."""
     try:
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(mine, file)
+        made = path.open("x", encoding="utf-8")
     except FileExistsError:
         return _clear(path) and _take(path, mine)
+    try:
+        with made as file:
+            json.dump(mine, file)
+    except OSError:  # of a full disk: a lease that says nothing holds others up
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -114,9 +120,10 @@ def _clear(path: Path) -> bool:
     try:
         guard.touch(exist_ok=False)
     except FileExistsError:
-        if _age_s(guard) > STALE_S:
-            guard.unlink(missing_ok=True)
-        return False
+        if _age_s(guard) <= STALE_S:
+            return False
+        guard.unlink(missing_ok=True)  # of one that was killed
+        return _clear(path)
     try:
         if _is_void(path):
             path.unlink(missing_ok=True)
@@ -127,19 +134,24 @@ def _clear(path: Path) -> bool:
 
 def _is_void(path: Path) -> bool:
     found = _read(path)
-    if _is_here(found):
+    if _is_known(found):
         return not _lives(found)
     age_s = _age_s(path)
     return age_s > STALE_S or (age_s < -1 and _stands_still(path))
 
 
-def _is_here(found: dict[str, Any]) -> bool:
-    """Whether a lease's holder is, or was, a process of this machine: of the same boot, container.
+def _is_known(found: dict[str, Any]) -> bool:
+    """Whether it can be told if a lease's holder lives: a process of this machine, of the same boot
+    and container, and seen from here.
 
-    Nobody can tell of a lease that says nothing.
+    A lease that says nothing is nobody's. Other users' processes may be hidden (proc(5), hidepid):
+    one that is not seen need not be gone.
     """
     here = _here()
-    return {name: found.get(name) for name in here} == here
+    if {name: found.get(name) for name in here} != here:
+        return False
+    mine = os.getuid() in (0, found.get("user"))
+    return mine or Path(f"/proc/{found.get('process')}").exists()
 
 
 def _stands_still(path: Path) -> bool:
@@ -176,6 +188,8 @@ def _lives(found: dict[str, Any]) -> bool:
         number = int(found["process"])
         alive = psutil.Process(number).status() != psutil.STATUS_ZOMBIE
         return alive and abs(_started(number) - float(found["started"])) < 1
+    except psutil.AccessDenied:
+        return True
     except (psutil.Error, ValueError, KeyError, TypeError):
         return False
 

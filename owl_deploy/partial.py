@@ -16,12 +16,15 @@ from owl_deploy.artefact import (
     is_writer,
     make_folder,
     save_tensors,
+    to_disk,
     write_json,
 )
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
+
+    from owl_deploy.ranks import Ranks
 
 ASKED = "run.json"
 ROUNDING = "rounding"  # of what is asked: what decides no more than in which order sums are made
@@ -60,11 +63,28 @@ class Partial:
         self.resumed = resume
 
     def _clear(self) -> None:
+        self._end()
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+    def _end(self) -> None:
+        """Make it no partial result, before its files go: of half of them no run may go on."""
+        (self.folder / ASKED).unlink(missing_ok=True)
+        to_disk(self.folder)
+
+    def check_seen(self, ranks: "Ranks") -> None:
+        """Together: raise `BadInput` where a process does not see what the leader writes."""
+        seen = ranks.gathered(_read(self.folder / ASKED))
+        blind = [rank for rank, asked in enumerate(seen) if asked != seen[0]]
+        if blind:
+            raise BadInput(
+                f"Process {blind[0]} does not see what the first one writes in "
+                f"{self.output.parent}.",
+                "Put the output on a file system that all nodes share.",
+            )
 
     def read(self, name: str) -> Any:  # noqa: ANN401 - any JSON value
         """The JSON file `name`, or None when it is not there yet."""
@@ -118,6 +138,8 @@ class Partial:
     def discard(self) -> None:
         """Delete it all, if it is this process that writes it, and the run has not lost it."""
         if is_writer(self.output):
+            with contextlib.suppress(OSError):
+                self._end()
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

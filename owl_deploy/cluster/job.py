@@ -14,18 +14,21 @@ import ray
 from owl_deploy.artefact import wait_for_writer
 from owl_deploy.cluster import mirror
 from owl_deploy.cluster.mirror import Share
-from owl_deploy.cluster.nodes import alive, difference, enter, versions
+from owl_deploy.cluster.nodes import UNSHARED, alive, difference, enter, versions
 from owl_deploy.ending import explained
 from owl_deploy.errors import EnvironmentFailed, is_out_of_memory
 from owl_deploy.pipeline import Task, do, state
 from owl_deploy.record import Record, keep, skipped, with_ending
+
+SHARED = ".shared"  # a file in the folder of the logs, by which a node knows that it sees the same
 
 
 @dataclass(frozen=True)
 class Job:
     """What a node is told beside the task: the driver's folder, where the log goes (a path without
     an ending), the cores that the task has, whether those are to be all, the driver's versions and
-    its command line; its share of a store where there is one, and then the log goes there.
+    its command line; what the driver wrote beside the logs, see `SHARED`; its share of a store
+    where there is one, and then the log goes there.
     """
 
     place: Path
@@ -34,6 +37,7 @@ class Job:
     alone: bool
     versions: dict[str, str]
     command: list[str]
+    token: str = ""
     share: Share | None = None
 
 
@@ -44,19 +48,28 @@ def perform(task: Task, job: Job, *before: Record) -> Record:
     """
     if left := [one for one in before if one.state != "done"]:
         return skipped(task.title, left[0])
-    if job.share is None:
-        enter(job.place)
     sys.argv = job.command  # which an artefact tells; Ray's own says where its node is
     node = ray.get_runtime_context().get_node_id()
     record = Record(
         state="running", title=task.title, node=node, process=os.getpid(), started=time.time()
     )
+    if job.share is None:
+        enter(job.place)
+        if not _is_shared(job):  # what is written here nobody would see
+            return record.now("failed", f"A node joined that {UNSHARED}.", 4)
     _tell(job, record)
     log = job.log if job.share is None else job.share.own("logs")
     with logged(with_ending(log, ".log")):
         record = _ended(task, job, record)
     _tell(job, record)
     return record
+
+
+def _is_shared(job: Job) -> bool:
+    """Whether this node sees the driver's folder, and not another of that name."""
+    with contextlib.suppress(OSError):
+        return job.log.with_name(SHARED).read_text(encoding="utf-8") == job.token
+    return False
 
 
 def _tell(job: Job, record: Record) -> None:

@@ -23,6 +23,7 @@ from owl_deploy.cluster.needs import Need, Node
 from owl_deploy.cluster.store import Store
 from owl_deploy.errors import BadInput, OwlError, first_line
 
+UNSHARED = "does not share the output folder with this machine"  # the driver's
 _ANSWER_S = 300.0  # a node that is busy takes its time to start a process
 
 
@@ -237,7 +238,7 @@ def refusal(
         )
     if sight.marker != token or not answered:
         return (
-            "does not share the output folder with this machine",
+            UNSHARED,
             "Choose one that every node mounts at the same path, or a --store.",
         )
     if sight.missing:

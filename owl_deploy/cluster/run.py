@@ -1,6 +1,7 @@
 """The driver: a plan's tasks go to Ray, as soon as it starts, and their ends come back."""
 
 import contextlib
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-from owl_deploy.artefact import make_folder
+from owl_deploy.artefact import make_folder, write_text
 from owl_deploy.cluster import RETRIES, job, nodes
 from owl_deploy.cluster.interrupt import asking_once
 from owl_deploy.cluster.job import Job
@@ -19,10 +20,10 @@ from owl_deploy.cluster.needs import ROWS, Given, Need, needs_of
 from owl_deploy.cluster.show import Board
 from owl_deploy.cluster.store import Store
 from owl_deploy.cluster.stored import StoredPlan, name_of
-from owl_deploy.errors import first_line, with_type
+from owl_deploy.errors import OwlError, first_line, with_type
 from owl_deploy.pipeline import Plan, Task, needs, survey
 from owl_deploy.progress import error_console
-from owl_deploy.record import Record, kept, skipped, with_ending
+from owl_deploy.record import Record, keep, kept, skipped, with_ending
 
 PATIENCE_S = 300.0  # for a node to come back that alone could run a task
 _TICK_S, _STOPPING_S = 1.0, 20.0
@@ -70,7 +71,8 @@ def _execute(
         kinds = [_kind(plan[index]) for index in todo]
         wanted = needs_of(kinds, there, given, model_bytes)
         make_folder(folder / "logs")
-        jobs = {index: _job(plan[index], folder, wanted) for index in todo}
+        token = secrets.token_hex(8)
+        jobs = {index: _job(plan[index], folder, wanted, token) for index in todo}
         if stored is None:
             nodes.check_alike(there, folder, sources(plan))
         else:
@@ -78,7 +80,7 @@ def _execute(
             shares = stored.shares(todo, [one.log.name for one in jobs.values()])
             jobs = {index: replace(one, share=shares[index]) for index, one in jobs.items()}
         run = _Run(plan, jobs, wanted, stored)
-        with _cancelled_at_the_end(run):
+        with _shared(folder, token), _cancelled_at_the_end(run):
             run.follow()
     return {index: one for index, one in sorted(run.records.items()) if one.state != "done"}
 
@@ -94,7 +96,7 @@ def _kind(task: Task) -> str:
     return str(getattr(task, "task"))  # noqa: B009 - each kind has it, and each of a type of its own
 
 
-def _job(task: Task, folder: Path, wanted: dict[str, Need]) -> Job:
+def _job(task: Task, folder: Path, wanted: dict[str, Need], token: str) -> Job:
     kind = _kind(task)
     return Job(
         place=Path.cwd(),
@@ -103,6 +105,7 @@ def _job(task: Task, folder: Path, wanted: dict[str, Need]) -> Job:
         alone=ROWS[kind].alone,
         versions=nodes.versions(),
         command=sys.argv,
+        token=token,
     )
 
 
@@ -170,7 +173,12 @@ class _Run:
             if left := [one for one in before if one.state != "done"]:
                 return skipped(task.title, left[0])
             why = _reason(error, self.wanted[_kind(task)])
-            return Record(state="failed", title=task.title, said=why, code=4)
+            log = self.jobs[index].log
+            told = kept(log) if self.stored is None else None  # it says that the task runs
+            record = (told or Record(state="failed", title=task.title)).now("failed", why, 4)
+            with contextlib.suppress(OwlError, OSError):
+                keep(log, record)
+            return record
 
     def _running(self) -> dict[int, Record]:
         """The records of the tasks that run; one whose node is lost says so no more."""
@@ -199,6 +207,17 @@ def _reason(error: RayError, need: Need) -> str:
     if isinstance(error, RayTaskError):  # its record could not be kept, say
         return with_type(error.cause)
     return f"its worker died, and did so again {RETRIES} times ({first_line(error)})"
+
+
+@contextlib.contextmanager
+def _shared(folder: Path, token: str) -> Iterator[None]:
+    """Leave the `token` beside the logs until the block ends, for nodes to look for."""
+    file = folder / "logs" / job.SHARED
+    write_text(file, token)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

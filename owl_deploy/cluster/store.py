@@ -177,27 +177,43 @@ class Store:
         and `EnvironmentFailed` for a full disk.
         """
         try:
-            with self._asked(), replaced(path) as temporary:
+            with replaced(path) as temporary:
                 self._copy(file, temporary, way_out)
-        except OSError as error:  # the others are said by now
+        except OSError as error:  # this machine's: those of the store are said by now
+            if is_full_disk(error):
+                raise EnvironmentFailed(
+                    f"The disk of {path.parent} is full.", "Make room, and run again."
+                ) from error
             raise EnvironmentFailed(
-                f"The disk of {path.parent} is full.", "Make room, and run again."
+                f"The folder {path.parent} cannot be written ({error.strerror})."
             ) from error
 
     def _copy(self, file: File, path: Path, way_out: str) -> None:
         found, size = hashlib.sha256(), 0
-        try:
-            with self._files.open(self._path(file.key), "rb") as source, path.open("wb") as target:
-                while piece := source.read(_PIECE_BYTES):
-                    found.update(piece)
-                    size += target.write(piece)
-        except FileNotFoundError as error:
-            raise BadInput(f"{self.place(file.key)} is missing.", way_out) from error
+        with path.open("wb") as target:
+            for piece in self._pieces(file, way_out):
+                found.update(piece)
+                size += target.write(piece)
         if (size, found.hexdigest()) != (file.bytes, file.sha256):
             raise BadInput(
                 f"{self.place(file.key)} is damaged: its digest is another.",
                 way_out,
             )
+
+    def _pieces(self, file: File, way_out: str) -> Iterator[bytes]:
+        """What an object holds; only what the store does is said of it."""
+        with self._asked():
+            try:
+                source = self._files.open(self._path(file.key), "rb")
+            except FileNotFoundError as error:
+                raise BadInput(f"{self.place(file.key)} is missing.", way_out) from error
+        with source:
+            while True:
+                with self._asked():
+                    piece = source.read(_PIECE_BYTES)
+                if not piece:
+                    return
+                yield piece
 
     def stored(self, name: str) -> Stored | None:
         """What the marker of the artefact `name` says; None where there is none.

@@ -101,6 +101,7 @@ def finetune(
         run = Run(Source(model), complete, text, teacher, ranks)
         partial = ranks.from_leader(lambda: run.begin(output, resume=resume, force=force))
         with kept_for_resuming(partial, _LESS_MEMORY):
+            partial.check_seen(ranks)
             outcome = run.execute(partial)
             done = run.describe(outcome, resumed=partial.resumed)
             return ranks.from_leader(lambda: run.complete(partial, done))

@@ -81,6 +81,7 @@ def prune(
         ranks.check_alike({"text": asked["calibration"]} | alike)
         store = ranks.from_leader(lambda: Store(output, asked, resume=resume, force=force))
         with kept_for_resuming(store, "A smaller --batch-size takes less."):
+            store.check_seen(ranks)
             if (whole := ranks.from_leader(store.finished)) is not None:
                 return whole
             plan, first = resolve(request, store)

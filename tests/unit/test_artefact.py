@@ -219,6 +219,8 @@ def test_what_a_kill_left_of_json_is_cleared_a_while_later(tmp_path):
     for path in (fresh, old):
         path.write_text("{")
     os.utime(old, (0, 0))
+    behind = time.time() - 600  # a file server's clock need not be this machine's
+    os.utime(fresh, (behind, behind))
     artefact.write_json(tmp_path / "a.json", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, "a.json"]
 
@@ -410,3 +412,36 @@ def test_tensors_are_for_whoever_may_read_what_is_made_here(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "by": "me"}
+
+
+def test_a_full_disk_is_said_to_be_that(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("owl_deploy.lease.json.dump", full)
+    with (
+        pytest.raises(EnvironmentFailed, match=rf"The disk of {tmp_path} is full"),
+        artefact.only_writer(tmp_path / "out"),
+    ):
+        pass
+
+
+def test_what_was_replaced_is_cleared_by_the_next_if_this_one_is_killed(tmp_path, monkeypatch):
+    out, staging = tmp_path / "out", tmp_path / ".out.owl-partial"
+    for folder in (out, staging):
+        folder.mkdir()
+        (folder / "owl.json").write_text('{"kind": "checkpoint"}')
+
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    with artefact.only_writer(out, force=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(artefact.shutil, "rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                artefact.publish(staging, out, force=True)
+        assert not staging.exists()
+        assert len(list(tmp_path.glob(".out.owl-tmp-*"))) == 1
+    with artefact.only_writer(out, force=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -224,3 +225,36 @@ def test_a_clock_that_is_set_takes_nothing_from_a_process_that_lives(path, monke
         process.wait()
         with lease(path):
             pass
+
+
+def test_a_process_that_is_hidden_from_us_may_live(path, monkeypatch):
+    """As another user's where /proc is mounted with hidepid=2: no such number is seen."""
+    path.write_text(json.dumps(leases._me() | {"user": 12345, "process": 2**22 + 1}))
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(Held), lease(path):
+        pass
+    os.utime(path, (time.time() - STALE_S - 20,) * 2)
+    with lease(path):
+        assert holds(path)
+
+
+def test_one_that_was_killed_while_it_cleared_hinders_nobody_for_long(path):
+    elsewhere(path, STALE_S + 20)
+    guard = path.with_name(f"{path.name}-clearing")
+    guard.touch()
+    with pytest.raises(Held), lease(path):
+        pass
+    os.utime(guard, (time.time() - STALE_S - 20,) * 2)
+    with lease(path):
+        assert holds(path)
+    assert left(path) == []
+
+
+def test_a_lease_that_cannot_be_written_is_none(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(leases.json, "dump", full)
+    with pytest.raises(OSError, match="No space"), lease(path):
+        pass
+    assert left(path) == []

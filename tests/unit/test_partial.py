@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from owl_deploy import lease
 from owl_deploy.artefact import only_writer
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.partial import ASKED, Partial, kept_for_resuming, partial_folder
+from owl_deploy.ranks import Ranks
 
 
 class Counted(Partial):
@@ -110,3 +112,33 @@ def test_a_run_that_lost_its_output_leaves_the_next_one_alone(output):
             with pytest.raises(type(error)), kept_for_resuming(partial, ""):
                 raise error
     assert content(output) == before
+
+
+@pytest.mark.parametrize("again", ["force", "discard"])
+def test_what_goes_first_is_that_there_was_a_run(run, output, monkeypatch, again):
+    run(KeyboardInterrupt())
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **how: (removed.append(path.name), unlink(path, **how))
+    )
+    monkeypatch.setattr("owl_deploy.partial.shutil.rmtree", lambda path, **_: removed.append("all"))
+    with only_writer(output):
+        if again == "force":
+            Counted(output, {}, resume=False, force=True)
+        else:
+            Counted(output, {}, resume=True, force=False).discard()
+    of_the_run = [name for name in removed if not name.startswith(".")]
+    assert of_the_run[0] == ASKED
+    assert of_the_run[1:] == (["all"] if again == "discard" else ["done.json"])
+
+
+def test_each_process_has_to_see_what_the_first_writes(output, monkeypatch):
+    with only_writer(output):
+        partial = Counted(output, {"model": "m"}, resume=False, force=False)
+        partial.check_seen(Ranks())
+        for other in (None, {"model": "another"}):
+            told = [{"model": "m"}, {"model": "m"}, other]
+            monkeypatch.setattr(Ranks, "gathered", lambda self, asked, told=told: told)
+            with pytest.raises(BadInput, match=r"Process 2 does not see .* all nodes share"):
+                partial.check_seen(Ranks(0, 3))

@@ -7,7 +7,7 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 
 from owl_deploy.cluster import run
-from owl_deploy.cluster.job import Job
+from owl_deploy.cluster.job import SHARED, Job
 from owl_deploy.cluster.needs import Need, Node
 from owl_deploy.cluster.run import execute, log_of, sources
 from owl_deploy.pipeline import Evaluate, do
@@ -86,3 +86,26 @@ def test_a_task_whose_node_is_lost_runs_no_more(tmp_path, monkeypatch):
     there[:] = [Node("n2", "two", Need(1))]
     mine._give_up_stuck(mine._running())
     assert cancelled == ["reference"]
+
+
+def test_a_task_whose_worker_died_is_not_said_to_run(tmp_path, monkeypatch):
+    plan = [Join(title="Joining", output=tmp_path / "j", parts=())]
+    asked = Job(tmp_path, tmp_path / "log", cores=2, alone=False, versions={}, command=[])
+    mine = run._Run(plan, {0: asked}, {"join": Need(2)}, pending={"reference": 0})
+    keep(asked.log, Record(state="running", title="Joining", node="n1", started=5.0))
+
+    def lost(reference):
+        raise WorkerCrashedError
+
+    monkeypatch.setattr(run.ray, "get", lost)
+    record = mine._end(0, "reference")
+    assert kept(asked.log) == record
+    assert (record.state, record.code, record.node, record.started) == ("failed", 4, "n1", 5.0)
+    assert record.ended > 5
+
+
+def test_what_nodes_look_for_is_there_while_the_tasks_run(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with run._shared(tmp_path, "token"):
+        assert (tmp_path / "logs" / SHARED).read_text() == "token"
+    assert not list((tmp_path / "logs").iterdir())

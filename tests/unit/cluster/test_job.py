@@ -28,7 +28,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(job.ray, "get_runtime_context", Context)
     monkeypatch.setattr(job, "alive", lambda: [NODE])
     monkeypatch.setattr(sys, "argv", sys.argv)
-    told = {"versions": job.versions(), "command": ["owl", "sweep"]}
+    (tmp_path / job.SHARED).write_text("token")
+    told = {"versions": job.versions(), "command": ["owl", "sweep"], "token": "token"}
     return Job(tmp_path, tmp_path / "log", cores=2, alone=False, **told)
 
 
@@ -84,6 +85,18 @@ def test_a_node_that_joined_later_is_looked_at(here, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "alive", lambda: [larger])
     assert "would not be alone" in perform(task, Job(**vars(here) | {"alone": True})).said
     assert perform(task, here).state == "done"
+
+
+@pytest.mark.parametrize("there", [None, "of another run"])
+def test_a_node_that_sees_another_folder_leaves_nothing_there(here, tmp_path, there):
+    (tmp_path / job.SHARED).unlink()
+    if there:
+        (tmp_path / job.SHARED).write_text(there)
+    before = sorted(tmp_path.iterdir())
+    record = perform(joining(tmp_path), here)
+    assert (record.state, record.code) == ("failed", 4)
+    assert record.said == "A node joined that does not share the output folder with this machine."
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_log_takes_what_a_child_prints(tmp_path, capfd):

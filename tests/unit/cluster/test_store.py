@@ -176,10 +176,22 @@ def test_a_full_disk_is_said_and_leaves_nothing(store, made, tmp_path, monkeypat
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("owl_deploy.artefact._to_disk", full)
+    monkeypatch.setattr("owl_deploy.artefact.to_disk", full)
     with pytest.raises(EnvironmentFailed, match=rf"The disk of {tmp_path} is full"):
         fetch(store, file, tmp_path / "one")
     assert not list(tmp_path.glob("*one*"))
+
+
+def test_this_machines_disk_is_not_the_stores_fault(store, made, tmp_path, monkeypatch):
+    file = publish(store, made).files["one"]
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("owl_deploy.artefact.to_disk", refused)
+    words = rf"The folder {tmp_path} cannot be written \(Permission denied\)"
+    with pytest.raises(EnvironmentFailed, match=words):
+        fetch(store, file, tmp_path / "one")
 
 
 def test_whatever_a_library_raises_is_one_sentence(store, made, monkeypatch):
