@@ -81,7 +81,7 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
     plan, first = _within_budget(request, store) if budget else _by_rule(request, store)
     plan = request.ranks.from_leader(lambda: plan)  # other nodes' processors may round otherwise
     if request.ranks.leads:
-        store.write(PLAN, plan.model_dump(mode="json"))
+        store.write(PLAN, plan.model_dump(mode="json", exclude_unset=True))
         store.forget_measured()
     return plan, first
 

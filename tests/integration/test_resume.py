@@ -139,6 +139,8 @@ def test_a_budget_resumes_from_each_of_its_passes(model, text_file, tmp_path, mo
     assert all(whole[name].equal(resumed[name]) for name in whole)
     names = [sorted(path.name for path in (tmp_path / one).iterdir()) for one in ("whole", "out")]
     assert names[0] == names[1]
+    told = [json.loads((tmp_path / one / "owl.json").read_text()) for one in ("whole", "out")]
+    assert told[0]["blocks"] == told[1]["blocks"]
 
 
 # Stands still once a block is there.
