@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.filesize import decimal
 
-from owl_deploy.errors import BadInput, EnvironmentFailed, first_line, is_full_disk, printable
+from owl_deploy.errors import (
+    BadInput,
+    EnvironmentFailed,
+    first_line,
+    full_disk,
+    is_full_disk,
+    printable,
+)
 from owl_deploy.lease import STALE_S, Held, holds, lease, outlast
 
 if TYPE_CHECKING:
@@ -176,9 +183,7 @@ def _leased(destination: Path) -> Iterator[None]:
             ) from error
         except OSError as error:
             if is_full_disk(error):
-                raise EnvironmentFailed(
-                    f"The disk of {destination.parent} is full.", "Make room, then run again."
-                ) from error
+                raise full_disk(destination.parent) from error
             raise _not_writable(destination.parent, error) from error
         yield
 

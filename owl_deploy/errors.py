@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic import ValidationError
 
 
@@ -148,6 +150,11 @@ def is_full_disk(error: BaseException) -> bool:
     if type(error).__name__ != "SafetensorError":
         return False
     return any(f"(os error {number})" in str(error) for number in _NO_ROOM)
+
+
+def full_disk(folder: "Path", way_out: str = "then run again") -> EnvironmentFailed:
+    """The error for a write in `folder` that failed so."""
+    return EnvironmentFailed(f"The disk of {folder} is full.", f"Make room, {way_out}.")
 
 
 _NO_MEMORY = (

@@ -19,7 +19,13 @@ from owl_deploy.artefact import (
     to_disk,
     write_json,
 )
-from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, is_out_of_memory
+from owl_deploy.errors import (
+    BadInput,
+    EnvironmentFailed,
+    full_disk,
+    is_full_disk,
+    is_out_of_memory,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -181,9 +187,7 @@ def kept_for_resuming(partial: Partial, to_save_memory: str) -> Iterator[None]:
             partial.discard()
         way_out = "then run again with --resume" if kept else "then run again"
         if is_full_disk(error):
-            raise EnvironmentFailed(
-                f"The disk of {partial.output.parent} is full.", f"Make room, {way_out}."
-            ) from error
+            raise full_disk(partial.output.parent, way_out) from error
         if is_out_of_memory(error):
             raise EnvironmentFailed(
                 "There is not enough memory.",

@@ -69,6 +69,17 @@ def check_save(path: Path, plan: BenchPlan, force: bool) -> None:
             ) from error
 
 
+def check_rounds(plan: BenchPlan) -> None:
+    """Raise `BadInput` for rounds of which all looks together can come to no verdict."""
+    pairs, looks = plan.pairs, plan.most_looks
+    if pairs * looks < gate.MIN_ROUNDS:
+        most = "1 look" if looks == 1 else f"{looks} looks"
+        raise BadInput(
+            f"{most} of {pairs} rounds can tell nothing: a check needs {gate.MIN_ROUNDS} in all.",
+            f"Give --pairs {math.ceil(gate.MIN_ROUNDS / looks)} or more.",
+        )
+
+
 def save(
     path: Path,
     plan: BenchPlan,

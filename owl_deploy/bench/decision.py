@@ -9,10 +9,10 @@ may: the one-standard-error rule (Breiman et al. 1984, section 3.4.3).
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from owl_deploy.bench import stats
 from owl_deploy.bench.result import Comparison, Result, Score, Subject, metrics_of, paired
@@ -176,33 +176,39 @@ def check_measured(deployments: Iterable[Path], key: str | None) -> None:
         kept = {path: measurement(path, PERPLEXITY) or {} for path in deployments}
         _scores(
             {
-                str(path): (str(path), found.get("value"), text_of(found), scores_of(path))
+                str(path): _Measured(str(path), found.get("value"), text_of(found), scores_of(path))
                 for path, found in kept.items()
             },
             key,
         )
 
 
-# Of each its path, its perplexity, what tells the text of that from others ("" if unknown), and its
-# scores.
-_Measured = dict[str, tuple[str, float | None, str, dict[str, Score]]]
+class _Measured(NamedTuple):
+    """What is known of what lies at `path`: its perplexity, what tells the text of that from others
+    ("" if unknown), and its scores by task.
+    """
+
+    path: str
+    perplexity: float | None
+    text: str
+    scores: dict[str, Score]
 
 
-def _scores(measured: _Measured, key: str) -> dict[str, Score]:
+def _scores(measured: Mapping[str, _Measured], key: str) -> dict[str, Score]:
     """The score of each, by `key`; raises `BadInput` where one has none, or of other documents."""
-    tasks = {task for *_, scores in measured.values() for task in scores}
+    tasks = {task for one in measured.values() for task in one.scores}
     if key not in (PERPLEXITY, HUMANEVAL) and key not in tasks:
         raise unknown_name("--quality-metric", key, sorted({PERPLEXITY, HUMANEVAL, *tasks}))
     found: dict[str, Score] = {}
-    for name, (path, perplexity, _, scores) in measured.items():
-        if key == PERPLEXITY and perplexity is not None:
-            found[name] = Score(metric=PERPLEXITY, value=perplexity)
-        elif key in scores:
-            found[name] = scores[key]
+    for name, one in measured.items():
+        if key == PERPLEXITY and one.perplexity is not None:
+            found[name] = Score(metric=PERPLEXITY, value=one.perplexity)
+        elif key in one.scores:
+            found[name] = one.scores[key]
         else:
             how = f"--{PERPLEXITY} TEXT" if key == PERPLEXITY else f"--tasks {key}"
-            raise BadInput(f"{name} has no {key} measured.", f"Run: owl eval {path} {how}")
-    texts = {text: name for name, (_, _, text, _) in measured.items() if text}
+            raise BadInput(f"{name} has no {key} measured.", f"Run: owl eval {one.path} {how}")
+    texts = {one.text: name for name, one in measured.items() if one.text}
     if key == PERPLEXITY and len(texts) > 1:
         raise BadInput(
             "{} and {} were measured on other text, or in other windows.".format(*texts.values()),
@@ -285,8 +291,10 @@ def _undecided(why: str) -> Judged:
 
 
 def _judged(subjects: Sequence[Subject], speeds: _Speeds, key: str) -> Judged:
-    of_each = {s.name: (s.path, s.perplexity, s.perplexity_on, s.scores) for s in subjects}
-    scores = _scores(of_each, key)
+    measured = {
+        s.name: _Measured(s.path, s.perplexity, s.perplexity_on, s.scores) for s in subjects
+    }
+    scores = _scores(measured, key)
     if not subjects:
         return Judged(key, key, 0, ())
     sign = 1 if key == PERPLEXITY else -1

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 
 from owl_deploy.bench import stats
-from owl_deploy.errors import BadInput
 
 Word = Literal["OK", "IMPROVED", "REGRESSED", "INCONCLUSIVE", "INCOMPARABLE"]
 EXIT_CODES: dict[Word, int] = {
@@ -71,16 +70,6 @@ class Margins:
     bytes: float = 0.01
     nonzeros: float = 0.001
     logits: float = 1e-3
-
-
-def check_rounds(pairs: int, looks: int) -> None:
-    """Raise `BadInput` for rounds that can never be enough for a verdict."""
-    if pairs * looks < MIN_ROUNDS:
-        most = "1 look" if looks == 1 else f"{looks} looks"
-        raise BadInput(
-            f"{most} of {pairs} rounds can tell nothing: a check needs {MIN_ROUNDS} in all.",
-            f"Give --pairs {-(-MIN_ROUNDS // looks)} or more.",
-        )
 
 
 def overall(verdicts: Sequence[Verdict]) -> Word:

@@ -149,7 +149,7 @@ def _check_gate(
         baseline.check_save(save, plan, force)
     if check:
         baseline.read(check)
-        gate.check_rounds(plan.pairs, plan.most_looks)
+        baseline.check_rounds(plan)
     if output is not None:
         _check_output(plan, output, force)
 

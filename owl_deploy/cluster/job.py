@@ -20,15 +20,13 @@ from owl_deploy.errors import EnvironmentFailed, is_out_of_memory
 from owl_deploy.pipeline import Task, do, state
 from owl_deploy.record import Record, keep, skipped, with_ending
 
-SHARED = ".shared"  # a file in the folder of the logs, by which a node knows that it sees the same
-
 
 @dataclass(frozen=True)
 class Job:
     """What a node is told beside the task: the driver's folder, where the log goes (a path without
     an ending), the cores that the task has, whether those are to be all, the driver's versions and
-    its command line; what the driver wrote beside the logs, see `SHARED`; its share of a store
-    where there is one, and then the log goes there.
+    its command line; the file by which a node knows that it sees the driver's folder; its share of
+    a store where there is one, and then there is no such file, and the log goes there.
     """
 
     place: Path
@@ -37,7 +35,7 @@ class Job:
     alone: bool
     versions: dict[str, str]
     command: list[str]
-    token: str = ""
+    marker: Path | None = None
     share: Share | None = None
 
 
@@ -55,21 +53,14 @@ def perform(task: Task, job: Job, *before: Record) -> Record:
     )
     if job.share is None:
         enter(job.place)
-        if not _is_shared(job):  # what is written here nobody would see
-            return record.now("failed", f"A node joined that {UNSHARED}.", 4)
+    if job.marker is not None and not job.marker.exists():  # what is written here nobody would see
+        return record.now("failed", f"A node joined that {UNSHARED}.", 4)
     _tell(job, record)
     log = job.log if job.share is None else job.share.own("logs")
     with logged(with_ending(log, ".log")):
         record = _ended(task, job, record)
     _tell(job, record)
     return record
-
-
-def _is_shared(job: Job) -> bool:
-    """Whether this node sees the driver's folder, and not another of that name."""
-    with contextlib.suppress(OSError):
-        return job.log.with_name(SHARED).read_text(encoding="utf-8") == job.token
-    return False
 
 
 def _tell(job: Job, record: Record) -> None:
@@ -101,7 +92,7 @@ def _ended(task: Task, job: Job, record: Record) -> Record:
 
 
 def _refuse_other_node(job: Job, node: str) -> None:
-    """Nodes may join after the driver has looked at them all: see `check_alike`."""
+    """Nodes may join after the driver has looked at them all: see `nodes.alike`."""
     if differs := difference(versions(), job.versions):
         raise EnvironmentFailed(f"A node joined that {differs}.")
     (here,) = (one for one in alive() if one.id == node)

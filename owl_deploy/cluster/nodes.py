@@ -155,10 +155,12 @@ def enter(place: Path) -> None:
         os.chdir(place)
 
 
-def check_alike(nodes: Sequence[Node], folder: Path, sources: Sequence[Path]) -> None:
+@contextlib.contextmanager
+def alike(nodes: Sequence[Node], folder: Path, sources: Sequence[Path]) -> Iterator[Path]:
     """Refuse a cluster with a node of other versions, or that does not see what is shared.
 
     That is the output `folder`, in which each node has to read and to write, and the `sources`.
+    Yields a file in it that is there until the block ends, for nodes that join later to look for.
     Raises `BadInput`.
     """
     token = secrets.token_hex(8)
@@ -169,13 +171,14 @@ def check_alike(nodes: Sequence[Node], folder: Path, sources: Sequence[Path]) ->
         for node, sight in _sights(nodes, look, shown, marker.name):
             answered = marker.with_name(f"{marker.name}-{node.id}").exists()
             _refuse(node, refusal(sight, versions(), token, answered=answered))
+        yield marker
     finally:
         for path in marker.parent.glob(f"{marker.name}*"):
             path.unlink(missing_ok=True)
 
 
 def check_store(nodes: Sequence[Node], store: Store) -> None:
-    """As `check_alike`, where each node has to read and to write a store.
+    """As `alike`, where each node has to read and to write a store.
 
     Raises `BadInput`, and as `Store` does.
     """

@@ -1,7 +1,6 @@
 """The driver: a plan's tasks go to Ray, as soon as it starts, and their ends come back."""
 
 import contextlib
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-from owl_deploy.artefact import make_folder, write_text
+from owl_deploy.artefact import make_folder
 from owl_deploy.cluster import RETRIES, job, nodes
 from owl_deploy.cluster.interrupt import asking_once
 from owl_deploy.cluster.job import Job
@@ -66,21 +65,21 @@ def _execute(
     model_bytes: int,
     stored: StoredPlan | None,
 ) -> dict[int, Record]:
-    with nodes.joined(address):
+    with nodes.joined(address), contextlib.ExitStack() as stack:
         there = nodes.alive()
         kinds = [_kind(plan[index]) for index in todo]
         wanted = needs_of(kinds, there, given, model_bytes)
         make_folder(folder / "logs")
-        token = secrets.token_hex(8)
-        jobs = {index: _job(plan[index], folder, wanted, token) for index in todo}
+        jobs = {index: _job(plan[index], folder, wanted) for index in todo}
         if stored is None:
-            nodes.check_alike(there, folder, sources(plan))
+            marker = stack.enter_context(nodes.alike(there, folder, sources(plan)))
+            jobs = {index: replace(one, marker=marker) for index, one in jobs.items()}
         else:
             nodes.check_store(there, stored.store)
             shares = stored.shares(todo, [one.log.name for one in jobs.values()])
             jobs = {index: replace(one, share=shares[index]) for index, one in jobs.items()}
         run = _Run(plan, jobs, wanted, stored)
-        with _shared(folder, token), _cancelled_at_the_end(run):
+        with _cancelled_at_the_end(run):
             run.follow()
     return {index: one for index, one in sorted(run.records.items()) if one.state != "done"}
 
@@ -96,7 +95,7 @@ def _kind(task: Task) -> str:
     return str(getattr(task, "task"))  # noqa: B009 - each kind has it, and each of a type of its own
 
 
-def _job(task: Task, folder: Path, wanted: dict[str, Need], token: str) -> Job:
+def _job(task: Task, folder: Path, wanted: dict[str, Need]) -> Job:
     kind = _kind(task)
     return Job(
         place=Path.cwd(),
@@ -105,7 +104,6 @@ def _job(task: Task, folder: Path, wanted: dict[str, Need], token: str) -> Job:
         alone=ROWS[kind].alone,
         versions=nodes.versions(),
         command=sys.argv,
-        token=token,
     )
 
 
@@ -207,17 +205,6 @@ def _reason(error: RayError, need: Need) -> str:
     if isinstance(error, RayTaskError):  # its record could not be kept, say
         return with_type(error.cause)
     return f"its worker died, and did so again {RETRIES} times ({first_line(error)})"
-
-
-@contextlib.contextmanager
-def _shared(folder: Path, token: str) -> Iterator[None]:
-    """Leave the `token` beside the logs until the block ends, for nodes to look for."""
-    file = folder / "logs" / job.SHARED
-    write_text(file, token)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

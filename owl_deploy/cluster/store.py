@@ -31,6 +31,7 @@ from owl_deploy.errors import (
     BadInput,
     EnvironmentFailed,
     OwlError,
+    full_disk,
     is_full_disk,
     unknown_name,
     with_type,
@@ -181,9 +182,7 @@ class Store:
                 self._copy(file, temporary, way_out)
         except OSError as error:  # this machine's: those of the store are said by now
             if is_full_disk(error):
-                raise EnvironmentFailed(
-                    f"The disk of {path.parent} is full.", "Make room, and run again."
-                ) from error
+                raise full_disk(path.parent) from error
             raise EnvironmentFailed(
                 f"The folder {path.parent} cannot be written ({error.strerror})."
             ) from error

@@ -7,7 +7,7 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 
 from owl_deploy.cluster import run
-from owl_deploy.cluster.job import SHARED, Job
+from owl_deploy.cluster.job import Job
 from owl_deploy.cluster.needs import Need, Node
 from owl_deploy.cluster.run import execute, log_of, sources
 from owl_deploy.pipeline import Evaluate, do
@@ -102,10 +102,3 @@ def test_a_task_whose_worker_died_is_not_said_to_run(tmp_path, monkeypatch):
     assert kept(asked.log) == record
     assert (record.state, record.code, record.node, record.started) == ("failed", 4, "n1", 5.0)
     assert record.ended > 5
-
-
-def test_what_nodes_look_for_is_there_while_the_tasks_run(tmp_path):
-    (tmp_path / "logs").mkdir()
-    with run._shared(tmp_path, "token"):
-        assert (tmp_path / "logs" / SHARED).read_text() == "token"
-    assert not list((tmp_path / "logs").iterdir())

@@ -28,9 +28,10 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(job.ray, "get_runtime_context", Context)
     monkeypatch.setattr(job, "alive", lambda: [NODE])
     monkeypatch.setattr(sys, "argv", sys.argv)
-    (tmp_path / job.SHARED).write_text("token")
-    told = {"versions": job.versions(), "command": ["owl", "sweep"], "token": "token"}
-    return Job(tmp_path, tmp_path / "log", cores=2, alone=False, **told)
+    told = {"versions": job.versions(), "command": ["owl", "sweep"]}
+    marker = tmp_path / ".owl-shared-token"
+    marker.touch()
+    return Job(tmp_path, tmp_path / "log", cores=2, alone=False, marker=marker, **told)
 
 
 def joining(tmp_path, *parts):
@@ -87,11 +88,11 @@ def test_a_node_that_joined_later_is_looked_at(here, tmp_path, monkeypatch):
     assert perform(task, here).state == "done"
 
 
-@pytest.mark.parametrize("there", [None, "of another run"])
+@pytest.mark.parametrize("there", [None, ".owl-shared-by-another-run"])
 def test_a_node_that_sees_another_folder_leaves_nothing_there(here, tmp_path, there):
-    (tmp_path / job.SHARED).unlink()
+    here.marker.unlink()
     if there:
-        (tmp_path / job.SHARED).write_text(there)
+        here.marker.with_name(there).touch()
     before = sorted(tmp_path.iterdir())
     record = perform(joining(tmp_path), here)
     assert (record.state, record.code) == ("failed", 4)

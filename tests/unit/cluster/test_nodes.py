@@ -7,7 +7,15 @@ pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from owl_deploy.cluster import nodes
 from owl_deploy.cluster.needs import Need
-from owl_deploy.cluster.nodes import Sight, check_store, difference, look, look_in_store, refusal
+from owl_deploy.cluster.nodes import (
+    Sight,
+    alike,
+    check_store,
+    difference,
+    look,
+    look_in_store,
+    refusal,
+)
 from owl_deploy.cluster.store import Store
 from owl_deploy.errors import BadInput
 
@@ -36,6 +44,14 @@ def test_the_first_version_that_differs_is_told_with_both():
 def test_an_address_that_cannot_be_one(address, words):
     with pytest.raises(BadInput, match=words), nodes.joined(address):
         pass
+
+
+def test_what_nodes_look_for_is_there_while_the_tasks_run(tmp_path):
+    with alike((), tmp_path, ()) as marker, alike((), tmp_path, ()) as of_another:
+        assert marker.parent == tmp_path
+        assert marker.read_text() in marker.name
+        assert marker != of_another
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

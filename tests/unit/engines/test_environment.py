@@ -155,6 +155,23 @@ def test_what_is_compiled_is_installed_and_its_tools_kept(compiled: Path) -> Non
     assert kept["other.py"].read_text() == "in its place"
 
 
+def mark(row: registry.Engine) -> None:
+    """Say in its environment that it was made for `row`, whole."""
+    marker = {"lock": environment._pinned(row), "version": "1.5"}
+    (environment.environment_folder(row) / environment.MARKER).write_text(json.dumps(marker))
+
+
+def stand_in(row: registry.Engine) -> Path:
+    """An environment for `row` with what is looked at, made with this Python."""
+    folder = environment.environment_folder(row)
+    for name in ("bin", f"lib/python{THIS}"):
+        (folder / name).mkdir(parents=True)
+    (folder / "bin" / "python").touch()
+    mark(row)
+    assert environment.is_installed("own")
+    return folder
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("changed", ["source.txt", "other.txt", "options"])
 def test_what_is_to_be_compiled_otherwise_is_not_installed(
@@ -162,13 +179,7 @@ def test_what_is_to_be_compiled_otherwise_is_not_installed(
 ) -> None:
     row = registry.ENGINES["own"]
     assert row.build is not None
-    folder = environment.environment_folder(row)
-    for name in ("bin", f"lib/python{THIS}"):
-        (folder / name).mkdir(parents=True)
-    (folder / "bin" / "python").touch()
-    marker = {"lock": environment._pinned(row), "version": "1.5"}
-    (folder / environment.MARKER).write_text(json.dumps(marker))
-    assert environment.is_installed("own")
+    stand_in(row)
     if changed == "options":
         build = replace(row.build, options=("-DA=C",))
         monkeypatch.setitem(registry.ENGINES, "own", replace(row, build=build))
@@ -181,21 +192,13 @@ def test_what_is_to_be_compiled_otherwise_is_not_installed(
 @pytest.mark.usefixtures("compiled")
 def test_packages_of_another_python_are_none_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     row = registry.ENGINES["own"]
-    folder = environment.environment_folder(row)
-    for name in ("bin", f"lib/python{THIS}"):
-        (folder / name).mkdir(parents=True)
-    (folder / "bin" / "python").touch()
-    marker = {"lock": environment._pinned(row), "version": "1.5"}
-    (folder / environment.MARKER).write_text(json.dumps(marker))
-    assert environment.is_installed("own")
+    folder = stand_in(row)
     (folder / "lib" / f"python{THIS}").rename(folder / "lib" / "python3.4")
     assert not environment.is_installed("own")
     assert row.build is not None
     alone = replace(row, build=replace(row.build, kept=()))  # nothing of it runs in this Python
     monkeypatch.setitem(registry.ENGINES, "own", alone)
-    (folder / environment.MARKER).write_text(
-        json.dumps(marker | {"lock": environment._pinned(alone)})
-    )
+    mark(alone)
     assert environment.is_installed("own")
     with pytest.raises(EnvironmentFailed, match="needs Python"):
         environment.find_python(replace(row, pythons=("3.4",)))
