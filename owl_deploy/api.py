@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from owl_deploy.bench.plan import BenchPlan
     from owl_deploy.bench.result import Comparison, Result, read_result
     from owl_deploy.bench.run import Outcome, bench, run_gate
+    from owl_deploy.engines.sampling import Sampling
+    from owl_deploy.engines.writer import Speed
     from owl_deploy.errors import (
         BadInput,
         EngineFailed,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from owl_deploy.export.targets import TARGETS, export
     from owl_deploy.finetune.run import finetune
     from owl_deploy.finetune.settings import FinetuneSettings
-    from owl_deploy.generate import Sampling, Speed, generate
+    from owl_deploy.generate import generate
     from owl_deploy.hardware import Hardware
     from owl_deploy.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
     from owl_deploy.prune.request import Calibration
@@ -110,8 +112,8 @@ WHERE = {
     "Perplexity": "owl_deploy.evaluate.perplexity:Perplexity",
     "PruneSettings": "owl_deploy.prune_settings:PruneSettings",
     "Result": "owl_deploy.bench.result:Result",
-    "Sampling": "owl_deploy.generate:Sampling",
-    "Speed": "owl_deploy.generate:Speed",
+    "Sampling": "owl_deploy.engines.sampling:Sampling",
+    "Speed": "owl_deploy.engines.writer:Speed",
     "TARGETS": "owl_deploy.export.targets:TARGETS",
     "TaskResult": "owl_deploy.evaluate.zero_shot:TaskResult",
     "Verified": "owl_deploy.verify:Verified",

@@ -385,13 +385,33 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
 
 
 def save_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path, **metadata: str) -> None:
-    """Write a safetensors file, for whoever may read the files that this process makes."""
+    """Write a safetensors file, for whoever may read the files that this process makes.
+
+    Of equal tensors and metadata it is equal, byte for byte.
+    """
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
     path.chmod(mode)  # it is its maker's alone otherwise
+    if metadata:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata, which lie in another order each time, in that of names.
+
+    Its header is JSON behind the eight bytes of its length, filled up with spaces.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        sorted_ = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(sorted_) <= length  # what is behind it is the tensors
+        file.seek(8)
+        file.write(sorted_.ljust(length))
 
 
 def read_object(path: Path, way_out: str) -> dict[str, Any]:

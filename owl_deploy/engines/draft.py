@@ -64,6 +64,17 @@ def open_draft(
     return Draft(tokens or 0, opened)
 
 
+def chosen_draft(
+    opened: Deployment, draft: str | Path | None, tokens: int | None, trust_library: bool
+) -> Draft | None:
+    """The draft that a user asks for, if any; raises `BadInput` as `open_draft` does."""
+    if draft is not None:
+        return open_draft(opened, draft, tokens, trust_library=trust_library)
+    if tokens is not None:
+        raise BadInput("--draft-tokens is of a draft, and there is none.", "Give --draft too.")
+    return None
+
+
 def _check_opens(deployment: Deployment) -> None:
     if not deployment.folder.settings:
         raise BadInput(

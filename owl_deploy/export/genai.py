@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import write_json
+from owl_deploy.artefact import read_object, write_json
 from owl_deploy.engines.environment import ending_with_us
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import MODEL
+from owl_deploy.engines.sampling import search_told
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.source import Progress, Source
 from owl_deploy.ranks import free_memory
@@ -67,6 +68,7 @@ def build(
             f"{source.folder} has no tokenizer, which onnxruntime-genai needs.",
             "Copy the tokenizer's files there, or export with --target deepsparse.",
         )
+    _check_sampling(source.folder / "generation_config.json")
     progress("Building the graph with onnxruntime-genai")
     with tempfile.TemporaryDirectory(dir=folder, prefix="builder-") as scratch:
         log = Path(scratch) / "log"
@@ -91,6 +93,12 @@ def build(
         "opens_in_genai": True,
         **({"packing": json.loads(last_line(words))} if sparsify else {}),
     }
+
+
+def _check_sampling(file: Path) -> None:
+    """Hear now of a sampling that the deployment, which takes it over, could not be opened with."""
+    if file.is_file():
+        search_told(read_object(file, "Correct it, and export again."), file)
 
 
 def _with_padding(file: Path) -> dict[str, Any]:

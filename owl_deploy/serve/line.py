@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from owl_deploy.generate import Row, Writer
+from owl_deploy.engines.writer import Row, Writer
 from owl_deploy.serve.stops import Stops
 from owl_deploy.serve.wire import Refused
 

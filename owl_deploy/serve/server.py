@@ -34,9 +34,11 @@ from starlette.types import ASGIApp
 
 from owl_deploy.engines import threads_for
 from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.draft import chosen_draft
+from owl_deploy.engines.sampling import LARGEST
 from owl_deploy.engines.speculate import Search
+from owl_deploy.engines.writer import PromptTooLong, Row, Speed, Writer
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.generate import LARGEST, PromptTooLong, Row, Speed, Writer, chosen_draft
 from owl_deploy.serve import wire
 from owl_deploy.serve.line import Answer, Asked, Line, Part
 from owl_deploy.serve.log import RequestLog

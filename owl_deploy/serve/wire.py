@@ -18,8 +18,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from owl_deploy.engines.sampling import LARGEST, UNLIMITED, Sampling
+from owl_deploy.engines.writer import Speed, Writer
 from owl_deploy.errors import BadInput
-from owl_deploy.generate import LARGEST, UNLIMITED, Sampling, Speed, Writer
 
 _SEEDS = LARGEST + 1
 # JSON's NUL character; behind a backslash that is one itself, the same letters are text.

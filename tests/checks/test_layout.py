@@ -99,7 +99,6 @@ NO_MODULE = {
     "runtime/test_kernels.py": "csrc",
     "runtime/test_operators.py": "csrc",
     "runtime/test_program.py": "csrc",
-    "test_generate_text.py": "generate.py; pytest wants names that no other folder has",
 }
 
 

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from owl_deploy import artefact, engines
 from owl_deploy.engines.drivers import onnxruntime as driver
+from owl_deploy.engines.sampling import Sampling
+from owl_deploy.engines.writer import Speed, Writer
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai, parity, tables
 from owl_deploy.export.source import Source
 from owl_deploy.export.targets import TARGETS, Precision, export
-from owl_deploy.generate import Sampling, Speed, Writer
 from owl_deploy.runtime import LIBRARY_NAME, library_path
 from tests import tiny
 
@@ -343,6 +344,21 @@ def test_without_a_tokenizer(owl, llama, tmp_path):
     code, _, err = owl("export", folder, "-o", tmp_path / "out", "-t", "onnxruntime")
     assert (code, "has no tokenizer" in err) == (2, True)
     assert owl("export", folder, "-o", tmp_path / "out", "-t", "deepsparse")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "complaint"),
+    [
+        ('{"do_sample": true, "temperature": -1.0}', "has a sampling that is none (--temperature"),
+        ("{", "generation_config.json is not valid JSON"),
+    ],
+)
+def test_a_sampling_that_is_none(owl, llama, tmp_path, told, complaint):
+    """Hours of a large model's export would end in a deployment that nothing opens."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    (folder / "generation_config.json").write_text(told)
+    code, _, err = owl("export", folder, "-o", tmp_path / "out", "-t", "onnxruntime")
+    assert (code, complaint in err) == (2, True), err
 
 
 def test_an_existing_folder(owl, llama, tmp_path):

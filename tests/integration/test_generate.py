@@ -16,10 +16,12 @@ from owl_deploy import generate as module
 from owl_deploy.artefact import MANIFEST, sha256, write_json
 from owl_deploy.engines import open_deployment
 from owl_deploy.engines.drivers import onnxruntime as driver
+from owl_deploy.engines.sampling import Sampling
+from owl_deploy.engines.writer import PromptTooLong, Speed, Writer
 from owl_deploy.errors import BadInput
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export
-from owl_deploy.generate import PromptTooLong, Sampling, Speed, Writer, generate
+from owl_deploy.generate import generate
 from owl_deploy.text import load_tokenizer
 from tests import fresh, tiny
 

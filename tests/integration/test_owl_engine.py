@@ -10,6 +10,8 @@ import onnxruntime_genai
 import pytest
 
 from owl_deploy.engines import EngineProcess, open_deployment
+from owl_deploy.engines.sampling import Sampling
+from owl_deploy.engines.writer import Speed
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.evaluate.run import evaluate
@@ -18,7 +20,7 @@ from owl_deploy.export import targets
 from owl_deploy.export.parity import Session
 from owl_deploy.export.source import Source
 from owl_deploy.export.targets import export
-from owl_deploy.generate import Sampling, Speed, generate
+from owl_deploy.generate import generate
 from owl_deploy.measurements import measurement
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune_settings import PruneSettings

@@ -14,9 +14,10 @@ import torch
 import transformers
 
 from owl_deploy.engines import EngineProcess, open_deployment
+from owl_deploy.engines.sampling import Sampling
+from owl_deploy.engines.writer import Row, Writer
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
-from owl_deploy.generate import Row, Sampling, Writer
 from owl_deploy.runtime import library_path
 from tests import tiny
 

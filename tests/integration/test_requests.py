@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import openai
 import pytest
 
+from owl_deploy.engines.sampling import Sampling
 from owl_deploy.export.targets import export
-from owl_deploy.generate import Sampling, generate
+from owl_deploy.generate import generate
 from tests import tiny
 
 TEMPLATE = "{% for one in messages %}{{ one['content'] }}{% endfor %}"

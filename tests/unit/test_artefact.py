@@ -414,6 +414,18 @@ def test_tensors_are_for_whoever_may_read_what_is_made_here(tmp_path):
         assert file.metadata() == {"format": "pt", "by": "me"}
 
 
+def test_equal_tensors_make_equal_files(tmp_path):
+    told = {f"{name}.bits": "4" for name in ("läyer", "a.b", *map(str, range(20)))}
+    tensors = {name: torch.arange(3) for name in ("b", "ä")}
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for file in files:
+        artefact.save_tensors(tensors, file, **told)
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata() == {"format": "pt", **told}
+        assert all(file.get_tensor(name).equal(tensor) for name, tensor in tensors.items())
+
+
 def test_a_full_disk_is_said_to_be_that(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,21 +1,19 @@
-"""How tokens are chosen by what is given and what the model says, and what is told of the speed."""
+"""How tokens are chosen by what is given and what the model says."""
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from owl_deploy.engines.speculate import Search, Tally
+from owl_deploy.engines.sampling import LARGEST, Sampling, search_told
+from owl_deploy.engines.speculate import Search
 from owl_deploy.errors import BadInput
-from owl_deploy.generate import LARGEST, Row, Sampling, Speed, search_of
 
 MODEL = Search(do_sample=True, temperature=0.6, top_k=20, top_p=0.9, repetition_penalty=1.1)
 
 
-def opened(**search):
-    folder = SimpleNamespace(settings={"search": search})
-    return SimpleNamespace(folder=folder, path=Path("tiny"))
+def told_by(**search):
+    return search_told(search, Path("tiny/genai_config.json"))
 
 
 @pytest.mark.parametrize(
@@ -64,15 +62,15 @@ def test_what_is_left_out_is_the_models_where_tokens_are_drawn(options, found):
 
 def test_a_model_has_a_sampling_where_it_says_so():
     told = vars(MODEL)
-    assert search_of(opened(**told, max_length=512)) == MODEL
-    assert search_of(opened(do_sample=True, top_p=0.5)) == Search(do_sample=True, top_p=0.5)
+    assert told_by(**told, max_length=512) == MODEL
+    assert told_by(do_sample=True, top_p=0.5) == Search(do_sample=True, top_p=0.5)
     for silent in ({**told, "do_sample": False}, {"temperature": 0.6}, {}):
-        assert search_of(opened(**silent)) == Search()
+        assert told_by(**silent) == Search()
     assert Sampling(do_sample=True).search(Search()) == Search(do_sample=True)
 
 
 def test_a_model_whose_own_temperature_is_0_is_greedy_unless_a_request_has_another():
-    usual = search_of(opened(do_sample=True, temperature=0.0, top_k=0, top_p=0.5))
+    usual = told_by(do_sample=True, temperature=0.0, top_k=0, top_p=0.5)
     assert usual == Search(do_sample=True, temperature=0.0, top_k=LARGEST, top_p=0.5)
     assert Sampling(do_sample=True).search(usual) == Search()
     assert Sampling(do_sample=True, temperature=0.5).search(usual).temperature == 0.5
@@ -84,27 +82,4 @@ def test_a_models_sampling_that_is_none_is_said_in_a_sentence(wrong):
     with pytest.raises(
         BadInput, match=r"tiny/genai_config.json has a sampling .* and export again"
     ):
-        search_of(opened(do_sample=True, **wrong))
-
-
-def test_what_goes_alone_and_what_in_a_batch():
-    def shared(usual=MODEL, **options):
-        sampling = Sampling(**options)
-        return Row([1], 2, sampling, search=sampling.search(usual)).shared
-
-    drawn = replace(MODEL, repetition_penalty=1.0)
-    assert shared(drawn, do_sample=True) == shared(Search(), **vars(drawn)) == (drawn, False)
-    assert shared(do_sample=True, temperature=0, seed=1) == shared() == (Search(), False)
-    assert shared(ignore_eos=True) == (Search(), True)
-    assert shared(do_sample=True) is None  # the model's penalty
-    assert shared(drawn, do_sample=True, seed=1) is None
-
-
-def test_one_token_has_no_speed():
-    speed = Speed(prompt_tokens=3, draft=Tally())
-    speed.count(0.5)
-    assert speed.sentence() == "3 tokens read in 0.50 s"
-    assert speed.to_json()["tokens_per_s"] is None
-    speed.count(1.0)
-    assert speed.sentence() == "3 tokens read in 0.50 s, then 2.0 tokens/s"
-    assert speed.to_json()["tokens_per_s"] == 2
+        told_by(do_sample=True, **wrong)
