@@ -35,9 +35,10 @@ from starlette.types import ASGIApp
 from owl_deploy.engines import threads_for
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.draft import chosen_draft
+from owl_deploy.engines.rows import PromptTooLong, Row, Speed
 from owl_deploy.engines.sampling import LARGEST
 from owl_deploy.engines.speculate import Search
-from owl_deploy.engines.writer import PromptTooLong, Row, Speed, Writer
+from owl_deploy.engines.writer import Writer, open_writer
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.serve import wire
 from owl_deploy.serve.line import Answer, Asked, Line, Part
@@ -339,7 +340,7 @@ def serve(
         opened = open_deployment(Path(deployment), trust_library=trust_library)
         drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
         threads, context = threads_for(threads), _context(opened, context)
-        writer = Writer(opened, threads, context, drafting, batch)
+        writer = open_writer(opened, threads, context, drafting, batch)
         names = list(names) or [Path(deployment).resolve().name]
         app = Service(writer, names, waiting, key).app()
         running = _http_server(RequestLog(app, say) if log else app)

@@ -18,8 +18,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from owl_deploy.engines.rows import Speed
 from owl_deploy.engines.sampling import LARGEST, UNLIMITED, Sampling
-from owl_deploy.engines.writer import Speed, Writer
+from owl_deploy.engines.writer import Writer
 from owl_deploy.errors import BadInput
 
 _SEEDS = LARGEST + 1

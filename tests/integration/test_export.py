@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from owl_deploy import artefact, engines
 from owl_deploy.engines.drivers import onnxruntime as driver
 from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import Speed, Writer
+from owl_deploy.engines.rows import Speed
+from owl_deploy.engines.writer import Writer
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai, parity, tables
 from owl_deploy.export.source import Source

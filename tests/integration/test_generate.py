@@ -17,7 +17,8 @@ from owl_deploy.artefact import MANIFEST, sha256, write_json
 from owl_deploy.engines import open_deployment
 from owl_deploy.engines.drivers import onnxruntime as driver
 from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import PromptTooLong, Speed, Writer
+from owl_deploy.engines.rows import PromptTooLong, Speed
+from owl_deploy.engines.writer import Writer
 from owl_deploy.errors import BadInput
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export

@@ -15,7 +15,8 @@ import transformers
 
 from owl_deploy.engines import EngineProcess, open_deployment
 from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import Row, Writer
+from owl_deploy.engines.rows import Row
+from owl_deploy.engines.writer import Writer
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
 from owl_deploy.runtime import library_path

@@ -11,7 +11,8 @@ from owl_deploy.artefact import sha256
 from owl_deploy.engines.deployment import open_deployment
 from owl_deploy.engines.draft import chosen_draft
 from owl_deploy.engines.sampling import UNLIMITED, Sampling
-from owl_deploy.engines.writer import Speed, Writer
+from owl_deploy.engines.rows import Speed
+from owl_deploy.engines.writer import Writer
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
 from owl_deploy.runtime import library_path

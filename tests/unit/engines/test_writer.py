@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from owl_deploy.engines.sampling import Sampling
 from owl_deploy.engines.speculate import Search, Tally
-from owl_deploy.engines.writer import Row, Speed
+from owl_deploy.engines.rows import Row, Speed
 
 MODEL = Search(do_sample=True, temperature=0.6, top_k=20, top_p=0.9, repetition_penalty=1.1)
 

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from owl_deploy.engines.speculate import Search
-from owl_deploy.engines.writer import PromptTooLong, Row
+from owl_deploy.engines.rows import PromptTooLong, Row
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.serve import line, server, wire
 from owl_deploy.serve.log import RequestLog

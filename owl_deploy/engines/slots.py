@@ -1,0 +1,153 @@
+"""Several texts in one session of ONNX Runtime, each in a place of its own in the caches.
+
+The graph's caches are buffers [rows, heads, length, size], which past and present share, as in
+onnxruntime-genai: a run of some rows is given a view of them. How many tokens a row holds its
+attention mask says: so rows of any lengths go through the graph together, without padding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from owl_deploy.engines.deployment import Deployment
+from owl_deploy.engines.drivers.onnxruntime import PROMPT_PART, decoder_config, open_session
+from owl_deploy.engines.loading import LAST_LOGITS
+from owl_deploy.errors import EngineFailed, first_line
+
+_ENTRIES = {LAST_LOGITS: "1"}  # of a prompt no others are read
+_IN_TURNS = {"session.force_spinning_stop": "1"}
+
+
+class Slot:
+    """The place of one text: a `Model` of speculate.py. `count`: the tokens that it holds."""
+
+    def __init__(self, slots: "Slots", place: int) -> None:
+        self._slots, self.place, self.count = slots, place, 0
+
+    def run(self, tokens: Sequence[int]) -> np.ndarray:
+        """Put `tokens` behind the others; the logits [n, vocab] of the last n of them.
+
+        That are all of up to 16, and of more the last, or some.
+        """
+        for start in range(0, len(tokens), PROMPT_PART):
+            part = np.array([tokens[start : start + PROMPT_PART]])
+            logits: np.ndarray = self._slots.run(self.place, part, [self.count])[0]
+            self.count += part.shape[1]
+        return logits
+
+    def rewind(self, count: int) -> None:
+        """Keep the first `count` tokens."""
+        self.count = count
+
+
+class Slots:
+    """A deployment's graph, with caches for `rows` texts of up to `length` tokens.
+
+    The memory is taken as texts grow, and given back when none is there. `takes_turns`: with
+    another model (`open_genai`). Raises `EngineFailed` for what ONNX Runtime stumbles over.
+    """
+
+    def __init__(
+        self, opened: Deployment, threads: int, rows: int, length: int, *, takes_turns: bool
+    ) -> None:
+        self._path, self._length, self._rows = opened.path, length, rows
+        entries = _ENTRIES | (_IN_TURNS if takes_turns else {})
+        library = str(opened.library or "")
+        try:
+            self._session = open_session(opened.path, threads, library, entries)
+        except Exception as error:  # of a type for each status of the runtime
+            raise self._failure(error) from error
+        size = decoder_config(opened.path)["head_size"]
+        inputs = {one.name: one for one in self._session.get_inputs()}
+        self._has_positions = "position_ids" in inputs
+        self._shapes = {
+            name: ((one.shape[1], size), np.dtype("f2" if "float16" in one.type else "f4"))
+            for name, one in inputs.items()
+            if name.startswith("past_key_values.")
+        }
+        self._vocabulary = opened.vocab
+        self._held: list[Slot] = []  # by their places
+        self._caches = self._room()
+
+    def _room(self) -> dict[str, np.ndarray]:
+        """Caches that hold nothing yet: of what is not written to, no memory is taken."""
+        return {
+            name: np.empty((self._rows, heads, self._length, size), dtype)
+            for name, ((heads, size), dtype) in self._shapes.items()
+        }
+
+    def enter(self) -> Slot:
+        """A place for another text; there must be one."""
+        assert len(self._held) < self._rows
+        self._held.append(Slot(self, len(self._held)))
+        return self._held[-1]
+
+    def leave(self, slot: Slot) -> None:
+        """Give up a place, which the last takes."""
+        slot.count = 0
+        self._swap(slot, self._held[-1])
+        self._held.pop()
+        if not self._held:
+            self._caches = self._room()
+
+    def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> list[np.ndarray]:
+        """Run one of `tokens` in each of `slots`; the logits [vocab] of each."""
+        for slot in slots:  # they go to the first places, for a run is of neighbours
+            if slot.place >= len(slots):
+                self._swap(slot, next(one for one in self._held if one not in slots))
+        given = dict(zip(slots, tokens, strict=True))
+        held = self._held[: len(slots)]
+        ids = np.array([[given[slot]] for slot in held])
+        logits = self.run(0, ids, [slot.count for slot in held])
+        for slot in slots:
+            slot.count += 1
+        return [logits[slot.place, 0] for slot in slots]
+
+    def run(self, first: int, ids: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """Run the tokens `ids` [n, new] in n places from `first` on, which hold `counts`.
+
+        Returns logits [n, new, vocab]; the engine `owl` leaves out those of long prompts, but for
+        the last token's.
+        """
+        rows, new = ids.shape
+        before = np.array(counts)[:, None]
+        places = np.arange(before.max() + new)
+        # The tokens of each row at the end of it, behind a row's lack of them.
+        mask = (places >= len(places) - before - new).astype(np.int64)
+        feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask}
+        if self._has_positions:
+            feeds["position_ids"] = before + np.arange(new)
+        logits = np.empty((rows, new, self._vocabulary), np.float32)
+        binding = self._session.io_binding()
+        for name, values in feeds.items():
+            binding.bind_cpu_input(name, values)
+        _bind(binding.bind_output, "logits", logits)
+        for name, cache in self._caches.items():
+            part = cache[first : first + rows]
+            _bind(binding.bind_input, name, part)
+            _bind(binding.bind_output, name.replace("past_key_values.", "present.", 1), part)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # as above
+            raise self._failure(error) from error
+        return logits
+
+    def _swap(self, one: Slot, other: Slot) -> None:
+        """Have two texts change places."""
+        if one is other:
+            return
+        for cache in self._caches.values():
+            kept = cache[one.place, :, : one.count].copy()
+            cache[one.place, :, : other.count] = cache[other.place, :, : other.count]
+            cache[other.place, :, : one.count] = kept
+        one.place, other.place = other.place, one.place
+        self._held[one.place], self._held[other.place] = one, other
+
+    def _failure(self, error: Exception) -> EngineFailed:
+        return EngineFailed(f"onnxruntime failed with {self._path}: {first_line(error)}")
+
+
+def _bind(bind: Any, name: str, values: np.ndarray) -> None:  # noqa: ANN401 - without stubs
+    """Let a session read or write `values` where they lie."""
+    bind(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
