@@ -18,7 +18,6 @@ from owl_deploy.engines.draft import Draft, Drafter
 from owl_deploy.engines.drivers.onnxruntime import (
     PROMPT_PART,
     Rows,
-    in_rows,
     open_genai,
     pad_of,
     run_prompts,
@@ -187,10 +186,7 @@ class OneByOne(Writer):
     def _advance(self) -> dict[Row, int]:
         (row,) = self._rows
         self._coming = self._coming or self._tokens(row)
-        token = next(self._coming, None)
-        if token is None:
-            raise EngineFailed(f"onnxruntime-genai ended a text of {self.path} before its end.")
-        return {row: token}
+        return {row: next(self._coming)}
 
     def _leave(self, row: Row) -> None:
         self._coming = None
@@ -200,11 +196,15 @@ class OneByOne(Writer):
             model = Rows(self._model, row.length, self._pad, whole=self._whole)
             yield from self._drafter.tokens(model, row)
             return
-        generator = self._generator(row)
-        run_prompts(generator, in_rows([row.tokens], self._pad), self._pad, whole=self._whole)
-        while not generator.is_done():
-            generator.generate_next_token()
-            yield int(generator.get_next_tokens()[0])
+        while True:  # it ends before the row where the settings name no end, and is begun anew
+            generator = self._generator(row)
+            ids = np.array([row.tokens], np.int32)
+            run_prompts(generator, ids, self._pad, whole=self._whole)
+            done = False
+            while not done:
+                generator.generate_next_token()
+                done = generator.is_done()
+                yield int(generator.get_next_tokens()[0])
 
     def _generator(self, row: Row) -> Any:  # noqa: ANN401 - without stubs
         import onnxruntime_genai
@@ -286,13 +286,15 @@ class SideBySide(Writer):
         found: dict[Row, int] = {}
         unread = [row for row in self._rows if not self._is_read(row)]
         started = time.perf_counter()
-        while unread and time.perf_counter() - started < _READ_S:
+        while unread:
             row = unread[0]
             slot, _ = self._places[row]
             logits = slot.run(row.tokens[slot.count :][:PROMPT_PART])
             if slot.count == len(row.tokens):
                 found[row] = self._choose(row, logits[-1])
                 del unread[0]
+            if time.perf_counter() - started > _READ_S:
+                break
         return found
 
     def _choose(self, row: Row, logits: np.ndarray) -> int:

@@ -19,9 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from owl_deploy import artefact, engines
 from owl_deploy.engines.drivers import onnxruntime as driver
-from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.rows import Speed
-from owl_deploy.engines.writer import Writer
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai, parity, tables
 from owl_deploy.export.source import Source
@@ -114,10 +111,7 @@ def test_keys_that_the_builder_alone_would_read(owl, tmp_path, monkeypatch):
     manifest = export(model, tmp_path / "out", target="onnxruntime", precision="fp32")
     assert manifest.to_json()["parity"]["relative_difference"] < 1e-5
     assert manifest.max_context == 512
-    writer = Writer(engines.open_deployment(tmp_path / "out"), 1, batch=2)
-    rows = [writer.row(text, Sampling(3), Speed()) for text in ("The river", "A mill by the river")]
-    assert writer.takes(rows)
-    assert len(list(writer.write_together(rows))) == 3
+    assert 0 <= driver.pad_of(tmp_path / "out") < 320
 
     row = TARGETS["onnxruntime"]
     strict = replace(row, precisions={"int8": Precision(1.2, usual=1e-6)})
