@@ -233,7 +233,8 @@ class SideBySide(Writer):
     """Writes a token of each row at a step; a row comes, and ends, while the others go on.
 
     Prompts are read one after the other, in parts between which the others go on. A row that is the
-    only one from its beginning on has the draft, until another comes.
+    only one from its beginning on has the draft, until another comes; one that is drawn by a seed
+    has none, for its text would depend on when that is.
     """
 
     def __init__(
@@ -259,7 +260,8 @@ class SideBySide(Writer):
         self._coming = None  # it is not alone any more
         slot = self._slots.enter()
         self._places[row] = slot, np.random.default_rng(row.sampling.seed)
-        if self._drafter is not None and len(self._rows) == 1:
+        is_seeded = row.search.do_sample and row.sampling.seed is not None
+        if self._drafter is not None and len(self._rows) == 1 and not is_seeded:
             self._coming = self._drafter.tokens(slot, row)
         for other, (place, _) in self._places.items():  # what a draft has put there beyond the text
             place.rewind(min(place.count, len(other.tokens) - 1))

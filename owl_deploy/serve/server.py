@@ -63,7 +63,7 @@ _UVICORN: dict[str, Any] = {
     "lifespan": "off",  # there is none, and a second Ctrl-C would end it with a traceback
     "ws": "none",
 }
-# Each row adds a little to a step, and everybody in a batch waits for its longest answer.
+# Each row adds a little to everybody's step.
 BATCH = 8
 CONTEXT = 4096
 
@@ -316,14 +316,13 @@ def serve(
 ) -> None:
     """Serve `deployment` until SIGTERM or Ctrl-C; answers in the making are finished.
 
-    `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered together,
-    at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its answer,
-    at most (None: `CONTEXT`, or what the model takes): a batch takes memory for `batch` times as
-    many. `names`: what clients call the model, in place of its folder's name. `log`: whether `say`
+    `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered side by
+    side, at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its
+    answer, at most (None: `CONTEXT`, or what the model takes), `batch` times as many in all. `names`: what clients call the model, in place of its folder's name. `log`: whether `say`
     is told of each request, too (`RequestLog`). What a request leaves out of how tokens are chosen
     is as the deployment's genai_config.json has it, where that says `do_sample`, and `say` is told.
     `threads`, `trust_library`, `draft`,
-    `draft_tokens`: as in `generate`; only a request that is answered alone has the draft. Clients
+    `draft_tokens`: as in `generate`; only a request that is alone has the draft. Clients
     must know the key that stands in the environment variable `OWL_API_KEY`, if one does. Raises
     `BadInput` for a deployment that cannot be opened, for a draft that does not fit it, for a
     `context` that is more than it takes, for an address that cannot be had, for one that other

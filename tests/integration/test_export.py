@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from owl_deploy import artefact, engines
+from owl_deploy.engines import writer
 from owl_deploy.engines.drivers import onnxruntime as driver
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai, parity, tables
@@ -240,6 +241,8 @@ def test_a_longrope_prompt_is_run_in_one_go(target, tmp_path, monkeypatch):
     (scored,) = session.logits(tokens)
     assert np.abs(scored[-1] - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert whole
+    opened = engines.open_deployment(deployment)
+    assert isinstance(writer.open_writer(opened, 1, batch=8), writer.OneByOne)
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert np.abs(in_parts - wanted).max() > 1e-3 * np.abs(wanted).max()
 

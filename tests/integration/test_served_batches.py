@@ -311,6 +311,14 @@ def test_a_request_alone_has_the_draft_and_the_answers_are_the_same(drafted):
     assert all(row.speed.draft is None for row in rows[1:])
 
 
+def test_a_seed_gives_the_text_that_it_gives_in_company(drafted):
+    writer, _ = drafted
+    sampling = Sampling(40, do_sample=True, seed=7)
+    rows = [writer.row("The river ran", sampling, Speed()) for _ in range(3)]
+    assert len({*each_written(writer, rows[:1]), *written(writer, rows[1:], 9)}) == 1
+    assert rows[0].speed.draft is None
+
+
 @pytest.mark.parametrize("steps", range(5))
 def test_a_request_goes_on_without_its_draft_when_another_comes(drafted, steps):
     """Whatever the draft has put into the cache beyond what was said."""
