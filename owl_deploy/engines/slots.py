@@ -5,6 +5,8 @@ onnxruntime-genai: a run of some rows is given a view of them. How many tokens a
 attention mask says: so rows of any lengths go through the graph together, without padding.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +46,7 @@ class Slot:
 class Slots:
     """A deployment's graph, with caches for `rows` texts of up to `length` tokens.
 
-    The memory is taken as texts grow, and given back when none is there. `takes_turns`: with
+    Memory is taken as texts grow, and given back when none is there. `takes_turns`: with
     another model (`open_genai`). Raises `EngineFailed` for what ONNX Runtime stumbles over.
     """
 
@@ -61,21 +63,21 @@ class Slots:
         size = decoder_config(opened.path)["head_size"]
         inputs = {one.name: one for one in self._session.get_inputs()}
         self._has_positions = "position_ids" in inputs
-        self._shapes = {
-            name: ((one.shape[1], size), np.dtype("f2" if "float16" in one.type else "f4"))
+        self._memory: list[mmap.mmap] = []
+        self._caches = {
+            name: self._room(one.shape[1], size, "f2" if "float16" in one.type else "f4")
             for name, one in inputs.items()
             if name.startswith("past_key_values.")
         }
-        self._vocabulary = opened.vocab
+        self._logits = np.empty((rows, 1, opened.vocab), np.float32)
         self._held: list[Slot] = []  # by their places
-        self._caches = self._room()
+        self._bindings: dict[tuple[int, int], Any] = {}  # of so many places from that one on
 
-    def _room(self) -> dict[str, np.ndarray]:
-        """Caches that hold nothing yet: of what is not written to, no memory is taken."""
-        return {
-            name: np.empty((self._rows, heads, self._length, size), dtype)
-            for name, ((heads, size), dtype) in self._shapes.items()
-        }
+    def _room(self, heads: int, size: int, dtype: str) -> np.ndarray:
+        """A cache in pages that the system gives when they are written to first."""
+        shape = (self._rows, heads, self._length, size)
+        self._memory.append(mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize))
+        return np.frombuffer(self._memory[-1], dtype).reshape(shape)
 
     def enter(self) -> Slot:
         """A place for another text; there must be one."""
@@ -89,7 +91,8 @@ class Slots:
         self._swap(slot, self._held[-1])
         self._held.pop()
         if not self._held:
-            self._caches = self._room()
+            for memory in self._memory:
+                memory.madvise(mmap.MADV_DONTNEED)
 
     def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> list[np.ndarray]:
         """Run one of `tokens` in each of `slots`; the logits [vocab] of each."""
@@ -118,20 +121,28 @@ class Slots:
         feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask}
         if self._has_positions:
             feeds["position_ids"] = before + np.arange(new)
-        logits = np.empty((rows, new, self._vocabulary), np.float32)
-        binding = self._session.io_binding()
+        logits = self._logits[first : first + rows]
+        if new > 1:
+            logits = np.empty((rows, new, logits.shape[-1]), np.float32)
+        binding = self._binding(first, rows)
         for name, values in feeds.items():
             binding.bind_cpu_input(name, values)
         _bind(binding.bind_output, "logits", logits)
-        for name, cache in self._caches.items():
-            part = cache[first : first + rows]
-            _bind(binding.bind_input, name, part)
-            _bind(binding.bind_output, name.replace("past_key_values.", "present.", 1), part)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # as above
             raise self._failure(error) from error
         return logits
+
+    def _binding(self, first: int, rows: int) -> Any:  # noqa: ANN401 - without stubs
+        """What gives a run the caches of `rows` places from `first` on."""
+        if (first, rows) not in self._bindings:
+            binding = self._bindings[first, rows] = self._session.io_binding()
+            for name, cache in self._caches.items():
+                part = cache[first : first + rows]
+                _bind(binding.bind_input, name, part)
+                _bind(binding.bind_output, name.replace("past_key_values.", "present.", 1), part)
+        return self._bindings[first, rows]
 
     def _swap(self, one: Slot, other: Slot) -> None:
         """Have two texts change places."""

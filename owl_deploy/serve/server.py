@@ -318,15 +318,16 @@ def serve(
 
     `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered side by
     side, at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its
-    answer, at most (None: `CONTEXT`, or what the model takes), `batch` times as many in all. `names`: what clients call the model, in place of its folder's name. `log`: whether `say`
-    is told of each request, too (`RequestLog`). What a request leaves out of how tokens are chosen
-    is as the deployment's genai_config.json has it, where that says `do_sample`, and `say` is told.
-    `threads`, `trust_library`, `draft`,
-    `draft_tokens`: as in `generate`; only a request that is alone has the draft. Clients
-    must know the key that stands in the environment variable `OWL_API_KEY`, if one does. Raises
-    `BadInput` for a deployment that cannot be opened, for a draft that does not fit it, for a
-    `context` that is more than it takes, for an address that cannot be had, for one that other
-    machines reach without a key, and for a key that no client could send.
+    answer, at most (None: `CONTEXT`, or what the model takes), `batch` times as many in all.
+    `names`: what clients call the model, in place of its folder's name. `log`: whether `say` is
+    told of each request, too (`RequestLog`). What a request leaves out of how tokens are chosen is
+    as the deployment's genai_config.json has it, where that says `do_sample`, and `say` is told.
+    `threads`, `trust_library`, `draft`, `draft_tokens`: as in `generate`; only a request that is
+    alone has the draft. Clients must know the key that stands in the environment variable
+    `OWL_API_KEY`, if one does. Raises `BadInput` for a deployment that cannot be opened, for a
+    draft that does not fit it, for a `context` that is more than it takes, for an address that
+    cannot be had, for one that other machines reach without a key, and for a key that no client
+    could send.
     """
     key = _key()
     if not key and not _is_loopback(host):
