@@ -58,12 +58,13 @@ class Drafter:
             self._pad, self._whole = pad_of(opened.path), runs_whole(opened.path)
 
     def tokens(self, model: Model, row: Row) -> Iterator[int]:
-        """What `model`, whose cache is empty, puts after `row`; the row's speed tells of it."""
+        """What `model` puts after `row`, whose speed tells what of it is in the model's cache."""
         random = np.random.default_rng(row.sampling.seed)
         proposing = self._proposing(row)
         speculation = Speculation(model, proposing, row.search, self._draft.tokens, random)
         row.speed.draft = speculation.tally
-        yield from speculation.tokens(list(row.tokens), row.length, row.ends)
+        cached = row.speed.cached_tokens
+        yield from speculation.tokens(list(row.tokens), row.length, row.ends, cached)
 
     def _proposing(self, row: Row) -> Lookup | Proposer:
         if self._draft.deployment is None:

@@ -16,11 +16,13 @@ class PromptTooLong(BadInput):
 class Speed:
     """What a generation took: seconds to the first token, and after it; tokens made.
 
-    `context_full`: it ended because the model takes no more. `draft`: what came of a draft's
-    proposals, where one was given.
+    `cached_tokens`: those of the prompt that were known and not read again. `context_full`: it
+    ended because the model takes no more. `draft`: what came of a draft's proposals, where one was
+    given.
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     first_token_s: float = 0.0
     decode_s: float = 0.0
@@ -62,8 +64,8 @@ class Row:
     """A text to be written: its `tokens`, at first the prompt's, and the `length` they may come to.
 
     `speed` is filled in meanwhile. `ends`: tokens that end it before. `search`: how `sampling` has
-    its tokens chosen in this deployment. `ended`: set once the text has its last token, or by
-    whoever wants no more of it.
+    its tokens chosen in this deployment. `anew`: whether all of the prompt is read, whatever is
+    known of it. `ended`: set once the text has its last token, or by whoever wants no more of it.
     """
 
     tokens: list[int]
@@ -72,6 +74,7 @@ class Row:
     speed: Speed = field(default_factory=Speed)
     ends: list[int] = field(default_factory=list)
     search: Search = field(default_factory=Search)
+    anew: bool = False
     ended: bool = False
 
     @property

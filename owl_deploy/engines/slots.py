@@ -22,10 +22,14 @@ _IN_TURNS = {"session.force_spinning_stop": "1"}
 
 
 class Slot:
-    """The place of one text: a `Model` of speculate.py. `count`: the tokens that it holds."""
+    """The place of one text: a `Model` of speculate.py.
+
+    `count`: the tokens that it holds; `read`: those of them that came in whole parts of a prompt.
+    """
 
     def __init__(self, slots: "Slots", place: int) -> None:
         self._slots, self.place, self.count = slots, place, 0
+        self.read: list[int] = []
 
     def run(self, tokens: Sequence[int]) -> np.ndarray:
         """Put `tokens` behind the others; the logits [n, vocab] of the last n of them.
@@ -33,21 +37,35 @@ class Slot:
         That are all of up to 16, and of more the last, or some.
         """
         for start in range(0, len(tokens), PROMPT_PART):
-            part = np.array([tokens[start : start + PROMPT_PART]])
-            logits: np.ndarray = self._slots.run(self.place, part, [self.count])[0]
-            self.count += part.shape[1]
+            part = list(tokens[start : start + PROMPT_PART])
+            logits: np.ndarray = self._slots.run(self.place, np.array([part]), [self.count])[0]
+            if len(part) == PROMPT_PART and self.count == len(self.read):
+                self.read += part
+            self.count += len(part)
         return logits
 
     def rewind(self, count: int) -> None:
         """Keep the first `count` tokens."""
         self.count = count
+        del self.read[count - count % PROMPT_PART :]
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many of the prompt `tokens`, but for its last, stand in the whole parts read."""
+        count = 0
+        for end in range(PROMPT_PART, min(len(self.read), len(tokens) - 1) + 1, PROMPT_PART):
+            if self.read[count:end] != list(tokens[count:end]):
+                break
+            count = end
+        return count
 
 
 class Slots:
     """A deployment's graph, with caches for `rows` texts of up to `length` tokens.
 
-    Memory is taken as texts grow, and given back when none is there. `takes_turns`: with
-    another model (`open_genai`). Raises `EngineFailed` for what ONNX Runtime stumbles over.
+    What is left of a text stays in its place until another needs that, for one that begins in the
+    same way: whole parts of its prompt, since these are computed to the last bit as they would be
+    again. Memory is taken as texts grow. `takes_turns`: with another model (`open_genai`). Raises
+    `EngineFailed` for what ONNX Runtime stumbles over.
     """
 
     def __init__(
@@ -63,46 +81,45 @@ class Slots:
         size = decoder_config(opened.path)["head_size"]
         inputs = {one.name: one for one in self._session.get_inputs()}
         self._has_positions = "position_ids" in inputs
-        self._memory: list[mmap.mmap] = []
         self._caches = {
             name: self._room(one.shape[1], size, "f2" if "float16" in one.type else "f4")
             for name, one in inputs.items()
             if name.startswith("past_key_values.")
         }
         self._logits = np.empty((rows, 1, opened.vocab), np.float32)
-        self._held: list[Slot] = []  # by their places
+        self._slots = [Slot(self, place) for place in range(rows)]  # by their places
+        self._free = [*self._slots]  # those that are free for the longest first
         self._bindings: dict[tuple[int, int], Any] = {}  # of so many places from that one on
 
     def _room(self, heads: int, size: int, dtype: str) -> np.ndarray:
         """A cache in pages that the system gives when they are written to first."""
         shape = (self._rows, heads, self._length, size)
-        self._memory.append(mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize))
-        return np.frombuffer(self._memory[-1], dtype).reshape(shape)
+        memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.frombuffer(memory, dtype).reshape(shape)
 
-    def enter(self) -> Slot:
-        """A place for another text; there must be one."""
-        assert len(self._held) < self._rows
-        self._held.append(Slot(self, len(self._held)))
-        return self._held[-1]
+    def enter(self, tokens: Sequence[int] = ()) -> Slot:
+        """A place for a text, which holds as much of the prompt `tokens` as one has; there must be
+        one that is free.
+        """
+        slot = max(self._free, key=lambda one: one.shared(tokens))
+        self._free.remove(slot)
+        slot.rewind(slot.shared(tokens))
+        return slot
 
     def leave(self, slot: Slot) -> None:
-        """Give up a place, which the last takes."""
-        slot.count = 0
-        self._swap(slot, self._held[-1])
-        self._held.pop()
-        if not self._held:
-            for memory in self._memory:
-                memory.madvise(mmap.MADV_DONTNEED)
+        """Give up a place."""
+        slot.rewind(len(slot.read))
+        self._free.append(slot)
 
     def step(self, slots: Sequence[Slot], tokens: Sequence[int]) -> list[np.ndarray]:
         """Run one of `tokens` in each of `slots`; the logits [vocab] of each."""
         for slot in slots:  # they go to the first places, for a run is of neighbours
             if slot.place >= len(slots):
-                self._swap(slot, next(one for one in self._held if one not in slots))
+                self._swap(slot, next(one for one in self._slots if one not in slots))
         given = dict(zip(slots, tokens, strict=True))
-        held = self._held[: len(slots)]
-        ids = np.array([[given[slot]] for slot in held])
-        logits = self.run(0, ids, [slot.count for slot in held])
+        in_order = self._slots[: len(slots)]
+        ids = np.array([[given[slot]] for slot in in_order])
+        logits = self.run(0, ids, [slot.count for slot in in_order])
         for slot in slots:
             slot.count += 1
         return [logits[slot.place, 0] for slot in slots]
@@ -146,14 +163,12 @@ class Slots:
 
     def _swap(self, one: Slot, other: Slot) -> None:
         """Have two texts change places."""
-        if one is other:
-            return
         for cache in self._caches.values():
             kept = cache[one.place, :, : one.count].copy()
             cache[one.place, :, : other.count] = cache[other.place, :, : other.count]
             cache[other.place, :, : one.count] = kept
         one.place, other.place = other.place, one.place
-        self._held[one.place], self._held[other.place] = one, other
+        self._slots[one.place], self._slots[other.place] = one, other
 
     def _failure(self, error: Exception) -> EngineFailed:
         return EngineFailed(f"onnxruntime failed with {self._path}: {first_line(error)}")

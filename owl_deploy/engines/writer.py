@@ -258,7 +258,8 @@ class SideBySide(Writer):
         """Write `row` from the next step on, as `Writer` does."""
         super().add(row)
         self._coming = None  # it is not alone any more
-        slot = self._slots.enter()
+        slot = self._slots.enter(() if row.anew else row.tokens)
+        row.speed.cached_tokens = slot.count
         self._places[row] = slot, np.random.default_rng(row.sampling.seed)
         is_seeded = row.search.do_sample and row.sampling.seed is not None
         if self._drafter is not None and len(self._rows) == 1 and not is_seeded:

@@ -158,7 +158,9 @@ class Service:
 
         def prepare() -> Row:
             text = asked.text(self._writer)
-            return self._writer.row(text, asked.sampling(), speed, templated=asked.templated)
+            row = self._writer.row(text, asked.sampling(), speed, templated=asked.templated)
+            row.anew = asked.cache_prompt is False
+            return row
 
         asks = Asked(prepare, asked.stops, request.is_disconnected)
         async with self._line.place(asks) as answer:

@@ -144,6 +144,73 @@ def test_a_text_that_nobody_wants_ends_and_the_others_go_on(writer):
     assert [row.speed.new_tokens for row in rows] == [5, 20, 30]
 
 
+@pytest.fixture
+def small_parts(monkeypatch):
+    """So that a tiny model's prompts have several."""
+    for module in ("writer", "slots"):
+        monkeypatch.setattr(f"owl_deploy.engines.{module}.PROMPT_PART", 16)
+
+
+def snowy(writer, end="", times=3, anew=False):
+    prompt = "Snow fell on the hills. " * times + end
+    row = writer.row(prompt, Sampling(max_new_tokens=12), Speed())
+    row.anew = anew
+    return row
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_a_place_has_of_a_prompt_is_not_read_again(deployment):
+    writer = open_writer(open_deployment(deployment), 1, batch=3)
+    first = snowy(writer, "Then")
+    written(writer, [first])
+    known = (first.speed.prompt_tokens - 1) // 16 * 16
+    assert known > 16
+    others = [writer.row(f"{name} clock", Sampling(40), Speed()) for name in ("A", "The", "My")]
+    written(writer, others[:1])  # in the place that was free for longest
+    again = [snowy(writer, "Then"), snowy(writer, "And"), snowy(writer, "Then", anew=True)]
+    texts = each_written(writer, again)
+    assert [row.speed.cached_tokens for row in again] == [known, known, 0]
+    assert again[0].tokens == again[2].tokens == first.tokens
+    assert texts[1] == written(writer, [snowy(writer, "And", anew=True)])[0]
+    written(writer, others[1:], 3)  # beside each other, so that what is known moves
+    longer = snowy(writer, times=5)
+    written(writer, [longer])
+    assert longer.speed.cached_tokens >= known - 16
+    assert longer.tokens == written_tokens(writer, snowy(writer, times=5, anew=True))
+
+
+def written_tokens(writer, row):
+    written(writer, [row])
+    return row.tokens
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_of_a_prompt_that_is_all_known_the_end_is_read(deployment, beyond):
+    writer = open_writer(open_deployment(deployment), 1, batch=2)
+    rows = [snowy(writer) for _ in range(3)]
+    for row in rows:
+        del row.tokens[32 + beyond :]
+        row.length = 40
+        written(writer, [row])
+    assert [row.speed.cached_tokens for row in rows] == [0, *[32 if beyond else 16] * 2]
+    assert rows[0].tokens == rows[1].tokens == rows[2].tokens
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_client_that_left_leaves_what_was_read_for_it(deployment, monkeypatch):
+    monkeypatch.setattr("owl_deploy.engines.writer._READ_S", 0)
+    writer = open_writer(open_deployment(deployment), 1, batch=2)
+    rows = [snowy(writer), snowy(writer), snowy(writer, anew=True)]
+    writer.add(rows[0])
+    writer.step()
+    writer.step()
+    rows[0].ended = True
+    each_written(writer, rows[1:])
+    assert [row.speed.cached_tokens for row in rows] == [0, 32, 0]
+    assert rows[1].tokens == rows[2].tokens
+
+
 def test_what_fails_ends_all_texts_and_the_next_is_written(writer, alone, monkeypatch):
     rows, (row, *_), (single, *_) = asked(writer)[:2], asked(writer), asked(alone)
     with monkeypatch.context() as broken:
@@ -309,6 +376,16 @@ def test_a_request_alone_has_the_draft_and_the_answers_are_the_same(drafted):
     rows, single = asked(writer), asked(alone)
     assert written(writer, rows) == each_written(alone, single)
     assert all(row.speed.draft is None for row in rows[1:])
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_draft_goes_on_from_what_is_known(drafted):
+    writer, _ = drafted
+    rows = [snowy(writer), snowy(writer), snowy(writer, anew=True)]
+    each_written(writer, rows)
+    assert [row.speed.cached_tokens > 16 for row in rows] == [False, True, False]
+    assert rows[0].tokens == rows[1].tokens == rows[2].tokens
+    assert all(row.speed.draft is not None for row in rows)
 
 
 def test_a_seed_gives_the_text_that_it_gives_in_company(drafted):

@@ -60,6 +60,7 @@ class FakeWriter:
             raise BadInput("The word is too long.", "A hint for the command line.")
         self.templated = templated
         speed.prompt_tokens = len(prompt)
+        speed.cached_tokens = 2 if prompt.startswith("anew") else 0
         search = sampling.search(self.usual)
         return Row([prompt], 1 + sampling.max_new_tokens, sampling, speed, search=search)
 
@@ -192,6 +193,7 @@ def test_requests_are_answered_one_after_another_and_a_full_line_says_when_to_re
         "prompt_tokens": 5,
         "completion_tokens": 3,
         "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -200,6 +202,14 @@ def test_whoever_has_an_answer_may_ask_again_though_nobody_may_wait(writer):
     with served(writer, waiting=0) as url, openai.OpenAI(base_url=url, **how) as client:
         writer.go.release(6)
         assert [ask(client, name).choices[0].text for name in ("a", "b")] == ["abc", "abc"]
+
+
+def test_what_is_known_of_a_prompt_is_told_and_need_not_be_used(writer, client):
+    writer.go.release(2)
+    for anew, more in ((False, {}), (True, {"cache_prompt": False})):
+        answer = ask(client, f"anew: {anew}", 1, extra_body=more)
+        assert answer.usage.prompt_tokens_details.cached_tokens == 2
+        assert writer.seen[-1][1].anew is anew
 
 
 def all_ask(writer, client, prompts, **more):
