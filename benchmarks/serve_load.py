@@ -1,7 +1,8 @@
 """Clients at once against `owl serve`, or another server of OpenAI's API, for as long as you like.
 
     python benchmarks/serve_load.py DEPLOYMENT [--clients 1 2 4 8 16] [--seconds 60] [-o FILE]
-        [--new-tokens 64] [--words 60] [--leave 0.1] [--threads N] [--batch 8] [--waiting 16]
+        [--new-tokens 64] [--varied] [--words 60] [--leave 0.1] [--threads N] [--batch 8]
+        [--waiting 16]
     python benchmarks/serve_load.py --url http://127.0.0.1:8080/v1 --model NAME --pid PID
 
 What `owl bench --scenario requests` does not do: minutes of load, clients that leave, memory. Each
@@ -9,7 +10,8 @@ client asks again as soon as it has its answer, greedily and streamed; prompts h
 their first on, so that no cache helps. Per number of clients: requests and tokens a second;
 p50 and p99 of the time to the first text and between texts, in ms; errors; refusals (429, upon
 which a client waits as it is told); the server's resident memory before and after. `--leave`: the
-share of the requests whose client goes away within the answer. Clients take a core's share, too.
+share of the requests whose client goes away within the answer; `--varied`: answers of 1 to twice
+`--new-tokens` tokens, drawn. Clients take a core's share, too.
 """
 
 import argparse
@@ -127,6 +129,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--varied", action="store_true")
     parser.add_argument("--words", type=int, default=60)
     parser.add_argument("--leave", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
@@ -145,7 +148,7 @@ def main() -> None:
     """Measure each number of clients, after an unmeasured request."""
     arguments, rows = parsed(), []
     with served(arguments) as (url, model, server):
-        load = Load(url, model, arguments.new_tokens, arguments.leave)
+        load = Load(url, model, arguments.new_tokens, arguments.leave, varied=arguments.varied)
         measure(load, 1, prompts(arguments.words, 0.1), server)
         for clients in arguments.clients:
             asked = prompts(arguments.words, arguments.seconds)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from owl_deploy.bench.plan import BenchPlan
     from owl_deploy.bench.result import Comparison, Result, read_result
     from owl_deploy.bench.run import Outcome, bench, run_gate
+    from owl_deploy.engines.rows import Speed
     from owl_deploy.engines.sampling import Sampling
-    from owl_deploy.engines.writer import Speed
     from owl_deploy.errors import (
         BadInput,
         EngineFailed,
@@ -113,7 +113,7 @@ WHERE = {
     "PruneSettings": "owl_deploy.prune_settings:PruneSettings",
     "Result": "owl_deploy.bench.result:Result",
     "Sampling": "owl_deploy.engines.sampling:Sampling",
-    "Speed": "owl_deploy.engines.writer:Speed",
+    "Speed": "owl_deploy.engines.rows:Speed",
     "TARGETS": "owl_deploy.export.targets:TARGETS",
     "TaskResult": "owl_deploy.evaluate.zero_shot:TaskResult",
     "Verified": "owl_deploy.verify:Verified",

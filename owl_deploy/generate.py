@@ -13,9 +13,10 @@ from owl_deploy.engines import EngineProcess, threads_for
 from owl_deploy.engines.deployment import Deployment, open_deployment, told_numbers
 from owl_deploy.engines.draft import chosen_draft
 from owl_deploy.engines.process import DEFAULT_CONTEXT
+from owl_deploy.engines.rows import Speed, length_of
 from owl_deploy.engines.sampling import GREEDY, Sampling
 from owl_deploy.engines.speculate import Search
-from owl_deploy.engines.writer import Speed, Writer, length_of
+from owl_deploy.engines.writer import open_writer
 from owl_deploy.errors import BadInput
 from owl_deploy.json_lines import in_template
 from owl_deploy.text import load_tokenizer, token_before
@@ -101,7 +102,7 @@ def generate(
             opened, opened.folder.engine.name, prompt, sampling, speed, messages, threads
         )
         return
-    writer = Writer(opened, threads, drafting=drafting)
+    writer = open_writer(opened, threads, drafting=drafting)
     if messages is not None:
         prompt = opened.chat_template.render(messages)
     yield from writer.write(prompt, sampling, speed, templated=chat)

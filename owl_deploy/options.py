@@ -196,7 +196,7 @@ ServedDeployment = Annotated[
 Host = Annotated[str, Option(help="Address to listen on; one that others reach needs OWL_API_KEY.")]
 Port = Annotated[int, Option(min=0, max=65535, help="The port; 0 takes a free one.")]
 ServedBatch = Annotated[
-    int, Option(min=1, help="Waiting requests answered together, at most (32 is the limit).")
+    int, Option(min=1, help="Requests answered side by side, at most (32 is the limit).")
 ]
 Waiting = Annotated[
     int, Option(min=0, help="Requests that may wait behind those; one more gets 429.")

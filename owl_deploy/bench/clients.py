@@ -22,7 +22,7 @@ class Load:
     """What each client asks of `model` at `url`: answers of `new_tokens` tokens.
 
     `leave`: the share of the requests whose client goes away after the first text; `limit_s`: what
-    one may take.
+    one may take; `varied`: answers have that many tokens in the mean, drawn from 1 on.
     """
 
     url: str
@@ -31,6 +31,11 @@ class Load:
     leave: float = 0.0
     key: str = "none"
     limit_s: float | None = None
+    varied: bool = False
+
+    def draw_tokens(self, generator: random.Random) -> int:
+        """How many tokens the next answer is to have."""
+        return generator.randrange(1, 2 * self.new_tokens) if self.varied else self.new_tokens
 
 
 @dataclass
@@ -78,21 +83,27 @@ async def _client(
     generator = random.Random(number)
     for prompt in prompts:
         leaves = generator.random() < load.leave
+        tokens = load.draw_tokens(generator)
         try:
             async with asyncio.timeout(load.limit_s):
-                await _ask(connections, load, prompt, leaves, tally)
+                await _ask(connections, load, prompt, tokens, leaves, tally)
         except (httpx.HTTPError, ValueError, KeyError) as error:
             tally.errors.append(f"{type(error).__name__}: {error}")
 
 
 async def _ask(
-    connections: httpx.AsyncClient, load: Load, prompt: str, leaves: bool, tally: Tally
+    connections: httpx.AsyncClient,
+    load: Load,
+    prompt: str,
+    tokens: int,
+    leaves: bool,
+    tally: Tally,
 ) -> None:
-    """One request; the client `leaves` after the first text."""
+    """One request, for `tokens` tokens; the client `leaves` after the first text."""
     body = {
         "model": load.model,
         "prompt": prompt,
-        "max_tokens": load.new_tokens,
+        "max_tokens": tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -3,14 +3,26 @@
 How is in speculate.py; here is which, and what cannot be.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from owl_deploy.artefact import read_object
 from owl_deploy.engines.deployment import Deployment, open_deployment
+from owl_deploy.engines.drivers.onnxruntime import Rows, open_genai, pad_of, runs_whole
 from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import LOOKUP, engine_for
-from owl_deploy.engines.speculate import MOST_TOKENS
+from owl_deploy.engines.rows import Row
+from owl_deploy.engines.speculate import (
+    MOST_TOKENS,
+    Lookup,
+    Model,
+    Proposer,
+    Speculation,
+    share_of,
+)
 from owl_deploy.errors import BadInput
 from owl_deploy.tokenizer import TOKENIZER
 
@@ -33,6 +45,33 @@ class Draft:
     def place(self) -> str:
         """What an engine's process is told of it: the folder, or "lookup"."""
         return LOOKUP if self.deployment is None else str(self.deployment.path)
+
+
+class Drafter:
+    """A draft that stays open, for the deployment in the folder `beside`."""
+
+    def __init__(self, draft: Draft, beside: Path, threads: int) -> None:
+        self._draft, self._beside = draft, beside
+        if (opened := draft.deployment) is not None:
+            library = str(opened.library or "")
+            self._model = open_genai(str(opened.path), threads, library, takes_turns=True)
+            self._pad, self._whole = pad_of(opened.path), runs_whole(opened.path)
+
+    def tokens(self, model: Model, row: Row) -> Iterator[int]:
+        """What `model` puts after `row`, whose speed tells what of it is in the model's cache."""
+        random = np.random.default_rng(row.sampling.seed)
+        proposing = self._proposing(row)
+        speculation = Speculation(model, proposing, row.search, self._draft.tokens, random)
+        row.speed.draft = speculation.tally
+        cached = row.speed.cached_tokens
+        yield from speculation.tokens(list(row.tokens), row.length, row.ends, cached)
+
+    def _proposing(self, row: Row) -> Lookup | Proposer:
+        if self._draft.deployment is None:
+            return Lookup()
+        share = share_of(self._draft.deployment.path, self._beside)
+        rows = Rows(self._model, row.length, self._pad, whole=self._whole)
+        return Proposer(rows, row.search, share)
 
 
 def open_draft(

@@ -325,15 +325,15 @@ class Speculation:
         self._pace = Pace(self.draft.share)
 
     def tokens(
-        self, prompt: Sequence[int], length: int, ends: Collection[int] = ()
+        self, prompt: Sequence[int], length: int, ends: Collection[int] = (), cached: int = 0
     ) -> Iterator[int]:
         """What comes after `prompt`, until one of `ends`, which comes too, or `length` in all.
 
-        Both caches must be empty, and hold `length` tokens. The tokens of a step come one right
-        after the other.
+        Both caches must hold `length` tokens, and be empty, but for `cached` tokens of the prompt
+        in the model's. The tokens of a step come one right after the other.
         """
         text = list(prompt)
-        new = [self.choose(self.model.run(text)[-1], text).draw(self.random)]
+        new = [self.choose(self.model.run(text[cached:])[-1], text).draw(self.random)]
         while True:
             for token in new:
                 yield token

@@ -1,129 +1,52 @@
-"""A deployment that stays open in onnxruntime-genai and writes texts, alone or in batches."""
+"""A deployment that stays open and writes texts: one by one in onnxruntime-genai, or side by side.
+
+onnxruntime-genai begins and ends a batch as one: who comes later waits for the longest text in it.
+So texts that are written side by side, for the clients of a server, each have a place of their own
+in a session of ONNX Runtime (slots.py), and their tokens are chosen here.
+"""
 
 import time
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from owl_deploy.engines.deployment import Deployment
-from owl_deploy.engines.draft import Draft
-from owl_deploy.engines.loading import GENAI_CONFIG, LAST_LOGITS
+from owl_deploy.engines.draft import Draft, Drafter
+from owl_deploy.engines.drivers.onnxruntime import (
+    PROMPT_PART,
+    Rows,
+    open_genai,
+    pad_of,
+    run_prompts,
+    runs_whole,
+)
+from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.engines.registry import MOST_ROWS
-from owl_deploy.engines.sampling import DEFAULT_NEW_TOKENS, UNLIMITED, Sampling, search_told
-from owl_deploy.engines.speculate import Lookup, Proposer, Search, Speculation, Tally, share_of
+from owl_deploy.engines.rows import Row, Speed, length_of
+from owl_deploy.engines.sampling import Sampling, search_told
+from owl_deploy.engines.slots import Slot, Slots
 from owl_deploy.errors import BadInput, EngineFailed, first_line
 from owl_deploy.tokenizer import Tokenizer
 
-_MOST_LOGITS = 2**28  # bytes, of several prompts whose tokens' logits are all made
+_READ_S = 0.25  # that texts wait, and the rest of a part of a prompt, while others are read
 
 
-class PromptTooLong(BadInput):
-    """A prompt that leaves no room for what is to come after it."""
-
-
-@dataclass
-class Speed:
-    """What a generation took: seconds to the first token, and after it; tokens made.
-
-    `context_full`: it ended because the model takes no more. `draft`: what came of a draft's
-    proposals, where one was given.
-    """
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    first_token_s: float = 0.0
-    decode_s: float = 0.0
-    context_full: bool = False
-    draft: Tally | None = None
-
-    def count(self, elapsed_s: float) -> None:
-        """One more token, `elapsed_s` after the prompt was begun."""
-        if self.new_tokens == 0:
-            self.first_token_s = elapsed_s
-        self.new_tokens += 1
-        self.decode_s = elapsed_s - self.first_token_s
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Tokens a second after the first; None where that is the only one."""
-        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else None
-
-    def sentence(self) -> str:
-        """What a user is told of it."""
-        said = f"{self.prompt_tokens} tokens read in {self.first_token_s:.2f} s"
-        if self.tokens_per_s is not None:
-            said += f", then {self.tokens_per_s:.1f} tokens/s"
-        if self.draft is not None and self.draft.steps:
-            said += (
-                f"; of {self.draft.proposed} tokens proposed {self.draft.share_accepted:.0%} "
-                f"accepted, {self.draft.tokens_per_step:.2f} tokens a step"
-            )
-        return said + ("; the context is full" if self.context_full else "")
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, as JSON values."""
-        draft = self.draft and self.draft.to_json()
-        return {**vars(self), "draft": draft, "tokens_per_s": self.tokens_per_s}
-
-
-@dataclass(eq=False)
-class Row:
-    """A text to be written: its `tokens`, at first the prompt's, and the `length` they may come to.
-
-    `speed` is filled in meanwhile. `ends`: tokens that end it before. `search`: how `sampling` has
-    its tokens chosen in this deployment. `ended`: set once the text has its last token, or by
-    whoever wants no more of it.
-    """
-
-    tokens: list[int]
-    length: int
-    sampling: Sampling
-    speed: Speed = field(default_factory=Speed)
-    ends: list[int] = field(default_factory=list)
-    search: Search = field(default_factory=Search)
-    ended: bool = False
-
-    @property
-    def room(self) -> int:
-        """How many tokens may come yet."""
-        return self.length - len(self.tokens)
-
-    @property
-    def shared(self) -> tuple[Search, bool] | None:
-        """What texts that are written in one batch have in common; None for what goes alone.
-
-        A seed's text would depend on its company, and a penalty would see the padding.
-        """
-        is_seeded = self.search.do_sample and self.sampling.seed is not None
-        if is_seeded or self.search.repetition_penalty != 1:
-            return None
-        return self.search, self.sampling.ignore_eos
-
-
-class Writer:
-    """A deployment that stays open in onnxruntime-genai, and writes one batch after another.
+class Writer(ABC):
+    """An open deployment, and the rows that it writes: `batch` at once, at most.
 
     `context`: the tokens of a prompt and its answer together, at most; None for all that the model
-    takes; `drafting`: what proposes tokens to a text that is written alone; `batch`: the texts that
-    are written together, at most. `usual`: how it draws tokens where a sampling does not say. What
-    is begun must be done with before the next. Raises `BadInput` for a folder that
-    onnxruntime-genai cannot open, without a tokenizer, or with a sampling that is impossible; each
-    method raises `EngineFailed` for what that stumbles over.
+    takes. `usual`: how it draws tokens where a sampling does not say. Raises `BadInput` for a
+    folder that onnxruntime-genai cannot open, without a tokenizer, or with a sampling that is
+    impossible; opening and each method raise `EngineFailed` for what the runtime stumbles over.
     """
 
-    def __init__(
-        self,
-        opened: Deployment,
-        threads: int,
-        context: int | None = None,
-        drafting: Draft | None = None,
-        batch: int = 1,
-    ) -> None:
-        self.path, self._ends = opened.path, opened.ends
-        self._drafting = drafting
+    batch = 1
+
+    def __init__(self, opened: Deployment, context: int | None = None) -> None:
+        self.path = opened.path
         if not (self.path / GENAI_CONFIG).is_file():
             raise BadInput(
                 f"{self.path} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
@@ -133,32 +56,13 @@ class Writer:
         self.usual = search_told(told, self.path / GENAI_CONFIG)
         takes = opened.folder.number("context_length")
         self.context = min(context or takes, takes)
-        pad = opened.folder.settings["model"].get("pad_token_id")
-        pad = None if pad is None else opened.folder.number("pad_token_id")
-        if pad is not None and not 0 <= pad < opened.vocab:
-            pad = None
-        # Prompts that are run in parts, as the settings may ask for, go alone.
-        in_parts = "chunk_size" in told
-        if not 1 <= batch <= MOST_ROWS:
-            raise BadInput(f"--batch {batch} is not between 1 and {MOST_ROWS}.")
-        self.batch = 1 if in_parts or pad is None else batch
-        self._vocabulary, self._pad = opened.vocab, pad or 0
         self.chat_template, self._tokenizer = opened.chat_template, Tokenizer(self.path)
-        options = opened.folder.settings["model"].get("decoder", {}).get("session_options", {})
-        self._last_logits = LAST_LOGITS in options
+        self._ends = opened.ends
         import onnxruntime_genai
 
-        from owl_deploy.engines.drivers.onnxruntime import open_genai, runs_whole
-
-        self._whole = runs_whole(self.path)
-        beside = drafting.deployment if drafting is not None else None
-        self._draft_whole = beside is not None and runs_whole(beside.path)
         with self._stumbling():
-            in_turns = drafting is not None and drafting.deployment is not None
-            library = str(opened.library or "")
-            self._model = open_genai(str(self.path), threads, library, takes_turns=in_turns)
-            self._draft = _open_draft(drafting, threads)
-            self._pieces = onnxruntime_genai.Tokenizer(self._model)
+            self._pieces = onnxruntime_genai.Tokenizer(str(self.path.absolute()))
+        self._rows: dict[Row, tuple[Any, float]] = {}  # with its stream, and when it was begun
 
     def row(self, prompt: str, sampling: Sampling, speed: Speed, *, templated: bool = False) -> Row:
         """What is to be written after `prompt`, which is `templated` if `chat_template` made it.
@@ -174,99 +78,61 @@ class Writer:
         ends = [] if sampling.ignore_eos else self._ends
         return Row(tokens, length, sampling, speed, ends, sampling.search(self.usual))
 
-    def takes(self, rows: Sequence[Row]) -> bool:
-        """Whether `rows` can be written together.
+    def add(self, row: Row) -> None:
+        """Write `row` from the next step on; there must be a place for it (`batch`)."""
+        self._drop_ended()
+        assert len(self._rows) < self.batch
+        self._rows[row] = self._pieces.create_stream(), time.perf_counter()
 
-        They must be few enough, their tokens chosen alike, and their prompts' logits bearable.
-        """
-        shared = {row.shared for row in rows}
-        alike = len(rows) == 1 or (len(shared) == 1 and None not in shared)
-        # A row that ends like the padding is written before all others: it has none beside it.
-        fits = len(rows) == 1 or all(row.tokens[-1] != self._pad for row in rows)
-        return len(rows) <= self.batch and alike and fits and self._bears(rows)
+    def step(self) -> dict[Row, str]:
+        """Go on with all rows: the piece of each that has a token more.
 
-    def _bears(self, rows: Sequence[Row]) -> bool:
-        """Whether the logits of all their tokens so far fit; of a row by itself no more are made
-        than of a part of it, and of several the last tokens' alone where the engine knows how.
+        A piece is empty where a character is not whole yet. An error ends all rows.
         """
-        tokens = len(rows) * max(len(row.tokens) for row in rows)
-        fits = tokens * self._vocabulary * np.dtype(np.float32).itemsize <= _MOST_LOGITS
-        return len(rows) == 1 or self._last_logits or fits
+        try:
+            with self._stumbling():
+                self._drop_ended()
+                chosen = self._advance() if self._rows else {}
+                live = {row: token for row, token in chosen.items() if not row.ended}
+                return {row: self._said(row, token) for row, token in live.items()}
+        except BaseException:
+            for row in self._rows:
+                row.ended = True
+            raise
+        finally:
+            self._drop_ended()
 
     def write(
         self, prompt: str, sampling: Sampling, speed: Speed, *, templated: bool = False
     ) -> Iterator[str]:
-        """Yield what comes after `prompt`; a piece is empty where a character is not whole yet.
+        """Yield what comes after `prompt`, piece by piece, where nothing else is written.
 
         `templated` and what is raised: as in `row`.
         """
         row = self.row(prompt, sampling, speed, templated=templated)
-        for pieces in self.write_together([row]):
-            yield pieces[0]
+        self.add(row)
+        while not row.ended:
+            yield from self.step().values()
 
-    def write_together(self, rows: Sequence[Row]) -> Iterator[dict[int, str]]:
-        """Yield step by step what comes in each of `rows`, by its number, until all have ended.
+    @abstractmethod
+    def _advance(self) -> dict[Row, int]:
+        """The next token of those rows, none of which has ended, that come to have one."""
 
-        `takes` must be true of them. The pieces are as `write` has them. A row that has ended is
-        run on with the others, unheard. Rows lose room to the padding beside the longest: those
-        that need it are begun anew, with all their tokens, once that one has filled the context.
-        """
-        with self._stumbling():
-            started = time.perf_counter()
-            streams = [self._pieces.create_stream() for _ in rows]
-            while going := [number for number, row in enumerate(rows) if not row.ended]:
-                # Beside others a last token that is the padding's would be taken for that.
-                going = [n for n in going if rows[n].tokens[-1] == self._pad][:1] or going
-                if not self._bears([rows[number] for number in going]):
-                    going = going[:1]
-                for tokens in self._steps([rows[number] for number in going]):
-                    elapsed_s = time.perf_counter() - started
-                    chosen = dict(zip(going, tokens, strict=True))
-                    live = [number for number in going if not rows[number].ended]
-                    for number in live:
-                        self._add(chosen[number], rows[number], elapsed_s)
-                    yield {number: streams[number].decode(chosen[number]) for number in live}
+    @abstractmethod
+    def _leave(self, row: Row) -> None:
+        """Nothing more is asked of `row`, which may not have been begun."""
 
-    def _steps(self, rows: Sequence[Row]) -> Iterator[list[int]]:
-        """The next token of each row, until all have ended or the longest fills the context."""
-        if self._drafting is not None and len(rows) == 1:
-            yield from self._drafted_steps(rows[0], self._drafting)
-            return
-        from owl_deploy.engines.drivers.onnxruntime import in_rows, run_prompts
+    def _drop_ended(self) -> None:
+        for row in [row for row in self._rows if row.ended]:
+            del self._rows[row]
+            self._leave(row)
 
-        ids = in_rows([row.tokens for row in rows], self._pad)
-        length = min(ids.shape[1] + max(row.room for row in rows), self.context)
-        generator = _generator(self._model, length, rows, self._vocabulary)
-        run_prompts(generator, ids, self._pad, whole=self._whole)
-        while not generator.is_done() and not all(row.ended for row in rows):
-            generator.generate_next_token()
-            yield generator.get_next_tokens().tolist()
-
-    def _drafted_steps(self, row: Row, drafting: Draft) -> Iterator[list[int]]:
-        """The next token of a row that goes alone, with the draft."""
-        from owl_deploy.engines.drivers.onnxruntime import Rows, pad_of
-
-        proposing: Lookup | Proposer = Lookup()
-        if drafting.deployment is not None:
-            share = share_of(drafting.deployment.path, self.path)
-            pad = pad_of(drafting.deployment.path)
-            rows = Rows(self._draft, row.length, pad, whole=self._draft_whole)
-            proposing = Proposer(rows, row.search, share)
-        random = np.random.default_rng(row.sampling.seed)
-        rows = Rows(self._model, row.length, self._pad, whole=self._whole)
-        speculation = Speculation(rows, proposing, row.search, drafting.tokens, random)
-        row.speed.draft = speculation.tally
-        for token in speculation.tokens(list(row.tokens), row.length, row.ends):
-            yield [token]
-            if row.ended:
-                return
-
-    def _add(self, token: int, row: Row, elapsed_s: float) -> None:
-        row.tokens.append(token)
-        row.speed.count(elapsed_s)
+    def _said(self, row: Row, token: int) -> str:
+        stream, started = self._rows[row]
+        row.take(token, time.perf_counter() - started)
         row.speed.context_full = len(row.tokens) >= self.context
-        if token in row.ends or not row.room:  # no `|=`: another thread may end it meanwhile
-            row.ended = True
+        piece: str = stream.decode(token)
+        return piece
 
     @contextmanager
     def _stumbling(self) -> Iterator[None]:
@@ -278,59 +144,167 @@ class Writer:
             ) from error
 
 
-def length_of(prompt_tokens: int, new_tokens: int | None, context: int) -> int:
-    """The tokens of the prompt and the new ones together; raises `PromptTooLong`."""
-    room = context - prompt_tokens
-    if room < 1:
-        raise PromptTooLong(
-            f"The prompt's {prompt_tokens} tokens leave no room for a new one: there is room for "
-            f"{context} in all.",
-            "Shorten the prompt.",
-        )
-    if new_tokens is None:
-        return prompt_tokens + min(DEFAULT_NEW_TOKENS, room)
-    if new_tokens == UNLIMITED:
-        return context
-    if new_tokens > room:
-        raise PromptTooLong(
-            f"The prompt's {prompt_tokens} tokens and {new_tokens} new ones are more than the "
-            f"{context} that there is room for.",
-            f"Shorten the prompt, or give --max-new-tokens (-n) {room} or less; {UNLIMITED} takes "
-            "all that there is room for.",
-        )
-    return prompt_tokens + new_tokens
+def open_writer(
+    opened: Deployment,
+    threads: int,
+    context: int | None = None,
+    drafting: Draft | None = None,
+    batch: int = 1,
+) -> Writer:
+    """What writes up to `batch` texts at once; `drafting`: what proposes to one that is alone.
+
+    A model whose prompts must be run in one go has its texts written one by one. Raises as `Writer`
+    does, and `BadInput` for a `batch` that is impossible.
+    """
+    if not 1 <= batch <= MOST_ROWS:
+        raise BadInput(f"--batch {batch} is not between 1 and {MOST_ROWS}.")
+    if batch == 1 or runs_whole(opened.path):
+        return OneByOne(opened, threads, context, drafting)
+    return SideBySide(opened, threads, context, drafting, batch)
 
 
-def _generator(model: Any, length: int, rows: Sequence[Row], vocabulary: int) -> Any:  # noqa: ANN401
-    """What writes `rows`, which are all chosen as the first is."""
-    import onnxruntime_genai
+class OneByOne(Writer):
+    """Writes in onnxruntime-genai, whose caches have room for the one row."""
 
-    search, sampling = rows[0].search, rows[0].sampling
-    options: dict[str, Any] = {
-        "batch_size": len(rows),
-        "max_length": length,
-        "min_length": length if sampling.ignore_eos else 0,
-        "do_sample": search.do_sample,
-        "repetition_penalty": search.repetition_penalty,
-    }
-    if search.do_sample:
-        options |= {
-            "temperature": search.temperature,
-            "top_k": min(search.top_k, vocabulary),
-            "top_p": search.top_p,
+    def __init__(
+        self,
+        opened: Deployment,
+        threads: int,
+        context: int | None = None,
+        drafting: Draft | None = None,
+    ) -> None:
+        super().__init__(opened, context)
+        self._vocabulary, self._pad = opened.vocab, pad_of(self.path)
+        self._whole = runs_whole(self.path)
+        with self._stumbling():
+            self._drafter = Drafter(drafting, self.path, threads) if drafting else None
+            in_turns = drafting is not None and drafting.deployment is not None
+            library = str(opened.library or "")
+            self._model = open_genai(str(self.path), threads, library, takes_turns=in_turns)
+        self._coming: Iterator[int] | None = None
+
+    def _advance(self) -> dict[Row, int]:
+        (row,) = self._rows
+        self._coming = self._coming or self._tokens(row)
+        return {row: next(self._coming)}
+
+    def _leave(self, row: Row) -> None:
+        self._coming = None
+
+    def _tokens(self, row: Row) -> Iterator[int]:
+        if self._drafter is not None:
+            model = Rows(self._model, row.length, self._pad, whole=self._whole)
+            yield from self._drafter.tokens(model, row)
+            return
+        while True:  # it ends before the row where the settings name no end, and is begun anew
+            generator = self._generator(row)
+            ids = np.array([row.tokens], np.int32)
+            run_prompts(generator, ids, self._pad, whole=self._whole)
+            done = False
+            while not done:
+                generator.generate_next_token()
+                done = generator.is_done()
+                yield int(generator.get_next_tokens()[0])
+
+    def _generator(self, row: Row) -> Any:  # noqa: ANN401 - without stubs
+        import onnxruntime_genai
+
+        search, sampling = row.search, row.sampling
+        options: dict[str, Any] = {
+            "max_length": row.length,
+            "min_length": row.length if sampling.ignore_eos else 0,
+            "do_sample": search.do_sample,
+            "repetition_penalty": search.repetition_penalty,
         }
-    if sampling.seed is not None:
-        options["random_seed"] = sampling.seed
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(**options)
-    return onnxruntime_genai.Generator(model, parameters)
+        if search.do_sample:
+            options |= {
+                "temperature": search.temperature,
+                "top_k": min(search.top_k, self._vocabulary),
+                "top_p": search.top_p,
+            }
+        if sampling.seed is not None:
+            options["random_seed"] = sampling.seed
+        parameters = onnxruntime_genai.GeneratorParams(self._model)
+        parameters.set_search_options(**options)
+        return onnxruntime_genai.Generator(self._model, parameters)
 
 
-def _open_draft(drafting: Draft | None, threads: int) -> Any:  # noqa: ANN401 - without stubs
-    """The model that proposes, open; None where none does."""
-    from owl_deploy.engines.drivers.onnxruntime import open_genai
+class SideBySide(Writer):
+    """Writes a token of each row at a step; a row comes, and ends, while the others go on.
 
-    if drafting is None or drafting.deployment is None:
-        return None
-    library = str(drafting.deployment.library or "")
-    return open_genai(str(drafting.deployment.path), threads, library, takes_turns=True)
+    Prompts are read one after the other, in parts between which the others go on. A row that is the
+    only one from its beginning on has the draft, until another comes; one that is drawn by a seed
+    has none, for its text would depend on when that is.
+    """
+
+    def __init__(
+        self,
+        opened: Deployment,
+        threads: int,
+        context: int | None = None,
+        drafting: Draft | None = None,
+        batch: int = 2,
+    ) -> None:
+        super().__init__(opened, context)
+        self.batch = batch
+        in_turns = drafting is not None and drafting.deployment is not None
+        self._slots = Slots(opened, threads, batch, self.context, takes_turns=in_turns)
+        with self._stumbling():
+            self._drafter = Drafter(drafting, self.path, threads) if drafting else None
+        self._places: dict[Row, tuple[Slot, np.random.Generator]] = {}
+        self._coming: Iterator[int] | None = None  # the tokens of the only row, with the draft
+
+    def add(self, row: Row) -> None:
+        """Write `row` from the next step on, as `Writer` does."""
+        super().add(row)
+        self._coming = None  # it is not alone any more
+        slot = self._slots.enter(() if row.anew else row.tokens)
+        row.speed.cached_tokens = slot.count
+        self._places[row] = slot, np.random.default_rng(row.sampling.seed)
+        is_seeded = row.search.do_sample and row.sampling.seed is not None
+        if self._drafter is not None and len(self._rows) == 1 and not is_seeded:
+            self._coming = self._drafter.tokens(slot, row)
+        for other, (place, _) in self._places.items():  # what a draft has put there beyond the text
+            place.rewind(min(place.count, len(other.tokens) - 1))
+
+    def _advance(self) -> dict[Row, int]:
+        if self._coming is not None:
+            (row,) = self._rows
+            return {row: next(self._coming)}
+        found = self._read()
+        written = [row for row in self._rows if row not in found and self._is_read(row)]
+        if written:
+            slots = [self._places[row][0] for row in written]
+            rows = self._slots.step(slots, [row.tokens[-1] for row in written])
+            found |= {
+                row: self._choose(row, logits) for row, logits in zip(written, rows, strict=True)
+            }
+        return found
+
+    def _is_read(self, row: Row) -> bool:
+        return row.speed.new_tokens > 0 and self._places[row][0].count == len(row.tokens) - 1
+
+    def _read(self) -> dict[Row, int]:
+        """Read on in prompts, for `_READ_S` at most; the first tokens of those that are read."""
+        found: dict[Row, int] = {}
+        unread = [row for row in self._rows if not self._is_read(row)]
+        started = time.perf_counter()
+        while unread:
+            row = unread[0]
+            slot, _ = self._places[row]
+            logits = slot.run(row.tokens[slot.count :][:PROMPT_PART])
+            if slot.count == len(row.tokens):
+                found[row] = self._choose(row, logits[-1])
+                del unread[0]
+            if time.perf_counter() - started > _READ_S:
+                break
+        return found
+
+    def _choose(self, row: Row, logits: np.ndarray) -> int:
+        if row.sampling.ignore_eos:
+            logits[self._ends] = -np.inf
+        return row.search(logits, row.tokens).draw(self._places[row][1])
+
+    def _leave(self, row: Row) -> None:
+        self._coming = None
+        self._slots.leave(self._places.pop(row)[0])

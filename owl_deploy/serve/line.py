@@ -1,4 +1,4 @@
-"""Requests in a bounded line: what waits when the model is free is answered in one batch."""
+"""Requests in a bounded line, and those under way, which are answered side by side."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -7,14 +7,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from owl_deploy.engines.writer import Row, Writer
+from owl_deploy.engines.rows import Row
+from owl_deploy.engines.writer import Writer
 from owl_deploy.serve.stops import Stops
 from owl_deploy.serve.wire import Refused
 
 Part = tuple[str, str | None]  # a piece of an answer, and why it ended: None but in the last
-# After a batch of several, those who were answered together ask again within some milliseconds:
-# the first of them must not go alone, and leave the others to wait for all of its answer.
-_GATHER_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,14 @@ class Answer:
 class Line:
     """Answers in the order in which they were asked for; at most `waiting` wait.
 
-    The first that waits is in the next batch, with all behind it that the writer takes beside.
-    Only the event loop's thread touches the line; all that the model does is done by one other.
+    The first that waits is begun as soon as the writer has a place, beside those under way. Only
+    the event loop's thread touches the line; all that the model does is done by one other.
     """
 
     def __init__(self, writer: Writer, waiting: int) -> None:
         self._writer, self._waiting = writer, waiting
         self._line: list[Answer] = []
-        self._is_writing = self._was_several = False
+        self._written: dict[Row, Answer] = {}
         self._task: asyncio.Task[None] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1)
 
@@ -90,9 +88,13 @@ class Line:
                 self._line.remove(answer)
 
     @property
+    def _places(self) -> int:
+        """How many more the writer has a place for, now or after the step that is under way."""
+        return self._writer.batch - sum(not row.ended for row in self._written)
+
+    @property
     def _is_full(self) -> bool:
-        free = 0 if self._is_writing else self._writer.batch
-        return len(self._line) >= self._waiting + free
+        return len(self._line) >= self._waiting + self._places
 
     async def _drop_the_gone(self) -> None:
         """Free the places of clients that left: each notices by itself, but only now and then."""
@@ -102,53 +104,41 @@ class Line:
         self._line = [one for one in self._line if one.is_wanted]
 
     async def _answer_all(self) -> None:
-        """Answer batch after batch, until nobody waits."""
-        while self._line:
-            if self._was_several and len(self._line) < self._writer.batch:
-                await asyncio.sleep(_GATHER_S)
-            if batch := await self._next():
-                self._was_several = len(batch) > 1
-                self._is_writing = True
-                await self._write(batch)
-                self._is_writing = False
+        """Go on until nobody waits, and nothing is written."""
+        while self._line or self._written:
+            while self._line and self._places:
+                await self._begin(self._line[0])
+            await self._step()
 
-    async def _next(self) -> list[tuple[Answer, Row]]:
-        """Take the next batch out of the line; who cannot be answered is told why."""
-        for answer in tuple(self._line):
-            await self._look_at(answer)
-        batch: list[tuple[Answer, Row]] = []
-        for answer in self._line:
-            rows = [row for _, row in batch]
-            if answer.is_wanted and answer.row and self._writer.takes([*rows, answer.row]):
-                batch.append((answer, answer.row))
-        taken = [answer for answer, _ in batch]
-        self._line = [one for one in self._line if one.is_wanted and one not in taken]
-        return batch
+    async def _begin(self, answer: Answer) -> None:
+        """Have the first in line written; who cannot be answered is told why.
 
-    async def _look_at(self, answer: Answer) -> None:
-        """Have its row made, unless the client is gone: nobody would hear what a prompt costs."""
+        For a client that is gone nothing is done: nobody would hear what a prompt costs.
+        """
         try:
-            if await answer.asked.is_gone():
-                answer.leave()
-            elif answer.row is None:
-                answer.row = await self._in_thread(answer.asked.prepare)
+            if not await answer.asked.is_gone():
+                row = await self._in_thread(answer.asked.prepare)
+                if answer.is_wanted:
+                    answer.row = row
+                    self._writer.add(row)
+                    self._written[row] = answer
         except Exception as error:
             answer.parts.put_nowait(error)
-            answer.leave()
+        if answer in self._line:
+            self._line.remove(answer)
 
-    async def _write(self, batch: list[tuple[Answer, Row]]) -> None:
-        """Hand out what comes in each row, or to all that have not ended why no more does."""
-        steps = self._writer.write_together([row for _, row in batch])
+    async def _step(self) -> None:
+        """Hand out what comes next in each row, or to all of them why no more does."""
         try:
-            while (pieces := await self._in_thread(next, steps, None)) is not None:
-                for number, piece in pieces.items():
-                    batch[number][0].hear(piece)
-                # Whoever has the whole of an answer may ask again at once.
-                self._is_writing = not all(row.ended for _, row in batch)
+            pieces = await self._in_thread(self._writer.step)
         except Exception as error:
-            for answer, row in batch:
-                if not row.ended:
-                    answer.parts.put_nowait(error)
+            for answer in self._written.values():
+                answer.parts.put_nowait(error)
+            self._written.clear()
+        else:
+            for row, piece in pieces.items():
+                self._written[row].hear(piece)
+            self._written = {row: one for row, one in self._written.items() if not row.ended}
 
     async def _in_thread(self, call: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)

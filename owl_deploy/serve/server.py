@@ -35,9 +35,10 @@ from starlette.types import ASGIApp
 from owl_deploy.engines import threads_for
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.draft import chosen_draft
+from owl_deploy.engines.rows import PromptTooLong, Row, Speed
 from owl_deploy.engines.sampling import LARGEST
 from owl_deploy.engines.speculate import Search
-from owl_deploy.engines.writer import PromptTooLong, Row, Speed, Writer
+from owl_deploy.engines.writer import Writer, open_writer
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.serve import wire
 from owl_deploy.serve.line import Answer, Asked, Line, Part
@@ -62,7 +63,7 @@ _UVICORN: dict[str, Any] = {
     "lifespan": "off",  # there is none, and a second Ctrl-C would end it with a traceback
     "ws": "none",
 }
-# Each row adds a little to a step, and everybody in a batch waits for its longest answer.
+# Each row adds a little to everybody's step.
 BATCH = 8
 CONTEXT = 4096
 
@@ -157,7 +158,9 @@ class Service:
 
         def prepare() -> Row:
             text = asked.text(self._writer)
-            return self._writer.row(text, asked.sampling(), speed, templated=asked.templated)
+            row = self._writer.row(text, asked.sampling(), speed, templated=asked.templated)
+            row.anew = asked.cache_prompt is False
+            return row
 
         asks = Asked(prepare, asked.stops, request.is_disconnected)
         async with self._line.place(asks) as answer:
@@ -315,18 +318,18 @@ def serve(
 ) -> None:
     """Serve `deployment` until SIGTERM or Ctrl-C; answers in the making are finished.
 
-    `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered together,
-    at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its answer,
-    at most (None: `CONTEXT`, or what the model takes): a batch takes memory for `batch` times as
-    many. `names`: what clients call the model, in place of its folder's name. `log`: whether `say`
-    is told of each request, too (`RequestLog`). What a request leaves out of how tokens are chosen
-    is as the deployment's genai_config.json has it, where that says `do_sample`, and `say` is told.
-    `threads`, `trust_library`, `draft`,
-    `draft_tokens`: as in `generate`; only a request that is answered alone has the draft. Clients
-    must know the key that stands in the environment variable `OWL_API_KEY`, if one does. Raises
-    `BadInput` for a deployment that cannot be opened, for a draft that does not fit it, for a
-    `context` that is more than it takes, for an address that cannot be had, for one that other
-    machines reach without a key, and for a key that no client could send.
+    `port`: 0 for a free one; `say` is told which. `batch`: requests that are answered side by
+    side, at most; `waiting`: requests in line behind them; `context`: tokens of a prompt and its
+    answer, at most (None: `CONTEXT`, or what the model takes), `batch` times as many in all.
+    `names`: what clients call the model, in place of its folder's name. `log`: whether `say` is
+    told of each request, too (`RequestLog`). What a request leaves out of how tokens are chosen is
+    as the deployment's genai_config.json has it, where that says `do_sample`, and `say` is told.
+    `threads`, `trust_library`, `draft`, `draft_tokens`: as in `generate`; only a request that is
+    alone has the draft. Clients must know the key that stands in the environment variable
+    `OWL_API_KEY`, if one does. Raises `BadInput` for a deployment that cannot be opened, for a
+    draft that does not fit it, for a `context` that is more than it takes, for an address that
+    cannot be had, for one that other machines reach without a key, and for a key that no client
+    could send.
     """
     key = _key()
     if not key and not _is_loopback(host):
@@ -339,7 +342,7 @@ def serve(
         opened = open_deployment(Path(deployment), trust_library=trust_library)
         drafting = chosen_draft(opened, draft, draft_tokens, trust_library)
         threads, context = threads_for(threads), _context(opened, context)
-        writer = Writer(opened, threads, context, drafting, batch)
+        writer = open_writer(opened, threads, context, drafting, batch)
         names = list(names) or [Path(deployment).resolve().name]
         app = Service(writer, names, waiting, key).app()
         running = _http_server(RequestLog(app, say) if log else app)

@@ -18,8 +18,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from owl_deploy.engines.rows import Speed
 from owl_deploy.engines.sampling import LARGEST, UNLIMITED, Sampling
-from owl_deploy.engines.writer import Speed, Writer
+from owl_deploy.engines.writer import Writer
 from owl_deploy.errors import BadInput
 
 _SEEDS = LARGEST + 1
@@ -149,6 +150,7 @@ class Request(BaseModel):
     seed: int | None = None
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)  # vLLM's
     ignore_eos: bool | None = None  # theirs as well
+    cache_prompt: bool | None = None  # llama.cpp's: whether what is known of the prompt is used
 
     @property
     def stops(self) -> list[str]:
@@ -302,10 +304,11 @@ def _asks_nothing(name: str, value: Any) -> bool:  # noqa: ANN401 - a JSON value
     )
 
 
-def usage(speed: Speed) -> dict[str, int]:
-    """Tokens read and made."""
+def usage(speed: Speed) -> dict[str, Any]:
+    """Tokens read and made, and those of the prompt that were known."""
     made = {"prompt_tokens": speed.prompt_tokens, "completion_tokens": speed.new_tokens}
-    return {**made, "total_tokens": sum(made.values())}
+    known = {"prompt_tokens_details": {"cached_tokens": speed.cached_tokens}}
+    return {**made, "total_tokens": sum(made.values()), **known}
 
 
 def header(asked: Request, *, part: bool) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import pytest
 
 from owl_deploy.artefact import MANIFEST, sha256, write_json
 from owl_deploy.engines.loading import GENAI_CONFIG
+from owl_deploy.engines.rows import Speed
 from owl_deploy.engines.sampling import Sampling
 from owl_deploy.engines.speculate import Search
-from owl_deploy.engines.writer import Speed
 from owl_deploy.export.targets import export
 from owl_deploy.generate import generate
 from tests import tiny

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from owl_deploy import engines
-from owl_deploy import generate as module
 from owl_deploy.artefact import MANIFEST, sha256, write_json
 from owl_deploy.engines import open_deployment
 from owl_deploy.engines.drivers import onnxruntime as driver
+from owl_deploy.engines.rows import PromptTooLong, Speed
 from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import PromptTooLong, Speed, Writer
+from owl_deploy.engines.writer import open_writer
 from owl_deploy.errors import BadInput
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export
@@ -317,7 +317,7 @@ def beginning(tmp_path_factory):
 
 def test_a_text_is_begun_as_the_models_tokenizer_begins_it(beginning):
     """What is served is then what was evaluated; a chat template has its own beginning."""
-    writer = Writer(open_deployment(beginning / "out"), 1)
+    writer = open_writer(open_deployment(beginning / "out"), 1)
     tokens = load_tokenizer(beginning / "model").encode(PROMPT)
     assert tokens[0] == 0
     assert writer.row(PROMPT, Sampling(), Speed()).tokens == tokens
@@ -325,23 +325,9 @@ def test_a_text_is_begun_as_the_models_tokenizer_begins_it(beginning):
 
 
 def test_a_prompt_without_tokens_is_refused(deployment):
-    writer = Writer(open_deployment(deployment), 1)
+    writer = open_writer(open_deployment(deployment), 1)
     with pytest.raises(BadInput, match="no tokens"):
         writer.row("", Sampling(), Speed(), templated=True)
-
-
-def test_prompts_whose_logits_would_fill_the_memory_go_alone(deployment, monkeypatch):
-    """All tokens' logits are made of several rows at once, where the engine knows no better."""
-    writer = Writer(open_deployment(deployment), 1, batch=4)
-    rows = [writer.row(PROMPT, Sampling(6), Speed()) for _ in range(2)]
-    vocabulary = 4 * 320 * len(rows[0].tokens)
-    monkeypatch.setattr(module, "_MOST_LOGITS", 2 * vocabulary)
-    assert writer.takes(rows)
-    monkeypatch.setattr(module, "_MOST_LOGITS", 2 * vocabulary - 1)
-    assert not writer.takes(rows)
-    assert writer.takes(rows[:1])
-    said = list(writer.write_together(rows))  # as they are begun anew, say
-    assert [set(pieces) for pieces in said] == [{0}] * 6 + [{1}] * 6
 
 
 def test_a_long_word_takes_no_longer_than_a_long_text(deployment):
@@ -362,14 +348,14 @@ def test_messages_are_the_tokens_that_they_were_trained_as(deployment, tmp_path)
     said = [{"role": "user", "content": PROMPT}]
     theirs = load_tokenizer(folder)
     tokens = theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-    writer = Writer(open_deployment(folder), 1)
+    writer = open_writer(open_deployment(folder), 1)
     row = writer.row(writer.chat_template.render(said), Sampling(2), Speed(), templated=True)
     assert row.tokens == tokens == theirs.encode(f"<s>{PROMPT}\n", add_special_tokens=False)
 
 
 def test_more_rows_than_the_library_takes(deployment):
     with pytest.raises(BadInput, match="--batch 33 is not between 1 and 32"):
-        Writer(open_deployment(deployment), 1, batch=33)
+        open_writer(open_deployment(deployment), 1, batch=33)
 
 
 def test_more_of_the_likeliest_than_there_are_tokens(deployment):

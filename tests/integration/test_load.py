@@ -23,7 +23,7 @@ def deployment(tmp_path_factory):
 
 def test_many_clients_see_no_error_and_the_server_does_not_grow(deployment):
     with serving(deployment, "--batch", "4", "--waiting", "2") as (process, client):
-        load = Load(str(client.base_url).rstrip("/"), "tiny", 8, leave=0.2, key=KEY)
+        load = Load(str(client.base_url).rstrip("/"), "tiny", 8, leave=0.2, key=KEY, varied=True)
         server = psutil.Process(process.pid)
         rows = [measure(load, CLIENTS, prompts(6, SECONDS), server) for _ in range(3)]
         process.terminate()

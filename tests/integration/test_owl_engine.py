@@ -10,8 +10,8 @@ import onnxruntime_genai
 import pytest
 
 from owl_deploy.engines import EngineProcess, open_deployment
+from owl_deploy.engines.rows import Speed
 from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import Speed
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.evaluate.run import evaluate

@@ -14,8 +14,9 @@ import torch
 import transformers
 
 from owl_deploy.engines import EngineProcess, open_deployment
+from owl_deploy.engines.rows import Row
 from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import Row, Writer
+from owl_deploy.engines.writer import open_writer
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
 from owl_deploy.runtime import library_path
@@ -140,10 +141,12 @@ def test_a_text_may_end_with_the_token_that_fills_rows(deployment, fills):
     with EngineProcess("owl", deployment) as engine:
         found = engine.request("greedy", tokens=texts[0], count=4)["tokens"]
     assert texts[0] + found == after(texts[0])
-    writer = Writer(open_deployment(deployment), 1, batch=2)
     sampling = Sampling(max_new_tokens=4, do_sample=False, ignore_eos=True)  # which fills, too
-    for chosen in ([0], [0, 1], [1, 0]):
+    for batch, chosen in ((1, [0]), (2, [0]), (2, [0, 1]), (2, [1, 0])):
+        writer = open_writer(open_deployment(deployment), 1, batch=batch)
         rows = [Row(list(texts[place]), len(texts[place]) + 4, sampling) for place in chosen]
-        for _ in writer.write_together(rows):
-            pass
+        for row in rows:
+            writer.add(row)
+        while not all(row.ended for row in rows):
+            writer.step()
         assert [row.tokens for row in rows] == [after(texts[place], [PAD]) for place in chosen]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from owl_deploy.engines.rows import Speed
 from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import Speed
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
 from owl_deploy.generate import generate

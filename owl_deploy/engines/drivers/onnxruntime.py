@@ -112,12 +112,22 @@ def working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def open_session(folder: Path, threads: int, library: str = "") -> Any:  # noqa: ANN401 - as above
-    """A plain session of the graph, with that library of operators if there is one."""
+def open_session(
+    folder: Path,
+    threads: int,
+    library: str = "",
+    entries: dict[str, str] | None = None,
+) -> Any:  # noqa: ANN401 - as above
+    """A plain session of the graph, with that library of operators if there is one.
+
+    `entries`: of its configuration, by their names.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    for name, value in (entries or {}).items():  # before the library, which reads them
+        options.add_session_config_entry(name, value)
     if library:
         options.register_custom_ops_library(library)
     return onnxruntime.InferenceSession(

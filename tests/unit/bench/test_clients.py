@@ -65,6 +65,14 @@ def test_each_prompt_is_asked_once_and_texts_are_timed(says):
         assert (body["ignore_eos"], body["cache_prompt"]) == (True, False)
 
 
+def test_answers_may_differ_in_length_each_client_in_its_own_way(says):
+    folder = says()
+    with load_of(folder, tokens=3, varied=True) as load:
+        assert ask(load, 2, [f"prompt {number}" for number in range(40)]).answered == 40
+    _, bodies = by_hand.asked(folder)
+    assert {body["max_tokens"] for body in bodies} == {1, 2, 3, 4, 5}
+
+
 def test_so_many_clients_ask_at_once(says):
     with load_of(says("one", first_s=0.1)) as load:
         assert ask(load, 1, PROMPTS[:2]).wall_s >= 2 * 0.1

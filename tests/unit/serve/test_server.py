@@ -1,6 +1,5 @@
 """Requests in line, before a model that goes on only when a test says so."""
 
-import asyncio
 import ctypes
 import json
 import re
@@ -17,22 +16,21 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from owl_deploy.engines.rows import PromptTooLong, Row
 from owl_deploy.engines.speculate import Search
-from owl_deploy.engines.writer import PromptTooLong, Row
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.serve import line, server, wire
+from owl_deploy.serve import server, wire
 from owl_deploy.serve.log import RequestLog
 
 PATIENCE = 60  # seconds: the machine may be busy
 
 
 class FakeWriter:
-    """Says a letter in each row for each `go`; `seen`: prompts and rows, a list a batch."""
+    """Says a letter in each row for each `go`; `seen`: prompts and rows, as they were begun."""
 
     def __init__(self, batch=1):
         self.batch, self.context, self.usual = batch, 100, Search()
-        self.go, self.done = threading.Semaphore(0), threading.Event()
-        self.done.set()
+        self.go = threading.Semaphore(0)
         self.rows, self.seen = {}, []
         self.line, self.template = None, "{{ messages }}"
 
@@ -62,26 +60,27 @@ class FakeWriter:
             raise BadInput("The word is too long.", "A hint for the command line.")
         self.templated = templated
         speed.prompt_tokens = len(prompt)
+        speed.cached_tokens = 2 if prompt.startswith("anew") else 0
         search = sampling.search(self.usual)
         return Row([prompt], 1 + sampling.max_new_tokens, sampling, speed, search=search)
 
-    def takes(self, rows):
-        return len(rows) <= self.batch and len({row.shared for row in rows}) == 1
+    def add(self, row):
+        assert len(self.running) < self.batch
+        self.rows[row.tokens[0]] = row
+        self.seen.append((row.tokens[0], row))
 
-    def write_together(self, rows):
-        self.rows = {row.tokens[0]: row for row in rows}
-        self.seen.append([(row.tokens[0], row) for row in rows])
-        while self.running:
-            live = [number for number, row in enumerate(rows) if not row.ended]
-            assert self.go.acquire(timeout=PATIENCE)
-            for row in (rows[number] for number in live):
-                if row.tokens[0] == "fails" and row.speed.new_tokens == 1:
-                    raise EngineFailed("a secret path")
-                row.tokens.append("abcdefghij"[row.speed.new_tokens])
-                row.speed.count(0.0)
-                row.ended |= not row.room
-            yield {number: rows[number].tokens[-1] for number in live}
-        assert self.done.wait(PATIENCE)
+    def step(self):
+        if not self.running:
+            return {}
+        assert self.go.acquire(timeout=PATIENCE)
+        live = [row for row in self.rows.values() if not row.ended]
+        if any(row.tokens[0] == "fails" and row.speed.new_tokens == 1 for row in live):
+            for row in live:
+                row.ended = True
+            raise EngineFailed("a secret path")
+        for row in live:
+            row.take("abcdefghij"[row.speed.new_tokens], 0.0)
+        return {row: row.tokens[-1] for row in live}
 
 
 @pytest.fixture
@@ -156,7 +155,7 @@ def asking(url, *request, **more):
 
 
 def prompts_of(writer):
-    return [[prompt for prompt, _ in batch] for batch in writer.seen]
+    return [prompt for prompt, _ in writer.seen]
 
 
 def in_background(call):
@@ -189,38 +188,40 @@ def test_requests_are_answered_one_after_another_and_a_full_line_says_when_to_re
         writer.go.release()
     until(lambda: first and second)
     assert [found.choices[0].text for found in (*first, *second)] == ["abc", "abc"]
-    assert prompts_of(writer) == [["first"], ["second"]]
+    assert prompts_of(writer) == ["first", "second"]
     assert first[0].usage.model_dump(exclude_none=True) == {
         "prompt_tokens": 5,
         "completion_tokens": 3,
         "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
 def test_whoever_has_an_answer_may_ask_again_though_nobody_may_wait(writer):
-    """The model's thread is not yet done with the batch then."""
-    writer.done.clear()
     how = {"api_key": "-", "max_retries": 0, "timeout": PATIENCE}
     with served(writer, waiting=0) as url, openai.OpenAI(base_url=url, **how) as client:
         writer.go.release(6)
-        assert ask(client, "first").choices[0].text == "abc"
-        again = in_background(lambda: ask(client, "again"))
-        until(lambda: writer.waiting)
-        writer.done.set()
-        until(lambda: again)
-    assert again[0].choices[0].text == "abc"
+        assert [ask(client, name).choices[0].text for name in ("a", "b")] == ["abc", "abc"]
+
+
+def test_what_is_known_of_a_prompt_is_told_and_need_not_be_used(writer, client):
+    writer.go.release(2)
+    for anew, more in ((False, {}), (True, {"cache_prompt": False})):
+        answer = ask(client, f"anew: {anew}", 1, extra_body=more)
+        assert answer.usage.prompt_tokens_details.cached_tokens == 2
+        assert writer.seen[-1][1].anew is anew
 
 
 def all_ask(writer, client, prompts, **more):
     """Ask while a first request is being answered, so that all of them wait; then answer that."""
-    first = in_background(lambda: ask(client, "first"))
+    first = in_background(lambda: ask(client, "first", 1))
     until(lambda: writer.running == ["first"])
     answers = {}
     for number, prompt in enumerate(prompts, start=1):
         how = more.get(prompt, {})
         answers[prompt] = in_background(lambda prompt=prompt, how=how: ask(client, prompt, **how))
         until(lambda number=number: writer.waiting == number)  # they come in this order
-    writer.go.release(3)
+    writer.go.release(1)
     until(lambda: first)
     return answers
 
@@ -245,35 +246,45 @@ def test_what_waits_is_answered_together_each_to_its_own_end(writer):
         "long": ("abcdef", "length"),
     }
     assert answers["stops"][0].usage.completion_tokens == 4
-    assert prompts_of(writer) == [["first"], ["short", "stops", "long"]]
+    assert prompts_of(writer) == ["first", "short", "stops", "long"]
 
 
 @pytest.mark.parametrize("writer", [2], indirect=True)
-def test_a_batch_is_of_the_first_that_waits_and_those_that_fit_it(writer):
+def test_who_comes_is_answered_beside_those_under_way_as_soon_as_there_is_a_place(writer):
     with served(writer, waiting=8) as url, openai.OpenAI(base_url=url, api_key="-") as client:
-        greedy, seeded = {"temperature": 0}, {"seed": 1}
-        how = {"a": greedy, "b": {}, "c": greedy | seeded, "d": greedy, "e": seeded, "f": {}}
-        answers = all_ask(writer, client, how, **how)
-        writer.go.release(99)
+        long = in_background(lambda: ask(client, "long", 6))
+        until(lambda: writer.running == ["long"])
+        answers = {}
+        for number, (name, tokens) in enumerate({"a": 2, "b": 1, "c": 1}.items(), start=1):
+            answers[name] = in_background(lambda one=name, n=tokens: ask(client, one, n, seed=1))
+            until(lambda number=number: writer.waiting == number)
+        for steps, beside in ((1, ["a"]), (2, ["b"]), (1, ["c"]), (1, [])):
+            writer.go.release(steps)
+            until(lambda beside=beside: writer.running == ["long", *beside])
         until(lambda: all(answers.values()))
-    assert prompts_of(writer) == [["first"], ["a", "c"], ["b", "f"], ["d"], ["e"]]
+        assert not long
+        writer.go.release(1)
+        until(lambda: long)
+    said = {name: found[0].choices[0].text for name, found in answers.items()}
+    assert said == {"a": "ab", "b": "a", "c": "a"}
+    assert long[0].choices[0].text == "abcdef"
 
 
 @pytest.mark.parametrize("writer", [3], indirect=True)
 def test_a_client_that_goes_away_does_not_hold_its_batch(writer):
     with served(writer, waiting=8) as url, openai.OpenAI(base_url=url, api_key="-") as client:
-        first = in_background(lambda: ask(client, "first"))
+        first = in_background(lambda: ask(client, "first", 1))
         until(lambda: writer.running == ["first"])
         with asking(url, "gone", 9):
             stays = in_background(lambda: ask(client, "stays", 2))
             until(lambda: writer.waiting == 2)
-            writer.go.release(4)
+            writer.go.release(2)
             until(lambda: sorted(writer.running) == ["gone", "stays"])
         until(lambda: writer.running == ["stays"])
         writer.go.release(1)
         until(lambda: first and stays)
     assert stays[0].choices[0].text == "ab"
-    assert sorted(prompts_of(writer)[1]) == ["gone", "stays"]
+    assert sorted(prompts_of(writer)[1:]) == ["gone", "stays"]
 
 
 @pytest.mark.parametrize("writer", [3], indirect=True)
@@ -291,33 +302,7 @@ def test_all_in_a_batch_that_fails_are_told_and_the_next_one_is_answered(writer)
         writer.go.release(3)
         assert ask(client, "next").choices[0].text == "abc"
         client.close()
-    assert prompts_of(writer)[1:] == [["short", "fails", "other"], ["next"]]
-
-
-@pytest.mark.parametrize("writer", [4], indirect=True)
-def test_those_who_were_answered_together_are_waited_for(writer, monkeypatch):
-    """Asked anew at once, they are one batch again and not the quickest of them alone."""
-
-    async def long_enough(_):  # whatever that is on a busy machine
-        while writer.waiting < 3:
-            await asyncio.sleep(0.02)
-
-    of_line = SimpleNamespace(**vars(asyncio) | {"sleep": long_enough})
-    monkeypatch.setattr(line, "asyncio", of_line)
-    with served(writer, waiting=8) as url, openai.OpenAI(base_url=url, api_key="-") as client:
-
-        def twice(prompt):
-            return ask(client, prompt), ask(client, prompt)
-
-        first = in_background(lambda: ask(client, "first"))
-        until(lambda: writer.running == ["first"])
-        all_twice = [in_background(lambda one=one: twice(one)) for one in ("a", "b", "c")]
-        until(lambda: writer.waiting == 3)
-        writer.go.release(6)
-        until(lambda: len(writer.seen) == 3)
-        writer.go.release(99)
-        until(lambda: first and all(all_twice))
-    assert [len(batch) for batch in writer.seen] == [1, 3, 3]
+    assert prompts_of(writer)[1:] == ["short", "fails", "other", "next"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -347,7 +332,7 @@ def test_a_client_that_goes_away_while_it_waits_frees_its_place(writer, client, 
         writer.go.release()
     until(lambda: first and after)
     assert after[0].choices[0].text == "abc"
-    assert prompts_of(writer) == [["first"], ["next"]]
+    assert prompts_of(writer) == ["first", "next"]
 
 
 def test_places_of_clients_that_left_are_free_before_anyone_is_refused(writer, monkeypatch):
@@ -364,7 +349,7 @@ def test_places_of_clients_that_left_are_free_before_anyone_is_refused(writer, m
         until(lambda: first and after)
         client.close()
     assert after[0].choices[0].text == "abc"
-    assert prompts_of(writer) == [["first"], ["next"]]
+    assert prompts_of(writer) == ["first", "next"]
 
 
 def test_a_stream_says_who_speaks_what_it_says_and_why_it_ended(writer, client):
@@ -387,7 +372,7 @@ def test_a_stream_says_who_speaks_what_it_says_and_why_it_ended(writer, client):
     assert "".join(delta.content for delta in deltas) == "abc"
     assert last.choices[0].finish_reason == "stop"
     assert (usage.choices, usage.usage.completion_tokens) == ([], 6)
-    (((prompt, row),),) = writer.seen
+    ((prompt, row),) = writer.seen
     assert prompt == "user: Hi"
     assert row.search == Search(do_sample=True, temperature=0.5, top_p=0.25)
     assert (row.sampling.seed, row.sampling.max_new_tokens) == (5, 9)
@@ -508,7 +493,7 @@ def test_letters_that_look_like_a_nul_are_text(writer, client):
     writer.go.release(2)
     for prompt in prompts:
         client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
-    assert prompts_of(writer) == [[prompt] for prompt in prompts]
+    assert prompts_of(writer) == [*prompts]
     with pytest.raises(openai.BadRequestError, match="NUL"):
         client.completions.create(model="tiny", prompt="\\\0", max_tokens=3)
 
@@ -536,7 +521,7 @@ def test_what_asks_for_nothing_is_taken(writer, client):
 def test_what_clients_send_for_no_limit_and_for_the_least(writer, client, given, found):
     writer.go.release()
     ask(client, "a", 1, extra_body=given)
-    assert {name: getattr(writer.seen[0][0][1].search, name) for name in found} == found
+    assert {name: getattr(writer.seen[0][1].search, name) for name in found} == found
 
 
 @pytest.mark.parametrize(
@@ -552,14 +537,14 @@ def test_what_a_request_leaves_out_is_the_models(writer, client, given, changes)
     writer.usual = Search(True, 0.6, 20, 0.9, 1.1)
     writer.go.release()
     ask(client, "a", 1, extra_body=given)
-    assert writer.seen[0][0][1].search == replace(writer.usual, **changes)
+    assert writer.seen[0][1].search == replace(writer.usual, **changes)
 
 
 def test_a_greedy_request_has_nothing_of_the_models_sampling(writer, client):
     writer.usual = Search(True, 0.6, 20, 0.9, 1.1)
     writer.go.release()
     ask(client, "a", 1, temperature=0, seed=3)
-    assert writer.seen[0][0][1].search == Search()
+    assert writer.seen[0][1].search == Search()
 
 
 @pytest.mark.parametrize("messages", [[1] * 9, [{"role": "user", "content": [1] * 9}]])
@@ -599,14 +584,14 @@ def test_an_answer_that_is_cut_off_at_the_end_is_told_so(writer, stream):
 def test_a_prompt_may_be_a_list_of_one(writer, client):
     writer.go.release()
     assert ask(client, ["a"], 1).usage.completion_tokens == 1
-    assert prompts_of(writer) == [["a"]]
+    assert prompts_of(writer) == ["a"]
     assert not writer.templated
 
 
 def test_a_penalty_of_repetitions_is_the_samplings(writer, client):
     writer.go.release()
     ask(client, "a", 1, extra_body={"repetition_penalty": 1.5})
-    assert writer.seen[0][0][1].search.repetition_penalty == 1.5
+    assert writer.seen[0][1].search.repetition_penalty == 1.5
 
 
 @pytest.mark.parametrize(
@@ -650,7 +635,7 @@ def test_an_assistant_may_have_said_nothing(writer, client):
     writer.go.release()
     said = [{"role": "assistant", "content": None}, {"role": "user", "content": ""}]
     client.chat.completions.create(model="tiny", messages=said, max_tokens=1)
-    assert prompts_of(writer) == [["assistant: |user: "]]
+    assert prompts_of(writer) == ["assistant: |user: "]
 
 
 def test_a_model_without_a_chat_template(writer, client):
@@ -664,7 +649,7 @@ def test_the_developers_word_is_the_systems(writer, client):
     parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
     said = [{"role": "developer", "content": parts}, {"role": "user", "content": "Hi"}]
     client.chat.completions.create(model="tiny", messages=said, max_tokens=1)
-    assert prompts_of(writer) == [["system: Be brief.|user: Hi"]]
+    assert prompts_of(writer) == ["system: Be brief.|user: Hi"]
     assert writer.templated
 
 
@@ -723,7 +708,7 @@ def test_the_start_tells_limits_and_the_models_own_sampling(
     running = SimpleNamespace(handle_exit=signal.getsignal(signal.SIGTERM), run=lambda _: None)
     opened = SimpleNamespace(max_context=100)
     monkeypatch.setattr(server, "open_deployment", lambda *_, **__: opened)
-    monkeypatch.setattr(server, "Writer", lambda *_: writer)
+    monkeypatch.setattr(server, "open_writer", lambda *_: writer)
     monkeypatch.setattr(server, "_http_server", lambda _: running)
     server.serve("a/tiny", port=0, batch=batch, threads=threads, say=said.append)
     where, *more = said
