@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+from serve_load import served
 
-from benchmarks.serve_load import served
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.bench.prompts import WORDS
@@ -32,7 +32,8 @@ _SAID = 30  # words of the user's in a turn
 
 def ask(url: str, body: dict[str, Any]) -> tuple[str, float, dict[str, Any]]:
     """The answer, the milliseconds to its first text, and its usage."""
-    text, first_ms, usage = "", 0.0, {}
+    usage: dict[str, Any] = {}
+    text, first_ms = "", 0.0
     started = time.perf_counter()
     with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=600) as answer:
         answer.raise_for_status()
