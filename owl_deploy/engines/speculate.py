@@ -113,7 +113,8 @@ class Search:
         if self.top_k < len(logits):
             kept = np.argpartition(logits, -self.top_k)[-self.top_k :]
         kept = kept[np.argsort(-logits[kept], kind="stable")]
-        scaled = (logits[kept].astype(np.float64) - logits[kept[0]]) / self.temperature
+        with np.errstate(over="ignore"):  # next to no temperature leaves the likeliest
+            scaled = (logits[kept].astype(np.float64) - logits[kept[0]]) / self.temperature
         shares = np.exp(scaled)
         shares /= shares.sum()
         if self.top_p < 1:
@@ -125,8 +126,10 @@ class Search:
         """Keskar et al., arXiv 1909.05858, section 4.1; a negative logit is multiplied."""
         seen = np.unique(np.asarray(text))
         found: np.ndarray = logits.copy()
-        before, penalty = found[seen], np.float32(self.repetition_penalty)
-        found[seen] = np.where(before < 0, before * penalty, before / penalty)
+        with np.errstate(all="ignore"):  # of what leaves the numbers, the largest there are is left
+            before, penalty = found[seen], np.float32(self.repetition_penalty)
+            changed = np.where(before < 0, before * penalty, before / penalty)
+        found[seen] = np.nan_to_num(changed)
         return found
 
 

@@ -338,3 +338,16 @@ def test_a_lookup_is_the_plain_one():
             wanted = reference.lookup(text, 7, speculate.LONGEST_MATCH, speculate.LEAST_MATCH)
             assert speculate.lookup(text, 7) == wanted
     assert speculate.lookup([1, 1, 1], 0) == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("penalty", [1e-320, 1e-30, 1e30, 1e300])
+@pytest.mark.parametrize("temperature", [1e-310, 1.0, 1e300])
+def test_whatever_a_user_asks_for_there_is_a_token(penalty, temperature):
+    search = Search(True, temperature, repetition_penalty=penalty)
+    logits = np.array([-3, 0, 2, 5, 6], np.float32)
+    choice = search(logits, [0, 1, 3])
+    assert choice.probabilities.sum() == pytest.approx(1)
+    assert (choice.probabilities >= 0).all()
+    if temperature < 1:  # 3 was said before, and 4 was not
+        assert choice.draw(np.random.default_rng(0)) == (3 if penalty < 1 else 4)
