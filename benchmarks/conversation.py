@@ -12,7 +12,6 @@ each with other words. Fails where the two answers differ.
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -111,10 +110,8 @@ def main() -> None:
         )
     if given.output:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        machine = {**look().model_dump(), "owl_isa": os.environ.get("OWL_ISA", "")}
-        write_json(
-            given.output, {"command": command, "machine": machine, "rows": rows, "rounds": rounds}
-        )
+        result = {"command": command, "machine": look().model_dump(), "rows": rows}
+        write_json(given.output, {**result, "rounds": rounds})
 
 
 if __name__ == "__main__":

@@ -57,13 +57,12 @@ class Drafter:
             self._model = open_genai(str(opened.path), threads, library, takes_turns=True)
             self._pad, self._whole = pad_of(opened.path), runs_whole(opened.path)
 
-    def tokens(self, model: Model, row: Row) -> Iterator[int]:
-        """What `model` puts after `row`, whose speed tells what of it is in the model's cache."""
+    def tokens(self, model: Model, row: Row, cached: int = 0) -> Iterator[int]:
+        """What `model` puts after `row`, of which `cached` tokens are in its cache."""
         random = np.random.default_rng(row.sampling.seed)
         proposing = self._proposing(row)
         speculation = Speculation(model, proposing, row.search, self._draft.tokens, random)
         row.speed.draft = speculation.tally
-        cached = row.speed.cached_tokens
         yield from speculation.tokens(list(row.tokens), row.length, row.ends, cached)
 
     def _proposing(self, row: Row) -> Lookup | Proposer:

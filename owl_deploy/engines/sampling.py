@@ -12,8 +12,6 @@ from owl_deploy.errors import BadInput, first_line, option
 DEFAULT_NEW_TOKENS = 128
 UNLIMITED = -1  # new tokens: on until the context is full, as in llama.cpp
 LARGEST = 2**31 - 1  # of onnxruntime-genai's integers
-
-
 LEAST_TOP_P = 1e-6  # onnxruntime-genai takes the 0 that less may become for no limit
 # What each option may be, and how that is said.
 _POSSIBLE: dict[str, tuple[Callable[[float], bool], str]] = {

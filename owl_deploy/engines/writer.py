@@ -20,7 +20,7 @@ from owl_deploy.engines.drivers.onnxruntime import (
     Rows,
     open_genai,
     pad_of,
-    run_prompts,
+    run_prompt,
     runs_whole,
 )
 from owl_deploy.engines.loading import GENAI_CONFIG
@@ -38,14 +38,21 @@ class Writer(ABC):
     """An open deployment, and the rows that it writes: `batch` at once, at most.
 
     `context`: the tokens of a prompt and its answer together, at most; None for all that the model
-    takes. `usual`: how it draws tokens where a sampling does not say. Raises `BadInput` for a
-    folder that onnxruntime-genai cannot open, without a tokenizer, or with a sampling that is
-    impossible; opening and each method raise `EngineFailed` for what the runtime stumbles over.
+    takes. `drafting`: what proposes to a text that goes alone. `usual`: how it draws tokens where a
+    sampling does not say. Raises `BadInput` for a folder that onnxruntime-genai cannot open,
+    without a tokenizer, or with a sampling that is impossible; opening and each method raise
+    `EngineFailed` for what the runtime stumbles over.
     """
 
     batch = 1
 
-    def __init__(self, opened: Deployment, context: int | None = None) -> None:
+    def __init__(
+        self,
+        opened: Deployment,
+        threads: int,
+        context: int | None = None,
+        drafting: Draft | None = None,
+    ) -> None:
         self.path = opened.path
         if not (self.path / GENAI_CONFIG).is_file():
             raise BadInput(
@@ -62,6 +69,9 @@ class Writer(ABC):
 
         with self._stumbling():
             self._pieces = onnxruntime_genai.Tokenizer(str(self.path.absolute()))
+            self._drafter = Drafter(drafting, self.path, threads) if drafting else None
+        self._takes_turns = drafting is not None and drafting.deployment is not None
+        self._coming: Iterator[int] | None = None  # the tokens of the one row that goes alone
         self._rows: dict[Row, tuple[Any, float]] = {}  # with its stream, and when it was begun
 
     def row(self, prompt: str, sampling: Sampling, speed: Speed, *, templated: bool = False) -> Row:
@@ -118,9 +128,9 @@ class Writer(ABC):
     def _advance(self) -> dict[Row, int]:
         """The next token of those rows, none of which has ended, that come to have one."""
 
-    @abstractmethod
     def _leave(self, row: Row) -> None:
         """Nothing more is asked of `row`, which may not have been begun."""
+        self._coming = None
 
     def _drop_ended(self) -> None:
         for row in [row for row in self._rows if row.ended]:
@@ -173,23 +183,17 @@ class OneByOne(Writer):
         context: int | None = None,
         drafting: Draft | None = None,
     ) -> None:
-        super().__init__(opened, context)
+        super().__init__(opened, threads, context, drafting)
         self._vocabulary, self._pad = opened.vocab, pad_of(self.path)
         self._whole = runs_whole(self.path)
+        library, takes_turns = str(opened.library or ""), self._takes_turns
         with self._stumbling():
-            self._drafter = Drafter(drafting, self.path, threads) if drafting else None
-            in_turns = drafting is not None and drafting.deployment is not None
-            library = str(opened.library or "")
-            self._model = open_genai(str(self.path), threads, library, takes_turns=in_turns)
-        self._coming: Iterator[int] | None = None
+            self._model = open_genai(str(self.path), threads, library, takes_turns=takes_turns)
 
     def _advance(self) -> dict[Row, int]:
         (row,) = self._rows
         self._coming = self._coming or self._tokens(row)
         return {row: next(self._coming)}
-
-    def _leave(self, row: Row) -> None:
-        self._coming = None
 
     def _tokens(self, row: Row) -> Iterator[int]:
         if self._drafter is not None:
@@ -199,7 +203,7 @@ class OneByOne(Writer):
         while True:  # it ends before the row where the settings name no end, and is begun anew
             generator = self._generator(row)
             ids = np.array([row.tokens], np.int32)
-            run_prompts(generator, ids, self._pad, whole=self._whole)
+            run_prompt(generator, ids, self._pad, whole=self._whole)
             done = False
             while not done:
                 generator.generate_next_token()
@@ -245,27 +249,28 @@ class SideBySide(Writer):
         drafting: Draft | None = None,
         batch: int = 2,
     ) -> None:
-        super().__init__(opened, context)
-        self.batch = batch
-        in_turns = drafting is not None and drafting.deployment is not None
-        self._slots = Slots(opened, threads, batch, self.context, takes_turns=in_turns)
-        with self._stumbling():
-            self._drafter = Drafter(drafting, self.path, threads) if drafting else None
+        super().__init__(opened, threads, context, drafting)
+        self.batch, takes_turns = batch, self._takes_turns
+        self._slots = Slots(opened, threads, batch, self.context, takes_turns=takes_turns)
         self._places: dict[Row, tuple[Slot, np.random.Generator]] = {}
-        self._coming: Iterator[int] | None = None  # the tokens of the only row, with the draft
 
     def add(self, row: Row) -> None:
         """Write `row` from the next step on, as `Writer` does."""
         super().add(row)
-        self._coming = None  # it is not alone any more
+        self._end_draft()
         slot = self._slots.enter(() if row.anew else row.tokens)
         row.speed.cached_tokens = slot.count
         self._places[row] = slot, np.random.default_rng(row.sampling.seed)
         is_seeded = row.search.do_sample and row.sampling.seed is not None
         if self._drafter is not None and len(self._rows) == 1 and not is_seeded:
-            self._coming = self._drafter.tokens(slot, row)
-        for other, (place, _) in self._places.items():  # what a draft has put there beyond the text
-            place.rewind(min(place.count, len(other.tokens) - 1))
+            self._coming = self._drafter.tokens(slot, row, slot.count)
+
+    def _end_draft(self) -> None:
+        """Have the row that has one go on without, from what was said of it."""
+        if self._coming is not None:
+            ((row, (slot, _)),) = self._places.items()
+            slot.rewind(min(slot.count, len(row.tokens) - 1))
+            self._coming = None
 
     def _advance(self) -> dict[Row, int]:
         if self._coming is not None:
@@ -306,5 +311,5 @@ class SideBySide(Writer):
         return row.search(logits, row.tokens).draw(self._places[row][1])
 
     def _leave(self, row: Row) -> None:
-        self._coming = None
+        super()._leave(row)
         self._slots.leave(self._places.pop(row)[0])

@@ -171,19 +171,18 @@ def runs_whole(folder: Path) -> bool:
     return False
 
 
-def run_prompts(
+def run_prompt(
     generator: Any,  # noqa: ANN401 - as above
     ids: np.ndarray,
     pad: int,
     *,
     whole: bool = False,
 ) -> None:
-    """Run the prompts `ids` [rows, length]; one by itself in parts, unless `whole`, several in one
-    go.
+    """Run the prompt `ids` [1, length] in parts, unless `whole`.
 
     After each part other threads may run: the library holds Python's lock.
     """
-    part = PROMPT_PART if len(ids) == 1 and not whole else ids.shape[1]
+    part = ids.shape[1] if whole else PROMPT_PART
     for start in range(0, ids.shape[1], part):
         append(generator, ids[:, start : start + part], pad)
 
@@ -265,7 +264,7 @@ class Rows:
         is_prompt = self.generator.token_count() == 0
         ids = np.array([tokens], np.int32)
         if is_prompt:
-            run_prompts(self.generator, ids, self.pad, whole=self.whole)
+            run_prompt(self.generator, ids, self.pad, whole=self.whole)
             last: np.ndarray = self.generator.get_logits()[0]
             return last
         self.generator.append_tokens(ids)
