@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from owl_deploy import digests
 from owl_deploy.artefact import MANIFEST
 from owl_deploy.checkpoint import CHAT_TEMPLATES, TOKENIZER_FILES, file_names
+from owl_deploy.engines.drivers.onnxruntime import LAST_LOGITS
 from owl_deploy.engines.registry import MODEL, engine_of_file
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import DeploymentManifest, read_manifest
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 GENAI_CONFIG = "genai_config.json"
-# Set where whoever runs a prompt reads the logits of its last tokens alone (csrc/ops.h).
-LAST_LOGITS = "ai.owl.last_logits"
 _LIBRARIES = (".so", ".dylib", ".dll")
 _LOADED = (".onnx", ".data", ".gguf", *_LIBRARIES)  # not a tokenizer, which people do adapt
 # Session options that choose how the graph runs, and never a file to read or to write.

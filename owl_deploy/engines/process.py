@@ -154,14 +154,14 @@ class EngineProcess(Child):
     `context` is the tokens that the cache must hold, `timeout_s` the limit of each request (None:
     ten minutes, or more where the context is large); with `all_logits` the requests that need the
     logits of every position can be made; `batch` rows are decoded together, `streams` decoders
-    share the model; `trust_library` lets a deployment bring operators of its own (see loading.py);
-    `draft`, a deployment's folder or "lookup", proposes `draft_tokens` tokens at a time, 0 for as
-    many as pay (speculate.py). `loaded` is the answer to the load request: seconds, version,
-    runtime, isa, threads.
+    share the model; with `places` so many texts can go side by side; `trust_library` lets a
+    deployment bring operators of its own (see loading.py); `draft`, a deployment's folder or
+    "lookup", proposes `draft_tokens` tokens at a time, 0 for as many as pay (speculate.py).
+    `loaded` is the answer to the load request: seconds, version, runtime, isa, threads.
 
     Entering raises `BadInput` for settings that name what must not be loaded, `EnvironmentFailed`
-    when the engine is not installed, and `EngineFailed`, with
-    the engine's own last words, when it refuses the model, aborts, or takes too long.
+    when the engine is not installed, and `EngineFailed`, with the engine's own last words, when it
+    refuses the model, aborts, or takes too long.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ class EngineProcess(Child):
         all_logits: bool = False,
         batch: int = 1,
         streams: int = 1,
+        places: int = 0,
         trust_library: bool = False,
         draft: str = "",
         draft_tokens: int = 0,
@@ -182,8 +183,10 @@ class EngineProcess(Child):
         super().__init__(engine, deployment)
         self.threads = threads_for(threads)
         self.context = context
-        self.timeout_s = timeout_s or max(DEFAULT_TIMEOUT_S, batch * context / _LEAST_SPEED)
+        rows = max(batch, places)
+        self.timeout_s = timeout_s or max(DEFAULT_TIMEOUT_S, rows * context / _LEAST_SPEED)
         self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}
+        self.options["places"] = places
         self.draft, self.draft_tokens = draft, draft_tokens
         self.trust_library = trust_library
         self.loaded: dict[str, Any] = {}

@@ -3,7 +3,11 @@
 The graph's caches are buffers [rows, heads, length, size], which past and present share, as in
 onnxruntime-genai: a run of some rows is given a view of them. How many tokens a row holds its
 attention mask says: so rows of any lengths go through the graph together, without padding.
+
+The driver of ONNX Runtime reads this file where there is no package, too: nothing of it here.
 """
+
+from __future__ import annotations
 
 import math
 import mmap
@@ -12,14 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from owl_deploy.engines.deployment import Deployment
-from owl_deploy.engines.drivers.onnxruntime import PROMPT_PART, decoder_config, open_session
-from owl_deploy.engines.loading import LAST_LOGITS
-from owl_deploy.errors import EngineFailed, first_line
-
-_ENTRIES = {LAST_LOGITS: "1"}  # of a prompt no others are read
-_IN_TURNS = {"session.force_spinning_stop": "1"}
-
 
 class Slot:
     """The place of one text: a `Model` of speculate.py.
@@ -27,7 +23,7 @@ class Slot:
     `count`: the tokens that it holds; `read`: those of them that came in whole parts of a prompt.
     """
 
-    def __init__(self, slots: "Slots", place: int) -> None:
+    def __init__(self, slots: Slots, place: int) -> None:
         self._slots, self.place, self.count = slots, place, 0
         self.read: list[int] = []
 
@@ -36,10 +32,11 @@ class Slot:
 
         That are all of up to 16, and of more the last, or some.
         """
-        for start in range(0, len(tokens), PROMPT_PART):
-            part = list(tokens[start : start + PROMPT_PART])
+        whole = self._slots.part
+        for start in range(0, len(tokens), whole):
+            part = list(tokens[start : start + whole])
             logits: np.ndarray = self._slots.run(self.place, np.array([part]), [self.count])[0]
-            if len(part) == PROMPT_PART and self.count == len(self.read):
+            if len(part) == whole and self.count == len(self.read):
                 self.read += part
             self.count += len(part)
         return logits
@@ -47,12 +44,12 @@ class Slot:
     def rewind(self, count: int) -> None:
         """Keep the first `count` tokens."""
         self.count = count
-        del self.read[count - count % PROMPT_PART :]
+        del self.read[count - count % self._slots.part :]
 
     def shared(self, tokens: Sequence[int]) -> int:
         """How many of the prompt `tokens`, but for its last, stand in the whole parts read."""
-        count = 0
-        for end in range(PROMPT_PART, min(len(self.read), len(tokens) - 1) + 1, PROMPT_PART):
+        count, part = 0, self._slots.part
+        for end in range(part, min(len(self.read), len(tokens) - 1) + 1, part):
             if self.read[count:end] != list(tokens[count:end]):
                 break
             count = end
@@ -60,33 +57,33 @@ class Slot:
 
 
 class Slots:
-    """A deployment's graph, with caches for `rows` texts of up to `length` tokens.
+    """A `session`'s graph, with caches for `rows` texts of up to `length` tokens.
 
-    What is left of a text stays in its place until another needs that, for one that begins in the
-    same way: whole parts of its prompt, since these are computed to the last bit as they would be
-    again. Memory is taken as texts grow. `takes_turns`: with another model (`open_genai`). Raises
-    `EngineFailed` for what ONNX Runtime stumbles over.
+    `size`: that of a head; `vocabulary`: the tokens that have logits; prompts are run in parts of
+    so many tokens (`part`). What is left of a text stays in its place until another needs that, for
+    one that begins in the same way: whole parts of its prompt, since these are computed to the last
+    bit as they would be again. Memory is taken as texts grow. Raises `RuntimeError` for what the
+    runtime stumbles over.
     """
 
     def __init__(
-        self, opened: Deployment, threads: int, rows: int, length: int, *, takes_turns: bool
+        self,
+        session: Any,  # noqa: ANN401 - without stubs
+        rows: int,
+        length: int,
+        size: int,
+        vocabulary: int,
+        part: int,
     ) -> None:
-        self._path, self._length, self._rows = opened.path, length, rows
-        entries = _ENTRIES | (_IN_TURNS if takes_turns else {})
-        library = str(opened.library or "")
-        try:
-            self._session = open_session(opened.path, threads, library, entries)
-        except Exception as error:  # of a type for each status of the runtime
-            raise self._failure(error) from error
-        size = decoder_config(opened.path)["head_size"]
-        inputs = {one.name: one for one in self._session.get_inputs()}
+        self._session, self._rows, self._length, self.part = session, rows, length, part
+        inputs = {one.name: one for one in session.get_inputs()}
         self._has_positions = "position_ids" in inputs
         self._caches = {
             name: self._room(one.shape[1], size, "f2" if "float16" in one.type else "f4")
             for name, one in inputs.items()
             if name.startswith("past_key_values.")
         }
-        self._logits = np.empty((rows, 1, opened.vocab), np.float32)
+        self._logits = np.empty((rows, 1, vocabulary), np.float32)
         self._slots = [Slot(self, place) for place in range(rows)]  # by their places
         self._free = [*self._slots]  # those that are free for the longest first
         self._bindings: dict[tuple[int, int], Any] = {}  # of so many places from that one on
@@ -116,7 +113,7 @@ class Slots:
         for slot in slots:  # they go to the first places, for a run is of neighbours
             if slot.place >= len(slots):
                 self._swap(slot, next(one for one in self._slots if one not in slots))
-        given = dict(zip(slots, tokens, strict=True))
+        given = dict(zip(slots, tokens))  # noqa: B905 - as old as 3.8
         in_order = self._slots[: len(slots)]
         ids = np.array([[given[slot]] for slot in in_order])
         logits = self.run(0, ids, [slot.count for slot in in_order])
@@ -147,8 +144,8 @@ class Slots:
         _bind(binding.bind_output, "logits", logits)
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # as above
-            raise self._failure(error) from error
+        except Exception as error:  # of a type for each status of the runtime
+            raise RuntimeError(str(error)) from error
         return logits
 
     def _binding(self, first: int, rows: int) -> Any:  # noqa: ANN401 - without stubs
@@ -169,9 +166,6 @@ class Slots:
             cache[other.place, :, : one.count] = kept
         one.place, other.place = other.place, one.place
         self._slots[one.place], self._slots[other.place] = one, other
-
-    def _failure(self, error: Exception) -> EngineFailed:
-        return EngineFailed(f"onnxruntime failed with {self._path}: {first_line(error)}")
 
 
 def _bind(bind: Any, name: str, values: np.ndarray) -> None:  # noqa: ANN401 - without stubs

@@ -18,10 +18,12 @@ and, if its time is not real, `clock() -> seconds`. A decoder has
     logits(tokens) -> [n, vocab]... run tokens, logits of all of them, in parts
 
 and, if its cache can be gone back to, `mark() -> state` and `back(state)`; with a draft,
-`restart() -> tally`, which counts from then on; if its rows can differ,
+`restart() -> tally`, which counts from then on. Where texts were asked for that go side by side,
+each known by a number, it has
 
-    begin(prompts, length)          run them together, each in a row of that length at most
-    row_tokens() -> [int]           one decode step after begin(), of all rows
+    begin(text, prompt) -> int      read a prompt, return the next token
+    step() -> {text: int}           one decode step of all texts
+    keep(texts)                     end the others
 
 What is timed, and how, is written here, once: every engine is measured by the same loops.
 """
@@ -50,8 +52,9 @@ class Asked:
 
     `threads` to use; `context`, the tokens that a cache must hold; `library` of operators, if the
     graph needs one; `all_logits`, whether `logits` will be asked for; `batch` rows in each of
-    `streams` decoders; `draft`, the folder of a deployment that proposes `draft_tokens` tokens at a
-    time, 0 for as many as pay (with `draft_library`), or "lookup".
+    `streams` decoders; `places` for texts that go side by side; `draft`, the folder of a deployment
+    that proposes `draft_tokens` tokens at a time, 0 for as many as pay (with `draft_library`), or
+    "lookup".
     """
 
     folder: str
@@ -61,6 +64,7 @@ class Asked:
     all_logits: bool = False
     batch: int = 1
     streams: int = 1
+    places: int = 0
     draft: str = ""
     draft_tokens: int = 0
     draft_library: str = ""
@@ -210,17 +214,24 @@ class Worker:
         return {"tokens": chosen}
 
     def together(
-        self, count: int, prompts: Sequence[list[int]] = (), length: int = 0
+        self,
+        count: int,
+        keep: Sequence[int] = (),
+        begin: Sequence[tuple[int, list[int]]] = (),
     ) -> dict[str, Any]:
-        """Continue several texts by the `count` likeliest tokens each, all rows in one step.
+        """Continue texts, known by numbers, by the `count` likeliest tokens each, side by side.
 
-        They begin with `prompts`, in rows of `length` tokens at most; without any they are those of
-        the last request. `tokens` has a list for each row.
+        `keep`: those of the last request that go on; the others are done. `begin`: the number and
+        the prompt of each new one, which has a token more. `tokens` has both for each: the number,
+        and what is new. Needs `places` at load.
         """
-        if prompts:
-            self.decoder.begin(prompts, length)
-        steps = [self.decoder.row_tokens() for _ in range(count)]
-        return {"tokens": [list(row) for row in zip(*steps)]}  # noqa: B905 - as old as 3.8
+        self.decoder.keep(keep)
+        made: dict[int, list[int]] = {text: [] for text in keep}
+        made.update((text, [self.decoder.begin(text, prompt)]) for text, prompt in begin)
+        for _ in range(count):
+            for text, token in self.decoder.step().items():
+                made[text].append(token)
+        return {"tokens": [*made.items()]}
 
     def score(self, tokens: list[int], predictions: str = "", keep: bool = False) -> dict[str, Any]:
         """The mean negative log-likelihood of a window of two tokens or more, for perplexity.

@@ -18,7 +18,9 @@ from owl_deploy.engines.draft import Draft, Drafter
 from owl_deploy.engines.drivers.onnxruntime import (
     PROMPT_PART,
     Rows,
+    decoder_config,
     open_genai,
+    open_session,
     pad_of,
     run_prompt,
     runs_whole,
@@ -45,6 +47,7 @@ class Writer(ABC):
     """
 
     batch = 1
+    _runtime = "onnxruntime-genai"
 
     def __init__(
         self,
@@ -149,9 +152,8 @@ class Writer(ABC):
         try:
             yield
         except RuntimeError as error:  # onnxruntime-genai has this one type for all that is wrong
-            raise EngineFailed(
-                f"onnxruntime-genai failed with {self.path}: {first_line(error)}"
-            ) from error
+            what = f"{self._runtime} failed with {self.path}: {first_line(error)}"
+            raise EngineFailed(what) from error
 
 
 def open_writer(
@@ -250,8 +252,14 @@ class SideBySide(Writer):
         batch: int = 2,
     ) -> None:
         super().__init__(opened, threads, context, drafting)
-        self.batch, takes_turns = batch, self._takes_turns
-        self._slots = Slots(opened, threads, batch, self.context, takes_turns=takes_turns)
+        self.batch, self._runtime = batch, "onnxruntime"
+        library, takes_turns = str(opened.library or ""), self._takes_turns
+        with self._stumbling():
+            session = open_session(
+                self.path, threads, library, last_logits=True, takes_turns=takes_turns
+            )
+        size = decoder_config(self.path)["head_size"]
+        self._slots = Slots(session, batch, self.context, size, opened.vocab, PROMPT_PART)
         self._places: dict[Row, tuple[Slot, np.random.Generator]] = {}
 
     def add(self, row: Row) -> None:

@@ -2,9 +2,9 @@
 is that of what will run. Its own class for Hugging Face models is the measure of what is right.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import islice
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -21,16 +21,16 @@ from owl_deploy.json_lines import in_template
 from owl_deploy.progress import bar
 from owl_deploy.text import token_before
 
-_SLICE = 16  # new tokens between two looks for a stop sequence
+_SLICE = 8  # new tokens between two looks for a stop sequence
 # What is scored: a key of the harness's own, the context's tokens, the continuation's.
 _Request = tuple[Any, list[int], list[int]]
 
 
 class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
-    """Answers requests in a running engine, which was loaded with `all_logits`, or for a `batch`.
+    """Answers requests in a running engine, which was loaded with `all_logits`, or with `places`.
 
-    A request is cut on the left to the last `max_length` tokens that the model is to see. In a
-    batch texts are written, so many together, and nothing can be scored. A text ends at any of
+    A request is cut on the left to the last `max_length` tokens that the model is to see. With
+    places so many texts are written side by side, and nothing can be scored. A text ends at any of
     `ends`, and at the tokenizer's own.
     """
 
@@ -39,12 +39,12 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
         process: EngineProcess,
         tokenizer: Any,  # noqa: ANN401 - transformers' tokenizers share no type
         max_length: int,
-        batch: int = 1,
+        places: int = 0,
         ends: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.process, self.tokenizer, self.max_length = process, tokenizer, max_length
-        self.batch, self.ends = batch, ends
+        self.places, self.ends = places, ends
 
     @property
     def eot_token_id(self) -> int:
@@ -152,15 +152,17 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The greedy continuation of each context, up to a stop sequence or the end of text."""
+        return [answer for _, answer in sorted(self.answers(requests))]
+
+    def answers(self, requests: Sequence[Any]) -> Iterator[tuple[int, str]]:
+        """What `generate_until` returns, each with its request's number, as they come."""
         texts = [self._begun(*request.args) for request in requests]
-        for start in range(0, len(texts), self.batch):
-            if self.batch == 1:
-                self._write(texts[start])
-                continue
-            # A prompt leaves room for its own answer: beside a longer one it may be too long.
-            for _, some in groupby(texts[start : start + self.batch], lambda text: text.most):
-                self._write_together([*some])
-        return [text.cut() for text in texts]
+        if self.places:
+            yield from self._side_by_side(texts)
+            return
+        for number, text in enumerate(texts):
+            self._write(text)
+            yield number, text.cut()
 
     def _begun(self, context: str, options: dict[str, Any]) -> "_Text":
         wanted: dict[str, Any] = normalize_gen_kwargs(options)
@@ -185,18 +187,24 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
             text.take(answer["tokens"])
             feed = text.chosen[-1:]
 
-    def _write_together(self, texts: "Sequence[_Text]") -> None:
-        """Write several to their ends, in rows of one batch: one that has ended goes on unheard."""
-        room = max(text.room for text in texts)
-        prompts: list[list[int]] = [text.prompt for text in texts]
-        length = max(map(len, prompts)) + room
-        while not all(text.ended for text in texts):
-            count = min(_SLICE, room)
-            answer = self.process.request("together", count=count, prompts=prompts, length=length)
-            prompts, room = [], room - count
-            for text, tokens in zip(texts, answer["tokens"], strict=True):
-                if not text.ended:
-                    text.take(tokens)
+    def _side_by_side(self, texts: "Sequence[_Text]") -> Iterator[tuple[int, str]]:
+        """Write all to their ends: where one ends, the next begins."""
+        waiting = enumerate(texts)
+        written: dict[int, _Text] = {}
+        while True:
+            keep = [*written]
+            written |= islice(waiting, self.places - len(written))
+            if not written:
+                return
+            begin = [(number, text.prompt) for number, text in written.items() if not text.chosen]
+            room = min(text.room - (not text.chosen) for text in written.values())
+            answer = self.process.request(
+                "together", count=min(_SLICE, room), keep=keep, begin=begin
+            )
+            for number, tokens in answer["tokens"]:
+                written[number].take(tokens)
+            for number in [number for number, text in written.items() if text.ended]:
+                yield number, written.pop(number).cut()
 
 
 def going_on(tokenizer: Any, tokens: Sequence[int]) -> str:  # noqa: ANN401

@@ -1,6 +1,6 @@
 """A checkpoint as the harness has it, asked as a deployment is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -34,6 +34,12 @@ class CheckpointLM(HFLM):  # type: ignore[misc] # the harness has no types
             batch_size=batch,
             softmax_dtype="float32",
         )
+
+    def answers(self, requests: Sequence[Any]) -> Iterator[tuple[int, str]]:
+        """What `generate_until` returns, each with its request's number, a batch at a time."""
+        for start in range(0, len(requests), self.batch_size):
+            some = list(requests[start : start + self.batch_size])
+            yield from enumerate(self.generate_until(some, disable_tqdm=True), start)
 
     def tok_decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of what was generated; with special tokens, of a token by itself."""

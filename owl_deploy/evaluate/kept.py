@@ -16,13 +16,13 @@ from owl_deploy.progress import bar
 class KeptAnswers:
     """A model of the harness whose generated answers go into a file one by one.
 
-    What the file has already is not generated again. `model` is the harness's, `batch` how many
-    answers it makes at once, `key` what they depend on; `forget` when they are in a result.
-    Each of several processes, by its `rank`, writes a file of its own, and reads those of all.
+    What the file has already is not generated again. `model` is the harness's, with `answers` as
+    they come, `key` what they depend on; `forget` when they are in a result. Each of several
+    processes, by its `rank`, writes a file of its own, and reads those of all.
     """
 
-    def __init__(self, model: Any, batch: int, key: object, rank: int = 0) -> None:  # noqa: ANN401 - no types
-        self._model, self._batch = model, batch
+    def __init__(self, model: Any, key: object, rank: int = 0) -> None:  # noqa: ANN401 - no types
+        self._model = model
         self._folder, self._name = cache_dir("eval", "answers"), digests.of_json(key)
         self._file = self._folder / f"{self._name}{f'-{rank}' if rank else ''}.jsonl"
 
@@ -43,15 +43,13 @@ class KeptAnswers:
         end_line(self._file)
         with bar("Generating", len(requests)) as advance, self._file.open("ab") as file:
             advance(len(requests) - len(missing))
-            for start in range(0, len(missing), self._batch):
-                some = missing[start : start + self._batch]
-                made = self._model.generate_until([requests[n] for n in some], disable_tqdm=True)
-                for number, answer in zip(some, made, strict=True):
-                    answers[keys[number]] = answer
-                    file.write(json.dumps([keys[number], answer]).encode() + b"\n")
+            for place, answer in self._model.answers([requests[n] for n in missing]):
+                key = keys[missing[place]]
+                answers[key] = answer
+                file.write(json.dumps([key, answer]).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-                advance(len(some))
+                advance(1)
         return [answers[key] for key in keys]
 
     def forget(self) -> None:

@@ -16,6 +16,7 @@ from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment, software
 from owl_deploy.engines.deployment import seen_of
+from owl_deploy.engines.drivers.onnxruntime import runs_whole
 from owl_deploy.errors import BadInput, with_type
 from owl_deploy.evaluate.kept import KeptAnswers
 from owl_deploy.evaluate.settings import EvaluationSettings
@@ -37,7 +38,7 @@ from owl_deploy.ranks import ALONE, Ranks, leads
 from owl_deploy.text import load_tokenizer
 
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-_TOGETHER = 4  # texts that are written in one batch, whose longest all wait for
+_PLACES = 8  # texts that are written side by side
 _BOOTSTRAP = 1000  # draws for the standard errors that have no formula: perplexities, F1
 
 
@@ -206,7 +207,7 @@ def evaluate_tasks(
         # What the answers are for as well: an evaluation of other tasks does not forget them.
         key = [measured, adapter and digests.state_of(adapter), *by]
         key += [sorted(tasks.loaded["tasks"]), asked.limit, asked.every]
-        kept = KeptAnswers(opened.model, opened.batch, key, ranks.rank)
+        kept = KeptAnswers(opened.model, key, ranks.rank)
         model = SharedModel(kept, ranks)
         results: dict[str, TaskResult] = {}
         for group in _groups(tasks, opened, ranks):
@@ -322,15 +323,14 @@ def _asked(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A folder as a `model` of the harness, what computes it (`by`, and its `software`), how many
-    tokens it sees (`window`), and how many requests it takes at once (`batch`).
+    """A folder as a `model` of the harness, what computes it (`by`, and its `software`), and how
+    many tokens it sees (`window`).
     """
 
     model: Any
     by: str
     software: dict[str, Any]
     window: int
-    batch: int
 
 
 @contextlib.contextmanager
@@ -343,7 +343,7 @@ def _opened(
 
         deployment = open_deployment(folder, trust_library=asked.trust_library)
         name = engine_of(deployment, asked.engine)
-        rows = _rows(tasks, deployment, name)
+        places = _places(tasks, deployment, name)
         seen = seen_of(folder, asked.window)
         tokenizer = load_tokenizer(folder)
         context = get_engine(name).context_for(seen)
@@ -353,11 +353,11 @@ def _opened(
             threads=asked.threads,
             trust_library=asked.trust_library,
             context=context,
-            all_logits=rows == 1,
-            batch=rows,
+            all_logits=not places,
+            places=places,
         ) as process:
-            model = DeploymentLM(process, tokenizer, seen, rows, deployment.ends)
-            yield _Opened(model, name, software(name), seen, rows)
+            model = DeploymentLM(process, tokenizer, seen, places, deployment.ends)
+            yield _Opened(model, name, software(name), seen)
         return
     from owl_deploy.evaluate.hugging_face import CheckpointLM
 
@@ -369,24 +369,22 @@ def _opened(
         alike = {"tasks": [*tasks.loaded["tasks"]], "--window": seen, "--limit": asked.limit}
         alike |= {"--every": asked.every, **deciding(checkpoint, asked.adapter, dtype, device)}
         ranks.check_alike(alike)
-    batch = hardware.batch_size or 1
     model = CheckpointLM(
         load_model(checkpoint, dtype, device, asked.adapter),
         load_tokenizer(checkpoint.folder),
         seen,
-        batch,
+        hardware.batch_size or 1,
     )
-    yield _Opened(model, name_of(dtype), versions(), seen, batch)
+    yield _Opened(model, name_of(dtype), versions(), seen)
 
 
-def _rows(tasks: Tasks, deployment: Deployment, engine: str) -> int:
-    """How many texts an engine writes together for the `tasks`: several where that is all they ask,
-    and a row of a batch says what it says alone, as in this package's operators.
+def _places(tasks: Tasks, deployment: Deployment, engine: str) -> int:
+    """How many texts an engine writes side by side for the `tasks`: several where they ask for
+    nothing else, and a row of a batch says what it says alone, as in this package's operators.
     """
     only_texts = all(one.OUTPUT_TYPE == "generate_until" for one in tasks.loaded["tasks"].values())
-    model = deployment.folder.settings.get("model", {})
-    pads = model.get("pad_token_id") is not None
-    return _TOGETHER if only_texts and pads and get_engine(engine).operators else 1
+    as_alone = get_engine(engine).operators and not runs_whole(deployment.path)
+    return _PLACES if only_texts and as_alone else 0
 
 
 def _questions(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from owl_deploy.engines.loading import GENAI_CONFIG, LAST_LOGITS
+from owl_deploy.engines.drivers.onnxruntime import LAST_LOGITS
+from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
 from owl_deploy.export.grid import Grid

@@ -32,7 +32,7 @@ LAYERS = (
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
 # Standalone scripts that run in another environment's Python, without this package.
 STANDALONE = [
-    *(PACKAGE / "engines" / f"{name}.py" for name in ("worker", "speculate")),
+    *(PACKAGE / "engines" / f"{name}.py" for name in ("worker", "speculate", "slots")),
     *(PACKAGE / "export" / f"{name}.py" for name in ("to_gguf", "quantize_gguf")),
     *(PACKAGE / "engines" / "drivers").glob("*.py"),
 ]

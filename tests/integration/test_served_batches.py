@@ -147,8 +147,7 @@ def test_a_text_that_nobody_wants_ends_and_the_others_go_on(writer):
 @pytest.fixture
 def small_parts(monkeypatch):
     """So that a tiny model's prompts have several."""
-    for module in ("writer", "slots"):
-        monkeypatch.setattr(f"owl_deploy.engines.{module}.PROMPT_PART", 16)
+    monkeypatch.setattr("owl_deploy.engines.writer.PROMPT_PART", 16)
 
 
 def snowy(writer, end="", times=3, anew=False):

@@ -170,9 +170,9 @@ def test_answers_to_other_tasks_are_not_forgotten(checkpoint, tasks, monkeypatch
     keys = []
 
     class Noted(zero_shot.KeptAnswers):
-        def __init__(self, model, batch, key, rank=0):
+        def __init__(self, model, key, rank=0):
             keys.append(json.dumps(key, default=str))
-            super().__init__(model, batch, key, rank)
+            super().__init__(model, key, rank)
 
     monkeypatch.setattr(zero_shot, "KeptAnswers", Noted)
     every = tasks.loaded["tasks"]

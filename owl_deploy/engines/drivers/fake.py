@@ -32,7 +32,7 @@ class Driver:
     def __init__(self) -> None:
         self.now = 0.0
         self.tokens: list[int] = []
-        self.rows: list[int] = []
+        self.texts: dict[int, int] = {}
         self.streams = [self]
 
     def clock(self) -> float:
@@ -85,15 +85,20 @@ class Driver:
         off = np.float32(self.behaviour.get("logits_off", 0.0))
         yield np.eye(vocab, dtype=np.float32)[(np.array(tokens) + 1) % vocab] + off
 
-    def begin(self, prompts: list[list[int]], length: int) -> None:
-        """Begin a row for each of `prompts`, whatever the length."""
-        self.rows = [prompt[-1] for prompt in prompts]
+    def begin(self, text: int, prompt: list[int]) -> int:
+        """The successor of the prompt's last token."""
+        self.texts[text] = (prompt[-1] + 1) % self.behaviour.get("vocab", 16)
+        return self.texts[text]
 
-    def row_tokens(self) -> list[int]:
-        """The successor of each row's last token."""
+    def step(self) -> dict[int, int]:
+        """The successor of each text's last token."""
         vocab = self.behaviour.get("vocab", 16)
-        self.rows = [(last + 1) % vocab for last in self.rows]
-        return self.rows
+        self.texts = {text: (last + 1) % vocab for text, last in self.texts.items()}
+        return self.texts
+
+    def keep(self, texts: list[int]) -> None:
+        """End all texts but these."""
+        self.texts = {text: last for text, last in self.texts.items() if text in texts}
 
     def _maybe_fail(self, operation: str) -> None:
         fail = self.behaviour.get("fail", {})

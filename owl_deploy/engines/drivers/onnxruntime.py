@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ PART = (
 )
 
 PROMPT_PART = 128  # tokens of a prompt run at once: a tenth of a second of a small model
+# Set where whoever runs a prompt reads the logits of its last tokens alone (csrc/ops.h).
+LAST_LOGITS = "ai.owl.last_logits"
+_IN_TURNS = "session.force_spinning_stop"  # or the threads of one model spin while the other runs
 
 
 class Driver:
     """Opens a deployment in ONNX Runtime; see worker.py for what each method does."""
 
     def __init__(self) -> None:
-        self.streams: list[Genai] | list[Session] | list[Drafted] = []
+        self.streams: list[Genai] | list[Session] | list[Drafted] | list[SideBySide] = []
 
     def prepare(self) -> None:
         """Import the engine, which is no part of the load time."""
@@ -35,14 +38,17 @@ class Driver:
         onnxruntime_genai.disable_telemetry_events()
 
     def load(self, asked: Any) -> dict[str, Any]:  # noqa: ANN401 - worker.py's Asked
-        """Open with onnxruntime-genai, or with a plain session when it cannot or `all_logits`."""
+        """Open with onnxruntime-genai, or with a plain session where it cannot do what is asked."""
         import onnxruntime
         import onnxruntime_genai
 
         folder = Path(asked.folder)
-        genai = (folder / GENAI_CONFIG).is_file() and not asked.all_logits
+        plain = asked.all_logits or asked.places
+        genai = (folder / GENAI_CONFIG).is_file() and not plain
         if asked.draft:
             self.streams = [Drafted(asked)]
+        elif asked.places:
+            self.streams = [SideBySide(asked)]
         elif genai:
             # The token chosen last is counted, though never run: one more than the model takes.
             length = max(asked.context + 1, model_config(folder)["context_length"])
@@ -81,8 +87,8 @@ def open_genai(
 
     `part`: the tokens of a prompt that are run at once, if not as many as the config says.
     `library`: the operators to load, whatever library the folder names; whoever calls has checked
-    that it names none where this is empty. `takes_turns`: with another model, so that the threads
-    of the one must not spin while the other runs. `owl generate` opens its model here too.
+    that it names none where this is empty. `takes_turns`: with another model. `owl generate` opens
+    its model here too.
     """
     import onnxruntime_genai
 
@@ -92,7 +98,7 @@ def open_genai(
         library = str(Path(library).absolute())  # for it works elsewhere below
         options["custom_ops_library"] = library
     if takes_turns:
-        options["session.force_spinning_stop"] = "1"
+        options[_IN_TURNS] = "1"
     overlay = {**over, "decoder": {"session_options": options}}
     search = {"search": {"chunk_size": part}} if part else {}
     config.overlay(json.dumps({"model": overlay, **search}))
@@ -116,31 +122,30 @@ def open_session(
     folder: Path,
     threads: int,
     library: str = "",
-    entries: dict[str, str] | None = None,
+    *,
+    last_logits: bool = False,
+    takes_turns: bool = False,
 ) -> Any:  # noqa: ANN401 - as above
     """A plain session of the graph, with that library of operators if there is one.
 
-    `entries`: of its configuration, by their names.
+    `last_logits`: of a prompt no others are read; `takes_turns`: with another model. Raises
+    `RuntimeError`, as onnxruntime-genai does, where it cannot be opened.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    for name, value in (entries or {}).items():  # before the library, which reads them
-        options.add_session_config_entry(name, value)
-    if library:
-        options.register_custom_ops_library(library)
-    return onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def in_rows(prompts: Sequence[Sequence[int]], pad: int) -> np.ndarray:
-    """The tokens of `prompts`, [rows, longest], padded on the right: onnxruntime-genai's way."""
-    ids = np.full((len(prompts), max(map(len, prompts))), pad, np.int32)
-    for row, tokens in zip(ids, prompts):  # noqa: B905 - as old as 3.8
-        row[: len(tokens)] = tokens
-    return ids
+    for name, wanted in ((LAST_LOGITS, last_logits), (_IN_TURNS, takes_turns)):
+        if wanted:  # before the library, which reads them
+            options.add_session_config_entry(name, "1")
+    try:
+        if library:
+            options.register_custom_ops_library(library)
+        return onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # of a type for each status
+        raise RuntimeError(str(error)) from error
 
 
 def append(generator: Any, ids: np.ndarray, pad: int) -> None:  # noqa: ANN401 - without stubs
@@ -188,7 +193,7 @@ def run_prompt(
 
 
 class Genai:
-    """A decoder in onnxruntime-genai, with greedy search; `pad` fills rows that differ."""
+    """A decoder in onnxruntime-genai, with greedy search; `pad`: see `append`."""
 
     def __init__(self, model: Any, context: int, batch: int, pad: int) -> None:  # noqa: ANN401
         self.model = model
@@ -199,26 +204,13 @@ class Genai:
 
     def reset(self) -> None:
         """Empty the cache."""
-        self._open(self.batch, self.context + 1)  # one more than `context`: see `load`
-
-    def _open(self, rows: int, length: int) -> None:
         import onnxruntime_genai
 
+        length = self.context + 1  # see `load`
         parameters = onnxruntime_genai.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=length, do_sample=False, batch_size=rows)
+        parameters.set_search_options(max_length=length, do_sample=False, batch_size=self.batch)
         self.generator: Any = None  # the old cache goes before the new one comes
         self.generator = onnxruntime_genai.Generator(self.model, parameters)
-
-    def begin(self, prompts: Sequence[Sequence[int]], length: int) -> None:
-        """Run `prompts` together, each in a row of its own, of `length` tokens at most."""
-        self._open(len(prompts), length)
-        append(self.generator, in_rows(prompts, self.pad), self.pad)
-
-    def row_tokens(self) -> list[int]:
-        """Run the last tokens; return the likeliest next one of each row."""
-        self.generator.generate_next_token()
-        tokens: list[int] = self.generator.get_next_tokens().tolist()
-        return tokens
 
     def prompt(self, tokens: list[int]) -> int:
         """Run a prompt; return the likeliest next token."""
@@ -292,7 +284,7 @@ class Drafted:
                 (asked.draft, asked.draft_library),
             )
         )
-        self.speculate = _speculate()
+        self.speculate = _beside("speculate")
         self.pad, self.whole = pad_of(Path(asked.folder)), runs_whole(Path(asked.folder))
         if self.draft is not None:
             self.pad_of_draft = pad_of(Path(asked.draft))
@@ -326,14 +318,47 @@ class Drafted:
         return int(next(self.coming))
 
 
-def _speculate() -> Any:  # noqa: ANN401 - a module
-    """speculate.py, which lies in the folder above; this file is run without the package, too."""
-    path = Path(__file__).parent.parent / "speculate.py"
-    specification = importlib.util.spec_from_file_location("speculate", path)
+class SideBySide:
+    """Continues texts by the likeliest tokens, each in a place of its own (slots.py)."""
+
+    def __init__(self, asked: Any) -> None:  # noqa: ANN401 - worker.py's Asked
+        folder = Path(asked.folder)
+        session = open_session(folder, asked.threads, asked.library, last_logits=True)
+        model = model_config(folder)
+        size, vocabulary = model["decoder"]["head_size"], model["vocab_size"]
+        slots = _beside("slots").Slots
+        self.slots = slots(session, asked.places, asked.context, size, vocabulary, PROMPT_PART)
+        self.texts: dict[int, tuple[Any, int]] = {}  # each one's place, and last token
+
+    def begin(self, text: int, prompt: Sequence[int]) -> int:
+        """Begin a text; return its first token."""
+        slot = self.slots.enter(prompt)
+        token = int(slot.run(prompt[slot.count :])[-1].argmax())
+        self.texts[text] = slot, token
+        return token
+
+    def step(self) -> dict[int, int]:
+        """Run the last token of each text; return the likeliest next ones."""
+        slots, tokens = zip(*self.texts.values())  # noqa: B905 - as old as 3.8
+        rows = self.slots.step(slots, tokens)
+        for text, slot, row in zip(self.texts, slots, rows):  # noqa: B905 - as above
+            self.texts[text] = slot, int(row.argmax())
+        return {text: token for text, (_, token) in self.texts.items()}
+
+    def keep(self, texts: Collection[int]) -> None:
+        """End all texts but these."""
+        for text in [text for text in self.texts if text not in texts]:
+            self.slots.leave(self.texts.pop(text)[0])
+
+
+def _beside(name: str) -> Any:  # noqa: ANN401 - a module
+    """A module of the folder above; this file is run without the package, too."""
+    path = Path(__file__).parent.parent / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules["speculate"] = module  # where its dataclasses look for their annotations
+    sys.modules[name] = module  # where its dataclasses look for their annotations
     specification.loader.exec_module(module)
     return module
 
@@ -432,7 +457,7 @@ def decoder_config(folder: Path) -> dict[str, Any]:
 
 
 def pad_of(folder: Path) -> int:
-    """The token that fills rows that differ."""
+    """The token that onnxruntime-genai takes for padding: see `append`."""
     return model_config(folder).get("pad_token_id") or 0
 
 

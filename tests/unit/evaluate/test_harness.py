@@ -48,8 +48,8 @@ def opened(tmp_path):
 
         process.request = note
 
-        def model(max_length=8, batch=1):
-            return DeploymentLM(process, Digits(), max_length, batch)
+        def model(max_length=8, places=0):
+            return DeploymentLM(process, Digits(), max_length, places)
 
         yield model, requests
 
@@ -128,49 +128,55 @@ def test_generation_goes_on_over_slices(opened):
     )
     assert text == "".join(str((9 + n) % 10) for n in range(36)).replace("0", "").replace("9", "")
     assert [(one["tokens"], one["count"], one["fresh"]) for one in requests] == [
-        ([0, 8], 16, True),
-        ([4], 16, False),
+        ([0, 8], 8, True),
+        ([6], 8, False),
+        ([4], 8, False),
+        ([2], 8, False),
         ([0], 4, False),
     ]
 
 
-def test_texts_are_written_together_each_to_its_own_end(opened):
+def test_texts_are_written_side_by_side_each_to_its_own_end(opened):
+    """One ends at the stop, one at the end of text, 9, one where it has enough."""
     model, requests = opened
-    lm = model(64, batch=3)
-    options = {"until": ["6"], "max_gen_toks": 20}
-    # One ends at the stop, the other at the end of text, 9.
-    found = lm.generate_until([asked("generate_until", one, options) for one in ("12", "6")])
-    assert found == ["345", "78"]
-    assert [(one["prompts"], one["count"], one["length"]) for one in requests] == [
-        ([[0, 1, 2], [0, 6]], 16, 23)
-    ]
-    requests.clear()
-    lm.tokenizer.eos_token_id = 10  # never comes
-    texts = [asked("generate_until", start, {"until": [], "max_gen_toks": 20}) for start in "8642"]
-    found = lm.generate_until(texts)
-    assert [(one["prompts"], one["count"]) for one in requests] == [
-        ([[0, 8], [0, 6], [0, 4]], 16),
-        ([], 4),
-        ([[0, 2]], 16),
-        ([], 4),
-    ]
-    lm.batch = 1
-    assert found == lm.generate_until(texts)
-
-
-def test_a_long_prompt_is_not_written_beside_a_longer_answer(opened):
-    """Of two tasks in a row: each leaves room for its own answers only."""
-    model, requests = opened
-    wanted = [("1" * 40, 4), ("2" * 40, 4), ("34", 20)]
+    lm = model(64, places=2)
+    wanted = {
+        "12": ({"until": ["6"]}, "345"),
+        "6": ({"until": []}, "78"),
+        "3": ({"until": []}, "4"),
+    }
     texts = [
-        asked("generate_until", text, {"until": ["x"], "max_gen_toks": most})
-        for text, most in wanted
+        asked("generate_until", text, {**options, "max_gen_toks": 1 if text == "3" else 20})
+        for text, (options, _) in wanted.items()
     ]
-    together = model(32, batch=3).generate_until(texts)
-    begun = [one for one in requests if one["prompts"]]
-    assert [len(one["prompts"]) for one in begun] == [2, 1]
-    assert all(one["length"] <= 32 for one in begun)
-    assert together == model(32).generate_until(texts)
+    assert lm.generate_until(texts) == [answer for _, answer in wanted.values()]
+    assert [(one["begin"], one["keep"], one["count"]) for one in requests] == [
+        ([(0, [0, 1, 2]), (1, [0, 6])], [], 8),
+        ([(2, [0, 3])], [], 0),
+    ]
+
+
+def test_where_a_text_ends_the_next_begins(opened):
+    model, requests = opened
+    lm = model(64, places=3)
+    lm.tokenizer.eos_token_id = 10  # never comes
+    most = [20, 3, 20, 20, 11]
+    texts = [
+        asked("generate_until", start, {"until": [], "max_gen_toks": many})
+        for start, many in zip("86425", most, strict=True)
+    ]
+    found = list(lm.answers(texts))
+    assert [number for number, _ in found] == [1, 0, 2, 3, 4]
+    assert [([n for n, _ in one["begin"]], one["keep"], one["count"]) for one in requests] == [
+        ([0, 1, 2], [], 2),
+        ([3], [0, 2], 8),
+        ([], [0, 2, 3], 8),
+        ([], [0, 2, 3], 1),
+        ([4], [3], 2),
+        ([], [4], 8),
+    ]
+    lm.places = 0
+    assert [answer for _, answer in sorted(found)] == lm.generate_until(texts)
 
 
 def test_generation_that_cannot_be(opened):
