@@ -17,7 +17,8 @@ and, if its time is not real, `clock() -> seconds`. A decoder has
     extend(tokens) -> [vocab]       run tokens, logits of the last one
     logits(tokens) -> [n, vocab]... run tokens, logits of all of them, in parts
 
-and, if its cache can be gone back to, `mark() -> state` and `back(state)`; with a draft,
+and, if its cache can be gone back to, `mark() -> state` and `back(state)`; if it keeps how the last
+text began, `read(tokens) -> [vocab]`, the logits after a text in an empty cache; with a draft,
 `restart() -> tally`, which counts from then on. Where texts were asked for that go side by side,
 each known by a number, it has
 
@@ -273,6 +274,8 @@ class Worker:
 
     def _last_logits(self, tokens: list[int]) -> np.ndarray:
         """Run `tokens` in an empty cache; the logits [1, vocab] after them."""
+        if hasattr(self.decoder, "read"):
+            return np.array(self.decoder.read(tokens)[None])
         self.decoder.reset()
         for part in self.decoder.logits(tokens):
             last: np.ndarray = np.array(part[-1:])

@@ -10,6 +10,7 @@ import onnxruntime_genai
 import pytest
 
 from owl_deploy.engines import EngineProcess, open_deployment
+from owl_deploy.engines.drivers import onnxruntime as driver
 from owl_deploy.engines.rows import Speed
 from owl_deploy.engines.sampling import Sampling
 from owl_deploy.errors import BadInput, EnvironmentFailed
@@ -341,6 +342,38 @@ def test_a_prompt_in_parts_says_the_same(pruned, tmp_path):
     with EngineProcess("owl", tmp_path / "out", context=310, batch=2) as process:
         answer = process.request("decode", prompt=tokens.tolist(), steps=2, warmup=0)
     assert len(answer["latencies_ms"]) == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_beginning_that_was_read_before_is_not_run_again(
+    pruned, tmp_path, monkeypatch, precision
+):
+    """As few-shot examples are, of which every question of a task has the same."""
+    monkeypatch.setattr(driver, "PART", 16)
+    folder = tmp_path / "out"
+    export(pruned, folder, target="owl", precision=precision)
+    size = driver.decoder_config(folder)["head_size"]
+    session = driver.Session(driver.open_session(folder, 1, str(library_path())), 1, size)
+    shots = [(7 + 13 * index) % 320 for index in range(40)]
+    texts = [
+        ([*shots, 5], [16, 16, 9]),
+        ([*shots, 6, 7, 8], [11]),
+        (shots[:32], [16]),  # its last part is run: nobody kept its logits
+        (shots[:33], [16, 1]),
+        ([*shots[:20], *shots], [16, 16, 12]),
+        ([*shots, 5], [16, 9]),
+    ]
+    ran = []
+    run = session._run
+    monkeypatch.setattr(session, "_run", lambda part: ran.append(len(part)) or run(part))
+    for text, new in texts:
+        ran.clear()
+        last = session.read(text)
+        assert ran == new
+        after = session.extend([3])
+        session.reset()
+        np.testing.assert_array_equal(last, [*session.logits(text)][-1][-1])
+        np.testing.assert_array_equal(after, session.extend([3]))
 
 
 @pytest.mark.parametrize(

@@ -380,6 +380,8 @@ class Session:
         self.head_size = head_size  # the builder's graph has only a name for it
         self.inputs = {item.name: item for item in session.get_inputs()}
         self.outputs = [item.name for item in session.get_outputs()]
+        # Each whole part that the last text read began with, and the cache behind it.
+        self.known: list[tuple[list[int], tuple[int, dict[str, np.ndarray]]]] = []
         self.reset()
 
     def reset(self) -> None:
@@ -433,6 +435,29 @@ class Session:
         part = len(tokens) if self.whole else PART
         for start in range(0, len(tokens), part):
             yield self._run(tokens[start : start + part])
+
+    def read(self, tokens: list[int]) -> np.ndarray:
+        """Run a text in an empty cache; return the logits [vocab] of its last token.
+
+        Whole parts with which the last text that was read began too are not run again: what is
+        behind them is to the last bit what it was.
+        """
+        parts = [tokens[start : start + PART] for start in range(0, len(tokens), PART)]
+        if self.whole:
+            parts = [tokens]
+        same = 0  # the last part is run: nobody has kept its logits
+        while same < min(len(self.known), len(parts) - 1) and self.known[same][0] == parts[same]:
+            same += 1
+        del self.known[same:]
+        self.reset()
+        if same:
+            self.back(self.known[-1][1])
+        for part in parts[same:]:
+            rows = self._run(part)
+            if part is not parts[-1]:
+                self.known.append((part, self.mark()))
+        last: np.ndarray = rows[-1]
+        return last
 
     def extend(self, tokens: list[int]) -> np.ndarray:
         """Run `tokens`; return the logits [vocab] of the last."""
