@@ -383,8 +383,8 @@ def _places(tasks: Tasks, deployment: Deployment, engine: str) -> int:
     nothing else, and a row of a batch says what it says alone, as in this package's operators.
     """
     only_texts = all(one.OUTPUT_TYPE == "generate_until" for one in tasks.loaded["tasks"].values())
-    as_alone = get_engine(engine).operators and not runs_whole(deployment.path)
-    return _PLACES if only_texts and as_alone else 0
+    opens = "model" in deployment.folder.settings and not runs_whole(deployment.path)
+    return _PLACES if only_texts and opens and get_engine(engine).operators else 0
 
 
 def _questions(samples: Sequence[Mapping[str, Any]]) -> str:
