@@ -18,10 +18,11 @@ import torch
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.blocks import Activations
+from owl_deploy.calibration import Calibration
 from owl_deploy.hardware import Hardware
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
-from owl_deploy.prune.request import Calibration, Request, check
+from owl_deploy.prune.request import Request, check
 from owl_deploy.prune.sensitivity import Found, Measuring
 from owl_deploy.prune.store import Store
 from owl_deploy.prune_settings import PruneSettings

@@ -20,11 +20,11 @@ from prune_quality import owl
 
 from owl_deploy.artefact import read_object, write_json
 from owl_deploy.bench.machine import look
+from owl_deploy.calibration import Calibration
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
 from owl_deploy.hardware import Hardware
 from owl_deploy.manifest import Cost, versions
 from owl_deploy.prune.formats import Costs
-from owl_deploy.prune.request import Calibration
 from owl_deploy.prune.run import prune
 from owl_deploy.prune_settings import PruneSettings
 

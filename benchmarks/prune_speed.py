@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from owl_deploy.bench.machine import look
-from owl_deploy.prune.request import Calibration
+from owl_deploy.calibration import Calibration
 from owl_deploy.prune.run import prune
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import calibration_windows

@@ -27,11 +27,12 @@ import transformers
 from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.blocks import window_loss
+from owl_deploy.calibration import Calibration
 from owl_deploy.hardware import Hardware
 from owl_deploy.prune import reconstruct, walk
 from owl_deploy.prune.halves import Half
 from owl_deploy.prune.plan import resolve
-from owl_deploy.prune.request import Calibration, Request, check
+from owl_deploy.prune.request import Request, check
 from owl_deploy.prune.store import Store
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import evaluation_windows

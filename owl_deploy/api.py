@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from owl_deploy.bench.plan import BenchPlan
     from owl_deploy.bench.result import Comparison, Result, read_result
     from owl_deploy.bench.run import Outcome, bench, run_gate
+    from owl_deploy.calibration import Calibration
     from owl_deploy.engines.rows import Speed
     from owl_deploy.engines.sampling import Sampling
     from owl_deploy.errors import (
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from owl_deploy.generate import generate
     from owl_deploy.hardware import Hardware
     from owl_deploy.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
-    from owl_deploy.prune.request import Calibration
     from owl_deploy.prune.run import prune
     from owl_deploy.prune_settings import PruneSettings
     from owl_deploy.recipe import merged as prune_settings
@@ -96,7 +96,7 @@ WHERE = {
     "AdapterManifest": "owl_deploy.manifest:AdapterManifest",
     "BadInput": "owl_deploy.errors:BadInput",
     "BenchPlan": "owl_deploy.bench.plan:BenchPlan",
-    "Calibration": "owl_deploy.prune.request:Calibration",
+    "Calibration": "owl_deploy.calibration:Calibration",
     "CheckpointManifest": "owl_deploy.manifest:CheckpointManifest",
     "Comparison": "owl_deploy.bench.result:Comparison",
     "DeploymentManifest": "owl_deploy.manifest:DeploymentManifest",

@@ -178,12 +178,17 @@ def export(
     target: options.Target = "onnxruntime",
     precision: options.Precision = None,
     head: options.Head = None,
+    calibration: options.WeighingText = None,
+    samples: options.Samples = 128,
+    sequence_length: options.CalibrationLength = 512,
+    seed: options.WindowSeed = 0,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Export a checkpoint as a deployment, checked against PyTorch."""
     from owl_deploy.export.show import advise, show, steps
 
+    text = api.Calibration(calibration, samples, sequence_length, seed) if calibration else None
     with steps() as progress:
         manifest = api.export(
             checkpoint,
@@ -191,6 +196,7 @@ def export(
             target=target,
             precision=precision,
             head=head,
+            calibration=text,
             force=force,
             progress=progress,
         )

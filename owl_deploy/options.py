@@ -64,6 +64,15 @@ PerplexityText = Annotated[
     str | None, Option("--perplexity", "-p", help=f"Text to measure on: {_SOURCE}")
 ]
 Samples = Annotated[int, Option(help="Calibration windows.")]
+WeighingText = Annotated[
+    str | None,
+    Option(
+        "--calibration",
+        "-c",
+        help="For llama.cpp's types: text on which it counts what a weight is worth (its "
+        f"importance matrix); IQ2_M needs it. {_SOURCE}",
+    ),
+]
 CalibrationLength = Annotated[int, Option(help="Tokens in a calibration window.")]
 
 # --- prune ----------------------------------------------------------------------------------------
@@ -175,7 +184,7 @@ Precision = Annotated[
         "--precision",
         "-p",
         help="How the weights are held: fp32, int8 or int4 for onnxruntime; bf16, int8, int4, "
-        "int3 or fp32 for owl; Q8_0, Q4_K_M, Q4_0, IQ4_XS, Q3_K_M, IQ3_M or Q2_K for "
+        "int3 or fp32 for owl; Q8_0, Q4_K_M, Q4_0, IQ4_XS, Q3_K_M, IQ3_M, Q2_K or IQ2_M for "
         "llama.cpp; fp32 for deepsparse. [the first of the target]",
     ),
 ]

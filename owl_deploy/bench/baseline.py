@@ -35,7 +35,7 @@ LOGITS_MARGIN = {
     "bf16": 1e-2,
     **dict.fromkeys(("int8", "Q8_0"), 5e-2),
     **dict.fromkeys(("int4", "Q4_K_M", "Q4_0", "IQ4_XS"), 1e-1),
-    **dict.fromkeys(("int3", "Q3_K_M", "IQ3_M", "Q2_K"), 2e-1),
+    **dict.fromkeys(("int3", "Q3_K_M", "IQ3_M", "Q2_K", "IQ2_M"), 2e-1),
 }
 _OF_OTHERS = max(LOGITS_MARGIN.values())
 

@@ -4,6 +4,7 @@ The converter is checked by itself: what it wrote in fp32 has to compute what Py
 what a quantized file differs by is the quantization.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import write_compatible
 from owl_deploy.engines import default_threads
 from owl_deploy.engines.environment import ending_with_us, environment_folder, python_of
@@ -19,6 +23,7 @@ from owl_deploy.engines.registry import get_engine
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.export import parity, rotary, windows
 from owl_deploy.export.genai import last_line, refuse_no_room
+from owl_deploy.export.importance import importance
 from owl_deploy.export.source import Progress, Reference, Source
 
 ENGINE = "llama.cpp"
@@ -34,12 +39,19 @@ _MISSING = re.compile(r"Error: Missing .*?([\w.]+)$", re.MULTILINE)
 _FALLBACK = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback quantization")
 
 
-def build(source: Source, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
+def build(
+    source: Source,
+    folder: Path,
+    precision: str,
+    progress: Progress,
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
     """Write `model.gguf`, config and tokenizer into `folder`; returns what the manifest says.
 
-    `precision` is a type of llama.cpp's quantizer. Raises `BadInput` for a model that has no
-    tokenizer, or that GGUF does not know or not wholly, `EnvironmentFailed` where the engine is not
-    installed, `ParityFailed`, `EngineFailed`.
+    `precision` is a type of llama.cpp's quantizer, which rounds those weights most exactly that
+    count most on the text of `calibration`, if there is one. Raises `BadInput` for a model that has
+    no tokenizer, or that GGUF does not know or not wholly, and for too short a text,
+    `EnvironmentFailed` where the engine is not installed, `ParityFailed`, `EngineFailed`.
     """
     python = python_of(ENGINE)
     if source.tokenizer is None:
@@ -51,21 +63,31 @@ def build(source: Source, folder: Path, precision: str, progress: Progress) -> d
     _refuse_what_is_dropped(source.skeleton.model.config)
     _refuse_more_tokens(source)
     # In the staged folder, so that what a kill leaves is cleared with it.
-    with tempfile.TemporaryDirectory(dir=folder, prefix="fp32-") as scratch:
-        full = Path(scratch) / file
+    with tempfile.TemporaryDirectory(dir=folder, prefix="fp32-") as name:
+        scratch = Path(name)
+        facts, weighed = {}, {}
+        if calibration is not None:
+            windows = calibration.windows(source.checkpoint)
+            weighed = importance(source.checkpoint, windows, scratch, progress)
+            facts["calibration"] = calibration.describe(windows)
+        full = scratch / file
         progress("Converting to GGUF")
-        notes = _convert(python, source.folder, full)
+        called, notes = _convert(python, source.folder, full)
         reference = source.reference
         progress("Comparing with PyTorch in llama.cpp, before quantizing")
-        difference = _check_converted(Path(scratch), reference)
+        difference = _check_converted(scratch, reference)
         progress(f"Quantizing to {precision}")
-        notes += _quantize(python, full, folder / file, precision)
+        if lost := weighed.keys() - called.keys():
+            raise EngineFailed(f"llama.cpp's converter has no tensor for {min(lost)}.")
+        weighed = {called[name]: values for name, values in weighed.items()}
+        notes += _quantize(python, full, folder / file, precision, weighed)
     write_compatible(source.checkpoint, folder)
     return {
         "graph": "llama.cpp's converter and quantizer",
         "max_context": source.config.get("max_position_embeddings"),
         "converter_difference": difference,
         "note": "; ".join(notes),
+        **facts,
     }
 
 
@@ -110,16 +132,21 @@ def _has_windows(config: Any, slides: list[bool]) -> bool:  # noqa: ANN401
     return bool(config.model_type == "gemma3_text" and slides == theirs)
 
 
-def _convert(python: Path, checkpoint: Path, file: Path) -> list[str]:
-    """Write the checkpoint to `file` in fp32; returns what there is to note."""
+def _convert(python: Path, checkpoint: Path, file: Path) -> tuple[dict[str, str], list[str]]:
+    """Write the checkpoint to `file` in fp32; returns what its tensors are called there, by their
+    names in the checkpoint, and what there is to note.
+    """
     home = environment_folder(get_engine(ENGINE)) / "source"
     packages = _output([str(python), "-I", "-c", _PACKAGES]).strip()
     script = str(_HERE / "to_gguf.py")
-    command = [sys.executable, "-P", script, str(home), packages, str(checkpoint), str(file)]
+    names = file.with_name("names.json")
+    files = [str(path) for path in (checkpoint, file, names)]
+    command = [sys.executable, "-P", script, str(home), packages, *files]
     words = _output(command, "converter", "Use --target onnxruntime or deepsparse.")
+    called: dict[str, str] = json.loads(names.read_text(encoding="utf-8"))
     if "owl: unknown tokenizer" not in words:
-        return []
-    return ["llama.cpp does not know its tokenizer, and may split text in another way"]
+        return called, []
+    return called, ["llama.cpp does not know its tokenizer, and may split text in another way"]
 
 
 def _check_converted(folder: Path, reference: Reference) -> float:
@@ -134,10 +161,19 @@ def _check_converted(folder: Path, reference: Reference) -> float:
     return difference
 
 
-def _quantize(python: Path, full: Path, file: Path, precision: str) -> list[str]:
-    """Write `full` to `file` with weights in `precision`; returns what there is to note."""
+def _quantize(
+    python: Path, full: Path, file: Path, precision: str, weighed: dict[str, Any]
+) -> list[str]:
+    """Write `full` to `file` with weights in `precision`; returns what there is to note.
+
+    `weighed`: how much each input of a tensor counts, [in], by its name; none: all count alike.
+    """
     script, threads = str(_HERE / "quantize_gguf.py"), str(default_threads())
     command = [str(python), "-I", script, str(full), str(file), precision, threads]
+    if weighed:
+        importance_file = full.with_name("importance.npz")
+        np.savez(importance_file, **weighed)
+        command.append(str(importance_file))
     words = _output(command, "quantizer")
     if not (found := _FALLBACK.search(words)):
         return []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from owl_deploy import artefact, checkpoint
+from owl_deploy.calibration import Calibration, as_calibration
 from owl_deploy.engines.registry import MODEL
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, unknown_name
 from owl_deploy.export import describe, genai, gguf, parity, tables, traced
@@ -18,6 +19,7 @@ from owl_deploy.export.source import Progress, Source
 from owl_deploy.manifest import BlockShares, DeploymentManifest, versions
 from owl_deploy.runtime import kernels, library_path
 from owl_deploy.runtime.value_types import TRAITS, Values
+from owl_deploy.text import source_files
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
 # it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.
@@ -28,13 +30,15 @@ EXTERNAL_BYTES = 64 * 2**20
 class Request:
     """What a target's function is asked for: write `source` into `folder`.
 
-    `precision` is one of the target's; `head` how its head is stored, None as usual.
+    `precision` is one of the target's; `head` how its head is stored, None as usual; `calibration`:
+    the text that what is rounded is weighed by, if there is one.
     """
 
     source: Source
     folder: Path
     precision: str
     head: Head | None
+    calibration: Calibration | None
     progress: Progress
 
 
@@ -44,12 +48,14 @@ class Precision:
 
     Attributes: `peak_bytes`, what a weight takes on the disk when the export takes most, copies
     that are removed again included; `tolerance`, the largest difference from PyTorch over the
-    largest logit, None where it is only reported; `usual`, a difference beyond which that is said.
+    largest logit, None where it is only reported; `usual`, a difference beyond which that is said;
+    `needs_text`, whether it cannot be had without calibration text.
     """
 
     peak_bytes: float
     tolerance: float | None = None
     usual: float = math.inf
+    needs_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,14 @@ class Target:
     Attributes: `build`, which writes the model and returns what the manifest says of it;
     `precisions`, by name, the default first; `engine`, whose parity is checked where it is
     installed, and which the deployment is for; `heads`, the ways to store the head if there is a
-    choice.
+    choice; `weighs`, whether it weighs what it rounds by calibration text.
     """
 
     build: Callable[[Request], dict[str, Any]]
     precisions: Mapping[str, Precision]
     engine: str
     heads: tuple[str, ...] = ()
+    weighs: bool = False
 
 
 def _traced(request: Request) -> dict[str, Any]:
@@ -117,7 +124,9 @@ def _owl(request: Request) -> dict[str, Any]:
 
 
 def _gguf(request: Request) -> dict[str, Any]:
-    return gguf.build(request.source, request.folder, request.precision, request.progress)
+    return gguf.build(
+        request.source, request.folder, request.precision, request.progress, request.calibration
+    )
 
 
 # 0.05 to 0.16 of those whose perplexity stayed; fewer bits differ by anything up to 0.7.
@@ -168,8 +177,10 @@ TARGETS: dict[str, Target] = {
             "Q3_K_M": Precision(4 + 0.55),
             "IQ3_M": Precision(4 + 0.5),
             "Q2_K": Precision(4 + 0.45),
+            "IQ2_M": Precision(4 + 0.4, needs_text=True),
         },
         engine="llama.cpp",
+        weighs=True,
     ),
 }
 
@@ -181,6 +192,7 @@ def export(
     target: str,
     precision: str | None = None,
     head: str | None = None,
+    calibration: Calibration | str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> DeploymentManifest:
@@ -188,21 +200,25 @@ def export(
 
     `target`: a row of `TARGETS`. Without `precision` it has the target's default. `head`, for
     targets with a choice of it, is `screened` (usual for integers, unless the head was rounded to
-    fewer than 8 bits itself) or `whole`. `force` replaces a destination that is there; `progress`
-    is told each step. The deployment appears whole, after its parity with PyTorch was checked, or
-    not at all. Raises `BadInput`, `ParityFailed`, `EngineFailed`, `EnvironmentFailed`.
+    fewer than 8 bits itself) or `whole`. `calibration`, or its source alone, is for llama.cpp's
+    types, which then round what counts most on that text most exactly. `force` replaces a
+    destination that is there; `progress` is told each step. The deployment appears whole, after its
+    parity with PyTorch was checked, or not at all. Raises `BadInput`, `ParityFailed`,
+    `EngineFailed`, `EnvironmentFailed`.
     """
     folder, destination = Path(folder), Path(destination)
     precision = precision_of(target, precision)
-    row = TARGETS[target]
+    row, calibration = TARGETS[target], as_calibration(calibration)
     _check_head(head, row)
+    _check_calibration(calibration, row, precision)
     started = time.monotonic()
-    with _disk_errors(destination), artefact.staged_folder(destination, force, folder) as staging:
+    read = [folder, *(source_files(str(calibration.source)) if calibration and force else ())]
+    with _disk_errors(destination), artefact.staged_folder(destination, force, *read) as staging:
         progress("Loading the checkpoint")
         source = Source(folder)
         artefact.check_room(staging, _peak_bytes(source, row.precisions[precision]), "The export")
         summary, chosen = _source_summary(source), cast(Head | None, head)
-        facts = row.build(Request(source, staging, precision, chosen, progress))
+        facts = row.build(Request(source, staging, precision, chosen, calibration, progress))
         tables.check(staging, source.skeleton.model)
         progress("Computing PyTorch's logits")
         facts |= {
@@ -270,6 +286,20 @@ def _check_head(head: str | None, row: Target) -> None:
         )
     if head not in row.heads:
         raise unknown_name("head", head, row.heads)
+
+
+def _check_calibration(calibration: Calibration | None, row: Target, precision: str) -> None:
+    if calibration is not None and not row.weighs:
+        some = " or ".join(name for name, target in TARGETS.items() if target.weighs)
+        raise BadInput(
+            f"Only an export to {some} rounds by calibration text.",
+            "For owl, round with owl prune --bits first; an export keeps what it made.",
+        )
+    if calibration is None and row.precisions[precision].needs_text:
+        raise BadInput(
+            f"{precision} weighs what it rounds by how much it counts on a text.",
+            "Give one with --calibration.",
+        )
 
 
 def _peak_bytes(source: Source, precision: Precision) -> float:

@@ -1,9 +1,11 @@
-"""llama.cpp's own converter, started as `python to_gguf.py SOURCE PACKAGES CHECKPOINT FILE`.
+"""llama.cpp's own converter, started as `python to_gguf.py SOURCE PACKAGES CHECKPOINT FILE NAMES`.
 
 It needs torch and transformers, which are in the Python that has owl; SOURCE is the folder with the
 converter, PACKAGES that of the other packages that it imports, those of the engine's environment.
+NAMES is a JSON file for what each of the checkpoint's tensors is called in the GGUF.
 """
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -12,16 +14,18 @@ from typing import Any
 
 def main() -> None:
     """Write the checkpoint as a GGUF in fp32."""
-    source, packages, checkpoint, file = sys.argv[1:]
+    source, packages, checkpoint, file, names = sys.argv[1:]
     home = Path(source) / "vendor" / "llama.cpp"
     sys.path[:0] = [str(home), str(home / "gguf-py")]
     sys.path.append(packages)  # last: what is in both is taken from here
     refuse_code()
     _keep_older_names()
     _accept_any_tokenizer()
+    called = _noted_names()
     script = str(home / "convert_hf_to_gguf.py")
     sys.argv = [script, checkpoint, "--outfile", file, "--outtype", "f32"]
     runpy.run_path(script, run_name="__main__")
+    Path(names).write_text(json.dumps(called), encoding="utf-8")
 
 
 def refuse_code() -> None:
@@ -51,6 +55,20 @@ def _keep_older_names() -> None:
         return config
 
     ModelBase.load_hparams = staticmethod(renamed)
+
+
+def _noted_names() -> dict[str, str]:
+    """What the converter calls each tensor, once it has run."""
+    from conversion import ModelBase
+
+    find, called = ModelBase.map_tensor_name, {}
+
+    def noted(self: Any, name: str, *arguments: Any, **options: Any) -> str:  # noqa: ANN401
+        called[name] = str(find(self, name, *arguments, **options))
+        return called[name]
+
+    ModelBase.map_tensor_name = noted
+    return called
 
 
 def _accept_any_tokenizer() -> None:

@@ -1,7 +1,7 @@
 """What is asked of a pruning, checked before any work: which model, how, on what text, where."""
 
 import reprlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch
 
 from owl_deploy.allocation import ALLOCATIONS, SEARCHED
 from owl_deploy.blocks import Skeleton
+from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import Checkpoint, check_links, open_checkpoint
-from owl_deploy.errors import BadInput, option
+from owl_deploy.errors import BadInput
 from owl_deploy.hardware import (
     Hardware,
     find_batch,
@@ -27,35 +28,9 @@ from owl_deploy.prune.sparsities import Shape, select
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.recipe import merged
-from owl_deploy.text import calibration_windows, token_digest
-from owl_deploy.tokens import load_tokens
+from owl_deploy.text import token_digest
 
 MEASURED_TOKENS = 4096  # that losses are measured by, in whole windows
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The text that the model is run on: `samples` windows of `sequence_length` tokens.
-
-    `source`: a SOURCE (see text.py). `seed`: of the draw of windows. Raises `BadInput` for
-    fewer than one window, or than two tokens, and for a source that is neither a str nor a Path.
-    """
-
-    source: str | Path  # as a str, once it is made: what a manifest can hold
-    samples: int = 128
-    sequence_length: int = 2048
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, str | Path):
-            raise BadInput(
-                f"The text to calibrate by is {reprlib.repr(self.source)}, which names none.",
-                "Give a file or another SOURCE, as a str or a Path.",
-            )
-        object.__setattr__(self, "source", str(self.source))
-        for name, least in (("samples", 1), ("sequence_length", 2)):
-            if getattr(self, name) < least:
-                raise BadInput(f"{option(name)} must be at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -118,7 +93,7 @@ class Request:
         """The calibration text, with a digest of the token ids that were used; None without."""
         if self.windows is None or self.calibration is None:
             return None
-        return {**asdict(self.calibration), "token_ids_sha256": token_digest(self.windows)}
+        return self.calibration.describe(self.windows)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the result: a run that resumes must be asked the same."""
@@ -215,11 +190,6 @@ def as_settings(given: PruneSettings | dict[str, Any]) -> PruneSettings:
     return given
 
 
-def as_calibration(given: Calibration | str | Path | None) -> Calibration | None:
-    """The calibration that is `given`, perhaps by its source alone; `BadInput` for another."""
-    return given if given is None or isinstance(given, Calibration) else Calibration(given)
-
-
 def _check_alone(settings: PruneSettings, processes: int) -> None:
     """Raise `BadInput` for what several processes cannot share."""
     for asked, given in (("--budget", settings.budget), ("--reconstruct", settings.reconstruct)):
@@ -259,17 +229,12 @@ def _windows(
             "at the model's inputs.",
             "Give a text with --calibration.",
         )
-    checkpoint.check_length(calibration.sequence_length, "--sequence-length")
-    tokens = load_tokens(checkpoint.folder, [str(calibration.source)])
-    checkpoint.check_ids(tokens)
     held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:
         held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
     if settings.budget or ALLOCATIONS[settings.allocation].losses:
         held_out = max(held_out, _measuring(calibration.sequence_length))
-    return calibration_windows(
-        tokens, calibration.samples, calibration.sequence_length, calibration.seed, held_out
-    )
+    return calibration.windows(checkpoint, held_out)
 
 
 def _check_rest(skeleton: Skeleton) -> None:

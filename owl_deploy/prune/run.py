@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.artefact import all_to_disk, only_writer
+from owl_deploy.calibration import Calibration, as_calibration
 from owl_deploy.hardware import ANY_HARDWARE, Hardware, on_threads
 from owl_deploy.manifest import CheckpointManifest, versions
 from owl_deploy.partial import ROUNDING, asked_before, kept_for_resuming, partial_folder
@@ -20,7 +21,7 @@ from owl_deploy.progress import error_console
 from owl_deploy.prune import write
 from owl_deploy.prune.picture import has_picture, sparsity_svg, tuning_svg
 from owl_deploy.prune.plan import Plan, resolve
-from owl_deploy.prune.request import Calibration, Request, as_calibration, as_settings, check
+from owl_deploy.prune.request import Request, as_settings, check
 from owl_deploy.prune.sparsities import resolved_layers
 from owl_deploy.prune.store import PLAN, Store
 from owl_deploy.prune.walk import Walk

@@ -18,7 +18,7 @@ LAYERS = (
     ("api",),
     ("serve",),
     ("prune", "export", "bench", "evaluate", "finetune", "generate", "verify"),
-    ("engines", "hardware", "adapter", "showcase_input", "survivors"),
+    ("engines", "hardware", "adapter", "calibration", "showcase_input", "survivors"),
     ("demo_input",),
     ("blocks", "grid", "tokens"),
     ("runtime", "recipe", "checkpoint", "options", "text", "tokenizer"),

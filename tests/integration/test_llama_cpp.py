@@ -8,10 +8,16 @@ import urllib.request
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
+from gguf.quants import dequantize
 
 from owl_deploy import engines
+from owl_deploy.calibration import Calibration
+from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import EngineFailed
+from owl_deploy.export.importance import importance
 from owl_deploy.export.source import Source
+from owl_deploy.export.targets import export
 from tests import tiny
 
 needs_engine = pytest.mark.skipif(
@@ -22,8 +28,6 @@ needs_engine = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def deployments(llama, tmp_path_factory):
     """The tiny model in 8 and in 4 bits."""
-    from owl_deploy.export.targets import export
-
     folder = tmp_path_factory.mktemp("gguf")
     for precision in ("Q8_0", "Q4_0"):
         export(llama, folder / precision, target="llama.cpp", precision=precision)
@@ -40,8 +44,24 @@ def test_without_the_engine_the_export_says_how_to_get_it(owl, llama, tmp_path, 
 def test_another_targets_precision(owl, llama, tmp_path):
     code, _, said = owl("export", llama, "-o", tmp_path / "out", "-t", "llama.cpp", "-p", "int8")
     assert code == 2
-    types = "Q8_0, Q4_K_M, Q4_0, IQ4_XS, Q3_K_M, IQ3_M, Q2_K"
+    types = "Q8_0, Q4_K_M, Q4_0, IQ4_XS, Q3_K_M, IQ3_M, Q2_K, IQ2_M"
     assert f"{types}; --target onnxruntime or owl has int8" in " ".join(said.split())
+
+
+def test_text_that_nothing_asks_for_and_none_where_it_is_needed(owl, llama, text_file, tmp_path):
+    code, _, said = owl("export", llama, "-o", tmp_path / "out", "-t", "owl", "-c", text_file)
+    assert (code, "Only an export to llama.cpp rounds by calibration" in said) == (2, True)
+    code, _, said = owl("export", llama, "-o", tmp_path / "out", "-t", "llama.cpp", "-p", "iq2_m")
+    assert (code, "Give one with --calibration" in " ".join(said.split())) == (2, True)
+
+
+@needs_engine
+def test_too_short_a_text_is_refused_before_any_work(owl, llama, text_file, tmp_path):
+    export = ("export", llama, "-o", tmp_path / "out", "-t", "llama.cpp", "-p", "IQ2_M")
+    code, _, said = owl(*export, "-c", text_file, "--samples", 99999)
+    assert (code, "Give a longer text" in " ".join(said.split())) == (2, True)
+    assert "Converting" not in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_converter_runs_no_code_of_a_model(llama, tmp_path):
@@ -74,6 +94,43 @@ def test_what_is_exported(owl, llama, deployments, precision):
     opened = engines.open_deployment(folder)
     assert (opened.vocab, opened.max_context, opened.zeros) == (320, 512, None)
     assert opened.size_bytes == (folder / "model.gguf").stat().st_size
+
+
+def read(file):
+    """The matrices of a GGUF, as they compute."""
+    return {
+        tensor.name: dequantize(tensor.data, tensor.tensor_type)
+        for tensor in GGUFReader(file).tensors
+        if len(tensor.shape) == 2
+    }
+
+
+@needs_engine
+def test_what_counts_on_a_text_is_rounded_most_exactly(llama, deployments, text_file, tmp_path):
+    calibration = Calibration(text_file, samples=4, sequence_length=64)
+    made = export(
+        llama, tmp_path / "out", target="llama.cpp", precision="Q4_0", calibration=calibration
+    ).to_json()
+    checkpoint = open_checkpoint(llama)
+    windows = calibration.windows(checkpoint)
+    assert made["calibration"] == calibration.describe(windows)
+    weights = importance(checkpoint, windows, tmp_path, print)
+    export(llama, tmp_path / "full", target="llama.cpp", precision="Q8_0")
+    files = tmp_path / "full", deployments / "Q4_0", tmp_path / "out"
+    exact, plain, weighed = (read(folder / "model.gguf") for folder in files)
+    for block in range(2):
+        for name, other in (("attn_output", "self_attn.o_proj"), ("ffn_up", "mlp.up_proj")):
+            counts = weights[f"model.layers.{block}.{other}.weight"]
+            was, now = (
+                (
+                    np.square(
+                        one[f"blk.{block}.{name}.weight"] - exact[f"blk.{block}.{name}.weight"]
+                    )
+                    * counts
+                ).sum()
+                for one in (plain, weighed)
+            )
+            assert now < 0.99 * was
 
 
 @needs_engine
@@ -113,8 +170,6 @@ def test_the_driver_computes_the_same_in_every_way(llama, deployments, tmp_path)
 @needs_engine
 def test_a_full_cache_and_a_long_prompt(tmp_path):
     model = tiny.write_llama(tmp_path / "model", max_position_embeddings=2048)
-    from owl_deploy.export.targets import export
-
     export(model, tmp_path / "out", target="llama.cpp")
     with engines.EngineProcess("llama.cpp", tmp_path / "out", context=1024) as process:
         prompt = [(7 * place) % 320 for place in range(1000)]  # more than one part
@@ -219,10 +274,11 @@ FAMILIES = {
 
 @needs_engine
 @pytest.mark.parametrize("case", FAMILIES)
-def test_each_family_computes_the_same_or_is_refused(owl, tmp_path, case):
+def test_each_family_computes_the_same_or_is_refused(owl, text_file, tmp_path, case):
     family, changes, ends, says = FAMILIES[case]
     model = tiny.write_model(family, tmp_path / "model", **changes)
-    code, out, err = owl("export", model, "-o", tmp_path / "out", "-t", "llama.cpp")
+    weighed = ("-c", text_file, "--samples", 2, "--sequence-length", 32)
+    code, out, err = owl("export", model, "-o", tmp_path / "out", "-t", "llama.cpp", *weighed)
     assert (code, says in " ".join((out + err).split())) == (ends, True), err
     assert (tmp_path / "out").exists() == (code == 0)
 

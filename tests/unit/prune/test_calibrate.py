@@ -4,13 +4,14 @@ from torch import nn
 
 from owl_deploy import hardware
 from owl_deploy.blocks import Activations
+from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.prune import calibrate
 from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.measure import gather
-from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.request import check
 from owl_deploy.prune.sparsegpt import factorise
 from owl_deploy.prune_settings import PruneSettings
 

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from owl_deploy import recipe
 from owl_deploy.artefact import only_writer
+from owl_deploy.calibration import Calibration
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.prune import fisher, sensitivity
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
-from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.request import check
 from owl_deploy.prune.run import prune
 from owl_deploy.prune.sensitivity import Found, Measuring
 from owl_deploy.prune.store import Store

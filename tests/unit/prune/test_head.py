@@ -5,6 +5,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.grid import read_grid
 from owl_deploy.hardware import ANY_HARDWARE
@@ -14,7 +15,7 @@ from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.head import measure_head
 from owl_deploy.prune.linear import Maker
-from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.request import check
 from owl_deploy.prune.run import prune
 from owl_deploy.prune.store import Store
 from owl_deploy.prune_settings import PruneSettings

@@ -1,34 +1,14 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from owl_deploy.errors import BadInput
-from owl_deploy.prune.request import Calibration, as_calibration, as_settings
+from owl_deploy.prune.request import as_settings
 from owl_deploy.prune.run import prune
 from owl_deploy.prune_settings import PruneSettings
 
 MAGNITUDE = {"method": "magnitude", "allocation": "uniform", "sparsity": 0.5}
-
-
-def test_a_text_may_be_a_path_and_is_kept_as_its_name() -> None:
-    text = Calibration(Path("text.txt"), 8, 64)
-    assert text == Calibration("text.txt", samples=8, sequence_length=64)
-    assert json.loads(json.dumps(vars(text)))["source"] == "text.txt"
-    assert Calibration("text.txt") == Calibration("text.txt", 128, 2048, seed=0)
-
-
-@pytest.mark.parametrize("source", [None, ["text.txt"]])
-def test_a_text_that_names_nothing_is_refused(source: Any) -> None:
-    with pytest.raises(BadInput, match=r"which names none\. Give a file"):
-        Calibration(source)
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_the_text_may_come_alone(kind: type) -> None:
-    assert as_calibration(kind("text.txt")) == Calibration("text.txt")
-    assert as_calibration(None) is None
 
 
 def test_settings_may_be_those_that_are_given() -> None:

@@ -9,12 +9,13 @@ import transformers
 from pydantic import TypeAdapter
 
 from owl_deploy.artefact import only_writer
+from owl_deploy.calibration import Calibration
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.prune import request as prune_request
 from owl_deploy.prune import sensitivity
 from owl_deploy.prune.formats import FORMATS, Format, formats, packed_size
 from owl_deploy.prune.linear import Maker
-from owl_deploy.prune.request import Calibration, check
+from owl_deploy.prune.request import check
 from owl_deploy.prune.sensitivity import Measuring
 from owl_deploy.prune.store import Store
 from owl_deploy.prune_settings import PruneSettings
