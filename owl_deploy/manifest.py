@@ -310,7 +310,8 @@ class DeploymentManifest(Manifest):
     """A deployment: what it was exported from, what is in it, and how near to PyTorch it is.
 
     `total`, `nonzeros` and `sparsity` are over the weights of the linear layers, the head among
-    them. `weights` and `files`: by name. `max_context`: in tokens.
+    them. `weights` and `files`: by name. `max_context`: in tokens. `calibration`: the text that
+    what was rounded was weighed by, if there was one.
     """
 
     USE = "It is a deployment: owl generate, owl eval and owl bench take it."
@@ -326,6 +327,7 @@ class DeploymentManifest(Manifest):
     parity: Parity = Parity()
     nodes: dict[str, int] = {}
     weights: dict[str, Weight] = {}
+    calibration: dict[str, Any] | None = None
     total: int = 0
     nonzeros: int = 0
     sparsity: FiniteFloat | None = None

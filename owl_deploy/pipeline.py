@@ -201,18 +201,25 @@ def _versions() -> str:
 
 
 class Export(Task):
-    """`owl export`."""
+    """`owl export`; `calibration`: as for `Prune`, where the target weighs what it rounds."""
 
-    APART = {"checkpoint": True}
+    APART = {"checkpoint": True, "calibration": True}
 
     task: Literal["export"] = "export"
     checkpoint: Path
     target: str
     precision: str
+    calibration: str | None = None
+    samples: int = 128
+    sequence_length: int = 512
 
     @override
     def reads(self) -> tuple[Path | str, ...]:
-        return (self.checkpoint,)
+        return (self.checkpoint, *_text_inputs(self._text))
+
+    @property
+    def _text(self) -> str | None:
+        return self.calibration if api.TARGETS[self.target].weighs else None
 
     @override
     def asked(self, inputs: Sequence[str] | None = None) -> dict[str, Any]:
@@ -222,12 +229,16 @@ class Export(Task):
     def run(self) -> None:
         from owl_deploy.export.show import steps
 
+        text = None
+        if self._text:
+            text = api.Calibration(self._text, self.samples, self.sequence_length)
         with steps() as progress:
             api.export(
                 self.checkpoint,
                 self.output,
                 target=self.target,
                 precision=self.precision,
+                calibration=text,
                 force=True,
                 progress=progress,
             )
@@ -240,6 +251,7 @@ class Export(Task):
         pruned = read_manifest(self.checkpoint, CheckpointManifest)
         told = (manifest.source.manifest or {}).get("wall_seconds")  # no two prunings' are the same
         same = pruned is None or told in (None, pruned.wall_seconds)
+        same = same and (manifest.calibration is None) == (self._text is None)
         return same and (manifest.target, manifest.precision) == (self.target, self.precision)
 
 

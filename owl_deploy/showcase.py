@@ -166,6 +166,7 @@ def tasks(plan: Plan, source: Path, sister: Path, output: Path) -> tuple[Task, .
             checkpoint=checkpoints[model],
             target=target,
             precision=precision,
+            **_calibrated(plan, source),
         )
         for model, roads in plan.roads.items()
         for target, precision in roads
@@ -223,11 +224,16 @@ def _checkpoints(plan: Plan, source: Path, output: Path) -> dict[str, Path]:
     return {"dense": source / MODEL} | {model: folder / name for model, name in names.items()}
 
 
+def _calibrated(plan: Plan, source: Path) -> dict[str, Any]:
+    """What calibrates whatever is calibrated."""
+    text = str(source / CALIBRATION)
+    return {"calibration": text, "samples": plan.samples, "sequence_length": plan.length}
+
+
 def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) -> Iterator[Task]:
     """What makes the checkpoints that are deployed."""
-    text = str(source / CALIBRATION)
     tokens = f"{plan.samples} windows of {plan.length} tokens of code"
-    calibrated = {"calibration": text, "samples": plan.samples, "sequence_length": plan.length}
+    calibrated = _calibrated(plan, source)
 
     def rounding(
         model: str, what: str, source: Path, settings: PruneSettings = plan.rounding
@@ -264,7 +270,7 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
             title=f"Training the weights that are left, {plan.recovery.max_minutes:g} minutes",
             output=checkpoints["recovered"],
             checkpoint=checkpoints["sparse"],
-            text=text,
+            text=calibrated["calibration"],
             settings=plan.recovery,
             teacher=checkpoints["dense"],
         )

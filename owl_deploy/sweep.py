@@ -97,6 +97,11 @@ def tasks(
         check_source(source)
     roads, prunings = plan.roads(), plan.prunings()
     made: list[Task] = []
+    calibrated: dict[str, Any] = {
+        "calibration": calibration,
+        "samples": plan.samples,
+        "sequence_length": plan.sequence_length,
+    }
     for name, settings in prunings.items():
         checkpoint = output / "checkpoints" / name
         made.append(
@@ -105,12 +110,10 @@ def tasks(
                 output=checkpoint,
                 model=model,
                 settings=settings,
-                calibration=calibration,
-                samples=plan.samples,
-                sequence_length=plan.sequence_length,
+                **calibrated,
             )
         )
-        made += [_export(checkpoint, output, road) for road in roads]
+        made += [_export(checkpoint, output, road, calibrated) for road in roads]
     candidates = [task for task in made if isinstance(task, Export)]
     dense = dense_exports(model, roads, output / "deployments")
     quality = [_evaluate(task.output, text, plan) for task in (*candidates, *dense)]
@@ -143,7 +146,9 @@ def _check_lengths(
         bench.within(longest, model)
 
 
-def _export(checkpoint: Path, output: Path, road: tuple[str, str]) -> Export:
+def _export(
+    checkpoint: Path, output: Path, road: tuple[str, str], calibrated: dict[str, Any]
+) -> Export:
     target, precision = road
     name = f"{checkpoint.name}-{target}-{precision}"
     return Export(
@@ -152,6 +157,7 @@ def _export(checkpoint: Path, output: Path, road: tuple[str, str]) -> Export:
         checkpoint=checkpoint,
         target=target,
         precision=precision,
+        **calibrated,
     )
 
 
