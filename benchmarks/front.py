@@ -62,6 +62,7 @@ AFTER = {
     "owl-int4": " to nearest",
     "trained": " on code",
     "answers": " on answers",
+    "weighed": " by text",
     "sparse-mixed": ", asymmetric",
     "sparse-60": ", 60 %",
 }
@@ -76,6 +77,7 @@ _CROWDED = {
     ("int4 to nearest", ONE_SHOT.label): (5, 2),
     ("int4, asymmetric", SPARSE.label): (5, -11),
     ("int8, asymmetric", SPARSE.label): (6, -7),
+    ("Q2_K by text", RIVAL.label): (6, 3),
 }
 
 
