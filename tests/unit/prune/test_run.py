@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from owl_deploy import calibration as drawn
 from owl_deploy import recipe
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.cli import app
@@ -307,14 +308,14 @@ def test_another_held_out_text_is_no_run_to_resume(llama, tmp_path, calibration,
     monkeypatch.setattr("owl_deploy.prune.write.assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(llama, tmp_path / "out", settings, calibration)
-    draw = request.calibration_windows
+    draw = drawn.calibration_windows
 
     def others(*asked):
         windows = draw(*asked)
         windows[-1] = windows[-1].flip(0)
         return windows
 
-    monkeypatch.setattr(request, "calibration_windows", others)
+    monkeypatch.setattr(drawn, "calibration_windows", others)
     with pytest.raises(BadInput, match="other arguments: held_out was"):
         prune(llama, tmp_path / "out", settings, calibration, resume=True)
 
