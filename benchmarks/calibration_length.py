@@ -20,8 +20,8 @@ from owl_deploy.bench.machine import look
 from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.hardware import find_dtype
+from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.progress import bar
-from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune_settings import PruneSettings

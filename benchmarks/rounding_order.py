@@ -21,7 +21,7 @@ from owl_deploy.bench.machine import look
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.hardware import find_dtype
-from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.prune.columns import factorise
 from owl_deploy.prune.grid import Grid
 from owl_deploy.prune.rounding import finished, round_pruned, rounded

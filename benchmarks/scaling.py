@@ -28,8 +28,8 @@ from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.manifest import versions
-from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.owners import owners
 from owl_deploy.prune_settings import PruneSettings

@@ -22,8 +22,8 @@ from owl_deploy.bench.machine import look
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
+from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.methods import METHODS
-from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.refit import refit
 from owl_deploy.prune_settings import parse_structure
 from owl_deploy.text import calibration_windows

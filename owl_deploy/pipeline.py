@@ -108,9 +108,7 @@ class Prune(Task):
 
     @override
     def run(self) -> None:
-        text = None
-        if self.calibration:
-            text = api.Calibration(self.calibration, self.samples, self.sequence_length)
+        text = _calibration(self.calibration, self.samples, self.sequence_length)
         _go_on(
             self.output,
             lambda resume: api.prune(
@@ -137,6 +135,10 @@ class Prune(Task):
             include={"samples", "sequence_length"}
         )
         return agree(told, asked)
+
+
+def _calibration(source: str | None, samples: int, length: int) -> "api.Calibration | None":
+    return api.Calibration(source, samples, length) if source else None
 
 
 def _go_on(output: Path, make: Callable[[bool], object]) -> None:
@@ -229,9 +231,7 @@ class Export(Task):
     def run(self) -> None:
         from owl_deploy.export.show import steps
 
-        text = None
-        if self._text:
-            text = api.Calibration(self._text, self.samples, self.sequence_length)
+        text = _calibration(self._text, self.samples, self.sequence_length)
         with steps() as progress:
             api.export(
                 self.checkpoint,

@@ -24,8 +24,8 @@ from owl_deploy.ending import exit_code
 from owl_deploy.evaluate.run import evaluate
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.hardware import Hardware
+from owl_deploy.input_statistics import InputStatistics
 from owl_deploy.prune import run as pruning
-from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune_settings import PruneSettings
 

@@ -185,8 +185,8 @@ class EngineProcess(Child):
         self.context = context
         rows = max(batch, places)
         self.timeout_s = timeout_s or max(DEFAULT_TIMEOUT_S, rows * context / _LEAST_SPEED)
-        self.options = {"all_logits": all_logits, "batch": batch, "streams": streams}
-        self.options["places"] = places
+        rowwise = {"batch": batch, "streams": streams, "places": places}
+        self.options = {"all_logits": all_logits, **rowwise}
         self.draft, self.draft_tokens = draft, draft_tokens
         self.trust_library = trust_library
         self.loaded: dict[str, Any] = {}

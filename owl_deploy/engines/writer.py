@@ -46,7 +46,6 @@ class Writer(ABC):
     `EngineFailed` for what the runtime stumbles over.
     """
 
-    batch = 1
     _runtime = "onnxruntime-genai"
 
     def __init__(
@@ -55,8 +54,9 @@ class Writer(ABC):
         threads: int,
         context: int | None = None,
         drafting: Draft | None = None,
+        batch: int = 1,
     ) -> None:
-        self.path = opened.path
+        self.path, self.batch = opened.path, batch
         if not (self.path / GENAI_CONFIG).is_file():
             raise BadInput(
                 f"{self.path} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
@@ -73,9 +73,14 @@ class Writer(ABC):
         with self._stumbling():
             self._pieces = onnxruntime_genai.Tokenizer(str(self.path.absolute()))
             self._drafter = Drafter(drafting, self.path, threads) if drafting else None
-        self._takes_turns = drafting is not None and drafting.deployment is not None
         self._coming: Iterator[int] | None = None  # the tokens of the one row that goes alone
         self._rows: dict[Row, tuple[Any, float]] = {}  # with its stream, and when it was begun
+        takes_turns = drafting is not None and drafting.deployment is not None
+        self._open(opened, threads, takes_turns=takes_turns)
+
+    @abstractmethod
+    def _open(self, opened: Deployment, threads: int, *, takes_turns: bool) -> None:
+        """Open the model; `takes_turns`: with another, the draft's."""
 
     def row(self, prompt: str, sampling: Sampling, speed: Speed, *, templated: bool = False) -> Row:
         """What is to be written after `prompt`, which is `templated` if `chat_template` made it.
@@ -178,17 +183,9 @@ def open_writer(
 class OneByOne(Writer):
     """Writes in onnxruntime-genai, whose caches have room for the one row."""
 
-    def __init__(
-        self,
-        opened: Deployment,
-        threads: int,
-        context: int | None = None,
-        drafting: Draft | None = None,
-    ) -> None:
-        super().__init__(opened, threads, context, drafting)
+    def _open(self, opened: Deployment, threads: int, *, takes_turns: bool) -> None:
         self._vocabulary, self._pad = opened.vocab, pad_of(self.path)
-        self._whole = runs_whole(self.path)
-        library, takes_turns = str(opened.library or ""), self._takes_turns
+        self._whole, library = runs_whole(self.path), str(opened.library or "")
         with self._stumbling():
             self._model = open_genai(str(self.path), threads, library, takes_turns=takes_turns)
 
@@ -243,23 +240,14 @@ class SideBySide(Writer):
     has none, for its text would depend on when that is.
     """
 
-    def __init__(
-        self,
-        opened: Deployment,
-        threads: int,
-        context: int | None = None,
-        drafting: Draft | None = None,
-        batch: int = 2,
-    ) -> None:
-        super().__init__(opened, threads, context, drafting)
-        self.batch, self._runtime = batch, "onnxruntime"
-        library, takes_turns = str(opened.library or ""), self._takes_turns
+    def _open(self, opened: Deployment, threads: int, *, takes_turns: bool) -> None:
+        self._runtime, library = "onnxruntime", str(opened.library or "")
         with self._stumbling():
             session = open_session(
                 self.path, threads, library, last_logits=True, takes_turns=takes_turns
             )
         size = decoder_config(self.path)["head_size"]
-        self._slots = Slots(session, batch, self.context, size, opened.vocab, PROMPT_PART)
+        self._slots = Slots(session, self.batch, self.context, size, opened.vocab, PROMPT_PART)
         self._places: dict[Row, tuple[Slot, np.random.Generator]] = {}
 
     def add(self, row: Row) -> None:

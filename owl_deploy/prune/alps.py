@@ -9,10 +9,10 @@ came to as low an error in fewer iterations.
 
 import torch
 
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.methods import ALPSOptions
 from owl_deploy.prune import mask, refit
 from owl_deploy.prune.by_score import Group
-from owl_deploy.prune.calibrate import Inputs
 
 # The penalty at first and at last, in the unit of the scaled diagonal of X^T X. When it is 1, an
 # iteration weighs what a weight gains by coming back (its gradient) as what one loses by going;

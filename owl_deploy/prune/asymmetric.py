@@ -28,8 +28,8 @@ from torch import nn
 
 from owl_deploy.blocks import Activations
 from owl_deploy.families import Family
+from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.progress import Advance
-from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.halves import Run, ending_at, halves
 from owl_deploy.prune.reconstruct import Streams
 from owl_deploy.prune.refit import refit

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.methods import Options
 from owl_deploy.prune import mask, score
-from owl_deploy.prune.calibrate import Inputs
 
 Group = tuple[int, int] | None
 Prune = Callable[[torch.Tensor, Inputs, float, Group, Options], torch.Tensor]

@@ -7,9 +7,9 @@ is the same matrix a second run begins with the rounded one.
 import torch
 from pydantic import TypeAdapter
 
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.manifest import Cost
 from owl_deploy.progress import bar
-from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import gather_head

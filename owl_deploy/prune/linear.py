@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.methods import METHODS, Options
 from owl_deploy.prune.by_score import Group
-from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.columns import Swept
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.grid import Grid

@@ -11,9 +11,9 @@ from torch import nn
 
 from owl_deploy.allocation import ALLOCATIONS, Allocation
 from owl_deploy.blocks import Activations
+from owl_deploy.input_statistics import InputStatistics
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import score
-from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.judge import LayerNorms
 from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request

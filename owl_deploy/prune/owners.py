@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.input_statistics import InputStatistics
 from owl_deploy.ranks import Ranks
 
 # What the loop over columns costs besides its products with later columns, in such products: by the

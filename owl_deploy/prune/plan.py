@@ -6,11 +6,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owl_deploy.allocation import ALLOCATIONS
 from owl_deploy.blocks import Skeleton
+from owl_deploy.input_statistics import InputStatistics
 from owl_deploy.manifest import Cost, Spent
 from owl_deploy.partial import damaged
 from owl_deploy.prune import tune
 from owl_deploy.prune.budget import spend
-from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.clock import Clock
 from owl_deploy.prune.fisher import by_fisher
 from owl_deploy.prune.formats import Costs

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.input_statistics import Inputs
 
 DAMPENING = 0.05  # of a method that brings none: what loses least on other text, see `Gram`
 _STEPS = 10

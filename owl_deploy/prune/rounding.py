@@ -8,7 +8,7 @@ a scale: groups by their mean square, and within each its columns (group-aware r
 
 import torch
 
-from owl_deploy.prune.calibrate import Inputs
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.prune.columns import Factor, Settle, Sweep, Swept, damped, factorise, settled
 from owl_deploy.prune.grid import Grid, decode
 

@@ -34,10 +34,10 @@ from owl_deploy.artefact import read_object, write_json
 from owl_deploy.blocks import Activations, check_finite
 from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.errors import OwlError
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.manifest import Cost
 from owl_deploy.partial import ROUNDING
 from owl_deploy.progress import Advance, bar
-from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.clock import weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
 from owl_deploy.prune.linear import Maker, zeros

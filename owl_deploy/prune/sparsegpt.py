@@ -2,10 +2,10 @@
 
 import torch
 
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.methods import SparseGPTOptions
 from owl_deploy.prune import mask
 from owl_deploy.prune.by_score import Group
-from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.columns import Choose, Factor, Sweep, Swept, factorise
 from owl_deploy.prune.grid import Grid
 

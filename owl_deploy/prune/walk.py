@@ -16,11 +16,11 @@ from owl_deploy.blocks import Activations
 from owl_deploy.errors import BadInput
 from owl_deploy.grid import SCALE
 from owl_deploy.hardware import name_of
+from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.manifest import CheckpointManifest, TrainedHalf, read_manifest
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import asymmetric
 from owl_deploy.prune.asymmetric import Twins
-from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.halves import Half, halves
 from owl_deploy.prune.linear import Maker, zeros

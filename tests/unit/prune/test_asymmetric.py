@@ -9,8 +9,8 @@ from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
+from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.prune import asymmetric
-from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.request import check
 from owl_deploy.prune.run import prune
 from owl_deploy.prune_settings import PruneSettings

@@ -9,9 +9,9 @@ from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.grid import read_grid
 from owl_deploy.hardware import ANY_HARDWARE
+from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.prune import head as head_module
 from owl_deploy.prune import request as prune_request
-from owl_deploy.prune.calibrate import Inputs, InputStatistics
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.head import measure_head
 from owl_deploy.prune.linear import Maker

@@ -3,9 +3,9 @@ import pkgutil
 import pytest
 import torch
 
+from owl_deploy.input_statistics import Inputs
 from owl_deploy.methods import METHODS, SparseGPTOptions
 from owl_deploy.prune import columns, mask, rounding, score, sparsegpt
-from owl_deploy.prune.calibrate import Inputs
 from owl_deploy.prune.formats import Format
 from owl_deploy.prune.grid import Grid, decode
 from owl_deploy.prune.linear import Maker

@@ -15,10 +15,10 @@ from owl_deploy.checkpoint import WEIGHTS
 from owl_deploy.cli import app
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.hardware import Hardware, find_device
+from owl_deploy.input_statistics import InputStatistics
 from owl_deploy.manifest import CheckpointManifest
 from owl_deploy.partial import partial_folder
 from owl_deploy.prune import request, run, write
-from owl_deploy.prune.calibrate import InputStatistics
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune.show import show
 from owl_deploy.prune.store import Store

@@ -2,14 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from owl_deploy import hardware
+from owl_deploy import hardware, input_statistics
 from owl_deploy.blocks import Activations
 from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
-from owl_deploy.prune import calibrate
-from owl_deploy.prune.calibrate import InputStatistics
+from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.request import check
 from owl_deploy.prune.sparsegpt import factorise
@@ -74,7 +73,7 @@ def test_the_matrix_is_exact_in_every_dtype(dtype):
 
 
 def test_half_of_the_products_makes_the_whole_matrix(monkeypatch):
-    monkeypatch.setattr(calibrate, "_COLUMNS", 4)
+    monkeypatch.setattr(input_statistics, "_COLUMNS", 4)
     states = torch.randn(4, 5, 6)
     _, found, _ = gathered(states, keep=False, hessian=True)
     rows = states.reshape(-1, 6)
@@ -87,11 +86,11 @@ def test_few_tokens_ask_for_more_dampening():
     states = torch.randn(4, 5, 6)
     _, found, _ = gathered(states, keep=True, hessian=True)
     for name in ("q", "k", "down"):
-        inputs = calibrate.Inputs(found, name)
+        inputs = Inputs(found, name)
         assert inputs.dampening(0.01) == pytest.approx(6 / 20)
         assert inputs.dampening(0.5) == 0.5
     _, found, _ = gathered(states[:1], keep=True, hessian=True)
-    assert calibrate.Inputs(found, "down").dampening(0.01) == 1  # of 5 tokens
+    assert Inputs(found, "down").dampening(0.01) == 1  # of 5 tokens
 
 
 def test_norms_are_those_of_the_definition():
@@ -140,7 +139,7 @@ def test_what_attention_reads_counts_the_running_means_too():
         found = inputs.of_hessian(name, torch.clone)
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
         assert torch.allclose(inputs.norm(name), (plain.diagonal() / 2).sqrt(), rtol=1e-4)
-    assert [calibrate.Inputs(inputs, name).dampening(0.01) for name in "qv"] == [5 / 21, 0.01]
+    assert [Inputs(inputs, name).dampening(0.01) for name in "qv"] == [5 / 21, 0.01]
 
 
 def test_what_is_crossed_counts_as_the_statistic_does():
@@ -160,7 +159,7 @@ def test_what_is_crossed_counts_as_the_statistic_does():
                 plain += others[end - 1].outer(rows[end - 1])
                 means += others[:end].mean(0).outer(rows[:end].mean(0))
     for name, expected in (("q", plain), ("v", plain + 64 * means)):
-        found = calibrate.Inputs(inputs, name).crossed()
+        found = Inputs(inputs, name).crossed()
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
