@@ -134,7 +134,7 @@ def _identities(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> l
         [
             [
                 subject.model_dump(),
-                software(subject.engine),
+                software(subject.engine, deployment.library),
                 state_of(deployment.path),
                 state_of(Path(subject.draft)) if subject.draft not in ("", LOOKUP) else [],
             ]

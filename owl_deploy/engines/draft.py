@@ -61,7 +61,7 @@ class Drafter:
         """What `model` puts after `row`, of which `cached` tokens are in its cache."""
         random = np.random.default_rng(row.sampling.seed)
         proposing = self._proposing(row)
-        speculation = Speculation(model, proposing, row.search, self._draft.tokens, random)
+        speculation = Speculation(model, proposing, row.choose, self._draft.tokens, random)
         row.speed.draft = speculation.tally
         yield from speculation.tokens(list(row.tokens), row.length, row.ends, cached)
 
@@ -70,7 +70,7 @@ class Drafter:
             return Lookup()
         share = share_of(self._draft.deployment.path, self._beside)
         rows = Rows(self._model, row.length, self._pad, whole=self._whole)
-        return Proposer(rows, row.search, share)
+        return Proposer(rows, row.choose, share)
 
 
 def open_draft(

@@ -66,16 +66,18 @@ def installed_version(name: str) -> str | None:
     return None
 
 
-def software(name: str) -> dict[str, Any]:
+def software(name: str, library: Path | None = None) -> dict[str, Any]:
     """What an engine computes by, besides a deployment's files: versions, and what of ours runs
-    in it.
+    in it, which is the `library` that it was told to open, if any.
     """
     engine = get_engine(name)
     found: dict[str, Any] = {"version": installed_version(name)}
     if engine.lock is None:  # onnxruntime-genai's, beside which another onnxruntime may be put
         found["onnxruntime"] = importlib.metadata.version("onnxruntime")
     if engine.operators:
-        found |= {"kernels": kernels(), "library": digest(library_path())}
+        found["kernels"] = kernels()
+    if library is not None:
+        found["library"] = digest(library)
     return found
 
 

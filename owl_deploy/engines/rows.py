@@ -1,10 +1,13 @@
 """A text that is to be written, and what is told of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from owl_deploy.engines.sampling import DEFAULT_NEW_TOKENS, UNLIMITED, Sampling
-from owl_deploy.engines.speculate import Search, Tally
+from owl_deploy.engines.speculate import Choice, Search, Tally
 from owl_deploy.errors import BadInput
 
 
@@ -63,9 +66,10 @@ class Speed:
 class Row:
     """A text to be written: its `tokens`, at first the prompt's, and the `length` they may come to.
 
-    `speed` is filled in meanwhile. `ends`: tokens that end it before. `search`: how `sampling` has
-    its tokens chosen in this deployment. `anew`: whether all of the prompt is read, whatever is
-    known of it. `ended`: set once the text has its last token, or by whoever wants no more of it.
+    `speed` is filled in meanwhile. `ends`: tokens that end it before; `never`: those that are never
+    chosen. `search`: how `sampling` has its tokens chosen in this deployment. `anew`: whether all
+    of the prompt is read, whatever is known of it. `ended`: set once the text has its last token,
+    or by whoever wants no more of it.
     """
 
     tokens: list[int]
@@ -73,6 +77,7 @@ class Row:
     sampling: Sampling
     speed: Speed = field(default_factory=Speed)
     ends: list[int] = field(default_factory=list)
+    never: list[int] = field(default_factory=list)
     search: Search = field(default_factory=Search)
     anew: bool = False
     ended: bool = False
@@ -81,6 +86,13 @@ class Row:
     def room(self) -> int:
         """How many tokens may come yet."""
         return self.length - len(self.tokens)
+
+    def choose(self, logits: np.ndarray, text: Sequence[int]) -> Choice:
+        """What may come after `text`, which is this one or goes on from it, by `logits` [vocab]."""
+        if self.never:
+            logits = logits.copy()
+            logits[self.never] = -np.inf
+        return self.search(logits, text)
 
     def take(self, token: int, elapsed_s: float) -> None:
         """The next token, `elapsed_s` after the text was begun; its last one ends it."""

@@ -34,8 +34,8 @@ class Sampling:
     `UNLIMITED` for all that it has room for. Without `do_sample` the likeliest token is taken, as
     with a `temperature` of 0. With it, what is None of `temperature`, `top_k` (0 or -1: all
     tokens), `top_p` and `repetition_penalty` is as the deployment says (`search_told`); `seed`:
-    None for another each time. `ignore_eos`: no token that ends a text is chosen, or with a draft
-    it ends none. Raises `BadInput` for what is impossible, and for options of sampling without
+    None for another each time. `ignore_eos`: no token that ends a text is chosen, or of a GGUF it
+    ends none. Raises `BadInput` for what is impossible, and for options of sampling without
     `do_sample`, which would do nothing.
     """
 

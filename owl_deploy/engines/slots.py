@@ -48,12 +48,7 @@ class Slot:
 
     def shared(self, tokens: Sequence[int]) -> int:
         """How many of the prompt `tokens`, but for its last, stand in the whole parts read."""
-        count, part = 0, self._slots.part
-        for end in range(part, min(len(self.read), len(tokens) - 1) + 1, part):
-            if self.read[count:end] != list(tokens[count:end]):
-                break
-            count = end
-        return count
+        return shared(self.read, tokens, self._slots.part)
 
 
 class Slots:
@@ -166,6 +161,18 @@ class Slots:
             cache[other.place, :, : one.count] = kept
         one.place, other.place = other.place, one.place
         self._slots[one.place], self._slots[other.place] = one, other
+
+
+def shared(read: Sequence[int], tokens: Sequence[int], part: int) -> int:
+    """With how many of the tokens `read` a prompt begins: in whole parts, and without its last,
+    whose logits nobody has kept.
+    """
+    count = 0
+    for end in range(part, min(len(read), len(tokens) - 1) + 1, part):
+        if list(read[count:end]) != list(tokens[count:end]):
+            break
+        count = end
+    return count
 
 
 def _bind(bind: Any, name: str, values: np.ndarray) -> None:  # noqa: ANN401 - without stubs

@@ -194,14 +194,14 @@ class Worker:
         and those of every prompt token [len(tokens), vocab] (needs `all_logits` at load). Without
         `fresh` the cache is kept, and `tokens` follow what was run (the last choice never was).
         """
-        if fresh:
-            self.decoder.reset()
         if prompt_logits_file:
+            if fresh:
+                self.decoder.reset()
             parts = [np.array(part, np.float32) for part in self.decoder.logits(tokens)]
             np.save(prompt_logits_file, np.concatenate(parts))
             last = parts[-1][-1]
         else:
-            last = self.decoder.extend(tokens)
+            last = self._read(tokens) if fresh else self.decoder.extend(tokens)
         chosen: list[int] = []
         rows = []
         while True:
@@ -255,7 +255,7 @@ class Worker:
         it; `greedy` says for each whether all its tokens are the likeliest. The context is run once
         if the decoder can go back to it. Needs `all_logits` at load.
         """
-        first = self._last_logits(context)
+        first = np.array(self._read(context)[None])
         state = self.decoder.mark() if hasattr(self.decoder, "mark") else None
         logprobs: list[list[float]] = []
         greedy: list[bool] = []
@@ -265,20 +265,19 @@ class Worker:
                 if state is not None:
                     self.decoder.back(state)
                 elif logprobs:  # something has run since the context
-                    self._last_logits(context)
+                    self._read(context)
                 more, also = likelihoods(self.decoder.logits(target[:-1]), target[1:])
                 values, likeliest = values + more, likeliest and also
             logprobs.append(values)
             greedy.append(likeliest)
         return {"logprobs": logprobs, "greedy": greedy}
 
-    def _last_logits(self, tokens: list[int]) -> np.ndarray:
-        """Run `tokens` in an empty cache; the logits [1, vocab] after them."""
-        if hasattr(self.decoder, "read"):
-            return np.array(self.decoder.read(tokens)[None])
-        self.decoder.reset()
-        for part in self.decoder.logits(tokens):
-            last: np.ndarray = np.array(part[-1:])
+    def _read(self, tokens: list[int]) -> np.ndarray:
+        """Run `tokens` in an empty cache; the logits [vocab] after them."""
+        if not hasattr(self.decoder, "read"):
+            self.decoder.reset()
+        read = getattr(self.decoder, "read", self.decoder.extend)
+        last: np.ndarray = read(tokens)
         return last
 
     def memory(self) -> dict[str, Any]:

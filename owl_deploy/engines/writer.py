@@ -93,8 +93,8 @@ class Writer(ABC):
             raise BadInput("The prompt has no tokens.", "Give a text to go on from.")
         speed.prompt_tokens = len(tokens)
         length = length_of(len(tokens), sampling.max_new_tokens, self.context)
-        ends = [] if sampling.ignore_eos else self._ends
-        return Row(tokens, length, sampling, speed, ends, sampling.search(self.usual))
+        ends, never = ([], self._ends) if sampling.ignore_eos else (self._ends, [])
+        return Row(tokens, length, sampling, speed, ends, never, sampling.search(self.usual))
 
     def add(self, row: Row) -> None:
         """Write `row` from the next step on; there must be a place for it (`batch`)."""
@@ -249,6 +249,7 @@ class SideBySide(Writer):
         size = decoder_config(self.path)["head_size"]
         self._slots = Slots(session, self.batch, self.context, size, opened.vocab, PROMPT_PART)
         self._places: dict[Row, tuple[Slot, np.random.Generator]] = {}
+        self._drafted: Row | None = None  # the one that has the draft
 
     def add(self, row: Row) -> None:
         """Write `row` from the next step on, as `Writer` does."""
@@ -259,19 +260,18 @@ class SideBySide(Writer):
         self._places[row] = slot, np.random.default_rng(row.sampling.seed)
         is_seeded = row.search.do_sample and row.sampling.seed is not None
         if self._drafter is not None and len(self._rows) == 1 and not is_seeded:
-            self._coming = self._drafter.tokens(slot, row, slot.count)
+            self._drafted = row
 
     def _end_draft(self) -> None:
         """Have the row that has one go on without, from what was said of it."""
         if self._coming is not None:
             ((row, (slot, _)),) = self._places.items()
             slot.rewind(min(slot.count, len(row.tokens) - 1))
-            self._coming = None
+        self._coming = self._drafted = None
 
     def _advance(self) -> dict[Row, int]:
-        if self._coming is not None:
-            (row,) = self._rows
-            return {row: next(self._coming)}
+        if self._drafted is not None:
+            return self._with_draft(self._drafted)
         found = self._read()
         written = [row for row in self._rows if row not in found and self._is_read(row)]
         if written:
@@ -281,6 +281,16 @@ class SideBySide(Writer):
                 row: self._choose(row, logits) for row, logits in zip(written, rows, strict=True)
             }
         return found
+
+    def _with_draft(self, row: Row) -> dict[Row, int]:
+        """Read a part of the prompt of `row`, or draft once there is no more than one to read."""
+        slot, _ = self._places[row]
+        if len(row.tokens) - slot.count > PROMPT_PART:
+            slot.run(row.tokens[slot.count :][:PROMPT_PART])
+            return {}
+        assert self._drafter is not None
+        self._coming = self._coming or self._drafter.tokens(slot, row, slot.count)
+        return {row: next(self._coming)}
 
     def _is_read(self, row: Row) -> bool:
         return row.speed.new_tokens > 0 and self._places[row][0].count == len(row.tokens) - 1
@@ -302,10 +312,9 @@ class SideBySide(Writer):
         return found
 
     def _choose(self, row: Row, logits: np.ndarray) -> int:
-        if row.sampling.ignore_eos:
-            logits[self._ends] = -np.inf
-        return row.search(logits, row.tokens).draw(self._places[row][1])
+        return row.choose(logits, row.tokens).draw(self._places[row][1])
 
     def _leave(self, row: Row) -> None:
         super()._leave(row)
+        self._drafted = None
         self._slots.leave(self._places.pop(row)[0])

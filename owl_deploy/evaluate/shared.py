@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,10 @@ from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.subject import no_model_has
 from owl_deploy.progress import error_console
 from owl_deploy.ranks import Ranks
+
+# Of generation_kwargs what is done, or means nothing where no token is drawn; of others 1, such as
+# num_beams has, asks for nothing.
+_HEEDED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 
 class SharedModel:
@@ -45,13 +49,10 @@ class SharedModel:
         """As the harness has it; says first how many contexts will be cut.
 
         A context without a token begins as texts do that are scored. Raises `BadInput` for a task
-        that samples: its answers would be others each time.
+        whose answers would not be the likeliest token each time, or have none.
         """
-        if any(request.args[1].get("do_sample") for request in requests):
-            raise BadInput(
-                "The task samples, and models are evaluated greedily.",
-                "Set do_sample to false in its generation_kwargs.",
-            )
+        for request in requests:
+            _check_greedy(request.args[1])
         if self._ranks.leads:
             self._tell_what_is_cut(requests)
         begun = [self._begun(request) for request in requests]
@@ -96,6 +97,29 @@ class SharedModel:
             return [list(itertools.islice(answers, len(document))) for document in mine]
 
         return list(itertools.chain.from_iterable(self._ranks.shared(documents, answered)))
+
+
+def _check_greedy(options: Mapping[str, Any]) -> None:
+    """Of a task that asks for more a checkpoint would answer otherwise than its deployment does."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    asked = normalize_gen_kwargs(dict(options))
+    if asked["do_sample"]:
+        raise BadInput(
+            "The task samples, and models are evaluated greedily.",
+            "Set do_sample to false in its generation_kwargs.",
+        )
+    beyond = [name for name, value in asked.items() if name not in _HEEDED and value != 1]
+    if beyond:
+        raise BadInput(
+            f"The task sets {beyond[0]} to {asked[beyond[0]]}, and models are evaluated greedily.",
+            "Leave that out of its generation_kwargs.",
+        )
+    if asked["max_gen_toks"] < 1:
+        raise BadInput(
+            f"The task asks for {asked['max_gen_toks']} tokens.",
+            "Set max_gen_toks to 1 or more in its generation_kwargs.",
+        )
 
 
 def _check_numbers(values: Iterable[float]) -> None:

@@ -17,7 +17,7 @@ from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment, software
 from owl_deploy.engines.deployment import seen_of
 from owl_deploy.engines.drivers.onnxruntime import runs_whole
-from owl_deploy.errors import BadInput, with_type
+from owl_deploy.errors import BadInput, OwlError, with_type
 from owl_deploy.evaluate.kept import KeptAnswers
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.shared import SharedModel
@@ -225,12 +225,14 @@ def evaluate_tasks(
 class _Group:
     """Tasks that are asked in one way: `chat` puts them into the model's chat template.
 
-    `cached`: the harness may keep the requests that it builds, by the task's name.
+    `own`: a user's, whose YAML may fail at any document. `cached`: the harness may keep the
+    requests that it builds, by the task's name.
     """
 
     loaded: dict[str, Any]
-    chat: bool
-    cached: bool
+    chat: bool = False
+    own: bool = False
+    cached: bool = False
 
 
 def _groups(tasks: Tasks, opened: "_Opened", ranks: Ranks) -> list[_Group]:
@@ -249,8 +251,11 @@ def _groups(tasks: Tasks, opened: "_Opened", ranks: Ranks) -> list[_Group]:
     others = {name: task for name, task in every.items() if name not in code}
     each = [others] if tasks.loaded.get("groups") else [{name: others[name]} for name in others]
     # One's own files change under the same name.
-    found = [_Group(tasks.loaded | {"tasks": some}, False, not tasks.own) for some in each if some]
-    return found + ([_Group({"tasks": code}, chat, False)] if code else [])
+    own = tasks.own
+    found = [
+        _Group(tasks.loaded | {"tasks": some}, own=own, cached=not own) for some in each if some
+    ]
+    return found + ([_Group({"tasks": code}, chat)] if code else [])
 
 
 def _run(
@@ -259,13 +264,23 @@ def _run(
     asked: EvaluationSettings,
     opened: "_Opened",
 ) -> dict[str, TaskResult]:
-    """The results of a group; raises `BadInput` where the harness refuses."""
+    """The results of a group; raises `BadInput` where the harness refuses, or a YAML is wrong."""
     try:
         return _asked(model, group, asked, opened)
+    except (OwlError, MemoryError, OSError):
+        raise
     except (ValueError, AssertionError, ArithmeticError) as error:
         raise BadInput(
             f"The harness could not run these tasks ({with_type(error)}).",
             "Is --window large enough for their continuations?",
+        ) from error
+    except Exception as error:
+        if not group.own:
+            raise
+        names = ", ".join(group.loaded["tasks"])
+        raise BadInput(
+            f"The task {names} could not be run ({with_type(error)}).",
+            "Its YAML, and the functions that it names, must be right for every document.",
         ) from error
 
 
@@ -357,7 +372,7 @@ def _opened(
             places=places,
         ) as process:
             model = DeploymentLM(process, tokenizer, seen, places, deployment.ends)
-            yield _Opened(model, name, software(name), seen)
+            yield _Opened(model, name, software(name, deployment.library), seen)
         return
     from owl_deploy.evaluate.hugging_face import CheckpointLM
 

@@ -141,4 +141,15 @@ class Line:
             self._written = {row: one for row, one in self._written.items() if not row.ended}
 
     async def _in_thread(self, call: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, _failing_as_others, call, *arguments)
+
+
+def _failing_as_others(call: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
+    """Call; what is raised is an `Exception`, which a panic in Rust, as in tokenizers, is not."""
+    try:
+        return call(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error

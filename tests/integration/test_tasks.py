@@ -271,6 +271,7 @@ def test_means_are_over_the_tasks_that_have_the_metric():
         (["--tasks", "owl_sentences", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--tasks", "owl_sentences", "--dtype", "float8"], "Unknown dtype"),
         (["--tasks", ","], "Nothing says"),
+        (["--tasks", "half"], "The task half could not be run (UndefinedError"),
         (["--tasks", "broken"], "The data of the task 'broken' cannot be had"),
     ],
 )
@@ -286,6 +287,9 @@ def test_what_cannot_be_evaluated_is_one_sentence(
     (tmp_path / "broken.yaml").write_text(broken.replace("texts.json", "no.json"))
     for name in ("sentences", "texts"):
         (tmp_path / f"{name}.yaml").write_text((TASKS / f"{name}.yaml").read_text())
+    (tmp_path / "half.json").write_text('[{"text": "a b"}, {"text": null}]')  # the first is seen
+    half = broken.replace("{{text}}", "{{text.strip()}}").replace("broken", "half", 1)
+    (tmp_path / "half.yaml").write_text(half.replace("tests/tasks/texts", str(tmp_path / "half")))
     code, _, err = owl("eval", checkpoint, *options, "--tasks-path", tmp_path)
     assert (code, complaint in err) == (2, True), err
 

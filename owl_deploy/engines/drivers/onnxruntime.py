@@ -380,9 +380,10 @@ class Session:
         self.head_size = head_size  # the builder's graph has only a name for it
         self.inputs = {item.name: item for item in session.get_inputs()}
         self.outputs = [item.name for item in session.get_outputs()]
-        # Each whole part that the last text read began with, and the cache behind it.
-        self.known: list[tuple[list[int], tuple[int, dict[str, np.ndarray]]]] = []
+        self._shared = _beside("slots").shared
         self.reset()
+        self.known: list[int] = []  # the whole parts that the last text read began with
+        self.behind = self.mark()  # the cache behind them
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -442,22 +443,22 @@ class Session:
         Whole parts with which the last text that was read began too are not run again: what is
         behind them is to the last bit what it was.
         """
-        parts = [tokens[start : start + PART] for start in range(0, len(tokens), PART)]
-        if self.whole:
-            parts = [tokens]
-        same = 0  # the last part is run: nobody has kept its logits
-        while same < min(len(self.known), len(parts) - 1) and self.known[same][0] == parts[same]:
-            same += 1
-        del self.known[same:]
-        self.reset()
-        if same:
-            self.back(self.known[-1][1])
-        for part in parts[same:]:
-            rows = self._run(part)
-            if part is not parts[-1]:
-                self.known.append((part, self.mark()))
-        last: np.ndarray = rows[-1]
-        return last
+        part = len(tokens) if self.whole else PART
+        end = (len(tokens) - 1) // part * part  # of the whole parts that have something behind them
+        same = self._shared(self.known, tokens, part)
+        self.back(self.behind)
+        self._cut(same)
+        for start in range(same, end, part):
+            self._run(tokens[start : start + part])
+        self.known, self.behind = tokens[:end], self.mark()
+        return self.extend(tokens[end:])
+
+    def _cut(self, count: int) -> None:
+        """Keep the first `count` tokens in the cache."""
+        if count < self.count:
+            for name, value in self.past.items():
+                self.past[name] = np.ascontiguousarray(value[:, :, :count])
+            self.count = count
 
     def extend(self, tokens: list[int]) -> np.ndarray:
         """Run `tokens`; return the logits [vocab] of the last."""

@@ -344,12 +344,11 @@ def test_the_kernels_that_run_here_are_said(capsys: pytest.CaptureFixture[str]) 
 def test_other_kernels_are_another_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = tmp_path / "library.so"
     library.write_text("1")
-    monkeypatch.setattr(environment, "library_path", lambda: library)
     found = []
     for kernels, content in (("avx2", "1"), ("avx512", "1"), ("avx512", "2")):
         monkeypatch.setattr(environment, "kernels", lambda kernels=kernels: kernels)
         library.write_text(content)
-        found.append(environment.software("owl"))
+        found.append(environment.software("owl", library))
     assert len({str(one) for one in found}) == 3
     plain = environment.software("onnxruntime")
     assert plain == {

@@ -47,11 +47,29 @@ def test_what_the_window_cuts_is_told(
     assert bool(told) == bool(cut)
 
 
-def test_a_task_that_samples_is_refused() -> None:
-    sampling = {"max_gen_toks": 4, "do_sample": True, "temperature": 1.0}
-    one = SimpleNamespace(task_name="one", doc_id=0, args=("a", sampling))
-    with pytest.raises(BadInput, match="The task samples"):
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"do_sample": True, "temperature": 1.0}, "The task samples"),
+        ({"temperature": 1.5}, "The task samples"),  # to the harness a temperature says so
+        ({"num_beams": 4}, "The task sets num_beams to 4"),
+        ({"repetition_penalty": 1.2}, "The task sets repetition_penalty to 1.2"),
+        ({"max_gen_toks": 0}, "The task asks for 0 tokens"),
+    ],
+)
+def test_a_task_that_is_not_answered_greedily_is_refused(
+    asked: dict[str, Any], complaint: str
+) -> None:
+    one = SimpleNamespace(task_name="one", doc_id=0, args=("a", {"max_gen_toks": 4, **asked}))
+    with pytest.raises(BadInput, match=complaint):
         SharedModel(Model(), ALONE).generate_until([*requests(1), one])
+
+
+def test_what_asks_for_nothing_is_taken() -> None:
+    asked = {"max_gen_toks": 4, "do_sample": False, "temperature": 1.0, "top_p": 0.9}
+    asked |= {"num_beams": 1, "until": ["."]}
+    one = SimpleNamespace(task_name="one", doc_id=0, args=("a", asked))
+    assert SharedModel(Model(), ALONE).generate_until([one]) == ["1"]
 
 
 def test_a_context_without_a_token_begins_as_a_text_that_is_scored() -> None:

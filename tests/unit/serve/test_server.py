@@ -25,6 +25,10 @@ from owl_deploy.serve.log import RequestLog
 PATIENCE = 60  # seconds: the machine may be busy
 
 
+class PanicError(BaseException):
+    """What Rust's are in Python: no `Exception`."""
+
+
 class FakeWriter:
     """Says a letter in each row for each `go`; `seen`: prompts and rows, as they were begun."""
 
@@ -74,10 +78,12 @@ class FakeWriter:
             return {}
         assert self.go.acquire(timeout=PATIENCE)
         live = [row for row in self.rows.values() if not row.ended]
-        if any(row.tokens[0] == "fails" and row.speed.new_tokens == 1 for row in live):
-            for row in live:
-                row.ended = True
-            raise EngineFailed("a secret path")
+        fails = {"fails": EngineFailed("a secret path"), "panics": PanicError("a secret")}
+        for row in live:
+            if row.tokens[0] in fails and row.speed.new_tokens == 1:
+                for one in live:
+                    one.ended = True
+                raise fails[row.tokens[0]]
         for row in live:
             row.take("abcdefghij"[row.speed.new_tokens], 0.0)
         return {row: row.tokens[-1] for row in live}
@@ -285,6 +291,16 @@ def test_a_client_that_goes_away_does_not_hold_its_batch(writer):
         until(lambda: first and stays)
     assert stays[0].choices[0].text == "ab"
     assert sorted(prompts_of(writer)[1:]) == ["gone", "stays"]
+
+
+def test_what_is_no_exception_is_told_as_one_and_the_next_one_is_answered(writer, client):
+    """As a panic in Rust is, in tokenizers."""
+    writer.go.release(2)
+    with pytest.raises(openai.InternalServerError) as raised:
+        ask(client, "panics")
+    assert "secret" not in str(raised.value.body)
+    writer.go.release(3)
+    assert ask(client, "next").choices[0].text == "abc"
 
 
 @pytest.mark.parametrize("writer", [3], indirect=True)
