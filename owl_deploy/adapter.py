@@ -83,15 +83,18 @@ def _older_names() -> Iterator[None]:
         yield
 
 
-def deltas(adapted: Any) -> dict[str, "torch.Tensor"]:  # noqa: ANN401 - peft is untyped
-    """What a LoRA adapter adds to each weight, [out, in], by the base model's parameter name."""
+def deltas(
+    adapted: Any,  # noqa: ANN401 - peft is untyped
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """What a LoRA adapter adds to each weight, [out, in], with the base model's parameter name.
+
+    One after the other: together they would be as large as the weights in float32.
+    """
     from peft.tuners.lora import LoraLayer
 
-    return {
-        f"{name}.weight": _delta(module).detach().float()
-        for name, module in adapted.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            yield f"{name}.weight", _delta(module).detach().float()
 
 
 def _delta(layer: Any) -> "torch.Tensor":  # noqa: ANN401 - peft's types know no such method

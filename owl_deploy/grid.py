@@ -2,7 +2,7 @@
 
 That file has, for each Linear that was rounded, `<its name>.weight_scale` [out, ceil(in / group)],
 and says in its metadata how many columns share a scale (`group`) and how many bits an integer has:
-`bits` where all Linears agree, else `<its name>.bits` for each.
+`bits`, of all Linears, or `<its name>.bits` for each, where they are to keep bits of their own.
 """
 
 from collections.abc import Mapping
@@ -30,23 +30,29 @@ def limits(bits: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class KeptGrid:
-    """Scales [out, ceil(in / group)], float32, and bits of an integer, by the Linears' names."""
+    """Scales [out, ceil(in / group)], float32, and bits of an integer, by the Linears' names.
+
+    `chosen`: the bits were chosen for each Linear, if only to be those of all others.
+    """
 
     bits: dict[str, int]
     group: int
     scales: "dict[str, torch.Tensor]"
+    chosen: bool
 
 
 def write_grid(
-    checkpoint: Path, scales: "dict[str, torch.Tensor]", bits: Mapping[str, int], group: int
+    checkpoint: Path, scales: "dict[str, torch.Tensor]", bits: int | Mapping[str, int], group: int
 ) -> None:
     """Write the grid of the checkpoint in a folder.
 
-    `scales` [out, ceil(in / group)], by the tensors' names; `bits`, by the Linears'.
+    `scales` [out, ceil(in / group)], by the tensors' names; `bits`, of all Linears, or by their
+    names, where they were chosen for each.
     """
-    told = {f"{name}.bits": str(number) for name, number in bits.items()}
-    if len(set(told.values())) == 1:
-        told = {"bits": min(told.values())}
+    if isinstance(bits, int):
+        told = {"bits": str(bits)}
+    else:
+        told = {f"{name}.bits": str(number) for name, number in bits.items()}
     save_tensors(scales, checkpoint / GRID, **told, group=str(group))
 
 
@@ -69,7 +75,7 @@ def read_grid(checkpoint: Path) -> KeptGrid | None:
                 if name.endswith(f".{SCALE}")
             }
             bits = {name: int(told.get("bits") or told[f"{name}.bits"]) for name in scales}
-            grid = KeptGrid(bits, int(told["group"]), scales)
+            grid = KeptGrid(bits, int(told["group"]), scales, chosen="bits" not in told)
     except (SafetensorError, KeyError, ValueError) as error:
         raise BadInput(
             f"{file} is not a grid: {error}.", "Round the model again, or remove the file."

@@ -65,17 +65,18 @@ def build(
     # In the staged folder, so that what a kill leaves is cleared with it.
     with tempfile.TemporaryDirectory(dir=folder, prefix="fp32-") as name:
         scratch = Path(name)
-        facts, weighed = {}, {}
-        if calibration is not None:
-            windows = calibration.windows(source.checkpoint)
-            weighed = importance(source.checkpoint, windows, scratch, progress)
-            facts["calibration"] = calibration.describe(windows)
+        facts, weighed, drawn = {}, {}, None
+        if calibration is not None:  # to hear of too short a text before anything is converted
+            drawn = calibration.windows(source.checkpoint)
+            facts["calibration"] = calibration.describe(drawn)
         full = scratch / file
         progress("Converting to GGUF")
         called, notes = _convert(python, source.folder, full)
         reference = source.reference
         progress("Comparing with PyTorch in llama.cpp, before quantizing")
         difference = _check_converted(scratch, reference)
+        if drawn is not None:
+            weighed = importance(source.checkpoint, drawn, scratch, progress)
         progress(f"Quantizing to {precision}")
         if lost := weighed.keys() - called.keys():
             raise EngineFailed(f"llama.cpp's converter has no tensor for {min(lost)}.")

@@ -31,18 +31,22 @@ def joined(
 ) -> Rounded | None:
     """What weights that become one were rounded to; None where some were not, or other groups."""
     known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or len({part.scales.shape[1] for part in known}) != 1:
+    if not known or len(known) < len(parts) or len({one.scales.shape[1] for one in known}) > 1:
         return None
     return Rounded(join([part.scales for part in known]), max(part.bits for part in known))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales [out, ceil(in / group)] and bits of an integer, by the names of their Linears."""
+    """Scales [out, ceil(in / group)] and bits of an integer, by the names of their Linears.
+
+    `chosen`: the bits were chosen for each Linear (see `KeptGrid`).
+    """
 
     bits: dict[str, int]
     group: int
     scales: dict[str, NDArray[np.float32]]
+    chosen: bool = False
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Grid | None":
@@ -51,17 +55,17 @@ class Grid:
         if kept is None:
             return None
         scales = {name: scale.numpy() for name, scale in kept.scales.items()}
-        return cls(kept.bits, kept.group, scales)
+        return cls(kept.bits, kept.group, scales, kept.chosen)
 
     def holder(self, bits: int, values: Values) -> Values | None:
         """The type that keeps integers of so many `bits` where `values` are asked for.
 
-        That type, or the narrowest that does where fewer than 8 bits are asked for and the
-        checkpoint's weights have bits of their own. None where the weight is to be rounded anew.
+        That type, or the narrowest that does where fewer than 8 bits are asked for and those of
+        each Linear were chosen. None where the weight is to be rounded anew.
         """
         if values not in _INTEGERS:
             return None
-        if values != "int8" and len(set(self.bits.values())) > 1:
+        if values != "int8" and self.chosen:
             return next(one for one in _INTEGERS if _fits(bits, one))
         return values if _fits(bits, values) else None
 
@@ -77,13 +81,16 @@ class Grid:
             return Rounded(half, self.bits[whole])
         return joined(self.parts(initializer), np.concatenate)
 
-    def parts(self, initializer: str) -> list[Rounded]:
-        """What q, k and v, which the builder joins, were rounded to; empty where not all were."""
+    def parts(self, initializer: str) -> list[Rounded | None]:
+        """What q, k and v, which the builder joins, were rounded to; empty where none was."""
         block, _, last = _linear(initializer).rpartition(".")
         names = [f"{block}.{name}" for name in QKV]
-        if last != "qkv_proj" or not self.scales.keys() >= set(names):
+        if last != "qkv_proj" or self.scales.keys().isdisjoint(names):
             return []
-        return [Rounded(self.scales[name], self.bits[name]) for name in names]
+        return [
+            Rounded(self.scales[name], self.bits[name]) if name in self.scales else None
+            for name in names
+        ]
 
 
 def _fits(bits: int, values: Values) -> bool:

@@ -44,10 +44,18 @@ class Rewriter:
         """The nodes of these types, in graph order; safe to edit the graph meanwhile."""
         return [node for node in self.model.graph if node.op_type in kinds]
 
-    def format_of(self, weight: NDArray[np.float32], rounded: Rounded) -> tuple[Values, bool]:
-        """How `pack` stores a weight [outputs, inputs]: in which values, and whether sparse."""
+    def format_of(
+        self, weight: NDArray[np.float32], rounded: Rounded | None
+    ) -> tuple[Values, bool, bool]:
+        """How `pack` stores a weight [outputs, inputs]: in which values, whether sparse, and
+        whether on the grid that it was `rounded` to.
+        """
         values = self._holder(rounded, self.precision) or self.precision
-        return values, _pays(weight, values)
+        return values, _pays(weight, values), self.keeps(rounded)
+
+    def keeps(self, rounded: Rounded | None) -> bool:
+        """Whether `pack` stores a weight on the grid that it was `rounded` to."""
+        return self._holder(rounded, self.precision) is not None
 
     def _holder(self, rounded: Rounded | None, values: Values) -> Values | None:
         """What keeps the grid of a weight where `values` are asked for; None: nothing does."""
@@ -101,8 +109,8 @@ class Rewriter:
             self.model.graph.register_initializer(ir.val(name, const_value=tensor))
         return self.model.graph.initializers[name]
 
-    def parts(self, weight: ir.Value | None) -> list[Rounded]:
-        """What q, k and v were rounded to, where an initializer is all of them."""
+    def parts(self, weight: ir.Value | None) -> list[Rounded | None]:
+        """What q, k and v were rounded to, where an initializer is all of them, and any was."""
         return [] if self.grid is None or weight is None else self.grid.parts(str(weight.name))
 
     def rounded(self, weight: ir.Value | None) -> Rounded | None:

@@ -6,6 +6,7 @@ runs, only slower there.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -41,6 +42,8 @@ def fuse_gated(rewriter: Rewriter) -> int:
             continue
         both = pack.interleave_gate_up(gate_weight.T, up_weight.T)
         parts = [rewriter.rounded(matmul.inputs[1]) for matmul in (gate, up)]
+        if len({rewriter.keeps(part) for part in parts}) > 1:
+            continue  # as one weight neither would lie on a grid
         rounded = joined(parts, lambda scales: pack.interleave_gate_up(*scales))
         packed = rewriter.pack(f"{_name(gate.inputs[1])}+up.packed", both, rounded=rounded)
         attributes = {"epilogue": epilogue, "columns": gate_weight.shape[1]}
@@ -85,50 +88,79 @@ def _match_activation(value: ir.Value | None) -> tuple[ir.Value | None, list[ir.
 def split_attention(rewriter: Rewriter) -> int:
     """The one product that makes q, k and v -> one for each, where their formats differ."""
     count = 0
-    for attention in rewriter.nodes("GroupQueryAttention"):
-        match = _match_joined(rewriter, attention)
-        if match is None:
+    for matmul in rewriter.nodes("MatMul"):
+        parts = rewriter.parts(matmul.inputs[1])
+        weight = constant(matmul.inputs[1]) if parts else None
+        if weight is None:
             continue
-        nodes, weight, bias, parts = match
-        block = _name(nodes[0].inputs[1]).removesuffix("qkv_proj.MatMul.weight")
-        start = 0
-        for place, (name, part) in enumerate(zip(QKV, parts, strict=True)):
-            columns = slice(start, start := start + len(part.scales))
-            packed = rewriter.pack(f"{block}{name}.packed", weight[:, columns].T, rounded=part)
-            inputs = [nodes[0].inputs[0], packed]
-            if bias is not None:
-                inputs.append(rewriter.keep(f"{block}{name}.bias", bias[columns]))
-            made = ir.node("SparseMatMul", inputs, domain=DOMAIN, name=f"{nodes[0].name}/{name}")
-            made.outputs[0].name = f"{_name(nodes[-1].outputs[0])}/{name}"
-            made.outputs[0].dtype = ir.DataType.FLOAT
-            rewriter.model.graph.insert_before(attention, made)
-            attention.replace_input_with(place, made.outputs[0])
-        rewriter.model.graph.remove(nodes[::-1], safe=True)
+        nodes, bias = _match_bias(matmul, weight.shape[1])
+        reader, widths = _match_taken_apart(nodes[-1].outputs[0], weight.shape[1])
+        if reader is None:
+            continue
+        ends = np.cumsum(widths)[:-1]
+        weights = [part.T for part in np.split(weight, ends, axis=1)]
+        if len({rewriter.format_of(*one) for one in zip(weights, parts, strict=True)}) == 1:
+            continue
+        added = constant(bias[0]) if bias else None
+        biases = [None] * len(QKV) if added is None else [*np.split(added, ends)]
+        made = [
+            _product(rewriter, nodes, reader, _Part(*one))
+            for one in zip(QKV, weights, parts, biases, strict=True)
+        ]
+        for place, value in enumerate(made):
+            if reader.op_type == "Split":
+                reader.outputs[place].replace_all_uses_with(value)
+            else:
+                reader.replace_input_with(place, value)
+        gone = [*nodes, *([reader] if reader.op_type == "Split" else [])]
+        rewriter.model.graph.remove(gone[::-1], safe=True)
         count += 1
     return count
 
 
-def _match_joined(
-    rewriter: Rewriter, attention: ir.Node
-) -> tuple[list[ir.Node], _Floats, _Floats | None, list[Rounded]] | None:
-    """The nodes that make q, k and v of `attention` in one, their weight and bias, and what each
-    part was rounded to: where that is not one format.
+def _match_taken_apart(value: ir.Value, width: int) -> tuple[ir.Node | None, list[int]]:
+    """What alone reads q, k and v as the one `value`, a Split or the attention, and how wide each
+    is; None where nothing does.
     """
-    entering, *others = attention.inputs[:3]
-    add = maker(entering, "Add")
-    products = [maker(value, "MatMul") for value in (add.inputs if add else [entering])]
-    matmul = next(filter(None, products), None)
-    parts = rewriter.parts(matmul.inputs[1]) if matmul else []
-    weight = constant(matmul.inputs[1]) if matmul and parts else None
-    if matmul is None or weight is None or any(others):
-        return None
-    nodes, bias = _match_bias(matmul, weight.shape[1])
-    if nodes[-1].outputs[0] is not entering or not are_closed([*nodes, attention]):
-        return None
-    ends = np.cumsum([len(part.scales) for part in parts])[:-1]
-    columns = np.split(weight, ends, axis=1)
-    formats = {rewriter.format_of(*one) for one in zip(columns, parts, strict=True)}
-    return (nodes, weight, constant(bias[0]) if bias else None, parts) if len(formats) > 1 else None
+    readers = value.consumers()
+    if len(readers) != 1 or value.is_graph_output():
+        return None, []
+    (reader,) = readers
+    if reader.op_type == "Split" and reader.attributes.get_int("axis", 0) in (-1, 2):
+        told = reader.inputs[1] if reader.inputs[1:] else None
+        sizes = None if told is None else ir.convenience.get_const_tensor(told)
+        widths = [] if sizes is None else [int(size) for size in sizes.numpy()]
+        return (reader, widths) if len(widths) == len(QKV) else (None, [])
+    if reader.op_type == "GroupQueryAttention" and not any(reader.inputs[1:3]):
+        heads = [reader.attributes.get_int(name, 1) for name in ("num_heads", "kv_num_heads")]
+        size = width // (heads[0] + 2 * heads[1])
+        return reader, [heads[0] * size, heads[1] * size, heads[1] * size]
+    return None, []
+
+
+class _Part(NamedTuple):
+    """One of q, k and v: its weight [outputs, inputs], what that was rounded to, and its bias."""
+
+    name: str
+    weight: _Floats
+    rounded: Rounded | None
+    bias: _Floats | None
+
+
+def _product(
+    rewriter: Rewriter, nodes: Sequence[ir.Node], before: ir.Node, part: _Part
+) -> ir.Value:
+    """A `part` of the product that `nodes` make, by a node of its own `before` their reader."""
+    place = _name(nodes[0].inputs[1]).replace("qkv_proj.MatMul.weight", part.name)
+    packed = rewriter.pack(f"{place}.packed", part.weight, rounded=part.rounded)
+    inputs = [nodes[0].inputs[0], packed]
+    if part.bias is not None:
+        inputs.append(rewriter.keep(f"{place}.bias", part.bias))
+    made = ir.node("SparseMatMul", inputs, domain=DOMAIN, name=f"{nodes[0].name}/{part.name}")
+    made.outputs[0].name = f"{_name(nodes[-1].outputs[0])}/{part.name}"
+    made.outputs[0].dtype = ir.DataType.FLOAT
+    rewriter.model.graph.insert_before(before, made)
+    return made.outputs[0]
 
 
 def replace_matmuls(rewriter: Rewriter) -> int:

@@ -1,6 +1,6 @@
 """What a fine-tuning leaves: an adapter in PEFT's format, or a checkpoint with the zeros it had."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,15 @@ def write_checkpoint(
         (folder / RESOLVED).write_text(heading + content, encoding="utf-8")
 
 
-def merged(source: Source, deltas: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
+def merged(
+    source: Source, deltas: Iterable[tuple[str, torch.Tensor]]
+) -> tuple[dict[str, torch.Tensor], int]:
     """The weights with `deltas` added where they are not zero, and how many were kept off zero.
 
     Both are [out, in] by the checkpoint's names; the result has the checkpoint's dtypes.
     """
     tensors, count = {}, 0
-    for name, delta in deltas.items():
+    for name, delta in deltas:
         weight = source.checkpoint.read(name)
         summed = weight.float() + delta.cpu()
         kept, _ = nonzero(summed.to(weight.dtype), weight)

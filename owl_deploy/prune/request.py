@@ -146,8 +146,6 @@ def check(
     ]
     shape = select(skeleton.names, sizes, settings.skip)
     _check_groups(settings, skeleton, shape)
-    chooses = settings.budget is not None and not planned
-    room = budget.room(settings, skeleton, shape) if chooses else None
     windows = _windows(checkpoint, settings, calibration, tunes=tune_minutes is not None)
     held_out = None
     if windows is not None and calibration is not None:
@@ -159,6 +157,8 @@ def check(
         )
     if ranks.size > 1:
         _check_alone(settings, ranks.size)
+    chooses = settings.budget is not None and not planned
+    room = budget.room(settings, skeleton, shape) if chooses else None
     own = windows if windows is None else ranks.part(windows)
     # The same everywhere, and so again when the run resumes.
     batch = min(ranks.gathered(find_batch(hardware.batch_size, own, skeleton)))

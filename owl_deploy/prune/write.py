@@ -88,8 +88,10 @@ def _write_grid(request: Request, plan: Plan, store: Store) -> None:
     }
     if head and plan.bits_of_head:
         bits[head] = plan.bits_of_head
-    assert request.settings.bits_group is not None
-    write_grid(store.folder, scales, bits, request.settings.bits_group)
+    settings, same = request.settings, {*bits.values()}
+    assert settings.bits_group is not None
+    alike = settings.budget is None and len(same) == 1
+    write_grid(store.folder, scales, same.pop() if alike else bits, settings.bits_group)
 
 
 def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str) -> dict[str, Any]:

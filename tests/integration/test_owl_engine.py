@@ -134,7 +134,8 @@ def data(folder):
     return sum(int(entry.value) for entry in entries if entry.key == "length")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # q, k and v without biases, and with
+# q, k and v without biases, with, and taken apart for norms.
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_budget_is_what_the_deployment_holds(family, text_file, tmp_path, monkeypatch):
     """Each Linear in its own format, q, k and v apart; the logits are those of int8 on the grid."""
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))

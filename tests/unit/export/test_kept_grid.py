@@ -70,6 +70,17 @@ def test_where_each_has_its_own_bits_it_keeps_them(tmp_path: Path) -> None:
     assert grid.holder(8, "bf16") is None
 
 
+@pytest.mark.parametrize(("bits", "holder"), [(3, "int4"), ({"a": 3, "b": 3}, "int3")])
+def test_bits_that_were_chosen_for_each_are_kept_where_they_are_alike(
+    tmp_path: Path, bits: int | dict[str, int], holder: str
+) -> None:
+    write_grid(tmp_path, {f"{n}.weight_scale": torch.ones(4, 1) for n in "ab"}, bits, 32)
+    grid = Grid.read(tmp_path)
+    assert grid is not None
+    assert grid.bits == {"a": 3, "b": 3}
+    assert grid.holder(3, "int4") == holder
+
+
 def test_a_grid_that_leaves_out_the_bits_of_a_linear(tmp_path: Path) -> None:
     scales = {f"{n}.weight_scale": torch.ones(4, 1) for n in "abc"}
     write_grid(tmp_path, scales, {"a": 4, "c": 8}, 32)
@@ -117,6 +128,16 @@ def test_gate_and_up_keep_their_grids() -> None:
     for place, name in enumerate("gu"):
         np.testing.assert_array_equal(both[:, place].reshape(-1, 8)[:20], weights[name].T)
     assert graph.on_grid == 1
+
+
+def test_of_gate_and_up_one_keeps_its_grid_where_it_alone_has_one() -> None:
+    weights = {name: np.full((8, 20), 2.0, np.float32) for name in "gu"}
+    graph = rewriter(SILU, weights)
+    graph.precision = "int4"
+    graph.grid = Grid({"g": 4}, 32, {"g": np.ones((20, 1), np.float32)})
+    assert rewrites.fuse_gated(graph) == 0
+    rewrites.replace_matmuls(graph)
+    assert (len(graph.packed), graph.on_grid) == (2, 1)
 
 
 def test_a_weight_off_its_grid_is_named() -> None:

@@ -322,8 +322,12 @@ def test_other_gathers_are_left_alone(gather: onnx.NodeProto, kind: type) -> Non
 # ---- split_attention ---------------------------------------------------------------------------
 
 
-def joined_attention(bits: str, dense: str = "qkv", *, bias: bool = False) -> Rewriter:
-    """q [64], k and v [32 each] of 8 inputs, of so many bits each; those not `dense` are sparse."""
+def joined_attention(
+    bits: str, dense: str = "qkv", *, bias: bool = False, apart: bool = False
+) -> Rewriter:
+    """q [64], k and v [32 each] of 8 inputs, of so many bits each, or none ("_"); those not
+    `dense` are sparse. `apart`: a Split takes them apart, as where q and k have norms.
+    """
     parts = {
         name: 4.0 * (weight(8, rows, density=1.0 if name in dense else 0.3) != 0)
         for name, rows in {"q": 64, "k": 32, "v": 32}.items()
@@ -332,28 +336,35 @@ def joined_attention(bits: str, dense: str = "qkv", *, bias: bool = False) -> Re
     name = "model.layers.0.attn.qkv_proj.MatMul.weight"
     made = [("MatMul", f"x {name}", "p"), ("Add", "p b", "q")]
     made = made if bias else [("MatMul", f"x {name}", "q")]
-    grouped = node("GroupQueryAttention", GROUPED, "y k1 v1", domain="com.microsoft", **USUAL)
+    entering = GROUPED.replace("q _ _", "qn kn v") if apart else GROUPED
+    grouped = node("GroupQueryAttention", entering, "y k1 v1", domain="com.microsoft", **USUAL)
+    if apart:
+        norms = [("Identity", "qs", "qn"), ("Identity", "ks", "kn")]
+        made += [node("Split", "q sizes", "qs ks v", axis=-1), *norms]
     values = [
         helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", 2, "p", 16]) for n in ("k0", "v0")
     ]
-    weights = {name: whole, "b": np.arange(128, dtype=np.float32)}
+    weights = {name: whole, "b": np.arange(128, dtype=np.float32), "sizes": np.array([64, 32, 32])}
     graph = rewriter([*made, grouped], weights, "y k1 v1", inputs=values)
     linears = [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
     scales = [np.ones((rows, 1), np.float32) for rows in (64, 32, 32)]
-    known = {linear: int(n) for linear, n in zip(linears, bits, strict=True)}
-    graph.precision, graph.grid = "int4", Grid(known, 32, dict(zip(linears, scales, strict=True)))
+    known = {linear: int(n) for linear, n in zip(linears, bits, strict=True) if n != "_"}
+    kept = {linear: scale for linear, scale in zip(linears, scales, strict=True) if linear in known}
+    graph.precision, graph.grid = "int4", Grid(known, 32, kept, chosen=len({*bits}) > 1)
     return graph
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_q_k_and_v_of_different_bits_are_stored_each_in_its_own(bias: bool) -> None:
-    graph = joined_attention("448", bias=bias)
+@pytest.mark.parametrize(("bias", "apart"), [(False, False), (True, False), (True, True)])
+def test_q_k_and_v_of_different_bits_are_stored_each_in_its_own(bias: bool, apart: bool) -> None:
+    graph = joined_attention("448", bias=bias, apart=apart)
     whole = graph.model.graph.initializers["model.layers.0.attn.qkv_proj.MatMul.weight"]
     dense = whole.const_value.numpy()  # type: ignore[union-attr]
     assert rewrites.split_attention(graph) == 1
-    *made, grouped = graph.model.graph
-    assert [n.op_type for n in made] == ["SparseMatMul"] * 3
-    assert [n.outputs[0] for n in made] == list(grouped.inputs[:3])
+    made = graph.nodes("SparseMatMul")
+    norms, grouped = graph.nodes("Identity"), graph.nodes("GroupQueryAttention")[0]
+    assert len(graph.model.graph) == 3 + len(norms) + 1
+    entering = [one.inputs[0] for one in norms] + list(grouped.inputs[len(norms) : 3])
+    assert [n.outputs[0] for n in made] == entering
     start = 0
     for matmul, bits in zip(made, (4, 4, 8), strict=True):
         info = graph.packed[str(matmul.inputs[1].name)]
@@ -368,11 +379,15 @@ def test_q_k_and_v_of_different_bits_are_stored_each_in_its_own(bias: bool) -> N
 
 @pytest.mark.parametrize(
     ("bits", "dense", "split"),
-    [("444", "qkv", 0), ("888", "qkv", 0), ("444", "", 0), ("444", "v", 1), ("484", "qkv", 1)],
+    [
+        *[("444", "qkv", 0), ("888", "qkv", 0), ("444", "", 0), ("444", "v", 1), ("484", "qkv", 1)],
+        ("44_", "qkv", 1),  # v has no grid, and is rounded by itself
+    ],
 )
 def test_only_what_differs_is_split(bits: str, dense: str, split: int) -> None:
     graph = joined_attention(bits, dense)
     assert rewrites.split_attention(graph) == split
+    assert graph.on_grid == (3 - bits.count("_") if split else 0)
     assert rewrites.replace_matmuls(graph) == 1 - split
     sparse = [info.sparse for info in graph.packed.values()]
     assert sparse == ([name not in dense for name in "qkv"] if split else [dense == ""])
