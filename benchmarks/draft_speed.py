@@ -26,7 +26,18 @@ _EDIT = (
 )
 
 
-def prompt_of(tokenizer: Any, problem: dict[str, Any], task: str) -> list[int]:  # noqa: ANN401
+def spread(count: int) -> list[dict[str, Any]]:
+    """So many of the problems, from all over them: the first are the easiest."""
+    every = problems()
+    count = min(count, len(every))
+    return [every[place * len(every) // count] for place in range(count)]
+
+
+def prompt_of(
+    tokenizer: Any,  # noqa: ANN401
+    problem: dict[str, Any],
+    task: str = "humaneval",
+) -> list[int]:
     """The tokens that a model is asked with."""
     words = _EDIT.format(**problem)
     if task == "humaneval":
@@ -99,8 +110,7 @@ def main() -> None:
     chosen = parser.parse_args()
     opened = open_deployment(chosen.deployment)
     draft = open_draft(opened, chosen.draft, chosen.draft_tokens)
-    every = problems()
-    asked = every[:: max(1, len(every) // chosen.problems)][: chosen.problems]
+    asked = spread(chosen.problems)
     tokenizer = load_tokenizer(chosen.deployment)
     done = chosen.output.read_text().splitlines() if chosen.output.is_file() else []
     known = {json.loads(line)["problem"] for line in done}

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import transformers
+from draft_speed import prompt_of, spread
 
 from owl_deploy.bench.machine import look
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import EngineProcess, get_engine, open_deployment, threads_for
-from owl_deploy.evaluate.humaneval import REQUEST, problems
 from owl_deploy.evaluate.subject import engine_of
 from owl_deploy.text import load_tokenizer
 
@@ -48,19 +48,6 @@ class Parting:
     deployment: str = ""
     pytorch: str = ""
     near: float | None = None
-
-
-def prompt_of(tokenizer: Any, problem: dict[str, Any]) -> list[int]:  # noqa: ANN401
-    """The tokens that a model is asked with."""
-    if tokenizer.chat_template is None:
-        asked: list[int] = tokenizer.encode(problem["prompt"])
-        return asked
-    words = REQUEST.replace("{{prompt}}", problem["prompt"])
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
-    )
-    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return tokens
 
 
 def in_pytorch(
@@ -150,9 +137,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.checkpoint)
-    every = problems()
-    step = max(1, len(every) // arguments.problems)
-    chosen = every[::step][: arguments.problems]
+    chosen = spread(arguments.problems)
     model = open_checkpoint(arguments.checkpoint).load(torch.float32).eval()
     answers, started = [], time.monotonic()
     for one in chosen:

@@ -47,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--isa", nargs="+", default=None, help="default: every one that runs here")
+    parser.add_argument(
+        "--isa", nargs="+", default=None, help="default: the best three that run here"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="only 70 %% and dense, first instruction set"
     )

@@ -93,6 +93,7 @@ def too_long(model: str, takes: float, tokens: int, option: str) -> BadInput:
 _SAID = {  # where pydantic's own words name types of Python
     "model_type": "it should be a mapping",
     "dict_type": "it should be a mapping",
+    "tuple_type": "it should be a list",
 }
 
 

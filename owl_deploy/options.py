@@ -43,8 +43,9 @@ TrustLibrary = Annotated[
 MaxLoss = Annotated[
     str | None,
     Option(
+        parser=text,
         help="Loss of quality that is acceptable in the choice of what to deploy, such as 2%. "
-        "[0.5% of log-perplexity, or one standard error of the difference in a task's score]"
+        "[0.5% of log-perplexity, or one standard error of the difference in a task's score]",
     ),
 ]
 QualityMetric = Annotated[
@@ -58,7 +59,8 @@ CheckpointFolder = Annotated[
     Path, Argument(parser=path, help="A model folder, or a name on the Hugging Face Hub.")
 ]
 CalibrationText = Annotated[
-    str | None, Option("--calibration", "-c", help=f"Text to calibrate on: {_SOURCE}")
+    str | None,
+    Option("--calibration", "-c", parser=text, help=f"Text to calibrate on: {_SOURCE}"),
 ]
 PerplexityText = Annotated[
     str | None, Option("--perplexity", "-p", help=f"Text to measure on: {_SOURCE}")
@@ -69,6 +71,7 @@ WeighingText = Annotated[
     Option(
         "--calibration",
         "-c",
+        parser=text,
         help="For llama.cpp's types: text on which it counts what a weight is worth (its "
         f"importance matrix); IQ2_M needs it. {_SOURCE}",
     ),
@@ -564,6 +567,7 @@ DryRun = Annotated[
 Ray = Annotated[
     str | None,
     Option(
+        parser=text,
         metavar="ADDRESS",
         help="Run the tasks on the Ray cluster there: auto, HOST:PORT, or local for one on this "
         "machine. [here, one after the other]",
@@ -572,6 +576,7 @@ Ray = Annotated[
 Store = Annotated[
     str | None,
     Option(
+        parser=text,
         metavar="ADDRESS",
         help="Where the artefacts go on --ray, such as s3://BUCKET/FOLDER, if the nodes share no "
         "folder; results are copied to --output. [the output folder]",

@@ -10,12 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from owl_deploy import api, digests
 from owl_deploy.allocation import DEFAULT
-from owl_deploy.artefact import check_path
+from owl_deploy.artefact import check_apart, check_path
 from owl_deploy.bench import decision
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import FILE, Result
 from owl_deploy.checkpoint import check_length, local_folder, read_config
+from owl_deploy.engines import engine_for, python_of
 from owl_deploy.errors import BadInput, invalid
 from owl_deploy.export.targets import precision_of
 from owl_deploy.measurements import measurement_file
@@ -23,6 +24,7 @@ from owl_deploy.pipeline import Bench, Evaluate, Export, Plan, Prune, Task, dens
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.recipe import read_yaml
 from owl_deploy.record import Record
+from owl_deploy.runtime import library_path
 from owl_deploy.text import check_source
 
 REPORT = "report.html"
@@ -127,7 +129,24 @@ def tasks(
     )
     last = _bench(bench, output)
     _check_lengths(model, plan, prunings.values(), bench)
+    check_apart(output, model)
     return (*made, *dense, *quality, last)
+
+
+def check_here(model: Path, plan: SweepPlan, text: str) -> None:
+    """Raise for what this machine lacks, which the last steps would find after all others.
+
+    `BadInput` for a `text` of less than a window, `EnvironmentFailed` for an engine that is not
+    installed.
+    """
+    from owl_deploy.evaluate.perplexity import windows_of
+
+    for target, _ in plan.roads():
+        engine = engine_for(target)
+        if engine.operators:
+            library_path()
+        python_of(engine.name)
+    windows_of(model, text, plan.window, plan.windows)
 
 
 def _check_lengths(

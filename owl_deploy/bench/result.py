@@ -30,6 +30,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 _Latencies = Annotated[tuple[Annotated[FiniteFloat, Field(gt=0)], ...], Field(min_length=1)]
 
 
@@ -42,7 +43,7 @@ class Sample(_Model):
 
     round: int
     load_s: FiniteFloat
-    peak_bytes: int
+    peak_bytes: _Bytes
     latencies_ms: dict[str, _Latencies]
     draft: dict[str, float] = {}
 
@@ -94,7 +95,7 @@ class Subject(_Model):
     perplexity: FiniteFloat | None = Field(gt=0)
     perplexity_on: str = ""
     scores: dict[str, Score] = {}
-    size_bytes: int
+    size_bytes: _Bytes
     blocks: tuple[Block, ...] = ()
     about: dict[str, Any] = {}
     samples: tuple[Sample, ...] = ()
@@ -190,6 +191,8 @@ class Result(_Model):
         spoken_of |= {name for one in self.comparisons for name in (one.candidate, one.baseline)}
         if not spoken_of <= names or any(not row.keys() >= _STATISTICS for row in rows):
             raise ValueError("statistics or comparisons that are of no subject, or not whole")
+        if any(row["tokens_per_s"] <= 0 for row in rows):
+            raise ValueError("statistics of tokens that take no time")
         return self
 
     @property

@@ -30,6 +30,15 @@ class Pairs:
         return min(1.0, 2 * tail / (1 << differ))
 
 
+# Student's t that 97.5 % lie below, for 1 to 10 degrees of freedom.
+_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def _t(freedom: int) -> float:
+    """Beyond the table near enough: 1.98 for 100, where it is 1.984."""
+    return _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.6 / freedom
+
+
 @dataclass(frozen=True)
 class LossPairs:
     """A model's loss beside a reference's, in nats a token.
@@ -44,8 +53,10 @@ class LossPairs:
 
     @property
     def may_be_chance(self) -> bool:
-        """Whether the difference is less than two of its standard errors."""
-        return abs(self.difference) < 2 * self.stderr
+        """Whether so large a difference comes more than once in twenty times where there is none:
+        by Student's t, since few windows do not tell well what they differ in.
+        """
+        return abs(self.difference) < _t(self.windows - 1) * self.stderr
 
 
 def losses_beside(reference: Sequence[float], losses: Sequence[float]) -> LossPairs | None:

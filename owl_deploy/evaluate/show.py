@@ -47,7 +47,7 @@ def show(found: Sequence[Evaluation], console: Console | None = None) -> None:
 def _table(names: Sequence[str], found: Sequence[Evaluation]) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("task", "documents", "metric"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     first = found[0].tasks

@@ -28,7 +28,7 @@ from owl_deploy.prune.sparsities import Shape, select
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.ranks import ALONE, Ranks
 from owl_deploy.recipe import merged
-from owl_deploy.text import token_digest
+from owl_deploy.text import check_source, token_digest
 
 MEASURED_TOKENS = 4096  # that losses are measured by, in whole windows
 
@@ -146,6 +146,8 @@ def check(
     ]
     shape = select(skeleton.names, sizes, settings.skip)
     _check_groups(settings, skeleton, shape)
+    chooses = settings.budget is not None and not planned
+    room = budget.room(settings, skeleton, shape) if chooses else None
     windows = _windows(checkpoint, settings, calibration, tunes=tune_minutes is not None)
     held_out = None
     if windows is not None and calibration is not None:
@@ -157,8 +159,6 @@ def check(
         )
     if ranks.size > 1:
         _check_alone(settings, ranks.size)
-    chooses = settings.budget is not None and not planned
-    room = budget.room(settings, skeleton, shape) if chooses else None
     own = windows if windows is None else ranks.part(windows)
     # The same everywhere, and so again when the run resumes.
     batch = min(ranks.gathered(find_batch(hardware.batch_size, own, skeleton)))
@@ -211,6 +211,8 @@ def _windows(
 ) -> torch.Tensor | None:
     """The windows to prune by, and after them those to judge by."""
     if not tunes and not settings.calibrates:
+        if calibration is not None:  # of no use, but a path that is wrong is a mistake
+            check_source(str(calibration.source))
         return None
     if calibration is None and settings.reconstruct:
         raise BadInput(

@@ -25,7 +25,7 @@ WORK = {
     "owl_deploy.pipeline": ("execute",),
     "owl_deploy.prune.show": ("show",),
     "owl_deploy.serve.server": ("serve",),
-    "owl_deploy.sweep": ("tasks", "run"),
+    "owl_deploy.sweep": ("tasks", "check_here", "run"),
 }
 # A verb's arguments and the options that it needs; then by option what is given (with the others
 # that it belongs to), where it arrives, and as what.

@@ -6,9 +6,9 @@ from pydantic import ValidationError
 
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.show import show_trade_off
-from owl_deploy.errors import BadInput
+from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.pipeline import Bench, attempt, needs
-from owl_deploy.sweep import SweepPlan, read_plan, run, tasks, trade_off, without
+from owl_deploy.sweep import SweepPlan, check_here, read_plan, run, tasks, trade_off, without
 from tests.unit.bench import made
 
 PLAN = SweepPlan(allocations=("owl",), sparsities=(0.5, 0.7), pairs=4, scenarios=("decode",))
@@ -235,3 +235,21 @@ def test_a_sweep_or_a_benchmark_of_nothing_is_refused() -> None:
 def test_numbers_that_cannot_be(name: str) -> None:
     with pytest.raises(BadInput, match=name):
         read_plan(None, {name: 0})
+
+
+def test_what_this_machine_lacks_is_missed_before_any_work(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too few words.")
+    with pytest.raises(BadInput, match="token"):
+        check_here(llama, PLAN, str(short))
+    plan = PLAN.model_copy(update={"targets": ("deepsparse",)})
+    monkeypatch.setattr("owl_deploy.engines.environment.is_installed", lambda _: False)
+    with pytest.raises(EnvironmentFailed, match="'deepsparse' is not installed"):
+        check_here(llama, plan, str(short))
+
+
+def test_a_sweep_is_not_made_within_its_model(checkpoint: Path) -> None:
+    with pytest.raises(BadInput, match="lies inside the input"):
+        tasks(checkpoint, checkpoint / "out", PLAN, *TEXTS)
