@@ -31,7 +31,7 @@ SCHEMA = 1
 PROBE_TOKENS, PROBE_STEPS, PROBE_COLUMNS = 32, 16, 64
 # The same kernels give the same logits, but those of another version may add up in another order,
 # which quantized models amplify: of SmolLM2 other kernels' differ by up to 4.4e-2 in int4 and
-# 7.4e-2 in int3, and where the rows of one matrix were permuted by 1.4e-1.
+# 7.4e-2 in int3, and those of int3 with the rows of two matrices permuted by 1.4e-1.
 LOGITS_MARGIN = {
     "fp32": 1e-3,
     "bf16": 1e-2,

@@ -12,9 +12,10 @@ from owl_deploy.evaluate.subject import no_model_has
 from owl_deploy.progress import error_console
 from owl_deploy.ranks import Ranks
 
-# Of generation_kwargs what is done, or means nothing where no token is drawn; of others 1, such as
-# num_beams has, asks for nothing.
+# Of generation_kwargs what is done, or means nothing where no token is drawn; and the values by
+# which others ask for nothing, such as num_beams: 1.
 _HEEDED = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
+_NOTHING = (0, 1, None)
 
 
 class SharedModel:
@@ -109,7 +110,8 @@ def _check_greedy(options: Mapping[str, Any]) -> None:
             "The task samples, and models are evaluated greedily.",
             "Set do_sample to false in its generation_kwargs.",
         )
-    beyond = [name for name, value in asked.items() if name not in _HEEDED and value != 1]
+    others = {name: value for name, value in asked.items() if value not in _NOTHING}
+    beyond = [name for name in others if name not in _HEEDED]
     if beyond:
         raise BadInput(
             f"The task sets {beyond[0]} to {asked[beyond[0]]}, and models are evaluated greedily.",

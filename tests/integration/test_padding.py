@@ -144,7 +144,10 @@ def test_a_text_may_end_with_the_token_that_fills_rows(deployment, fills):
     sampling = Sampling(max_new_tokens=4, do_sample=False, ignore_eos=True)  # which fills, too
     for batch, chosen in ((1, [0]), (2, [0]), (2, [0, 1]), (2, [1, 0])):
         writer = open_writer(open_deployment(deployment), 1, batch=batch)
-        rows = [Row(list(texts[place]), len(texts[place]) + 4, sampling) for place in chosen]
+        rows = [
+            Row(list(texts[place]), len(texts[place]) + 4, sampling, never=[PAD])
+            for place in chosen
+        ]
         for row in rows:
             writer.add(row)
         while not all(row.ended for row in rows):

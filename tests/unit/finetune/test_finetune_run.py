@@ -199,7 +199,7 @@ def test_a_lost_mask_is_seen_before_anything_appears(models, text_file, tmp_path
     _, sparse = models("llama")
 
     def careless(source, deltas):
-        return {name: source.checkpoint.read(name) + delta for name, delta in deltas.items()}, 0
+        return {name: source.checkpoint.read(name) + delta for name, delta in deltas}, 0
 
     monkeypatch.setattr(module, "merged", careless)
     with pytest.raises(Defect, match="zeros of"):
