@@ -78,6 +78,9 @@ _CROWDED = {
     ("int4, asymmetric", SPARSE.label): (5, -11),
     ("int8, asymmetric", SPARSE.label): (6, -7),
     ("Q2_K by text", RIVAL.label): (6, 3),
+    ("Q2_K", RIVAL.label): (5, -5),
+    ("IQ2_M by text", RIVAL.label): (3, 8),
+    ("Q3_K_M by text", RIVAL.label): (6, 3),
 }
 
 
