@@ -48,7 +48,6 @@ from owl_deploy.pipeline import (
 from owl_deploy.progress import error_console, result_console
 from owl_deploy.prune.tune import check as check_search
 from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.runtime import library_path
 from owl_deploy.showcase_input import MODEL, SISTER, showcase_input, sister_input
 
 MODEL_IS = (
@@ -440,12 +439,10 @@ def prepare(plan: Plan, say: Callable[[str], object]) -> None:
     for target in dict.fromkeys(target for roads in plan.roads.values() for target, _ in roads):
         engine = engines.engine_for(target)
         try:
-            if engine.operators:
-                library_path()
             if engine.lock and not engines.is_installed(engine.name):
                 say(f"The engine {engine.name}, in an environment of its own")
                 engines.install(engine.name, lambda x: error_console().print(x, style="dim"))
-            engines.python_of(engine.name)
+            engines.require(engine.name)
         except EnvironmentFailed as error:
             raise EnvironmentFailed(
                 error.message, f"{error.hint} Or go on without its rows: --skip {target}."

@@ -16,7 +16,7 @@ from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import FILE, Result
 from owl_deploy.checkpoint import check_length, local_folder, read_config
-from owl_deploy.engines import engine_for, python_of
+from owl_deploy.engines import engine_for, require
 from owl_deploy.errors import BadInput, invalid
 from owl_deploy.export.targets import precision_of
 from owl_deploy.measurements import measurement_file
@@ -24,7 +24,6 @@ from owl_deploy.pipeline import Bench, Evaluate, Export, Plan, Prune, Task, dens
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.recipe import read_yaml
 from owl_deploy.record import Record
-from owl_deploy.runtime import library_path
 from owl_deploy.text import check_source
 
 REPORT = "report.html"
@@ -142,10 +141,7 @@ def check_here(model: Path, plan: SweepPlan, text: str) -> None:
     from owl_deploy.evaluate.perplexity import windows_of
 
     for target, _ in plan.roads():
-        engine = engine_for(target)
-        if engine.operators:
-            library_path()
-        python_of(engine.name)
+        require(engine_for(target).name)
     windows_of(model, text, plan.window, plan.windows)
 
 

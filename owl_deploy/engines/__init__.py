@@ -11,6 +11,7 @@ from owl_deploy.engines.environment import (
     list_engines,
     python_of,
     remove,
+    require,
     server_of,
     software,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "public_engine",
     "python_of",
     "remove",
+    "require",
     "server_of",
     "software",
     "threads_for",

@@ -90,6 +90,13 @@ def python_of(name: str) -> Path:
     return Path(sys.executable) if engine.lock is None else _python(environment_folder(engine))
 
 
+def require(name: str) -> None:
+    """Raise `EnvironmentFailed` where an engine, or the operators that it needs, are not here."""
+    if get_engine(name).operators:
+        library_path()
+    python_of(name)
+
+
 def server_of(name: str) -> list[str]:
     """What starts an engine's server, without its options.
 

@@ -274,10 +274,12 @@ class Worker:
 
     def _read(self, tokens: list[int]) -> np.ndarray:
         """Run `tokens` in an empty cache; the logits [vocab] after them."""
-        if not hasattr(self.decoder, "read"):
+        last: np.ndarray
+        if hasattr(self.decoder, "read"):  # which knows what the last text began with
+            last = self.decoder.read(tokens)
+        else:
             self.decoder.reset()
-        read = getattr(self.decoder, "read", self.decoder.extend)
-        last: np.ndarray = read(tokens)
+            last = self.decoder.extend(tokens)
         return last
 
     def memory(self) -> dict[str, Any]:

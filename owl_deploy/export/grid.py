@@ -72,8 +72,8 @@ class Grid:
     def of(self, initializer: str) -> Rounded | None:
         """What a weight of the model builder's graph was rounded to; None where it was not."""
         linear = _linear(initializer)
-        if linear in self.scales:
-            return Rounded(self.scales[linear], self.bits[linear])
+        if found := self._known(linear):
+            return found
         block, _, last = linear.rpartition(".")
         whole = f"{block}.gate_up_proj"  # Phi-3's, which the builder cuts in two
         if last in _GATE_UP and whole in self.scales:
@@ -84,13 +84,11 @@ class Grid:
     def parts(self, initializer: str) -> list[Rounded | None]:
         """What q, k and v, which the builder joins, were rounded to; empty where none was."""
         block, _, last = _linear(initializer).rpartition(".")
-        names = [f"{block}.{name}" for name in QKV]
-        if last != "qkv_proj" or self.scales.keys().isdisjoint(names):
-            return []
-        return [
-            Rounded(self.scales[name], self.bits[name]) if name in self.scales else None
-            for name in names
-        ]
+        known = [self._known(f"{block}.{name}") for name in QKV]
+        return known if last == "qkv_proj" and any(known) else []
+
+    def _known(self, linear: str) -> Rounded | None:
+        return Rounded(self.scales[linear], self.bits[linear]) if linear in self.scales else None
 
 
 def _fits(bits: int, values: Values) -> bool:

@@ -107,13 +107,14 @@ def split_attention(rewriter: Rewriter) -> int:
             _product(rewriter, nodes, reader, _Part(*one))
             for one in zip(QKV, weights, parts, biases, strict=True)
         ]
-        for place, value in enumerate(made):
-            if reader.op_type == "Split":
-                reader.outputs[place].replace_all_uses_with(value)
-            else:
+        if reader.op_type == "Split":
+            for before, value in zip(reader.outputs, made, strict=True):
+                before.replace_all_uses_with(value)
+            nodes = [*nodes, reader]
+        else:
+            for place, value in enumerate(made):
                 reader.replace_input_with(place, value)
-        gone = [*nodes, *([reader] if reader.op_type == "Split" else [])]
-        rewriter.model.graph.remove(gone[::-1], safe=True)
+        rewriter.model.graph.remove(nodes[::-1], safe=True)
         count += 1
     return count
 

@@ -4,9 +4,9 @@ OWL and its successors guess that cost from statistics of the weights and inputs
 here: each Linear is pruned to three sparsities around the one asked for, by the method itself, and
 one pass backward tells what each of the differences costs, by the Fisher information (see
 `sensitivity`). Between them the logarithm of the loss is taken as linear in the sparsity. What was
-zero before costs nothing, and does not tell what more would. Then the losses of all
-Linears together are made as small as can be, weight by weight (see `knapsack`), which is how
-EvoPress (arXiv 2410.14649) states the problem that it searches.
+zero before costs nothing, and does not tell what more would. Then the losses of all Linears
+together are made as small as can be, weight by weight (see `knapsack`), which is how EvoPress
+(arXiv 2410.14649) states the problem that it searches.
 """
 
 import math

@@ -70,6 +70,17 @@ def test_every_precision_has_its_margin() -> None:
     assert known == baseline.LOGITS_MARGIN.keys()
 
 
+@pytest.mark.parametrize(("apart", "word"), [(0.074, "OK"), (0.14, "REGRESSED")])
+def test_what_broken_rows_do_to_three_bits_is_seen_and_other_kernels_pass(
+    apart: float, word: str
+) -> None:
+    """As SmolLM2 in int3 had them, of the largest logit."""
+    moved = [[1.0, 2.0], [3.0, 4.0 + apart * SIDE.probe["scale"]]]
+    now = replace(SIDE, probe={**SIDE.probe, "logits": moved})
+    (verdict,) = gate.check_probe(SIDE, now, Margins(logits=baseline.LOGITS_MARGIN["int3"]))
+    assert verdict.word == word
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_time_that_is_no_number_is_never_ok(bad: float) -> None:
     assert gate.judge_time("m", [0.0] * 8, [0.0] * 7 + [bad], 0.05).word == "INCOMPARABLE"
