@@ -3,7 +3,6 @@
 How is in speculate.py; here is which, and what cannot be.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,13 +56,13 @@ class Drafter:
             self._model = open_genai(str(opened.path), threads, library, takes_turns=True)
             self._pad, self._whole = pad_of(opened.path), runs_whole(opened.path)
 
-    def tokens(self, model: Model, row: Row, cached: int = 0) -> Iterator[int]:
-        """What `model` puts after `row`, of which `cached` tokens are in its cache."""
+    def speculation(self, model: Model, row: Row) -> Speculation:
+        """What proposes to `model` as it writes `row`, and tells the row's speed of it."""
         random = np.random.default_rng(row.sampling.seed)
         proposing = self._proposing(row)
-        speculation = Speculation(model, proposing, row.choose, self._draft.tokens, random)
-        row.speed.draft = speculation.tally
-        yield from speculation.tokens(list(row.tokens), row.length, row.ends, cached)
+        found = Speculation(model, proposing, row.choose, self._draft.tokens, random)
+        row.speed.draft = found.tally
+        return found
 
     def _proposing(self, row: Row) -> Lookup | Proposer:
         if self._draft.deployment is None:

@@ -42,7 +42,7 @@ class Model(Protocol):
     def run(self, tokens: Sequence[int]) -> np.ndarray:
         """Put `tokens` behind those in the cache; the logits [n, vocab], float32, of the last n.
 
-        That are all of `tokens`, or of a whole prompt, which comes first, one or more.
+        That are all of up to 16 `tokens`, and of more, or a prompt, which comes first, one or more.
         """
 
     def rewind(self, count: int) -> None:

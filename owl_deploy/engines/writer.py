@@ -30,6 +30,7 @@ from owl_deploy.engines.registry import MOST_ROWS
 from owl_deploy.engines.rows import Row, Speed, length_of
 from owl_deploy.engines.sampling import Sampling, search_told
 from owl_deploy.engines.slots import Slot, Slots
+from owl_deploy.engines.speculate import Speculation
 from owl_deploy.errors import BadInput, EngineFailed, first_line
 from owl_deploy.tokenizer import Tokenizer
 
@@ -197,7 +198,8 @@ class OneByOne(Writer):
     def _tokens(self, row: Row) -> Iterator[int]:
         if self._drafter is not None:
             model = Rows(self._model, row.length, self._pad, whole=self._whole)
-            yield from self._drafter.tokens(model, row)
+            speculation = self._drafter.speculation(model, row)
+            yield from speculation.tokens(row.tokens, row.length, row.ends)
             return
         while True:  # it ends before the row where the settings name no end, and is begun anew
             generator = self._generator(row)
@@ -236,7 +238,7 @@ class SideBySide(Writer):
     """Writes a token of each row at a step; a row comes, and ends, while the others go on.
 
     Prompts are read one after the other, in parts between which the others go on. A row that is the
-    only one from its beginning on has the draft, until another comes; one that is drawn by a seed
+    only one when it begins has the draft, whenever it is the only one; one that is drawn by a seed
     has none, for its text would depend on when that is.
     """
 
@@ -250,11 +252,12 @@ class SideBySide(Writer):
         self._slots = Slots(session, self.batch, self.context, size, opened.vocab, PROMPT_PART)
         self._places: dict[Row, tuple[Slot, np.random.Generator]] = {}
         self._drafted: Row | None = None  # the one that has the draft
+        self._speculation: Speculation | None = None  # its, once it has begun
 
     def add(self, row: Row) -> None:
         """Write `row` from the next step on, as `Writer` does."""
         super().add(row)
-        self._end_draft()
+        self._pause_draft()
         slot = self._slots.enter(() if row.anew else row.tokens)
         row.speed.cached_tokens = slot.count
         self._places[row] = slot, np.random.default_rng(row.sampling.seed)
@@ -262,15 +265,16 @@ class SideBySide(Writer):
         if self._drafter is not None and len(self._rows) == 1 and not is_seeded:
             self._drafted = row
 
-    def _end_draft(self) -> None:
+    def _pause_draft(self) -> None:
         """Have the row that has one go on without, from what was said of it."""
         if self._coming is not None:
-            ((row, (slot, _)),) = self._places.items()
-            slot.rewind(min(slot.count, len(row.tokens) - 1))
-        self._coming = self._drafted = None
+            assert self._drafted is not None
+            slot, _ = self._places[self._drafted]
+            slot.rewind(min(slot.count, len(self._drafted.tokens) - 1))
+        self._coming = None
 
     def _advance(self) -> dict[Row, int]:
-        if self._drafted is not None:
+        if self._drafted is not None and len(self._rows) == 1:
             return self._with_draft(self._drafted)
         found = self._read()
         written = [row for row in self._rows if row not in found and self._is_read(row)]
@@ -288,8 +292,10 @@ class SideBySide(Writer):
         if len(row.tokens) - slot.count > PROMPT_PART:
             slot.run(row.tokens[slot.count :][:PROMPT_PART])
             return {}
-        assert self._drafter is not None
-        self._coming = self._coming or self._drafter.tokens(slot, row, slot.count)
+        if self._coming is None:
+            assert self._drafter is not None
+            self._speculation = self._speculation or self._drafter.speculation(slot, row)
+            self._coming = self._speculation.tokens(row.tokens, row.length, row.ends, slot.count)
         return {row: next(self._coming)}
 
     def _is_read(self, row: Row) -> bool:
@@ -316,5 +322,6 @@ class SideBySide(Writer):
 
     def _leave(self, row: Row) -> None:
         super()._leave(row)
-        self._drafted = None
+        if row is self._drafted:
+            self._drafted = self._speculation = None
         self._slots.leave(self._places.pop(row)[0])

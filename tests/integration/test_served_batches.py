@@ -423,7 +423,7 @@ def test_a_seed_gives_the_text_that_it_gives_in_company(drafted):
 
 
 @pytest.mark.parametrize("steps", range(5))
-def test_a_request_goes_on_without_its_draft_when_another_comes(drafted, steps):
+def test_a_request_goes_on_without_its_draft_beside_another(drafted, steps):
     """Whatever the draft has put into the cache beyond what was said."""
     writer, alone = drafted
     rows, single = ([asked(one)[2], asked(one)[1]] for one in drafted)
@@ -435,6 +435,27 @@ def test_a_request_goes_on_without_its_draft_when_another_comes(drafted, steps):
         writer.step()
     each_written(alone, single[:1])
     assert [row.tokens for row in rows] == [row.tokens for row in single]
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_a_request_that_is_alone_again_has_its_draft_again(drafted, others):
+    """Though more was said meanwhile than a draft proposes; what comes of it adds up."""
+    writer, alone = drafted
+    row, single = (one.row("The river ran", Sampling(UNLIMITED), Speed()) for one in drafted)
+    writer.add(row)
+    steps = 0
+    for _ in range(others):
+        while not row.speed.draft or row.speed.draft.steps == steps:
+            writer.step()
+        steps = row.speed.draft.steps
+        written(writer, [writer.row("A clock", Sampling(20), Speed())])
+        assert row.speed.draft.steps == steps
+        assert not row.ended
+    written(alone, [single])
+    while not row.ended:
+        writer.step()
+    assert row.speed.draft.steps > steps
+    assert row.tokens == single.tokens
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -20,6 +20,7 @@ PART = (
 )
 
 PROMPT_PART = 128  # tokens of a prompt run at once: a tenth of a second of a small model
+MOST_VERIFIED = 16  # rows of a step, each with its logits: what speculate.py proposes, and one
 # Set where whoever runs a prompt reads the logits of its last tokens alone (csrc/ops.h).
 LAST_LOGITS = "ai.owl.last_logits"
 _IN_TURNS = "session.force_spinning_stop"  # or the threads of one model spin while the other runs
@@ -252,10 +253,12 @@ class Rows:
         self.generator = onnxruntime_genai.Generator(model, parameters)
 
     def run(self, tokens: Sequence[int]) -> np.ndarray:
-        """Run `tokens`; return the logits [n, vocab] of all, of a prompt the last."""
-        is_prompt = self.generator.token_count() == 0
+        """Run `tokens`; return the logits [n, vocab] of all; of a prompt or more than 16, the last.
+
+        So many come after a prompt where a draft has paused while the text went on.
+        """
         ids = np.array([tokens], np.int32)
-        if is_prompt:
+        if self.generator.token_count() == 0 or len(tokens) > MOST_VERIFIED:
             run_prompt(self.generator, ids, self.pad, whole=self.whole)
             last: np.ndarray = self.generator.get_logits()[0]
             return last
