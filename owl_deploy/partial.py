@@ -36,14 +36,18 @@ ASKED = "run.json"
 ROUNDING = "rounding"  # of what is asked: what decides no more than in which order sums are made
 
 
+class NotThatRun(BadInput):
+    """An interrupted run is of other arguments, or damaged: nothing can go on from it."""
+
+
 class Partial:
     """The partial result of one run; made by the run that starts it, opened by one that resumes.
 
     That run is the `only_writer` of `output`; other processes of it are sent this object, to read.
-    Raises `BadInput` when there is one and `resume` is not asked for (and `force` neither), or when
-    it was started with other arguments. What `asked` has under `ROUNDING` may differ where the
-    number of processes does, which adds up in another order anyhow, and so may the batch size, of
-    which there may have been too much memory asked.
+    Raises `BadInput` when there is one and `resume` is not asked for (and `force` neither), and
+    `NotThatRun` when it was started with other arguments. What `asked` has under `ROUNDING` may
+    differ where the number of processes does, which adds up in another order anyhow, and so may the
+    batch size, of which there may have been too much memory asked.
     """
 
     def __init__(self, output: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> None:
@@ -221,9 +225,10 @@ def _mixture(what: str) -> EnvironmentFailed:
     )
 
 
-def damaged(path: Path) -> BadInput:
+def damaged(path: Path) -> NotThatRun:
     """What is said of a file of an interrupted run that cannot be gone on from."""
-    return BadInput(f"What an earlier run left is damaged: {path}.", "Use --force to start again.")
+    said = f"What an earlier run left is damaged: {path}."
+    return NotThatRun(said, "Use --force to start again.")
 
 
 def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -236,7 +241,7 @@ def _refuse_other_arguments(before: dict[str, Any], asked: dict[str, Any]) -> No
     )
     differing = _differences(before, asked)
     if differing:
-        raise BadInput(
+        raise NotThatRun(
             f"The interrupted run was started with other arguments: {'; '.join(differing)}.",
             "Give the same ones, or --force to start again.",
         )

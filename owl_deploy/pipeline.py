@@ -27,11 +27,10 @@ from owl_deploy.engines import engine_for, installed_version
 from owl_deploy.engines.deployment import seen_of
 from owl_deploy.engines.loading import digest as file_digest
 from owl_deploy.engines.registry import LOOKUP
-from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, read_manifest
 from owl_deploy.measurements import keep_measurement, measurement_file
-from owl_deploy.partial import is_interrupted
+from owl_deploy.partial import NotThatRun, is_interrupted
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.record import Record, skipped
 from owl_deploy.text import source_files
@@ -146,7 +145,7 @@ def _go_on(output: Path, make: Callable[[bool], object]) -> None:
     if is_interrupted(output):
         try:
             make(True)
-        except BadInput:  # it was asked otherwise; whatever else is wrong comes again
+        except NotThatRun:  # what else is wrong may pass, and costs nothing that is done
             pass
         else:
             return

@@ -36,12 +36,12 @@ def load_tokens(folder: Path, sources: Sequence[str]) -> "torch.Tensor":
     """What the tokenizer in `folder` makes of the SOURCEs to prune or train on: int32 [tokens].
 
     Their documents (see text.py) stand one after another as they are named, a file that is
-    named twice once, and a blank line after each but the last. Raises `BadInput`.
+    named twice where it is named last, and a blank line after each but the last. Raises `BadInput`.
     """
     if not sources:
         raise BadInput("Nothing says on what text.", "Name a file, a folder or a data set.")
     named = [one for source in sources for one in training_documents(source)]
-    documents = list({_identity(one): one for one in named}.values())
+    documents = list({_identity(one): one for one in reversed(named)}.values())[::-1]
     tokenizer = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # A template may write the date: a run that resumes tomorrow finds today's tokens.

@@ -102,15 +102,18 @@ def cache_bytes(windows: int, positions: int, k: int) -> int:
 
 
 class TeacherCache:
-    """The teacher's likeliest tokens in windows that it has read, in two files in `folder`.
+    """The teacher's likeliest tokens in windows that a process has read, in two files in `folder`.
 
     It begins empty, in a run that resumes too: it saves time and decides nothing. Raises `OSError`
     where the disk is full.
     """
 
-    def __init__(self, folder: Path, name: str, windows: int, positions: int, k: int) -> None:
-        self._ids = _reserved(folder / f"{name}.ids", _IDS, (windows, positions, k))
-        self._shares = _reserved(folder / f"{name}.shares", _SHARES, (windows, positions, k + 1))
+    FILES = "teacher-*"
+
+    def __init__(self, folder: Path, rank: int, windows: int, positions: int, k: int) -> None:
+        ids, shares = (folder / f"teacher-{rank}.{what}" for what in ("ids", "shares"))
+        self._ids = _reserved(ids, _IDS, (windows, positions, k))
+        self._shares = _reserved(shares, _SHARES, (windows, positions, k + 1))
         self._known = np.zeros(windows, dtype=bool)
 
     def of(self, windows: torch.Tensor, make: Callable[[torch.Tensor], Likeliest]) -> Likeliest:

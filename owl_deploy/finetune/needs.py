@@ -10,11 +10,12 @@ from rich.filesize import decimal
 from owl_deploy.artefact import check_room
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput
-from owl_deploy.finetune.logits import cache_bytes
+from owl_deploy.finetune.logits import TeacherCache, cache_bytes
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.finetune.source import Source
 from owl_deploy.finetune.train import KEPT_CHECKPOINTS
 from owl_deploy.hardware import find_device
+from owl_deploy.partial import partial_folder
 from owl_deploy.ranks import free_memory
 
 # Of the Trainer's checkpoints: bytes a trained number, with Adam's two moments; at once at most.
@@ -94,22 +95,28 @@ class Needs:
                 f"Train {fewer}, or smaller batches (--batch-size).",
             )
 
-    def check_disk(self, folder: Path, *, resume: bool) -> None:
+    def check_disk(self, output: Path, *, resume: bool) -> None:
         """Refuse what cannot fit before minutes or hours are spent on it.
+
+        What an earlier run for `output` has left there is free where this one drops it: all, or of
+        one that this resumes the teacher's cache.
 
         A checkpoint takes its size, and its trained tensors lie beside it meanwhile, unless an
         earlier run has written them. An adapter takes little. What is trained is saved on the way,
         each time before an older one goes.
         """
+        folder, left = output.resolve().parent, partial_folder(output)
+        dropped = left.glob(TeacherCache.FILES) if resume else left.rglob("*")
+        freed = sum(path.stat().st_size for path in dropped if path.is_file())
         needed = (1 if resume else _SAVED) * _SAVED_BYTES * self._trained
         if self.settings.writes_weights:
             files = set(self.source.checkpoint.files.values())
             needed += (1 if resume else 2) * sum(path.stat().st_size for path in files)
+        needed -= freed
         check_room(folder, needed, "The result, with what is saved on the way,")
         if cache := self.cache_bytes * self.processes:
-            check_room(
-                folder, needed + cache, "The teacher's cache for --teacher-top, and the result,"
-            )
+            what = "The teacher's cache for --teacher-top, and the result,"
+            check_room(folder, needed + cache, what)
 
     @property
     def _share(self) -> float:

@@ -199,7 +199,7 @@ class Run:
 
     def begin(self, output: Path, *, resume: bool, force: bool) -> "_Unfinished":
         """The leader's: where the run keeps what is done; `BadInput` where it cannot begin."""
-        self.needs.check_disk(output.resolve().parent, resume=resume)
+        self.needs.check_disk(output, resume=resume)
         return _Unfinished(output, self.asked(), resume=resume, force=force)
 
     def complete(
@@ -256,8 +256,8 @@ class Run:
             staging.mkdir()
         if self.needs.cache_bytes:
             windows, length = self.windows[0].shape
-            name, top = f"teacher-{self.ranks.rank}", self.settings.teacher_top or 0
-            self._cache = TeacherCache(partial.folder, name, windows, length - 1, top)
+            rank, top = self.ranks.rank, self.settings.teacher_top or 0
+            self._cache = TeacherCache(partial.folder, rank, windows, length - 1, top)
         if self.settings.method == "masked":
             tensors, outcome = self._masked(partial)
             self._write(tensors, staging)

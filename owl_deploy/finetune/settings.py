@@ -3,9 +3,10 @@
 import math
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from owl_deploy.errors import BadInput, option, unknown_name
+from owl_deploy.errors import BadInput, invalid, option, unknown_name
+from owl_deploy.options import SEEDS
 
 METHODS = ("lora", "masked")
 MERGES = ("masked",)
@@ -95,6 +96,8 @@ class FinetuneSettings(BaseModel):
             if value is not None and (too_small or not math.isfinite(value)):
                 limit = f"at least {bound}" if bound else "above 0"
                 raise BadInput(f"{option(name)} must be {limit}.")
+        if not 0 <= self.seed <= SEEDS:
+            raise BadInput(f"--seed must be between 0 and {SEEDS}.")
         for name in ("warmup", "teacher_weight", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -106,7 +109,11 @@ def resolved(values: FinetuneSettings | dict[str, Any], teacher: bool) -> Finetu
 
     Raises `BadInput` for values that are impossible, or belong to what was not asked for.
     """
-    asked = FinetuneSettings.model_validate(values)
+    try:
+        asked = FinetuneSettings.model_validate(values)
+    except ValidationError as error:
+        known = FinetuneSettings.model_fields
+        raise invalid("the settings of a fine-tuning", error, known=known) from error
     filled: dict[str, Any] = {"learning_rate": _LEARNING_RATES[asked.method]}
     if asked.method == "lora":
         filled |= _LORA

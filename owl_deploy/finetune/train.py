@@ -240,6 +240,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self._done = 0.0  # share
         self.learning_rate = learning_rate  # at its highest
         self.factor = 0.0  # that it last had
+        self._used = 0.0  # that of the last step
         self._evaluations = _EVALUATIONS
         self._began: float | None = None
         self._agreed = 0.0
@@ -311,6 +312,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """The survivors have changed: so do the weights they are part of."""
+        self._used = self.factor  # before the scheduler moves on
         self.trainee.refresh()
         self._agree()  # before the learning rate moves with the time
 
@@ -321,10 +323,10 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
             self._make_room(self.seconds())
 
     def _make_room(self, seconds: float) -> None:
-        """Evaluate as often as a time limit has room for, where each, as the first, takes this."""
+        """Evaluate as often as a time limit has room for besides the first, which took this."""
         if self.schedule.seconds:
             room = int(_EVALUATING * self.schedule.seconds / max(seconds, 1e-3))
-            self._evaluations = max(1, min(_EVALUATIONS, room))
+            self._evaluations = max(1, min(_EVALUATIONS, room - 1))
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Decide what comes after this step."""
@@ -349,7 +351,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         row = state.log_history[-1]
         row["seconds"] = round(self.seconds(), 3)
         if "learning_rate" in row:  # else that of the first tensor
-            row["learning_rate"] = self.factor * self.learning_rate
+            row["learning_rate"] = self._used * self.learning_rate
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if not math.isfinite(loss):
             raise BadInput(

@@ -18,6 +18,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, Pruning
 from owl_deploy.measurements import keep_measurement, measurement_file
+from owl_deploy.partial import NotThatRun
 from owl_deploy.pipeline import (
     Bench,
     Evaluate,
@@ -409,3 +410,22 @@ def test_what_is_not_read_is_not_read_from_the_folder_at_hand():
     )
     assert "" not in map(str, tune.reads())
     assert Path() not in tune.reads()
+
+
+def test_only_a_run_of_other_arguments_is_begun_anew(tmp_path, monkeypatch):
+    """What else is wrong may be right in a minute: what an earlier run has done stays."""
+    monkeypatch.setattr(pipeline, "is_interrupted", lambda _: True)
+    asked = []
+
+    def make(resume):
+        asked.append(resume)
+        if resume:
+            raise error
+
+    error = NotThatRun("It was started with other arguments.")
+    pipeline._go_on(tmp_path / "out", make)
+    assert asked == [True, False]
+    error = BadInput("The data set cannot be reached.")
+    with pytest.raises(BadInput, match="cannot be reached"):
+        pipeline._go_on(tmp_path / "out", make)
+    assert asked == [True, False, True]

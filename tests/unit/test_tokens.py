@@ -53,7 +53,8 @@ def nothing(*_, **__):
         (["src"], ["The river", "The mill", "A small boat"]),
         (["src/*.py"], ["The river", "The mill"]),
         (["src/**/*.txt", "src/b.py"], ["A small boat", "The mill"]),
-        (["src/b.py", "src/a.py", "src"], ["The mill", "The river", "A small boat"]),
+        (["src/b.py", "src/a.py"], ["The mill", "The river"]),
+        (["src", "src/a.py"], ["The mill", "A small boat", "The river"]),
     ],
     ids=str,
 )

@@ -453,6 +453,39 @@ def test_no_room_for_the_teachers_cache(models, text_file, tmp_path, monkeypatch
         )
 
 
+@pytest.mark.parametrize("how", ["resume", "force"])
+def test_room_that_an_earlier_run_has_taken_is_there_for_the_next(
+    models, text_file, tmp_path, monkeypatch, how
+):
+    dense, sparse = models("llama")
+    values = QUICK | {"teacher_top": 300, "max_steps": 10**6}
+
+    def run(**how):
+        finetune(sparse, tmp_path / "out", str(text_file), values, teacher=str(dense), **how)
+
+    def cut_off(run, partial):
+        nonlocal left
+        (partial.folder / "group-0.json").write_text("{}")  # so that it is worth resuming
+        (partial.folder / "teacher-0.ids").write_bytes(bytes(run.needs.cache_bytes))
+        left -= run.needs.cache_bytes
+        raise KeyboardInterrupt
+
+    left = 50_000_000
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=left))
+    monkeypatch.setattr(module.Run, "execute", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    left = min(
+        left,
+        module.Run(
+            Source(sparse), resolved(values, teacher=True), str(text_file), str(dense)
+        ).needs.cache_bytes,
+    )
+    monkeypatch.setattr(module.Run, "execute", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(**{how: True})
+
+
 def test_more_of_the_teachers_tokens_than_there_are(models, text_file, tmp_path):
     dense, sparse = models("llama")
     with pytest.raises(BadInput, match="below the vocabulary's 320"):
@@ -463,6 +496,19 @@ def test_more_of_the_teachers_tokens_than_there_are(models, text_file, tmp_path)
             QUICK | {"teacher_top": 320},
             teacher=str(dense),
         )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"max_steps": "many"}, "max_steps in the settings of a fine-tuning is 'many'"),
+        ({"max_step": 3}, "Unknown key 'max_step'"),
+        ({"seed": -1}, "--seed must be between 0 and 2147483647"),
+    ],
+)
+def test_settings_that_are_none_are_said_in_a_sentence(values, said):
+    with pytest.raises(BadInput, match=said):
+        resolved(values, teacher=False)
 
 
 @pytest.mark.parametrize("skip", ["model.layers.0", "model.layers.0.self_attn", "mlp.down_proj"])

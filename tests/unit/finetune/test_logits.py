@@ -53,7 +53,7 @@ def test_a_teacher_that_is_certain_gives_a_loss():
 
 
 def test_the_teacher_is_asked_once_a_window(tmp_path):
-    cache = TeacherCache(tmp_path, "teacher", 6, 3, 2)
+    cache = TeacherCache(tmp_path, 0, 6, 3, 2)
     told = likeliest(logits(6 * 3, 9), 2, 1.0)
     asked = []
 

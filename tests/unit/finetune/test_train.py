@@ -42,7 +42,7 @@ def test_equals_dense_training_with_masked_gradients(models, tmp_path, family):
 
     assert [row["loss"] for row in curve if "loss" in row] == pytest.approx(expected, abs=1e-6)
     told = [row["learning_rate"] for row in curve if "loss" in row]
-    assert told == pytest.approx([0.08, 0.06, 0.04, 0.02, 0])  # as asked, whatever a tensor's is
+    assert told == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])  # as asked, whatever a tensor's is
     for name in source.blocks:
         found = model.get_submodule(name).state_dict()
         for key, wanted in plain.get_submodule(name).state_dict().items():
@@ -52,7 +52,7 @@ def test_equals_dense_training_with_masked_gradients(models, tmp_path, family):
 
 @pytest.mark.parametrize(
     ("limit", "took", "evaluations"),
-    [(600.0, 10.0, 4), (60.0, 1.9, 3), (60.0, 22.0, 1), (None, 22.0, 4)],
+    [(600.0, 10.0, 4), (60.0, 1.9, 2), (60.0, 22.0, 1), (None, 22.0, 4)],
 )
 @pytest.mark.parametrize("resumed", [False, True])
 def test_evaluating_takes_a_part_of_the_time(limit, took, evaluations, resumed, monkeypatch):
