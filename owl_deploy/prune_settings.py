@@ -76,6 +76,8 @@ class PruneSettings(BaseModel):
     @classmethod
     def _fill(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What follows from other values: N:M's sparsity, the allocation's spread, the options."""
+        if not isinstance(values, Mapping):
+            return values
         if values.get("budget") is not None:
             values = _with_budget(values)
         asked = values.get("allocation")
@@ -162,7 +164,7 @@ class PruneSettings(BaseModel):
         if not METHODS[self.method].removes:
             if not self.rounds:
                 raise BadInput(f"The method {self.method} only rounds.", "Give --bits.")
-            if self.head_sparsity:
+            if self.head_sparsity or self.refit:
                 raise BadInput(f"The method {self.method} removes nothing.", "Give another method.")
         for given, value in (("--group", self.bits_group), ("--head-bits", self.head_bits)):
             if not self.rounds and value is not None:

@@ -63,12 +63,16 @@ def merged(recipe: str | Path | None, overrides: dict[str, Any]) -> PruneSetting
     asked for.
     """
     values = load(find(recipe)) if recipe else {}
+    if strange := [name for name in overrides if not isinstance(name, str)]:
+        raise BadInput(f"The settings name {strange[0]!r}, which is no name.")
     if overrides.get("method", values.get("method")) != values.get("method"):
         values.pop("options", None)
     if overrides.get("allocation", values.get("allocation")) != values.get("allocation"):
         for name in ("spread", "outlier_multiple"):
             values.pop(name, None)
-    options = {**values.get("options", {}), **overrides.get("options", {})}
+    options = overrides.get("options", {})
+    if isinstance(options, Mapping):  # else it is refused with the rest
+        options = {**values.get("options", {}), **options}
     group = parse_structure(values.get("structure", UNSTRUCTURED))
     if group and overrides.get("structure") == UNSTRUCTURED and overrides.get("budget") is None:
         values["sparsity"] = 1 - group[0] / group[1]  # which the structure alone has said

@@ -55,7 +55,7 @@ class Maker:
         what it will be stored in.
         """
         if form.bits is None:
-            return Made(self._pruned(dense, inputs, *self._how(form.sparsity)))
+            return Made(self._pruned(dense, inputs, form.sparsity))
         swept = self.rounded(dense, inputs, form, whole=whole, dtype=dtype)
         return Made(*finished(swept, dense, inputs, self._grid(form, dtype)))
 
@@ -78,7 +78,7 @@ class Maker:
             swept: Swept = joint(dense, inputs, *self._how(form.sparsity), grid)
             return swept
         if form.sparsity:
-            pruned = self._pruned(dense, inputs, *self._how(form.sparsity))
+            pruned = self._pruned(dense, inputs, form.sparsity)
         elif joint and not self.keeps_zeros:
             whole = True
         removed = torch.zeros_like(pruned, dtype=torch.bool) if whole else pruned == 0
@@ -87,7 +87,7 @@ class Maker:
     def tried(self, dense: torch.Tensor, inputs: Inputs, form: Format) -> torch.Tensor:
         """Nearly what `make` leaves, to be judged: what is rounded is not refined."""
         if form.bits is None:
-            return self._pruned(dense, inputs, *self._how(form.sparsity))
+            return self._pruned(dense, inputs, form.sparsity)
         return self.rounded(dense, inputs, form).weight
 
     def _how(self, sparsity: float) -> tuple[float, Group, Options]:
@@ -101,8 +101,10 @@ class Maker:
         assert self.settings.bits_group is not None
         return Grid(form.bits, self.settings.bits_group, dtype)
 
-    def _pruned(self, dense: torch.Tensor, inputs: Inputs, *how: object) -> torch.Tensor:
-        pruned: torch.Tensor = self.prune(dense, inputs, *how)
+    def _pruned(self, dense: torch.Tensor, inputs: Inputs, sparsity: float) -> torch.Tensor:
+        if not sparsity:  # weights of inputs that this text never has would go all the same
+            return dense
+        pruned: torch.Tensor = self.prune(dense, inputs, *self._how(sparsity))
         if self.settings.refit and not self.row.refits:
             pruned = refit(dense, pruned, inputs)
         return pruned

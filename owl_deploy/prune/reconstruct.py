@@ -50,7 +50,7 @@ class Streams:
 
 
 def held_out_windows(samples: int) -> int:
-    """How many windows are held out beside `samples` that are trained on."""
+    """How many windows are held out, at least, beside `samples` that are trained on."""
     return -(-samples // _TRAINED_FOR_ONE)
 
 

@@ -80,6 +80,14 @@ class Request:
         return self.held_out[: _measuring(self.held_out.shape[1])]
 
     @property
+    def reconstructed_by(self) -> torch.Tensor:
+        """The windows of `held_out` that a reconstruction is judged by: as many by any allocation,
+        so that the recipe of a result repeats it.
+        """
+        assert self.held_out is not None
+        return self.held_out[: _reconstructing(self.samples, self.held_out.shape[1])]
+
+    @property
     def samples(self) -> int:
         """The windows of all processes; 1 where there are none."""
         return 1 if self.windows is None else len(self.windows)
@@ -202,6 +210,11 @@ def _measuring(length: int) -> int:
     return max(MEASURED_TOKENS // length, 1)
 
 
+def _reconstructing(samples: int, length: int) -> int:
+    """How many windows a reconstruction by so many others is judged by."""
+    return max(reconstruct.held_out_windows(samples), _measuring(length))
+
+
 def _windows(
     checkpoint: Checkpoint,
     settings: PruneSettings,
@@ -233,7 +246,8 @@ def _windows(
         )
     held_out = tune.HELD_OUT_WINDOWS if tunes else 0
     if settings.reconstruct:
-        held_out = max(held_out, reconstruct.held_out_windows(calibration.samples))
+        asked = _reconstructing(calibration.samples, calibration.sequence_length)
+        held_out = max(held_out, asked)
     if settings.budget or ALLOCATIONS[settings.allocation].losses:
         held_out = max(held_out, _measuring(calibration.sequence_length))
     return calibration.windows(checkpoint, held_out)

@@ -114,10 +114,9 @@ class Walk:
         request, epochs = self.request, self.request.settings.reconstruct
         if epochs:
             assert request.windows is not None
-            assert request.held_out is not None
             self.reconstruction = Reconstruction(
                 self.skeleton,
-                (request.windows, request.held_out),
+                (request.windows, request.reconstructed_by),
                 batch=request.batch,
                 epochs=epochs,
                 dtype=request.training_dtype,
@@ -335,11 +334,21 @@ class Walk:
         weight = dense.to(self.skeleton.device, torch.float32)
         if self.streams and linear:
             writes = asymmetric.writes(self.skeleton.family, linear)
-            keep_zeros = self.maker.keeps_zeros and not whole
+            keep_zeros = not whole and self._keeps_zeros(weight, form)
             weight = asymmetric.aimed(weight, inputs, writes=writes, keep_zeros=keep_zeros)
         made = self.maker.make(weight, inputs, form, whole=whole, dtype=dense.dtype)
         found = {"weight": made.weight.to(dense.device, dense.dtype)}
         return found if made.scales is None else found | {SCALE: made.scales.to(dense.device)}
+
+    def _keeps_zeros(self, weight: torch.Tensor, form: Format) -> bool:
+        """Whether what is zero in `weight` stays so, though others make up for what was lost: by
+        the method, or since a pruning before has put it there, and nothing more is removed or the
+        budget counts on it.
+        """
+        if self.maker.keeps_zeros:
+            return True
+        counted = self.plan.costs is not None or (form.bits is not None and not form.sparsity)
+        return counted and zeros(weight) >= SPARSE_FROM
 
     @torch.no_grad()
     def _finish_head(self, name: str, *, stored: bool) -> Part:

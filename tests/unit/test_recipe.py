@@ -211,6 +211,20 @@ def test_every_modifier_names_options_that_its_method_has():
             named.add(row.modifier.name)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"options": None}, "The options of wanda are None"),
+        ({"options": [1]}, r"The options of wanda are \[1\]"),
+        ({1: 2}, "The settings name 1"),
+        ({"method": "none", "bits": 4, "refit": True}, "The method none removes nothing"),
+    ],
+)
+def test_settings_that_are_none_are_refused(values, said):
+    with pytest.raises(BadInput, match=said):
+        recipe.merged(None, values)
+
+
 def test_options_of_a_recipe_go_with_its_method():
     gpt = {"options": {"block_size": 64}}
     kept = recipe.merged("owl-sparsegpt-50", gpt).options

@@ -205,6 +205,18 @@ def test_what_is_sparse_already_can_be_had_in_less(model, tmp_path, calibration)
         prune(model, tmp_path / "no", PruneSettings.checked(method="none", budget="3"), calibration)
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_zeros_that_a_budget_counts_on_stay(model, tmp_path, calibration, method):
+    """Though the weights are to make up for what was lost before them."""
+    half = PruneSettings.checked(method="magnitude", allocation="uniform", sparsity=0.5)
+    prune(model, tmp_path / "half", half)
+    settings = PruneSettings.checked(method=method, budget="4.2")
+    manifest = prune(tmp_path / "half", tmp_path / "out", settings, calibration)
+    size = sum(packed(tmp_path / "out").values())
+    assert 0.9 * manifest.spent.bytes < size < 1.005 * manifest.spent.bytes
+    assert 8 * size / manifest.weights <= 4.2
+
+
 @pytest.mark.parametrize("unit", ["bits", "bytes"])
 def test_the_least_and_the_most_that_are_said_can_be_had(model, calibration, unit):
     from owl_deploy.hardware import ANY_HARDWARE
