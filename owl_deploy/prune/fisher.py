@@ -37,7 +37,7 @@ def by_fisher(request: Request, store: Store) -> list[dict[str, float]]:
         return shape.by_block([0.0] * len(sizes))
     asked = levels(settings.sparsity, settings.group)
     ways = [Format(settings.bits, sparsity) for sparsity in asked]
-    found = measure_losses(request, store, _quick(settings), ways)
+    found = measure_losses(request, store, quick(settings), ways)
     linears = [own for block in found for own in block.values()]
     losses = [[one.loss for one in own] for own in linears]
     gone = [own[0].gone for own in linears]
@@ -137,7 +137,7 @@ def _between(sparsity: float, tried: Sequence[float], losses: Sequence[float]) -
     return math.exp(loss + (more - loss) * (sparsity - one) / (other - one))
 
 
-def _quick(settings: PruneSettings) -> PruneSettings:
+def quick(settings: PruneSettings) -> PruneSettings:
     """The settings to measure with: of those that refine what they leave, the method before."""
     method = _STAND_INS.get(settings.method, settings.method)
     options = settings.options if method == settings.method else METHODS[method].options()

@@ -1,27 +1,30 @@
 """What divisions of the sparsity cost: how far models that are pruned by them are from the dense.
 
-Many are judged at once, block by block, so that one block at a time is on the device. Weights go in
-the order of Wanda's scores under the dense model's own inputs, whatever the method is: that order
-is found once, and a byte a weight tells how early each goes. (EvoPress, arXiv 2410.14649, keeps
-every Linear pruned to every level by the method itself: for 7B a hundred gigabytes.)
+Many are judged at once, block by block, so that one block at a time is on the device. The models
+are put together of Linears that one pass over the dense model has made, by the method itself, at a
+few levels of sparsity (EvoPress, arXiv 2410.14649): what a division loses by Wanda's choice says
+little of what it loses by SparseGPT's. A sparsity between two levels has some rows as at the one
+and the others as at the other. Kept is a byte a weight and level.
 """
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from owl_deploy.blocks import Activations, Skeleton, room_for
+from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.progress import bar
-from owl_deploy.prune import score
 from owl_deploy.prune.sparsities import Shape
 
 Division = tuple[float, ...]  # the sparsities of all pruned Linears, in model order
-LayerNorms = Mapping[str, torch.Tensor]  # the norm of each pruned Linear's inputs, by its name
+# Of a block, by its name: see `tried.Trial`.
+Made = Callable[[str], Mapping[str, torch.Tensor]]
 
-LEVELS = 250  # of sparsity that are told apart where no N:M does; a byte holds them
+_PARTS = 250  # of sparsity that are told apart where no N:M does
+_GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly however many there are
 
 
 @dataclass
@@ -35,26 +38,30 @@ class _Branch:
 class Judge:
     """Tells the divergence of the model, pruned by one division or another, on `windows`.
 
-    `norms`: for each block, the dense model's input norms. `group`: N and M of a structure N:M, in
-    which sparsities are whole numbers of M. `scratch`: a folder for what memory does not hold.
+    `made` tells of the Linears of a block at each of the sparsities `tried`, which are in order.
+    `group`: N and M of a structure N:M, in which sparsities are whole numbers of M. `scratch`: a
+    folder for what memory does not hold.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
         shape: Shape,
-        norms: Sequence[LayerNorms],
+        tried: Sequence[float],
+        made: Made,
         windows: torch.Tensor,
         scratch: Path,
         group: tuple[int, int] | None,
     ) -> None:
         self.skeleton, self.shape, self.windows = skeleton, shape, windows
-        self.group, self.scratch = group, scratch
-        self.levels = LEVELS if group is None else group[1]
+        self.tried, self.made, self.scratch = tried, made, scratch
+        self.parts = _PARTS if group is None else group[1]
         self.start = skeleton.embed(windows, len(windows), scratch)
         self.dense = self.start.copy(scratch)
-        self.orders: list[dict[str, torch.Tensor]] = []
-        self._order(norms)
+        with bar("Reading held-out text", len(shape.names) * len(windows)) as advance:
+            for index, name in enumerate(shape.names):
+                with skeleton.loaded(name) as block:
+                    self.dense.through(block, index, advance, keep=True)
 
     @torch.no_grad()
     def divergences(self, divisions: Sequence[Division], places: Sequence[int]) -> list[float]:
@@ -64,9 +71,9 @@ class Judge:
         """
         if not divisions:  # more ranks than divisions
             return []
-        # In whole levels: what rounds to the same is the same model.
+        # In whole parts: what rounds to the same is the same model.
         by_block = [
-            self.shape.by_block(round(sparsity * self.levels) for sparsity in division)
+            self.shape.by_block(round(sparsity * self.parts) for sparsity in division)
             for division in divisions
         ]
         branches = [_Branch(list(range(len(divisions))), self._at(self.start, places))]
@@ -94,34 +101,20 @@ class Judge:
         asked: Sequence[Mapping[str, int]],
     ) -> None:
         """Run block `index` once for each branch; from one to the next few Linears change."""
-        linears = self.skeleton.linears(index)
-        dense = {name: linears[name].weight.clone() for name in self.shape.linears[index]}
+        linears, made = self.skeleton.linears(index), self.made(self.shape.names[index])
+        dense = {
+            name: linears[name].weight.to(torch.float32, copy=True)
+            for name in self.shape.linears[index]
+        }
         there: dict[str, int] = {}
         for branch in branches:
-            for name, level in asked[branch.members[0]].items():
-                if there.get(name) != level:
-                    stays = self.orders[index][name].to(dense[name].device) >= level
-                    torch.mul(dense[name], stays, out=linears[name].weight)
-                    there[name] = level
+            for name, parts in asked[branch.members[0]].items():
+                if there.get(name) != parts:
+                    difference, step = made[f"{name}.difference"], made[f"{name}.step"]
+                    left = mixed(dense[name], difference, step, self.tried, parts / self.parts)
+                    linears[name].weight.copy_(left)
+                    there[name] = parts
             branch.states.through(block, index, _silent, keep=True)
-
-    @torch.no_grad()
-    def _order(self, norms: Sequence[LayerNorms]) -> None:
-        """Find for every weight the first level at which it goes, less one; run the dense model."""
-        names, sizes = self.shape.names, self.shape.linear_sizes
-        # In one piece: half of what is free is asked of all of them, and not of each again.
-        whole = room_for((sum(sizes),), torch.uint8, self.skeleton.device, self.scratch)
-        rooms = iter(torch.split(whole, sizes))
-        with bar("Ordering weights", len(names) * len(self.windows)) as advance:
-            for index, name in enumerate(names):
-                with self.skeleton.loaded(name) as block:
-                    linears = self.skeleton.linears(index)
-                    self.orders.append({})
-                    for key in self.shape.linears[index]:
-                        scores = score.wanda(linears[key].weight.float(), norms[index][key])
-                        order = next(rooms).view_as(scores)
-                        self.orders[index][key] = order.copy_(levels(scores, self.group))
-                    self.dense.through(block, index, advance, keep=True)
 
     @staticmethod
     def _at(states: Activations, places: Sequence[int]) -> Activations:
@@ -130,16 +123,29 @@ class Judge:
         return Activations(hidden, states.arguments, states.batch, states.device)
 
 
-def levels(scores: torch.Tensor, group: tuple[int, int] | None) -> torch.Tensor:
-    """For each weight of `scores` [out, in] how many levels of sparsity it stays for, uint8.
+def mixed(
+    dense: torch.Tensor,
+    difference: torch.Tensor,
+    step: torch.Tensor,
+    tried: Sequence[float],
+    sparsity: float,
+) -> torch.Tensor:
+    """A Linear of that `sparsity`, float32 [out, in]; see `tried.Trial` for the other tensors.
 
-    It goes where the sparsity is more than that many of M parts, or of `LEVELS` in a whole row.
+    Its rows are as at the two nearest of no sparsity and those `tried`, so many of each that this
+    is their mean; of more than all of these as at the last.
     """
-    size = scores.shape[1] if group is None else group[1]
-    places = scores.reshape(-1, size).argsort(dim=1, stable=True).argsort(dim=1)
-    if group is None:
-        places = places * LEVELS // size
-    return places.to(torch.uint8).view_as(scores)
+    known = [0.0, *tried]
+    sparsity = min(sparsity, known[-1])
+    at = max(1, bisect.bisect_left(known, sparsity))
+    share = (sparsity - known[at - 1]) / (known[at] - known[at - 1])
+    later = (0.5 + _GOLDEN * torch.arange(len(dense), dtype=torch.float64)) % 1 < share
+    found = dense.clone()
+    for rows, level in ((~later, at - 2), (later, at - 1)):  # of those tried
+        if level >= 0:
+            change = difference[level][rows].to(dense.device).float()
+            found[rows] += change.mul_(step[level][rows, None].to(dense.device))
+    return found
 
 
 def _parted(branch: _Branch, asked: Sequence[Mapping[str, int]], scratch: Path) -> list[_Branch]:

@@ -1,7 +1,7 @@
 """The pass over the dense model: what enters each block's Linears, and what allocations ask."""
 
 import pkgutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,24 +14,24 @@ from owl_deploy.blocks import Activations
 from owl_deploy.input_statistics import InputStatistics
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune import score
-from owl_deploy.prune.judge import LayerNorms
 from owl_deploy.prune.owners import divide
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sparsities import BlockStatistics
+
+LayerNorms = Mapping[str, torch.Tensor]  # the norm of each pruned Linear's inputs, by its name
 
 VALUES = "v_proj"  # the Linear that attention averages, in every family that does not fuse it
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one dense pass gives: for each block its statistics and the norms of its inputs.
+    """What one dense pass gives: each block's statistics.
 
     `first`: the first block's inputs, which are those of the pruning pass, too; no later block's
     are. None where they are spent.
     """
 
     statistics: list[BlockStatistics]
-    norms: list[LayerNorms]
     first: InputStatistics | None
 
 
@@ -75,7 +75,7 @@ def measure(request: Request, scratch: Path) -> Measured:
         found = [
             replace(one, values=values) for one, values in zip(found, of_hessians, strict=True)
         ]
-    return Measured(found, norms, None if by_hessian else first)
+    return Measured(found, None if by_hessian else first)
 
 
 def _of_hessians(

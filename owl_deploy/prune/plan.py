@@ -1,27 +1,31 @@
 """What is known before the first block is pruned: how much of each Linear goes, and why."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from owl_deploy.allocation import ALLOCATIONS
+from owl_deploy.allocation import ALLOCATIONS, most_removed
 from owl_deploy.blocks import Skeleton
 from owl_deploy.input_statistics import InputStatistics
 from owl_deploy.manifest import Cost, Spent
 from owl_deploy.partial import damaged
-from owl_deploy.prune import tune
+from owl_deploy.prune import fisher, tune
 from owl_deploy.prune.budget import spend
 from owl_deploy.prune.clock import Clock
-from owl_deploy.prune.fisher import by_fisher
-from owl_deploy.prune.formats import Costs
+from owl_deploy.prune.formats import Costs, Format
 from owl_deploy.prune.head import measure_head
 from owl_deploy.prune.judge import Judge
-from owl_deploy.prune.measure import Measured, measure
+from owl_deploy.prune.linear import Maker
+from owl_deploy.prune.measure import measure
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.sensitivity import measure_costs
 from owl_deploy.prune.sparsities import BlockStatistics, Shape, linear_sparsities
 from owl_deploy.prune.store import PLAN, SEARCH, Store
+from owl_deploy.prune.tried import Trial
 from owl_deploy.prune_settings import PruneSettings
+
+_TRIED = "levels"  # the pass that makes what a search judges by
 
 
 class Plan(BaseModel):
@@ -90,23 +94,22 @@ def _by_rule(request: Request, store: Store) -> tuple[Plan, InputStatistics | No
     """The plan of an allocation, or of a search that begins with it; see `resolve`."""
     settings, measured = request.settings, None
     allocation = ALLOCATIONS[settings.allocation]
-    if request.tune_minutes or allocation.statistic is not None:
+    if allocation.statistic is not None:
         measured = measure(request, store.folder)
     statistics = measured.statistics if measured else None
     if allocation.losses:
-        sparsities = by_fisher(request, store)
+        sparsities = fisher.by_fisher(request, store)
     else:
         sparsities = linear_sparsities(settings, request.shape, statistics)
     if settings.layers is not None:  # the list has a mean, whatever the settings say
         settings = settings.model_copy(update={"sparsity": _removed(sparsities, request.shape)})
     plan = Plan(settings=settings, sparsities=sparsities, statistics=statistics)
     if request.tune_minutes:
-        assert measured is not None
-        plan = _tuned(plan, request, store, measured)
+        plan = _tuned(plan, request, store)
     return plan, measured.first if measured else None
 
 
-def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Plan:
+def _tuned(plan: Plan, request: Request, store: Store) -> Plan:
     """The `plan` with the sparsities that a search finds, which is kept in the `store`."""
     assert request.held_out is not None
     assert request.calibration is not None
@@ -117,9 +120,13 @@ def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Pl
         state = tune.Search() if kept is None else tune.Search.from_json(kept)
     except (KeyError, TypeError) as error:
         raise damaged(store.folder / SEARCH) from error
+    tried = _levels(settings)
+    ways = [Format(settings.bits, one) for one in tried]
+    Trial(request, store, _TRIED, Maker(fisher.quick(settings)), ways).run("Pruning to levels")
     windows = request.held_out[: tune.HELD_OUT_WINDOWS, : tune.HELD_OUT_TOKENS]
     skeleton = Skeleton(request.checkpoint, request.training_dtype, request.skeleton.device)
-    judge = Judge(skeleton, shape, measured.norms, windows, store.folder, settings.group)
+    made = partial(store.measured, way=_TRIED)
+    judge = Judge(skeleton, shape, tried, made, windows, store.folder, settings.group)
     searcher = tune.Searcher(
         tune.Mutation(settings, shape),
         judge,
@@ -128,7 +135,7 @@ def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Pl
         ranks,
         lambda found: store.write(SEARCH, found) if ranks.leads else None,
     )
-    start = tune.start(settings, shape, measured.statistics, plan.sparsities)
+    start = tune.start(settings, shape, plan.statistics, plan.sparsities)
     searcher.run(start, request.tune_minutes)
     return plan.model_copy(
         update={
@@ -137,6 +144,16 @@ def _tuned(plan: Plan, request: Request, store: Store, measured: Measured) -> Pl
             "trials": state.trials,
         }
     )
+
+
+def _levels(settings: PruneSettings) -> list[float]:
+    """The sparsities, in order, that a search has every Linear made at, up to the most there is."""
+    if settings.group is not None:
+        near = fisher.levels(settings.sparsity, settings.group)
+        return sorted({*near, 1 - 1 / settings.group[1]})
+    below = [share * settings.sparsity for share in (0.5, 0.75, 1)]
+    above = [1 - share * (1 - settings.sparsity) for share in (0.65, 0.4)]
+    return [*below, *above, most_removed(settings.sparsity)]
 
 
 def _removed(sparsities: Sequence[Mapping[str, float]], shape: Shape) -> float:

@@ -34,17 +34,16 @@ from owl_deploy.artefact import read_object, write_json
 from owl_deploy.blocks import Activations, check_finite
 from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.errors import OwlError
-from owl_deploy.input_statistics import Inputs
 from owl_deploy.manifest import Cost
 from owl_deploy.partial import ROUNDING
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.clock import weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
-from owl_deploy.prune.linear import Maker, zeros
-from owl_deploy.prune.measure import VALUES, gather
-from owl_deploy.prune.owners import divide
+from owl_deploy.prune.linear import Maker
+from owl_deploy.prune.measure import VALUES
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
+from owl_deploy.prune.tried import Trial
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import token_digest
 
@@ -188,27 +187,11 @@ class Measuring:
         self._backward(self._forward())
         return self.ranks.from_leader(lambda: [self._found(name) for name in self.names])
 
-    @torch.no_grad()
     def _forward(self) -> Activations:
         """What leaves the last block for the windows that are held out."""
-        hidden, held_out = (
-            self.skeleton.embed(windows, self.request.batch, self.store.folder)
-            for windows in (self.request.own_windows, self.held_out)
-        )
-        known = self._known("forward")
-        whole = known.issuperset(self.names)  # then nothing asks for the calibration windows
-        steps = len(self.names) * ((0 if whole else self.request.steps) + len(self.held_out))
-        with bar("Measuring losses", steps) as advance:
-            for index, name in enumerate(self.names):
-                if name not in known:
-                    entered = held_out.hidden.clone()
-                    found = self._forward_block(index, hidden, held_out, advance)
-                    self._keep(name, "forward", found | {"entered": entered})
-                else:
-                    with self.skeleton.loaded(name) as block:
-                        if not whole:
-                            hidden.through(block, index, advance, keep=True)
-                        held_out.through(block, index, advance, keep=True)
+        held_out = self.skeleton.embed(self.held_out, self.request.batch, self.store.folder)
+        trial = Trial(self.request, self.store, "forward", self.maker, self.ways)
+        trial.run("Measuring losses", held_out)
         return held_out
 
     def _known(self, way: str) -> set[str]:
@@ -220,38 +203,6 @@ class Measuring:
     def _keep(self, name: str, way: str, found: dict[str, torch.Tensor]) -> None:
         if self.ranks.leads:
             self.store.keep(name, way, found)
-
-    def _forward_block(
-        self, index: int, hidden: Activations, held_out: Activations, advance: Advance
-    ) -> dict[str, torch.Tensor]:
-        name, hessian = self.names[index], self.maker.settings.needs == "hessian"
-        found: dict[str, torch.Tensor] = {}
-        linears = self.skeleton.linears(index)
-        with self.skeleton.loaded(name) as block:
-            own = {key: linears[key].weight.float() for key in self.linears[index]}
-            statistics = gather(
-                self.request, block, index, hidden, advance, keep=True, hessian=hessian
-            )
-            owner = divide(statistics, linears, self.ranks, hessian=hessian)
-            held_out.through(block, index, advance, keep=True)
-            for key, dense in own.items():
-                if owner[key] == self.ranks.rank:
-                    found |= self._tried(key, dense, Inputs(statistics, key))
-            return self.ranks.merged(found, self.skeleton.device)
-
-    def _tried(self, key: str, dense: torch.Tensor, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """What the forward pass leaves of the Linear `key`, whose weight is `dense` [out, in]."""
-        kept, shares, gone = [], [], zeros(dense)
-        for way in self.ways:
-            left = self.maker.tried(dense, inputs, way)
-            shares.append([zeros(left), gone])
-            kept.append(in_steps((left - dense).cpu()))
-        difference, step = (torch.stack(own) for own in zip(*kept, strict=True))
-        return {
-            f"{key}.difference": difference,
-            f"{key}.step": step,
-            f"{key}.zeros": torch.tensor(shares, dtype=torch.float64),
-        }
 
     def _backward(self, hidden: Activations) -> None:
         """Ask what each Linear's difference costs, from the last block to the first."""
@@ -326,12 +277,6 @@ class Measuring:
             ]
             for key in self.linears[self.names.index(name)]
         }
-
-
-def in_steps(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `difference` [out, in] as int8, in steps [out] of a 127th of each row's largest."""
-    step = difference.abs().amax(dim=1) / 127
-    return (difference / step.clamp(min=1e-30).unsqueeze(1)).round().to(torch.int8), step
 
 
 def _squares(

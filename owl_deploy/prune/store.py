@@ -19,6 +19,7 @@ from owl_deploy.partial import ASKED, Partial
 
 PLAN = "plan.json"
 SEARCH = "search.json"  # how far a search for an allocation has come
+_MEASURED = ("*.forward", "*.backward", "*.levels")  # what passes have measured of each block
 
 
 class Store(Partial):
@@ -67,7 +68,7 @@ class Store(Partial):
 
     def forget_measured(self) -> None:
         """Drop all that was measured, which a plan holds by now."""
-        for pattern in ("*.forward", "*.backward", SEARCH):
+        for pattern in (*_MEASURED, SEARCH):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
@@ -84,8 +85,8 @@ class Store(Partial):
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
         names = (MANIFEST, PLAN, SEARCH)
-        done = (*(self.folder / name for name in names), *self.folder.glob("*.forward"))
-        return any(path.is_file() for path in done)
+        done = (self.folder.glob(pattern) for pattern in (*names, *_MEASURED))
+        return any(path.is_file() for paths in done for path in paths)
 
     def finished(self) -> CheckpointManifest | None:
         """Publish the checkpoint that an earlier run made whole; None where none did."""

@@ -24,7 +24,6 @@ from owl_deploy.ranks import Ranks
 
 HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 8, 256  # to judge by: the first tokens of each window
 OFFSPRING = 8
-_LONGEST_GROUP = 256  # a byte tells its places apart (see `judge.levels`)
 _SPREADS = (0.04, 0.08, 0.15)
 _GROUP_WEIGHTS = (1.0, 1.5)  # half the range of N:M, in weights of a group
 _STEPS: tuple[float, ...] = (0.02, 0.04, 0.08, 0.16)  # shares of the smaller of two sets that trade
@@ -86,11 +85,6 @@ def check(settings: PruneSettings, minutes: float) -> None:
         raise BadInput(
             "There is nothing to tune: what goes of each layer is said by other settings.",
             "Use --tune with a --sparsity, and neither a budget nor a recipe that lists layers.",
-        )
-    if settings.group is not None and settings.group[1] > _LONGEST_GROUP:
-        raise BadInput(
-            f"A search takes groups of {_LONGEST_GROUP} weights at most, not {settings.group[1]}.",
-            "Give a shorter --structure, or leave --tune out.",
         )
 
 
@@ -217,7 +211,7 @@ class Searcher:
 def start(
     settings: PruneSettings,
     shape: Shape,
-    statistics: Statistics,
+    statistics: Statistics | None,
     asked: Sequence[Mapping[str, float]],
 ) -> list[tuple[str, Division]]:
     """The divisions of the `named` allocations; `asked`: that of the settings themselves."""

@@ -143,6 +143,23 @@ def test_a_budget_resumes_from_each_of_its_passes(model, text_file, tmp_path, mo
     assert told[0]["blocks"] == told[1]["blocks"]
 
 
+def test_a_search_resumes_from_the_pass_that_makes_what_it_judges_by(model, text_file, tmp_path):
+    asked = {"method": "sparsegpt", "allocation": "linear", "sparsity": 0.6}
+    settings = PruneSettings.checked(**asked)
+    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+    first = prune(model, tmp_path / "whole", settings, calibration, tune_minutes=1e-9)
+    out = tmp_path / "out"
+    killed(model, out, text_file, asked, "keep:1")
+    killed(model, out, text_file, asked, "keep:2", resume=True)
+    assert len(list(partial_folder(out).glob("*.levels"))) == 3
+    killed(model, out, text_file, asked, "save:1", resume=True)
+    assert not list(partial_folder(out).glob("*.levels"))  # the plan holds what came of them
+    again = prune(model, out, settings, calibration, tune_minutes=1e-9, resume=True)
+    assert [one.divergence for one in again.tuning] == [one.divergence for one in first.tuning]
+    whole, resumed = (weights(tmp_path / name) for name in ("whole", "out"))
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+
+
 # Stands still once a block is there.
 STANDING = """
 import signal, sys

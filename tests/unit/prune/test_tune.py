@@ -50,7 +50,6 @@ def test_a_search_begins_with_what_was_asked_and_others():
         ({"allocation": "list", "layers": {"model.layers.0": 0.5}}, 5, "nothing to tune"),
         ({"sparsity": 0.0}, 5, "nothing to tune"),
         ({"method": "none", "bits": 4}, 5, "nothing to tune"),
-        ({"structure": "256:512"}, 5, "groups of 256 weights at most, not 512"),
         ({}, 0, "is no time"),
         ({}, -1, "is no time"),
         ({}, math.nan, "is no time"),
@@ -232,20 +231,20 @@ def test_of_the_offspring_the_best_on_little_text_is_judged_on_all(monkeypatch):
 
 
 def test_a_search_judges_by_text_that_nothing_was_made_by(llama, text_file, tmp_path, monkeypatch):
-    made = {}
+    read = []
 
     class Noted(planning.Judge):
-        def __init__(self, skeleton, shape, norms, windows, *rest):
-            made.update(norms=norms, windows=windows)
-            super().__init__(skeleton, shape, norms, windows, *rest)
+        def __init__(self, skeleton, shape, tried, made, windows, *rest):
+            read.append(windows)
+            super().__init__(skeleton, shape, tried, made, windows, *rest)
 
     monkeypatch.setattr(planning, "Judge", Noted)
     settings, text = PruneSettings.checked(sparsity=0.5), Calibration(str(text_file), 3, 48)
     prune(llama, tmp_path / "out", settings, text, tune_minutes=NO_TIME)
     request = check(llama, settings, text, ANY_HARDWARE, tune_minutes=1)
-    assert torch.equal(made["windows"], request.held_out[:8, :256])
-    assert not torch.equal(made["windows"][: len(request.windows)], request.windows)
-    assert all(norms["mlp.down_proj"].std() > 0 for norms in made["norms"])
+    (windows,) = read
+    assert torch.equal(windows, request.held_out[:8, :256])
+    assert not torch.equal(windows[: len(request.windows)], request.windows)
 
 
 def test_a_damaged_search_is_no_search_to_go_on_with(llama, text_file, tmp_path, monkeypatch):

@@ -1,0 +1,99 @@
+"""The pass in which every Linear is made in several ways by the dense model's inputs.
+
+What the ways cost (`sensitivity`) and what a search puts together (`judge`) begins with it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from owl_deploy.blocks import Activations
+from owl_deploy.input_statistics import Inputs
+from owl_deploy.progress import Advance, bar
+from owl_deploy.prune.formats import Format
+from owl_deploy.prune.linear import Maker, zeros
+from owl_deploy.prune.measure import gather
+from owl_deploy.prune.owners import divide
+from owl_deploy.prune.request import Request
+from owl_deploy.prune.store import Store
+
+
+class Trial:
+    """Makes each pruned Linear in each of the `ways`, and keeps in the `store`, as the pass `name`:
+
+    of each Linear the `difference` [ways, out, in] from its weight, int8, in steps of `step` [ways,
+    out], and its `zeros` [ways, 2]: after and before. Finished blocks are durable, for a run that
+    resumes. Of several processes each runs its part of the windows and makes its part of the
+    Linears; the first writes the files, and all read them.
+    """
+
+    def __init__(
+        self, request: Request, store: Store, name: str, maker: Maker, ways: Sequence[Format]
+    ) -> None:
+        self.request, self.store, self.name = request, store, name
+        self.maker, self.ways = maker, ways
+
+    @torch.no_grad()
+    def run(self, title: str, beside: Activations | None = None) -> None:
+        """Make what the store lacks; with `beside`, states of other windows, which go through the
+        dense model too, what `entered` each block of them is kept as well.
+        """
+        request, names = self.request, self.request.shape.names
+        known = request.ranks.from_leader(
+            lambda: {one for one in names if self.store.has_measured(one, self.name)}
+        )
+        whole = known.issuperset(names)  # then nothing asks for the calibration windows
+        if whole and not beside:
+            return
+        hidden = request.skeleton.embed(request.own_windows, request.batch, self.store.folder)
+        windows = (0 if whole else request.steps) + (len(beside.hidden) if beside else 0)
+        with bar(title, len(names) * windows) as advance:
+            for index, name in enumerate(names):
+                entered = {"entered": beside.hidden.clone()} if beside else {}
+                with request.skeleton.loaded(name) as block:
+                    if name not in known:
+                        found = self._block(block, index, hidden, advance)
+                        self._keep(name, found | entered)
+                    elif not whole:
+                        hidden.through(block, index, advance, keep=True)
+                    if beside:
+                        beside.through(block, index, advance, keep=True)
+
+    def _block(
+        self, block: nn.Module, index: int, hidden: Activations, advance: Advance
+    ) -> dict[str, torch.Tensor]:
+        """What is found of block `index`, through which `hidden` goes."""
+        request, hessian = self.request, self.maker.settings.needs == "hessian"
+        linears = request.skeleton.linears(index)
+        statistics = gather(request, block, index, hidden, advance, keep=True, hessian=hessian)
+        owner = divide(statistics, linears, request.ranks, hessian=hessian)
+        found: dict[str, torch.Tensor] = {}
+        for key in request.shape.linears[index]:
+            if owner[key] == request.ranks.rank:
+                dense = linears[key].weight.float()
+                found |= self._linear(key, dense, Inputs(statistics, key))
+        return request.ranks.merged(found, request.skeleton.device)
+
+    def _linear(self, key: str, dense: torch.Tensor, inputs: Inputs) -> dict[str, torch.Tensor]:
+        kept, shares, gone = [], [], zeros(dense)
+        for way in self.ways:
+            left = self.maker.tried(dense, inputs, way)
+            shares.append([zeros(left), gone])
+            kept.append(in_steps((left - dense).cpu()))
+        difference, step = (torch.stack(own) for own in zip(*kept, strict=True))
+        return {
+            f"{key}.difference": difference,
+            f"{key}.step": step,
+            f"{key}.zeros": torch.tensor(shares, dtype=torch.float64),
+        }
+
+    def _keep(self, block: str, found: dict[str, torch.Tensor]) -> None:
+        if self.request.ranks.leads:
+            self.store.keep(block, self.name, found)
+
+
+def in_steps(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `difference` [out, in] as int8, in steps [out] of a 127th of each row's largest."""
+    step = difference.abs().amax(dim=1) / 127
+    return (difference / step.clamp(min=1e-30).unsqueeze(1)).round().to(torch.int8), step
