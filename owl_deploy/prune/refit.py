@@ -13,6 +13,7 @@ import torch
 from owl_deploy.input_statistics import Inputs
 
 DAMPENING = 0.05  # of a method that brings none: what loses least on other text, see `Gram`
+_FAINT = 0.01  # of the median input's square: a smaller one counts as this, see `raised`
 _STEPS = 10
 
 
@@ -22,8 +23,8 @@ class Gram:
 
     `matrix` [in, in]: X^T X with rows and columns divided by `scale` [in], the inputs' norms, and a
     dampening added to its diagonal of ones. That is a ridge, which holds the weights near the dense
-    ones where the calibration text says little. `dead` [in]: the inputs that are always zero, of
-    scale 1.
+    ones where the calibration text says little. The norms are `raised`, and the diagonal is of ones
+    all the same, a ridge for faint inputs. `dead` [in]: those that are always zero, of scale 1.
     """
 
     matrix: torch.Tensor
@@ -33,12 +34,26 @@ class Gram:
 
 def gram(hessian: torch.Tensor, dampening: float) -> Gram:
     """From X^T X [in, in] (any scale); `dampening` is a share of the scaled diagonal."""
-    scale = hessian.diagonal().sqrt()
+    scale = raised(hessian.diagonal()).sqrt()
     dead = scale == 0
     scale = scale.masked_fill(dead, 1)
     matrix = hessian / scale / scale.unsqueeze(1)
     matrix.diagonal().fill_(1 + dampening)
     return Gram(matrix, scale, dead)
+
+
+def raised(squares: torch.Tensor) -> torch.Tensor:
+    """The diagonal of X^T X [in] to solve by: no input is fainter than a tenth of the median one.
+
+    A weight that makes up for others grows as its input is fainter, in which a rounding on other
+    text counts as little; but a grid's group, and 16 bits, have to hold it beside the others: with
+    one such column in a group of 32, of the size of a thousand, the others were rounded to nothing.
+    What is zero stays so.
+    """
+    there = squares[squares > 0]
+    if not len(there):
+        return squares
+    return squares.clamp(min=_FAINT * float(there.median())).masked_fill(squares == 0, 0)
 
 
 def refit(weight: torch.Tensor, pruned: torch.Tensor, inputs: Inputs) -> torch.Tensor:

@@ -12,9 +12,14 @@ from tests.reference.owl import lowest
 
 
 def scaled(hessian, dampening):
-    """The Hessian with a diagonal of 1 + dampening, and the norms that it was divided by."""
+    """The Hessian with a diagonal of 1 + dampening, and the norms that it was divided by: those of
+    inputs fainter than a tenth of the median one are taken for that.
+    """
     hessian = hessian.double().clone()
     scale = hessian.diagonal().sqrt().clone()
+    if (scale > 0).any():
+        least = 0.1 * float(scale[scale > 0].square().median().sqrt())
+        scale[scale > 0] = scale[scale > 0].clamp(min=least)
     scale[scale == 0] = 1
     hessian /= torch.outer(scale, scale)
     for j in range(len(hessian)):

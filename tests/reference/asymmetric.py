@@ -80,7 +80,10 @@ def aims(dense, pruned, windows, blocks, stages, ridge=16):
                     both = [seen(one, windows, **what, output=not stream) for one in (dense, state)]
                     wanted = counted(*both, len(windows))
                 share = ridge * rows.shape[1] / len(rows)
-                sizes = (share * rows.square().sum(0)).sqrt()
+                squares = rows.square().sum(0)
+                least = 0.01 * float(squares[squares > 0].median())
+                at_least = torch.where(squares > 0, squares.clamp(min=least), 0)
+                sizes = ((1 + share) * at_least - squares).sqrt()
                 change = torch.linalg.lstsq(
                     torch.cat([rows, sizes.diag()]),
                     torch.cat([wanted, torch.zeros(rows.shape[1], len(weight)).double()]),

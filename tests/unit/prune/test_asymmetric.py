@@ -1,15 +1,18 @@
 """What each Linear makes up for besides, against two whole models run side by side."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import GRID
 from owl_deploy.errors import BadInput
 from owl_deploy.hardware import ANY_HARDWARE
 from owl_deploy.input_statistics import Inputs, InputStatistics
+from owl_deploy.manifest import CheckpointManifest, read_manifest
 from owl_deploy.prune import asymmetric
 from owl_deploy.prune.request import check
 from owl_deploy.prune.run import prune
@@ -95,6 +98,44 @@ def test_zeros_that_stay_are_kept(models, tmp_path, calibration, bits):
             assert not after[name][one == 0].any()
             assert not torch.equal(after[name], one)
     assert (tmp_path / "out" / GRID).exists() == (bits is not None)
+
+
+def faint(model, folder):
+    """The model, an eighth of whose inputs are a thousandth of the others."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / WEIGHTS)
+    for name, one in weights.items():
+        if "layernorm" in name or "layer_norm" in name:
+            one[::8] *= 1e-3
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"method": "none", "bits": 4},
+        ASKED,
+        ASKED | {"bits": 4},
+        ASKED | {"method": "alps", "asymmetric": False},
+        ASKED | {"method": "alps", "asymmetric": False, "bits": 4},
+    ],
+    ids=str,
+)
+def test_no_weight_outgrows_its_group_where_an_input_is_faint(
+    models, family, tmp_path, calibration, asked
+):
+    """It would set the scale by which the others are rounded, to nothing."""
+    model = faint(models[family], tmp_path / "model")
+    prune(model, tmp_path / "out", PruneSettings.checked(**asked), calibration)
+    before, after = (load_file(folder / WEIGHTS) for folder in (model, tmp_path / "out"))
+    for name, one in before.items():
+        if ".layers." in name and one.ndim == 2:
+            assert after[name].abs().max() < 2.5 * one.abs().max(), name
+    if "sparsity" not in asked:
+        told = read_manifest(tmp_path / "out", CheckpointManifest)
+        assert told.sparsity.achieved < 0.12
 
 
 def test_the_aim_with_zeros_is_the_best_of_those_that_keep_them(monkeypatch):
