@@ -125,14 +125,17 @@ class InputStatistics:
 
         `make` must leave the matrix as it is.
         """
-        assert self._hessian, "the method's row does not say that it needs it"
-        own = name in self._read
-        key = (name if own else self._leader[name], make, arguments)
+        key = (name if name in self._read else self._leader[name], make, arguments)
         if key not in self._made:
-            total = self._sums[self._leader[name]]
-            self._made[key] = make(total + _READ * self._read[name] if own else total, *arguments)
+            self._made[key] = make(self.hessian(name), *arguments)
         found: T = self._made[key]
         return found
+
+    def hessian(self, name: str) -> torch.Tensor:
+        """The Linear's X^T X [in, in], float32, to be left as it is."""
+        assert self._hessian, "the method's row does not say that it needs it"
+        total = self._sums[self._leader[name]]
+        return total + _READ * self._read[name] if name in self._read else total
 
     def cross(self, leader: str, other: torch.Tensor) -> None:
         """Gather Y^T X [n, in] besides, for the inputs X of the pass that has just been run.

@@ -3,7 +3,6 @@
 import pkgutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,7 +89,7 @@ def _of_hessians(
     value = pkgutil.resolve_name(measure)
     own = {
         key: torch.tensor(
-            [inputs.of_hessian(key, partial(value, linears[key].weight.float()))],
+            [value(linears[key].weight.float(), inputs.hessian(key))],
             dtype=torch.float64,
         )
         for key in request.shape.linears[index]
