@@ -310,9 +310,11 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         """Start to measure the speed."""
         self.speed.begin(state.num_input_tokens_seen)
 
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
+    def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:  # noqa: ANN401
         """The survivors have changed: so do the weights they are part of."""
-        self._used = self.factor  # before the scheduler moves on
+        # Before the scheduler moves on; it has forgotten the factor where the run has resumed.
+        rates = ((one["lr"], one["initial_lr"]) for one in optimizer.param_groups)
+        self._used = next((rate / highest for rate, highest in rates if highest), 0.0)
         self.trainee.refresh()
         self._agree()  # before the learning rate moves with the time
 

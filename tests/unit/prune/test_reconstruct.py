@@ -16,6 +16,7 @@ from owl_deploy.errors import BadInput
 from owl_deploy.grid import limits
 from owl_deploy.prune import reconstruct
 from owl_deploy.prune.reconstruct import Reconstruction, error, held_out_windows
+from owl_deploy.prune.request import MEASURED_TOKENS
 from owl_deploy.prune.run import Calibration, prune
 from owl_deploy.prune_settings import PruneSettings
 from tests import tiny
@@ -318,7 +319,8 @@ def test_it_needs_windows_to_hold_out(models, tmp_path):
         prune(models["llama"], tmp_path / "out", PruneSettings.checked(allocation="owl"), text)
     there = int(re.search(r"holds (\d+) windows", str(refused.value))[1])
     enough = replace(text, samples=there)
-    with pytest.raises(BadInput, match=f"not {there} and {held_out_windows(there)} others"):
+    others = max(held_out_windows(there), MEASURED_TOKENS // 2)
+    with pytest.raises(BadInput, match=f"not {there} and {others} others"):
         prune(
             models["llama"],
             tmp_path / "out",
