@@ -239,8 +239,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self._told = False  # to this process
         self._done = 0.0  # share
         self.learning_rate = learning_rate  # at its highest
-        self.factor = 0.0  # that it last had
-        self._used = 0.0  # that of the last step
+        self._factor = 0.0  # of it, in the last step
         self._evaluations = _EVALUATIONS
         self._began: float | None = None
         self._agreed = 0.0
@@ -275,8 +274,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
                 rise = min(rise, (step + 1) / _WARM) if self.schedule.seconds else rise
             if warmup < 1:
                 fall = (1 - done) / (1 - warmup)
-            self.factor = max(0.0, min(1.0, rise, fall))
-            return self.factor
+            return max(0.0, min(1.0, rise, fall))
 
         return factor
 
@@ -312,9 +310,9 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:  # noqa: ANN401
         """The survivors have changed: so do the weights they are part of."""
-        # Before the scheduler moves on; it has forgotten the factor where the run has resumed.
+        # Before the scheduler moves on.
         rates = ((one["lr"], one["initial_lr"]) for one in optimizer.param_groups)
-        self._used = next((rate / highest for rate, highest in rates if highest), 0.0)
+        self._factor = next((rate / highest for rate, highest in rates if highest), 0.0)
         self.trainee.refresh()
         self._agree()  # before the learning rate moves with the time
 
@@ -353,7 +351,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         row = state.log_history[-1]
         row["seconds"] = round(self.seconds(), 3)
         if "learning_rate" in row:  # else that of the first tensor
-            row["learning_rate"] = self._used * self.learning_rate
+            row["learning_rate"] = self._factor * self.learning_rate
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if not math.isfinite(loss):
             raise BadInput(

@@ -43,7 +43,7 @@ from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import VALUES
 from owl_deploy.prune.request import Request
 from owl_deploy.prune.store import Store
-from owl_deploy.prune.tried import Trial
+from owl_deploy.prune.tried import Trial, already
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.text import token_digest
 
@@ -194,19 +194,9 @@ class Measuring:
         trial.run("Measuring losses", held_out)
         return held_out
 
-    def _known(self, way: str) -> set[str]:
-        """The blocks that the pass `way` has measured; with it all processes see their files."""
-        return self.ranks.from_leader(
-            lambda: {name for name in self.names if self.store.has_measured(name, way)}
-        )
-
-    def _keep(self, name: str, way: str, found: dict[str, torch.Tensor]) -> None:
-        if self.ranks.leads:
-            self.store.keep(name, way, found)
-
     def _backward(self, hidden: Activations) -> None:
         """Ask what each Linear's difference costs, from the last block to the first."""
-        known = self._known("backward")
+        known = already(self.request, self.store, "backward")
         todo = [index for index, name in enumerate(self.names) if name not in known]
         if not todo:
             return
@@ -222,7 +212,8 @@ class Measuring:
                 arguments = hidden.arguments[index]
                 losses = self._backward_block(index, gradient, own, arguments, advance)
                 whole = {"gradient": self._whole(gradient, own)}
-                self._keep(self.names[index], "backward", losses | whole)
+                if self.ranks.leads:
+                    self.store.keep(self.names[index], "backward", losses | whole)
 
     def _backward_block(
         self,

@@ -20,12 +20,12 @@ from owl_deploy.prune.store import Store
 
 
 class Trial:
-    """Makes each pruned Linear in each of the `ways`, and keeps in the `store`, as the pass `name`:
+    """Makes each pruned Linear in each of the `ways`; what it finds is the `store`'s pass `name`.
 
-    of each Linear the `difference` [ways, out, in] from its weight, int8, in steps of `step` [ways,
-    out], and its `zeros` [ways, 2]: after and before. Finished blocks are durable, for a run that
-    resumes. Of several processes each runs its part of the windows and makes its part of the
-    Linears; the first writes the files, and all read them.
+    Of each Linear that is the `difference` [ways, out, in] from its weight, int8, in steps of
+    `step` [ways, out], and its `zeros` [ways, 2]: after and before. Finished blocks are durable,
+    for a run that resumes. Of several processes each runs its part of the windows and makes its
+    part of the Linears; the first writes the files, and all read them.
     """
 
     def __init__(
@@ -40,9 +40,7 @@ class Trial:
         dense model too, what `entered` each block of them is kept as well.
         """
         request, names = self.request, self.request.shape.names
-        known = request.ranks.from_leader(
-            lambda: {one for one in names if self.store.has_measured(one, self.name)}
-        )
+        known = already(request, self.store, self.name)
         whole = known.issuperset(names)  # then nothing asks for the calibration windows
         if whole and not beside:
             return
@@ -54,7 +52,8 @@ class Trial:
                 with request.skeleton.loaded(name) as block:
                     if name not in known:
                         found = self._block(block, index, hidden, advance)
-                        self._keep(name, found | entered)
+                        if request.ranks.leads:
+                            self.store.keep(name, self.name, found | entered)
                     elif not whole:
                         hidden.through(block, index, advance, keep=True)
                     if beside:
@@ -88,9 +87,13 @@ class Trial:
             f"{key}.zeros": torch.tensor(shares, dtype=torch.float64),
         }
 
-    def _keep(self, block: str, found: dict[str, torch.Tensor]) -> None:
-        if self.request.ranks.leads:
-            self.store.keep(block, self.name, found)
+
+def already(request: Request, store: Store, name: str) -> set[str]:
+    """The blocks that the pass `name` has measured; with it all processes see their files."""
+    names = request.shape.names
+    return request.ranks.from_leader(
+        lambda: {one for one in names if store.has_measured(one, name)}
+    )
 
 
 def in_steps(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
