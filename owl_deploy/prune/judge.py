@@ -1,13 +1,12 @@
 """What divisions of the sparsity cost: how far models that are pruned by them are from the dense.
 
 Many are judged at once, block by block, so that one block at a time is on the device. The models
-are put together of Linears that one pass over the dense model has made, by the method itself, at a
-few levels of sparsity (EvoPress, arXiv 2410.14649): what a division loses by Wanda's choice says
-little of what it loses by SparseGPT's. A sparsity between two levels has some rows as at the one
-and the others as at the other. Kept is a byte a weight and level.
+are put together of Linears that one pass has made (`tried`), by the method itself, at a few levels
+of sparsity (EvoPress, arXiv 2410.14649): what a division loses by Wanda's choice says little of
+what it loses by SparseGPT's. A sparsity between two levels has some rows as at the one and the
+others as at the other. Kept is a byte a weight and level.
 """
 
-import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from owl_deploy.blocks import Activations, Skeleton
 from owl_deploy.progress import bar
+from owl_deploy.prune.levels import mixed, of_linear
 from owl_deploy.prune.sparsities import Shape
 
 Division = tuple[float, ...]  # the sparsities of all pruned Linears, in model order
@@ -24,7 +24,6 @@ Division = tuple[float, ...]  # the sparsities of all pruned Linears, in model o
 Made = Callable[[str], Mapping[str, torch.Tensor]]
 
 _PARTS = 250  # of sparsity that are told apart where no N:M does
-_GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly however many there are
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Judge:
         for branch in branches:
             for name, parts in asked[branch.members[0]].items():
                 if there.get(name) != parts:
-                    difference, step = made[f"{name}.difference"], made[f"{name}.step"]
+                    difference, step = of_linear(made, name)
                     left = mixed(dense[name], difference, step, self.tried, parts / self.parts)
                     linears[name].weight.copy_(left)
                     there[name] = parts
@@ -121,31 +120,6 @@ class Judge:
         """Those of the windows at `places`, to be changed."""
         hidden = states.hidden[list(places)]
         return Activations(hidden, states.arguments, states.batch, states.device)
-
-
-def mixed(
-    dense: torch.Tensor,
-    difference: torch.Tensor,
-    step: torch.Tensor,
-    tried: Sequence[float],
-    sparsity: float,
-) -> torch.Tensor:
-    """A Linear of that `sparsity`, float32 [out, in]; see `tried.Trial` for the other tensors.
-
-    Its rows are as at the two nearest of no sparsity and those `tried`, so many of each that this
-    is their mean; of more than all of these as at the last.
-    """
-    known = [0.0, *tried]
-    sparsity = min(sparsity, known[-1])
-    at = max(1, bisect.bisect_left(known, sparsity))
-    share = (sparsity - known[at - 1]) / (known[at] - known[at - 1])
-    later = (0.5 + _GOLDEN * torch.arange(len(dense), dtype=torch.float64)) % 1 < share
-    found = dense.clone()
-    for rows, level in ((~later, at - 2), (later, at - 1)):  # of those tried
-        if level >= 0:
-            change = difference[level][rows].to(dense.device).float()
-            found[rows] += change.mul_(step[level][rows, None].to(dense.device))
-    return found
 
 
 def _parted(branch: _Branch, asked: Sequence[Mapping[str, int]], scratch: Path) -> list[_Branch]:

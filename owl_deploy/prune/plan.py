@@ -122,7 +122,8 @@ def _tuned(plan: Plan, request: Request, store: Store) -> Plan:
         raise damaged(store.folder / SEARCH) from error
     tried = _levels(settings)
     ways = [Format(settings.bits, one) for one in tried]
-    Trial(request, store, _TRIED, Maker(fisher.quick(settings)), ways).run("Pruning to levels")
+    maker = Maker(fisher.quick(settings))
+    Trial(request, store, _TRIED, maker, ways, plan.sparsities).run("Pruning to levels")
     windows = request.held_out[: tune.HELD_OUT_WINDOWS, : tune.HELD_OUT_TOKENS]
     skeleton = Skeleton(request.checkpoint, request.training_dtype, request.skeleton.device)
     made = partial(store.measured, way=_TRIED)

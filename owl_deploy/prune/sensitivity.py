@@ -39,6 +39,7 @@ from owl_deploy.partial import ROUNDING
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.clock import weight_size
 from owl_deploy.prune.formats import Costs, Format, formats, packed_size
+from owl_deploy.prune.levels import of_linear
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.measure import VALUES
 from owl_deploy.prune.request import Request
@@ -230,7 +231,7 @@ class Measuring:
         name, keys = self.names[index], list(self.linears[index])
         forward = self.store.measured(name, "forward")
         device = self.skeleton.device
-        kept = {key: (forward[f"{key}.difference"], forward[f"{key}.step"]) for key in keys}
+        kept = {key: of_linear(forward, key) for key in keys}
         losses = torch.zeros(len(keys), len(self.ways), dtype=torch.float64)
         with self.skeleton.loaded(name) as block:
             block.requires_grad_(False)

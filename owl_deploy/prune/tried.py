@@ -1,9 +1,11 @@
-"""The pass in which every Linear is made in several ways by the dense model's inputs.
+"""The pass in which every Linear is made in several ways, by what enters it.
 
-What the ways cost (`sensitivity`) and what a search puts together (`judge`) begins with it.
+What the ways cost (`sensitivity`) begins with it, by the dense model's inputs. What a search puts
+together (`judge`) does, too, by inputs that the blocks before give when they are pruned as the
+search begins: a pruning goes so as well, and makes up for what was lost before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from owl_deploy.blocks import Activations
 from owl_deploy.input_statistics import Inputs
 from owl_deploy.progress import Advance, bar
 from owl_deploy.prune.formats import Format
+from owl_deploy.prune.levels import in_steps, mixed, of_linear
 from owl_deploy.prune.linear import Maker, zeros
 from owl_deploy.prune.measure import gather
 from owl_deploy.prune.owners import divide
@@ -22,17 +25,25 @@ from owl_deploy.prune.store import Store
 class Trial:
     """Makes each pruned Linear in each of the `ways`; what it finds is the `store`'s pass `name`.
 
-    Of each Linear that is the `difference` [ways, out, in] from its weight, int8, in steps of
-    `step` [ways, out], and its `zeros` [ways, 2]: after and before. Finished blocks are durable,
-    for a run that resumes. Of several processes each runs its part of the windows and makes its
-    part of the Linears; the first writes the files, and all read them.
+    `divided`: the sparsities of each block's Linears that the blocks before have, `mixed` from the
+    `ways`, which tell sparsities in order then; without it they are dense. Found of each Linear is
+    the `difference` [ways, out, in] from its weight, int8, in steps of `step` [ways, out], and its
+    `zeros` [ways, 2]: after and before. Finished blocks are durable, for a run that resumes. Of
+    several processes each runs its part of the windows and makes its part of the Linears; the first
+    writes the files, and all read them.
     """
 
     def __init__(
-        self, request: Request, store: Store, name: str, maker: Maker, ways: Sequence[Format]
+        self,
+        request: Request,
+        store: Store,
+        name: str,
+        maker: Maker,
+        ways: Sequence[Format],
+        divided: Sequence[Mapping[str, float]] | None = None,
     ) -> None:
         self.request, self.store, self.name = request, store, name
-        self.maker, self.ways = maker, ways
+        self.maker, self.ways, self.divided = maker, ways, divided
 
     @torch.no_grad()
     def run(self, title: str, beside: Activations | None = None) -> None:
@@ -45,8 +56,11 @@ class Trial:
         if whole and not beside:
             return
         hidden = request.skeleton.embed(request.own_windows, request.batch, self.store.folder)
-        windows = (0 if whole else request.steps) + (len(beside.hidden) if beside else 0)
-        with bar(title, len(names) * windows) as advance:
+        passes = len(names)
+        if self.divided is not None:  # each block but the last is run as it is pruned, too
+            passes = len(names) - len(known) + len(names) - 1
+        total = 0 if whole else passes * request.steps
+        with bar(title, total + (len(names) * len(beside.hidden) if beside else 0)) as advance:
             for index, name in enumerate(names):
                 entered = {"entered": beside.hidden.clone()} if beside else {}
                 with request.skeleton.loaded(name) as block:
@@ -54,18 +68,23 @@ class Trial:
                         found = self._block(block, index, hidden, advance)
                         if request.ranks.leads:
                             self.store.keep(name, self.name, found | entered)
+                    elif self.divided is not None:
+                        found = self.store.measured(name, self.name)
                     elif not whole:
                         hidden.through(block, index, advance, keep=True)
                     if beside:
                         beside.through(block, index, advance, keep=True)
+                    if self.divided is not None and index + 1 < len(names):
+                        self._divide(index, found, self.divided[index])
+                        hidden.through(block, index, advance, keep=True)
 
     def _block(
         self, block: nn.Module, index: int, hidden: Activations, advance: Advance
     ) -> dict[str, torch.Tensor]:
-        """What is found of block `index`, through which `hidden` goes."""
+        """What is found of block `index` by what `hidden` it is given, which leaves it if dense."""
         request, hessian = self.request, self.maker.settings.needs == "hessian"
-        linears = request.skeleton.linears(index)
-        statistics = gather(request, block, index, hidden, advance, keep=True, hessian=hessian)
+        linears, keep = request.skeleton.linears(index), self.divided is None
+        statistics = gather(request, block, index, hidden, advance, keep=keep, hessian=hessian)
         owner = divide(statistics, linears, request.ranks, hessian=hessian)
         found: dict[str, torch.Tensor] = {}
         for key in request.shape.linears[index]:
@@ -73,6 +92,15 @@ class Trial:
                 dense = linears[key].weight.float()
                 found |= self._linear(key, dense, Inputs(statistics, key))
         return request.ranks.merged(found, request.skeleton.device)
+
+    def _divide(
+        self, index: int, found: Mapping[str, torch.Tensor], sparsities: Mapping[str, float]
+    ) -> None:
+        """Give the Linears of block `index`, which is loaded, these `sparsities`."""
+        linears, tried = self.request.skeleton.linears(index), [way.sparsity for way in self.ways]
+        for key, sparsity in sparsities.items():
+            weight, (difference, step) = linears[key].weight, of_linear(found, key)
+            weight.copy_(mixed(weight.float(), difference, step, tried, sparsity))
 
     def _linear(self, key: str, dense: torch.Tensor, inputs: Inputs) -> dict[str, torch.Tensor]:
         kept, shares, gone = [], [], zeros(dense)
@@ -94,9 +122,3 @@ def already(request: Request, store: Store, name: str) -> set[str]:
     return request.ranks.from_leader(
         lambda: {one for one in names if store.has_measured(one, name)}
     )
-
-
-def in_steps(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `difference` [out, in] as int8, in steps [out] of a 127th of each row's largest."""
-    step = difference.abs().amax(dim=1) / 127
-    return (difference / step.clamp(min=1e-30).unsqueeze(1)).round().to(torch.int8), step

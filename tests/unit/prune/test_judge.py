@@ -5,9 +5,9 @@ import transformers
 from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.prune import judge as judging
-from owl_deploy.prune.judge import Judge, mixed
+from owl_deploy.prune.judge import Judge
+from owl_deploy.prune.levels import in_steps
 from owl_deploy.prune.sparsities import Shape
-from owl_deploy.prune.tried import in_steps
 from tests import tiny
 from tests.reference import divergence as reference
 
@@ -67,21 +67,6 @@ def test_the_divergence_is_that_of_the_whole_model(family, tmp_path):
         expected = reference.divergence(model, weights, WINDOWS[[0, 2]])
         assert found == pytest.approx(expected, rel=0.02, abs=1e-7)
         assert expected > 0
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.42, 0.5, 0.66, 0.8, 0.93, 0.96])
-def test_rows_are_as_at_the_two_nearest_levels(sparsity):
-    dense = torch.randn(50, 40, generator=torch.Generator().manual_seed(4)) + 3
-    levels = {one: reference.lowest_removed(dense, torch.ones(40), one) for one in TRIED}
-    kept = [in_steps(one - dense) for one in levels.values()]
-    difference, step = (torch.stack(one) for one in zip(*kept, strict=True))
-    found = mixed(dense, difference, step, TRIED, sparsity)
-    expected = reference.rows_mixed(dense, levels, sparsity)
-    assert torch.allclose(found, expected, atol=float(step.max()))
-    # Evenly spread, of 50 rows and of ten of them too.
-    for rows, off in ((slice(50), 0.02), (slice(20, 30), 0.06)):
-        zeros = (found[rows].abs() <= step.max()).double().mean()
-        assert float(zeros) == pytest.approx(sparsity, abs=off)
 
 
 def test_models_that_begin_alike_are_run_as_one_and_judged_as_each(llama, tmp_path, monkeypatch):
