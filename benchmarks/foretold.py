@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from owl_deploy.artefact import write_json
+from owl_deploy.artefact import only_writer, write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.blocks import Activations
 from owl_deploy.calibration import Calibration
@@ -88,7 +88,7 @@ def main() -> None:
     asked = PruneSettings.checked(method="sparsegpt", budget="4")
     calibration = Calibration(str(given.calibration), given.samples, 512)
     request = check(given.model, asked, calibration, Hardware(dtype="float32"), tune_minutes=None)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, only_writer(Path(folder) / "out"):
         store = Store(Path(folder) / "out", request.deciding(), resume=False, force=False)
         measured = Measuring(request, store, Maker(asked), WAYS).run()
         each = {(index, key): own for index, one in enumerate(measured) for key, own in one.items()}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from owl_deploy.artefact import write_json
+from owl_deploy.artefact import only_writer, write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.blocks import window_loss
 from owl_deploy.calibration import Calibration
@@ -72,7 +72,7 @@ RELATIVE = reconstruct.error
 
 def first_parts(request: Request, blocks: int) -> list[walk.Part]:
     """The first blocks, pruned, and reconstructed if that is asked for."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, only_writer(Path(scratch) / "out"):
         store = Store(Path(scratch) / "out", {}, resume=False, force=False)
         plan, first = resolve(request, store)
         return list(itertools.islice(walk.Walk(request, plan, store, first).parts(), blocks))

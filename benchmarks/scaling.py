@@ -30,6 +30,7 @@ from owl_deploy.blocks import Skeleton
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.input_statistics import Inputs, InputStatistics
 from owl_deploy.manifest import versions
+from owl_deploy.prune.formats import Format
 from owl_deploy.prune.linear import Maker
 from owl_deploy.prune.owners import owners
 from owl_deploy.prune_settings import PruneSettings
@@ -354,7 +355,7 @@ def measure_block(shape: Shape, windows: int) -> dict[str, Any]:
             def solved(make: Any = make, statistics: Any = inputs[method]) -> None:  # noqa: ANN401
                 statistics._made.clear()  # the factors, which this process would keep
                 for key, weight in dense.items():
-                    make(weight, Inputs(statistics, key), 0.5, None)
+                    make(weight, Inputs(statistics, key), Format(None, 0.5))
 
             seconds[step] = cpu_seconds(solved)
         from safetensors.torch import save_file

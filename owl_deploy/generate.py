@@ -148,6 +148,7 @@ def _in_engine(
     if messages is not None:
         prompt = in_template("--chat", messages, tokenizer, add_generation_prompt=True)
     tokens: list[int] = tokenizer.encode(prompt, add_special_tokens=messages is None)
+    opened.check_tokens(tokens)
     told = told_numbers(opened.path / "config.json", "max_position_embeddings")
     context = opened.max_context or next(iter(told), DEFAULT_CONTEXT)
     length = length_of(len(tokens), sampling.max_new_tokens, context)

@@ -41,12 +41,23 @@ class Tokenizer:
             raise BadInput(
                 f"{file} is not a tokenizer ({first_line(error)}).", _EXPORT_AGAIN
             ) from error
+        self._file = file
         self._tokenizer.no_truncation()  # which the file may ask for
         self._tokenizer.no_padding()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The tokens of `text`; with the `special` ones that the model's own puts around a text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        """The tokens of `text`; with the `special` ones that the model's own puts around a text.
+
+        Raises `BadInput` where the file is no tokenizer after all.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in Rust is no Exception
+            raise BadInput(
+                f"{self._file} fails on this text ({first_line(error)}).", _EXPORT_AGAIN
+            ) from error
 
 
 class ChatTemplate:

@@ -1,7 +1,7 @@
 """What a deployment folder is, before an engine opens it."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -72,6 +72,16 @@ class Deployment:
         if self.max_context and tokens > self.max_context:
             raise too_long(str(self.path), self.max_context, tokens, option)
 
+    def check_tokens(self, tokens: Collection[int]) -> None:
+        """Raise `BadInput` for tokens that the model does not have: its tokenizer has grown."""
+        largest = max(tokens, default=0)
+        if self.vocab and largest >= self.vocab:
+            raise BadInput(
+                f"The tokenizer in {self.path} gives the token {largest}, and the model has "
+                f"{self.vocab}.",
+                "Leave out what gives it, or export the model resized for this tokenizer.",
+            )
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The form for messages that the model was taught, if any."""
@@ -126,6 +136,7 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
             what_it_is(path) or "Make it with owl export.",
         )
     library = folder.check(trust=trust_library)
+    _check_config(path / "config.json")
     if folder.engine is not None:
         target, vocab = folder.engine.targets[0], _configured_vocabulary(folder)
     else:
@@ -133,6 +144,16 @@ def open_deployment(path: Path, *, trust_library: bool = False) -> Deployment:
     if engine_for(target).operators:
         kernels()  # to hear of a wrong OWL_ISA before an engine starts
     return Deployment(path, target, vocab, manifest, library, folder=folder)
+
+
+def _check_config(file: Path) -> None:
+    """Raise `BadInput` for a config.json that cannot be read: engines ask it how prompts are run,
+    and would run them otherwise without one.
+    """
+    if file.exists():
+        if not file.is_file():
+            raise BadInput(f"{file} is no file.", "Export again.")
+        read_object(file, "Export again.")
 
 
 def text_of(recorded: Mapping[str, Any]) -> str:

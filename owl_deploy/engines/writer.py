@@ -68,6 +68,7 @@ class Writer(ABC):
         takes = opened.folder.number("context_length")
         self.context = min(context or takes, takes)
         self.chat_template, self._tokenizer = opened.chat_template, Tokenizer(self.path)
+        self._check_tokens = opened.check_tokens
         self._ends = opened.ends
         import onnxruntime_genai
 
@@ -86,12 +87,14 @@ class Writer(ABC):
     def row(self, prompt: str, sampling: Sampling, speed: Speed, *, templated: bool = False) -> Row:
         """What is to be written after `prompt`, which is `templated` if `chat_template` made it.
 
-        Raises `PromptTooLong`, and `BadInput` for one that has no tokens.
+        Raises `PromptTooLong`, and `BadInput` for one that has no tokens, or some that the model
+        has not.
         """
         # What the model's own puts before a text: a BOS, mostly. A template has it.
         tokens = self._tokenizer.encode(prompt, special=not templated)
         if not tokens:
             raise BadInput("The prompt has no tokens.", "Give a text to go on from.")
+        self._check_tokens(tokens)
         speed.prompt_tokens = len(tokens)
         length = length_of(len(tokens), sampling.max_new_tokens, self.context)
         ends, never = ([], self._ends) if sampling.ignore_eos else (self._ends, [])

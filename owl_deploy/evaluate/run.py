@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.engines import threads_for
-from owl_deploy.errors import BadInput, OwlError, option
+from owl_deploy.errors import BadInput, option
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.divergence import (
     Divergence,
@@ -130,7 +130,7 @@ def _telling(found: Sequence[Evaluation]) -> Iterator[None]:
     """Where the block fails, say first what was found before, perhaps in hours."""
     try:
         yield
-    except OwlError:
+    except BaseException:  # what interrupts, or fills the memory, loses no more than an error does
         for line in filter(None, (one.told() for one in found)):
             error_console().print(line, highlight=False, soft_wrap=True)
         raise

@@ -127,6 +127,13 @@ def refuse_heads(builder: Any) -> None:  # noqa: ANN401
     builder.make_attention_init = checked
 
 
+def find_head(builder: Any) -> None:  # noqa: ANN401
+    """Let the builder take a model's own head for it, and not each Linear with as many outputs as
+    the vocabulary.
+    """
+    builder.has_lm_head = lambda model, module: module is model.weights.get_output_embeddings()
+
+
 def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which has no types
     """The builder's own command line; unless `save`, what it would have saved."""
     import transformers
@@ -139,6 +146,7 @@ def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which
         read(*arguments, **options), Model
     )
     refuse_heads(Model)
+    find_head(Model)
     built: list[Any] = []
     if not save:
         Model.save_model = lambda model, _: built.append(model)

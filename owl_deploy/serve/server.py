@@ -58,6 +58,7 @@ _AS_IT_COMES = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx
 _UVICORN: dict[str, Any] = {
     "log_level": "warning",
     "server_header": False,
+    "proxy_headers": False,  # what a client says of itself would stand in the log
     "timeout_graceful_shutdown": GRACE_S,
     "timeout_keep_alive": 75,  # longer than clients keep a connection: it is theirs to close first
     "lifespan": "off",  # there is none, and a second Ctrl-C would end it with a traceback

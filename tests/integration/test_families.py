@@ -43,8 +43,10 @@ CASES = {
         {"original_max_position_embeddings": 256, "rope_parameters": tiny.LONG_ROPE},
         0,
     ),
+    # As many outputs of a Linear as of the head, for which the builder alone takes it.
+    "as wide as the vocabulary": ("llama", {"hidden_size": 320}, 2),
 }
-QUICK = ("mistral, window", "gemma3")  # the two that the builder alone gets wrong
+QUICK = ("mistral, window", "gemma3", "as wide as the vocabulary")  # the builder alone gets wrong
 
 
 def thinned(folder: Path) -> Path:

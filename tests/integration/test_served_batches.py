@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import transformers
 
 from owl_deploy.artefact import sha256
 from owl_deploy.engines.deployment import open_deployment
@@ -14,7 +15,7 @@ from owl_deploy.engines.draft import chosen_draft
 from owl_deploy.engines.rows import Speed
 from owl_deploy.engines.sampling import UNLIMITED, Sampling
 from owl_deploy.engines.writer import OneByOne, SideBySide, open_writer
-from owl_deploy.errors import EngineFailed, EnvironmentFailed
+from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.targets import export
 from owl_deploy.runtime import kernels, library_path
 from tests import tiny
@@ -470,3 +471,21 @@ def test_a_drafted_answer_ends_where_nobody_hears_it(dense, tmp_path, batch):
     row.ended = True
     assert writer.step() == {}
     assert row.speed.new_tokens == 3
+
+
+def test_a_token_that_the_model_has_not_ends_nobodys_answer(dense, tmp_path):
+    """As where a tokenizer was given one more, and the model was not resized."""
+    model = shutil.copytree(dense, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<extra>"], special_tokens=True)
+    tokenizer.save_pretrained(model)
+    export(model, tmp_path / "tiny", target="owl", precision="int8")
+    writer = open_writer(open_deployment(tmp_path / "tiny"), 1, batch=2)
+    row = writer.row("The river", Sampling(max_new_tokens=4), Speed())
+    writer.add(row)
+    writer.step()
+    with pytest.raises(BadInput, match="gives the token 320, and the model has 320"):
+        writer.row("The <extra> river", Sampling(), Speed())
+    while not row.ended:
+        writer.step()
+    assert row.speed.new_tokens == 4

@@ -1,6 +1,8 @@
 """Prompts are the tokens that Transformers makes of them: it is the oracle."""
 
+import base64
 import json
+import struct
 
 import pytest
 import transformers
@@ -161,3 +163,14 @@ def test_a_folder_without_a_tokenizer(tmp_path, content, complaint):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(BadInput, match=complaint):
         Tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_panics_is_told_in_one_sentence(tmp_path):
+    """Rust's panics are no `Exception` in Python."""
+    tiny.write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    charsmap = base64.b64encode(struct.pack("<II", 4, 0) + b"a\0").decode()
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
+    with pytest.raises(BadInput, match=r"tokenizer\.json fails on this text"):
+        Tokenizer(tmp_path).encode("The river")

@@ -167,7 +167,7 @@ def runs_whole(folder: Path) -> bool:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return False
     for name in ("rope_parameters", "rope_scaling"):
         # By its factors: it has had several names.

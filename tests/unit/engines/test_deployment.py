@@ -241,3 +241,23 @@ def test_a_number_that_is_none(tmp_path: Path, told: object) -> None:
     file.write_text(json.dumps({"vocab_size": told}))
     with pytest.raises(BadInput, match=r"config\.json has .* for a number"):
         told_numbers(file, "vocab_size")
+
+
+def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
+    deployment = open_deployment(graph(tmp_path, DECODER))
+    deployment.check_tokens([0, 10])
+    deployment.check_tokens([])
+    with pytest.raises(BadInput, match="gives the token 11, and the model has 11"):
+        deployment.check_tokens([3, 11])
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\0"])
+def test_a_config_that_tells_nothing_is_refused(tmp_path: Path, content: str) -> None:
+    graph(tmp_path, DECODER)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BadInput, match=r"config\.json"):
+        open_deployment(tmp_path)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(BadInput, match=r"config\.json is no file"):
+        open_deployment(tmp_path)

@@ -119,3 +119,10 @@ def test_what_was_found_before_another_failed_is_said(monkeypatch, capsys):
     with pytest.raises(BadInput, match="damaged"):
         run.evaluate(["good", "bad", "good"], EvaluationSettings(text="t"))
     assert "good: perplexity 12.35." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stopped", [BadInput("no"), MemoryError(), KeyboardInterrupt()])
+def test_what_was_found_is_told_whatever_stops_the_next(stopped, capsys):
+    with pytest.raises(type(stopped)), run._telling([with_losses("dense", (1.0, 3.0))]):
+        raise stopped
+    assert "perplexity 12.35" in capsys.readouterr().err
