@@ -286,7 +286,7 @@ RepetitionPenalty = Annotated[
     float | None,
     Option(
         help="Above 1: tokens that occurred before become less likely. [1; with --do-sample the "
-        "model's]"
+        "deployment's]"
     ),
 ]
 DraftFolder = Annotated[

@@ -490,7 +490,9 @@ def _arguments(source: Path, method: str, modifier: _Modifier) -> dict[str, Any]
             ours: getattr(modifier, theirs) for ours, theirs in row.arguments.items()
         }
     if modifier.ignore:
-        found["skip"] = tuple(name.removeprefix("re:.*") for name in modifier.ignore)
+        found["skip"] = tuple(
+            name.removeprefix("re:.*").removesuffix("$") for name in modifier.ignore
+        )
     if modifier.sparsity_profile == "owl":
         if (
             modifier.owl_m is None
@@ -501,6 +503,11 @@ def _arguments(source: Path, method: str, modifier: _Modifier) -> dict[str, Any]
         found["allocation"] = "owl"
         found["outlier_multiple"] = modifier.owl_m
         found["spread"] = modifier.owl_lmbda
+    elif modifier.owl_m is not None or modifier.owl_lmbda is not None:
+        raise BadInput(
+            f"owl_m and owl_lmbda in {source} do nothing without OWL's profile.",
+            "Add sparsity_profile: owl, or leave them out.",
+        )
     return found
 
 

@@ -91,6 +91,12 @@ class Source:
     def prompt(self) -> list[int]:
         """Ids to compare on: English text, or arbitrary ids when there is no tokenizer."""
         limit = int(self.config.get("max_position_embeddings") or 2**30)
+        if limit <= GREEDY_TOKENS:
+            raise BadInput(
+                f"The model takes {limit} tokens, and an export is compared with it on "
+                f"{GREEDY_TOKENS + 1} and more.",
+                "Export a model with more positions.",
+            )
         length = max(1, min(PROMPT_TOKENS, limit - GREEDY_TOKENS))
         vocabulary = int(self.skeleton.model.config.vocab_size)
         ids = [] if self.tokenizer is None else tokenize(self.tokenizer, _PROMPT).tolist()

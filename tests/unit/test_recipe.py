@@ -160,6 +160,10 @@ oneshot_stage:
             "{sparsity: 0.5, sparsity_profile: owl}}}",
             "needs owl_m",
         ),
+        (
+            "oneshot_stage: {a_modifiers: {WandaPruningModifier: {sparsity: 0.5, owl_m: 5}}}",
+            "without OWL's profile",
+        ),
         ("[" * 100_000 + "]" * 100_000, "not valid YAML"),
         (
             "oneshot_stage: {a_modifiers: {WandaPruningModifier: {sparsity: " + "1" * 10**6 + "}}}",
@@ -523,3 +527,11 @@ def test_the_list_fits_a_terminal(owl):
     told = " ".join(out.split())
     for path in recipe.shipped().values():
         assert f"{path.stem} {path.read_text().splitlines()[0].removeprefix('# ')}" in told
+
+
+@pytest.mark.parametrize("ignored", ["down_proj", "re:.*down_proj", "re:.*down_proj$"])
+def test_what_a_recipe_ignores_is_skipped(tmp_path, ignored):
+    path = tmp_path / "recipe.yaml"
+    modifier = f"{{sparsity: 0.5, targets: __ALL__, ignore: ['{ignored}']}}"
+    path.write_text(f"oneshot_stage: {{a_modifiers: {{WandaPruningModifier: {modifier}}}}}")
+    assert recipe.merged(path, {}).skip == ("down_proj",)

@@ -114,3 +114,9 @@ def test_a_window_that_is_asked_for_and_not_given(tmp_path, family):
     folder = tiny.write_model(family, tmp_path / "model", sliding_window=None, layer_types=kinds)
     with pytest.raises(BadInput, match=r"gives no window\. Give its sliding_window, or"):
         Source(folder)
+
+
+def test_a_model_of_too_few_positions_cannot_be_compared(tmp_path):
+    folder = tiny.write_llama(tmp_path / "model", max_position_embeddings=32)
+    with pytest.raises(BadInput, match="takes 32 tokens, and an export is compared with it on 33"):
+        Source(folder).prompt()
