@@ -84,7 +84,7 @@ def perplexity(model: str, parts: Sequence[walk.Part], windows: torch.Tensor) ->
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for part in parts:
         whole.get_submodule(part.name).load_state_dict(dict(part.tensors))
-    return math.exp(statistics.mean(window_loss(whole, window) for window in windows))
+    return math.exp(statistics.mean(window_loss(whole, window.long()) for window in windows))
 
 
 def row(asked: str, given: argparse.Namespace) -> dict[str, Any]:
