@@ -1,6 +1,5 @@
 """Scripts of benchmarks/ that reach into owl's own steps run, on a tiny model; pages name them."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import scaling
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 
@@ -32,10 +33,6 @@ def test_a_script_runs(llama, text_file, tmp_path, script, options):
 
 
 def test_the_work_on_a_block_is_measured(monkeypatch):
-    spec = importlib.util.spec_from_file_location("scaling", SCRIPTS / "scaling.py")
-    scaling = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "scaling", scaling)  # its dataclasses look there
-    spec.loader.exec_module(scaling)
     monkeypatch.setattr(scaling, "WINDOW", 64)
     found = scaling.measure_block(scaling.Shape(1, 128, 256, 128), 1)
     assert found["seconds"]["solve"] > 0
