@@ -350,12 +350,12 @@ def measure_block(shape: Shape, windows: int) -> dict[str, Any]:
             inputs = {method: seen(method == "sparsegpt") for method in ("sparsegpt", "wanda")}
         dense = {key: weights[f"{key}.weight"].float() for key in linears}
         for method, step in (("sparsegpt", "solve"), ("wanda", "wanda")):
-            make = Maker(PruneSettings.checked(method=method, sparsity=0.5)).make
+            maker = Maker(PruneSettings.checked(method=method, sparsity=0.5))
 
-            def solved(make: Any = make, statistics: Any = inputs[method]) -> None:  # noqa: ANN401
+            def solved(maker: Maker = maker, statistics: InputStatistics = inputs[method]) -> None:
                 statistics._made.clear()  # the factors, which this process would keep
                 for key, weight in dense.items():
-                    make(weight, Inputs(statistics, key), Format(None, 0.5))
+                    maker.make(weight, Inputs(statistics, key), Format(None, 0.5))
 
             seconds[step] = cpu_seconds(solved)
         from safetensors.torch import save_file

@@ -22,6 +22,7 @@ from owl_deploy.errors import (
     is_full_disk,
     is_out_of_memory,
     too_long,
+    unknown_token,
 )
 from owl_deploy.families import family_of
 from owl_deploy.manifest import what_it_is
@@ -194,11 +195,8 @@ class Checkpoint:
         known = self.shape(name)[0] if name in self.files else math.inf  # reading it will say so
         largest = int(ids.max()) if len(ids) else 0
         if largest >= known:
-            raise BadInput(
-                f"The tokenizer in {self.folder} gives the token {largest}, and the model has "
-                f"{known}.",
-                "Give the model's own tokenizer, or its weights as they were resized for this one.",
-            )
+            hint = "Give the model's own tokenizer, or its weights as they were resized for it."
+            raise unknown_token(self.folder, largest, known, hint)
 
     def check_length(self, tokens: int, option: str) -> None:
         """Raise `BadInput` where the model takes fewer than the `tokens` of `option`."""

@@ -90,6 +90,13 @@ def too_long(model: str, takes: float, tokens: int, option: str) -> BadInput:
     return BadInput(f"{model} takes {takes} tokens, not {tokens}.", f"Give a smaller {option}.")
 
 
+def unknown_token(folder: object, token: int, known: float, hint: str) -> BadInput:
+    """The error for a `token` that the tokenizer in `folder` gives, where the model has `known`."""
+    return BadInput(
+        f"The tokenizer in {folder} gives the token {token}, and the model has {known}.", hint
+    )
+
+
 _SAID = {  # where pydantic's own words name types of Python
     "model_type": "it should be a mapping",
     "dict_type": "it should be a mapping",

@@ -11,7 +11,7 @@ from typing import Any
 from owl_deploy.artefact import check_path, read_object
 from owl_deploy.engines.loading import GENAI_CONFIG, Folder
 from owl_deploy.engines.registry import MODEL, engine_for, known_targets
-from owl_deploy.errors import BadInput, too_long, unknown_name
+from owl_deploy.errors import BadInput, too_long, unknown_name, unknown_token
 from owl_deploy.manifest import (
     BlockShares,
     CheckpointManifest,
@@ -76,11 +76,8 @@ class Deployment:
         """Raise `BadInput` for tokens that the model does not have: its tokenizer has grown."""
         largest = max(tokens, default=0)
         if self.vocab and largest >= self.vocab:
-            raise BadInput(
-                f"The tokenizer in {self.path} gives the token {largest}, and the model has "
-                f"{self.vocab}.",
-                "Leave out what gives it, or export the model resized for this tokenizer.",
-            )
+            hint = "Leave out what gives it, or export the model resized for this tokenizer."
+            raise unknown_token(self.path, largest, self.vocab, hint)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

@@ -175,7 +175,7 @@ def deployment_perplexity(
     engine, window = engine_of(opened, asked.engine), asked.window
     opened.check_length(window, "--window")
     windows = windows_of(folder, text, window, asked.windows)
-    opened.check_tokens([int(windows.max())] if len(windows) else [])
+    opened.check_tokens([int(windows.max())])
     if watched is not None:
         watched.reads(folder, windows, windows)
     losses: list[float] = []

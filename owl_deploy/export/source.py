@@ -97,7 +97,7 @@ class Source:
                 f"{GREEDY_TOKENS + 1} and more.",
                 "Export a model with more positions.",
             )
-        length = max(1, min(PROMPT_TOKENS, limit - GREEDY_TOKENS))
+        length = min(PROMPT_TOKENS, limit - GREEDY_TOKENS)
         vocabulary = int(self.skeleton.model.config.vocab_size)
         ids = [] if self.tokenizer is None else tokenize(self.tokenizer, _PROMPT).tolist()
         ids = [token for token in ids if token < vocabulary]

@@ -75,7 +75,7 @@ class Trial:
                     if beside:
                         beside.through(block, index, advance, keep=True)
                     if self.divided is not None and index + 1 < len(names):
-                        self._divide(index, found, self.divided[index])
+                        self._prune(index, found, self.divided[index])
                         hidden.through(block, index, advance, keep=True)
 
     def _block(
@@ -93,7 +93,7 @@ class Trial:
                 found |= self._linear(key, dense, Inputs(statistics, key))
         return request.ranks.merged(found, request.skeleton.device)
 
-    def _divide(
+    def _prune(
         self, index: int, found: Mapping[str, torch.Tensor], sparsities: Mapping[str, float]
     ) -> None:
         """Give the Linears of block `index`, which is loaded, these `sparsities`."""

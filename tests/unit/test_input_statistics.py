@@ -68,8 +68,9 @@ def test_the_matrix_is_exact_in_every_dtype(dtype):
         linear(rows)
     expected = rows.double().T @ rows.double()
     found = statistics.of_hessian("one", lambda matrix: matrix.double())
-    # In float32, whose sums differ by processor (Zen 4: 1.5e-6); bfloat16's would by 1e-3.
-    assert (found - expected).abs().max() < 5e-6 * expected.max()
+    # Zen 4 adds bfloat16's products up less exactly: 1.5e-6 here, 1.3e-6 of 65,536 rows.
+    most = 2e-6 if dtype == torch.bfloat16 else 1e-6
+    assert (found - expected).abs().max() < most * expected.max()
     assert torch.get_float32_matmul_precision() == "highest"
 
 

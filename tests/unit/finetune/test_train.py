@@ -47,7 +47,9 @@ def test_equals_dense_training_with_masked_gradients(models, tmp_path, family):
         found = model.get_submodule(name).state_dict()
         for key, wanted in plain.get_submodule(name).state_dict().items():
             if key not in KEY_BIASES:
-                torch.testing.assert_close(found[key], wanted, rtol=0, atol=3e-6)
+                # Adam scales up what rounding leaves of a small gradient: 1.06e-6 on Zen 4.
+                most = 2e-6 if family == "opt" else 1e-6
+                torch.testing.assert_close(found[key], wanted, rtol=0, atol=most)
 
 
 @pytest.mark.parametrize(
