@@ -7,6 +7,7 @@ goes through pickle, and knows no process, machine or terminal: `do` runs it whe
 files are seen, once the tasks that it needs are done.
 """
 
+import contextlib
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -23,16 +24,18 @@ from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import file_names, local_folder, read_config
 from owl_deploy.ending import explained
-from owl_deploy.engines import engine_for, installed_version
+from owl_deploy.engines import engine_for, installed_version, software
 from owl_deploy.engines.deployment import seen_of
 from owl_deploy.engines.loading import digest as file_digest
 from owl_deploy.engines.registry import LOOKUP
+from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, read_manifest
 from owl_deploy.measurements import keep_measurement, measurement_file
 from owl_deploy.partial import NotThatRun, is_interrupted
 from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.record import Record, skipped
+from owl_deploy.runtime import library_path
 from owl_deploy.text import source_files
 
 State = Literal["done", "to do", "outdated"]
@@ -194,15 +197,12 @@ class Finetune(Task):
         return agree(told, given) and (manifest.finetune.teacher is None) == (self.teacher is None)
 
 
-def _versions() -> str:
-    """What writes deployments: what another version wrote may be slower, and a gain of one side
-    over the other then none by sparsity.
-    """
-    return f"{__version__}-{installed_version('onnxruntime')}"
-
-
 class Export(Task):
-    """`owl export`; `calibration`: as for `Prune`, where the target weighs what it rounds."""
+    """`owl export`; `calibration`: as for `Prune`, where the target weighs what it rounds.
+
+    What another version wrote, or with other kernels, is made again: it may be slower, and a gain
+    of one side over the other then none by sparsity.
+    """
 
     APART = {"checkpoint": True, "calibration": True}
 
@@ -224,7 +224,11 @@ class Export(Task):
 
     @override
     def asked(self, inputs: Sequence[str] | None = None) -> dict[str, Any]:
-        return super().asked(inputs) | {"by": _versions()}
+        by = {"owl": __version__, "onnxruntime": installed_version("onnxruntime")}
+        if engine_for(self.target).operators:
+            with contextlib.suppress(EnvironmentFailed):  # the head of a cluster may lack it
+                by["library"] = file_digest(library_path())
+        return super().asked(inputs) | {"by": by}
 
     @override
     def run(self) -> None:
@@ -365,6 +369,25 @@ class Bench(Task):
         draft = () if self.plan.draft in (None, LOOKUP) else (Path(self.plan.draft),)
         measured = (measurement_file(one, "perplexity") for one in deployments)
         return (*deployments, *draft, *measured)
+
+    @override
+    def asked(self, inputs: Sequence[str] | None = None) -> dict[str, Any]:
+        # Not the machine, nor what is chosen by it: a cluster's nodes need not be alike.
+        of_engines = {name: software(name) for name in sorted(self._engines())}
+        for one in of_engines.values():
+            one.pop("kernels", None)
+        return super().asked(inputs) | {"by": {"owl": __version__} | of_engines}
+
+    def _engines(self) -> set[str]:
+        """The engines that it times, as far as its deployments lie here."""
+        if self.plan.engines:
+            return set(self.plan.engines)
+        read = (
+            read_manifest(one, DeploymentManifest)
+            for one in (*self.plan.candidates, *self.plan.baselines)
+        )
+        targets = {one.target for one in read if one is not None and one.target}
+        return {engine_for(target).name for target in targets}
 
     @override
     def run(self) -> None:
@@ -510,7 +533,8 @@ def dense_exports(
     that is no checkpoint.
     """
     read_config(local_folder(checkpoint, "Check the path: it takes no name on the Hub."))
-    folder = folder or cache_dir("dense", f"{digest(checkpoint)[:16]}-{_versions()}")
+    by = f"{__version__}-{installed_version('onnxruntime')}"
+    folder = folder or cache_dir("dense", f"{digest(checkpoint)[:16]}-{by}")
     # What runs in an engine that skips zeros is compared with dense in the same.
     own = sorted(road for road in set(roads) if engine_for(road[0]).skips_zeros)
     return tuple(

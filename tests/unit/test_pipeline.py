@@ -301,6 +301,38 @@ def test_another_version_exports_again(tmp_path, monkeypatch):
     assert state(task) == "outdated"
 
 
+def test_other_kernels_export_again_and_only_what_has_them(tmp_path, monkeypatch):
+    library = tmp_path / "kernels"
+    library.write_bytes(b"fast")
+    monkeypatch.setenv("OWL_RUNTIME_LIBRARY", str(library))
+    ours = ALL[1]
+    theirs = ours.model_copy(update={"target": "onnxruntime"})
+    before, others = ours.asked([]), theirs.asked([])
+    library.write_bytes(b"faster")
+    assert not pipeline.agree(before, ours.asked([]))
+    assert pipeline.agree(others, theirs.asked([]))
+    library.unlink()  # where a plan is looked at, and nothing is made
+    assert pipeline.agree(before, ours.asked([]))
+
+
+def test_what_another_version_of_an_engine_timed_is_timed_again(tmp_path, monkeypatch):
+    deployment = tmp_path / "d"
+    deployment.mkdir()
+    DeploymentManifest.model_validate({"target": "onnxruntime", "precision": "int8"}).write(
+        deployment
+    )
+    bench = ALL[3].model_copy(update={"plan": BenchPlan(candidates=(deployment,))})
+    before = bench.asked([])
+    assert pipeline.agree(before, bench.asked([]))
+    versions = {"onnxruntime": {"version": "999"}, "deepsparse": {"version": "1"}}
+    monkeypatch.setattr(pipeline, "software", lambda name: versions[name])
+    assert not pipeline.agree(before, bench.asked([]))
+    elsewhere = bench.model_copy(update={"plan": BenchPlan(candidates=(tmp_path / "e",))})
+    assert set(elsewhere.asked([])["by"]) == {"owl"}  # what it times does not lie here
+    chosen = bench.plan.model_copy(update={"engines": ("deepsparse",)})
+    assert set(bench.model_copy(update={"plan": chosen}).asked([])["by"]) == {"owl", "deepsparse"}
+
+
 def test_a_measurement_without_a_receipt_is_judged_by_what_it_was_of(tmp_path):
     kept = {"text": "t.txt", "value": 3.0, "window": 128, "windows": 2}
     keep_measurement(tmp_path, "perplexity", kept)
