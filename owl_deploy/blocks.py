@@ -19,7 +19,7 @@ from torch import nn
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput, first_line, is_out_of_memory
-from owl_deploy.families import Family
+from owl_deploy.families import FAMILIES, Family
 from owl_deploy.ranks import free_memory
 
 _LOGIT_ROWS = 256  # rows of logits at once: 2048 x 150,000 words in float32 would be 1.2 GB
@@ -427,8 +427,9 @@ def _logits(
     head = model.get_output_embeddings()
     weight = head.weight if weight is None else weight
     logits = nn.functional.linear(hidden, weight, head.bias).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    # Of Gemma, between its head and its softmax.
+    if not FAMILIES[model.config.model_type].capped:
+        return logits
+    cap = model.config.final_logit_softcapping
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -5,6 +5,7 @@ What is written loads in current transformers and in SparseML 1.8 (transformers 
 """
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -55,6 +56,7 @@ CHAT_TEMPLATES = "additional_chat_templates"  # a folder of them; transformers r
 # What old checkpoints hold besides weights: masks and frequencies, which models compute now, and
 # transformers leaves unread (`_keys_to_ignore_on_load_unexpected`).
 _COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+_HALVES = {"F16": "float16", "BF16": "bfloat16"}  # as safetensors and as torch call them
 
 
 class Checkpoint:
@@ -150,6 +152,17 @@ class Checkpoint:
                 shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
                 total += sum(math.prod(shape) for shape in shapes)
         return total
+
+    def dtype(self) -> "torch.dtype":
+        """The narrowest dtype, up to float32, that holds all values as the files hold them."""
+        import torch
+
+        held: set[torch.dtype] = set()
+        for path in set(self.files.values()):
+            with _open_safetensors(path) as file:
+                names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                held |= {getattr(torch, _HALVES.get(name, "float32")) for name in names}
+        return functools.reduce(torch.promote_types, held)
 
     def _blocks(self) -> list[str]:
         """A model built by a count that is not the weights' would take long, or other weights."""

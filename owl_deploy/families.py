@@ -24,6 +24,7 @@ class Family:
     as they are, by the last part of their names: none, where a norm comes between, or the halves
     cannot be told apart. `windows`: which blocks have the sliding window that config.json tells
     of: none, as the family's code does not read it; every one; or those that its list says.
+    `capped`: whether it caps its logits, by `final_logit_softcapping`.
     """
 
     backbone: str
@@ -34,6 +35,7 @@ class Family:
     halves: tuple[str, str] | None = ("self_attn", "post_attention_layernorm")
     writers: tuple[str, ...] = ("o_proj", "down_proj")
     windows: Literal["none", "every", "listed"] = "none"
+    capped: bool = False
 
 
 _LLAMA = Family("model", "model.layers", ("model.embed_tokens",))
@@ -48,6 +50,7 @@ FAMILIES: dict[str, Family] = {
         halves=("self_attn", "pre_feedforward_layernorm"),
         writers=(),
         windows="listed",
+        capped=True,
     ),
     "phi3": replace(_LLAMA, queries_and_values=("qkv_proj",), windows="every"),
     "opt": Family(

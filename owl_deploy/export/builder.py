@@ -11,6 +11,7 @@ below.
 """
 
 import copy
+import functools
 import importlib
 import itertools
 import json
@@ -134,9 +135,11 @@ def find_head(builder: Any) -> None:  # noqa: ANN401
     builder.has_lm_head = lambda model, module: module is model.weights.get_output_embeddings()
 
 
-def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which has no types
-    """The builder's own command line; unless `save`, what it would have saved."""
+def run(checkpoint: Path, *, save: bool) -> Any:  # noqa: ANN401 - the builder's, without types
+    """The builder's own command line for `checkpoint`; unless `save`, what it would have saved."""
     import transformers
+
+    from owl_deploy.checkpoint import Checkpoint
 
     # Its modules know each other by bare names, once their package is there.
     importlib.import_module("onnxruntime_genai.models")
@@ -144,6 +147,11 @@ def run(*, save: bool) -> Any:  # noqa: ANN401 - a Model of the builder's, which
     read = transformers.AutoConfig.from_pretrained
     transformers.AutoConfig.from_pretrained = lambda *arguments, **options: adapted(
         read(*arguments, **options), Model
+    )
+    # As the weights are stored, whatever config.json says of them: it may say less.
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    transformers.AutoModelForCausalLM.from_pretrained = functools.partial(
+        load, dtype=Checkpoint(checkpoint).dtype()
     )
     refuse_heads(Model)
     find_head(Model)
@@ -174,7 +182,7 @@ def main() -> None:
     options = json.loads(sys.argv.pop(1))
     checkpoint, folder = (Path(sys.argv[sys.argv.index(name) + 1]) for name in ("-i", "-o"))
     sys.path.append(str(Path(__file__).parents[2]))  # where this package is, if not installed
-    built = run(save=options is None)
+    built = run(checkpoint, save=options is None)
     if options is None:
         return
     from owl_deploy.errors import BadInput

@@ -122,6 +122,17 @@ def test_keys_that_the_builder_alone_would_read(owl, tmp_path, monkeypatch):
     assert (code, "more than 8 bits explain" in " ".join(out.split())) == (0, True)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "owl"])
+def test_weights_of_more_bits_than_their_config_says(target, tmp_path):
+    model = tiny.write_llama(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 1.001 * one for name, one in weights.items()}, model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    manifest = export(model, tmp_path / "out", target=target, precision="fp32")
+    assert manifest.to_json()["parity"]["relative_difference"] < 1e-5
+
+
 THETA = {"rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 32} | THETA
 LLAMA3 = {

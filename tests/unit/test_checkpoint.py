@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -154,6 +155,24 @@ def test_the_config_is_that_of_the_weights(copy, change, complaint):
     (copy / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(BadInput, match=complaint):
         checkpoint.open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("held", "dtype"),
+    [
+        ({"bfloat16"}, torch.bfloat16),
+        ({"float16"}, torch.float16),
+        ({"float16", "bfloat16"}, torch.float32),
+        ({"bfloat16", "float32"}, torch.float32),
+        ({"float64"}, torch.float32),
+    ],
+)
+def test_the_dtype_that_holds_what_the_files_hold(copy, held, dtype):
+    weights = load_file(copy / "model.safetensors")
+    dtypes = itertools.cycle(sorted(held))
+    as_held = {name: one.to(getattr(torch, next(dtypes))) for name, one in weights.items()}
+    save_file(as_held, copy / "model.safetensors", {"format": "pt"})
+    assert checkpoint.Checkpoint(copy).dtype() == dtype
 
 
 def test_the_whole_model_is_what_transformers_loads(llama):

@@ -49,8 +49,9 @@ def test_an_opt_whose_tokens_are_narrower_than_its_blocks(tmp_path, text_file):
     assert streamed.value == pytest.approx(whole.value, rel=1e-6)
 
 
-def test_gemmas_cap_on_logits_counts(tmp_path, text_file):
-    model = tiny.write_model("gemma3_text", tmp_path / "model", final_logit_softcapping=0.5)
+@pytest.mark.parametrize("family", ["gemma3_text", "llama"])
+def test_a_cap_on_logits_counts_where_the_model_reads_it(tmp_path, text_file, family):
+    model = tiny.write_model(family, tmp_path / "model", final_logit_softcapping=0.5)
     found = perplexity(model, EvaluationSettings(str(text_file), window=300, windows=1))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
     ids = torch.tensor([load_tokenizer(model)(tiny.text())["input_ids"][:300]])
