@@ -420,7 +420,9 @@ def bench(
     def prepare() -> None:
         if exports:
             from owl_deploy import pipeline
+            from owl_deploy.bench.measure import check_ahead
 
+            check_ahead(plan, {one.output: one.target for one in exports})
             pipeline.execute(exports, _say)
         check_measured((*plan.candidates, *plan.baselines), quality_metric)
 

@@ -12,6 +12,7 @@ from owl_deploy import api, digests
 from owl_deploy.allocation import DEFAULT
 from owl_deploy.artefact import check_apart, check_path
 from owl_deploy.bench import decision
+from owl_deploy.bench.measure import check_prompts
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import FILE, Result
@@ -25,6 +26,7 @@ from owl_deploy.prune_settings import PruneSettings
 from owl_deploy.recipe import read_yaml
 from owl_deploy.record import Record
 from owl_deploy.text import check_source
+from owl_deploy.tokenizer import TOKENIZER
 
 REPORT = "report.html"
 _BENCH = "bench"  # what the folders of benchmarks are called, before a digest of their plans
@@ -148,7 +150,7 @@ def check_here(model: Path, plan: SweepPlan, text: str) -> None:
 def _check_lengths(
     model: Path, plan: SweepPlan, prunings: Iterable[PruneSettings], bench: BenchPlan
 ) -> None:
-    """Raise `BadInput` for windows, contexts and prompts that the `model` does not take.
+    """Raise `BadInput` for windows, contexts and prompts that the `model`, or an engine, refuses.
 
     Evaluating and the benchmark would find that after all is pruned and exported.
     """
@@ -158,7 +160,9 @@ def _check_lengths(
         check_length(config, plan.sequence_length, "--sequence-length")
     check_length(config, plan.window, "--window")
     if longest := config.get("max_position_embeddings"):
-        bench.within(longest, model)
+        bench, _ = bench.within(longest, model)
+    if (model / TOKENIZER).is_file():
+        check_prompts(bench, [(engine_for(target).name, model) for target, _ in plan.roads()])
 
 
 def _export(

@@ -27,7 +27,7 @@ def entries_of(plan: BenchPlan) -> list[tuple[Subject, Deployment]]:
     chosen = [
         (role, deployment, engine)
         for role, deployment in opened
-        for engine in _engines_for(deployment, plan.engines)
+        for engine in engines_for(deployment.path, deployment.target, plan.engines)
     ]
     names = _names([(deployment, engine) for _, deployment, engine in chosen])
     entries = [
@@ -91,16 +91,15 @@ def _unique(paths: Iterable[Path]) -> list[Path]:
     return list({path.resolve(): path for path in paths}.values())
 
 
-def _engines_for(deployment: Deployment, asked: tuple[str, ...]) -> list[Engine]:
+def engines_for(path: Path, target: str, asked: tuple[str, ...]) -> list[Engine]:
     """The engines to run a deployment in; raises `BadInput` if none of those asked opens it."""
     if not asked:
-        return [engine_for(deployment.target)]
+        return [engine_for(target)]
     fitting = [get_engine(name) for name in dict.fromkeys(asked)]
-    fitting = [engine for engine in fitting if deployment.target in engine.targets]
+    fitting = [engine for engine in fitting if target in engine.targets]
     if not fitting:
         raise BadInput(
-            f"{deployment.path} is made for the target {deployment.target!r}, which "
-            f"{' and '.join(asked)} cannot open.",
+            f"{path} is made for the target {target!r}, which {' and '.join(asked)} cannot open.",
             f"Leave --engine out, or export it again with --target {asked[0]}.",
         )
     return fitting

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import itertools
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from owl_deploy import __version__
 from owl_deploy.bench import machine, result, stats
-from owl_deploy.bench.entries import entries_of
+from owl_deploy.bench.entries import engines_for, entries_of
 from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.prompts import other_words, read_prompts, tokens_of
@@ -31,7 +31,8 @@ from owl_deploy.engines import (
     ServerProcess,
     get_engine,
     python_of,
-    server_of,
+    require,
+    served_by,
     software,
     threads_for,
 )
@@ -109,21 +110,38 @@ def fitted(
     plan.described()  # what is impossible for any model is said first
     entries = entries_of(plan)
     smaller, limits = plan.fitted(deployment for _, deployment in entries)
-    _check_prompts(smaller, entries)
+    check_prompts(smaller, [(subject.engine, deployment.path) for subject, deployment in entries])
     return smaller, entries, limits
 
 
-def _check_prompts(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> None:
-    """Raise `BadInput` for prompts that no engine could answer, before anything is timed."""
-    prompts = asked_of(plan)
-    for scenario in plan.described():
-        if scenario.is_served:
-            for subject, deployment in entries:
-                server_of(subject.engine)
-                next(other_words(deployment, scenario.tokens, plan.seed))
-        if scenario.kind == "answers":
-            for _, deployment in entries:
-                tokens_of(prompts, deployment, scenario.context - scenario.tokens)
+def check_prompts(plan: BenchPlan, runs: Iterable[tuple[str, Path]]) -> None:
+    """Raise `BadInput` for prompts that could not be answered, before anything is timed.
+
+    `runs`: the engines by name, each with a model's folder whose tokenizer reads the prompts.
+    """
+    prompts, scenarios = asked_of(plan), plan.described()
+    for engine, folder in runs:
+        for scenario in scenarios:
+            if scenario.is_served:
+                served_by(engine)
+                next(other_words(folder, scenario.tokens, plan.seed))
+            if scenario.kind == "answers":
+                tokens_of(prompts, folder, scenario.context - scenario.tokens)
+
+
+def check_ahead(plan: BenchPlan, made: Mapping[Path, str]) -> None:
+    """Raise, as `run_bench` does, for what is wrong with a plan before its baselines are made.
+
+    `made`: those, and the targets that they are made for.
+    """
+    there = tuple(one for one in plan.baselines if one not in made)
+    plan, entries, _ = fitted(plan.model_copy(update={"baselines": there}))
+    engines = [subject.engine for subject, _ in entries]
+    for path, target in made.items():
+        engines += [engine.name for engine in engines_for(path, target, plan.engines)]
+    for engine in dict.fromkeys(engines):
+        require(engine)
+    check_prompts(plan, [(engine, entries[0][1].path) for engine in engines])
 
 
 def _identities(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> list[Any]:
@@ -412,7 +430,7 @@ class _Runner:
         """
         from owl_deploy.bench.clients import Load, ask_all
 
-        texts = other_words(self.deployments[subject.name], scenario.tokens, self.plan.seed)
+        texts = other_words(self.deployments[subject.name].path, scenario.tokens, self.plan.seed)
         load = Load(server.url, server.model, scenario.new, limit_s=self.plan.time_limit_s)
         for repeats in (1, self.plan.repeats):
             prompts = list(itertools.islice(texts, repeats * scenario.streams))
@@ -444,7 +462,7 @@ class _Runner:
         )
         if scenario.kind == "answers":
             room = scenario.context - scenario.tokens
-            prompts = tokens_of(read_prompts(self.plan.prompts), deployment, room)
+            prompts = tokens_of(read_prompts(self.plan.prompts), deployment.path, room)
             return {"prompts": prompts, "count": scenario.tokens, "ends": deployment.ends}
         length = scenario.prompt_tokens(steps, repeats)
         prompt = self._prompt(deployment, length, scenario.kind == "generate")

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from owl_deploy.engines import Deployment
 from owl_deploy.errors import BadInput
 from owl_deploy.tokenizer import Tokenizer
 
@@ -50,9 +49,9 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
     return found
 
 
-def tokens_of(prompts: tuple[str, ...], deployment: Deployment, room: int) -> list[list[int]]:
-    """The prompts in a deployment's tokens; raises `BadInput` for more than `room` of them."""
-    tokenizer = Tokenizer(deployment.path)
+def tokens_of(prompts: tuple[str, ...], model: Path, room: int) -> list[list[int]]:
+    """The prompts in the tokens of the folder `model`; raises `BadInput` for more than `room`."""
+    tokenizer = Tokenizer(model)
     found = [tokenizer.encode(prompt) for prompt in prompts]
     longest = max(map(len, found))
     if longest > room:
@@ -64,13 +63,13 @@ def tokens_of(prompts: tuple[str, ...], deployment: Deployment, room: int) -> li
     return found
 
 
-def other_words(deployment: Deployment, tokens: int, seed: int) -> Iterator[str]:
+def other_words(model: Path, tokens: int, seed: int) -> Iterator[str]:
     """Endless prompts, each of as many words as `tokens` tokens hold, drawn anew for each.
 
     So no cache of what prompts begin with helps. The same for all that have one tokenizer. Raises
     `BadInput` where `tokens` hold none, and as `tokens_of` does.
     """
-    tokenizer, generator = Tokenizer(deployment.path), random.Random(seed)
+    tokenizer, generator = Tokenizer(model), random.Random(seed)
 
     def count(words: int) -> int:
         return len(tokenizer.encode(" ".join(drawn[:words])))

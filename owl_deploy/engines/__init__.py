@@ -12,7 +12,7 @@ from owl_deploy.engines.environment import (
     python_of,
     remove,
     require,
-    server_of,
+    served_by,
     software,
 )
 from owl_deploy.engines.process import EngineProcess, default_threads, threads_for
@@ -38,7 +38,7 @@ __all__ = [
     "python_of",
     "remove",
     "require",
-    "server_of",
+    "served_by",
     "software",
     "threads_for",
 ]

@@ -20,7 +20,7 @@ from typing import Any
 from owl_deploy import artefact
 from owl_deploy.cache import cache_dir, cache_path
 from owl_deploy.digests import digest
-from owl_deploy.engines.registry import Build, Engine, get_engine, public_engines
+from owl_deploy.engines.registry import Build, Engine, Server, get_engine, public_engines
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.lease import lease
 from owl_deploy.runtime import kernels, library_path
@@ -97,15 +97,21 @@ def require(name: str) -> None:
     python_of(name)
 
 
+def served_by(name: str) -> Server:
+    """The server of an engine; raises `BadInput` for one that has none."""
+    server = get_engine(name).server
+    if server is None:
+        serving = ", ".join(engine.name for engine in public_engines() if engine.server)
+        raise BadInput(f"The engine {name!r} has no server.", f"Those that have one: {serving}.")
+    return server
+
+
 def server_of(name: str) -> list[str]:
     """What starts an engine's server, without its options.
 
     Raises `BadInput` for an engine that has none, `EnvironmentFailed` when it is not installed.
     """
-    server = get_engine(name).server
-    if server is None:
-        serving = ", ".join(engine.name for engine in public_engines() if engine.server)
-        raise BadInput(f"The engine {name!r} has no server.", f"Those that have one: {serving}.")
+    server = served_by(name)
     python = python_of(name)
     if server.program is None:
         return [str(python)]

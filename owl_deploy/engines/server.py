@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from owl_deploy.engines.environment import ending_with_us, installed_version, server_of
+from owl_deploy.engines.environment import ending_with_us, installed_version, served_by, server_of
 from owl_deploy.engines.process import DEFAULT_TIMEOUT_S, Child, threads_for
 from owl_deploy.engines.registry import MOST_ROWS
 from owl_deploy.engines.worker import peak_bytes
@@ -87,8 +87,7 @@ class ServerProcess(Child):
             raise self._death("serve")
 
     def _command(self) -> list[str]:
-        program, server = server_of(self.engine.name), self.engine.server
-        assert server is not None  # server_of has refused it
+        program, server = server_of(self.engine.name), served_by(self.engine.name)
         values = {
             "deployment": self.deployment.resolve(),
             "port": self._port,

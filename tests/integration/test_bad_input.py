@@ -238,6 +238,8 @@ def test_a_bench_makes_no_dense_exports_for_nothing(owl, llama, sparse, tmp_path
         (["-o", llama, "--force"], "an input itself"),
         (["-o", sparse], "exists"),
         (["--save-baseline", "x", "--check", "y"], "exclude each other"),
+        (["--context", 4096], "--context 4096 is more than"),
+        (["--engine", "owl"], "cannot open"),
     ):
         code, _, err = owl("bench", tmp_path / "d", "--dense", llama, *wrong)
         assert (code, complaint in err, "Exporting" in err) == (2, True, False), err

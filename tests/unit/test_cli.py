@@ -18,6 +18,7 @@ from owl_deploy.serve.server import serve
 WORK = {
     "owl_deploy.api": ("prune", "evaluate", "finetune", "run_gate"),
     "owl_deploy.bench.decision": ("check_measured",),
+    "owl_deploy.bench.measure": ("check_ahead",),
     "owl_deploy.bench.show": ("show_outcome",),
     "owl_deploy.cli": ("_dense", "_emit", "_on_cluster"),
     "owl_deploy.evaluate.show": ("show",),
@@ -211,7 +212,7 @@ def arrived(owl, monkeypatch, tmp_path):
         return 0
 
     outcome = SimpleNamespace(to_json=to_json, exit_code=exit_code)
-    made = SimpleNamespace(output=Path("made"))
+    made = SimpleNamespace(output=Path("made"), target="owl")
     results = {"_dense": (made,), "evaluate": [], "tasks": (), "run": (None, [])}
 
     def noting(name, function):

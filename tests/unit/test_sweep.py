@@ -204,6 +204,21 @@ def test_windows_that_the_model_does_not_take_are_refused_before_any_work(
         planned(checkpoint, plan)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"scenarios": ("decode", "requests"), "targets": ("deepsparse",)}, "has no server"),
+        ({"scenarios": ("answers",), "context": (65,)}, "The longest prompt has"),
+    ],
+)
+def test_what_only_the_benchmark_would_refuse_is_refused_before_any_work(
+    llama: Path, tmp_path: Path, wanted: dict[str, object], words: str
+) -> None:
+    plan = PLAN.model_copy(update={"sequence_length": 64, "window": 64, **wanted})
+    with pytest.raises(BadInput, match=words):
+        tasks(llama, tmp_path / "out", plan, *TEXTS)
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     for name, words in (("no", "There is no model folder"), ("file", "is a file"), ("", "config")):
         (tmp_path / "file").touch()

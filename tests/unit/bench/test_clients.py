@@ -12,7 +12,7 @@ import pytest
 from owl_deploy.bench import BenchPlan, clients, measure, run_bench
 from owl_deploy.bench.clients import Load, ask_all
 from owl_deploy.bench.prompts import WORDS, other_words, tokens_of
-from owl_deploy.engines import ENGINES, ServerProcess, open_deployment
+from owl_deploy.engines import ENGINES, ServerProcess
 from owl_deploy.errors import BadInput
 from tests import by_hand, tiny
 from tests.unit.engines.test_engine_server import ROW
@@ -231,14 +231,12 @@ def test_an_engine_without_a_server_is_refused(says, monkeypatch):
 
 
 def test_as_many_words_as_the_tokens_hold(says):
-    deployment = open_deployment(says())
-    one, two = (list(islice(other_words(deployment, 40, seed), 50)) for seed in (0, 0))
+    folder = says()
+    one, two = (list(islice(other_words(folder, 40, seed), 50)) for seed in (0, 0))
     assert one == two
     assert len(set(one)) == 50
-    lengths = [len(tokens) for tokens in tokens_of(tuple(one), deployment, 40)]
-    longest = max(
-        len(tokens) for tokens in tokens_of(tuple(f" {w}" for w in WORDS), deployment, 40)
-    )
+    lengths = [len(tokens) for tokens in tokens_of(tuple(one), folder, 40)]
+    longest = max(len(tokens) for tokens in tokens_of(tuple(f" {w}" for w in WORDS), folder, 40))
     assert 40 - longest < min(lengths) <= max(lengths) == 40
 
 

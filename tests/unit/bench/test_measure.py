@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from owl_deploy.cli import app
 from owl_deploy.engines import EngineProcess, environment
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import BlockShares
+from tests import tiny
 from tests.unit.bench.made import result
 
 
@@ -581,6 +583,31 @@ def limited(folder: Path, tokens: int) -> Path:
     fake(folder, decode_ms=10, prefill_ms=50)
     (folder / "owl.json").write_text(json.dumps({"target": "fake", "max_context": tokens}))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "message"),
+    [
+        ({}, "onnxruntime", r"made is made for the target 'onnxruntime', which fake cannot open"),
+        ({"context": 257}, "fake", "--context 257 is more than the 256 tokens"),
+        ({"scenarios": ("answers",), "context": 64}, "fake", "The longest prompt has"),
+        ({}, "fake", None),
+    ],
+)
+def test_a_plan_is_looked_at_before_its_baselines_are_made(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    target: str,
+    message: str | None,
+) -> None:
+    small, made = limited(tmp_path / "small", 256), tmp_path / "made"
+    tiny.write_tokenizer(small)
+    plan = BenchPlan(
+        candidates=(small,), baselines=(pair[1], made), engines=("fake",), pairs=2, **settings
+    )
+    with pytest.raises(BadInput, match=message) if message else contextlib.nullcontext():
+        measure.check_ahead(plan, {made: target})
 
 
 @pytest.mark.parametrize(

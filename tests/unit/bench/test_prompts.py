@@ -30,7 +30,7 @@ def test_prompts_are_read_from_json_lines_or_are_the_shipped_ones(tmp_path, fake
     assert read_prompts(file) == ("One\u2028line",)
     shipped = read_prompts(None)
     assert len(set(shipped)) == len(shipped) > 4
-    found = tokens_of(("The river", "x"), fake, 20)
+    found = tokens_of(("The river", "x"), fake.path, 20)
     assert [len(tokens) for tokens in found] == [len(found[0]), 1]
     assert fake.ends == [1, 7]
 
@@ -53,13 +53,13 @@ def test_what_holds_no_prompts_is_said_in_a_sentence(tmp_path, content):
 
 
 def test_prompts_must_leave_room(fake):
-    room = len(tokens_of(("The river ran",), fake, 99)[0])
-    assert tokens_of(("The river ran",), fake, room)
+    room = len(tokens_of(("The river ran",), fake.path, 99)[0])
+    assert tokens_of(("The river ran",), fake.path, room)
     with pytest.raises(BadInput, match=f"longest prompt has {room} tokens, and {room - 1} leave"):
-        tokens_of(("The river ran", "x"), fake, room - 1)
+        tokens_of(("The river ran", "x"), fake.path, room - 1)
     (fake.path / "tokenizer.json").unlink()
     with pytest.raises(BadInput, match=r"has no tokenizer\.json"):
-        tokens_of(("x",), fake, 9)
+        tokens_of(("x",), fake.path, 9)
 
 
 def test_a_draft_is_measured_on_answers_alone(fake):

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from owl_deploy.engines import ENGINES, ServerProcess, environment, server_of
+from owl_deploy.engines import ENGINES, ServerProcess, environment
+from owl_deploy.engines.environment import server_of
 from owl_deploy.engines.registry import Server
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from tests import by_hand
