@@ -96,6 +96,21 @@ def _given(values: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
     return {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
 
 
+def _calibration(
+    ctx: typer.Context, source: str | None, samples: int, sequence_length: int, seed: int
+) -> "api.Calibration | None":
+    """The windows of a text; raises `BadInput` for a number of theirs where there is no text."""
+    if source:
+        return api.Calibration(source, samples, sequence_length, seed)
+    for name in ("samples", "sequence_length", "seed"):
+        said = ctx.get_parameter_source(name)
+        if said is not None and said.name != "DEFAULT":
+            raise api.BadInput(
+                f"{option(name)} is of a calibration text.", "Give --calibration, or leave it out."
+            )
+    return None
+
+
 def _with_method_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command` an option for each that a method has, in place of its `**own`."""
     own = [one for one in signature(command).parameters.values() if one.kind != one.VAR_KEYWORD]
@@ -116,6 +131,7 @@ def _with_method_options(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_with_method_options
 def prune(
+    ctx: typer.Context,
     model: options.Model,
     output: options.Output,
     recipe: options.Recipe = None,
@@ -156,7 +172,7 @@ def prune(
     from owl_deploy.prune.show import show
     from owl_deploy.recipe import origin
 
-    text = api.Calibration(calibration, samples, sequence_length, seed) if calibration else None
+    text = _calibration(ctx, calibration, samples, sequence_length, seed)
     manifest = api.prune(
         model,
         output,
@@ -173,6 +189,7 @@ def prune(
 
 @app.command()
 def export(
+    ctx: typer.Context,
     checkpoint: options.CheckpointFolder,
     output: options.Output,
     target: options.Target = "onnxruntime",
@@ -188,7 +205,7 @@ def export(
     """Export a checkpoint as a deployment, checked against PyTorch."""
     from owl_deploy.export.show import advise, show, steps
 
-    text = api.Calibration(calibration, samples, sequence_length, seed) if calibration else None
+    text = _calibration(ctx, calibration, samples, sequence_length, seed)
     with steps() as progress:
         manifest = api.export(
             checkpoint,

@@ -126,10 +126,11 @@ class Folder:
             raise BadInput(f"{path} cannot be read ({error}).", _EXPORT_AGAIN) from error
         return config
 
-    def number(self, name: str) -> int:
-        """A number that the settings give about the model."""
+    def number(self, name: str, part: str | None = None) -> int:
+        """A number that the settings give about the model, or about a `part` of it."""
         try:
-            return int(self.settings["model"][name])
+            model = self.settings["model"]
+            return int((model[part] if part else model)[name])
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(
                 f"{self.path / GENAI_CONFIG} does not say the model's {name}.", _EXPORT_AGAIN

@@ -18,7 +18,6 @@ from owl_deploy.engines.draft import Draft, Drafter
 from owl_deploy.engines.drivers.onnxruntime import (
     PROMPT_PART,
     Rows,
-    decoder_config,
     open_genai,
     open_session,
     pad_of,
@@ -251,7 +250,7 @@ class SideBySide(Writer):
             session = open_session(
                 self.path, threads, library, last_logits=True, takes_turns=takes_turns
             )
-        size = decoder_config(self.path)["head_size"]
+        size = opened.folder.number("head_size", "decoder")
         self._slots = Slots(session, self.batch, self.context, size, opened.vocab, PROMPT_PART)
         self._places: dict[Row, tuple[Slot, np.random.Generator]] = {}
         self._drafted: Row | None = None  # the one that has the draft

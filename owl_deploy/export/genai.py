@@ -8,6 +8,7 @@ own users get.
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from owl_deploy.artefact import read_object, write_json
 from owl_deploy.engines.environment import ending_with_us
@@ -40,7 +43,10 @@ _DETAILS = {
 }
 # Of its ways to int4 the one that loses least, by far: docs/benchmarks/bits.md. 8 bits for the
 # head, and for v and down in some of the blocks.
-_QUANTIZER = {"int4": ("algo_config=k_quant_mixed",)}
+_INT4 = "k_quant_mixed"
+# It packs two zero points to a byte, and fails where a row has one over. The best that does not.
+_INT4_ODD = "rtn_last"
+_INT4_GROUP = 32
 _FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
 
 
@@ -121,8 +127,16 @@ def _command(
         *("-i", str(source.folder), "-o", str(folder), "-p", precision),
         *("-e", "cpu", "-c", str(scratch / "cache")),
         # Short caches for sliding windows are a layout that only onnxruntime-genai fills.
-        *("--extra_options", "windowed_kv_cache=false", *_QUANTIZER.get(precision, ())),
+        *("--extra_options", "windowed_kv_cache=false", *_quantizer(source, precision)),
     ]
+
+
+def _quantizer(source: Source, precision: str) -> tuple[str, ...]:
+    if precision != "int4":
+        return ()
+    linears = [one for one in source.skeleton.model.modules() if isinstance(one, nn.Linear)]
+    odd = any(math.ceil(one.in_features / _INT4_GROUP) % 2 for one in linears)
+    return (f"algo_config={_INT4_ODD if odd else _INT4}",)
 
 
 def _start(

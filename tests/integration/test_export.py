@@ -122,6 +122,14 @@ def test_keys_that_the_builder_alone_would_read(owl, tmp_path, monkeypatch):
     assert (code, "more than 8 bits explain" in " ".join(out.split())) == (0, True)
 
 
+def test_int4_of_rows_with_an_odd_number_of_groups(tmp_path):
+    model = tiny.write_llama(tmp_path / "model", intermediate_size=96)
+    manifest = export(model, tmp_path / "out", target="onnxruntime", precision="int4").to_json()
+    assert manifest["quantization"]["bits"] == 4
+    assert manifest["parity"]["relative_difference"] < 0.5
+    _generates(tmp_path / "out")
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "owl"])
 def test_weights_of_more_bits_than_their_config_says(target, tmp_path):
     model = tiny.write_llama(tmp_path / "model")

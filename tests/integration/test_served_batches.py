@@ -364,6 +364,14 @@ def test_more_context_than_the_model_takes_is_refused_in_a_sentence(owl, deploym
     assert (code, f"--context {CONTEXT + 1} is more than the {CONTEXT} tokens" in err) == (2, True)
 
 
+def test_settings_without_the_size_of_a_head_are_refused_in_a_sentence(owl, deployment, tmp_path):
+    decoder = json.loads((deployment / "genai_config.json").read_text())["model"]["decoder"]
+    del decoder["head_size"]
+    folder = changed(deployment, tmp_path / "folder", "model", decoder=decoder)
+    code, _, err = owl("serve", folder, "--port", 0, "--batch", 2, "--trust-library")
+    assert (code, "does not say the model's head_size" in " ".join(err.split())) == (2, True), err
+
+
 def test_clients_at_once_get_what_each_gets_alone(dense):
     folder = dense.parent / "owl-int8"
     if not folder.exists():
