@@ -346,7 +346,8 @@ CheckpointDtype = Annotated[
 CheckpointBatch = Annotated[
     int | None,
     Option(
-        help="For checkpoints: windows or requests at once. [windows by free memory, 1 request]"
+        help="For checkpoints: windows at once, a block at a time (--blockwise), or requests. "
+        "[windows by free memory, 1 request]"
     ),
 ]
 Blockwise = Annotated[

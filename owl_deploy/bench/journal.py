@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from owl_deploy import digests
@@ -11,7 +11,7 @@ from owl_deploy.artefact import end_line
 from owl_deploy.bench.result import Sample, Subject
 from owl_deploy.cache import cache_dir
 from owl_deploy.errors import BadInput
-from owl_deploy.lease import Held, lease
+from owl_deploy.lease import Held, lease, outlast
 
 # A pair is a comparison only if both were measured about the same time: a round that was
 # interrupted is taken up within these seconds, and measured anew after them.
@@ -28,13 +28,16 @@ class Journal:
         self.path = folder / f"{digests.of_json(identity)[:24]}.jsonl"
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, tell: Callable[[str], object]) -> Iterator[None]:
         """Keep others from the same plan until the block ends: their times would be of both.
 
-        Raises `BadInput` where it is being measured already.
+        One on another machine, with which the cache is shared, may have died with that: it is
+        waited for, which `tell` hears. Raises `BadInput` where the plan is being measured already.
         """
+        lock = self.path.with_suffix(".lock")
         try:
-            with lease(self.path.with_suffix(".lock")):
+            outlast(lock, lambda host: tell(f"Waiting for the same benchmark on {host}"))
+            with lease(lock):
                 yield
         except Held as error:
             raise BadInput(

@@ -86,7 +86,7 @@ def run_bench(
     journal = Journal([plan.model_dump(), threads, here.cpu, _identities(plan, entries)])
     deployments = {subject.name: deployment for subject, deployment in entries}
     runner = _Runner(plan, scenarios, deployments, threads, opener, journal)
-    with journal.alone():
+    with journal.alone(progress):
         subjects = journal.restore(subject for subject, _ in entries)
         # Those that an interrupted run has had did not decide it.
         looked = max(0, _next_round(subjects.values()) - 1) // plan.pairs

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from owl_deploy import lease as leases
 from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, run_bench, show
 from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.measure import Opener
@@ -27,6 +28,7 @@ from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.manifest import BlockShares
 from tests import tiny
 from tests.unit.bench.made import result
+from tests.unit.test_lease import elsewhere
 
 
 def fake(folder: Path, **behaviour: Any) -> Path:
@@ -350,6 +352,18 @@ def test_the_same_benchmark_is_not_run_twice_at_once(pair: tuple[Path, Path]) ->
 
     run_bench(plan, keep=again)
     run_bench(plan)
+
+
+def test_a_benchmark_that_died_with_its_machine_is_outlasted(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    monkeypatch.setattr(leases, "STALE_S", 1.0)
+    journal, told = Journal("a plan"), list[str]()
+    elsewhere(journal.path.with_suffix(".lock"), 0)
+    with journal.alone(told.append):
+        assert told == ["Waiting for the same benchmark on node-7"]
+    assert list((cache / "bench").iterdir()) == []
 
 
 def test_what_failed_of_one_that_goes_on_is_kept(cache: Path) -> None:
