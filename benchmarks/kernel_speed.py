@@ -207,7 +207,9 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
     isa = rows[0]["isa"]
     rows = [row for row in rows if row["rows"] == 1]
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
-    colours = {"int8": "tab:blue", "int4": "tab:green", "bf16": "tab:orange", "fp32": "tab:gray"}
+    colours = dict(
+        zip(VALUES, ("tab:blue", "tab:green", "tab:red", "tab:orange", "tab:gray"), strict=True)
+    )
 
     def draw(every: Any) -> None:  # noqa: ANN401
         for axis, model in zip(every[0], models, strict=True):

@@ -25,7 +25,7 @@ from owl_deploy.artefact import make_folder, write_json
 from owl_deploy.bench import BenchPlan, Result, read_result, stats
 from owl_deploy.bench.decision import HUMANEVAL, judge, read_loss, refreshed, sentence
 from owl_deploy.bench.scenario import KINDS
-from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense, short
+from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense
 from owl_deploy.demo_input import CALIBRATION, EVALUATION
 from owl_deploy.ending import exit_code
 from owl_deploy.errors import BadInput, EnvironmentFailed, not_installed
@@ -367,7 +367,8 @@ def _gains(drafted: Result) -> Iterator[str]:
         gain = compared.get((subject.name, alone.get(subject.path, "")))
         if subject.tally and gain:
             yield (
-                f"{subject.name}: {short(gain)} as fast, with the same answers; "
+                f"{subject.name}: {gain.ratio:.2f}x ({gain.low:.2f}-{gain.high:.2f}) as fast, "
+                "with the same answers; "
                 f"{subject.tally['share_accepted']:.0%} of the draft's tokens accepted."
             )
 

@@ -127,7 +127,7 @@ def _metric(result: Result, metric: Metric) -> dict[str, Any]:
         "words": "; ".join(f"{c.candidate} over {c.baseline} {c.text}" for c in found),
         "by_sparsity": len(sparsities) > 1,
         "interval": stats.interval_words(one.pairs for one in found),
-        "speeds": [_speed(s, speeds[s.name]) for s in result.subjects if s.name in speeds],
+        "speeds": [_speed(s, metric, speeds[s.name]) for s in result.subjects if s.name in speeds],
         "comparisons": [
             (
                 *(c.candidate, c.baseline, ", ".join(c.against)),
@@ -138,11 +138,12 @@ def _metric(result: Result, metric: Metric) -> dict[str, Any]:
     }
 
 
-def _speed(subject: Subject, row: dict[str, float]) -> tuple[str, ...]:
+def _speed(subject: Subject, metric: Metric, row: dict[str, float]) -> tuple[str, ...]:
+    rate = metric.rate(row)
     return (
         *(subject.name, subject.engine, subject.precision),
         *(f"{row[key]:.2f}" for key in ("median_ms", "p90_ms", "p99_ms")),
-        *(f"{row['spread']:.1%}", f"{row['tokens_per_s']:.1f}"),
+        *(f"{row['spread']:.1%}", "" if rate is None else f"{rate:.1f}"),
         f"{row['roofline']:.0%}" if "roofline" in row else "",
     )
 

@@ -1,6 +1,6 @@
 """What is timed: scenarios, and the metrics that each yields."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,10 @@ class Metric:
     title: str
     answer: str
     tokens: int
+
+    def rate(self, row: Mapping[str, float]) -> float | None:
+        """Tokens/s by a row of statistics; None of the wait for a first token, which is no rate."""
+        return None if self.answer == "first_ms" else row["tokens_per_s"]
 
 
 class Scenario(BaseModel):

@@ -135,7 +135,7 @@ def _speed(result: Result, metric: Metric) -> Table:
             _digits(row["median_ms"]),
             f"{row['spread']:.0%}",
             _digits(row["p99_ms"]),
-            _digits(row["tokens_per_s"]),
+            "" if (rate := metric.rate(row)) is None else _digits(rate),
         )
     return table
 

@@ -152,7 +152,7 @@ def test_a_draft_gains_over_the_same_model_without_it() -> None:
     ]
     update = {"subjects": (drafted, dense, other), "comparisons": tuple(compared)}
     (said,) = showcase._gains(result.model_copy(update=update))
-    assert said.startswith("dense with sister: 2.00x")
+    assert said.startswith("dense with sister: 2.00x (1.00-3.00) as fast")
     update["comparisons"] = ()
     assert [*showcase._gains(result.model_copy(update=update))] == []
 

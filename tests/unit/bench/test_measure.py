@@ -587,6 +587,19 @@ def test_a_result_that_contradicts_itself_is_refused(
         read_result(file)
 
 
+def test_the_wait_for_a_first_token_is_no_rate(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_bench(BenchPlan(candidates=pair[:1], scenarios=("generate@64+8",), pairs=1))
+    row = {"tokens_per_s": 20.0}
+    rates = {metric.answer: metric.rate(row) for metric in found.scenarios[0].metrics}
+    assert rates == {"total_ms": 20.0, "first_ms": None, "token_ms": 20.0}
+    show.show(found)
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if " unknown " in line]
+    assert [len(line.split()) for line in told] == [7, 6, 7]
+
+
 def test_no_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
         read_result(tmp_path)
