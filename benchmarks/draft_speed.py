@@ -14,9 +14,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from owl_deploy import digests
 from owl_deploy.bench.machine import look
-from owl_deploy.engines import EngineProcess, engine_for, open_deployment, threads_for
-from owl_deploy.engines.draft import open_draft
+from owl_deploy.engines import Deployment, EngineProcess, engine_for, open_deployment, threads_for
+from owl_deploy.engines.draft import Draft, open_draft
 from owl_deploy.evaluate.humaneval import REQUEST, problems
 from owl_deploy.text import load_tokenizer
 
@@ -93,6 +94,16 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _of(opened: Deployment, draft: Draft, chosen: argparse.Namespace) -> str:
+    """What tells these answers and times from others'."""
+    asked = {name: getattr(chosen, name) for name in ("task", "new_tokens", "context", "threads")}
+    files = [
+        digests.state_of(Path(one)) if Path(one).is_dir() else one
+        for one in (opened.path, draft.place)
+    ]
+    return digests.of_json([files, draft.tokens, asked, look(0.1).cpu])[:12]
+
+
 def main() -> None:
     """Measure what FILE does not have yet, and print the summary."""
     parser = argparse.ArgumentParser(
@@ -113,6 +124,9 @@ def main() -> None:
     asked = spread(chosen.problems)
     tokenizer = load_tokenizer(chosen.deployment)
     done = chosen.output.read_text().splitlines() if chosen.output.is_file() else []
+    of = _of(opened, draft, chosen)
+    if any(json.loads(line).get("of", of) != of for line in done):
+        parser.error(f"{chosen.output} was made of other deployments, or with other options")
     known = {json.loads(line)["problem"] for line in done}
     how: dict[str, Any] = {"threads": threads_for(chosen.threads), "context": chosen.context}
     engine = engine_for(opened.target).name
@@ -129,7 +143,7 @@ def main() -> None:
             prompt = prompt_of(tokenizer, problem, chosen.task)
             request = {"prompts": [prompt], "count": chosen.new_tokens, "ends": opened.ends}
             line = measured(alone, drafted, request, swap=number % 2 == 1)
-            file.write(json.dumps({"problem": problem["task_id"], **line}) + "\n")
+            file.write(json.dumps({"problem": problem["task_id"], "of": of, **line}) + "\n")
             file.flush()
     lines = [json.loads(line) for line in chosen.output.read_text().splitlines()]
     about = {"machine": look(0.1).cpu, "threads": how["threads"], "draft_tokens": draft.tokens}

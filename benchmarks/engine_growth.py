@@ -95,8 +95,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    asked = {name: getattr(arguments, name) for name in ("contexts", "tokens", "rounds", "threads")}
     if arguments.resume and arguments.output.is_file():
-        rows = json.loads(arguments.output.read_text())["rows"]
+        known = json.loads(arguments.output.read_text())
+        if known.get("asked", asked) != asked:
+            parser.error(f"{arguments.output} was made with other options")
+        rows = known["rows"]
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         runtime = runtime_mb(work)
@@ -108,7 +112,7 @@ def main() -> None:
                 rows += measured(deployment, size, sparsity, runtime, arguments)
                 if arguments.work is None:
                     shutil.rmtree(deployment)
-                write(arguments.output, rows, runtime)
+                write(arguments.output, asked, rows, runtime)
     draw(arguments.output.with_suffix(".svg"), rows)
 
 
@@ -200,11 +204,12 @@ def runtime_mb(work: Path) -> float:
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mb"])
 
 
-def write(path: Path, rows: list[dict[str, Any]], runtime: float) -> None:
+def write(path: Path, asked: dict[str, Any], rows: list[dict[str, Any]], runtime: float) -> None:
     """The data so far: a stopped run goes on with --resume."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "command": "python benchmarks/engine_growth.py",
+        "asked": asked,
         "machine": look().model_dump(),
         "load_average": os.getloadavg(),
         "runtime_mb": round(runtime, 1),

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import write_json
+from owl_deploy.artefact import sha256, write_json
 from owl_deploy.bench.machine import look
 
 METHODS = (
@@ -122,11 +122,15 @@ def main() -> None:
     given = parser.parse_args()
     keys = ("samples", "length", "windows", "dtype", "sparsity", "seed")
     asked = {key: getattr(given, key) for key in keys}
-    result: dict[str, Any] = {"cpu": look().cpu, **asked, "model": given.model.name, "rows": []}
+    read = {"model": given.model.name}
+    read |= {name: sha256(getattr(given, name)) for name in ("calibration", "evaluation")}
+    result: dict[str, Any] = {"cpu": look().cpu, **asked, **read, "rows": []}
     if given.output.is_file():
         result = json.loads(given.output.read_text(encoding="utf-8"))
         if {key: result.get(key, 0) for key in keys} != asked:
             parser.error(f"{given.output} was made with other options")
+        if any(result.get(name, one) != one for name, one in read.items()):
+            parser.error(f"{given.output} was made of another model or text")
     if "dense" not in result:
         result["dense"] = measure(given.model, given)
         write_json(given.output, result)
