@@ -56,7 +56,8 @@ CHAT_TEMPLATES = "additional_chat_templates"  # a folder of them; transformers r
 # What old checkpoints hold besides weights: masks and frequencies, which models compute now, and
 # transformers leaves unread (`_keys_to_ignore_on_load_unexpected`).
 _COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-_HALVES = {"F16": "float16", "BF16": "bfloat16"}  # as safetensors and as torch call them
+# What safetensors calls them: the narrowest dtype of torch, up to float32, that holds them.
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 
 
 class Checkpoint:
@@ -154,15 +155,15 @@ class Checkpoint:
         return total
 
     def dtype(self) -> "torch.dtype":
-        """The narrowest dtype, up to float32, that holds all values as the files hold them."""
+        """The narrowest dtype, up to float32, that holds all weights as the files hold them."""
         import torch
 
         held: set[torch.dtype] = set()
         for path in set(self.files.values()):
             with _open_safetensors(path) as file:
                 names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-                held |= {getattr(torch, _HALVES.get(name, "float32")) for name in names}
-        return functools.reduce(torch.promote_types, held)
+                held |= {getattr(torch, _FLOATS[name]) for name in names & _FLOATS.keys()}
+        return functools.reduce(torch.promote_types, held or {torch.float32})
 
     def _blocks(self) -> list[str]:
         """A model built by a count that is not the weights' would take long, or other weights."""

@@ -165,6 +165,7 @@ def test_the_config_is_that_of_the_weights(copy, change, complaint):
         ({"float16", "bfloat16"}, torch.float32),
         ({"bfloat16", "float32"}, torch.float32),
         ({"float64"}, torch.float32),
+        ({"bfloat16", "int64"}, torch.bfloat16),  # buffers of old checkpoints
     ],
 )
 def test_the_dtype_that_holds_what_the_files_hold(copy, held, dtype):
