@@ -161,7 +161,8 @@ class Checkpoint:
         held: set[torch.dtype] = set()
         for path in set(self.files.values()):
             with _open_safetensors(path) as file:
-                names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                own = [name for name in file.keys() if name in self.files]  # noqa: SIM118
+                names = {file.get_slice(name).get_dtype() for name in own}
                 held |= {getattr(torch, _FLOATS[name]) for name in names & _FLOATS.keys()}
         return functools.reduce(torch.promote_types, held or {torch.float32})
 

@@ -24,13 +24,13 @@ from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.cache import cache_dir
 from owl_deploy.checkpoint import file_names, local_folder, read_config
 from owl_deploy.ending import explained
-from owl_deploy.engines import engine_for, installed_version, software
+from owl_deploy.engines import engine_for, installed_version
 from owl_deploy.engines.deployment import seen_of
 from owl_deploy.engines.loading import digest as file_digest
 from owl_deploy.engines.registry import LOOKUP
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, read_manifest
+from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, read_manifest, versions
 from owl_deploy.measurements import keep_measurement, measurement_file
 from owl_deploy.partial import NotThatRun, is_interrupted
 from owl_deploy.prune_settings import PruneSettings
@@ -197,6 +197,15 @@ class Finetune(Task):
         return agree(told, given) and (manifest.finetune.teacher is None) == (self.teacher is None)
 
 
+def _software() -> dict[str, Any]:
+    """The versions that decide what deployments are, and how fast."""
+    return {
+        "owl": __version__,
+        "onnxruntime": versions().get("onnxruntime"),
+        "onnxruntime-genai": installed_version("onnxruntime"),
+    }
+
+
 class Export(Task):
     """`owl export`; `calibration`: as for `Prune`, where the target weighs what it rounds.
 
@@ -224,11 +233,11 @@ class Export(Task):
 
     @override
     def asked(self, inputs: Sequence[str] | None = None) -> dict[str, Any]:
-        by = {"owl": __version__, "onnxruntime": installed_version("onnxruntime")}
+        by = _software()
         if engine_for(self.target).operators:
             with contextlib.suppress(EnvironmentFailed):  # the head of a cluster may lack it
                 by["library"] = file_digest(library_path())
-        return super().asked(inputs) | {"by": by}
+        return super().asked(inputs) | {"software": by}
 
     @override
     def run(self) -> None:
@@ -372,11 +381,11 @@ class Bench(Task):
 
     @override
     def asked(self, inputs: Sequence[str] | None = None) -> dict[str, Any]:
-        # Not the machine, nor what is chosen by it: a cluster's nodes need not be alike.
-        of_engines = {name: software(name) for name in sorted(self._engines())}
-        for one in of_engines.values():
-            one.pop("kernels", None)
-        return super().asked(inputs) | {"by": {"owl": __version__} | of_engines}
+        # Not the machine, nor what is chosen by it: a cluster's nodes need not be alike, and the
+        # head may lack an engine.
+        found = {name: installed_version(name) for name in sorted(self._engines())}
+        engines = {name: version for name, version in found.items() if version is not None}
+        return super().asked(inputs) | {"software": _software() | {"engines": engines}}
 
     def _engines(self) -> set[str]:
         """The engines that it times, as far as its deployments lie here."""

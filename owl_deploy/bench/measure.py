@@ -136,10 +136,11 @@ def check_ahead(plan: BenchPlan, made: Mapping[Path, str]) -> None:
     """
     there = tuple(one for one in plan.baselines if one not in made)
     plan, entries, _ = fitted(plan.model_copy(update={"baselines": there}))
-    engines = [subject.engine for subject, _ in entries]
-    for path, target in made.items():
-        engines += [engine.name for engine in engines_for(path, target, plan.engines)]
-    for engine in dict.fromkeys(engines):
+    for engine in dict.fromkeys(subject.engine for subject, _ in entries):
+        python_of(engine)
+    needed = [engines_for(path, target, plan.engines) for path, target in made.items()]
+    engines = dict.fromkeys(engine.name for engine in itertools.chain.from_iterable(needed))
+    for engine in engines:
         require(engine)
     check_prompts(plan, [(engine, entries[0][1].path) for engine in engines])
 

@@ -11,7 +11,6 @@ below.
 """
 
 import copy
-import functools
 import importlib
 import itertools
 import json
@@ -135,8 +134,21 @@ def find_head(builder: Any) -> None:  # noqa: ANN401
     builder.has_lm_head = lambda model, module: module is model.weights.get_output_embeddings()
 
 
+def exact(model: Any) -> Any:  # noqa: ANN401
+    """The model with its norms in float32: of Gemma's the builder adds 1 to the weights, which
+    rounds them in what else they are stored in.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("Norm"):
+            module.float()
+    return model
+
+
 def run(checkpoint: Path, *, save: bool) -> Any:  # noqa: ANN401 - the builder's, without types
-    """The builder's own command line for `checkpoint`; unless `save`, what it would have saved."""
+    """The builder's own command line for `checkpoint`; unless `save`, what it would have saved.
+
+    The weights are loaded as they are stored, whatever config.json says of them: it may say less.
+    """
     import transformers
 
     from owl_deploy.checkpoint import Checkpoint
@@ -148,10 +160,10 @@ def run(checkpoint: Path, *, save: bool) -> Any:  # noqa: ANN401 - the builder's
     transformers.AutoConfig.from_pretrained = lambda *arguments, **options: adapted(
         read(*arguments, **options), Model
     )
-    # As the weights are stored, whatever config.json says of them: it may say less.
     load = transformers.AutoModelForCausalLM.from_pretrained
-    transformers.AutoModelForCausalLM.from_pretrained = functools.partial(
-        load, dtype=Checkpoint(checkpoint).dtype()
+    dtype = Checkpoint(checkpoint).dtype()
+    transformers.AutoModelForCausalLM.from_pretrained = lambda *arguments, **options: exact(
+        load(*arguments, **options, dtype=dtype)
     )
     refuse_heads(Model)
     find_head(Model)

@@ -46,6 +46,7 @@ _DETAILS = {
 _INT4 = "k_quant_mixed"
 # It packs two zero points to a byte, and fails where a row has one over. The best that does not.
 _INT4_ODD = "rtn_last"
+_ODD = f"{_INT4_ODD} in the place of {_INT4}, which fails for rows with an odd number of groups"
 _INT4_GROUP = 32
 _FULL_DISK = ("No space left on device", "Not enough free space")  # by Python, by numpy
 
@@ -97,6 +98,7 @@ def build(
         "graph": "onnxruntime-genai model builder",
         "max_context": config["model"]["context_length"],
         "opens_in_genai": True,
+        "note": _ODD if precision == "int4" and _is_odd(source) else "",
         **({"packing": json.loads(last_line(words))} if sparsify else {}),
     }
 
@@ -134,9 +136,13 @@ def _command(
 def _quantizer(source: Source, precision: str) -> tuple[str, ...]:
     if precision != "int4":
         return ()
+    return (f"algo_config={_INT4_ODD if _is_odd(source) else _INT4}",)
+
+
+def _is_odd(source: Source) -> bool:
+    """Whether rows of weights have an odd number of groups."""
     linears = [one for one in source.skeleton.model.modules() if isinstance(one, nn.Linear)]
-    odd = any(math.ceil(one.in_features / _INT4_GROUP) % 2 for one in linears)
-    return (f"algo_config={_INT4_ODD if odd else _INT4}",)
+    return any(math.ceil(one.in_features / _INT4_GROUP) % 2 for one in linears)
 
 
 def _start(

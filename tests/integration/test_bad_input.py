@@ -245,6 +245,21 @@ def test_a_bench_makes_no_dense_exports_for_nothing(owl, llama, sparse, tmp_path
         assert (code, complaint in err, "Exporting" in err) == (2, True, False), err
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("prune", "--method", "magnitude", "--seed", 0),
+        ("prune", "--method", "none", "--bits", 4, "--no-asymmetric", "--sequence-length", 2048),
+        ("export", "--samples", 128),
+    ],
+)
+def test_numbers_of_a_text_that_is_not_given(owl, llama, tmp_path, line):
+    verb, *options = line
+    code, _, err = owl(verb, llama, "-o", tmp_path / "out", *options)
+    told = next(one for one in options[::-1] if str(one).startswith("--"))
+    assert (code, f"{told} is of a calibration text." in err) == (2, True), err
+
+
 def test_a_sweep_refuses_a_precision_before_it_prunes(owl, llama, text_file, tmp_path):
     line = ["sweep", llama, "-o", tmp_path / "out", "-t", "onnxruntime", "-t", "owl:int2"]
     code, _, err = owl(*line, "-c", text_file, "-p", text_file)

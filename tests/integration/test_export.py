@@ -126,6 +126,7 @@ def test_int4_of_rows_with_an_odd_number_of_groups(tmp_path):
     model = tiny.write_llama(tmp_path / "model", intermediate_size=96)
     manifest = export(model, tmp_path / "out", target="onnxruntime", precision="int4").to_json()
     assert manifest["quantization"]["bits"] == 4
+    assert manifest["note"].startswith("rtn_last in the place of k_quant_mixed")
     assert manifest["parity"]["relative_difference"] < 0.5
     _generates(tmp_path / "out")
 
@@ -138,6 +139,21 @@ def test_weights_of_more_bits_than_their_config_says(target, tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     manifest = export(model, tmp_path / "out", target=target, precision="fp32")
+    assert manifest.to_json()["parity"]["relative_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_norms_in_half_precision_to_which_the_builder_adds(dtype, tmp_path):
+    model = tiny.write_model("gemma3_text", tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(model / "model.safetensors")
+    for name, one in weights.items():
+        drawn = 1 + 0.3 * torch.randn(one.shape, generator=generator)
+        weights[name] = (drawn if "norm" in name else one).bfloat16()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    manifest = export(model, tmp_path / "out", target="onnxruntime", precision="fp32")
     assert manifest.to_json()["parity"]["relative_difference"] < 1e-5
 
 

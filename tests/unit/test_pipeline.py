@@ -322,15 +322,25 @@ def test_what_another_version_of_an_engine_timed_is_timed_again(tmp_path, monkey
         deployment
     )
     bench = ALL[3].model_copy(update={"plan": BenchPlan(candidates=(deployment,))})
-    before = bench.asked([])
-    assert pipeline.agree(before, bench.asked([]))
-    versions = {"onnxruntime": {"version": "999"}, "deepsparse": {"version": "1"}}
-    monkeypatch.setattr(pipeline, "software", lambda name: versions[name])
-    assert not pipeline.agree(before, bench.asked([]))
     elsewhere = bench.model_copy(update={"plan": BenchPlan(candidates=(tmp_path / "e",))})
-    assert set(elsewhere.asked([])["by"]) == {"owl"}  # what it times does not lie here
-    chosen = bench.plan.model_copy(update={"engines": ("deepsparse",)})
-    assert set(bench.model_copy(update={"plan": chosen}).asked([])["by"]) == {"owl", "deepsparse"}
+    chosen = bench.plan.model_copy(update={"engines": ("deepsparse", "owl")})
+    chosen = bench.model_copy(update={"plan": chosen})
+    known = {"onnxruntime": "0.18", "owl": "0.18", "deepsparse": "1.8"}
+    monkeypatch.setattr(pipeline, "installed_version", known.get)
+    before, others = bench.asked([]), chosen.asked([])
+    assert before["software"]["engines"] == {"onnxruntime": "0.18"}
+    assert elsewhere.asked([])["software"]["engines"] == {}  # what it times does not lie here
+    assert pipeline.agree(before, elsewhere.asked([]))
+    known["deepsparse"] = "1.9"
+    assert pipeline.agree(before, bench.asked([]))
+    assert not pipeline.agree(others, chosen.asked([]))
+    del known["deepsparse"]  # where a plan is looked at, and nothing is timed
+    assert pipeline.agree(others, chosen.asked([]))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "__version__", "999")
+        assert not pipeline.agree(others, chosen.asked([]))
+    known["onnxruntime"] = "0.19"
+    assert not pipeline.agree(before, bench.asked([]))
 
 
 def test_a_measurement_without_a_receipt_is_judged_by_what_it_was_of(tmp_path):
