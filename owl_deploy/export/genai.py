@@ -98,7 +98,7 @@ def build(
         "graph": "onnxruntime-genai model builder",
         "max_context": config["model"]["context_length"],
         "opens_in_genai": True,
-        "note": _ODD if precision == "int4" and _is_odd(source) else "",
+        **({"note": _ODD} if precision == "int4" and _is_odd(source) else {}),
         **({"packing": json.loads(last_line(words))} if sparsify else {}),
     }
 

@@ -298,6 +298,8 @@ async def _said(_: HttpRequest, error: Exception) -> Response:
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if refused.status in (429, 503):
         headers["Retry-After"] = str(_RETRY_S)
+    if refused.status == 500:  # uvicorn hangs up after it, unsaid: no client may ask there again
+        headers["Connection"] = "close"
     return JSONResponse(refused.body(), refused.status, headers)
 
 

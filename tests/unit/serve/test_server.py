@@ -299,6 +299,7 @@ def test_what_is_no_exception_is_told_as_one_and_the_next_one_is_answered(writer
     with pytest.raises(openai.InternalServerError) as raised:
         ask(client, "panics")
     assert "secret" not in str(raised.value.body)
+    assert raised.value.response.headers["connection"] == "close"
     writer.go.release(3)
     assert ask(client, "next").choices[0].text == "abc"
 
