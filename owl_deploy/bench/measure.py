@@ -139,10 +139,10 @@ def check_ahead(plan: BenchPlan, made: Mapping[Path, str]) -> None:
     for engine in dict.fromkeys(subject.engine for subject, _ in entries):
         python_of(engine)
     needed = [engines_for(path, target, plan.engines) for path, target in made.items()]
-    engines = dict.fromkeys(engine.name for engine in itertools.chain.from_iterable(needed))
-    for engine in engines:
-        require(engine)
-    check_prompts(plan, [(engine, entries[0][1].path) for engine in engines])
+    for name in dict.fromkeys(engine.name for engine in itertools.chain.from_iterable(needed)):
+        require(name)
+        if any(scenario.is_served for scenario in plan.described()):
+            served_by(name)
 
 
 def _identities(plan: BenchPlan, entries: list[tuple[Subject, Deployment]]) -> list[Any]:
