@@ -56,17 +56,10 @@ class Partial:
         self.folder, self.force = partial_folder(output), force
         if self.folder.is_symlink():  # ours never is; what it leads to would be cleared
             raise BadInput(f"{self.folder} is a link, to another folder.", "Delete it.")
-        there = is_interrupted(output)
-        if there and not resume and not force:
-            raise BadInput(
-                f"An earlier run for {output} was interrupted.",
-                "Use --resume to continue it, or --force to start again.",
-            )
-        if resume and not there:
-            raise BadInput(f"There is no interrupted run for {output} to resume.")
+        before = asked_before(output, resume=resume, force=force)
         make_folder(self.folder)
-        if there and resume:
-            _refuse_other_arguments(_read_asked(self.folder), asked)
+        if resume:
+            _refuse_other_arguments(before, asked)
         else:
             self._clear()
             write_json(self.folder / ASKED, asked)
@@ -164,9 +157,22 @@ def is_interrupted(output: Path) -> bool:
     return (partial_folder(output) / ASKED).is_file()
 
 
-def asked_before(output: Path) -> dict[str, Any]:
-    """What the run that was stopped was asked; empty where there is none."""
-    return _read_asked(partial_folder(output)) if is_interrupted(output) else {}
+def asked_before(output: Path, *, resume: bool, force: bool) -> dict[str, Any]:
+    """What the run that this one resumes was asked; empty where this one begins.
+
+    Raises `BadInput` where there is none to `resume`, or one and neither `resume` nor `force`: of
+    that a verb is told before it tokenizes a text.
+    """
+    output = output.resolve()
+    there = is_interrupted(output)
+    if there and not resume and not force:
+        raise BadInput(
+            f"An earlier run for {output} was interrupted.",
+            "Use --resume to continue it, or --force to start again.",
+        )
+    if resume and not there:
+        raise BadInput(f"There is no interrupted run for {output} to resume.")
+    return _read_asked(partial_folder(output)) if resume else {}
 
 
 @contextlib.contextmanager

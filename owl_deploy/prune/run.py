@@ -65,7 +65,7 @@ def prune(
             text = source_files(str(calibration.source)) if calibration and force else []
             stack.enter_context(only_writer(output, force, model, *text))
         before, planned = ranks.from_leader(
-            lambda: _before(output, ranks) if resume else ({}, False)
+            lambda: _before(asked_before(output, resume=resume, force=force), output, ranks)
         )
         stack.enter_context(on_threads(before.get("threads")))
         request = check(
@@ -99,13 +99,14 @@ def prune(
             return ranks.from_leader(lambda: _complete(request, plan, store, facts, started))
 
 
-def _before(output: Path, ranks: Ranks) -> tuple[dict[str, Any], bool]:
+def _before(asked: dict[str, Any], output: Path, ranks: Ranks) -> tuple[dict[str, Any], bool]:
     """What the run that is resumed was asked of `ROUNDING`, nothing where it had other processes,
-    and whether it has come to a plan.
+    and whether it has come to a plan. `asked`: all that it was, empty where none is resumed.
     """
-    asked = asked_before(output).get(ROUNDING, {})
-    same = asked.get("processes") == ranks.size
-    return asked if same else {}, (partial_folder(output) / PLAN).is_file()
+    of_rounding = asked.get(ROUNDING, {})
+    same = of_rounding.get("processes") == ranks.size
+    has_plan = bool(asked) and (partial_folder(output) / PLAN).is_file()
+    return of_rounding if same else {}, has_plan
 
 
 def _as_before(hardware: Hardware, before: dict[str, Any]) -> Hardware:

@@ -236,7 +236,7 @@ def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     settings = PruneSettings.checked(sparsity=0.6)
     with pytest.raises(BadInput, match=r"An earlier run .* was interrupted"):
-        prune(model, out, settings, calibration, tune_minutes=1e-9)
+        prune(model, out, settings, Calibration("missing.txt"), tune_minutes=1e-9)
     with pytest.raises(BadInput, match=r"settings\.sparsity was 0\.6, now 0\.5"):
         prune(
             model,
@@ -259,8 +259,8 @@ def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_nothing_to_resume(model, text_file, tmp_path):
-    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
+def test_nothing_to_resume_is_said_before_a_text_is_read(model, tmp_path):
+    calibration = Calibration("missing.txt", samples=4, sequence_length=48)
     with pytest.raises(BadInput, match="no interrupted run"):
         prune(model, tmp_path / "out", PruneSettings.checked(), calibration, resume=True)
     assert list(tmp_path.iterdir()) == []
