@@ -49,7 +49,8 @@ WINDOW, WINDOWS = 2048, 6
 
 def made(name: str, given: argparse.Namespace) -> Path:
     """The checkpoint in the format `name`, made, or gone on with, if it is not there."""
-    folder: Path = given.work / name.replace(" ", "-").replace(",", "").replace("%", "percent")
+    plain = name.replace(" ", "-").replace(",", "").replace("%", "percent")
+    folder: Path = given.work / f"{plain}-of-{given.samples}-{given.dtype}"
     if not is_artefact(folder):
         text = ("--calibration", demo_input() / CALIBRATION, "--samples", given.samples)
         asked = (*text, "--sequence-length", 512, "--dtype", given.dtype, *FORMATS[name])

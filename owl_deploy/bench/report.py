@@ -44,17 +44,27 @@ def write_report(
     quality that may go in the choice of what to deploy, and `quality_metric` what quality that is
     (decision.py). `left`: tasks that failed, or were skipped for that.
     """
-    check_parent(path)
+    check_page(path, force=force)
     read = (*made_of, *(folder / name for folder in made_of for name in (FILE, MANIFEST)))
     if path.resolve() in [one.resolve() for one in read]:
         raise BadInput(f"{path} is what the page is made of.", "Give another -o.")
     page = render(results, curves, max_loss, quality_metric, left)
     try:
-        if not force and path.is_file() and _GENERATOR not in path.read_bytes():
-            raise BadInput(f"{path} is no page of owl's.", "Give another -o, or --force.")
         write_text(path, page)
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def check_page(
+    path: Path, *, force: bool = False, way_out: str = "Give another -o, or --force."
+) -> None:
+    """Raise `BadInput` where no page can be written, or a file is there that is none of owl's."""
+    check_parent(path)
+    try:
+        if not force and path.is_file() and _GENERATOR not in path.read_bytes():
+            raise BadInput(f"{path} is no page of owl's.", way_out)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}).") from error
 
 
 def render(
