@@ -54,6 +54,7 @@ def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # no
     trained_on = manifest.finetune.checkpoint if manifest and manifest.finetune else None
     if trained_on and trained_on.weights_sha256 != weights_digest(checkpoint):
         raise _for_another(folder, checkpoint, f"it was trained on {trained_on.path}")
+    beside = _of_model(folder / WEIGHTS, model)
     try:
         with _older_names():
             adapted = peft.PeftModel.from_pretrained(model, str(folder))
@@ -62,9 +63,26 @@ def with_adapter(model: Any, checkpoint: Checkpoint, folder: Path) -> Any:  # no
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         there = set(file.keys())
     wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if there != wanted:  # peft would leave such layers at their random start, in silence
-        raise _for_another(folder, checkpoint, f"{len(there ^ wanted)} tensors have no counterpart")
+    # Without one peft would leave a layer at its random start, in silence.
+    if odd := (wanted - there) | (there - wanted - beside):
+        raise _for_another(folder, checkpoint, f"{len(odd)} tensors have no counterpart")
     return adapted
+
+
+def _of_model(file: Path, model: Any) -> set[str]:  # noqa: ANN401
+    """The tensors in `file` that the model has itself, as PEFT saves embeddings that it adapts."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    own = dict(model.named_parameters(remove_duplicate=False))  # tied ones by both names
+    same = set()
+    with contextlib.suppress(SafetensorError), safe_open(file, framework="pt") as held:
+        for key in held.keys():  # noqa: SIM118 - it is no dict
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if (mine := own.get(name)) is not None:
+                given = held.get_tensor(key).to(mine.device, mine.dtype)
+                same |= {key} if torch.equal(given, mine) else set()
+    return same
 
 
 def new_adapter(model: Any, **lora: Any) -> Any:  # noqa: ANN401 - peft and transformers are untyped

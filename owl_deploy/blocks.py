@@ -424,9 +424,9 @@ def _logits(
 
     `weight` [words, width]: in the place of the head's.
     """
-    head = model.get_output_embeddings()
-    weight = head.weight if weight is None else weight
-    logits = nn.functional.linear(hidden, weight, head.bias).float()
+    head = model.get_output_embeddings()  # called as it is, it has what an adapter adds to it
+    logits = head(hidden) if weight is None else nn.functional.linear(hidden, weight, head.bias)
+    logits = logits.float()
     if not FAMILIES[model.config.model_type].capped:
         return logits
     cap = model.config.final_logit_softcapping

@@ -553,8 +553,15 @@ def compatible_config(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = both.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         both.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if both.get("model_type") == "gpt_neox":
+            both.setdefault("rotary_emb_base", rope["rope_theta"])
+            if (part := scaling.pop("partial_rotary_factor", None)) is not None:
+                both.setdefault("rotary_pct", part)
+        kind = scaling.get("rope_type", "default")
+        if kind in ("linear", "dynamic") and scaling.keys() == {"rope_type", "factor"}:
+            scaling = {"type": kind, "factor": scaling["factor"]}  # 4.40 takes no other form
+        if kind != "default":
             both.setdefault("rope_scaling", scaling)
     dtype = stored_dtype(both)
     if dtype:

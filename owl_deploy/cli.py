@@ -514,7 +514,7 @@ def sweep(
         read_needs(needs or [])
     else:
         threads_for(plan.threads)  # which another machine may have
-        sweeps.check_here(model, plan, perplexity)
+        sweeps.check_here(model, plan, calibration, perplexity)
     if dry_run:
         states = _stored(tasks, output, store) if store else pipeline.survey(tasks)
         lines = [f"{state:8}  {one.title}" for state, one in zip(states, tasks, strict=True)]

@@ -24,7 +24,8 @@ class Family:
     as they are, by the last part of their names: none, where a norm comes between, or the halves
     cannot be told apart. `windows`: which blocks have the sliding window that config.json tells
     of: none, as the family's code does not read it; every one; or those that its list says.
-    `capped`: whether it caps its logits, by `final_logit_softcapping`.
+    `capped`: whether it caps its logits, by `final_logit_softcapping`. `built`: whether
+    onnxruntime-genai's model builder knows it.
     """
 
     backbone: str
@@ -36,6 +37,7 @@ class Family:
     writers: tuple[str, ...] = ("o_proj", "down_proj")
     windows: Literal["none", "every", "listed"] = "none"
     capped: bool = False
+    built: bool = True
 
 
 _LLAMA = Family("model", "model.layers", ("model.embed_tokens",))
@@ -59,6 +61,7 @@ FAMILIES: dict[str, Family] = {
         ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         halves=("self_attn", "final_layer_norm"),
         writers=("out_proj", "fc2"),
+        built=False,
     ),
     "gpt_neox": Family(
         "gpt_neox",
@@ -68,6 +71,7 @@ FAMILIES: dict[str, Family] = {
         queries_and_values=("query_key_value",),
         halves=None,
         writers=(),
+        built=False,
     ),
 }
 
@@ -101,3 +105,19 @@ def family_of(config: Mapping[str, Any]) -> Family:
         return family
     # OPT-350m has each norm at the end of its half: between what a Linear writes and the rest.
     return replace(family, halves=None, writers=())
+
+
+def unbuilt(config: Mapping[str, Any]) -> str | None:
+    """What of a model onnxruntime-genai's builder does not know, in words, by its config.json.
+
+    None where nothing here says so: the builder itself may refuse more.
+    """
+    name = config.get("model_type")
+    if isinstance(name, str) and name in FAMILIES and not FAMILIES[name].built:
+        return repr(name)
+    size, width, heads = map(config.get, ("head_dim", "hidden_size", "num_attention_heads"))
+    if not size and isinstance(width, int) and isinstance(heads, int) and heads:
+        size = width // heads
+    if isinstance(size, int) and size % 16:
+        return f"{name!r} with a head size of {size}, which is no multiple of 16"
+    return None

@@ -29,6 +29,7 @@ from owl_deploy.engines.deployment import seen_of
 from owl_deploy.engines.loading import digest as file_digest
 from owl_deploy.engines.registry import LOOKUP
 from owl_deploy.errors import EnvironmentFailed
+from owl_deploy.families import unbuilt
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.manifest import CheckpointManifest, DeploymentManifest, read_manifest, versions
 from owl_deploy.measurements import keep_measurement, measurement_file
@@ -39,7 +40,7 @@ from owl_deploy.runtime import library_path
 from owl_deploy.text import source_files
 
 State = Literal["done", "to do", "outdated"]
-# What people deploy when they do not prune: targets and precisions.
+# What people deploy when they do not prune: targets and precisions. First what every model has.
 DENSE = (("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "int4"))
 
 
@@ -541,7 +542,7 @@ def dense_exports(
     `roads`: targets and precisions of what is compared with them. Raises `BadInput` for a folder
     that is no checkpoint.
     """
-    read_config(local_folder(checkpoint, "Check the path: it takes no name on the Hub."))
+    config = read_config(local_folder(checkpoint, "Check the path: it takes no name on the Hub."))
     by = f"{__version__}-{installed_version('onnxruntime')}"
     folder = folder or cache_dir("dense", f"{digest(checkpoint)[:16]}-{by}")
     # What runs in an engine that skips zeros is compared with dense in the same.
@@ -554,5 +555,5 @@ def dense_exports(
             target=target,
             precision=precision,
         )
-        for target, precision in (*own, *DENSE)
+        for target, precision in (*own, *(DENSE[:1] if unbuilt(config) else DENSE))
     )

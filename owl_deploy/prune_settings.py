@@ -111,7 +111,8 @@ class PruneSettings(BaseModel):
             implied = 1 - left / size
             given = values.setdefault("sparsity", implied)
             if values.get("layers") is None:
-                if not isinstance(given, int | float) or abs(given - implied) > _SAID_AS:
+                said = isinstance(given, int | float) and abs(given - implied) <= _SAID_AS
+                if not said:  # NaN is neither
                     raise BadInput(
                         f"A sparsity of {given} contradicts the structure {left}:{size}, "
                         f"which keeps {left} of {size} weights: {implied:.4g}.",

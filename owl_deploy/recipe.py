@@ -392,6 +392,11 @@ def _from_modifiers(source: Path, found: Sequence[tuple[str, _Modifier]]) -> dic
     if of_head:
         values["head_sparsity"] = of_head[0]
     if layers:
+        if any(modifier.sparsity_profile for modifier in of_blocks):
+            raise BadInput(
+                f"The recipe {source} names layers, and lets OWL divide their sparsity.",
+                "Leave out sparsity_profile, owl_m and owl_lmbda, or say __ALL__ for the targets.",
+            )
         values |= {"allocation": "list", "layers": layers}
     return values | _structure(source, groups)
 

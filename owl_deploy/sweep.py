@@ -9,17 +9,18 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from owl_deploy import api, digests
-from owl_deploy.allocation import DEFAULT
+from owl_deploy.allocation import DEFAULT, SEARCHED
 from owl_deploy.artefact import check_apart, check_path
 from owl_deploy.bench import decision
 from owl_deploy.bench.measure import check_prompts
 from owl_deploy.bench.plan import BenchPlan
-from owl_deploy.bench.report import write_report
+from owl_deploy.bench.report import check_page, write_report
 from owl_deploy.bench.result import FILE, Result
+from owl_deploy.calibration import Calibration
 from owl_deploy.checkpoint import check_length, local_folder, read_config
 from owl_deploy.engines import engine_for, require
 from owl_deploy.errors import BadInput, invalid
-from owl_deploy.export.targets import precision_of
+from owl_deploy.export.targets import check_built, precision_of
 from owl_deploy.measurements import measurement_file
 from owl_deploy.pipeline import Bench, Evaluate, Export, Plan, Prune, Task, dense_exports
 from owl_deploy.prune_settings import PruneSettings
@@ -56,6 +57,11 @@ class SweepPlan(BaseModel):
 
     def prunings(self) -> dict[str, PruneSettings]:
         """The settings of each checkpoint, by its name; raises `BadInput` for wrong ones."""
+        if SEARCHED in self.allocations:
+            raise BadInput(
+                f"The allocation {SEARCHED!r} is what owl prune --tune finds.",
+                "A sweep does not search: give another --allocation.",
+            )
         every = itertools.product(self.methods, self.allocations, self.sparsities)
         return {
             f"{method}-{allocation}-{100 * sparsity:.10g}": api.prune_settings(
@@ -96,6 +102,8 @@ def tasks(
     if output.exists() and not output.is_dir():
         raise BadInput(f"{output} is a file.", "Give a folder for the sweep.")
     check_path(output)
+    if output.is_dir():
+        check_page(output / REPORT, way_out="Move it away, or give another -o.")
     for source in (calibration, text):
         check_source(source)
     roads, prunings = plan.roads(), plan.prunings()
@@ -129,33 +137,40 @@ def tasks(
         pairs=plan.pairs,
     )
     last = _bench(bench, output)
-    _check_lengths(model, plan, prunings.values(), bench)
+    _check_model(model, plan, prunings.values(), bench)
     check_apart(output, model)
     return (*made, *dense, *quality, last)
 
 
-def check_here(model: Path, plan: SweepPlan, text: str) -> None:
-    """Raise for what this machine lacks, which the last steps would find after all others.
+def check_here(model: Path, plan: SweepPlan, calibration: str, text: str) -> None:
+    """Raise for what this machine lacks, which a step would find after all before it.
 
-    `BadInput` for a `text` of less than a window, `EnvironmentFailed` for an engine that is not
-    installed.
+    `BadInput` for a pruning that cannot be, and for a `calibration` or a `text` of less than is
+    asked for; `EnvironmentFailed` for an engine that is not installed.
     """
     from owl_deploy.evaluate.perplexity import windows_of
+    from owl_deploy.hardware import ANY_HARDWARE
+    from owl_deploy.prune.request import check
 
     for target, _ in plan.roads():
         require(engine_for(target).name)
     windows_of(model, text, plan.window, plan.windows)
+    given = Calibration(calibration, plan.samples, plan.sequence_length)
+    for settings in plan.prunings().values():
+        check(model, settings, given, ANY_HARDWARE, tune_minutes=None)
 
 
-def _check_lengths(
+def _check_model(
     model: Path, plan: SweepPlan, prunings: Iterable[PruneSettings], bench: BenchPlan
 ) -> None:
-    """Raise `BadInput` for windows, contexts and prompts that the `model`, or an engine, refuses.
+    """Raise `BadInput` for what the `model`, or an engine, refuses: targets, and how much text.
 
-    Evaluating and the benchmark would find that after all is pruned and exported.
+    Exporting, evaluating and the benchmark would find that after all is pruned.
     """
     way_out = "Check the path; a sweep takes no name on the Hub, so download the model first."
     config = read_config(local_folder(model, way_out))
+    for road in plan.roads():
+        check_built(config, *road)
     if any(settings.calibrates for settings in prunings):
         check_length(config, plan.sequence_length, "--sequence-length")
     check_length(config, plan.window, "--window")
@@ -216,7 +231,7 @@ def run(
     records = [record for _, record in sorted(left.items())]
     result = None if last in left else api.read_result(plan[-1].output)
     shown = result or _earlier(output)
-    write_report([shown] if shown else [], output / REPORT, left=records, force=True)
+    write_report([shown] if shown else [], output / REPORT, left=records)
     return result, records
 
 

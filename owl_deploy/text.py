@@ -208,14 +208,16 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokeniz
 
     try:
         # False, since None asks whoever sits there whether the folder's own code may run.
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("A")  # which settings that are wrong do not survive
     except Exception as error:  # missing, truncated, or of an unknown class: many types
         raise BadInput(
             f"{folder} holds no tokenizer that can be read ({first_line(error)}).",
             "Copy the model's tokenizer files, and its config.json, there.",
         ) from error
+    return tokenizer
 
 
 def token_before(tokenizer: Any) -> list[int]:  # noqa: ANN401

@@ -111,6 +111,10 @@ def fitted(
     entries = entries_of(plan)
     smaller, limits = plan.fitted(deployment for _, deployment in entries)
     check_prompts(smaller, [(subject.engine, deployment.path) for subject, deployment in entries])
+    if any(scenario.is_served for scenario in smaller.described()):
+        for subject, deployment in entries:
+            if served_by(subject.engine).program is None:  # owl serve
+                deployment.check_opens()
     return smaller, entries, limits
 
 

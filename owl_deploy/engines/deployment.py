@@ -79,6 +79,17 @@ class Deployment:
             hint = "Leave out what gives it, or export the model resized for this tokenizer."
             raise unknown_token(self.path, largest, self.vocab, hint)
 
+    def check_opens(self) -> None:
+        """Raise `BadInput` where onnxruntime-genai, which writes texts, cannot open it."""
+        if self.folder.settings:
+            return
+        hint = "Export the checkpoint with --target owl or onnxruntime."
+        if self.manifest.target == "onnxruntime":  # traced, as its family is not known there
+            hint = "It does not know such a model: owl bench times it, and owl eval evaluates it."
+        raise BadInput(
+            f"{self.path} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.", hint
+        )
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The form for messages that the model was taught, if any."""

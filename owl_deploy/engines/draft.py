@@ -11,8 +11,7 @@ import numpy as np
 from owl_deploy.artefact import read_object
 from owl_deploy.engines.deployment import Deployment, open_deployment
 from owl_deploy.engines.drivers.onnxruntime import Rows, open_genai, pad_of, runs_whole
-from owl_deploy.engines.loading import GENAI_CONFIG
-from owl_deploy.engines.registry import LOOKUP, engine_for
+from owl_deploy.engines.registry import LOOKUP
 from owl_deploy.engines.rows import Row
 from owl_deploy.engines.speculate import (
     MOST_TOKENS,
@@ -82,7 +81,7 @@ def open_draft(
     """
     if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
         raise BadInput(f"--draft-tokens {tokens} is impossible.", f"Give 1 to {MOST_TOKENS}.")
-    _check_opens(deployment)
+    deployment.check_opens()
     if str(draft) == LOOKUP:
         return Draft(tokens or 0)
     path = Path(draft)
@@ -96,7 +95,7 @@ def open_draft(
             f"Give a deployment of it with fewer bits or more zeros, or {LOOKUP}.",
         )
     opened = open_deployment(path, trust_library=trust_library)
-    _check_opens(opened)
+    opened.check_opens()
     _check_fits(deployment, opened)
     return Draft(tokens or 0, opened)
 
@@ -110,15 +109,6 @@ def chosen_draft(
     if tokens is not None:
         raise BadInput("--draft-tokens is of a draft, and there is none.", "Give --draft too.")
     return None
-
-
-def _check_opens(deployment: Deployment) -> None:
-    if not deployment.folder.settings:
-        raise BadInput(
-            f"{deployment.path}, made for {engine_for(deployment.target).name}, has no "
-            f"{GENAI_CONFIG}: drafts are for onnxruntime-genai.",
-            "Export the checkpoint with --target owl or onnxruntime.",
-        )
 
 
 def _check_fits(deployment: Deployment, draft: Deployment) -> None:

@@ -57,11 +57,7 @@ class Writer(ABC):
         batch: int = 1,
     ) -> None:
         self.path, self.batch = opened.path, batch
-        if not (self.path / GENAI_CONFIG).is_file():
-            raise BadInput(
-                f"{self.path} has no {GENAI_CONFIG}, so onnxruntime-genai cannot open it.",
-                "Export the checkpoint with --target owl or onnxruntime.",
-            )
+        opened.check_opens()
         told = opened.folder.settings.get("search", {})
         self.usual = search_told(told, self.path / GENAI_CONFIG)
         takes = opened.folder.number("context_length")

@@ -49,19 +49,12 @@ class DeploymentLM(TemplateLM):  # type: ignore[misc] # the harness has no types
     @property
     def eot_token_id(self) -> int:
         """What ends a text: the tokenizer's, or for want of one the deployment's."""
-        found = self.tokenizer.eos_token_id
-        found = min(self.ends, default=None) if found is None else found
-        if found is None:
-            raise BadInput("Neither the tokenizer nor the deployment has a token that ends a text.")
-        return int(found)
+        return end_of(self.tokenizer, self.ends)
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context: BOS, or EOS for want of one."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        raise BadInput("The tokenizer has neither a BOS nor an EOS token to begin a text with.")
+        return prefix_of(self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -247,3 +240,20 @@ class _Text:
         """The text before whatever ended it."""
         text: str = postprocess_generated_text(self._text, self.stops, None)
         return text
+
+
+def prefix_of(tokenizer: Any) -> int:  # noqa: ANN401
+    """The BOS token, or EOS for want of one; raises `BadInput` where there is neither."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise BadInput("The tokenizer has neither a BOS nor an EOS token to begin a text with.")
+
+
+def end_of(tokenizer: Any, ends: Collection[int]) -> int:  # noqa: ANN401
+    """The EOS token, or for want of one a model's own of `ends`; raises `BadInput` without any."""
+    found = tokenizer.eos_token_id
+    found = min(ends, default=None) if found is None else found
+    if found is None:
+        raise BadInput("Neither the tokenizer nor the model has a token that ends a text.")
+    return int(found)

@@ -6,15 +6,15 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
-from owl_deploy.evaluate.harness import going_on
+from owl_deploy.evaluate.harness import end_of, going_on, prefix_of
 
 
 class CheckpointLM(HFLM):  # type: ignore[misc] # the harness has no types
-    """The harness's own class for a `model` of transformers, with two things made right.
+    """The harness's own class for a `model` of transformers, with three things made right.
 
     It takes the likeliest token and nothing else: `generate` would heed a repetition penalty of the
     model's generation_config.json in greedy search, too. And a text that goes on from another keeps
-    its first space.
+    its first space. And a tokenizer without the tokens that a task needs is refused in words.
     """
 
     def __init__(
@@ -34,6 +34,18 @@ class CheckpointLM(HFLM):  # type: ignore[misc] # the harness has no types
             batch_size=batch,
             softmax_dtype="float32",
         )
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text: the tokenizer's, or for want of one the model's."""
+        told = self.model.generation_config.eos_token_id
+        ends = told if isinstance(told, list) else [] if told is None else [told]
+        return end_of(self.tokenizer, ends)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        return prefix_of(self.tokenizer)
 
     def answers(self, requests: Sequence[Any]) -> Iterator[tuple[int, str]]:
         """What `generate_until` returns, each with its request's number, a batch at a time."""

@@ -16,6 +16,7 @@ from owl_deploy.export import describe, genai, gguf, parity, tables, traced
 from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
+from owl_deploy.families import unbuilt
 from owl_deploy.manifest import BlockShares, DeploymentManifest, versions
 from owl_deploy.runtime import kernels, library_path
 from owl_deploy.runtime.value_types import TRAITS, Values
@@ -49,13 +50,15 @@ class Precision:
     Attributes: `peak_bytes`, what a weight takes on the disk when the export takes most, copies
     that are removed again included; `tolerance`, the largest difference from PyTorch over the
     largest logit, None where it is only reported; `usual`, a difference beyond which that is said;
-    `needs_text`, whether it cannot be had without calibration text.
+    `needs_text`, whether it cannot be had without calibration text; `built`, nor without
+    onnxruntime-genai's model builder.
     """
 
     peak_bytes: float
     tolerance: float | None = None
     usual: float = math.inf
     needs_text: bool = False
+    built: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,20 +89,25 @@ def _genai(request: Request) -> dict[str, Any]:
     try:
         return genai.build(request.source, request.folder, request.precision, request.progress)
     except genai.FamilyNotBuilt as error:
-        what = _not_built(request.source, error)
+        what = _unknown(request.source, error)
         if request.precision != "fp32":
-            raise BadInput(
-                f"onnxruntime-genai's model builder does not know {what}, so there is no "
-                f"{request.precision} for it.",
-                "Use --precision fp32.",
-            ) from error
+            raise _not_built("onnxruntime", request.precision, what) from error
         note = f"onnxruntime-genai's builder does not know {what}: traced, for ONNX Runtime only"
         return {**_traced(request), "opens_in_genai": False, "note": note}
 
 
-def _not_built(source: Source, error: genai.FamilyNotBuilt) -> str:
+def _unknown(source: Source, error: genai.FamilyNotBuilt) -> str:
     """What the builder does not know, for a sentence."""
     return f"{source.config['model_type']!r}{error.detail}"
+
+
+def _not_built(target: str, precision: str, what: str) -> BadInput:
+    """The refusal of a road that begins with the builder, which does not know `what`."""
+    why, way_out = f"so there is no {precision} for it", "Use --precision fp32."
+    if target == "owl":
+        why = "and the target 'owl' starts from it"
+        way_out = "Use --target deepsparse, or --target onnxruntime in fp32."
+    return BadInput(f"onnxruntime-genai's model builder does not know {what}, {why}.", way_out)
 
 
 def _owl(request: Request) -> dict[str, Any]:
@@ -111,11 +119,8 @@ def _owl(request: Request) -> dict[str, Any]:
     try:
         built = genai.build(request.source, request.folder, "fp32", request.progress, sparsify)
     except genai.FamilyNotBuilt as error:
-        raise BadInput(
-            f"onnxruntime-genai's model builder does not know "
-            f"{_not_built(request.source, error)}, and the target 'owl' starts from it.",
-            "Use --target deepsparse, or --target onnxruntime in fp32.",
-        ) from error
+        what = _unknown(request.source, error)
+        raise _not_built("owl", request.precision, what) from error
     bits = TRAITS[cast(Values, request.precision)].stored_bits
     if bits < 8 and not built["packing"]["weights_on_grid"]:
         less = f"owl prune --method none --bits {bits} loses less, and an export keeps it"
@@ -144,8 +149,8 @@ TARGETS: dict[str, Target] = {
         # With the scale and the zero point that each block of quantized weights has.
         precisions={
             "fp32": Precision(4, 1e-3),
-            "int8": Precision(1.2, usual=_USUAL_INT8),
-            "int4": Precision(0.9),
+            "int8": Precision(1.2, usual=_USUAL_INT8, built=True),
+            "int4": Precision(0.9, built=True),
         },
         engine="onnxruntime",
     ),
@@ -155,11 +160,11 @@ TARGETS: dict[str, Target] = {
         # yet lose nothing in perplexity (2.8e-2 seen at OWL 50 %).
         # Integers are reported only, as they are for the dense exports.
         precisions={
-            "bf16": Precision(2, 5e-2),
-            "int8": Precision(1.1, usual=_USUAL_INT8),
-            "int4": Precision(0.6),
-            "int3": Precision(0.5),
-            "fp32": Precision(4, 1e-3),
+            "bf16": Precision(2, 5e-2, built=True),
+            "int8": Precision(1.1, usual=_USUAL_INT8, built=True),
+            "int4": Precision(0.6, built=True),
+            "int3": Precision(0.5, built=True),
+            "fp32": Precision(4, 1e-3, built=True),
         },
         engine="owl",
         heads=get_args(Head),
@@ -269,6 +274,15 @@ def precision_of(target: str, precision: str | None = None) -> str:
             f"It has: {', '.join(own)}{elsewhere}.",
         )
     return found
+
+
+def check_built(config: Mapping[str, Any], target: str, precision: str) -> None:
+    """Raise `BadInput` where onnxruntime-genai's builder is known to lack what `precision` needs.
+
+    `config`: the model's config.json. An export asks the builder itself, once all else is done.
+    """
+    if TARGETS[target].precisions[precision].built and (what := unbuilt(config)):
+        raise _not_built(target, precision, what)
 
 
 def _spelled(precision: str, known: Iterable[str]) -> str | None:

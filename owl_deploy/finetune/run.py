@@ -95,9 +95,7 @@ def finetune(
             files = [file for source in texts for file in source_files(source)]
             read = [model, *([teacher] if teacher else []), *files]
             stack.enter_context(only_writer(output, force, *read))
-        before = ranks.from_leader(
-            lambda: asked_before(output, resume=resume, force=force)
-        )
+        before = ranks.from_leader(lambda: asked_before(output, resume=resume, force=force))
         same = before.get("processes") == ranks.size
         stack.enter_context(on_threads(before.get("threads") if same else None))
         run = Run(Source(model), complete, text, teacher, ranks)

@@ -1,6 +1,7 @@
 """`owl export --target owl` of every family, against PyTorch, with sparse weights and windows."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,20 @@ def test_what_the_builder_does_not_know_is_refused(
         export(model, tmp_path / "out", target="owl")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_traced_for_it_writes_no_texts(owl: Any, tmp_path: Path) -> None:
+    model = tiny.write_model("gpt_neox", tmp_path / "model")
+    export(model, tmp_path / "out", target="onnxruntime")
+    asked = ("--context", 64, "--clients", 1, "--new-tokens", 8, "--pairs", 1)
+    for line in (
+        ("generate", tmp_path / "out", "x"),
+        ("serve", tmp_path / "out"),
+        ("bench", tmp_path / "out", "--scenario", "requests", *asked),
+    ):
+        code, out, err = owl(*line)
+        told = "has no genai_config.json, so onnxruntime-genai cannot open it. It does not know"
+        assert (code, out, told in err) == (2, "", True), err
 
 
 @pytest.mark.slow

@@ -267,6 +267,41 @@ def test_llama3_rope_scaling_gets_both_names():
     assert both["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("family", "rope", "older"),
+    [
+        (
+            "gpt_neox",
+            {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5},
+            {"rotary_emb_base": 2e4, "rotary_pct": 0.5},
+        ),
+        (
+            "gpt_neox",
+            {
+                "rope_type": "linear",
+                "factor": 2.0,
+                "rope_theta": 2e4,
+                "partial_rotary_factor": 0.5,
+            },
+            {"rotary_pct": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+        (
+            "llama",
+            {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+            {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        ),
+    ],
+)
+def test_rotary_settings_get_their_older_names(family, rope, older):
+    """Transformers 4.40 reads those alone, and 5 what it read before."""
+    config = {"model_type": family, "rope_parameters": rope}
+    both = checkpoint.compatible_config(config)
+    assert {key: both.get(key) for key in older} == older
+    read = [transformers.CONFIG_MAPPING[family].from_dict(dict(one)) for one in (config, both)]
+    known = [{key: one.rope_parameters.get(key) for key in rope} for one in read]
+    assert known == [rope, rope]
+
+
 def test_merges_with_a_space_stay_pairs():
     pairs = {"model": {"merges": [["a", "b"], ["a b", "c"]]}}
     assert checkpoint._string_merges(pairs)["model"]["merges"] == [["a", "b"], ["a b", "c"]]

@@ -390,6 +390,25 @@ def test_dense_baselines_are_made_once_for_a_checkpoint(tmp_path, monkeypatch):
     assert dense_exports(checkpoint, [])[0].output.parent != first[0].output.parent
 
 
+@pytest.mark.parametrize(
+    ("config", "precisions"),
+    [
+        ({"model_type": "gpt_neox", "hidden_size": 512, "num_attention_heads": 8}, ["fp32"]),
+        ({"model_type": "llama", "hidden_size": 80, "num_attention_heads": 2}, ["fp32"]),
+        ({"model_type": "qwen3", "head_dim": 24, "hidden_size": 64}, ["fp32"]),
+        ({"model_type": "llama", "hidden_size": "?"}, ["fp32", "int8", "int4"]),
+        ({"model_type": "qwen3", "head_dim": 32}, ["fp32", "int8", "int4"]),
+    ],
+)
+def test_no_baseline_is_planned_that_the_builder_is_known_to_refuse(
+    tmp_path, monkeypatch, config, precisions
+):
+    monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    planned = dense_exports(tmp_path, [("deepsparse", "fp32")])
+    assert [task.precision for task in planned[1:]] == precisions
+
+
 def test_nothing_is_planned_beside_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(BadInput, match="does not exist"):
         sweep.tasks(tmp_path, tmp_path / "no" / "out", sweep.SweepPlan(), "t", "t")

@@ -12,6 +12,7 @@ from owl_deploy.prune_settings import PruneSettings, parse_budget
         ({"sparsity": 1.2}, "sparsity of 1.2"),
         ({"sparsity": -1}, "sparsity of -1"),
         ({"sparsity": float("nan")}, "sparsity of nan"),
+        ({"sparsity": float("nan"), "structure": "2:4"}, "nan contradicts the structure 2:4"),
         ({"sparsity": 1.0}, "sparsity of 1.0"),
         ({"method": "wandda"}, "Did you mean 'wanda'"),
         ({"method": [1]}, r"Unknown method '\[1\]'"),

@@ -401,6 +401,11 @@ oneshot_stage:
         ),
         ("{WandaPruningModifier: {sparsity: 0.5, mask_structure: '0:00'}}", "neither 'unstr"),
         ("{WandaPruningModifier: {sparsity: 0.5, sequential_update: false}}", "sequential_update"),
+        (
+            "{WandaPruningModifier: {sparsity: 0.5, sparsity_profile: owl, owl_m: 5, "
+            "owl_lmbda: 0.08, targets: [model.layers.0, model.layers.1]}}",
+            "names layers, and lets OWL divide",
+        ),
     ],
 )
 def test_a_recipe_that_would_be_half_heeded(tmp_path, modifiers, complaint):

@@ -116,6 +116,7 @@ def test_a_target_without_a_precision_has_its_own(checkpoint: Path) -> None:
     ("wrong", "words"),
     [
         ({"targets": ("onnxruntime", "owl:int2")}, "'owl' has no precision 'int2'"),
+        ({"allocations": ("owl", "searched")}, "'searched' is what owl prune --tune finds"),
         ({"methods": ("wandb",)}, "Did you mean 'wanda'"),
         ({"sparsities": (1.5,)}, "impossible"),
         ({"pairs": 0}, "--pairs 0 is too small"),
@@ -258,11 +259,54 @@ def test_what_this_machine_lacks_is_missed_before_any_work(
     short = tmp_path / "short.txt"
     short.write_text("Too few words.")
     with pytest.raises(BadInput, match="token"):
-        check_here(llama, PLAN, str(short))
+        check_here(llama, PLAN, str(short), str(short))
     plan = PLAN.model_copy(update={"targets": ("deepsparse",)})
     monkeypatch.setattr("owl_deploy.engines.environment.is_installed", lambda _: False)
     with pytest.raises(EnvironmentFailed, match="'deepsparse' is not installed"):
-        check_here(llama, plan, str(short))
+        check_here(llama, plan, str(short), str(short))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "changes", "words"),
+    [
+        ("Too few words.", {}, "holds 0 windows of 64 tokens, not 4"),
+        ("The river ran past the mill. " * 200, {"sparsities": (0.5, 1.0)}, "1.0 is impossible"),
+    ],
+)
+def test_a_pruning_that_cannot_be_is_refused_before_the_first(
+    llama: Path, tmp_path: Path, calibration: str, changes: dict[str, object], words: str
+) -> None:
+    (tmp_path / "few.txt").write_text(calibration)
+    (tmp_path / "enough.txt").write_text("The river ran past the mill. " * 200)
+    asked = {"sequence_length": 64, "window": 64, "samples": 4, **changes}
+    with pytest.raises(BadInput, match=words):
+        check_here(
+            llama,
+            PLAN.model_copy(update=asked),
+            str(tmp_path / "few.txt"),
+            str(tmp_path / "enough.txt"),
+        )
+
+
+def test_a_page_that_is_not_owls_is_not_replaced(checkpoint: Path) -> None:
+    output = checkpoint.parent / "out"
+    output.mkdir()
+    (output / "report.html").write_text("<h1>Ours</h1>")
+    with pytest.raises(BadInput, match=r"report\.html is no page of owl's\. Move it away"):
+        tasks(checkpoint, output, PLAN, *TEXTS)
+    assert (output / "report.html").read_text() == "<h1>Ours</h1>"
+
+
+@pytest.mark.parametrize("target", ["owl", "owl:fp32", "onnxruntime:int8"])
+def test_a_target_that_a_model_cannot_have_is_refused_before_any_work(
+    checkpoint: Path, target: str
+) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(BadInput, match="model builder does not know 'opt'"):
+        planned(checkpoint, PLAN.model_copy(update={"targets": (target,)}))
+    titles = planned(checkpoint, PLAN.model_copy(update={"targets": ("deepsparse",)}))
+    dense = [title for title in titles if title.startswith("Exporting dense")]
+    assert dense == ["Exporting dense-deepsparse-fp32", "Exporting dense-onnxruntime-fp32"]
 
 
 def test_a_sweep_is_not_made_within_its_model(checkpoint: Path) -> None:

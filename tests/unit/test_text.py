@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
 from owl_deploy import text
+from owl_deploy.artefact import write_json
 from owl_deploy.errors import BadInput
 
 
@@ -143,3 +146,13 @@ def test_special_tokens_stand_once_around_the_text(llama):
         0,
         *plain.tolist(),
     ]
+
+
+@pytest.mark.parametrize("wrong", ["many", [512]])
+def test_a_tokenizer_whose_settings_are_wrong_is_refused(llama, tmp_path, wrong):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_text((llama / name).read_text())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write_json(tmp_path / "tokenizer_config.json", settings | {"model_max_length": wrong})
+    with pytest.raises(BadInput, match="holds no tokenizer that can be read"):
+        text.load_tokenizer(tmp_path)

@@ -1,9 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.subject import load_model
 from owl_deploy.text import load_tokenizer
 from tests import tiny
@@ -35,6 +37,21 @@ def test_a_checkpoint_takes_the_likeliest_token_whatever_its_files_say(tmp_path)
             break
         tokens = torch.cat([tokens, chosen.view(1, 1)], dim=1)
     assert text == tokenizer.decode(tokens[0, begun:], skip_special_tokens=True)
+
+
+def test_a_tokenizer_without_the_tokens_for_a_task_is_refused():
+    lm = CheckpointLM.__new__(CheckpointLM)
+    lm.tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=None)
+    lm._model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    with pytest.raises(BadInput, match="neither a BOS nor an EOS token"):
+        lm.prefix_token_id  # noqa: B018
+    with pytest.raises(BadInput, match="a token that ends a text"):
+        lm.eot_token_id  # noqa: B018
+    for told, end in ((7, 7), ([9, 8], 8)):
+        lm._model.generation_config.eos_token_id = told
+        assert lm.eot_token_id == end
+    lm.tokenizer.eos_token_id = 5
+    assert (lm.prefix_token_id, lm.eot_token_id) == (5, 5)
 
 
 class Pieces:
