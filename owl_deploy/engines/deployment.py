@@ -11,6 +11,7 @@ from typing import Any
 from owl_deploy.artefact import check_path, read_object
 from owl_deploy.engines.loading import GENAI_CONFIG, Folder
 from owl_deploy.engines.registry import MODEL, engine_for, known_targets
+from owl_deploy.engines.sampling import LARGEST
 from owl_deploy.errors import BadInput, too_long, unknown_name, unknown_token
 from owl_deploy.manifest import (
     BlockShares,
@@ -97,13 +98,18 @@ class Deployment:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end a text, by genai_config.json or else by the model's own files."""
+        """The tokens that end a text, by genai_config.json or else by the model's own files.
+
+        None that the model does not have: -1 says that there is none.
+        """
         told = self.folder.settings.get("model", {}).get("eos_token_id")
         if told is not None:
-            return _listed(told, self.path / GENAI_CONFIG)
-        files = ("config.json", "generation_config.json")
-        every = (told_numbers(self.path / name, "eos_token_id") for name in files)
-        return list(dict.fromkeys(chain.from_iterable(every)))
+            found = _listed(told, self.path / GENAI_CONFIG)
+        else:
+            files = ("config.json", "generation_config.json")
+            every = (told_numbers(self.path / name, "eos_token_id") for name in files)
+            found = list(dict.fromkeys(chain.from_iterable(every)))
+        return [one for one in found if 0 <= one < (self.vocab or LARGEST)]
 
     @property
     def blocks(self) -> tuple[BlockShares, ...]:

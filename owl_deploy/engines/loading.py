@@ -127,14 +127,17 @@ class Folder:
         return config
 
     def number(self, name: str, part: str | None = None) -> int:
-        """A number that the settings give about the model, or about a `part` of it."""
+        """A number, 1 or more, that the settings give about the model, or a `part` of it."""
         try:
             model = self.settings["model"]
-            return int((model[part] if part else model)[name])
-        except (ValueError, KeyError, TypeError) as error:
+            found = int((model[part] if part else model)[name])
+            if found < 1:
+                raise ValueError(f"{found} of anything")
+        except (ValueError, OverflowError, KeyError, TypeError) as error:
             raise BadInput(
                 f"{self.path / GENAI_CONFIG} does not say the model's {name}.", _EXPORT_AGAIN
             ) from error
+        return found
 
     @cached_property
     def library(self) -> str | None:
@@ -145,7 +148,7 @@ class Folder:
             options = dict(decoder.get("session_options", {}))
             library, graph = options.pop("custom_ops_library", None), decoder.get("filename", MODEL)
             strange = _strange(self.settings, options)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
             place = self.path / GENAI_CONFIG
             raise BadInput(f"{place} is not a decoder's.", _EXPORT_AGAIN) from error
         complaint = ""

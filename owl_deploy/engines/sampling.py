@@ -20,7 +20,10 @@ _POSSIBLE: dict[str, tuple[Callable[[float], bool], str]] = {
         f"1 to {LARGEST}, or {UNLIMITED} to go on until the context is full",
     ),
     "temperature": (lambda value: 0 <= value < math.inf, "0 (the likeliest token) or more"),
-    "top_k": (lambda count: -1 <= count <= LARGEST, f"1 to {LARGEST}, or 0 for all tokens"),
+    "top_k": (
+        lambda count: -1 <= count <= LARGEST and count == int(count),
+        f"1 to {LARGEST}, or 0 for all tokens",
+    ),
     "top_p": (lambda share: 0 <= share <= 1, "0 to 1"),
     "repetition_penalty": (lambda value: 0 < value < math.inf, "more than 0; 1 is none"),
 }
@@ -88,6 +91,8 @@ def search_told(told: Mapping[str, Any], file: Path) -> Search:
     given = {name: told[name] for name in names if told.get(name) is not None}
     if not given.get("do_sample"):
         return Search()
+    if isinstance(top_k := given.get("top_k"), float) and top_k.is_integer():
+        given["top_k"] = int(top_k)  # which onnxruntime-genai takes
     try:
         return Sampling(**given).drawing(Search())
     except (BadInput, TypeError) as error:

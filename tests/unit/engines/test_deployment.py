@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -249,6 +250,15 @@ def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
     deployment.check_tokens([])
     with pytest.raises(BadInput, match="gives the token 11, and the model has 11"):
         deployment.check_tokens([3, 11])
+
+
+@pytest.mark.parametrize("file", ["genai_config.json", "config.json"])
+def test_a_text_is_ended_by_tokens_that_the_model_has(tmp_path: Path, file: str) -> None:
+    """Others are no places in its logits: one beyond them, and -1 is the last."""
+    folder = graph(tmp_path, DECODER)
+    told: dict[str, Any] = {"eos_token_id": [3, -1, 10, 11, 1_000_000], "vocab_size": 11}
+    (folder / file).write_text(json.dumps({"model": told} if "genai" in file else told))
+    assert open_deployment(folder).ends == [3, 10]
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\0"])

@@ -41,6 +41,7 @@ def test_other_operators_are_told_by_verify_alone(
         ({"search": []}, "is not a decoder's"),
         ({"search": ""}, "is not a decoder's"),
         ({"model": {"decoder": []}}, "is not a decoder's"),
+        ({"search": {"q": json.loads("[" * 700 + "]" * 700)}}, "is not a decoder's"),
         (
             {"model": {"decoder": {"session_options": {"custom_ops_library": "\ud800"}}}},
             "is not a file of the folder",
@@ -53,3 +54,14 @@ def test_settings_that_are_none_are_said_in_a_sentence(
     (tmp_path / loading.GENAI_CONFIG).write_text(json.dumps(settings))
     with pytest.raises(BadInput, match=words):
         _ = loading.Folder(tmp_path).library
+
+
+@pytest.mark.parametrize("told", ["0", "-16", "1e999", "NaN", "[]", "null"])
+def test_a_size_that_is_none_is_said_in_a_sentence(tmp_path: Path, told: str) -> None:
+    (tmp_path / loading.GENAI_CONFIG).write_text(
+        f'{{"model": {{"context_length": 8, "decoder": {{"head_size": {told}}}}}}}'
+    )
+    folder = loading.Folder(tmp_path)
+    assert folder.number("context_length") == 8
+    with pytest.raises(BadInput, match="does not say the model's head_size"):
+        folder.number("head_size", "decoder")

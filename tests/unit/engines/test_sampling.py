@@ -23,6 +23,7 @@ def told_by(**search):
         ({"temperature": -1}, "--temperature -1 is impossible. Give 0 (the likeliest token) or m"),
         ({"temperature": float("nan")}, "--temperature nan is impossible."),
         ({"top_k": -2}, "--top-k -2 is impossible. Give 1 to 2147483647, or 0 for all tokens."),
+        ({"top_k": 2.5}, "--top-k 2.5 is impossible."),
         ({"top_p": 2}, "--top-p 2 is impossible. Give 0 to 1."),
         ({"repetition_penalty": 0}, "--repetition-penalty 0 is impossible. Give more than 0; 1"),
     ],
@@ -63,6 +64,7 @@ def test_what_is_left_out_is_the_models_where_tokens_are_drawn(options, found):
 def test_a_model_has_a_sampling_where_it_says_so():
     told = vars(MODEL)
     assert told_by(**told, max_length=512) == MODEL
+    assert repr(told_by(do_sample=True, top_k=20.0)) == repr(told_by(do_sample=True, top_k=20))
     assert told_by(do_sample=True, top_p=0.5) == Search(do_sample=True, top_p=0.5)
     for silent in ({**told, "do_sample": False}, {"temperature": 0.6}, {}):
         assert told_by(**silent) == Search()
@@ -77,7 +79,9 @@ def test_a_model_whose_own_temperature_is_0_is_greedy_unless_a_request_has_anoth
     assert Sampling().search(usual) == Search()
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": [0.5]}, {"top_k": "many"}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": [0.5]}, {"top_k": "many"}, {"top_k": 2.5}]
+)
 def test_a_models_sampling_that_is_none_is_said_in_a_sentence(wrong):
     with pytest.raises(
         BadInput, match=r"tiny/genai_config.json has a sampling .* and export again"
