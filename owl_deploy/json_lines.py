@@ -3,6 +3,7 @@
 Messages become text by the model's own chat template, whole, as TRL's SFTTrainer makes it.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from owl_deploy.errors import BadInput, first_line
 
 SUFFIX = ".jsonl"
 _KEYS = ("messages", "text")
+_LOOKED_AT = 8  # lines, for a record
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -22,9 +24,10 @@ class JsonLines(str):
 
 
 def has_records(text: str) -> bool:
-    """Whether its first line, but for blank ones, is of a record; else it is a text like others."""
-    first = _parsed(text.lstrip().partition("\n")[0])
-    return isinstance(first, dict) and any(key in first for key in _KEYS)
+    """Whether one of its first lines, but for blank ones, is of a record; else it is plain text."""
+    lines = (found[0] for found in re.finditer(r"[^\n]+", text) if found[0].strip())
+    first = map(_parsed, itertools.islice(lines, _LOOKED_AT))
+    return any(isinstance(one, dict) and any(key in one for key in _KEYS) for one in first)
 
 
 def as_text(name: object, lines: str, tokenizer: Any, separator: str) -> str:  # noqa: ANN401

@@ -59,11 +59,11 @@ class BenchPlan(BaseModel):
     baselines: tuple[Path, ...] = ()
     engines: tuple[str, ...] = ()
     scenarios: tuple[str, ...] = Field(default=("decode", "prefill"), min_length=1)
-    context: tuple[int, ...] = (512,)
-    prompt: tuple[int, ...] = (128,)
-    batch: tuple[int, ...] = (1,)
-    streams: tuple[int, ...] = (2,)
-    clients: tuple[int, ...] = (1, 4, 16)
+    context: tuple[int, ...] = Field(default=(512,), min_length=1)
+    prompt: tuple[int, ...] = Field(default=(128,), min_length=1)
+    batch: tuple[int, ...] = Field(default=(1,), min_length=1)
+    streams: tuple[int, ...] = Field(default=(2,), min_length=1)
+    clients: tuple[int, ...] = Field(default=(1, 4, 16), min_length=1)
     new_tokens: int = 64
     threads: int | None = None
     trust_library: bool = False

@@ -26,7 +26,7 @@ from torch import nn
 
 from owl_deploy import adapter
 from owl_deploy.artefact import check_writer, only_writer, publish, sha256
-from owl_deploy.checkpoint import GRID, open_checkpoint, stored_dtype
+from owl_deploy.checkpoint import GRID, open_checkpoint
 from owl_deploy.engines.worker import peak_bytes
 from owl_deploy.errors import BadInput, option, unknown_name
 from owl_deploy.finetune.frozen import halve
@@ -70,7 +70,7 @@ def finetune(
     text: str | Path | Sequence[str | Path],
     settings: FinetuneSettings | dict[str, Any],
     *,
-    teacher: str | None = None,
+    teacher: str | Path | None = None,
     force: bool = False,
     resume: bool = False,
 ) -> CheckpointManifest | AdapterManifest:
@@ -98,7 +98,7 @@ def finetune(
         before = ranks.from_leader(lambda: asked_before(output, resume=resume, force=force))
         same = before.get("processes") == ranks.size
         stack.enter_context(on_threads(before.get("threads") if same else None))
-        run = Run(Source(model), complete, text, teacher, ranks)
+        run = Run(Source(model), complete, text, None if teacher is None else str(teacher), ranks)
         partial = ranks.from_leader(lambda: run.begin(output, resume=resume, force=force))
         with kept_for_resuming(partial, _LESS_MEMORY):
             partial.check_seen(ranks)
@@ -159,9 +159,9 @@ class Run:
                 "Start several with torchrun, or use --block-group where the model does not fit.",
             )
         self.dtype = find_training_dtype(settings.dtype, find_device("auto"))
-        # Frozen weights stay as the checkpoint has them where the products are bfloat16 anyway.
-        stored = stored_dtype(source.checkpoint.config)
-        half = self.dtype == torch.bfloat16 and stored == "bfloat16"
+        # Frozen weights stay as the checkpoint has them, whatever its config.json says, where the
+        # products are bfloat16 anyway.
+        half = self.dtype == torch.bfloat16 and source.checkpoint.dtype() == torch.bfloat16
         self.stored = torch.bfloat16 if half else torch.float32
         self._cache: TeacherCache | None = None
         vocabulary = source.checkpoint.config.get("vocab_size", 0)

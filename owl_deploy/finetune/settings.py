@@ -1,6 +1,7 @@
 """What a fine-tuning is asked to do."""
 
 import math
+import sys
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -10,6 +11,7 @@ from owl_deploy.options import SEEDS
 
 METHODS = ("lora", "masked")
 MERGES = ("masked",)
+LARGEST_LOSS = math.log(sys.float_info.max)  # nats a token: of more there is no perplexity
 DTYPES = ("auto", "float32", "bfloat16")
 # LoRA's are the paper's. A masked run's is a share of the size of each tensor's weights.
 _LEARNING_RATES = {"lora": 1e-4, "masked": 0.0013}
@@ -84,7 +86,7 @@ class FinetuneSettings(BaseModel):
             "max_steps": 1,
             "max_minutes": 0,
             "block_group": 1,
-            "temperature": 0,
+            "temperature": 0.001,
             "feature_weight": 0,
             "teacher_top": 1,
             "rank": 1,
@@ -96,6 +98,10 @@ class FinetuneSettings(BaseModel):
             if value is not None and (too_small or not math.isfinite(value)):
                 limit = f"at least {bound}" if bound else "above 0"
                 raise BadInput(f"{option(name)} must be {limit}.")
+        most = {"max_minutes": 1e6, "temperature": 1e3, "alpha": 1e6}
+        for name, bound in most.items():
+            if (getattr(self, name) or 0) > bound:
+                raise BadInput(f"{option(name)} must be at most {bound:g}.")
         if not 0 <= self.seed <= SEEDS:
             raise BadInput(f"--seed must be between 0 and {SEEDS}.")
         for name in ("warmup", "teacher_weight", "dropout"):

@@ -2,6 +2,7 @@
 
 import math
 
+from owl_deploy.finetune.settings import LARGEST_LOSS
 from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning
 from owl_deploy.progress import result_console
 
@@ -18,8 +19,12 @@ def caption(name: str, done: Finetuning) -> str:
         f"{name}: {done.settings.method}{teacher}, {done.steps} steps in "
         f"{done.seconds / 60:.1f} minutes, {done.tokens} tokens{fast}; "
         f"held-out loss {before:.4f} -> {after:.4f} nats a token "
-        f"(perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}){beside}."
+        f"(perplexity {_perplexity(before):.4g} -> {_perplexity(after):.4g}){beside}."
     )
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
 
 
 def show(manifest: CheckpointManifest | AdapterManifest, output: str) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers import TrainerCallback
 from owl_deploy.artefact import all_to_disk
 from owl_deploy.ending import on_interrupt
 from owl_deploy.errors import BadInput
-from owl_deploy.finetune.settings import FinetuneSettings
+from owl_deploy.finetune.settings import LARGEST_LOSS, FinetuneSettings
 from owl_deploy.finetune.shard import Shards
 from owl_deploy.finetune.trainee import Trainee
 from owl_deploy.progress import Advance, bar
@@ -346,17 +345,20 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
             self._check()
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: Any, **_: Any) -> None:  # noqa: ANN401
-        """Note the time; stop at a loss that is no number."""
+        """Note the time; stop at a loss that is no number, or no perplexity's."""
         self._agree()
         row = state.log_history[-1]
         row["seconds"] = round(self.seconds(), 3)
         if "learning_rate" in row:  # else that of the first tensor
             row["learning_rate"] = self._factor * self.learning_rate
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        if not math.isfinite(loss):
+        if not loss < LARGEST_LOSS:
+            begun = state.global_step > 0
             raise BadInput(
-                f"The loss is {loss} at step {state.global_step}.",
-                "Use a smaller --learning-rate.",
+                f"The loss is {loss:.4g} at step {state.global_step}.",
+                "Use a smaller --learning-rate."
+                if begun
+                else "Nothing was trained yet: look for what is wrong with the model's weights.",
             )
 
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: ANN401

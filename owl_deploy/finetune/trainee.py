@@ -193,9 +193,13 @@ def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
 def feature_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
     """SquareHead (arXiv 2310.06927): the squared error of each block's output over its square.
 
-    Summed over the blocks; both are [batch, length, width] a block. The scale makes early blocks,
-    whose outputs are small, count as later ones do.
+    Summed over the blocks, a mean over the windows; both are [batch, length, width] a block. The
+    scale makes early blocks, whose outputs are small, count as later ones do. It is a window's own:
+    so a step does not depend on how its windows are divided.
     """
     pairs = [(own.float(), wanted.float()) for own, wanted in zip(student, teacher, strict=True)]
-    shares = [(own - wanted).square().mean() / wanted.square().mean() for own, wanted in pairs]
+    shares = [
+        ((own - wanted).square().mean((1, 2)) / wanted.square().mean((1, 2))).mean()
+        for own, wanted in pairs
+    ]
     return torch.stack(shares).sum()

@@ -79,7 +79,7 @@ class Search:
 
 def check(settings: PruneSettings, minutes: float) -> None:
     """Raise `BadInput` where there is nothing to search for, or no time."""
-    if not 0 < minutes < float("inf"):
+    if not 0 < minutes <= 1e6:
         raise BadInput(f"--tune {minutes:g} is no time.", "Give minutes, such as --tune 15.")
     if not ALLOCATIONS[settings.allocation].divides or not settings.sparsity:
         raise BadInput(

@@ -77,6 +77,7 @@ def test_only_files_of_json_lines_have_records(tmp_path, tokenizer):
     [
         ([{"text": "a"}, "{"], "Line 2 of .*some.jsonl is no record"),
         ([{"text": "a"}, "[" * 100_000], "Line 2 of .* is no record"),
+        ([{"version": 1}, {"text": "a"}], "Line 1 of .* is no record"),
         ([{"text": "a"}, {"prompt": "a"}], "Line 2 of .* is no record"),
         ([{"text": ["a"]}], "Line 1 of .* is no record"),
         ([{"messages": "Hello"}], "Line 1 of .* is no record"),

@@ -148,6 +148,8 @@ def test_the_trade_off_marks_what_nothing_beats(
         ("sparsity: [0.5]", r"Unknown key 'sparsity' in .*sweep\.yaml. Known: methods, alloc"),
         ("samples: 0", r"^samples in .*sweep\.yaml is 0: input should be .* equal to 1\.$"),
         ("sparsities: []", "^sparsities in"),
+        ("context: []", "^context in"),
+        ("prompt: []", "^prompt in"),
         ("sparsities: much", "^sparsities in"),
         ("- 1", "mapping"),
         ("a: [", "not valid YAML"),

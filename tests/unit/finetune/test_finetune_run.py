@@ -84,7 +84,7 @@ def test_what_was_measured_before_is_not_said_of_the_result(models, text_file, t
 def test_the_manifest_says_what_was_pruned_and_what_was_trained(models, text_file, tmp_path):
     dense, sparse = models("llama")
     values = QUICK | {"method": "masked", "temperature": 2.0}
-    finetune(sparse, tmp_path / "out", str(text_file), values, teacher=str(dense))
+    finetune(sparse, tmp_path / "out", str(text_file), values, teacher=dense)
     manifest = json.loads((tmp_path / "out" / "owl.json").read_text())
     pruning = json.loads((sparse / "owl.json").read_text())
     assert {key: manifest[key] for key in pruning} == pruning
@@ -140,6 +140,31 @@ def test_bfloat16_checkpoint_and_products(models, text_file, tmp_path):
         manifest["finetune"]["held_out_loss"]["after"]
         < manifest["finetune"]["held_out_loss"]["before"]
     )
+
+
+def test_weights_are_trained_as_the_files_hold_them(models, text_file, tmp_path):
+    """Whatever config.json says of their dtype."""
+    _, sparse = models("llama")
+    said = shutil.copytree(sparse, tmp_path / "said")
+    config = json.loads((said / "config.json").read_text())
+    config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    (said / "config.json").write_text(json.dumps(config))
+    values = {"method": "masked", "dtype": "bfloat16", "learning_rate": 1e-12, "max_steps": 1}
+    finetune(said, tmp_path / "out", str(text_file), QUICK | values)
+    before, after = weights(said), weights(tmp_path / "out")
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_a_loss_that_is_no_perplexitys_ends_it_before_a_step(models, text_file, tmp_path):
+    _, sparse = models("llama")
+    wrong = shutil.copytree(sparse, tmp_path / "wrong")
+    (file,) = wrong.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"] *= 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"The loss is .* at step 0\. Nothing was trained yet"):
+        finetune(wrong, tmp_path / "out", str(text_file), QUICK)
 
 
 def test_the_adapter_is_pefts_and_its_merge_is_the_formula(models, text_file, tmp_path):
