@@ -51,6 +51,7 @@ def test_a_search_begins_with_what_was_asked_and_others():
         ({"sparsity": 0.0}, 5, "nothing to tune"),
         ({"method": "none", "bits": 4}, 5, "nothing to tune"),
         ({}, 0, "is no time"),
+        ({}, 1e308, "is no time"),
         ({}, -1, "is no time"),
         ({}, math.nan, "is no time"),
         ({}, math.inf, "is no time"),
