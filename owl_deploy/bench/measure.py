@@ -36,7 +36,7 @@ from owl_deploy.engines import (
     software,
     threads_for,
 )
-from owl_deploy.engines.registry import LOOKUP
+from owl_deploy.engines.registry import LOOKUP, OWL_SERVE
 from owl_deploy.errors import EngineFailed
 from owl_deploy.tokenizer import TOKENIZER, Tokenizer
 
@@ -113,7 +113,7 @@ def fitted(
     check_prompts(smaller, [(subject.engine, deployment.path) for subject, deployment in entries])
     if any(scenario.is_served for scenario in smaller.described()):
         for subject, deployment in entries:
-            if served_by(subject.engine).program is None:  # owl serve
+            if served_by(subject.engine) is OWL_SERVE:
                 deployment.check_opens()
     return smaller, entries, limits
 

@@ -105,7 +105,7 @@ class Engine:
 
 
 MOST_ROWS = 32  # that onnxruntime-genai takes in a batch
-_OWL_SERVE = Server(
+OWL_SERVE = Server(
     options=(
         # -P: nothing is imported from the folder that the benchmark is run in.
         *("-P", "-m", "owl_deploy", "serve", "{deployment}", "--port", "{port}"),
@@ -141,7 +141,7 @@ _ENGINES = (
         targets=("onnxruntime", "deepsparse"),
         licence="MIT: any use.",
         ink=Ink("#b84e00", "#ff9a52", "s"),
-        server=_OWL_SERVE,
+        server=OWL_SERVE,
     ),
     Engine(
         name="owl",
@@ -150,7 +150,7 @@ _ENGINES = (
         targets=("owl",),
         licence="Apache-2.0 (our operators) in onnxruntime-genai (MIT): any use.",
         ink=Ink("#007d5a", "#3ccfa0", "D"),
-        server=_OWL_SERVE,
+        server=OWL_SERVE,
         operators=True,
         skips_zeros=True,
     ),

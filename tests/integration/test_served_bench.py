@@ -53,5 +53,5 @@ def test_what_a_server_says_of_a_deployment_that_it_cannot_open(owl, deployments
     asked = ("--scenario", "requests@40+8x2", "--pairs", 1)
     code, _, err = owl("bench", tmp_path / "traced", *asked)
     assert (code, "The engine 'deepsparse' has no server." in " ".join(err.split())) == (2, True)
-    code, out, _ = owl("bench", tmp_path / "traced", "-e", "onnxruntime", *asked)
-    assert (code, "has no genai_config.json" in " ".join(out.split())) == (4, True)
+    code, out, err = owl("bench", tmp_path / "traced", "-e", "onnxruntime", *asked)
+    assert (code, out, "has no genai_config.json" in " ".join(err.split())) == (2, "", True)
