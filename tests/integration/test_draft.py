@@ -144,16 +144,8 @@ def test_tokens_are_sampled_as_without_a_draft(folders):
         ("int8", ("--draft", "{}/int8"), "cannot draft for itself"),
         ("int8", ("--draft", "{}/none"), "The draft {}/none does not exist. Give a deployment's"),
         ("int8", ("--draft", "{}/model"), "is not a deployment"),
-        (
-            "int8",
-            ("--draft", "{}/other engine"),
-            "{}/other engine has no genai_config.json",
-        ),
-        (
-            "other engine",
-            ("--draft", "lookup"),
-            "so onnxruntime-genai cannot open it.",
-        ),
+        ("int8", ("--draft", "{}/other engine"), "{}/other engine has no genai_config.json"),
+        ("other engine", ("--draft", "lookup"), "so onnxruntime-genai cannot open it."),
         ("int8", ("--draft", "{}/other"), "has other tokens than {}/int8"),
         ("int8", ("--draft", "{}/short"), "takes 256 tokens, and {}/int8 takes 512"),
         ("int8", ("--draft", "lookup", "--draft-tokens", 0), "--draft-tokens 0 is impossible"),
