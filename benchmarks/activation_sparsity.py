@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.evaluate.perplexity import windows_of
+from owl_deploy.utils.artefact import write_json
 
 HALF = 0.5
 STEPS = 20  # fractions that thresholds are kept for: multiples of 1 / STEPS

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from openai import APIConnectionError, AsyncOpenAI
 
-from owl_deploy.progress import bar
+from owl_deploy.utils.progress import bar
 
 _DOCSTRING = range(60, 700)  # characters
 _LINES = 70

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.blocks import Activations, Skeleton
-from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.hardware import find_dtype
-from owl_deploy.input_statistics import Inputs, InputStatistics
-from owl_deploy.progress import bar
-from owl_deploy.prune.formats import Format
-from owl_deploy.prune.linear import Maker
-from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.text import calibration_windows
-from owl_deploy.tokens import load_tokens
+from owl_deploy.compression.input_statistics import Inputs, InputStatistics
+from owl_deploy.compression.layer import Maker
+from owl_deploy.compression.quantization.formats import Format
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.data.text import calibration_windows
+from owl_deploy.data.tokens import load_tokens
+from owl_deploy.models.blocks import Activations, Skeleton
+from owl_deploy.models.checkpoint import open_checkpoint, stored_dtype
+from owl_deploy.utils.artefact import write_json
+from owl_deploy.utils.hardware import find_dtype
+from owl_deploy.utils.progress import bar
 
 LENGTH, OTHERS = 512, 32  # tokens of a window; windows of the other text
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     checkpoint, cpu = open_checkpoint(given.model), torch.device("cpu")
-    skeleton = Skeleton(checkpoint, find_dtype("auto", checkpoint, cpu), cpu)
+    skeleton = Skeleton(checkpoint, find_dtype("auto", stored_dtype(checkpoint.config), cpu), cpu)
     maker = Maker(PruneSettings.checked(method="none", bits=given.bits))
     weights = checkpoint.read_module(skeleton.names[given.block])
     linears = skeleton.linears(given.block)

@@ -22,9 +22,9 @@ from typing import Any
 import httpx2 as httpx
 from serve_load import served
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.bench.prompts import WORDS
+from owl_deploy.utils.artefact import write_json
 
 _SAID = 30  # words of the user's in a turn
 

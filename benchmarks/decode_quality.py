@@ -18,8 +18,8 @@ import transformers
 from numpy.typing import NDArray
 
 from owl_deploy.bench.machine import look
+from owl_deploy.data.tokens import load_tokens
 from owl_deploy.export.parity import Session
-from owl_deploy.tokens import load_tokens
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from owl_deploy.bench.machine import look
-from owl_deploy.engines import EngineProcess, default_threads
+from owl_deploy.inference import EngineProcess, default_threads
 
 CONTEXT, STEPS, WARMUP, SECONDS, NEW = 512, 32, 8, 5, 32
 PROMPT = (

@@ -14,12 +14,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from owl_deploy import digests
 from owl_deploy.bench.machine import look
-from owl_deploy.engines import Deployment, EngineProcess, engine_for, open_deployment, threads_for
-from owl_deploy.engines.draft import Draft, open_draft
+from owl_deploy.data.text import load_tokenizer
 from owl_deploy.evaluate.humaneval import REQUEST, problems
-from owl_deploy.text import load_tokenizer
+from owl_deploy.inference import Deployment, EngineProcess, engine_for, open_deployment, threads_for
+from owl_deploy.inference.draft import Draft, open_draft
+from owl_deploy.models import digests
 
 _EDIT = (
     "Repeat this Python program in full, with the function {entry_point} renamed to "

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.bench.machine import look
-from owl_deploy.picture import plain_log_scale, svg
+from owl_deploy.utils.picture import plain_log_scale, svg
 
 # hidden, ffn, blocks, heads, KV heads, head size, vocabulary
 SIZES: dict[str, tuple[int, int, int, int, int, int, int]] = {

@@ -19,14 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import is_artefact, write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
-from owl_deploy.engines import default_threads
 from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.manifest import Manifest, read_manifest, versions
-from owl_deploy.partial import partial_folder
+from owl_deploy.inference import default_threads
+from owl_deploy.models.manifest import Manifest, read_manifest, versions
+from owl_deploy.utils.artefact import is_artefact, write_json
+from owl_deploy.utils.resume import partial_folder
 
 NOT_DONE = 75
 TRAINING = ("--sequence-length", "512", "--batch-size", "1", "--gradient-accumulation", "1")

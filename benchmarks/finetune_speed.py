@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 import transformers
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.engines import default_threads
 from owl_deploy.finetune.settings import resolved
 from owl_deploy.finetune.source import Source
 from owl_deploy.finetune.train import Schedule, Windows, train
 from owl_deploy.finetune.trainee import Trainee
-from owl_deploy.manifest import versions
-from owl_deploy.survivors import sparsify
+from owl_deploy.inference import default_threads
+from owl_deploy.models.manifest import versions
+from owl_deploy.models.sparse_linear import sparsify
+from owl_deploy.utils.artefact import write_json
 
 LEFT_OUT = 2  # steps, in which memory is allocated and kernels are chosen
 RATE = 1e-4

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from owl_deploy.artefact import only_writer, write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.blocks import Activations
-from owl_deploy.calibration import Calibration
-from owl_deploy.hardware import Hardware
-from owl_deploy.prune.formats import Format
-from owl_deploy.prune.linear import Maker
-from owl_deploy.prune.request import Request, check
-from owl_deploy.prune.sensitivity import Found, Measuring
-from owl_deploy.prune.store import Store
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.compression.allocation.sensitivity import Found, Measuring
+from owl_deploy.compression.layer import Maker
+from owl_deploy.compression.quantization.formats import Format
+from owl_deploy.compression.request import Request, check
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.compression.store import Store
+from owl_deploy.data.calibration import Calibration
+from owl_deploy.models.blocks import Activations
+from owl_deploy.utils.artefact import only_writer, write_json
+from owl_deploy.utils.hardware import Hardware
 
 WAYS = (
     Format(4),

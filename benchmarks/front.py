@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from owl_deploy.artefact import read_object
-from owl_deploy.picture import ACCENT, FAINT, INK, plain_log_scale, svg
+from owl_deploy.utils.artefact import read_object
+from owl_deploy.utils.picture import ACCENT, FAINT, INK, plain_log_scale, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

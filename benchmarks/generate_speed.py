@@ -17,7 +17,7 @@ from statistics import mean, median
 from tokenizers import Tokenizer
 
 from owl_deploy.bench.machine import look
-from owl_deploy.engines import EngineProcess, engine_for, open_deployment, threads_for
+from owl_deploy.inference import EngineProcess, engine_for, open_deployment, threads_for
 
 CONTEXT, STEPS, WARMUP = 512, 32, 8
 

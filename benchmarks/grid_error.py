@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from owl_deploy.artefact import write_json
-from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.models.checkpoint import open_checkpoint
+from owl_deploy.utils.artefact import write_json
 
 GROUP = 32
 _REACH = 4 / 3  # binades down from the scale that clips nothing

@@ -20,10 +20,10 @@ import transformers
 from draft_speed import prompt_of, spread
 
 from owl_deploy.bench.machine import look
-from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.engines import EngineProcess, get_engine, open_deployment, threads_for
+from owl_deploy.data.text import load_tokenizer
 from owl_deploy.evaluate.subject import engine_of
-from owl_deploy.text import load_tokenizer
+from owl_deploy.inference import EngineProcess, get_engine, open_deployment, threads_for
+from owl_deploy.models.checkpoint import open_checkpoint
 
 _KEPT = 8  # of the likeliest tokens at each place
 

@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl_deploy.bench.machine import look
-from owl_deploy.picture import plain_log_scale, svg
 from owl_deploy.runtime import library_path, pack
 from owl_deploy.runtime.native import Library
 from owl_deploy.runtime.timing import copies, huge_memory, time_matmul
+from owl_deploy.utils.picture import plain_log_scale, svg
 
 # (outputs, inputs) of the blocks' linear layers.
 SIZES: dict[str, list[tuple[int, int]]] = {

@@ -15,11 +15,11 @@ from typing import Any
 
 from prune_quality import owl
 
-from owl_deploy.artefact import is_artefact, read_object, write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
-from owl_deploy.manifest import CheckpointManifest, read_manifest, versions
-from owl_deploy.partial import is_interrupted
+from owl_deploy.models.manifest import CheckpointManifest, read_manifest, versions
+from owl_deploy.utils.artefact import is_artefact, read_object, write_json
+from owl_deploy.utils.resume import is_interrupted
 
 SPARSEGPT = ("--method", "sparsegpt", "--allocation", "uniform")
 ALPS = ("--method", "alps", "--allocation", "fisher")

@@ -18,15 +18,15 @@ from unittest import mock
 
 from prune_quality import owl
 
-from owl_deploy.artefact import read_object, write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.calibration import Calibration
+from owl_deploy.compression.quantization.formats import Costs
+from owl_deploy.compression.run import prune
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.data.calibration import Calibration
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
-from owl_deploy.hardware import Hardware
-from owl_deploy.manifest import Cost, versions
-from owl_deploy.prune.formats import Costs
-from owl_deploy.prune.run import prune
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.models.manifest import Cost, versions
+from owl_deploy.utils.artefact import read_object, write_json
+from owl_deploy.utils.hardware import Hardware
 
 NAMES = ("v_proj", "q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What is rounded to 3 bits, by the end of its name, and whether later ones make up for it.
@@ -52,7 +52,7 @@ def row(name: str, given: argparse.Namespace) -> dict[str, Any]:
     folder = given.work / "made"
     asked = PruneSettings.checked(method="none", budget="8", asymmetric=asymmetric)
     text = Calibration(demo_input() / CALIBRATION, given.samples, 512)
-    with mock.patch("owl_deploy.prune.plan.spend", chosen):
+    with mock.patch("owl_deploy.compression.plan.spend", chosen):
         made = prune(
             demo_input() / MODEL, folder, asked, text, Hardware(dtype="bfloat16"), force=True
         )

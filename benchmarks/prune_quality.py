@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import sha256, write_json
 from owl_deploy.bench.machine import look
+from owl_deploy.utils.artefact import sha256, write_json
 
 METHODS = (
     "magnitude",

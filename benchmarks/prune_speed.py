@@ -26,11 +26,11 @@ import torch
 import transformers
 
 from owl_deploy.bench.machine import look
-from owl_deploy.calibration import Calibration
-from owl_deploy.prune.run import prune
-from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.text import calibration_windows
-from owl_deploy.tokens import load_tokens
+from owl_deploy.compression.run import prune
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.data.calibration import Calibration
+from owl_deploy.data.text import calibration_windows
+from owl_deploy.data.tokens import load_tokens
 
 SPARSITY, MULTIPLE, SPREAD, DAMPENING, BLOCK = 0.7, 5.0, 0.08, 0.01, 128
 

@@ -17,12 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
 from owl_deploy.bench.stats import compare
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
-from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.progress import bar
+from owl_deploy.models.manifest import CheckpointManifest, read_manifest
+from owl_deploy.utils.artefact import write_json
+from owl_deploy.utils.progress import bar
 
 METHODS = ("wanda", "sparsegpt")
 

@@ -24,19 +24,19 @@ from typing import Any
 import torch
 import transformers
 
-from owl_deploy.artefact import only_writer, write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.blocks import window_loss
-from owl_deploy.calibration import Calibration
-from owl_deploy.hardware import Hardware
-from owl_deploy.prune import reconstruct, walk
-from owl_deploy.prune.halves import Half
-from owl_deploy.prune.plan import resolve
-from owl_deploy.prune.request import Request, check
-from owl_deploy.prune.store import Store
-from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.text import evaluation_windows
-from owl_deploy.tokens import load_tokens
+from owl_deploy.compression import reconstruct, sequential
+from owl_deploy.compression.plan import resolve
+from owl_deploy.compression.request import Request, check
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.compression.store import Store
+from owl_deploy.compression.sublayers import Half
+from owl_deploy.data.calibration import Calibration
+from owl_deploy.data.text import evaluation_windows
+from owl_deploy.data.tokens import load_tokens
+from owl_deploy.models.blocks import window_loss
+from owl_deploy.utils.artefact import only_writer, write_json
+from owl_deploy.utils.hardware import Hardware
 
 AS_THE_VERB = f"{reconstruct.LEARNING_RATE:g}:{reconstruct.TOKENS_A_STEP}:relative:stream"
 
@@ -64,22 +64,22 @@ def choose(asked: str) -> None:
     reconstruct.LEARNING_RATE, reconstruct.TOKENS_A_STEP = float(rate), int(tokens)
     reconstruct.error = {"relative": RELATIVE, "plain": mean_square}[loss]
     kind = {"stream": reconstruct.Reconstruction, "block": OnPruned}[target]
-    setattr(walk, "Reconstruction", kind)  # noqa: B010 - not one of its own names
+    setattr(sequential, "Reconstruction", kind)  # noqa: B010 - not one of its own names
 
 
 RELATIVE = reconstruct.error
 
 
-def first_parts(request: Request, blocks: int) -> list[walk.Part]:
+def first_parts(request: Request, blocks: int) -> list[sequential.Part]:
     """The first blocks, pruned, and reconstructed if that is asked for."""
     with tempfile.TemporaryDirectory() as scratch, only_writer(Path(scratch) / "out"):
         store = Store(Path(scratch) / "out", {}, resume=False, force=False)
         plan, first = resolve(request, store)
-        return list(itertools.islice(walk.Walk(request, plan, store, first).parts(), blocks))
+        return list(itertools.islice(sequential.Walk(request, plan, store, first).parts(), blocks))
 
 
 @torch.no_grad()
-def perplexity(model: str, parts: Sequence[walk.Part], windows: torch.Tensor) -> float:
+def perplexity(model: str, parts: Sequence[sequential.Part], windows: torch.Tensor) -> float:
     """That of the model with `parts` in the place of its own, on `windows` [n, length]."""
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for part in parts:

@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 from calibration_length import LENGTH, OTHERS, entered, error, seen
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.hardware import find_dtype
-from owl_deploy.input_statistics import Inputs
-from owl_deploy.prune.columns import factorise
-from owl_deploy.prune.grid import Grid
-from owl_deploy.prune.rounding import finished, round_pruned, rounded
-from owl_deploy.text import calibration_windows
-from owl_deploy.tokens import load_tokens
+from owl_deploy.compression.input_statistics import Inputs
+from owl_deploy.compression.pruning.obs import factorise
+from owl_deploy.compression.quantization.grid import Grid
+from owl_deploy.compression.quantization.rounding import finished, round_pruned, rounded
+from owl_deploy.data.text import calibration_windows
+from owl_deploy.data.tokens import load_tokens
+from owl_deploy.models.blocks import Skeleton
+from owl_deploy.models.checkpoint import open_checkpoint, stored_dtype
+from owl_deploy.utils.artefact import write_json
+from owl_deploy.utils.hardware import find_dtype
 
 GROUP = 32
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     checkpoint, cpu = open_checkpoint(given.model), torch.device("cpu")
-    skeleton = Skeleton(checkpoint, find_dtype("auto", checkpoint, cpu), cpu)
+    skeleton = Skeleton(checkpoint, find_dtype("auto", stored_dtype(checkpoint.config), cpu), cpu)
     windows = [
         calibration_windows(load_tokens(given.model, [str(text)]), count, LENGTH, 0)
         for text, count in zip(given.texts, (given.samples, OTHERS), strict=True)

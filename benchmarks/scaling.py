@@ -24,17 +24,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.input_statistics import Inputs, InputStatistics
-from owl_deploy.manifest import versions
-from owl_deploy.prune.formats import Format
-from owl_deploy.prune.linear import Maker
-from owl_deploy.prune.owners import owners
-from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.ranks import join
+from owl_deploy.compression.input_statistics import Inputs, InputStatistics
+from owl_deploy.compression.layer import Maker
+from owl_deploy.compression.partition import owners
+from owl_deploy.compression.quantization.formats import Format
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.models.blocks import Skeleton
+from owl_deploy.models.checkpoint import open_checkpoint
+from owl_deploy.models.manifest import versions
+from owl_deploy.utils.artefact import write_json
+from owl_deploy.utils.ranks import join
 
 WINDOW = 512  # tokens, of what is measured
 MEASURED = ((512, 1), (512, 4), (1024, 1), (1024, 4), (2048, 1))  # widths and windows, 2048 last

@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.clients import Load, ask_all
 from owl_deploy.bench.machine import look
 from owl_deploy.bench.prompts import WORDS
+from owl_deploy.utils.artefact import write_json
 
 
 def prompts(words: int, seconds: float, seed: int = 0) -> Iterator[str]:

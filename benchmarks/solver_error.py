@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.machine import look
-from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.compression.input_statistics import Inputs, InputStatistics
+from owl_deploy.compression.methods import METHODS
+from owl_deploy.compression.pruning.refit import refit
+from owl_deploy.compression.settings import parse_structure
+from owl_deploy.data.text import calibration_windows
+from owl_deploy.data.tokens import load_tokens
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
-from owl_deploy.input_statistics import Inputs, InputStatistics
-from owl_deploy.methods import METHODS
-from owl_deploy.prune.refit import refit
-from owl_deploy.prune_settings import parse_structure
-from owl_deploy.text import calibration_windows
-from owl_deploy.tokens import load_tokens
+from owl_deploy.models.blocks import Skeleton
+from owl_deploy.models.checkpoint import open_checkpoint
+from owl_deploy.utils.artefact import write_json
 
 SAMPLES, LENGTH = 32, 512  # as for the perplexities in docs/benchmarks/pruning.md
 COMPARED = ("sparsegpt", "alps", "wanda", "wanda --refit", "sparsegpt --refit")

@@ -6,7 +6,7 @@ then, nothing but this one is sure to survive.
 
 import sys
 
-from owl_deploy import interrupted
+from owl_deploy.utils import interrupted
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from owl_deploy.bench.plan import BenchPlan
     from owl_deploy.bench.result import Comparison, Result, read_result
     from owl_deploy.bench.run import Outcome, bench, run_gate
-    from owl_deploy.calibration import Calibration
-    from owl_deploy.engines.rows import Speed
-    from owl_deploy.engines.sampling import Sampling
+    from owl_deploy.compression.recipe import merged as prune_settings
+    from owl_deploy.compression.run import prune
+    from owl_deploy.compression.settings import PruneSettings
+    from owl_deploy.data.calibration import Calibration
     from owl_deploy.errors import (
         BadInput,
         EngineFailed,
@@ -45,13 +46,12 @@ if TYPE_CHECKING:
     from owl_deploy.export.targets import TARGETS, export
     from owl_deploy.finetune.run import finetune
     from owl_deploy.finetune.settings import FinetuneSettings
-    from owl_deploy.generate import generate
-    from owl_deploy.hardware import Hardware
-    from owl_deploy.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
-    from owl_deploy.prune.run import prune
-    from owl_deploy.prune_settings import PruneSettings
-    from owl_deploy.recipe import merged as prune_settings
-    from owl_deploy.verify import Verified, verify
+    from owl_deploy.inference.generate import generate
+    from owl_deploy.inference.rows import Speed
+    from owl_deploy.inference.sampling import Sampling
+    from owl_deploy.inference.verify import Verified, verify
+    from owl_deploy.models.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
+    from owl_deploy.utils.hardware import Hardware
 
 __all__ = [
     "TARGETS",
@@ -93,41 +93,41 @@ __all__ = [
 
 # Where each name is; the same as above says to type checkers.
 WHERE = {
-    "AdapterManifest": "owl_deploy.manifest:AdapterManifest",
+    "AdapterManifest": "owl_deploy.models.manifest:AdapterManifest",
     "BadInput": "owl_deploy.errors:BadInput",
     "BenchPlan": "owl_deploy.bench.plan:BenchPlan",
-    "Calibration": "owl_deploy.calibration:Calibration",
-    "CheckpointManifest": "owl_deploy.manifest:CheckpointManifest",
+    "Calibration": "owl_deploy.data.calibration:Calibration",
+    "CheckpointManifest": "owl_deploy.models.manifest:CheckpointManifest",
     "Comparison": "owl_deploy.bench.result:Comparison",
-    "DeploymentManifest": "owl_deploy.manifest:DeploymentManifest",
+    "DeploymentManifest": "owl_deploy.models.manifest:DeploymentManifest",
     "EngineFailed": "owl_deploy.errors:EngineFailed",
     "EnvironmentFailed": "owl_deploy.errors:EnvironmentFailed",
     "Evaluation": "owl_deploy.evaluate.run:Evaluation",
     "EvaluationSettings": "owl_deploy.evaluate.settings:EvaluationSettings",
     "FinetuneSettings": "owl_deploy.finetune.settings:FinetuneSettings",
-    "Hardware": "owl_deploy.hardware:Hardware",
+    "Hardware": "owl_deploy.utils.hardware:Hardware",
     "Outcome": "owl_deploy.bench.run:Outcome",
     "OwlError": "owl_deploy.errors:OwlError",
     "ParityFailed": "owl_deploy.export.parity:ParityFailed",
     "Perplexity": "owl_deploy.evaluate.perplexity:Perplexity",
-    "PruneSettings": "owl_deploy.prune_settings:PruneSettings",
+    "PruneSettings": "owl_deploy.compression.settings:PruneSettings",
     "Result": "owl_deploy.bench.result:Result",
-    "Sampling": "owl_deploy.engines.sampling:Sampling",
-    "Speed": "owl_deploy.engines.rows:Speed",
+    "Sampling": "owl_deploy.inference.sampling:Sampling",
+    "Speed": "owl_deploy.inference.rows:Speed",
     "TARGETS": "owl_deploy.export.targets:TARGETS",
     "TaskResult": "owl_deploy.evaluate.zero_shot:TaskResult",
-    "Verified": "owl_deploy.verify:Verified",
+    "Verified": "owl_deploy.inference.verify:Verified",
     "bench": "owl_deploy.bench.run:bench",
     "decide": "owl_deploy.bench.decision:decide",
     "evaluate": "owl_deploy.evaluate.run:evaluate",
     "export": "owl_deploy.export.targets:export",
     "finetune": "owl_deploy.finetune.run:finetune",
-    "generate": "owl_deploy.generate:generate",
-    "prune": "owl_deploy.prune.run:prune",
-    "prune_settings": "owl_deploy.recipe:merged",
+    "generate": "owl_deploy.inference.generate:generate",
+    "prune": "owl_deploy.compression.run:prune",
+    "prune_settings": "owl_deploy.compression.recipe:merged",
     "read_result": "owl_deploy.bench.result:read_result",
     "run_gate": "owl_deploy.bench.run:run_gate",
-    "verify": "owl_deploy.verify:verify",
+    "verify": "owl_deploy.inference.verify:verify",
 }
 
 

@@ -15,14 +15,14 @@ import typer
 from typer.core import TyperGroup
 
 from owl_deploy import __version__, api, options
-from owl_deploy.ending import Interrupted, exit_code, explained
+from owl_deploy.compression.methods import METHODS
 from owl_deploy.errors import option
-from owl_deploy.methods import METHODS
-from owl_deploy.ranks import leads, leave, local_rank
+from owl_deploy.utils.ending import Interrupted, exit_code, explained
+from owl_deploy.utils.ranks import leads, leave, local_rank
 
 if TYPE_CHECKING:
-    from owl_deploy.pipeline import Export, Plan, State
-    from owl_deploy.record import Record
+    from owl_deploy.distributed.pipeline import Export, Plan, State
+    from owl_deploy.utils.record import Record
 
 
 # What Ctrl-C leaves of the verbs that have no outputs.
@@ -169,8 +169,8 @@ def prune(
     if bits and not recipe and {"method", "sparsity", "structure"}.isdisjoint(overrides):
         _say(f"{settings.sparsity:.0%} of the weights go, too; --method none rounds only.")
 
-    from owl_deploy.prune.show import show
-    from owl_deploy.recipe import origin
+    from owl_deploy.compression.recipe import origin
+    from owl_deploy.compression.show import show
 
     text = _calibration(ctx, calibration, samples, sequence_length, seed)
     manifest = api.prune(
@@ -244,7 +244,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Stream text from a deployment, and say how fast it came."""
-    from owl_deploy.generate import read_prompt
+    from owl_deploy.inference.generate import read_prompt
     from owl_deploy.serve.stops import Stops
 
     sampling = api.Sampling(
@@ -290,7 +290,7 @@ def serve(
 @app.command()
 def verify(deployment: options.AnyDeployment, as_json: options.Json = False) -> None:
     """Check that a deployment is as exported, without running it."""
-    from owl_deploy.verify import show
+    from owl_deploy.inference.verify import show
 
     found = api.verify(deployment)
     _emit(found.to_json(), as_json, lambda: show(found, str(deployment)))
@@ -421,9 +421,9 @@ def bench(
     """Time deployments against dense baselines, or gate a change."""
     given = _given(locals(), api.BenchPlan.model_fields)
 
-    from owl_deploy.artefact import check_apart
     from owl_deploy.bench.decision import check_measured, read_loss
     from owl_deploy.bench.show import show_outcome
+    from owl_deploy.utils.artefact import check_apart
 
     loss = read_loss(max_loss) if max_loss else None
     if strict and not check:
@@ -436,8 +436,8 @@ def bench(
 
     def prepare() -> None:
         if exports:
-            from owl_deploy import pipeline
             from owl_deploy.bench.measure import check_ahead
+            from owl_deploy.distributed import pipeline
 
             check_ahead(plan, {one.output: one.target for one in exports})
             pipeline.execute(exports, _say)
@@ -460,8 +460,8 @@ def bench(
 
 def _dense(checkpoint: Path, deployments: list[Path], trust_library: bool) -> "tuple[Export, ...]":
     """What makes the dense baselines that suit these deployments."""
-    from owl_deploy import pipeline
-    from owl_deploy.engines import open_deployment
+    from owl_deploy.distributed import pipeline
+    from owl_deploy.inference import open_deployment
 
     opened = [open_deployment(path, trust_library=trust_library) for path in deployments]
     return pipeline.dense_exports(checkpoint, [(one.target, one.precision) for one in opened])
@@ -496,11 +496,11 @@ def sweep(
     """
     values = locals()
 
-    from owl_deploy import pipeline
-    from owl_deploy import sweep as sweeps
     from owl_deploy.bench.show import show_trade_off
-    from owl_deploy.engines import threads_for
-    from owl_deploy.record import Unfinished
+    from owl_deploy.distributed import pipeline
+    from owl_deploy.distributed import sweep as sweeps
+    from owl_deploy.inference import threads_for
+    from owl_deploy.utils.record import Unfinished
 
     if needs and not ray:
         raise api.BadInput("--needs is of the tasks on a cluster.", "Say which by --ray.")
@@ -509,7 +509,7 @@ def sweep(
     plan = sweeps.read_plan(file, _given(values, sweeps.SweepPlan.model_fields))
     tasks = sweeps.tasks(model, output, plan, calibration, perplexity)
     if ray:
-        from owl_deploy.cluster.needs import read_needs
+        from owl_deploy.distributed.cluster.needs import read_needs
 
         read_needs(needs or [])
     else:
@@ -537,8 +537,8 @@ def sweep(
 
 def _stored(tasks: "Plan", output: Path, store: str) -> "list[State]":
     """How the tasks stand by what lies in a store."""
-    from owl_deploy.cluster.store import Store
-    from owl_deploy.cluster.stored import StoredPlan
+    from owl_deploy.distributed.cluster.store import Store
+    from owl_deploy.distributed.cluster.stored import StoredPlan
 
     return StoredPlan(Store(store), tasks, output).survey()
 
@@ -547,8 +547,8 @@ def _on_cluster(
     model: Path, output: Path, address: str, needs: list[str], store: str | None
 ) -> "Callable[[Plan], dict[int, Record]]":
     """What executes a sweep's tasks on the Ray cluster at `address`."""
-    from owl_deploy.cluster.needs import read_needs
-    from owl_deploy.cluster.run import execute
+    from owl_deploy.distributed.cluster.needs import read_needs
+    from owl_deploy.distributed.cluster.run import execute
 
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     given = read_needs(needs)
@@ -569,7 +569,7 @@ def report(
     from owl_deploy.bench.report import write_report
     from owl_deploy.finetune.picture import learning_curve_svg
     from owl_deploy.finetune.show import caption
-    from owl_deploy.manifest import Manifest, read_manifest
+    from owl_deploy.models.manifest import Manifest, read_manifest
 
     found = {path: read_manifest(path, Manifest) for path in results}
     trained = {path: getattr(manifest, "finetune", None) for path, manifest in found.items()}
@@ -591,7 +591,7 @@ app.add_typer(recipes_app, name="recipes")
 @recipes_app.command(name="ls")
 def list_recipes(as_json: options.Json = False) -> None:
     """List the recipes that come with owl, with what each is for."""
-    from owl_deploy import recipe as recipes
+    from owl_deploy.compression import recipe as recipes
 
     purposes = {
         name: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
@@ -608,7 +608,7 @@ def list_recipes(as_json: options.Json = False) -> None:
 @recipes_app.command(name="show")
 def show_recipe(name: options.RecipeName) -> None:
     """Print a recipe."""
-    from owl_deploy import recipe as recipes
+    from owl_deploy.compression import recipe as recipes
 
     typer.echo(recipes.read(recipes.find(name)), nl=False)
 
@@ -633,20 +633,20 @@ app.add_typer(engines_app, name="engines")
 @engines_app.command(name="ls")
 def list_engines(as_json: options.Json = False) -> None:
     """List the engines: version, what they open, their licences."""
-    from owl_deploy import engines
-    from owl_deploy.engines.show import show
+    from owl_deploy import inference
+    from owl_deploy.inference.show import show
 
-    known = engines.list_engines()
+    known = inference.list_engines()
     _emit({"engines": known}, as_json, lambda: show(known))
 
 
 @engines_app.command(name="install")
 def install_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepsparse.")]) -> None:
     """Install an engine that needs an environment of its own."""
-    from owl_deploy import engines
+    from owl_deploy import inference
 
-    typer.echo(f"{name}: {engines.public_engine(name).licence}", err=True)
-    folder = engines.install(name, lambda line: typer.echo(line, err=True))
+    typer.echo(f"{name}: {inference.public_engine(name).licence}", err=True)
+    folder = inference.install(name, lambda line: typer.echo(line, err=True))
     typer.echo(folder)
 
 
@@ -655,19 +655,19 @@ def engine_path(
     name: Annotated[str, typer.Argument(help="owl, onnxruntime, llama.cpp or deepsparse.")],
 ) -> None:
     """Print the path of owl's library, or of another engine's Python."""
-    from owl_deploy import engines
+    from owl_deploy import inference
     from owl_deploy.runtime import library_path
 
-    carried = engines.public_engine(name).operators
-    typer.echo(library_path() if carried else engines.python_of(name))
+    carried = inference.public_engine(name).operators
+    typer.echo(library_path() if carried else inference.python_of(name))
 
 
 @engines_app.command(name="remove")
 def remove_engine(name: Annotated[str, typer.Argument(help="llama.cpp or deepsparse.")]) -> None:
     """Delete the environment of an engine."""
-    from owl_deploy import engines
+    from owl_deploy import inference
 
-    gone = engines.remove(engines.public_engine(name).name)
+    gone = inference.remove(inference.public_engine(name).name)
     typer.echo(f"{name} is removed" if gone else f"{name} was not installed", err=True)
 
 

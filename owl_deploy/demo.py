@@ -15,21 +15,21 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from owl_deploy import engines, options
-from owl_deploy.artefact import make_folder, write_json
+from owl_deploy import inference, options
 from owl_deploy.bench import BenchPlan, Result, read_result
 from owl_deploy.bench.decision import judge, sentence
 from owl_deploy.bench.report import write_report
 from owl_deploy.bench.result import Comparison, Subject
 from owl_deploy.bench.stats import interval_words
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, MODEL, demo_input
-from owl_deploy.ending import exit_code
+from owl_deploy.distributed.pipeline import Bench, Evaluate, Export, Prune, Task, execute
 from owl_deploy.errors import EngineFailed, EnvironmentFailed
-from owl_deploy.measurements import measurement_file
-from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, Task, execute
-from owl_deploy.progress import error_console, result_console
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.models.measurements import measurement_file
 from owl_deploy.runtime import library_path
+from owl_deploy.utils.artefact import make_folder, write_json
+from owl_deploy.utils.ending import exit_code
+from owl_deploy.utils.progress import error_console, result_console
 
 # A target and a precision.
 Road = tuple[str, str]
@@ -176,8 +176,8 @@ def prepare(say: Callable[[str], object]) -> tuple[Path, bool]:
     say("Demo input: SmolLM2-135M and a Wikipedia sample")
     source = demo_input()
     say("The engine deepsparse, in an environment of its own")
-    error_console().print(engines.get_engine("deepsparse").licence, style="dim")
-    engines.install("deepsparse", lambda line: error_console().print(line, style="dim"))
+    error_console().print(inference.get_engine("deepsparse").licence, style="dim")
+    inference.install("deepsparse", lambda line: error_console().print(line, style="dim"))
     try:
         library_path()
     except EnvironmentFailed as error:  # it is built with the package; the rest still runs

@@ -15,11 +15,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.artefact import sha256, staged_folder
-from owl_deploy.cache import cache_dir
 from owl_deploy.errors import EnvironmentFailed
-from owl_deploy.manifest import DemoInputManifest
-from owl_deploy.progress import error_console
+from owl_deploy.models.manifest import DemoInputManifest
+from owl_deploy.utils.artefact import sha256, staged_folder
+from owl_deploy.utils.cache import cache_dir
+from owl_deploy.utils.progress import error_console
 
 MODEL, CALIBRATION, EVALUATION = "smollm2-135m", "calibration.txt", "evaluation.txt"
 _VERSION = 1  # of the conversion: a new one makes the folder again

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from typer import Argument, BadParameter, Option
 
-from owl_deploy.allocation import ALLOCATIONS, DEFAULT
-from owl_deploy.methods import METHODS
+from owl_deploy.compression.allocation.rules import ALLOCATIONS, DEFAULT
+from owl_deploy.compression.methods import METHODS
 
 SEEDS = 2**31 - 1  # the largest that every library takes
 _CORES = "CPU threads of the engine. [the physical cores]"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from owl_deploy.artefact import write_json
 from owl_deploy.bench.result import Result
-from owl_deploy.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
+from owl_deploy.models.manifest import AdapterManifest, CheckpointManifest, DeploymentManifest
+from owl_deploy.utils.artefact import write_json
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "checkpoint": CheckpointManifest,

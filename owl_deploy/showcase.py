@@ -20,21 +20,15 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from owl_deploy import engines, options
-from owl_deploy.artefact import make_folder, write_json
+from owl_deploy import inference, options
 from owl_deploy.bench import BenchPlan, Result, read_result, stats
 from owl_deploy.bench.decision import HUMANEVAL, judge, read_loss, refreshed, sentence
 from owl_deploy.bench.scenario import KINDS
+from owl_deploy.compression.allocation.tune import check as check_search
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense
 from owl_deploy.demo_input import CALIBRATION, EVALUATION
-from owl_deploy.ending import exit_code
-from owl_deploy.errors import BadInput, EnvironmentFailed, not_installed
-from owl_deploy.evaluate.sandbox import require_sandbox
-from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.export.targets import TARGETS
-from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.measurements import measurement_file
-from owl_deploy.pipeline import (
+from owl_deploy.distributed.pipeline import (
     Bench,
     Evaluate,
     Export,
@@ -45,10 +39,16 @@ from owl_deploy.pipeline import (
     execute,
     seconds,
 )
-from owl_deploy.progress import error_console, result_console
-from owl_deploy.prune.tune import check as check_search
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.errors import BadInput, EnvironmentFailed, not_installed
+from owl_deploy.evaluate.sandbox import require_sandbox
+from owl_deploy.evaluate.settings import EvaluationSettings
+from owl_deploy.export.targets import TARGETS
+from owl_deploy.finetune.settings import FinetuneSettings
+from owl_deploy.models.measurements import measurement_file
 from owl_deploy.showcase_input import MODEL, SISTER, showcase_input, sister_input
+from owl_deploy.utils.artefact import make_folder, write_json
+from owl_deploy.utils.ending import exit_code
+from owl_deploy.utils.progress import error_console, result_console
 
 MODEL_IS = (
     "The model is Qwen2.5-Coder-1.5B-Instruct, from a GGUF file in 4 bits (Q4_K_M), expanded: what "
@@ -438,12 +438,12 @@ def show_steps(plan: Sequence[Task], output: Path) -> None:
 def prepare(plan: Plan, say: Callable[[str], object]) -> None:
     """See that each engine of `plan` is here, or install it; raises `EnvironmentFailed`."""
     for target in dict.fromkeys(target for roads in plan.roads.values() for target, _ in roads):
-        engine = engines.engine_for(target)
+        engine = inference.engine_for(target)
         try:
-            if engine.lock and not engines.is_installed(engine.name):
+            if engine.lock and not inference.is_installed(engine.name):
                 say(f"The engine {engine.name}, in an environment of its own")
-                engines.install(engine.name, lambda x: error_console().print(x, style="dim"))
-            engines.require(engine.name)
+                inference.install(engine.name, lambda x: error_console().print(x, style="dim"))
+            inference.require(engine.name)
         except EnvironmentFailed as error:
             raise EnvironmentFailed(
                 error.message, f"{error.hint} Or go on without its rows: --skip {target}."

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl_deploy.artefact import staged_folder
-from owl_deploy.cache import cache_dir
 from owl_deploy.demo_input import CALIBRATION, EVALUATION, check_digest, convert_model, download
-from owl_deploy.manifest import DemoInputManifest
-from owl_deploy.progress import bar, error_console
+from owl_deploy.models.manifest import DemoInputManifest
+from owl_deploy.utils.artefact import staged_folder
+from owl_deploy.utils.cache import cache_dir
+from owl_deploy.utils.progress import bar, error_console
 
 MODEL = "qwen2.5-coder-1.5b-instruct"
 _VERSION = 1  # of the conversion: a new one makes the folder again

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from owl_deploy.errors import BadInput
-from owl_deploy.ranks import Ranks
+from owl_deploy.utils.ranks import Ranks
 
 
 class _Told(Exception):

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from owl_deploy import cli
-from owl_deploy.cache import cache_path
-from owl_deploy.engines import EngineProcess
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.inference import EngineProcess
 from owl_deploy.runtime import library_path
 from owl_deploy.runtime.native import Library
+from owl_deploy.utils.cache import cache_path
 from tests import fresh, tiny
 
 # On models this small threads only wait for each other, and more so on a busy machine.
@@ -77,7 +77,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sparse(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That checkpoint, 60 % of it pruned by magnitude; tests read it and never write into it."""
-    from owl_deploy.prune.run import prune
+    from owl_deploy.compression.run import prune
 
     folder = tmp_path_factory.mktemp("sparse") / "sparse"
     settings = PruneSettings.checked(method="magnitude", allocation="uniform", sparsity=0.6)

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from owl_deploy import ranks
-from owl_deploy.ending import exit_code
+from owl_deploy.compression import run as pruning
+from owl_deploy.compression.input_statistics import InputStatistics
+from owl_deploy.compression.run import Calibration, prune
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.evaluate.run import evaluate
 from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.hardware import Hardware
-from owl_deploy.input_statistics import InputStatistics
-from owl_deploy.prune import run as pruning
-from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.utils import ranks
+from owl_deploy.utils.ending import exit_code
+from owl_deploy.utils.hardware import Hardware
 
 _HERE = ("-m", "tests.divided")
 SAMPLES, LENGTH = 5, 48  # which no two or three processes share evenly

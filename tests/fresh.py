@@ -18,13 +18,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO
 
-from owl_deploy.engines.environment import ending_with_us
+from owl_deploy.inference.environment import ending_with_us
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "owl_deploy.cli",
-        "owl_deploy.prune.run",
+        "owl_deploy.compression.run",
         "owl_deploy.finetune.run",
         "transformers.models.llama.modeling_llama",
         "transformers.trainer",

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from owl_deploy.methods import METHODS
+from owl_deploy.compression.methods import METHODS
 
 SENTENCES = (
     "The river ran past the mill and under the old stone bridge. ",

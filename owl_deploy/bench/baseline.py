@@ -12,20 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from owl_deploy import __version__, artefact, digests
+from owl_deploy import __version__
 from owl_deploy.bench import counters, gate
 from owl_deploy.bench.gate import Margins, Side, Verdict
 from owl_deploy.bench.measure import Progress, asked_of, fitted, run_bench
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import Result, paired
-from owl_deploy.engines import (
+from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.inference import (
     Deployment,
     EngineProcess,
     installed_version,
     software,
     threads_for,
 )
-from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.models import digests
+from owl_deploy.utils import artefact
 
 SCHEMA = 1
 PROBE_TOKENS, PROBE_STEPS, PROBE_COLUMNS = 32, 16, 64

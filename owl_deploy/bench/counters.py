@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from owl_deploy.engines import Deployment
+from owl_deploy.inference import Deployment
 
 _SMALLEST = 1024  # values; biases, norms and shapes say nothing about pruning
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from owl_deploy.bench import stats
 from owl_deploy.bench.result import Comparison, Result, Score, Subject, metrics_of, paired
-from owl_deploy.engines.deployment import text_of
 from owl_deploy.errors import BadInput, unknown_name
-from owl_deploy.measurements import JUDGED_BY, by_document, measurement
+from owl_deploy.inference.deployment import text_of
+from owl_deploy.models.measurements import JUDGED_BY, by_document, measurement
 
 NOTHING = 0.005  # less is not noticed: int8 values lose about so much
 PERPLEXITY, HUMANEVAL = "perplexity", "humaneval"

@@ -7,10 +7,10 @@ from pathlib import Path
 from owl_deploy.bench.decision import scores_of
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import SPARSE_IN_3_BITS, Block, Role, Subject
-from owl_deploy.engines import Deployment, Engine, engine_for, get_engine, open_deployment
-from owl_deploy.engines.draft import open_draft
 from owl_deploy.errors import BadInput
-from owl_deploy.manifest import BlockShares
+from owl_deploy.inference import Deployment, Engine, engine_for, get_engine, open_deployment
+from owl_deploy.inference.draft import open_draft
+from owl_deploy.models.manifest import BlockShares
 
 
 def entries_of(plan: BenchPlan) -> list[tuple[Subject, Deployment]]:

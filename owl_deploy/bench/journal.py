@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from owl_deploy import digests
-from owl_deploy.artefact import end_line
 from owl_deploy.bench.result import Sample, Subject
-from owl_deploy.cache import cache_dir
 from owl_deploy.errors import BadInput
-from owl_deploy.lease import Held, lease, outlast
+from owl_deploy.models import digests
+from owl_deploy.utils.artefact import end_line
+from owl_deploy.utils.cache import cache_dir
+from owl_deploy.utils.lock import Held, lease, outlast
 
 # A pair is a comparison only if both were measured about the same time: a round that was
 # interrupted is taken up within these seconds, and measured anew after them.

@@ -24,8 +24,8 @@ from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.prompts import other_words, read_prompts, tokens_of
 from owl_deploy.bench.result import Comparison, Result, Sample, Subject
 from owl_deploy.bench.scenario import Scenario, by_session
-from owl_deploy.digests import state_of
-from owl_deploy.engines import (
+from owl_deploy.errors import EngineFailed
+from owl_deploy.inference import (
     Deployment,
     EngineProcess,
     ServerProcess,
@@ -36,9 +36,9 @@ from owl_deploy.engines import (
     software,
     threads_for,
 )
-from owl_deploy.engines.registry import LOOKUP, OWL_SERVE
-from owl_deploy.errors import EngineFailed
-from owl_deploy.tokenizer import TOKENIZER, Tokenizer
+from owl_deploy.inference.registry import LOOKUP, OWL_SERVE
+from owl_deploy.models.digests import state_of
+from owl_deploy.models.tokenizer import TOKENIZER, Tokenizer
 
 if TYPE_CHECKING:
     from owl_deploy.bench.clients import Tally

@@ -10,8 +10,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from owl_deploy.bench.scenario import KINDS, Scenario
-from owl_deploy.engines import Deployment
 from owl_deploy.errors import BadInput, option, unknown_name
+from owl_deploy.inference import Deployment
 
 _KEY = re.compile(
     rf"(?P<kind>{'|'.join(KINDS)})@(?P<tokens>\d+)(\+(?P<new>\d+))?(x(?P<several>\d+))?"

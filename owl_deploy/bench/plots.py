@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 from owl_deploy.bench import stats
 from owl_deploy.bench.decision import Judged
 from owl_deploy.bench.result import Comparison, Result, Subject
-from owl_deploy.engines.registry import ENGINES, Ink
-from owl_deploy.picture import ACCENT, FAINT, INK, PAGE, plain_log_scale, sparsity_by_block, svg
+from owl_deploy.inference.registry import ENGINES, Ink
+from owl_deploy.utils.picture import (
+    ACCENT,
+    FAINT,
+    INK,
+    PAGE,
+    plain_log_scale,
+    sparsity_by_block,
+    svg,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from owl_deploy.errors import BadInput
-from owl_deploy.tokenizer import Tokenizer
+from owl_deploy.models.tokenizer import Tokenizer
 
 _FUNCTION = '''def summarize(rows):
     """Return the count, the sum and the largest of the amounts in rows."""

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owl_deploy import __version__
-from owl_deploy.artefact import MANIFEST, check_parent, write_text
 from owl_deploy.bench import decision, plots, stats
 from owl_deploy.bench.decision import Judged, Option
 from owl_deploy.bench.result import FILE, Result, Subject, metrics_of
 from owl_deploy.bench.scenario import Metric
 from owl_deploy.bench.show import headline
-from owl_deploy.engines.registry import ENGINES
 from owl_deploy.errors import BadInput
-from owl_deploy.record import Record
+from owl_deploy.inference.registry import ENGINES
+from owl_deploy.utils.artefact import MANIFEST, check_parent, write_text
+from owl_deploy.utils.record import Record
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from owl_deploy import artefact
 from owl_deploy.bench import stats
 from owl_deploy.bench.machine import Machine
 from owl_deploy.bench.scenario import Metric, Scenario
 from owl_deploy.errors import BadInput
-from owl_deploy.manifest import BenchmarkManifest, refuse_newer, what_it_is
+from owl_deploy.models.manifest import BenchmarkManifest, refuse_newer, what_it_is
+from owl_deploy.utils import artefact
 
 FILE = "result.json"
 SCHEMA: Final = 1  # the number of its format

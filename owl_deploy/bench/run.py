@@ -7,14 +7,14 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from owl_deploy import artefact
 from owl_deploy.bench import baseline, decision, gate
 from owl_deploy.bench.gate import Verdict
 from owl_deploy.bench.measure import Progress, run_bench
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import Result, write_result
 from owl_deploy.errors import BadInput, OwlError
-from owl_deploy.progress import error_console
+from owl_deploy.utils import artefact
+from owl_deploy.utils.progress import error_console
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from owl_deploy.bench.gate import Verdict, overall
 from owl_deploy.bench.result import Against, Comparison, Result, Subject, metrics_of
 from owl_deploy.bench.run import Outcome
 from owl_deploy.bench.scenario import Metric
-from owl_deploy.progress import result_console
+from owl_deploy.utils.progress import result_console
 
 WIDTH = 80
 _AGAINST = {"same engine": "same engine", "best of the precision": "best of its precision"}

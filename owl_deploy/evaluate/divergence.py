@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from owl_deploy.artefact import check_room
-from owl_deploy.blocks import window_loss
-from owl_deploy.engines.worker import Predictions
+from owl_deploy.data.text import token_digest
 from owl_deploy.errors import BadInput
-from owl_deploy.text import token_digest
+from owl_deploy.inference.worker import Predictions
+from owl_deploy.models.blocks import window_loss
+from owl_deploy.utils.artefact import check_room
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from owl_deploy.engines import EngineProcess
+from owl_deploy.data.json_lines import in_template
+from owl_deploy.data.text import token_before
 from owl_deploy.errors import BadInput
-from owl_deploy.json_lines import in_template
-from owl_deploy.progress import bar
-from owl_deploy.text import token_before
+from owl_deploy.inference import EngineProcess
+from owl_deploy.utils.progress import bar
 
 _SLICE = 8  # new tokens between two looks for a stop sequence
 # What is scored: a key of the harness's own, the context's tokens, the continuation's.

@@ -20,8 +20,8 @@ from lm_eval.api.task import ConfigurableTask
 
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.sandbox import judge, require_sandbox
-from owl_deploy.progress import bar
-from owl_deploy.ranks import ALONE, Ranks
+from owl_deploy.utils.progress import bar
+from owl_deploy.utils.ranks import ALONE, Ranks
 
 NAME = "humaneval"
 PASS_AT_1 = "pass@1"

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from owl_deploy import digests
-from owl_deploy.artefact import end_line
-from owl_deploy.cache import cache_dir
-from owl_deploy.progress import bar
+from owl_deploy.models import digests
+from owl_deploy.utils.artefact import end_line
+from owl_deploy.utils.cache import cache_dir
+from owl_deploy.utils.progress import bar
 
 
 class KeptAnswers:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from owl_deploy.blocks import Skeleton, free_on, window_loss
-from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.digests import state_of
-from owl_deploy.engines import get_engine
-from owl_deploy.engines.deployment import open_deployment
-from owl_deploy.engines.process import EngineProcess
+from owl_deploy.data.text import (
+    evaluation_windows,
+    load_evaluation_text,
+    load_tokenizer,
+    token_digest,
+    tokenize,
+)
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.divergence import Watched
 from owl_deploy.evaluate.settings import EvaluationSettings
@@ -27,16 +28,16 @@ from owl_deploy.evaluate.subject import (
     no_model_has,
     refuse_adapter,
 )
-from owl_deploy.hardware import find_batch, find_device, find_dtype, name_of
-from owl_deploy.progress import bar
-from owl_deploy.ranks import ALONE, Ranks
-from owl_deploy.text import (
-    evaluation_windows,
-    load_evaluation_text,
-    load_tokenizer,
-    token_digest,
-    tokenize,
-)
+from owl_deploy.inference import get_engine
+from owl_deploy.inference.deployment import open_deployment
+from owl_deploy.inference.process import EngineProcess
+from owl_deploy.models.batch import find_batch
+from owl_deploy.models.blocks import Skeleton, free_on, window_loss
+from owl_deploy.models.checkpoint import Checkpoint, open_checkpoint, stored_dtype
+from owl_deploy.models.digests import state_of
+from owl_deploy.utils.hardware import find_device, find_dtype, name_of
+from owl_deploy.utils.progress import bar
+from owl_deploy.utils.ranks import ALONE, Ranks
 
 _Loss = Callable[[Any, torch.Tensor], float]  # of a model on a window [length], in nats a token
 
@@ -138,7 +139,7 @@ def checkpoint_perplexity(
         watched.reads(folder, windows, own)
     loss = window_loss if watched is None else watched.loss
     device = find_device(hardware.device)
-    dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
+    dtype = find_dtype(hardware.dtype, stored_dtype(checkpoint.config), device, exact=True)
     if ranks.size > 1:
         alike = {"--window": asked.window, **deciding(checkpoint, adapter, dtype, device)}
         ranks.check_alike(alike | {"text": token_digest(windows)})

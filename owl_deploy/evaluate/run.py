@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.engines import threads_for
 from owl_deploy.errors import BadInput, option
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.divergence import (
@@ -21,9 +20,10 @@ from owl_deploy.evaluate.perplexity import Perplexity, perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import check_subject, is_deployment
 from owl_deploy.evaluate.zero_shot import TaskResult
-from owl_deploy.manifest import versions
-from owl_deploy.progress import error_console
-from owl_deploy.ranks import Ranks, join
+from owl_deploy.inference import threads_for
+from owl_deploy.models.manifest import versions
+from owl_deploy.utils.progress import error_console
+from owl_deploy.utils.ranks import Ranks, join
 
 
 @dataclass(frozen=True)

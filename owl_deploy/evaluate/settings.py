@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from owl_deploy.errors import BadInput
-from owl_deploy.hardware import ANY_HARDWARE, Hardware
+from owl_deploy.utils.hardware import ANY_HARDWARE, Hardware
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from owl_deploy import digests
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.subject import no_model_has
-from owl_deploy.progress import error_console
-from owl_deploy.ranks import Ranks
+from owl_deploy.models import digests
+from owl_deploy.utils.progress import error_console
+from owl_deploy.utils.ranks import Ranks
 
 # Of generation_kwargs what is done, or means nothing where no token is drawn; and the values by
 # which others ask for nothing, such as num_beams: 1.

@@ -10,7 +10,7 @@ from owl_deploy.evaluate.divergence import Divergence
 from owl_deploy.evaluate.paired import LossPairs, Pairs
 from owl_deploy.evaluate.run import Evaluation
 from owl_deploy.evaluate.zero_shot import Metric, means
-from owl_deploy.progress import result_console
+from owl_deploy.utils.progress import result_console
 
 WIDTH = 80
 _CHANCE = 0.05  # what differs with a larger p-value is said to be perhaps by chance

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from owl_deploy.adapter import CONFIG, WEIGHTS, check_adapter, with_adapter
-from owl_deploy.artefact import is_artefact, sha256
-from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.digests import state_of
-from owl_deploy.engines import engine_for, get_engine
-from owl_deploy.engines.deployment import Deployment, open_deployment, text_of
-from owl_deploy.engines.loading import Folder
+from owl_deploy.data.text import load_tokenizer
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.hardware import name_of
-from owl_deploy.manifest import DeploymentManifest, Manifest, read_manifest
-from owl_deploy.measurements import keep_measurement, measurement
-from owl_deploy.progress import error_console
-from owl_deploy.text import load_tokenizer
+from owl_deploy.inference import engine_for, get_engine
+from owl_deploy.inference.deployment import Deployment, open_deployment, text_of
+from owl_deploy.inference.loading import Folder
+from owl_deploy.models.adapter import CONFIG, WEIGHTS, check_adapter, with_adapter
+from owl_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.models.digests import state_of
+from owl_deploy.models.manifest import DeploymentManifest, Manifest, read_manifest
+from owl_deploy.models.measurements import keep_measurement, measurement
+from owl_deploy.utils.artefact import is_artefact, sha256
+from owl_deploy.utils.hardware import name_of
+from owl_deploy.utils.progress import error_console
 
 
 def is_deployment(folder: Path) -> bool:

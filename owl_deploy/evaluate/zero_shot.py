@@ -11,12 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from owl_deploy import __version__, digests
-from owl_deploy.cache import cache_dir
-from owl_deploy.checkpoint import open_checkpoint
-from owl_deploy.engines import Deployment, EngineProcess, get_engine, open_deployment, software
-from owl_deploy.engines.deployment import seen_of
-from owl_deploy.engines.drivers.onnxruntime import runs_whole
+from owl_deploy import __version__
+from owl_deploy.data.text import load_tokenizer
 from owl_deploy.errors import BadInput, OwlError, with_type
 from owl_deploy.evaluate.kept import KeptAnswers
 from owl_deploy.evaluate.settings import EvaluationSettings
@@ -30,12 +26,17 @@ from owl_deploy.evaluate.subject import (
     no_model_has,
     refuse_adapter,
 )
-from owl_deploy.hardware import find_device, find_dtype, name_of
-from owl_deploy.manifest import versions
-from owl_deploy.measurements import JUDGED_BY, by_document
-from owl_deploy.progress import bar
-from owl_deploy.ranks import ALONE, Ranks, leads
-from owl_deploy.text import load_tokenizer
+from owl_deploy.inference import Deployment, EngineProcess, get_engine, open_deployment, software
+from owl_deploy.inference.deployment import seen_of
+from owl_deploy.inference.drivers.onnxruntime import runs_whole
+from owl_deploy.models import digests
+from owl_deploy.models.checkpoint import open_checkpoint, stored_dtype
+from owl_deploy.models.manifest import versions
+from owl_deploy.models.measurements import JUDGED_BY, by_document
+from owl_deploy.utils.cache import cache_dir
+from owl_deploy.utils.hardware import find_device, find_dtype, name_of
+from owl_deploy.utils.progress import bar
+from owl_deploy.utils.ranks import ALONE, Ranks, leads
 
 PAPER = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 _PLACES = 8  # texts that are written side by side
@@ -378,7 +379,7 @@ def _opened(
 
     checkpoint, hardware = open_checkpoint(folder), asked.hardware
     device = find_device(hardware.device)
-    dtype = find_dtype(hardware.dtype, checkpoint, device, exact=True)
+    dtype = find_dtype(hardware.dtype, stored_dtype(checkpoint.config), device, exact=True)
     seen = seen_of(checkpoint.folder, asked.window)
     if ranks.size > 1:  # before a model is loaded for nothing; what is asked: `SharedModel`
         alike = {"tasks": [*tasks.loaded["tasks"]], "--window": seen, "--limit": asked.limit}

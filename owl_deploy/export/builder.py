@@ -151,7 +151,7 @@ def run(checkpoint: Path, *, save: bool) -> Any:  # noqa: ANN401 - the builder's
     """
     import transformers
 
-    from owl_deploy.checkpoint import Checkpoint
+    from owl_deploy.models.checkpoint import Checkpoint
 
     # Its modules know each other by bare names, once their package is there.
     importlib.import_module("onnxruntime_genai.models")

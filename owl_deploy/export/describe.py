@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from owl_deploy.digests import digest
-from owl_deploy.engines.loading import contents
 from owl_deploy.export import onnx_file
+from owl_deploy.inference.loading import contents
+from owl_deploy.models.digests import digest
 from owl_deploy.runtime import pack
 
 _PACKED = ("SparseMatMul", "ProgramFp16", "ProgramFp32")  # this package's operators

@@ -22,14 +22,14 @@ from typing import Any
 
 from torch import nn
 
-from owl_deploy.artefact import read_object, write_json
-from owl_deploy.engines.environment import ending_with_us
-from owl_deploy.engines.loading import GENAI_CONFIG
-from owl_deploy.engines.registry import MODEL
-from owl_deploy.engines.sampling import search_told
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.source import Progress, Source
-from owl_deploy.ranks import free_memory
+from owl_deploy.inference.environment import ending_with_us
+from owl_deploy.inference.loading import GENAI_CONFIG
+from owl_deploy.inference.registry import MODEL
+from owl_deploy.inference.sampling import search_told
+from owl_deploy.utils.artefact import read_object, write_json
+from owl_deploy.utils.ranks import free_memory
 
 _BUILDER = Path(__file__).with_name("builder.py")
 PACKING = "Packing the weights"  # what it says when it begins to

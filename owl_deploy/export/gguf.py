@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from owl_deploy.calibration import Calibration
-from owl_deploy.checkpoint import write_compatible
-from owl_deploy.engines import default_threads
-from owl_deploy.engines.environment import ending_with_us, environment_folder, python_of
-from owl_deploy.engines.registry import get_engine
+from owl_deploy.data.calibration import Calibration
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.export import parity, rotary, windows
 from owl_deploy.export.genai import last_line, refuse_no_room
 from owl_deploy.export.importance import importance
 from owl_deploy.export.source import Progress, Reference, Source
+from owl_deploy.inference import default_threads
+from owl_deploy.inference.environment import ending_with_us, environment_folder, python_of
+from owl_deploy.inference.registry import get_engine
+from owl_deploy.models.checkpoint import write_compatible
 
 ENGINE = "llama.cpp"
 # Of the file in fp32; llama.cpp's cache holds fp16.

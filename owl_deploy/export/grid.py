@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from owl_deploy.grid import read_grid
+from owl_deploy.models.rounded_grid import read_grid
 from owl_deploy.runtime.value_types import INTEGERS, TRAITS, Values
 
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.compression.input_statistics import InputStatistics
 from owl_deploy.export.source import Progress
-from owl_deploy.hardware import find_batch, find_device, find_dtype
-from owl_deploy.input_statistics import InputStatistics
+from owl_deploy.models.batch import find_batch
+from owl_deploy.models.blocks import Skeleton
+from owl_deploy.models.checkpoint import Checkpoint, stored_dtype
+from owl_deploy.utils.hardware import find_device, find_dtype
 
 
 def importance(
@@ -24,7 +25,9 @@ def importance(
     for inputs that are no numbers.
     """
     device = find_device("auto")
-    skeleton = Skeleton(checkpoint, find_dtype("auto", checkpoint, device), device)
+    skeleton = Skeleton(
+        checkpoint, find_dtype("auto", stored_dtype(checkpoint.config), device), device
+    )
     found: dict[str, np.ndarray] = {}
     hidden = skeleton.embed(windows, find_batch(None, windows, skeleton), scratch)
     for index, name in enumerate(skeleton.names):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from owl_deploy.engines.registry import MODEL
+from owl_deploy.inference.registry import MODEL
 
 _DATA = f"{MODEL}.data"
 _PAGE = 4096  # external tensors start on a page, so that a runtime can map them

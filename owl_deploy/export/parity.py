@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from owl_deploy import engines
-from owl_deploy.engines.loading import Folder
-from owl_deploy.engines.registry import MODEL
+from owl_deploy import inference
 from owl_deploy.errors import EngineFailed, OwlError
 from owl_deploy.export.source import Progress, Reference
+from owl_deploy.inference.loading import Folder
+from owl_deploy.inference.registry import MODEL
 
 _PADDING = 8  # masked places at the left of the cache, filled with what must not matter
 _GARBAGE = 3.0
@@ -50,7 +50,7 @@ class Session:
     def __init__(self, deployment: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = engines.default_threads()
+        options.intra_op_num_threads = inference.default_threads()
         folder = Folder(deployment)
         library = folder.operators()
         if library is not None:
@@ -134,7 +134,7 @@ def check(
             raise EngineFailed(f"ONNX Runtime cannot run the exported graph: {error}") from error
         for name, figure in figures.items():
             _judge(figure, tolerance, ParityFailed, f"in ONNX Runtime ({name})")
-    if engine is not None and (engines.is_installed(engine) or not is_graph):
+    if engine is not None and (inference.is_installed(engine) or not is_graph):
         if not is_graph:
             progress(f"Comparing with PyTorch in {engine}")
             figure = figures[f"{engine} reading"] = reading(deployment, reference, engine)
@@ -206,10 +206,12 @@ def _difference(logits: np.ndarray, wanted: np.ndarray, scale: float) -> dict[st
 
 def reading(deployment: Path, reference: Reference, engine: str) -> dict[str, float]:
     """Figures of the engine where the reference's tokens go in, whatever comes out."""
-    context = engines.get_engine(engine).context_for(len(reference.fed) + 1)
+    context = inference.get_engine(engine).context_for(len(reference.fed) + 1)
     with tempfile.TemporaryDirectory(prefix="owl-parity-") as scratch:
         file = Path(scratch) / "logits.npy"
-        with engines.EngineProcess(engine, deployment, context=context, all_logits=True) as process:
+        with inference.EngineProcess(
+            engine, deployment, context=context, all_logits=True
+        ) as process:
             process.request("greedy", tokens=reference.fed, count=1, prompt_logits_file=str(file))
         return compare(np.load(file), reference)
 
@@ -219,8 +221,8 @@ def _in_engine(deployment: Path, reference: Reference, engine: str) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="owl-parity-") as scratch:
         logits_file = Path(scratch) / "logits.npy"
         needed = len(reference.prompt) + len(reference.greedy)
-        context = engines.get_engine(engine).context_for(needed)
-        with engines.EngineProcess(engine, deployment, context=context) as process:
+        context = inference.get_engine(engine).context_for(needed)
+        with inference.EngineProcess(engine, deployment, context=context) as process:
             answer = process.request(
                 "greedy",
                 tokens=reference.prompt,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from rich.table import Table
 
 from owl_deploy.export.source import Progress
-from owl_deploy.manifest import DeploymentManifest
-from owl_deploy.progress import error_console, result_console
+from owl_deploy.models.manifest import DeploymentManifest
+from owl_deploy.utils.progress import error_console, result_console
 
 _NOT_JUDGED = (
     "The differences are told and not judged: rounding changes logits, and `owl eval` measures "

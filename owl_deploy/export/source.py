@@ -11,14 +11,14 @@ import torch
 import transformers
 from rich.filesize import decimal
 
-from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import check_links, has_tokenizer, open_checkpoint
+from owl_deploy.data.text import load_tokenizer, tokenize
 from owl_deploy.errors import BadInput
 from owl_deploy.export import windows
-from owl_deploy.families import Family
-from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.ranks import free_memory
-from owl_deploy.text import load_tokenizer, tokenize
+from owl_deploy.models.blocks import Skeleton
+from owl_deploy.models.checkpoint import check_links, has_tokenizer, open_checkpoint
+from owl_deploy.models.families import Family
+from owl_deploy.models.manifest import CheckpointManifest, read_manifest
+from owl_deploy.utils.ranks import free_memory
 
 Progress = Callable[[str], None]
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from owl_deploy.engines.drivers.onnxruntime import LAST_LOGITS
-from owl_deploy.engines.loading import GENAI_CONFIG
 from owl_deploy.errors import BadInput
 from owl_deploy.export import onnx_file
 from owl_deploy.export.grid import Grid
 from owl_deploy.export.program import knows_logits
 from owl_deploy.export.rewriter import DOMAIN, Cache, Head, Rewriter
 from owl_deploy.export.rewrites import REPLACEMENTS, REWRITES, drop_unused, replace_attention
-from owl_deploy.families import heads
+from owl_deploy.inference.drivers.onnxruntime import LAST_LOGITS
+from owl_deploy.inference.loading import GENAI_CONFIG
+from owl_deploy.models.families import heads
 from owl_deploy.runtime import LIBRARY_NAME, LIBRARY_NAMES, library_path
 from owl_deploy.runtime.value_types import TRAITS, Values
 

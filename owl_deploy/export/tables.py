@@ -12,9 +12,9 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from owl_deploy.engines.registry import MODEL
 from owl_deploy.export import onnx_file, rotary
 from owl_deploy.export.parity import ParityFailed
+from owl_deploy.inference.registry import MODEL
 
 # Of a rotary angle in fp32, for each position: a frequency is right to a few units in its last
 # place. A wrong scaling changes some frequency by a percent or more.

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from owl_deploy import artefact, checkpoint
-from owl_deploy.calibration import Calibration, as_calibration
-from owl_deploy.engines.registry import MODEL
+from owl_deploy.data.calibration import Calibration, as_calibration
+from owl_deploy.data.text import source_files
 from owl_deploy.errors import BadInput, EnvironmentFailed, is_full_disk, unknown_name
 from owl_deploy.export import describe, genai, gguf, parity, tables, traced
 from owl_deploy.export.grid import Grid
 from owl_deploy.export.rewriter import Head
 from owl_deploy.export.source import Progress, Source
-from owl_deploy.families import unbuilt
-from owl_deploy.manifest import BlockShares, DeploymentManifest, versions
+from owl_deploy.inference.registry import MODEL
+from owl_deploy.models import checkpoint
+from owl_deploy.models.families import unbuilt
+from owl_deploy.models.manifest import BlockShares, DeploymentManifest, versions
 from owl_deploy.runtime import kernels, library_path
 from owl_deploy.runtime.value_types import TRAITS, Values
-from owl_deploy.text import source_files
+from owl_deploy.utils import artefact
 
 # Weights above this lie in a file of their own: copies of the graph (DeepSparse rewrites the one
 # it is given) are then small, and the data is mapped or linked. A graph file ends at 2 GB anyway.

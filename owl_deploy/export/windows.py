@@ -6,7 +6,7 @@ are shorter than they are, so what makes one is told, or refused.
 
 from typing import Any
 
-from owl_deploy.families import FAMILIES
+from owl_deploy.models.families import FAMILIES
 
 # What transformers makes of a Mistral whose config.json lists its layers.
 _LISTED = ("ministral",)

@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from rich.filesize import decimal
 
-from owl_deploy.artefact import check_room
-from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.logits import TeacherCache, cache_bytes
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.finetune.source import Source
 from owl_deploy.finetune.train import KEPT_CHECKPOINTS
-from owl_deploy.hardware import find_device
-from owl_deploy.partial import partial_folder
-from owl_deploy.ranks import free_memory
+from owl_deploy.models.checkpoint import Checkpoint
+from owl_deploy.utils.artefact import check_room
+from owl_deploy.utils.hardware import find_device
+from owl_deploy.utils.ranks import free_memory
+from owl_deploy.utils.resume import partial_folder
 
 # Of the Trainer's checkpoints: bytes a trained number, with Adam's two moments; at once at most.
 _SAVED_BYTES, _SAVED = 12, KEPT_CHECKPOINTS + 1

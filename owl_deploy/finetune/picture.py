@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from owl_deploy.manifest import Finetuning
-from owl_deploy.picture import ACCENT, FAINT, INK, PAGE, svg
+from owl_deploy.models.manifest import Finetuning
+from owl_deploy.utils.picture import ACCENT, FAINT, INK, PAGE, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,10 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from owl_deploy import adapter
-from owl_deploy.artefact import check_writer, only_writer, publish, sha256
-from owl_deploy.checkpoint import GRID, open_checkpoint
-from owl_deploy.engines.worker import peak_bytes
+from owl_deploy.data.text import source_files
 from owl_deploy.errors import BadInput, option, unknown_name
 from owl_deploy.finetune.frozen import halve
 from owl_deploy.finetune.logits import TeacherCache
@@ -44,13 +41,16 @@ from owl_deploy.finetune.train import (
 )
 from owl_deploy.finetune.trainee import Distillation, Trainee
 from owl_deploy.finetune.write import merged, write_adapter, write_checkpoint
-from owl_deploy.hardware import find_device, find_training_dtype, name_of, on_threads
-from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
-from owl_deploy.partial import Partial, asked_before, kept_for_resuming
-from owl_deploy.progress import bar
-from owl_deploy.ranks import ALONE, Ranks, join
-from owl_deploy.survivors import finished, freeze, sparsify
-from owl_deploy.text import source_files
+from owl_deploy.inference.worker import peak_bytes
+from owl_deploy.models import adapter
+from owl_deploy.models.checkpoint import GRID, open_checkpoint
+from owl_deploy.models.manifest import AdapterManifest, CheckpointManifest, Finetuning, versions
+from owl_deploy.models.sparse_linear import finished, freeze, sparsify
+from owl_deploy.utils.artefact import check_writer, only_writer, publish, sha256
+from owl_deploy.utils.hardware import find_device, find_training_dtype, name_of, on_threads
+from owl_deploy.utils.progress import bar
+from owl_deploy.utils.ranks import ALONE, Ranks, join
+from owl_deploy.utils.resume import Partial, asked_before, kept_for_resuming
 
 T = TypeVar("T")
 

@@ -7,7 +7,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from owl_deploy.errors import BadInput, invalid, option, unknown_name
-from owl_deploy.options import SEEDS
+
+_SEEDS = 2**31 - 1  # the largest that every library takes
 
 METHODS = ("lora", "masked")
 MERGES = ("masked",)
@@ -102,8 +103,8 @@ class FinetuneSettings(BaseModel):
         for name, bound in most.items():
             if (getattr(self, name) or 0) > bound:
                 raise BadInput(f"{option(name)} must be at most {bound:g}.")
-        if not 0 <= self.seed <= SEEDS:
-            raise BadInput(f"--seed must be between 0 and {SEEDS}.")
+        if not 0 <= self.seed <= _SEEDS:
+            raise BadInput(f"--seed must be between 0 and {_SEEDS}.")
         for name in ("warmup", "teacher_weight", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from owl_deploy.finetune.trainee import Trainee
-from owl_deploy.survivors import sparse_linears
+from owl_deploy.models.sparse_linear import sparse_linears
 
 _FOLDER = "shards"  # of a checkpoint of the Trainer's
 

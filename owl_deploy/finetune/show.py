@@ -3,8 +3,8 @@
 import math
 
 from owl_deploy.finetune.settings import LARGEST_LOSS
-from owl_deploy.manifest import AdapterManifest, CheckpointManifest, Finetuning
-from owl_deploy.progress import result_console
+from owl_deploy.models.manifest import AdapterManifest, CheckpointManifest, Finetuning
+from owl_deploy.utils.progress import result_console
 
 
 def caption(name: str, done: Finetuning) -> str:

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from owl_deploy.artefact import MANIFEST
-from owl_deploy.checkpoint import GRID, Checkpoint, check_links, open_checkpoint
-from owl_deploy.ending import Defect
+from owl_deploy.compression.recipe import RESOLVED
+from owl_deploy.compression.settings import is_named
+from owl_deploy.data.text import load_tokenizer
+from owl_deploy.data.tokens import load_tokens
 from owl_deploy.errors import BadInput
-from owl_deploy.grid import SCALE, KeptGrid, read_grid
-from owl_deploy.manifest import Block, CheckpointManifest, read_manifest
-from owl_deploy.prune_settings import is_named
-from owl_deploy.recipe import RESOLVED
-from owl_deploy.survivors import SPARSE_FROM, LinearGrid
-from owl_deploy.text import load_tokenizer
-from owl_deploy.tokens import load_tokens
+from owl_deploy.models.checkpoint import GRID, Checkpoint, check_links, open_checkpoint
+from owl_deploy.models.manifest import Block, CheckpointManifest, read_manifest
+from owl_deploy.models.rounded_grid import SCALE, KeptGrid, read_grid
+from owl_deploy.models.sparse_linear import SPARSE_FROM, LinearGrid
+from owl_deploy.utils.artefact import MANIFEST
+from owl_deploy.utils.ending import Defect
 
 _HELD_OUT = (20, 8)  # one window in so many, and so many at most, for the held-out loss
 

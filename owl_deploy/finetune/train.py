@@ -14,15 +14,15 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from owl_deploy.artefact import all_to_disk
-from owl_deploy.ending import on_interrupt
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.settings import LARGEST_LOSS, FinetuneSettings
 from owl_deploy.finetune.shard import Shards
 from owl_deploy.finetune.trainee import Trainee
-from owl_deploy.progress import Advance, bar
-from owl_deploy.ranks import ALONE, Ranks, talking
-from owl_deploy.survivors import groups
+from owl_deploy.models.sparse_linear import groups
+from owl_deploy.utils.artefact import all_to_disk
+from owl_deploy.utils.ending import on_interrupt
+from owl_deploy.utils.progress import Advance, bar
+from owl_deploy.utils.ranks import ALONE, Ranks, talking
 
 _COMPLETE = "complete"  # a file in every checkpoint that was written to its end
 _EVALUATIONS = 4  # along the way and at the end, besides the one at the start

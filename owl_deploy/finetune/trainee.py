@@ -15,7 +15,7 @@ from owl_deploy.finetune.logits import (
     distilled_loss,
     likeliest,
 )
-from owl_deploy.survivors import sparse_linears
+from owl_deploy.models.sparse_linear import sparse_linears
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from owl_deploy.artefact import MANIFEST, copy
-from owl_deploy.checkpoint import shards, write_compatible
+from owl_deploy.compression.recipe import RESOLVED
 from owl_deploy.finetune.settings import FinetuneSettings
 from owl_deploy.finetune.source import CARRIED, Source
-from owl_deploy.recipe import RESOLVED
-from owl_deploy.survivors import nonzero
+from owl_deploy.models.checkpoint import shards, write_compatible
+from owl_deploy.models.sparse_linear import nonzero
+from owl_deploy.utils.artefact import MANIFEST, copy
 
 
 def write_adapter(adapted: Any, folder: Path) -> None:  # noqa: ANN401 - peft is untyped

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from owl_deploy.engines.rows import Speed
+from owl_deploy.inference.rows import Speed
 
 _LONGEST_PATH = 200  # letters, of a client's own making
 

@@ -32,17 +32,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from owl_deploy.engines import threads_for
-from owl_deploy.engines.deployment import Deployment, open_deployment
-from owl_deploy.engines.draft import chosen_draft
-from owl_deploy.engines.rows import PromptTooLong, Row, Speed
-from owl_deploy.engines.sampling import LARGEST
-from owl_deploy.engines.speculate import Search
-from owl_deploy.engines.writer import Writer, open_writer
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.serve import wire
-from owl_deploy.serve.line import Answer, Asked, Line, Part
+from owl_deploy.inference import threads_for
+from owl_deploy.inference.deployment import Deployment, open_deployment
+from owl_deploy.inference.draft import chosen_draft
+from owl_deploy.inference.rows import PromptTooLong, Row, Speed
+from owl_deploy.inference.sampling import LARGEST
+from owl_deploy.inference.speculate import Search
+from owl_deploy.inference.writer import Writer, open_writer
+from owl_deploy.serve import protocol
 from owl_deploy.serve.log import RequestLog
+from owl_deploy.serve.scheduler import Answer, Asked, Line, Part
 
 KEY = "OWL_API_KEY"  # from the environment, for everybody on a machine sees command lines
 MOST_BYTES = 2**20  # of a request's body
@@ -90,7 +90,14 @@ class Service:
 
     def app(self) -> Starlette:
         """The application; without a key it answers to this machine's own names only."""
-        errors = (wire.Refused, BadInput, EngineFailed, HTTPException, ClientDisconnect, Exception)
+        errors = (
+            protocol.Refused,
+            BadInput,
+            EngineFailed,
+            HTTPException,
+            ClientDisconnect,
+            Exception,
+        )
         return Starlette(
             routes=[
                 Route("/health", self._health),
@@ -124,19 +131,19 @@ class Service:
     def _model(self, name: str) -> dict[str, Any]:
         if name not in self._models:
             there_are = ", ".join(map(repr, self._models))
-            raise wire.Refused(
+            raise protocol.Refused(
                 404, f"There is no model {name!r}, but {there_are}.", "model_not_found"
             )
         return self._models[name]
 
     async def _chat(self, request: HttpRequest) -> Response:
-        return await self._answer(request, wire.Chat)
+        return await self._answer(request, protocol.Chat)
 
     async def _completion(self, request: HttpRequest) -> Response:
-        return await self._answer(request, wire.Completion)
+        return await self._answer(request, protocol.Completion)
 
-    async def _answer(self, request: HttpRequest, kind: type[wire.Request]) -> Response:
-        asked = wire.parse(kind, await _body(request, self._most_bytes))
+    async def _answer(self, request: HttpRequest, kind: type[protocol.Request]) -> Response:
+        asked = protocol.parse(kind, await _body(request, self._most_bytes))
         if asked.model is None:
             asked.model = next(iter(self._models))
         self._model(asked.model)
@@ -151,10 +158,14 @@ class Service:
             async for piece, reason in texts:  # noqa: B007 - the last one is meant
                 text += piece
         choices = [asked.choice(text, reason, part=False)]
-        body = {**wire.header(asked, part=False), "choices": choices, "usage": wire.usage(speed)}
+        body = {
+            **protocol.header(asked, part=False),
+            "choices": choices,
+            "usage": protocol.usage(speed),
+        }
         return JSONResponse(body)
 
-    async def _texts(self, request: HttpRequest, asked: wire.Request, speed: Speed) -> Texts:
+    async def _texts(self, request: HttpRequest, asked: protocol.Request, speed: Speed) -> Texts:
         """The answer piece by piece, each with the reason why it ended: None but in the last."""
 
         def prepare() -> Row:
@@ -175,7 +186,7 @@ def _check_key(request: HttpRequest, key: str) -> None:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     is_right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
     if scheme.lower() != "bearer" or not is_right:
-        raise wire.Refused(401, "The API key is missing or wrong.", "invalid_api_key")
+        raise protocol.Refused(401, "The API key is missing or wrong.", "invalid_api_key")
 
 
 def _check_host(request: HttpRequest) -> None:
@@ -185,7 +196,7 @@ def _check_host(request: HttpRequest) -> None:
     """
     asked = request.headers.get("host", "")
     if not _is_loopback(_name_in(asked)):
-        raise wire.Refused(
+        raise protocol.Refused(
             400,
             f"Without a key only this machine's own names are answered to, and {asked!r} is none: "
             f"have a proxy send the Host localhost, or start the server with {KEY} set.",
@@ -206,7 +217,7 @@ def _until_the_end() -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        raise wire.Refused(503, "The server is shutting down.") from None
+        raise protocol.Refused(503, "The server is shutting down.") from None
 
 
 async def _next_part(answer: Answer) -> Part:
@@ -223,10 +234,10 @@ async def _next_part(answer: Answer) -> Part:
 
 
 async def _parts(
-    asked: wire.Request, first: Part, texts: Texts, speed: Speed
+    asked: protocol.Request, first: Part, texts: Texts, speed: Speed
 ) -> AsyncIterator[str]:
     """The server-sent events of a streamed answer."""
-    header = wire.header(asked, part=True)
+    header = protocol.header(asked, part=True)
     with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
 
     def event(choices: list[dict[str, Any]], **more: Any) -> str:  # noqa: ANN401 - JSON
@@ -248,12 +259,12 @@ async def _parts(
     except ClientDisconnect:  # no error of ours, and nobody reads what it would say
         return
     except Exception as error:  # too late for a status
-        if not isinstance(error, (BadInput, EngineFailed, wire.Refused)):
+        if not isinstance(error, (BadInput, EngineFailed, protocol.Refused)):
             _LOG.exception("A stream failed.")
         yield f"data: {json.dumps(_refusal(error).body())}\n\n"
         return
     if with_usage:
-        yield event([], usage=wire.usage(speed))
+        yield event([], usage=protocol.usage(speed))
     yield "data: [DONE]\n\n"
 
 
@@ -264,7 +275,7 @@ async def _body(request: HttpRequest, most_bytes: int) -> bytes:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind.lower() != "application/json":
-        raise wire.Refused(415, "The body must be application/json.")
+        raise protocol.Refused(415, "The body must be application/json.")
     body = bytearray()
     for seconds in (_BODY_S, _READ_S):
         with suppress(TimeoutError):
@@ -272,23 +283,23 @@ async def _body(request: HttpRequest, most_bytes: int) -> bytes:
                 async for part in request.stream():
                     body += part
                     if len(body) > most_bytes:
-                        raise wire.Refused(413, f"The body has more than {most_bytes} bytes.")
+                        raise protocol.Refused(413, f"The body has more than {most_bytes} bytes.")
                 return bytes(body)
-    raise wire.Refused(408, f"The body did not come within {_BODY_S} seconds.")
+    raise protocol.Refused(408, f"The body did not come within {_BODY_S} seconds.")
 
 
-def _refusal(error: Exception) -> wire.Refused:
+def _refusal(error: Exception) -> protocol.Refused:
     """What a client is told of `error`; of one of the server's own nothing, for the log has it."""
-    if isinstance(error, wire.Refused):
+    if isinstance(error, protocol.Refused):
         return error
     if isinstance(error, HTTPException):
-        return wire.Refused(error.status_code, error.detail)
+        return protocol.Refused(error.status_code, error.detail)
     if isinstance(error, BadInput):
         code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
-        return wire.Refused(400, error.message, code)
+        return protocol.Refused(400, error.message, code)
     if isinstance(error, EngineFailed):
         _LOG.error("%s", error)
-    return wire.Refused(500, "The server failed.")
+    return protocol.Refused(500, "The server failed.")
 
 
 async def _said(_: HttpRequest, error: Exception) -> Response:

@@ -81,7 +81,7 @@ def test_importing_it_is_light():
 
 def test_a_verb_is_a_function_whatever_was_imported_before():
     code = (
-        "import owl_deploy.bench.run, owl_deploy.generate, owl_deploy.verify\n"
+        "import owl_deploy.bench.run, owl_deploy.inference.generate, owl_deploy.inference.verify\n"
         "from owl_deploy.api import bench, generate, verify\n"
         "assert all(map(callable, (bench, generate, verify)))"
     )

@@ -8,7 +8,7 @@ import pytest
 
 from owl_deploy import api
 from owl_deploy.bench import machine
-from owl_deploy.manifest import CheckpointManifest, read_manifest
+from owl_deploy.models.manifest import CheckpointManifest, read_manifest
 from owl_deploy.runtime import library_path
 from tests import tiny
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from owl_deploy import recipe
-from owl_deploy.prune.run import Calibration, prune
+from owl_deploy.compression import recipe
+from owl_deploy.compression.run import Calibration, prune
 from tests import tiny
 
 
@@ -167,11 +167,13 @@ def test_ctrl_c_says_what_is_left(owl, llama, text_file, tmp_path, monkeypatch):
     command = ["prune", llama, "-o", tmp_path / "out", "-c", text_file]
     command += ["--samples", 2, "--sequence-length", 64]
     with monkeypatch.context() as patched:
-        patched.setattr("owl_deploy.prune.sensitivity.Measuring._forward", interrupted)
+        patched.setattr(
+            "owl_deploy.compression.allocation.sensitivity.Measuring._forward", interrupted
+        )
         code, _, err = owl(*command)
         assert (code, "owl: interrupted; finished outputs are untouched.\n" in err) == (130, True)
         patched.undo()
-        patched.setattr("owl_deploy.prune.write.assemble", interrupted)
+        patched.setattr("owl_deploy.compression.write.assemble", interrupted)
         code, _, err = owl(*command)
     assert (code, "the same command with --resume goes on from here.\n" in err) == (130, True)
 
@@ -180,7 +182,7 @@ def test_a_damaged_part_is_made_again(owl, llama, text_file, tmp_path, monkeypat
     command = ["-c", text_file, "--samples", 2, "--sequence-length", 64]
     assert owl("prune", llama, "-o", tmp_path / "whole", *command)[0] == 0
     with monkeypatch.context() as patched:
-        patched.setattr("owl_deploy.prune.write.assemble", lambda *_: 1 / 0)
+        patched.setattr("owl_deploy.compression.write.assemble", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             cli_prune(llama, tmp_path / "out", text_file)
     part = tmp_path / ".out.owl-partial" / "model.layers.0.block"

@@ -7,9 +7,9 @@ import onnxruntime
 import onnxruntime_genai
 import pytest
 
-from owl_deploy.engines.loading import LAST_LOGITS
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
+from owl_deploy.inference.loading import LAST_LOGITS
 from owl_deploy.runtime import library_path
 from tests import tiny
 

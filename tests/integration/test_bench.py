@@ -13,14 +13,14 @@ import transformers
 from onnx import numpy_helper
 from typer.testing import CliRunner
 
-from owl_deploy import engines
-from owl_deploy.artefact import MANIFEST, sha256
+from owl_deploy import inference
 from owl_deploy.bench import BenchPlan, baseline, gate, read_result, run_bench
 from owl_deploy.cli import app
-from owl_deploy.engines import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.export.targets import export
-from owl_deploy.record import Unfinished
+from owl_deploy.inference import EngineProcess
+from owl_deploy.utils.artefact import MANIFEST, sha256
+from owl_deploy.utils.record import Unfinished
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 150).tolist()
 ENGINES = [("onnxruntime", "onnxruntime"), ("onnxruntime", "deepsparse"), ("deepsparse",) * 2]
@@ -43,7 +43,7 @@ def logits(llama: Path) -> np.ndarray:
 
 
 def need(engine: str) -> None:
-    if not engines.is_installed(engine):
+    if not inference.is_installed(engine):
         pytest.skip(f"needs: owl engines install {engine}")
 
 

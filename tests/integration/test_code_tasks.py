@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from owl_deploy.cli import app
+from owl_deploy.distributed.pipeline import RunTasks, do, state
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.evaluate import humaneval, kept, zero_shot
 from owl_deploy.export.targets import export
-from owl_deploy.measurements import measurement, measurement_file
-from owl_deploy.pipeline import RunTasks, do, state
+from owl_deploy.models.measurements import measurement, measurement_file
 from owl_deploy.runtime import library_path
 from tests import tiny
 

@@ -28,8 +28,8 @@ from typer.testing import CliRunner
 from owl_deploy import api
 from owl_deploy.bench import machine
 from owl_deploy.cli import app
+from owl_deploy.distributed.sweep import read_plan
 from owl_deploy.runtime import library_path
-from owl_deploy.sweep import read_plan
 from tests import tiny
 
 ROOT = Path.cwd()

@@ -7,13 +7,13 @@ import numpy as np
 import onnxruntime_genai
 import pytest
 
-from owl_deploy.artefact import MANIFEST, sha256, write_json
-from owl_deploy.engines.loading import GENAI_CONFIG
-from owl_deploy.engines.rows import Speed
-from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.speculate import Search
 from owl_deploy.export.targets import export
-from owl_deploy.generate import generate
+from owl_deploy.inference.generate import generate
+from owl_deploy.inference.loading import GENAI_CONFIG
+from owl_deploy.inference.rows import Speed
+from owl_deploy.inference.sampling import Sampling
+from owl_deploy.inference.speculate import Search
+from owl_deploy.utils.artefact import MANIFEST, sha256, write_json
 from tests import tiny
 
 PROMPTS = ("The river ran", "A small boat came in on the tide. A small boat", "x")

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from owl_deploy import cli
-from owl_deploy.cache import cache_dir
-from owl_deploy.ending import explained
+from owl_deploy.compression.recipe import shipped
 from owl_deploy.errors import BadInput, EnvironmentFailed
-from owl_deploy.recipe import shipped
+from owl_deploy.utils.cache import cache_dir
+from owl_deploy.utils.ending import explained
 
+SHIPPED = "owl_deploy.compression.recipe.shipped"
 COMMAND = (sys.executable, "-m", "owl_deploy")
 
 
@@ -78,7 +79,7 @@ def broken(error):
 
 
 def test_a_defect_is_one_line_and_no_failed_check(owl, monkeypatch):
-    monkeypatch.setattr("owl_deploy.recipe.shipped", broken(ZeroDivisionError("by\nzero")))
+    monkeypatch.setattr(SHIPPED, broken(ZeroDivisionError("by\nzero")))
     code, out, err = owl("recipes", "ls")
     assert (code, out) == (70, "")
     assert err == (
@@ -88,7 +89,7 @@ def test_a_defect_is_one_line_and_no_failed_check(owl, monkeypatch):
 
 
 def test_its_traceback_is_there_when_asked_for(capsys, monkeypatch):
-    monkeypatch.setattr("owl_deploy.recipe.shipped", broken(KeyError("name")))
+    monkeypatch.setattr(SHIPPED, broken(KeyError("name")))
     monkeypatch.setenv("OWL_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["owl", "recipes", "ls"])
     with pytest.raises(SystemExit) as ended:
@@ -118,11 +119,11 @@ def swallowing(error):
 )
 def test_what_comes_of_a_ctrl_c_that_was_swallowed(owl, monkeypatch, error, code, words):
     with monkeypatch.context() as patched:
-        patched.setattr("owl_deploy.recipe.shipped", swallowing(error))
+        patched.setattr(SHIPPED, swallowing(error))
         found, out, err = owl("recipes", "ls")
         assert (found, out, err.startswith(f"owl: {words}")) == (code, "", True), err
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        patched.setattr("owl_deploy.recipe.shipped", broken(RecursionError("depth")))
+        patched.setattr(SHIPPED, broken(RecursionError("depth")))
         assert owl("recipes", "ls")[0] == 70  # nobody remembers the one before
 
 
@@ -133,14 +134,14 @@ def test_it_ends_a_plan_too_and_is_no_failure_of_a_task(owl, monkeypatch):
         except Exception as error:  # as `pipeline.attempt` does
             return {"kept": explained(error)}
 
-    monkeypatch.setattr("owl_deploy.recipe.shipped", list_recipes)
+    monkeypatch.setattr(SHIPPED, list_recipes)
     assert owl("recipes", "ls")[0] == 130
 
 
 def test_a_ctrl_c_that_is_ignored_stays_so(owl, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a shell's background job
     try:
-        monkeypatch.setattr("owl_deploy.recipe.shipped", swallowing(RecursionError("depth")))
+        monkeypatch.setattr(SHIPPED, swallowing(RecursionError("depth")))
         assert owl("recipes", "ls")[0] == 70
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
@@ -155,7 +156,7 @@ def test_sigterm_ends_it_as_ctrl_c_does(owl, monkeypatch, tmp_path, interrupts):
 
     before = signal.signal(signal.SIGINT, interrupts)
     try:
-        monkeypatch.setattr("owl_deploy.recipe.shipped", list_recipes)
+        monkeypatch.setattr(SHIPPED, list_recipes)
         code, out, err = owl("recipes", "ls")
     finally:
         signal.signal(signal.SIGINT, before)
@@ -169,7 +170,8 @@ def test_a_sigterm_that_is_ignored_stays_so(owl, monkeypatch):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         monkeypatch.setattr(
-            "owl_deploy.recipe.shipped", lambda: signal.raise_signal(signal.SIGTERM) or shipped()
+            SHIPPED,
+            lambda: signal.raise_signal(signal.SIGTERM) or shipped(),
         )
         assert owl("recipes", "ls")[0] == 0
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
@@ -186,7 +188,7 @@ def test_a_sigterm_that_is_ignored_stays_so(owl, monkeypatch):
     ],
 )
 def test_what_the_system_refuses_is_no_defect(owl, monkeypatch, error):
-    monkeypatch.setattr("owl_deploy.recipe.shipped", broken(error))
+    monkeypatch.setattr(SHIPPED, broken(error))
     code, _, err = owl("recipes", "ls")
     assert (code, err.count("\n"), "defect" in err) == (4, 1, False), err
 

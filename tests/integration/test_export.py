@@ -17,17 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from owl_deploy import artefact, engines
-from owl_deploy.engines import writer
-from owl_deploy.engines.drivers import onnxruntime as driver
+from owl_deploy import inference
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export import genai, parity, tables
 from owl_deploy.export.source import Source
 from owl_deploy.export.targets import TARGETS, Precision, export
+from owl_deploy.inference import writer
+from owl_deploy.inference.drivers import onnxruntime as driver
 from owl_deploy.runtime import LIBRARY_NAME, library_path
+from owl_deploy.utils import artefact
 from tests import tiny
 
-DEEPSPARSE = engines.is_installed("deepsparse")
+DEEPSPARSE = inference.is_installed("deepsparse")
 
 
 def operators_missing() -> str:
@@ -72,7 +73,7 @@ def test_deepsparse_agrees_over_greedy_tokens_with_its_internal_cache(owl, tmp_p
     checkpoint = tiny.write_llama(tmp_path / "model")
     assert owl("export", checkpoint, "-o", tmp_path / "out", "-t", "deepsparse")[0] == 0
     reference = Source(checkpoint).reference
-    with engines.EngineProcess("deepsparse", tmp_path / "out", context=256) as process:
+    with inference.EngineProcess("deepsparse", tmp_path / "out", context=256) as process:
         logits_file = tmp_path / "logits.npy"
         answer = process.request(
             "greedy", tokens=reference.prompt, count=32, logits_file=str(logits_file)
@@ -276,7 +277,7 @@ def test_a_longrope_prompt_is_run_in_one_go(target, tmp_path, monkeypatch):
     (scored,) = session.logits(tokens)
     assert np.abs(scored[-1] - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert whole
-    opened = engines.open_deployment(deployment)
+    opened = inference.open_deployment(deployment)
     assert isinstance(writer.open_writer(opened, 1, batch=8), writer.OneByOne)
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert np.abs(in_parts - wanted).max() > 1e-3 * np.abs(wanted).max()

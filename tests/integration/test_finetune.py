@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from owl_deploy.checkpoint import GRID
+from owl_deploy.compression.run import Calibration, prune
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune import train
-from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.models.checkpoint import GRID
+from owl_deploy.models.manifest import CheckpointManifest, read_manifest
 from tests import fresh
 
 

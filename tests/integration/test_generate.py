@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from owl_deploy import engines
-from owl_deploy.artefact import MANIFEST, sha256, write_json
-from owl_deploy.engines import open_deployment
-from owl_deploy.engines.drivers import onnxruntime as driver
-from owl_deploy.engines.rows import PromptTooLong, Speed
-from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import open_writer
+from owl_deploy import inference
+from owl_deploy.data.text import load_tokenizer
 from owl_deploy.errors import BadInput
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export
-from owl_deploy.generate import generate
-from owl_deploy.text import load_tokenizer
+from owl_deploy.inference import open_deployment
+from owl_deploy.inference.drivers import onnxruntime as driver
+from owl_deploy.inference.generate import generate
+from owl_deploy.inference.rows import PromptTooLong, Speed
+from owl_deploy.inference.sampling import Sampling
+from owl_deploy.inference.writer import open_writer
+from owl_deploy.utils.artefact import MANIFEST, sha256, write_json
 from tests import fresh, tiny
 
 PROMPT = "The river ran"
@@ -152,7 +152,7 @@ def generating(deployment, count):
 
 def tell_threads_of_generating(deployment):
     held = [generating(deployment, count) for count in (1, 1, 4)]
-    engines.process.default_threads = lambda: 6
+    inference.process.default_threads = lambda: 6
     held.append(generating(deployment, None))
     print(*(added for _, added in held))
 
@@ -161,7 +161,7 @@ def tell_threads_of_parity(deployment):
     held: list[Any] = []
     added = []
     for count in (1, 1, 4):
-        engines.default_threads = lambda count=count: count
+        inference.default_threads = lambda count=count: count
         before = threads()
         held.append(Session(deployment))
         added.append(threads() - before)
@@ -191,7 +191,7 @@ def test_eval_runs_on_the_threads_asked_for(owl, deployment, text_file, loads):
     asked = ("eval", deployment, "--perplexity", text_file, "--window", 64, "--windows", 1)
     assert owl(*asked, "--threads", 3)[0] == 0
     assert owl(*asked)[0] == 0
-    assert [load["threads"] for load in loads] == [3, engines.default_threads()]
+    assert [load["threads"] for load in loads] == [3, inference.default_threads()]
     assert owl(*asked, "--threads", 0)[0] == 2
 
 
@@ -257,7 +257,7 @@ def test_ctrl_c_says_nothing_of_outputs_that_there_are_not(owl, deployment, monk
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("owl_deploy.generate.open_deployment", interrupted)
+    monkeypatch.setattr("owl_deploy.inference.generate.open_deployment", interrupted)
     code, _, err = owl("generate", deployment, PROMPT)
     assert (code, err) == (130, "owl: interrupted; the text ends here.\n")
     monkeypatch.setattr("owl_deploy.serve.server.open_deployment", interrupted)

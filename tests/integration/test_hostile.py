@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy.artefact import MANIFEST, sha256
-from owl_deploy.engines import EngineProcess
 from owl_deploy.errors import BadInput, EnvironmentFailed, OwlError
 from owl_deploy.export.parity import Session
 from owl_deploy.export.targets import export
+from owl_deploy.inference import EngineProcess
 from owl_deploy.runtime import LIBRARY_NAME, library_path
+from owl_deploy.utils.artefact import MANIFEST, sha256
 
 try:
     library_path()

@@ -15,12 +15,12 @@ import pytest
 from owl_deploy import showcase
 from owl_deploy.bench import machine, read_result
 from owl_deploy.bench.decision import refreshed
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.demo import CALIBRATION, EVALUATION, MODEL, Plan, Variant, conclude, rows, tasks
+from owl_deploy.distributed.pipeline import RunTasks, Task, execute, survey
 from owl_deploy.finetune.settings import FinetuneSettings
-from owl_deploy.manifest import CheckpointManifest, read_manifest
-from owl_deploy.measurements import measurement
-from owl_deploy.pipeline import RunTasks, Task, execute, survey
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.models.manifest import CheckpointManifest, read_manifest
+from owl_deploy.models.measurements import measurement
 from tests import fresh, tiny
 
 FP32, INT8 = ("onnxruntime", "fp32"), ("onnxruntime", "int8")

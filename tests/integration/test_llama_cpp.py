@@ -11,17 +11,17 @@ import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from owl_deploy import engines
-from owl_deploy.calibration import Calibration
-from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy import inference
+from owl_deploy.data.calibration import Calibration
 from owl_deploy.errors import EngineFailed
 from owl_deploy.export.importance import importance
 from owl_deploy.export.source import Source
 from owl_deploy.export.targets import export
+from owl_deploy.models.checkpoint import open_checkpoint
 from tests import tiny
 
 needs_engine = pytest.mark.skipif(
-    not engines.is_installed("llama.cpp"), reason="owl engines install llama.cpp"
+    not inference.is_installed("llama.cpp"), reason="owl engines install llama.cpp"
 )
 
 
@@ -91,7 +91,7 @@ def test_what_is_exported(owl, llama, deployments, precision):
     assert list(manifest["parity"]["runs"]) == ["llama.cpp reading", "llama.cpp generating"]
     assert {"model.gguf", "config.json", "tokenizer.json"} <= set(manifest["files"])
     assert {path.name for path in folder.iterdir()} == {*manifest["files"], "owl.json"}
-    opened = engines.open_deployment(folder)
+    opened = inference.open_deployment(folder)
     assert (opened.vocab, opened.max_context, opened.zeros) == (320, 512, None)
     assert opened.size_bytes == (folder / "model.gguf").stat().st_size
 
@@ -146,8 +146,8 @@ def test_the_driver_computes_the_same_in_every_way(llama, deployments, tmp_path)
     reference = Source(llama).reference
     prompt, after, file = reference.prompt, len(reference.prompt) - 1, tmp_path / "logits.npy"
     options = {"context": 512, "all_logits": True, "batch": 2, "streams": 2}
-    with engines.EngineProcess("llama.cpp", deployments / "Q8_0", **options) as process:
-        assert process.loaded["version"] == engines.environment.installed_version("llama.cpp")
+    with inference.EngineProcess("llama.cpp", deployments / "Q8_0", **options) as process:
+        assert process.loaded["version"] == inference.environment.installed_version("llama.cpp")
         process.request("greedy", tokens=prompt, count=1, prompt_logits_file=str(file))
         whole = np.load(file)
         steps = process.request("greedy", tokens=prompt, count=8, logits_file=str(file))
@@ -171,7 +171,7 @@ def test_the_driver_computes_the_same_in_every_way(llama, deployments, tmp_path)
 def test_a_full_cache_and_a_long_prompt(tmp_path):
     model = tiny.write_llama(tmp_path / "model", max_position_embeddings=2048)
     export(model, tmp_path / "out", target="llama.cpp")
-    with engines.EngineProcess("llama.cpp", tmp_path / "out", context=1024) as process:
+    with inference.EngineProcess("llama.cpp", tmp_path / "out", context=1024) as process:
         prompt = [(7 * place) % 320 for place in range(1000)]  # more than one part
         process.request("greedy", tokens=prompt, count=24)
         with pytest.raises(EngineFailed, match="the cache is full"):
@@ -215,7 +215,7 @@ def test_its_server_answers_several_at_once(owl, deployments, tmp_path):
     for subject in json.loads(out)["subjects"]:
         (sample,) = subject["samples"]
         assert 0 < len(sample["latencies_ms"]["requests@40+8x3:first"]) <= 15
-    with engines.ServerProcess("llama.cpp", deployments / "Q8_0", rows=2, context=64) as server:
+    with inference.ServerProcess("llama.cpp", deployments / "Q8_0", rows=2, context=64) as server:
         body = {"prompt": "The river ran", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(f"{server.url}/completions", json.dumps(body).encode())
         with urllib.request.urlopen(request) as answer:

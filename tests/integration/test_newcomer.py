@@ -9,18 +9,18 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file
 
-from owl_deploy import recipe
-from owl_deploy.allocation import ALLOCATIONS, Allocation, Statistic, hold_mean
 from owl_deploy.bench import BenchPlan, run_bench
 from owl_deploy.bench.report import write_report
+from owl_deploy.compression import recipe
+from owl_deploy.compression.allocation.rules import ALLOCATIONS, Allocation, Statistic, hold_mean
+from owl_deploy.compression.methods import METHODS, Method, Modifier, Options
+from owl_deploy.compression.run import Calibration, prune
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export.targets import export
-from owl_deploy.families import FAMILIES, Family
-from owl_deploy.methods import METHODS, Method, Modifier, Options
-from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.models.families import FAMILIES, Family
 from tests import tiny
 
 

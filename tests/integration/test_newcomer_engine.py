@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy import engines
+from owl_deploy import inference
 from owl_deploy.api import TARGETS
 from owl_deploy.bench import report  # noqa: F401 - a row that comes after it counts, too
-from owl_deploy.engines import ENGINES, Engine, Ink
 from owl_deploy.export.targets import Precision, Request, Target
+from owl_deploy.inference import ENGINES, Engine, Ink
 from tests import tiny
 
 DRIVER = '''
@@ -105,7 +105,7 @@ def test_an_engine_and_a_target_from_outside(owl, llama, text_file, tmp_path):
         code, out, err = owl("export", llama, "-o", folder, *options)
         assert (code, "parity, newcomer generating" in out) == (0, True), err
     assert owl("verify", quick)[0] == 0
-    opened = engines.open_deployment(quick)
+    opened = inference.open_deployment(quick)
     assert (opened.target, opened.vocab, opened.precision) == ("for-newcomer", 320, "quick")
     assert opened.max_context == 512
     assert opened.size_bytes == (quick / "newcomer.json").stat().st_size
@@ -155,4 +155,4 @@ def test_a_graph_for_an_engine_from_outside(owl, tmp_path, monkeypatch):
     model = tiny.write_llama(tmp_path / "model")
     code, out, err = owl("export", model, "-o", tmp_path / "out", "--target", "rival")
     assert (code, "parity, rival generating" in out) == (0, True), err
-    assert engines.engine_for(engines.open_deployment(tmp_path / "out").target) == row
+    assert inference.engine_for(inference.open_deployment(tmp_path / "out").target) == row

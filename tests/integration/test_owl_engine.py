@@ -9,10 +9,8 @@ import onnx
 import onnxruntime_genai
 import pytest
 
-from owl_deploy.engines import EngineProcess, open_deployment
-from owl_deploy.engines.drivers import onnxruntime as driver
-from owl_deploy.engines.rows import Speed
-from owl_deploy.engines.sampling import Sampling
+from owl_deploy.compression.run import Calibration, prune
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.evaluate.run import evaluate
@@ -21,10 +19,12 @@ from owl_deploy.export import targets
 from owl_deploy.export.parity import Session
 from owl_deploy.export.source import Source
 from owl_deploy.export.targets import export
-from owl_deploy.generate import generate
-from owl_deploy.measurements import measurement
-from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.inference import EngineProcess, open_deployment
+from owl_deploy.inference.drivers import onnxruntime as driver
+from owl_deploy.inference.generate import generate
+from owl_deploy.inference.rows import Speed
+from owl_deploy.inference.sampling import Sampling
+from owl_deploy.models.measurements import measurement
 from owl_deploy.runtime import library_path
 from owl_deploy.runtime.native import Library
 from tests import tiny

@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 
-from owl_deploy.engines import EngineProcess, open_deployment
-from owl_deploy.engines.rows import Row
-from owl_deploy.engines.sampling import Sampling
-from owl_deploy.engines.writer import open_writer
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
+from owl_deploy.inference import EngineProcess, open_deployment
+from owl_deploy.inference.rows import Row
+from owl_deploy.inference.sampling import Sampling
+from owl_deploy.inference.writer import open_writer
 from owl_deploy.runtime import library_path
 from tests import tiny
 

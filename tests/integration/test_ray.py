@@ -12,23 +12,23 @@ from typing import ClassVar, Literal
 import psutil
 import pytest
 
-from owl_deploy.artefact import sha256, staged_folder
-from owl_deploy.ending import exit_code
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.distributed.pipeline import Prune, Task, do, survey
 from owl_deploy.errors import BadInput
-from owl_deploy.manifest import CheckpointManifest
-from owl_deploy.pipeline import Prune, Task, do, survey
-from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.ranks import leave
+from owl_deploy.models.manifest import CheckpointManifest
+from owl_deploy.utils.artefact import sha256, staged_folder
+from owl_deploy.utils.ending import exit_code
+from owl_deploy.utils.ranks import leave
 from tests import fresh
 
 ray = pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from owl_deploy.cluster import run  # noqa: E402
-from owl_deploy.cluster.needs import ROWS, Row  # noqa: E402
-from owl_deploy.cluster.nodes import joined  # noqa: E402
-from owl_deploy.record import Record, kept  # noqa: E402
+from owl_deploy.distributed.cluster import run  # noqa: E402
+from owl_deploy.distributed.cluster.needs import ROWS, Row  # noqa: E402
+from owl_deploy.distributed.cluster.nodes import joined  # noqa: E402
+from owl_deploy.utils.record import Record, kept  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 

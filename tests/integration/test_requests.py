@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import openai
 import pytest
 
-from owl_deploy.engines.sampling import Sampling
 from owl_deploy.export.targets import export
-from owl_deploy.generate import generate
+from owl_deploy.inference.generate import generate
+from owl_deploy.inference.sampling import Sampling
 from tests import tiny
 
 TEMPLATE = "{% for one in messages %}{{ one['content'] }}{% endfor %}"

@@ -12,15 +12,16 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from owl_deploy import checkpoint, lease, recipe
+from owl_deploy.compression import recipe, run, store
+from owl_deploy.compression.allocation import tune
+from owl_deploy.compression.run import Calibration, prune
+from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.finetune import run as finetuning
 from owl_deploy.finetune import train
-from owl_deploy.hardware import Hardware, on_threads
-from owl_deploy.partial import partial_folder
-from owl_deploy.prune import run, store, tune
-from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.models import checkpoint
+from owl_deploy.utils.hardware import Hardware, on_threads
+from owl_deploy.utils.resume import partial_folder
 from tests import fresh, tiny
 
 
@@ -271,7 +272,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from owl_deploy import cli
-from owl_deploy.prune import write
+from owl_deploy.compression import write
 
 def wait(*_):
     print("writing", flush=True)
@@ -303,7 +304,7 @@ def taken_over(output):
     As when this one was suspended for longer than a lease lasts.
     """
     lock = output.with_name(f".{output.name}.owl-lock")
-    lock.write_text(json.dumps(lease._me() | {"host": "node-7", "of": ["another boot"]}))
+    lock.write_text(json.dumps(lock._me() | {"host": "node-7", "of": ["another boot"]}))
     return partial_files(output)
 
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 import transformers
 
-from owl_deploy.artefact import sha256
-from owl_deploy.engines.deployment import open_deployment
-from owl_deploy.engines.draft import chosen_draft
-from owl_deploy.engines.rows import Speed
-from owl_deploy.engines.sampling import UNLIMITED, Sampling
-from owl_deploy.engines.writer import OneByOne, SideBySide, open_writer
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed
 from owl_deploy.export.targets import export
+from owl_deploy.inference.deployment import open_deployment
+from owl_deploy.inference.draft import chosen_draft
+from owl_deploy.inference.rows import Speed
+from owl_deploy.inference.sampling import UNLIMITED, Sampling
+from owl_deploy.inference.writer import OneByOne, SideBySide, open_writer
 from owl_deploy.runtime import kernels, library_path
+from owl_deploy.utils.artefact import sha256
 from tests import tiny
 from tests.integration.test_requests import serving
 
@@ -114,8 +114,8 @@ def test_texts_come_and_go_in_places_that_others_had(deployment, alone):
 
 
 def test_others_go_on_while_a_prompt_is_read(writer, alone, monkeypatch):
-    monkeypatch.setattr("owl_deploy.engines.writer.PROMPT_PART", 16)
-    monkeypatch.setattr("owl_deploy.engines.writer._READ_S", 0)
+    monkeypatch.setattr("owl_deploy.inference.writer.PROMPT_PART", 16)
+    monkeypatch.setattr("owl_deploy.inference.writer._READ_S", 0)
     rows, single = ([asked(one)[2], asked(one)[4]] for one in (writer, alone))
     writer.add(rows[0])
     while not rows[0].speed.new_tokens:
@@ -148,7 +148,7 @@ def test_a_text_that_nobody_wants_ends_and_the_others_go_on(writer):
 @pytest.fixture
 def small_parts(monkeypatch):
     """So that a tiny model's prompts have several."""
-    monkeypatch.setattr("owl_deploy.engines.writer.PROMPT_PART", 16)
+    monkeypatch.setattr("owl_deploy.inference.writer.PROMPT_PART", 16)
 
 
 def snowy(writer, end="", times=3, anew=False):
@@ -199,7 +199,7 @@ def test_of_a_prompt_that_is_all_known_the_end_is_read(deployment, beyond):
 
 @pytest.mark.usefixtures("small_parts")
 def test_a_client_that_left_leaves_what_was_read_for_it(deployment, monkeypatch):
-    monkeypatch.setattr("owl_deploy.engines.writer._READ_S", 0)
+    monkeypatch.setattr("owl_deploy.inference.writer._READ_S", 0)
     writer = open_writer(open_deployment(deployment), 1, batch=2)
     rows = [snowy(writer), snowy(writer), snowy(writer, anew=True)]
     writer.add(rows[0])

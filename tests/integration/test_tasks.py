@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from owl_deploy import engines
+from owl_deploy import inference
+from owl_deploy.data.text import load_tokenizer
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.perplexity import checkpoint_perplexity, deployment_perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.export.targets import export
-from owl_deploy.measurements import measurement
+from owl_deploy.models.measurements import measurement
 from owl_deploy.runtime import library_path
-from owl_deploy.text import load_tokenizer
 from tests import tiny
 
 harness = pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")
@@ -71,7 +71,7 @@ def responses(tasks):
 
 
 def missing(target, engine):
-    if engine == "deepsparse" and not engines.is_installed("deepsparse"):
+    if engine == "deepsparse" and not inference.is_installed("deepsparse"):
         return "owl engines install deepsparse"
     try:
         library_path() if target == "owl" else None

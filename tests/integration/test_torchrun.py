@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from owl_deploy.allocation import ALLOCATIONS
-from owl_deploy.partial import partial_folder
+from owl_deploy.compression.allocation.rules import ALLOCATIONS
+from owl_deploy.utils.resume import partial_folder
 from tests import divided, fresh, tiny
 from tests.divided import SAMPLES
 

@@ -6,11 +6,11 @@ import pytest
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from owl_deploy.checkpoint import GRID
+from owl_deploy.compression.run import Calibration, prune
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.data.tokens import load_tokens
 from owl_deploy.finetune import train
-from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.tokens import load_tokens
+from owl_deploy.models.checkpoint import GRID
 from tests import divided, fresh
 
 # Ends the second process as it writes its part of the second checkpoint.

@@ -10,7 +10,7 @@ import pytest
 from owl_deploy.evaluate import zero_shot
 from owl_deploy.evaluate.run import evaluate
 from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.hardware import Hardware
+from owl_deploy.utils.hardware import Hardware
 from tests import alike, divided, fresh
 
 pytest.importorskip("lm_eval.tasks", reason="pip install 'owl-deploy[eval]'")

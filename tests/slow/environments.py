@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from owl_deploy.artefact import sha256
-from owl_deploy.cache import cache_dir
+from owl_deploy.utils.artefact import sha256
+from owl_deploy.utils.cache import cache_dir
 
 
 def environment(name: str) -> Path:

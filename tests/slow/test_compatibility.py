@@ -8,11 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from owl_deploy.checkpoint import WEIGHTS
+from owl_deploy.compression.run import Calibration, prune
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.data.text import calibration_windows, load_tokenizer, tokenize
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
-from owl_deploy.prune.run import Calibration, prune
-from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.text import calibration_windows, load_tokenizer, tokenize
+from owl_deploy.models.checkpoint import WEIGHTS
 from tests import tiny
 from tests.slow.environments import environment, run
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import deepsparse_clients as clients
-from owl_deploy import engines
-from owl_deploy.artefact import sha256
+from owl_deploy import inference
 from owl_deploy.demo_input import MODEL, demo_input
 from owl_deploy.export.targets import export
+from owl_deploy.utils.artefact import sha256
 from tests.slow.environments import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not engines.is_installed("deepsparse"):
+    if not inference.is_installed("deepsparse"):
         pytest.skip("needs: owl engines install deepsparse")
     folder = tmp_path_factory.mktemp("demo") / "deployment"
     export(demo_input() / MODEL, folder, target="deepsparse")
@@ -36,7 +36,7 @@ def test_the_text_generation_pipeline_says_the_same(deployment: Path) -> None:
 def test_deepsparse_benchmark_measures_the_same(deployment: Path) -> None:
     before = {path: sha256(path) for path in deployment.iterdir()}
     found = clients.compare_latency(
-        environment("deepsparse-clients"), deployment, 3, engines.default_threads()
+        environment("deepsparse-clients"), deployment, 3, inference.default_threads()
     )
     for name, row in found.items():
         print(name, row)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy import engines
+from owl_deploy import inference
 from owl_deploy.export.targets import export
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -17,7 +17,7 @@ def test_it_is_built_and_what_it_exports_is_checked(
 ) -> None:
     monkeypatch.setenv("OWL_CACHE", str(tmp_path / "cache"))
     said: list[str] = []
-    folder = engines.install("llama.cpp", said.append)
+    folder = inference.install("llama.cpp", said.append)
     assert sum(line.startswith("compiling: ") for line in said) > 100
     assert folder.is_relative_to(tmp_path)
     about = export(llama, tmp_path / "out", target="llama.cpp", precision="Q4_K_M").to_json()

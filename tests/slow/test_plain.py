@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy.engines.rows import Speed
-from owl_deploy.engines.sampling import Sampling
 from owl_deploy.errors import EnvironmentFailed
 from owl_deploy.export.targets import export
-from owl_deploy.generate import generate
+from owl_deploy.inference.generate import generate
+from owl_deploy.inference.rows import Speed
+from owl_deploy.inference.sampling import Sampling
 from owl_deploy.runtime import library_path
 from tests import tiny
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from owl_deploy.artefact import sha256
+from owl_deploy.utils.artefact import sha256
 from tests import tiny
 
 pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from ray.cluster_utils import Cluster
 
-from owl_deploy.cluster.interrupt import QUESTION
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
-from owl_deploy.record import Record
+from owl_deploy.distributed.cluster.interrupt import QUESTION
+from owl_deploy.utils.record import Record
 
 pytestmark = [
     pytest.mark.slow,

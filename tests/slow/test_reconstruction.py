@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from owl_deploy.blocks import Skeleton
-from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.compression.input_statistics import Inputs, InputStatistics
+from owl_deploy.compression.methods import ALPSOptions, Options, SparseGPTOptions
+from owl_deploy.compression.pruning import alps, by_score, sparsegpt
+from owl_deploy.data.text import calibration_windows
+from owl_deploy.data.tokens import load_tokens
 from owl_deploy.demo_input import CALIBRATION, MODEL, demo_input
-from owl_deploy.input_statistics import Inputs, InputStatistics
-from owl_deploy.methods import ALPSOptions, Options, SparseGPTOptions
-from owl_deploy.prune import alps, by_score, sparsegpt
-from owl_deploy.text import calibration_windows
-from owl_deploy.tokens import load_tokens
+from owl_deploy.models.blocks import Skeleton
+from owl_deploy.models.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -23,10 +23,10 @@ WORK = {
     "owl_deploy.cli": ("_dense", "_emit", "_on_cluster"),
     "owl_deploy.evaluate.show": ("show",),
     "owl_deploy.finetune.show": ("show",),
-    "owl_deploy.pipeline": ("execute",),
-    "owl_deploy.prune.show": ("show",),
+    "owl_deploy.distributed.pipeline": ("execute",),
+    "owl_deploy.compression.show": ("show",),
     "owl_deploy.serve.server": ("serve",),
-    "owl_deploy.sweep": ("tasks", "check_here", "run"),
+    "owl_deploy.distributed.sweep": ("tasks", "check_here", "run"),
 }
 # A verb's arguments and the options that it needs; then by option what is given (with the others
 # that it belongs to), where it arrives, and as what.

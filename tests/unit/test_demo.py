@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from owl_deploy import demo, showcase
 from owl_deploy.demo import FIRST_LOOK, FULL, tasks
+from owl_deploy.distributed.pipeline import Bench, Evaluate, Export, Prune, needs
 from owl_deploy.errors import BadInput, EngineFailed
-from owl_deploy.pipeline import Bench, Evaluate, Export, Prune, needs
 from tests.unit.bench.made import result
 
 

@@ -9,9 +9,7 @@ import pytest
 
 from owl_deploy import showcase
 from owl_deploy.bench.result import Comparison
-from owl_deploy.errors import BadInput, EnvironmentFailed
-from owl_deploy.export.targets import TARGETS
-from owl_deploy.pipeline import (
+from owl_deploy.distributed.pipeline import (
     Bench,
     Evaluate,
     Export,
@@ -21,6 +19,8 @@ from owl_deploy.pipeline import (
     Task,
     needs,
 )
+from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.export.targets import TARGETS
 from tests.unit.bench import made
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from owl_deploy.bench import machine
-from owl_deploy.engines import EngineProcess, worker
 from owl_deploy.errors import EngineFailed
+from owl_deploy.inference import EngineProcess, worker
 
 
 @pytest.fixture(autouse=True)

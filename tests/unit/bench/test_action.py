@@ -13,8 +13,8 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from owl_deploy import digests
 from owl_deploy.cli import app
+from owl_deploy.models import digests
 
 Fake = Callable[..., Path]
 ACTION: dict[str, Any] = yaml.safe_load(Path("action.yml").read_text())

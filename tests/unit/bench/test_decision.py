@@ -12,7 +12,7 @@ from owl_deploy.bench.measure import conclude
 from owl_deploy.bench.result import Result, Score, Subject, metrics_of
 from owl_deploy.bench.run import Outcome
 from owl_deploy.errors import BadInput
-from owl_deploy.measurements import keep_measurement
+from owl_deploy.models.measurements import keep_measurement
 from tests.unit.bench.made import result, with_code
 
 

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from owl_deploy import artefact, digests
 from owl_deploy.bench import BenchPlan, baseline, gate
 from owl_deploy.bench.gate import Margins, Side
 from owl_deploy.bench.run import run_gate
 from owl_deploy.cli import app
-from owl_deploy.engines import EngineProcess, default_threads
 from owl_deploy.errors import BadInput
 from owl_deploy.export.targets import TARGETS
+from owl_deploy.inference import EngineProcess, default_threads
+from owl_deploy.models import digests
 from owl_deploy.runtime import kernels
+from owl_deploy.utils import artefact
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

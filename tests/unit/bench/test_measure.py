@@ -14,21 +14,21 @@ from typing import Any
 import psutil
 import pytest
 from rich.console import Console
+from tests.unit.test_lease import elsewhere
 from typer.testing import CliRunner
 
-from owl_deploy import lease as leases
 from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, run_bench, show
 from owl_deploy.bench.journal import Journal
 from owl_deploy.bench.measure import Opener
 from owl_deploy.bench.run import bench, run_gate
 from owl_deploy.bench.stats import process_median
 from owl_deploy.cli import app
-from owl_deploy.engines import EngineProcess, environment
 from owl_deploy.errors import BadInput, EnvironmentFailed
-from owl_deploy.manifest import BlockShares
+from owl_deploy.inference import EngineProcess, environment
+from owl_deploy.models.manifest import BlockShares
+from owl_deploy.utils import lock as leases
 from tests import tiny
 from tests.unit.bench.made import result
-from tests.unit.test_lease import elsewhere
 
 
 def fake(folder: Path, **behaviour: Any) -> Path:

@@ -6,10 +6,10 @@ import pytest
 
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.prompts import read_prompts, tokens_of
-from owl_deploy.engines import open_deployment
-from owl_deploy.engines.speculate import Tally
-from owl_deploy.engines.worker import Worker
 from owl_deploy.errors import BadInput
+from owl_deploy.inference import open_deployment
+from owl_deploy.inference.speculate import Tally
+from owl_deploy.inference.worker import Worker
 from tests import tiny
 
 

@@ -19,10 +19,10 @@ from owl_deploy.bench import decision, plots, read_result, show, write_result
 from owl_deploy.bench.report import render, write_report
 from owl_deploy.bench.result import Result
 from owl_deploy.cli import app
-from owl_deploy.engines import ENGINES
 from owl_deploy.errors import BadInput
 from owl_deploy.finetune.picture import learning_curve_svg
-from owl_deploy.manifest import Finetuning
+from owl_deploy.inference import ENGINES
+from owl_deploy.models.manifest import Finetuning
 from tests.unit.bench.made import ROWS, result, with_code
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")

@@ -10,14 +10,14 @@ import torch
 import transformers
 from rich.console import Console
 
-from owl_deploy.engines import EngineProcess
-from owl_deploy.engines.worker import Predictions
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.divergence import Divergence, First, Watched, divergence
 from owl_deploy.evaluate.perplexity import windows_of
 from owl_deploy.evaluate.run import evaluate, to_json
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.show import show
+from owl_deploy.inference import EngineProcess
+from owl_deploy.inference.worker import Predictions
 from tests.reference import divergence as reference
 
 _CHANGED = "model.layers.1.mlp.down_proj"

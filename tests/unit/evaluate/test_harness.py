@@ -9,11 +9,11 @@ import math
 import pytest
 from lm_eval.api.instance import Instance
 
-from owl_deploy.engines import EngineProcess
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate import humaneval
 from owl_deploy.evaluate.harness import DeploymentLM, _Text
-from owl_deploy.generate import _words
+from owl_deploy.inference import EngineProcess
+from owl_deploy.inference.generate import _words
 
 LIKELY, OTHER = 1 - math.log(math.e + 9), -math.log(math.e + 9)
 

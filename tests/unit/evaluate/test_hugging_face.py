@@ -4,10 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.data.text import load_tokenizer
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.subject import load_model
-from owl_deploy.text import load_tokenizer
+from owl_deploy.models.checkpoint import open_checkpoint
 from tests import tiny
 
 pytest.importorskip("lm_eval", reason="pip install 'owl-deploy[eval]'")

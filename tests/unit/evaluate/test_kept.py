@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from owl_deploy.digests import state_of
 from owl_deploy.evaluate import kept
 from owl_deploy.evaluate.kept import KeptAnswers
+from owl_deploy.models.digests import state_of
 
 
 @dataclass

@@ -9,14 +9,14 @@ import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 
-from owl_deploy.artefact import write_json
-from owl_deploy.checkpoint import open_checkpoint
+from owl_deploy.data.text import load_tokenizer
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.perplexity import fits, from_losses, perplexity, windows_of
 from owl_deploy.evaluate.settings import EvaluationSettings
-from owl_deploy.hardware import Hardware
-from owl_deploy.measurements import measurement
-from owl_deploy.text import load_tokenizer
+from owl_deploy.models.checkpoint import open_checkpoint
+from owl_deploy.models.measurements import measurement
+from owl_deploy.utils.artefact import write_json
+from owl_deploy.utils.hardware import Hardware
 from tests import alike, tiny
 
 

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.shared import SharedModel
-from owl_deploy.ranks import ALONE, Ranks
+from owl_deploy.utils.ranks import ALONE, Ranks
 from tests import alike
 
 

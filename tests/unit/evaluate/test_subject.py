@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from owl_deploy.artefact import write_json
-from owl_deploy.digests import state_of
 from owl_deploy.errors import BadInput
 from owl_deploy.evaluate.settings import EvaluationSettings
 from owl_deploy.evaluate.subject import check_subject, keep
-from owl_deploy.measurements import measurement, measurement_file
+from owl_deploy.models.digests import state_of
+from owl_deploy.models.measurements import measurement, measurement_file
+from owl_deploy.utils.artefact import write_json
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from owl_deploy.export.show import advise, show
-from owl_deploy.manifest import DeploymentManifest
+from owl_deploy.models.manifest import DeploymentManifest
 
 OTHERS = "Note: on CPUs `--target owl --precision int4` is usually the one to deploy, or int8 where"
 JUDGED, TOLD = "parity checked against PyTorch", "compared with PyTorch"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import BadInput
 from owl_deploy.export.importance import importance
+from owl_deploy.models.checkpoint import open_checkpoint
 from tests import tiny
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from owl_deploy.errors import BadInput
 from owl_deploy.export import rewrites
 from owl_deploy.export.grid import Grid
-from owl_deploy.grid import write_grid
+from owl_deploy.models.rounded_grid import write_grid
 from tests.unit.export.test_rewrites import SILU, rewriter, unpacked
 
 

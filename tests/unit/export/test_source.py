@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from owl_deploy.errors import BadInput
 from owl_deploy.export.source import Source
-from owl_deploy.families import FAMILIES
+from owl_deploy.models.families import FAMILIES
 from tests import tiny
 
 

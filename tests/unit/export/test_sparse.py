@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from owl_deploy.engines.loading import LAST_LOGITS
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.export import sparse
+from owl_deploy.inference.loading import LAST_LOGITS
 from owl_deploy.runtime import LIBRARY_NAME, pack
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from owl_deploy import artefact
 from owl_deploy.errors import BadInput, EngineFailed, EnvironmentFailed, is_full_disk
 from owl_deploy.export import genai, onnx_file, parity, targets
 from owl_deploy.export.targets import export
+from owl_deploy.utils import artefact
 
 
 @pytest.mark.parametrize(

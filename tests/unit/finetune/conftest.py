@@ -1,7 +1,7 @@
 import pytest
 
-from owl_deploy.prune.run import prune
-from owl_deploy.prune_settings import PruneSettings
+from owl_deploy.compression.run import prune
+from owl_deploy.compression.settings import PruneSettings
 from tests import tiny
 
 # Without dropout, where a family has it by default: an oracle draws other numbers.

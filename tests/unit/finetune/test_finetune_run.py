@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from owl_deploy import adapter, recipe
-from owl_deploy.checkpoint import Checkpoint
-from owl_deploy.ending import Defect
+from owl_deploy.compression import recipe
+from owl_deploy.compression.run import prune
+from owl_deploy.compression.settings import PruneSettings
+from owl_deploy.data.tokens import load_tokens
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.evaluate.perplexity import perplexity
 from owl_deploy.evaluate.settings import EvaluationSettings
@@ -24,11 +25,11 @@ from owl_deploy.finetune.run import Run, finetune
 from owl_deploy.finetune.settings import resolved
 from owl_deploy.finetune.show import caption
 from owl_deploy.finetune.source import Source
-from owl_deploy.measurements import measurement
-from owl_deploy.prune.run import prune
-from owl_deploy.prune_settings import PruneSettings
-from owl_deploy.ranks import Ranks
-from owl_deploy.tokens import load_tokens
+from owl_deploy.models import adapter
+from owl_deploy.models.checkpoint import Checkpoint
+from owl_deploy.models.measurements import measurement
+from owl_deploy.utils.ending import Defect
+from owl_deploy.utils.ranks import Ranks
 from tests import alike, tiny
 from tests.reference import finetune as reference
 from tests.reference.divergence import divergence
@@ -626,7 +627,7 @@ def test_processes_whose_processors_choose_another_dtype_are_refused(
 
     def on(fast):
         def made(ranks):
-            monkeypatch.setattr("owl_deploy.hardware.multiplies_bfloat16", lambda _: fast)
+            monkeypatch.setattr("owl_deploy.utils.hardware.multiplies_bfloat16", lambda _: fast)
             return one_of_two(sparse, str(text_file), dtype="auto")(ranks)
 
         return made

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from owl_deploy.finetune.frozen import HalfLinear, halve
-from owl_deploy.survivors import freeze
+from owl_deploy.models.sparse_linear import freeze
 
 
 class Model(torch.nn.Module):

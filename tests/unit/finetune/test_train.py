@@ -11,7 +11,7 @@ from owl_deploy.finetune.settings import resolved
 from owl_deploy.finetune.source import Source
 from owl_deploy.finetune.train import Schedule, _Clock, tokens_per_second, train
 from owl_deploy.finetune.trainee import Trainee
-from owl_deploy.survivors import sparse_linears, sparsify
+from owl_deploy.models.sparse_linear import sparse_linears, sparsify
 from tests.reference import finetune as reference
 
 # A bias on all keys changes no attention: its gradient is rounding noise, which Adam scales up.

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.finetune.logits import distilled_loss
 from owl_deploy.finetune.source import Source, load_teacher
 from owl_deploy.finetune.trainee import Distillation, Trainee, feature_loss
+from owl_deploy.models.checkpoint import open_checkpoint
 from tests.reference import finetune as reference
 
 

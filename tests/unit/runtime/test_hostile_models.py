@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from owl_deploy.engines.loading import LAST_LOGITS
+from owl_deploy.inference.loading import LAST_LOGITS
 from owl_deploy.runtime import library_path, pack
 from owl_deploy.runtime.value_types import Values
 

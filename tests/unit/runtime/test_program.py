@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from owl_deploy.engines.loading import LAST_LOGITS
 from owl_deploy.export.program import join_programs
+from owl_deploy.inference.loading import LAST_LOGITS
 from owl_deploy.runtime import library_path, pack
 from owl_deploy.runtime.value_types import Values
 

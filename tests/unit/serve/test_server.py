@@ -16,9 +16,9 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from owl_deploy.engines.rows import PromptTooLong, Row
-from owl_deploy.engines.speculate import Search
 from owl_deploy.errors import BadInput, EngineFailed
+from owl_deploy.inference.rows import PromptTooLong, Row
+from owl_deploy.inference.speculate import Search
 from owl_deploy.serve import server, wire
 from owl_deploy.serve.log import RequestLog
 
