@@ -25,17 +25,17 @@ SPARSEGPT = ("--method", "sparsegpt", "--allocation", "uniform")
 ALPS = ("--method", "alps", "--allocation", "fisher")
 RECONSTRUCT = ("--reconstruct", "8")
 FORMATS: dict[str, tuple[str, ...]] = {
-    "dense int8": ("--method", "none", "--bits", "8"),
-    "dense int4": ("--method", "none", "--bits", "4"),
-    "dense int4, groups of 64": ("--method", "none", "--bits", "4", "--group", "64"),
-    "dense int3": ("--method", "none", "--bits", "3"),
+    "dense int8": ("quantize", "--bits", "8"),
+    "dense int4": ("quantize", "--bits", "4"),
+    "dense int4, groups of 64": ("quantize", "--bits", "4", "--group", "64"),
+    "dense int3": ("quantize", "--bits", "3"),
     "50 %": (*SPARSEGPT, "--sparsity", "0.5"),
     "50 % int8": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "8"),
     "50 % int4": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "4"),
     "50 % int3": (*SPARSEGPT, "--sparsity", "0.5", "--bits", "3"),
     "60 % int3": (*SPARSEGPT, "--sparsity", "0.6", "--bits", "3"),
-    "dense int4, reconstructed": ("--method", "none", "--bits", "4", *RECONSTRUCT),
-    "dense int3, reconstructed": ("--method", "none", "--bits", "3", *RECONSTRUCT),
+    "dense int4, reconstructed": ("quantize", "--bits", "4", *RECONSTRUCT),
+    "dense int3, reconstructed": ("quantize", "--bits", "3", *RECONSTRUCT),
     "50 % int4, reconstructed": (*ALPS, "--sparsity", "0.5", "--bits", "4", *RECONSTRUCT),
     "budget 4.25": ("--budget", "4.25"),
     "budget 3.8": ("--budget", "3.8"),
@@ -55,7 +55,8 @@ def made(name: str, given: argparse.Namespace) -> Path:
         text = ("--calibration", demo_input() / CALIBRATION, "--samples", given.samples)
         asked = (*text, "--sequence-length", 512, "--dtype", given.dtype, *FORMATS[name])
         resume = ["--resume"] if is_interrupted(folder) else []
-        owl("prune", demo_input() / MODEL, "-o", folder, *map(str, asked), *resume)
+        verb, options = ("quantize", asked[1:]) if asked[0] == "quantize" else ("prune", asked)
+        owl(verb, demo_input() / MODEL, "-o", folder, *map(str, options), *resume)
     return folder
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from owl_deploy.bench.result import Comparison, Result, read_result
     from owl_deploy.bench.run import Outcome, bench, run_gate
     from owl_deploy.compression.recipe import merged as prune_settings
-    from owl_deploy.compression.run import prune
+    from owl_deploy.compression.run import prune, quantize
     from owl_deploy.compression.settings import PruneSettings
     from owl_deploy.data.calibration import Calibration
     from owl_deploy.errors import (
@@ -86,6 +86,7 @@ __all__ = [
     "generate",
     "prune",
     "prune_settings",
+    "quantize",
     "read_result",
     "run_gate",
     "verify",
@@ -125,6 +126,7 @@ WHERE = {
     "generate": "owl_deploy.inference.generate:generate",
     "prune": "owl_deploy.compression.run:prune",
     "prune_settings": "owl_deploy.compression.recipe:merged",
+    "quantize": "owl_deploy.compression.run:quantize",
     "read_result": "owl_deploy.bench.result:read_result",
     "run_gate": "owl_deploy.bench.run:run_gate",
     "verify": "owl_deploy.inference.verify:verify",

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from owl_deploy import __version__, api, options
-from owl_deploy.compression.methods import METHODS
+from owl_deploy.compression.methods import METHODS, ROUNDS_ONLY
 from owl_deploy.errors import option
 from owl_deploy.utils.ending import Interrupted, exit_code, explained
 from owl_deploy.utils.ranks import leads, leave, local_rank
@@ -57,7 +57,8 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-_SHARED = ("prune", "eval", "finetune")  # the verbs whose work the processes of torchrun divide
+# Of these verbs the processes of torchrun divide the work.
+_SHARED = ("prune", "quantize", "eval", "finetune")
 
 
 @app.callback()
@@ -163,11 +164,15 @@ def prune(
     as_json: options.Json = False,
     **own: Any,  # noqa: ANN401 - the methods' own, each of its type
 ) -> None:
-    """Prune or round a model in one shot, and write a checkpoint."""
+    """Prune a model in one shot, and write a checkpoint."""
+    if method == ROUNDS_ONLY:
+        raise api.BadInput(
+            "--method none is gone, since it pruned nothing.", "Use owl quantize to round weights."
+        )
     overrides = _given({**locals(), "options": _given(own, own)}, api.PruneSettings.model_fields)
     settings = api.prune_settings(recipe, overrides)
     if bits and not recipe and {"method", "sparsity", "structure"}.isdisjoint(overrides):
-        _say(f"{settings.sparsity:.0%} of the weights go, too; --method none rounds only.")
+        _say(f"{settings.sparsity:.0%} of the weights go, too; owl quantize rounds only.")
 
     from owl_deploy.compression.recipe import origin
     from owl_deploy.compression.show import show
@@ -183,6 +188,46 @@ def prune(
         force=force,
         resume=resume,
         origin=origin(recipe, overrides) if recipe else None,
+    )
+    _emit(manifest.to_json(), as_json, lambda: show(manifest, str(output)))
+
+
+@app.command()
+def quantize(
+    ctx: typer.Context,
+    model: options.Model,
+    output: options.Output,
+    bits: options.QuantizeBits = None,
+    budget: options.QuantizeBudget = None,
+    calibration: options.CalibrationText = None,
+    bits_group: options.BitsGroup = None,
+    head_bits: options.HeadBits = None,
+    skip: options.Skip = None,
+    reconstruct: options.Reconstruct = None,
+    asymmetric: options.QuantizeAsymmetric = None,
+    samples: options.Samples = 128,
+    sequence_length: options.CalibrationLength = 2048,
+    seed: options.WindowSeed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    batch_size: options.BatchSize = None,
+    resume: options.Resume = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Round a model's weights to few bits (GPTQ); none is removed."""
+    settings = _given(locals(), api.PruneSettings.model_fields)
+
+    from owl_deploy.compression.show import show
+
+    manifest = api.quantize(
+        model,
+        output,
+        settings,
+        _calibration(ctx, calibration, samples, sequence_length, seed),
+        api.Hardware(device, dtype, batch_size),
+        force=force,
+        resume=resume,
     )
     _emit(manifest.to_json(), as_json, lambda: show(manifest, str(output)))
 

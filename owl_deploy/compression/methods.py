@@ -14,6 +14,7 @@ from owl_deploy.errors import BadInput, unknown_name
 Statistic = Literal["nothing", "norms", "hessian"]  # of a Linear's inputs
 
 
+ROUNDS_ONLY = "none"  # the method of `owl quantize`, and of no other verb
 _ROUNDING = ("awq", "gptq", "rtn")  # what people ask for by name, and which removes nothing
 
 
@@ -147,14 +148,16 @@ METHODS: dict[str, Method] = {
         ),
         refits=True,
     ),
-    "none": Method("owl_deploy.compression.pruning.by_score:none", "nothing", removes=False),
+    ROUNDS_ONLY: Method("owl_deploy.compression.pruning.by_score:none", "nothing", removes=False),
 }
+
+PRUNING = tuple(name for name, row in METHODS.items() if row.removes)
 
 
 def unknown_method(name: str) -> BadInput:
     """The error for a `name` that is no method's, with the way to what it may mean."""
     if name.lower() in _ROUNDING:
         return BadInput(
-            f"{name!r} is no way to prune.", "To round as GPTQ does: --method none --bits 4."
+            f"{name!r} is no way to prune.", "To round as GPTQ does: owl quantize --bits 4."
         )
-    return unknown_name("method", name, METHODS)
+    return unknown_name("method", name, PRUNING)

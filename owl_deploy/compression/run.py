@@ -14,9 +14,10 @@ from typing import Any
 
 from owl_deploy.compression import write
 from owl_deploy.compression.allocation.sparsities import resolved_layers
+from owl_deploy.compression.methods import ROUNDS_ONLY
 from owl_deploy.compression.picture import has_picture, sparsity_svg, tuning_svg
 from owl_deploy.compression.plan import Plan, resolve
-from owl_deploy.compression.recipe import RESOLVED, dump_resolved
+from owl_deploy.compression.recipe import RESOLVED, dump_resolved, merged
 from owl_deploy.compression.request import Request, as_settings, check
 from owl_deploy.compression.sequential import Walk
 from owl_deploy.compression.settings import PruneSettings
@@ -97,6 +98,30 @@ def prune(
             facts = write.describe(request, plan, reports, str(model))
             facts |= {"recipe": origin, "resumed": store.resumed}
             return ranks.from_leader(lambda: _complete(request, plan, store, facts, started))
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    settings: dict[str, Any] | None = None,
+    calibration: Calibration | str | Path | None = None,
+    hardware: Hardware = ANY_HARDWARE,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> CheckpointManifest:
+    """Round the weights of `model` to few bits by GPTQ, and remove none of them.
+
+    `settings`: those of `PruneSettings` that say how weights are rounded (`bits`, 4 without a
+    `budget`; `bits_group`, `head_bits`, `skip`, `asymmetric`, `reconstruct`), by name. All else is
+    as in `prune`, which raises what this raises.
+    """
+    values = {"method": ROUNDS_ONLY, **(settings or {})}
+    if values.get("budget") is None:
+        values.setdefault("bits", 4)
+    return prune(
+        model, output, merged(None, values), calibration, hardware, force=force, resume=resume
+    )
 
 
 def _before(asked: dict[str, Any], output: Path, ranks: Ranks) -> tuple[dict[str, Any], bool]:

@@ -56,7 +56,7 @@ class PruneSettings(BaseModel):
 
     method: str = "wanda"
     allocation: str = DEFAULT
-    sparsity: float = 0.7
+    sparsity: float = 0.5
     structure: str = UNSTRUCTURED
     outlier_multiple: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     spread: float = Field(default=0.08, ge=0, le=0.5, allow_inf_nan=False)
@@ -142,7 +142,7 @@ class PruneSettings(BaseModel):
             if value is not None and not (math.isfinite(value) and 0 <= value < 1):
                 raise BadInput(
                     f"A sparsity of {value} is impossible.",
-                    "It is the share of weights to remove: from 0 to below 1, such as 0.7.",
+                    "It is the share of weights to remove: from 0 to below 1, such as 0.5.",
                 )
             if self.group and value is not None and kept(value, self.group[1]) == 0:
                 raise BadInput(

@@ -124,7 +124,7 @@ def _owl(request: Request) -> dict[str, Any]:
         raise _not_built("owl", request.precision, what) from error
     bits = TRAITS[cast(Values, request.precision)].stored_bits
     if bits < 8 and not built["packing"]["weights_on_grid"]:
-        less = f"owl prune --method none --bits {bits} loses less, and an export keeps it"
+        less = f"owl quantize --bits {bits} loses less, and an export keeps it"
         built["note"] = f"the weights were rounded to nearest; {less}"
     return built
 

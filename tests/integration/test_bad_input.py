@@ -251,7 +251,7 @@ def test_a_bench_makes_no_dense_exports_for_nothing(owl, llama, sparse, tmp_path
     "line",
     [
         ("prune", "--method", "magnitude", "--seed", 0),
-        ("prune", "--method", "none", "--bits", 4, "--no-asymmetric", "--sequence-length", 2048),
+        ("quantize", "--bits", 4, "--no-asymmetric", "--sequence-length", 2048),
         ("export", "--samples", 128),
     ],
 )

@@ -20,6 +20,7 @@ from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.finetune import run as finetuning
 from owl_deploy.finetune import train
 from owl_deploy.models import checkpoint
+from owl_deploy.utils import lock as locks
 from owl_deploy.utils.hardware import Hardware, on_threads
 from owl_deploy.utils.resume import partial_folder
 from tests import fresh, tiny
@@ -304,7 +305,7 @@ def taken_over(output):
     As when this one was suspended for longer than a lease lasts.
     """
     lock = output.with_name(f".{output.name}.owl-lock")
-    lock.write_text(json.dumps(lock._me() | {"host": "node-7", "of": ["another boot"]}))
+    lock.write_text(json.dumps(locks._me() | {"host": "node-7", "of": ["another boot"]}))
     return partial_files(output)
 
 

@@ -76,7 +76,7 @@ def _room_in_bytes(
     if found < least:
         told = _told(least, unit, weights, rest, math.ceil)
         raise BadInput(
-            f"The budget {settings.budget} is below the least that {settings.method} can make of "
+            f"The budget {settings.budget} is below the least that {_maker(settings)} can make of "
             f"this model, {told}.",
             "Give that or more.",
         )
@@ -145,6 +145,10 @@ def _shapes(skeleton: Skeleton, shape: Shape) -> list[tuple[int, int]]:
         for index, own in enumerate(shape.linears)
         for linear in (skeleton.linears(index)[name] for name in own)
     ]
+
+
+def _maker(settings: PruneSettings) -> str:
+    return settings.method if METHODS[settings.method].removes else "rounding alone"
 
 
 def _zeros(skeleton: Skeleton, shape: Shape, method: str) -> list[float]:

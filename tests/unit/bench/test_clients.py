@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-from tests.unit.engines.test_engine_server import ROW
 
 from owl_deploy.bench import BenchPlan, clients, measure, run_bench
 from owl_deploy.bench.clients import Load, ask_all
@@ -16,6 +15,7 @@ from owl_deploy.bench.prompts import WORDS, other_words, tokens_of
 from owl_deploy.errors import BadInput
 from owl_deploy.inference import ENGINES, ServerProcess
 from tests import by_hand, tiny
+from tests.unit.inference.test_engine_server import ROW
 
 PROMPTS = [f"prompt {number}" for number in range(6)]
 

@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 from rich.console import Console
-from tests.unit.test_lease import elsewhere
 from typer.testing import CliRunner
 
 from owl_deploy.bench import BenchPlan, Result, entries, measure, read_result, run_bench, show
@@ -29,6 +28,7 @@ from owl_deploy.models.manifest import BlockShares
 from owl_deploy.utils import lock as leases
 from tests import tiny
 from tests.unit.bench.made import result
+from tests.unit.utils.test_lease import elsewhere
 
 
 def fake(folder: Path, **behaviour: Any) -> Path:

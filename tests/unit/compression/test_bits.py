@@ -178,10 +178,7 @@ def test_a_recipe_says_that_it_was_rounded(llama, tmp_path, calibration):
         (["--bits", "5"], "--bits 5 is not possible. There are: 8, 4, 3."),
         (["--bits", "4", "--group", "48"], "--group 48 is not possible. There are: 32, 64, 128."),
         (["--group", "32"], "--group is of --bits. Give --bits as well."),
-        (["--method", "none"], "The method none only rounds. Give --bits."),
-        (["--method", "none", "--bits", "4", "-s", "0.5"], "The method none removes nothing."),
-        (["--method", "none", "--bits", "4", "--structure", "2:4"], "removes nothing"),
-        (["--method", "none", "--bits", "4", "--head-sparsity", "0.5"], "removes nothing"),
+        (["--method", "none", "--bits", "4"], "Use owl quantize to round weights."),
         (["--bits", "4", "--structure", "3:7"], "Groups of 7 weights do not fit"),
     ],
 )
@@ -194,12 +191,13 @@ def test_what_is_refused(owl, llama, tmp_path, arguments, complaint):
 
 
 def test_the_command_line(owl, llama, text_file, tmp_path):
-    command = ["prune", llama, "-o", tmp_path / "out", "-c", text_file, "--samples", 4]
-    command += ["--sequence-length", 32, "--method", "none", "--bits", 4, "--group", 64, "--json"]
+    command = ["quantize", llama, "-o", tmp_path / "out", "-c", text_file, "--samples", 4]
+    command += ["--sequence-length", 32, "--group", 64, "--json"]
     code, out, _ = owl(*command)
     assert code == 0
     told = json.loads(out)
-    assert told["settings"]["bits_group"] == 64
+    settings = told["settings"]
+    assert (settings["bits"], settings["bits_group"], settings["asymmetric"]) == (4, 64, True)
     assert told["sparsity"]["asked"] == 0
     code, out, err = owl(*command[:-1], "--force")
     assert (code, "M weights of 4 bits (groups of 64) in the blocks" in out) == (0, True)
@@ -209,11 +207,11 @@ def test_the_command_line(owl, llama, text_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [((), True), (("-m", "none"), False), (("-s", "0.3"), False)]
+    ("options", "said"), [((), True), (("-m", "wanda"), False), (("-s", "0.3"), False)]
 )
 def test_bits_alone_remove_weights_too_and_that_is_said(
     owl, llama, tmp_path, text_file, options, said
 ):
     how = ("--bits", 8, "-c", text_file, "--samples", 4, "--sequence-length", 32)
     code, _, err = owl("prune", llama, "-o", tmp_path / "out", *how, *options)
-    assert (code, "70% of the weights go, too; --method none rounds only." in err) == (0, said), err
+    assert (code, "50% of the weights go, too; owl quantize rounds only." in err) == (0, said), err

@@ -63,6 +63,6 @@ def test_options_reach_their_method_and_no_other(owl, llama, text_file, tmp_path
 @pytest.mark.parametrize("name", ["gptq", "AWQ", "rtn"])
 def test_what_rounds_has_another_way(owl, name):
     code, _, err = owl("prune", "model", "-o", "out", "--method", name)
-    said = f"'{name}' is no way to prune. To round as GPTQ does: --method none --bits 4."
+    said = f"'{name}' is no way to prune. To round as GPTQ does: owl quantize --bits 4."
     assert (code, said in " ".join(err.split())) == (2, True), err
     assert "Did you mean 'wanda'?" in str(unknown_method("wandb"))

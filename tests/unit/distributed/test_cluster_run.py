@@ -5,7 +5,6 @@ import pytest
 pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
 from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
-from tests.unit.test_pipeline import Join
 
 from owl_deploy.distributed.cluster import run
 from owl_deploy.distributed.cluster.job import Job
@@ -14,6 +13,7 @@ from owl_deploy.distributed.cluster.run import execute, log_of, sources
 from owl_deploy.distributed.pipeline import Evaluate, do
 from owl_deploy.distributed.sweep import SweepPlan, tasks
 from owl_deploy.utils.record import Record, keep, kept
+from tests.unit.distributed.test_pipeline import Join
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ import pytest
 
 pytest.importorskip("ray", reason="pip install 'owl-deploy[ray]'")
 
-from tests.unit.test_pipeline import Join
-
 from owl_deploy.distributed.cluster import job
 from owl_deploy.distributed.cluster.job import Job, logged, perform
 from owl_deploy.distributed.cluster.needs import Need, Node
 from owl_deploy.distributed.pipeline import Evaluate, Task, state
 from owl_deploy.errors import BadInput
 from owl_deploy.utils.record import Record, keep, kept
+from tests.unit.distributed.test_pipeline import Join
 
 NODE = Node("n1", "one", Need(2))
 

@@ -7,8 +7,6 @@ import pytest
 
 pytest.importorskip("fsspec", reason="pip install 'owl-deploy[ray]'")
 
-from tests.unit.test_pipeline import Join, chain
-
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.distributed.cluster import mirror
 from owl_deploy.distributed.cluster.mirror import Mirror, Share, perform
@@ -18,6 +16,7 @@ from owl_deploy.distributed.pipeline import Bench, Evaluate, do
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.utils.artefact import sha256
 from owl_deploy.utils.record import Record
+from tests.unit.distributed.test_pipeline import Join, chain
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ def test_a_killed_plan_goes_on(word, tmp_path):
     plan = chain(word, tmp_path)
     code = (
         "import sys, pathlib\n"
-        "from tests.unit.test_pipeline import chain, execute\n"
+        "from tests.unit.distributed.test_pipeline import chain, execute\n"
         "plan = chain(*map(pathlib.Path, sys.argv[1:]))\n"
         "execute([plan[0], plan[1].model_copy(update={'die': True})], print)\n"
     )

@@ -6,8 +6,6 @@ import pytest
 
 pytest.importorskip("fsspec", reason="pip install 'owl-deploy[ray]'")
 
-from tests.unit.test_pipeline import Join, chain
-
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.result import read_result, write_result
 from owl_deploy.distributed.cluster.mirror import perform
@@ -16,6 +14,7 @@ from owl_deploy.distributed.cluster.stored import ADDRESSES, StoredPlan
 from owl_deploy.distributed.pipeline import Bench, digest
 from owl_deploy.utils.record import Record
 from tests.unit.bench import made
+from tests.unit.distributed.test_pipeline import Join, chain
 
 
 @pytest.fixture

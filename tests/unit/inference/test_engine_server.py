@@ -78,7 +78,7 @@ def test_a_server_ends_with_whoever_started_it(folder: Path) -> None:
     code = (
         "import sys, time; from dataclasses import replace; from pathlib import Path\n"
         "from owl_deploy.inference import ENGINES, ServerProcess\n"
-        "from tests.unit.engines.test_engine_server import ROW\n"
+        "from tests.unit.inference.test_engine_server import ROW\n"
         "ENGINES['fake'] = replace(ENGINES['fake'], server=ROW)\n"
         "with ServerProcess('fake', Path(sys.argv[1]), rows=1, context=8):\n"
         "    print('ready', flush=True); time.sleep(3600)"

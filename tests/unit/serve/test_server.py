@@ -19,7 +19,7 @@ import pytest
 from owl_deploy.errors import BadInput, EngineFailed
 from owl_deploy.inference.rows import PromptTooLong, Row
 from owl_deploy.inference.speculate import Search
-from owl_deploy.serve import server, wire
+from owl_deploy.serve import protocol, server
 from owl_deploy.serve.log import RequestLog
 
 PATIENCE = 60  # seconds: the machine may be busy
@@ -410,7 +410,7 @@ def test_a_stream_that_fails_in_a_way_nobody_foresaw_says_so(writer, client, mon
     def choice(*_, **__):
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(wire.Completion, "choice", choice)
+    monkeypatch.setattr(protocol.Completion, "choice", choice)
     writer.go.release(3)
     with pytest.raises(openai.APIError, match="failed") as raised:
         list(ask(client, "a", stream=True))
@@ -567,10 +567,10 @@ def test_a_greedy_request_has_nothing_of_the_models_sampling(writer, client):
 @pytest.mark.parametrize("messages", [[1] * 9, [{"role": "user", "content": [1] * 9}]])
 def test_of_many_bad_messages_the_first_is_told(messages):
     body = json.dumps({"model": "tiny", "messages": messages}).encode()
-    with pytest.raises(wire.Refused) as refused:
-        wire.parse(wire.Chat, body)
+    with pytest.raises(protocol.Refused) as refused:
+        protocol.parse(protocol.Chat, body)
     assert refused.value.param == "messages"
-    assert isinstance(refused.value.__cause__, wire.ValidationError)
+    assert isinstance(refused.value.__cause__, protocol.ValidationError)
     assert refused.value.__cause__.error_count() < 4  # of those behind it nothing is kept
 
 
@@ -882,7 +882,7 @@ def test_a_line_says_what_a_request_took_and_nothing_of_its_text(writer):
 
 
 def test_the_refusals_shape_is_openais():
-    assert wire.Refused(429, "Later.", "full").body() == {
+    assert protocol.Refused(429, "Later.", "full").body() == {
         "error": {
             "message": "Later.",
             "type": "invalid_request_error",

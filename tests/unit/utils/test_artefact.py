@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from owl_deploy.errors import BadInput, EnvironmentFailed
 from owl_deploy.utils import artefact
+from owl_deploy.utils import lock as locks
 
 
 def write_folder(path, content="new", force=False):
@@ -292,7 +293,7 @@ def test_json_is_replaced_whole(tmp_path):
 def taken_over(output):
     """A run of another machine writes `output` now."""
     lock, of_another = artefact._lock(output), {"host": "node-7", "of": ["another boot"]}
-    lock.write_text(json.dumps(lock._me() | of_another))
+    lock.write_text(json.dumps(locks._me() | of_another))
     return lock
 
 
@@ -310,7 +311,7 @@ def test_who_lost_its_output_may_not_write_it(tmp_path):
 def test_a_run_that_was_killed_elsewhere_is_outlasted(tmp_path, monkeypatch, capsys):
     lock = taken_over(tmp_path / "out")
     meanwhile = SimpleNamespace(time=time.time, sleep=lambda _: os.utime(lock, (0, 0)))
-    monkeypatch.setattr(lock, "time", meanwhile)  # in which it gets old
+    monkeypatch.setattr(locks, "time", meanwhile)  # in which it gets old
     with artefact.only_writer(tmp_path / "out"):
         assert artefact.is_writer(tmp_path / "out")
     said = capsys.readouterr().err

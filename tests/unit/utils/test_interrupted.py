@@ -44,5 +44,10 @@ def test_nothing_is_imported_before_it_can_be_said():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = done.stdout.split()
     ours = [name for name in found if name.startswith("owl_deploy")]
-    assert ours == ["owl_deploy", "owl_deploy.__main__", "owl_deploy.utils.interrupted"]
+    assert ours == [
+        "owl_deploy",
+        "owl_deploy.__main__",
+        "owl_deploy.utils",
+        "owl_deploy.utils.interrupted",
+    ]
     assert not {"typing", "importlib.metadata", "typer"} & set(found)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from owl_deploy.errors import BadInput, EnvironmentFailed
+from owl_deploy.utils import lock as locks
 from owl_deploy.utils.artefact import only_writer
 from owl_deploy.utils.ranks import Ranks
 from owl_deploy.utils.resume import ASKED, Partial, kept_for_resuming, partial_folder
@@ -46,7 +47,7 @@ def content(output):
 def taken_over(output):
     """A run of another machine writes `output` now."""
     lock = output.with_name(f".{output.name}.owl-lock")
-    lock.write_text(json.dumps(lock._me() | {"host": "node-7", "of": ["another boot"]}))
+    lock.write_text(json.dumps(locks._me() | {"host": "node-7", "of": ["another boot"]}))
 
 
 def test_what_is_read_for_hours_is_what_was_asked_for(output):

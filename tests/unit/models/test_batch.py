@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from owl_deploy.models import batch as batches
 from owl_deploy.models.batch import find_batch
-from owl_deploy.utils import hardware
 
 GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8}
 WINDOWS = torch.zeros(512, 2048, dtype=torch.long)
@@ -12,7 +12,7 @@ WINDOWS = torch.zeros(512, 2048, dtype=torch.long)
 
 def batch(monkeypatch, config, device="cuda", dtype=torch.bfloat16, major=8, free=16 * 2**30):
     """What is chosen on a device that is not here."""
-    monkeypatch.setattr(hardware, "free_on", lambda _: free)
+    monkeypatch.setattr(batches, "free_on", lambda _: free)
     properties = SimpleNamespace(major=major)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     checkpoint = SimpleNamespace(config={"hidden_size": 2048, "intermediate_size": 8192} | config)
