@@ -72,7 +72,7 @@ def test_padded_places_do_not_count(source, build):
 
 def test_an_engine_that_differs_is_at_fault_itself(source, build, monkeypatch):
     reference = source.reference
-    monkeypatch.setattr(parity.engines, "is_installed", lambda name: True)
+    monkeypatch.setattr(parity.inference, "is_installed", lambda name: True)
     wrong = {"largest_difference": 5.0, "relative_difference": 0.5, "equal_generated_tokens": 0.0}
     monkeypatch.setattr(parity, "_in_engine", lambda *_: wrong)
     folder = build(source)

@@ -139,7 +139,7 @@ def test_a_disk_that_becomes_full_of_packed_weights(tmp_path):
 
 
 def test_failed_parity_leaves_nothing(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity.engines, "is_installed", lambda _: False)
+    monkeypatch.setattr(parity.inference, "is_installed", lambda _: False)
     honest = targets.traced._MASKED
     monkeypatch.setattr(targets.traced, "_MASKED", 0.0)
     with pytest.raises(parity.ParityFailed) as failed:
