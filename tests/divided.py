@@ -64,12 +64,11 @@ def run(one: dict[str, Any]) -> None:
         told = pruning.versions() | {"torch": one["unlike"]}
         pruning.versions = lambda: told
     settings = {"sparsity": 0.6} | one["settings"]
-    how = {"tune_minutes": settings.pop("tune", None), "resume": settings.pop("resume", False)}
+    resume = settings.pop("resume", False)
     hardware = Hardware(batch_size=settings.pop("batch", None))
     calibration = Calibration(one["text"], SAMPLES, LENGTH)
-    prune(
-        one["model"], one["output"], PruneSettings.checked(**settings), calibration, hardware, **how
-    )
+    asked = PruneSettings.checked(**settings)
+    prune(one["model"], one["output"], asked, calibration, hardware, resume=resume)
 
 
 def _kill_later(rank: int, count: int) -> None:

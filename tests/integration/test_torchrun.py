@@ -14,16 +14,13 @@ from tests.divided import SAMPLES
 
 QUICK = [
     ("llama", {"method": "wanda"}),
-    ("llama", {"method": "sparsegpt", "allocation": "dlp", "head_sparsity": 0.5}),
-    (
-        "llama",
-        {"method": "sparsegpt", "bits": 4, "allocation": "owl-per-linear", "asymmetric": False},
-    ),
+    ("llama", {"method": "sparsegpt", "allocation": "owl", "head_sparsity": 0.5}),
+    ("llama", {"method": "sparsegpt", "bits": 4, "allocation": "owl", "asymmetric": False}),
     ("opt", {"method": "alps", "allocation": "uniform"}),
     ("llama", {"method": "sparsegpt", "asymmetric": True, "allocation": "uniform"}),
     # Whose other sparsities hardly depend on what is read, as its scores do not.
-    ("llama", {"method": "magnitude", "allocation": "owl-per-linear"}),
-    ("opt", {"method": "wanda-variant", "allocation": "lsa"}),
+    ("llama", {"method": "magnitude", "allocation": "fisher"}),
+    ("opt", {"method": "wanda-variant", "allocation": "linear"}),
     ("opt", {"method": "sparsegpt", "allocation": "fisher"}),
 ]
 EVERY = [
@@ -34,7 +31,6 @@ EVERY = [
     if row.divides
 ]
 EVERY += [
-    ("llama", {"method": "wanda", "tune": 1e-9}),
     ("opt", {"method": "wanda", "refit": True}),
     ("opt", {"method": "none", "bits": 4, "asymmetric": False}),
     ("llama", {"method": "sparsegpt", "structure": "2:4", "sparsity": 0.5}),
