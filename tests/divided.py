@@ -34,8 +34,7 @@ SAMPLES, LENGTH = 5, 48  # which no two or three processes share evenly
 
 
 def asked(model: Path, text: Path, output: Path, **settings: Any) -> dict[str, Any]:
-    """One pruning, as JSON. Of `settings`, `tune`, `resume` and `batch` (windows) are not the
-    recipe's."""
+    """One pruning, as JSON. Of `settings`, `resume` and `batch` (windows) are not the recipe's."""
     return {"model": str(model), "text": str(text), "output": str(output), "settings": settings}
 
 
