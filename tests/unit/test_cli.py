@@ -248,7 +248,7 @@ def at(found, where):
 
 
 def options(line):
-    """All spellings of each option of the verb of a line but the hidden ones, the long one first."""
+    """All spellings of each option of a verb but the hidden ones, the long one first."""
     verb = get_command(app).commands[line.split()[0]]
     known = [one for one in verb.params if one.param_type_name == "option" and not one.hidden]
     spelled = [sorted(one.opts, key=len, reverse=True) for one in known]
