@@ -87,7 +87,7 @@ def main() -> None:
     given = parser.parse_args()
     asked = PruneSettings.checked(method="sparsegpt", budget="4")
     calibration = Calibration(str(given.calibration), given.samples, 512)
-    request = check(given.model, asked, calibration, Hardware(dtype="float32"), tune_minutes=None)
+    request = check(given.model, asked, calibration, Hardware(dtype="float32"))
     with tempfile.TemporaryDirectory() as folder, only_writer(Path(folder) / "out"):
         store = Store(Path(folder) / "out", request.deciding(), resume=False, force=False)
         measured = Measuring(request, store, Maker(asked), WAYS).run()

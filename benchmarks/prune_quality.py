@@ -2,7 +2,7 @@
 
     python benchmarks/prune_quality.py MODEL CALIBRATION EVALUATION -o FILE [--length 2048]
                                        [--method alps ...] [--setting owl ...] [--sparsity 0.7]
-                                       [--keep FOLDER] [--found FOLDER]
+                                       [--keep FOLDER]
 
 Prunes with `owl prune` and measures with `owl eval`, each in a process of its own; the checkpoint
 is then dropped, or kept in FOLDER. FILE holds what is done after every row, and a row that it holds
@@ -36,11 +36,8 @@ METHODS = (
 SETTINGS: dict[str, list[str]] = {
     "uniform": ["--allocation", "uniform"],
     "owl": ["--allocation", "owl"],
-    "dlp": ["--allocation", "dlp"],
-    "lsa": ["--allocation", "lsa"],
     "linear": ["--allocation", "linear"],
     "fisher": ["--allocation", "fisher"],
-    "searched": ["--tune", "15"],
     "uniform 2:4": ["--allocation", "uniform", "--structure", "2:4"],
     "owl, mixed N:8, 4:8 on average": ["--allocation", "owl", "--structure", "4:8"],
     "owl, mixed N:8, 3:8 on average": ["--allocation", "owl", "--structure", "3:8"],
@@ -70,9 +67,7 @@ def row(method: str, setting: str, given: argparse.Namespace) -> dict[str, Any]:
         command += ["--sequence-length", str(given.length), "--dtype", given.dtype]
         command += ["--seed", str(given.seed)]
         asked = SETTINGS[setting]
-        if setting == "searched" and given.found:
-            asked = ["--recipe", str(given.found)]
-        if not {"--structure", "--recipe"} & set(asked):
+        if "--structure" not in asked:
             command += ["--sparsity", str(given.sparsity)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         manifest = owl(*command, *asked)
@@ -114,9 +109,8 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.7, help="where none is in a setting")
     parser.add_argument("--method", action="append", choices=METHODS, help="repeat. [all]")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="repeat. [all]")
-    parser.add_argument("--found", type=Path, help="a checkpoint of a search, to take its result")
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints")
-    parser.add_argument("--seed", type=int, default=0, help="of calibration windows and search")
+    parser.add_argument("--seed", type=int, default=0, help="of calibration windows")
     parser.add_argument("--rows", type=int, default=len(METHODS) * len(SETTINGS))
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()

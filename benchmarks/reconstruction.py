@@ -99,7 +99,7 @@ def row(asked: str, given: argparse.Namespace) -> dict[str, Any]:
     )
     text = Calibration(given.calibration, given.samples, given.length)
     before = time.process_time()
-    request = check(given.model, settings, text, Hardware(), tune_minutes=None)
+    request = check(given.model, settings, text, Hardware())
     parts = first_parts(request, given.blocks)
     seconds = time.process_time() - before
     tokens = load_tokens(Path(given.model), [given.evaluation])

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from owl_deploy import __version__, api, options
+from owl_deploy.compression.allocation.rules import DEFAULT
 from owl_deploy.compression.methods import METHODS, ROUNDS_ONLY
 from owl_deploy.errors import option
 from owl_deploy.utils.ending import Interrupted, exit_code, explained
@@ -169,6 +170,10 @@ def prune(
         raise api.BadInput(
             "--method none is gone, since it pruned nothing.", "Use owl quantize to round weights."
         )
+    if tune is not None:
+        raise api.BadInput(
+            "--tune is gone: it gained nothing at 50 %.", f"Use --allocation {DEFAULT}."
+        )
     overrides = _given({**locals(), "options": _given(own, own)}, api.PruneSettings.model_fields)
     settings = api.prune_settings(recipe, overrides)
     if bits and not recipe and {"method", "sparsity", "structure"}.isdisjoint(overrides):
@@ -184,7 +189,6 @@ def prune(
         settings,
         text,
         api.Hardware(device, dtype, batch_size),
-        tune_minutes=tune,
         force=force,
         resume=resume,
         origin=origin(recipe, overrides) if recipe else None,

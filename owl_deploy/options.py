@@ -117,7 +117,7 @@ Structure = Annotated[
 ]
 OutlierMultiple = Annotated[
     float | None,
-    Option(help="For owl and owl-per-linear: an outlier is above this many times the mean. [5]"),
+    Option(help="For owl: an outlier is above this many times the mean. [5]"),
 ]
 _SPREADS = ", ".join(f"{name} {row.spread:g}" for name, row in ALLOCATIONS.items() if row.spread)
 Spread = Annotated[float | None, Option(help=f"Half the range of sparsities. [{_SPREADS}]")]
@@ -185,10 +185,7 @@ WindowSeed = Annotated[int, Option(min=0, max=SEEDS, help="Random seed for the c
 Device = Annotated[str, Option(help="Where to compute: auto, cpu or cuda.")]
 Dtype = Annotated[str, Option(help="Type to compute in: auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int | None, Option(help="Windows at once. [by free memory]")]
-Tune = Annotated[
-    float | None,
-    Option(help="Minutes to search for each layer's sparsity on held-out text. [off]"),
-]
+Tune = Annotated[str | None, Option(hidden=True)]  # gone, and refused with what to use instead
 
 # --- export, generate, verify ---------------------------------------------------------------------
 

@@ -24,7 +24,6 @@ from owl_deploy import inference, options
 from owl_deploy.bench import BenchPlan, Result, read_result, stats
 from owl_deploy.bench.decision import HUMANEVAL, judge, read_loss, refreshed, sentence
 from owl_deploy.bench.scenario import KINDS
-from owl_deploy.compression.allocation.tune import check as check_search
 from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.demo import Clock, Road, clock_time, conclude, over_dense
 from owl_deploy.demo_input import CALIBRATION, EVALUATION
@@ -74,9 +73,8 @@ class Plan:
     `roads`: the targets and precisions of the "dense" model, "dense-rounded" (by `rounding`, with
     compensation) and "dense-budget" (by `choosing`, likewise), the "sparse" one (by `pruning`), and
     what was made of that: "rounded" likewise and "recovered"; and of the smaller model, "sister",
-    dense and rounded likewise. `samples` windows of `length` tokens to prune by, after a search of
-    `tune_minutes`; `windows` of `window` to evaluate on; of HumanEval's problems each `every`-th,
-    and at most `limit`.
+    dense and rounded likewise. `samples` windows of `length` tokens to prune by; `windows` of
+    `window` to evaluate on; of HumanEval's problems each `every`-th, and at most `limit`.
     """
 
     roads: dict[str, tuple[Road, ...]]
@@ -84,7 +82,6 @@ class Plan:
     rounding: PruneSettings
     choosing: PruneSettings
     recovery: FinetuneSettings
-    tune_minutes: float | None = None
     samples: int = 64
     length: int = 512
     window: int = 2048
@@ -255,11 +252,10 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
     if any(plan.roads[model] for model in ("sparse", "rounded", "recovered")):
         yield Prune(
             title=f"Pruning: {plan.pruning.allocation} {plan.pruning.sparsity:.0%} with "
-            f"{plan.pruning.method}, {tokens}{_search(plan)}",
+            f"{plan.pruning.method}, {tokens}",
             output=checkpoints["sparse"],
             model=checkpoints["dense"],
             settings=plan.pruning,
-            tune_minutes=plan.tune_minutes,
             **calibrated,
         )
     if plan.roads["rounded"]:
@@ -273,11 +269,6 @@ def _made(plan: Plan, checkpoints: dict[str, Path], source: Path, sister: Path) 
             settings=plan.recovery,
             teacher=checkpoints["dense"],
         )
-
-
-def _search(plan: Plan) -> str:
-    """What a title says of the search before a pruning."""
-    return f", after a search of {plan.tune_minutes:g} minutes" if plan.tune_minutes else ""
 
 
 def _judge(plan: Plan, deployment: Path, source: Path) -> tuple[Task, Task]:
@@ -481,9 +472,6 @@ def main(
     minutes: Annotated[
         float, typer.Option(help="To train the pruned model for.")
     ] = SHOWCASE.recovery.max_minutes or 0.0,
-    tune: Annotated[
-        float, typer.Option(help="To search each layer's sparsity for.")
-    ] = SHOWCASE.tune_minutes or 0.0,
     method: Annotated[
         str, typer.Option(help="To prune with; sparsegpt takes a fifth of the time.")
     ] = SHOWCASE.pruning.method,
@@ -503,7 +491,6 @@ def main(
         limit=limit,
         pruning=PruneSettings(**kept | {"method": method}),
         recovery=recovery,
-        tune_minutes=tune or None,
         pairs=pairs,
     )
     plan = plan.without(skip or ())
@@ -524,8 +511,6 @@ def main(
 
 def _check_numbers(plan: Plan, output: Path) -> None:
     """Raise `BadInput` now for what would be refused after hours."""
-    if plan.tune_minutes is not None:
-        check_search(plan.pruning, plan.tune_minutes)
     EvaluationSettings(limit=plan.limit, every=plan.every)
     for task in tasks(plan, Path(), Path(), output):
         if isinstance(task, Bench):

@@ -34,8 +34,7 @@ SAMPLES, LENGTH = 5, 48  # which no two or three processes share evenly
 
 
 def asked(model: Path, text: Path, output: Path, **settings: Any) -> dict[str, Any]:
-    """One pruning, as JSON. Of `settings`, `tune`, `resume` and `batch` (windows) are not the
-    recipe's."""
+    """One pruning, as JSON. Of `settings`, `resume` and `batch` (windows) are not the recipe's."""
     return {"model": str(model), "text": str(text), "output": str(output), "settings": settings}
 
 
@@ -64,12 +63,11 @@ def run(one: dict[str, Any]) -> None:
         told = pruning.versions() | {"torch": one["unlike"]}
         pruning.versions = lambda: told
     settings = {"sparsity": 0.6} | one["settings"]
-    how = {"tune_minutes": settings.pop("tune", None), "resume": settings.pop("resume", False)}
+    resume = settings.pop("resume", False)
     hardware = Hardware(batch_size=settings.pop("batch", None))
     calibration = Calibration(one["text"], SAMPLES, LENGTH)
-    prune(
-        one["model"], one["output"], PruneSettings.checked(**settings), calibration, hardware, **how
-    )
+    asked = PruneSettings.checked(**settings)
+    prune(one["model"], one["output"], asked, calibration, hardware, resume=resume)
 
 
 def _kill_later(rank: int, count: int) -> None:

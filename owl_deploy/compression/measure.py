@@ -1,17 +1,13 @@
-"""The pass over the dense model: what enters each block's Linears, and what allocations ask."""
+"""The pass over the dense model: what enters each block's Linears, and the outlier ratios."""
 
-import pkgutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from owl_deploy.compression.allocation.rules import ALLOCATIONS, Allocation
-from owl_deploy.compression.allocation.sparsities import BlockStatistics
 from owl_deploy.compression.input_statistics import InputStatistics
-from owl_deploy.compression.partition import divide
 from owl_deploy.compression.pruning import score
 from owl_deploy.compression.request import Request
 from owl_deploy.models.blocks import Activations
@@ -24,29 +20,26 @@ VALUES = "v_proj"  # the Linear that attention averages, in every family that do
 
 @dataclass(frozen=True)
 class Measured:
-    """What one dense pass gives: each block's statistics.
+    """What one dense pass gives: each block's outlier ratio, in percent; None where all is skipped.
 
     `first`: the first block's inputs, which are those of the pruning pass, too; no later block's
     are. None where they are spent.
     """
 
-    statistics: list[BlockStatistics]
+    outlier_ratios: list[float | None]
     first: InputStatistics | None
 
 
 @torch.no_grad()
 def measure(request: Request, scratch: Path) -> Measured:
-    """Each block's statistics under the dense model's own activations.
+    """Each block's outlier ratio under the dense model's own activations.
 
     `scratch` is a folder for states that memory does not hold.
     """
     skeleton, shape = request.skeleton, request.shape
-    asked = ALLOCATIONS[request.settings.allocation].statistic
-    by_hessian = asked.measure if asked is not None and asked.hessian else None
     hidden = skeleton.embed(request.own_windows, request.batch, scratch)
     norms: list[LayerNorms] = []
-    statistics: dict[int, BlockStatistics] = {}
-    of_hessians: list[list[float]] = []
+    ratios: dict[int, float | None] = {}
     first = None
     with bar("Measuring outliers", len(shape.names) * request.steps) as advance:
         for index, name in enumerate(shape.names):
@@ -58,68 +51,34 @@ def measure(request: Request, scratch: Path) -> Measured:
                     hidden,
                     advance,
                     keep=index + 1 < len(shape.names),
-                    hessian=bool(by_hessian)
-                    or (index == 0 and request.settings.needs == "hessian"),
+                    hessian=index == 0 and request.settings.needs == "hessian",
                 )
                 norms.append(inputs.norms(request.ranks))
                 if request.ranks.size == 1:  # the block is at hand
-                    statistics[index] = _statistics(request, index, norms[index])
-                if by_hessian:
-                    of_hessians.append(_of_hessians(request, index, inputs, by_hessian))
+                    ratios[index] = _outlier_ratio(request, index, norms[index])
             first = first or inputs
     if request.ranks.size > 1:
-        statistics = _divided(request, norms)
-    found = [statistics[index] for index in range(len(norms))]
-    if by_hessian:
-        found = [
-            replace(one, values=values) for one, values in zip(found, of_hessians, strict=True)
-        ]
-    return Measured(found, None if by_hessian else first)
+        ratios = _divided(request, norms)
+    return Measured([ratios[index] for index in range(len(norms))], first)
 
 
-def _of_hessians(
-    request: Request, index: int, inputs: InputStatistics, measure: str
-) -> list[float]:
-    """What `measure` finds of block `index`, which is loaded, or of its Linears; spends `inputs`.
-
-    Of several processes each measures its Linears.
-    """
-    ranks, linears = request.ranks, request.skeleton.linears(index)
-    owner = divide(inputs, linears, ranks, hessian=True)
-    value = pkgutil.resolve_name(measure)
-    own = {
-        key: torch.tensor(
-            [value(linears[key].weight.float(), inputs.hessian(key))],
-            dtype=torch.float64,
-        )
-        for key in request.shape.linears[index]
-        if owner[key] == ranks.rank
-    }
-    found = ranks.merged(own, request.skeleton.device)
-    values = [found[key].item() for key in request.shape.linears[index]]
-    if not values or ALLOCATIONS[request.settings.allocation].per == "Linear":
-        return values
-    return [sum(values) / len(values)]
-
-
-def _statistics(request: Request, index: int, norms: LayerNorms) -> BlockStatistics:
-    """Those of block `index`, which is loaded, by the norms of its inputs."""
+def _outlier_ratio(request: Request, index: int, norms: LayerNorms) -> float | None:
+    """That of block `index`, which is loaded, by the norms of its inputs."""
     linears = request.skeleton.linears(index)
     scores = [score.wanda(linears[key].weight.float(), norm) for key, norm in norms.items()]
-    settings = request.settings
-    return block_statistics(scores, settings.outlier_multiple, ALLOCATIONS[settings.allocation])
+    return score.outlier_ratio(scores, request.settings.outlier_multiple) if scores else None
 
 
-def _divided(request: Request, norms: Sequence[LayerNorms]) -> dict[int, BlockStatistics]:
-    """The statistics of all blocks; the ranks take turns at them, none waiting for another."""
+def _divided(request: Request, norms: Sequence[LayerNorms]) -> dict[int, float | None]:
+    """The outlier ratios of all blocks; the ranks take turns at them, none waiting for another."""
     skeleton, ranks = request.skeleton, request.ranks
-    found: dict[int, BlockStatistics] = {}
+    ratios: dict[int, float | None] = {}
     for index in range(ranks.rank, len(norms), ranks.size):
         with skeleton.loaded(skeleton.names[index]):
-            found[index] = _statistics(request, index, norms[index])
-    for part in ranks.gathered(found):
-        found |= part
-    return found
+            ratios[index] = _outlier_ratio(request, index, norms[index])
+    for part in ranks.gathered(ratios):
+        ratios |= part
+    return ratios
 
 
 def gather(
@@ -168,23 +127,3 @@ def gather_head(
         skeleton.enter_head(request.own_windows, hidden, advance)
     statistics.reduce(request.ranks, {name: 0})
     return statistics
-
-
-def block_statistics(
-    scores: Sequence[torch.Tensor], multiple: float, allocation: Allocation
-) -> BlockStatistics:
-    """The statistics of one block by Wanda's scores of its pruned Linears, each [out, in].
-
-    `multiple`: of their mean, from which scores are outliers.
-    """
-    a_block = allocation.per == "block"
-    if not scores:  # every Linear of the block is skipped
-        return BlockStatistics(None, [])
-    ratio = score.outlier_ratio(scores, multiple)
-    if allocation.statistic is None or allocation.statistic.hessian:  # found apart, if anything
-        return BlockStatistics(ratio, [])
-    value = pkgutil.resolve_name(allocation.statistic.measure)
-    if a_block and value is score.outlier_ratio:
-        return BlockStatistics(ratio, [ratio])
-    parts = [scores] if a_block else [[one] for one in scores]
-    return BlockStatistics(ratio, [value(part, multiple) for part in parts])

@@ -1,13 +1,9 @@
 """A checkpoint's picture: what each block was asked, or each Linear where they differ."""
 
-from collections.abc import Sequence
-
-from owl_deploy.compression.allocation.tune import Trial
 from owl_deploy.compression.methods import METHODS
 from owl_deploy.models.manifest import CheckpointManifest
 from owl_deploy.utils.picture import (
     formats_by_linear,
-    search_by_time,
     sparsity_by_block,
     sparsity_by_linear,
 )
@@ -47,11 +43,3 @@ def sparsity_svg(manifest: CheckpointManifest) -> str:
         [block.outlier_ratio for block in manifest.blocks],
         (manifest.settings.allocation, manifest.sparsity.asked),
     )
-
-
-def tuning_svg(trials: Sequence[Trial]) -> str:
-    """What a search for an allocation has tried, over the minutes that it took."""
-    began = [(one.name, one.divergence) for one in trials if one.seconds == trials[0].seconds]
-    best, worst = (choose(began, key=lambda one: one[1]) for choose in (min, max))
-    named = dict.fromkeys([best, began[0], worst])  # they would cover each other
-    return search_by_time([(one.seconds / 60, one.divergence) for one in trials], list(named))

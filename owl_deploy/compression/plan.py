@@ -1,47 +1,40 @@
 """What is known before the first block is pruned: how much of each Linear goes, and why."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from owl_deploy.compression.allocation import fisher, tune
-from owl_deploy.compression.allocation.candidates import Trial
-from owl_deploy.compression.allocation.judge import Judge
-from owl_deploy.compression.allocation.rules import ALLOCATIONS, most_removed
+from owl_deploy.compression.allocation import fisher
+from owl_deploy.compression.allocation.rules import ALLOCATIONS
 from owl_deploy.compression.allocation.sensitivity import measure_costs
-from owl_deploy.compression.allocation.sparsities import BlockStatistics, Shape, linear_sparsities
+from owl_deploy.compression.allocation.sparsities import Shape, linear_sparsities
 from owl_deploy.compression.input_statistics import InputStatistics
-from owl_deploy.compression.layer import Maker
 from owl_deploy.compression.measure import measure
 from owl_deploy.compression.quantization.budget import spend
-from owl_deploy.compression.quantization.formats import Costs, Format
+from owl_deploy.compression.quantization.formats import Costs
 from owl_deploy.compression.quantization.head import measure_head
 from owl_deploy.compression.quantization.latency import Clock
 from owl_deploy.compression.request import Request
 from owl_deploy.compression.settings import PruneSettings
-from owl_deploy.compression.store import PLAN, SEARCH, Store
+from owl_deploy.compression.store import PLAN, Store
 from owl_deploy.models.blocks import Skeleton
 from owl_deploy.models.manifest import Cost, Spent
 from owl_deploy.utils.resume import damaged
 
-_TRIED = "levels"  # the pass that makes what a search judges by
-
 
 class Plan(BaseModel):
-    """The settings, tuned if that was asked for, and what follows from them.
+    """The settings, and what follows from them.
 
     `sparsities`: for each block, its pruned Linears' by name; `bits` likewise, where a budget gave
-    each its own. `statistics`: of each block, where the allocation or tuning looked at any;
-    `trials`: what tuning compared; `costs`: what a budget chose from, and what is `spent` of it.
+    each its own. `outlier_ratios`: of each block, in percent, where the allocation looked at them;
+    `costs`: what a budget chose from, and what is `spent` of it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: PruneSettings
     sparsities: list[dict[str, float]]
-    statistics: list[BlockStatistics] | None = None
-    trials: list[tune.Trial] = []
+    outlier_ratios: list[float | None] | None = None
     bits: list[dict[str, int]] | None = None
     costs: Costs | None = None
     spent: Spent | None = None
@@ -65,9 +58,9 @@ class Plan(BaseModel):
 
     def outlier_ratio(self, index: int) -> float | None:
         """That of block `index`, in percent, if it was measured; the head has none."""
-        if self.statistics is None or index >= len(self.statistics):
+        if self.outlier_ratios is None or index >= len(self.outlier_ratios):
             return None
-        return self.statistics[index].outlier_ratio
+        return self.outlier_ratios[index]
 
 
 def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | None]:
@@ -91,70 +84,20 @@ def resolve(request: Request, store: Store) -> tuple[Plan, InputStatistics | Non
 
 
 def _by_rule(request: Request, store: Store) -> tuple[Plan, InputStatistics | None]:
-    """The plan of an allocation, or of a search that begins with it; see `resolve`."""
+    """The plan of an allocation; see `resolve`."""
     settings, measured = request.settings, None
     allocation = ALLOCATIONS[settings.allocation]
-    if allocation.statistic is not None:
+    if allocation.counts_outliers:
         measured = measure(request, store.folder)
-    statistics = measured.statistics if measured else None
+    ratios = measured.outlier_ratios if measured else None
     if allocation.losses:
         sparsities = fisher.by_fisher(request, store)
     else:
-        sparsities = linear_sparsities(settings, request.shape, statistics)
+        sparsities = linear_sparsities(settings, request.shape, ratios)
     if settings.layers is not None:  # the list has a mean, whatever the settings say
         settings = settings.model_copy(update={"sparsity": _removed(sparsities, request.shape)})
-    plan = Plan(settings=settings, sparsities=sparsities, statistics=statistics)
-    if request.tune_minutes:
-        plan = _tuned(plan, request, store)
+    plan = Plan(settings=settings, sparsities=sparsities, outlier_ratios=ratios)
     return plan, measured.first if measured else None
-
-
-def _tuned(plan: Plan, request: Request, store: Store) -> Plan:
-    """The `plan` with the sparsities that a search finds, which is kept in the `store`."""
-    assert request.held_out is not None
-    assert request.calibration is not None
-    assert request.tune_minutes is not None
-    ranks, settings, shape = request.ranks, plan.settings, request.shape
-    kept = ranks.from_leader(lambda: store.read(SEARCH))
-    try:
-        state = tune.Search() if kept is None else tune.Search.from_json(kept)
-    except (KeyError, TypeError) as error:
-        raise damaged(store.folder / SEARCH) from error
-    tried = _levels(settings)
-    ways = [Format(settings.bits, one) for one in tried]
-    maker = Maker(fisher.quick(settings))
-    Trial(request, store, _TRIED, maker, ways, plan.sparsities).run("Pruning to levels")
-    windows = request.held_out[: tune.HELD_OUT_WINDOWS, : tune.HELD_OUT_TOKENS]
-    skeleton = Skeleton(request.checkpoint, request.training_dtype, request.skeleton.device)
-    made = partial(store.measured, way=_TRIED)
-    judge = Judge(skeleton, shape, tried, made, windows, store.folder, settings.group)
-    searcher = tune.Searcher(
-        tune.Mutation(settings, shape),
-        judge,
-        state,
-        request.calibration.seed,
-        ranks,
-        lambda found: store.write(SEARCH, found) if ranks.leads else None,
-    )
-    start = tune.start(settings, shape, plan.statistics, plan.sparsities)
-    searcher.run(start, request.tune_minutes)
-    return plan.model_copy(
-        update={
-            "settings": settings.searched(),
-            "sparsities": shape.by_block(state.best),
-            "trials": state.trials,
-        }
-    )
-
-
-def _levels(settings: PruneSettings) -> list[float]:
-    """The sparsities, in order, that a search has every Linear made at, up to the most there is."""
-    if settings.group is not None:
-        near = fisher.levels(settings.sparsity, settings.group)
-        return sorted({*near, 1 - 1 / settings.group[1]})
-    below = [share * settings.sparsity for share in (0.5, 0.75, 1)]
-    above = [1 - share * (1 - settings.sparsity) for share in (0.65, 0.4)]
-    return [*below, *above, most_removed(settings.sparsity)]
 
 
 def _removed(sparsities: Sequence[Mapping[str, float]], shape: Shape) -> float:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from owl_deploy.compression.allocation.rules import ALLOCATIONS
+from owl_deploy.compression.allocation.rules import ALLOCATIONS, check_not_gone
 from owl_deploy.compression.methods import METHODS, Modifier, Options
 from owl_deploy.compression.settings import (
     UNSTRUCTURED,
@@ -76,6 +76,7 @@ def merged(recipe: str | Path | None, overrides: dict[str, Any]) -> PruneSetting
     if overrides.get("allocation", values.get("allocation")) != values.get("allocation"):
         for name in ("spread", "outlier_multiple"):
             values.pop(name, None)
+    check_not_gone(overrides.get("allocation"))
     options = overrides.get("options", {})
     if isinstance(options, Mapping):  # else it is refused with the rest
         options = {**values.get("options", {}), **options}
@@ -278,7 +279,7 @@ def _describe(settings: PruneSettings, modifier: Modifier) -> list[str]:
     if ALLOCATIONS[settings.allocation].counts_outliers:
         lines.append(f"Outlier multiple (M) {settings.outlier_multiple:g}.")
     if settings.spread:
-        lines.append(f"Spread (lambda, alpha) {settings.spread:g}.")
+        lines.append(f"Spread (lambda) {settings.spread:g}.")
     if settings.rounds:
         bits = settings.bits or "8, 4 or 3"
         head = f", the output head to {settings.head_bits}" if settings.head_bits else ""

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from owl_deploy.compression import reconstruct
-from owl_deploy.compression.allocation import tune
-from owl_deploy.compression.allocation.rules import ALLOCATIONS, SEARCHED
+from owl_deploy.compression.allocation.rules import ALLOCATIONS
 from owl_deploy.compression.allocation.sparsities import Shape, select
 from owl_deploy.compression.methods import METHODS, Method
 from owl_deploy.compression.quantization import budget
@@ -40,11 +39,11 @@ class Request:
     """One pruning of one model.
 
     `skeleton`: the model, a block at a time. `shape`: its Linears that are pruned. `windows`: ids
-    [samples, length], None where nothing looks at inputs; `held_out`: others, by which a tuning, a
+    [samples, length], None where nothing looks at inputs; `held_out`: others, by which a
     reconstruction, the formats of a budget and an allocation by losses are judged. `batch`: windows
     that go through a block together. `room`: what a budget leaves to the pruned Linears, where
-    there is one. `training_dtype`: of the products in a reconstruction and a search. `ranks`: the
-    processes that share it.
+    there is one. `training_dtype`: of the products in a reconstruction. `ranks`: the processes that
+    share it.
     """
 
     skeleton: Skeleton
@@ -54,7 +53,6 @@ class Request:
     windows: torch.Tensor | None
     held_out: torch.Tensor | None
     batch: int
-    tune_minutes: float | None
     room: budget.Room | None = None
     training_dtype: torch.dtype = torch.float32
     ranks: Ranks = ALONE
@@ -110,7 +108,6 @@ class Request:
         return {
             "model": self.checkpoint.identity(),
             "settings": self.settings.model_dump(mode="json"),
-            "tune_minutes": self.tune_minutes,
             "calibration": self.describe_calibration(),
             "held_out": None if self.held_out is None else token_digest(self.held_out),
             "device": self.skeleton.device.type,
@@ -131,7 +128,6 @@ def check(
     calibration: Calibration | None,
     hardware: Hardware,
     *,
-    tune_minutes: float | None,
     ranks: Ranks = ALONE,
     planned: bool = False,
 ) -> Request:
@@ -139,13 +135,6 @@ def check(
 
     `planned`: what a budget leaves to each Linear is known already, from the run that this resumes.
     """
-    if tune_minutes is not None:
-        tune.check(settings, tune_minutes)
-    elif settings.allocation == SEARCHED:
-        raise BadInput(
-            f"The allocation {SEARCHED!r} is what --tune finds.",
-            "Give --tune, with another --allocation to begin with, or the recipe of its result.",
-        )
     checkpoint = open_checkpoint(model)
     device = find_device(hardware.device)
     skeleton = Skeleton(
@@ -160,7 +149,7 @@ def check(
     _check_groups(settings, skeleton, shape)
     chooses = settings.budget is not None and not planned
     room = budget.room(settings, skeleton, shape) if chooses else None
-    windows = _windows(checkpoint, settings, calibration, tunes=tune_minutes is not None)
+    windows = _windows(checkpoint, settings, calibration)
     held_out = None
     if windows is not None and calibration is not None:
         windows, held_out = windows[: calibration.samples], windows[calibration.samples :]
@@ -183,7 +172,6 @@ def check(
         windows,
         held_out,
         batch,
-        tune_minutes,
         room,
         training_dtype,
         ranks,
@@ -220,14 +208,10 @@ def _reconstructing(samples: int, length: int) -> int:
 
 
 def _windows(
-    checkpoint: Checkpoint,
-    settings: PruneSettings,
-    calibration: Calibration | None,
-    *,
-    tunes: bool,
+    checkpoint: Checkpoint, settings: PruneSettings, calibration: Calibration | None
 ) -> torch.Tensor | None:
     """The windows to prune by, and after them those to judge by."""
-    if not tunes and not settings.calibrates:
+    if not settings.calibrates:
         if calibration is not None:  # of no use, but a path that is wrong is a mistake
             check_source(str(calibration.source))
         return None
@@ -248,10 +232,9 @@ def _windows(
             "at the model's inputs.",
             "Give a text with --calibration.",
         )
-    held_out = tune.HELD_OUT_WINDOWS if tunes else 0
+    held_out = 0
     if settings.reconstruct:
-        asked = _reconstructing(calibration.samples, calibration.sequence_length)
-        held_out = max(held_out, asked)
+        held_out = _reconstructing(calibration.samples, calibration.sequence_length)
     if settings.budget or ALLOCATIONS[settings.allocation].losses:
         held_out = max(held_out, _measuring(calibration.sequence_length))
     return calibration.windows(checkpoint, held_out)

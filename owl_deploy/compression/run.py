@@ -15,7 +15,7 @@ from typing import Any
 from owl_deploy.compression import write
 from owl_deploy.compression.allocation.sparsities import resolved_layers
 from owl_deploy.compression.methods import ROUNDS_ONLY
-from owl_deploy.compression.picture import has_picture, sparsity_svg, tuning_svg
+from owl_deploy.compression.picture import has_picture, sparsity_svg
 from owl_deploy.compression.plan import Plan, resolve
 from owl_deploy.compression.recipe import RESOLVED, dump_resolved, merged
 from owl_deploy.compression.request import Request, as_settings, check
@@ -39,7 +39,6 @@ def prune(
     calibration: Calibration | str | Path | None = None,
     hardware: Hardware = ANY_HARDWARE,
     *,
-    tune_minutes: float | None = None,
     force: bool = False,
     resume: bool = False,
     origin: dict[str, Any] | None = None,
@@ -47,12 +46,11 @@ def prune(
     """Prune `model` (a folder or a Hub name) into the checkpoint folder `output`.
 
     `settings`, or those that are given, as a dict; `calibration`, or its source alone, may be None
-    when neither method nor allocation looks at inputs; `hardware` says where to compute. For
-    `tune_minutes` the sparsities of the Linears are searched for, from the allocation on (see
-    `tune`). `force` replaces an output that is there. Every finished block is durable: a run that
-    was stopped continues with `resume`, to bit-identical weights (on a CPU, with as many processes
-    and the same batch size); a search goes on for the time that it has left. `origin` (see
-    `recipe.origin`) is recorded in the manifest: what the settings were made from.
+    when neither method nor allocation looks at inputs; `hardware` says where to compute.
+    `force` replaces an output that is there. Every finished block is durable: a run that was
+    stopped continues with `resume`, to bit-identical weights (on a CPU, with as many processes and
+    the same batch size). `origin` (see `recipe.origin`) is recorded in the manifest: what the
+    settings were made from.
     Returns the manifest, which says of each block what share of its weights was asked to go and
     went. Raises `BadInput` before any work for whatever can be known to be wrong by then,
     `EnvironmentFailed` for a full disk or memory.
@@ -74,7 +72,6 @@ def prune(
             settings,
             calibration,
             _as_before(hardware, before),
-            tune_minutes=tune_minutes,
             ranks=ranks,
             planned=planned,
         )
@@ -151,8 +148,6 @@ def _complete(
     manifest = CheckpointManifest.model_validate(facts)
     if has_picture(manifest):
         (store.folder / "sparsity.svg").write_text(sparsity_svg(manifest), encoding="utf-8")
-    if plan.trials:
-        (store.folder / "tuning.svg").write_text(tuning_svg(plan.trials), encoding="utf-8")
     all_to_disk(store.folder)
     manifest.write(store.folder)  # last: with it the checkpoint is whole
     store.finish()

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from owl_deploy.compression.allocation.rules import ALLOCATIONS, DEFAULT, SEARCHED
+from owl_deploy.compression.allocation.rules import ALLOCATIONS, DEFAULT, GONE, check_not_gone
 from owl_deploy.compression.methods import METHODS, Options, Statistic, unknown_method
 from owl_deploy.errors import BadInput, invalid, unknown_name
 from owl_deploy.models.families import heads
@@ -31,10 +31,10 @@ class PruneSettings(BaseModel):
 
     `sparsity`: the share of the blocks' weights that is removed, in [0, 1). `structure`:
     "unstructured", or "N:M", N weights kept of every M neighbours, which sets the sparsity; an
-    allocation other than uniform then gives each block its own N, and fisher and owl-per-linear
-    each Linear. `outlier_multiple`: OWL's M. `spread`: half the range of the sparsities over the
-    blocks (OWL's lambda, DLP's alpha). `skip`: Linears that stay dense, by their names or the ends
-    of them, or what they lie in.
+    allocation other than uniform then gives each block its own N, and fisher each Linear.
+    `outlier_multiple`: OWL's M. `spread`: half the range of the sparsities over the blocks (OWL's
+    lambda). `skip`: Linears that stay dense, by their names or the ends of them, or what they lie
+    in.
     `head_sparsity`: that of the output head, which stays dense without it. `layers`, for the
     allocation "list": block or Linear name to sparsity. `bits`: what survives is rounded to so
     many, 8, 4 or 3, with one scale for every `bits_group` columns of a row, 32, 64 or 128.
@@ -82,6 +82,9 @@ class PruneSettings(BaseModel):
             values = _with_budget(values)
         asked = values.get("allocation")
         values = {"method": "wanda", "allocation": DEFAULT} | values
+        if values["allocation"] in GONE and values.get("layers") is not None:
+            values["allocation"] = "list"  # as an earlier version resolved it
+        check_not_gone(values["allocation"])
         for what, table in (("method", METHODS), ("allocation", ALLOCATIONS)):
             if not isinstance(values[what], str) or values[what] not in table:
                 name = str(values[what])
@@ -197,10 +200,6 @@ class PruneSettings(BaseModel):
         except ValidationError as error:
             raise invalid("the settings", error) from error
 
-    def searched(self) -> Self:
-        """These, where a search has found each Linear's sparsity, which no rule then gives."""
-        return self.model_copy(update={"allocation": SEARCHED, "spread": 0.0})
-
     @property
     def group(self) -> tuple[int, int] | None:
         """(N, M) of the structure N:M; None when unstructured."""
@@ -227,7 +226,7 @@ class PruneSettings(BaseModel):
     def calibrates(self) -> bool:
         """Whether method, allocation or reconstruction look at a text."""
         allocation = ALLOCATIONS[self.allocation]
-        measures = allocation.statistic is not None or allocation.losses
+        measures = allocation.counts_outliers or allocation.losses
         return self.needs != "nothing" or measures or self.reconstruct is not None
 
     @property

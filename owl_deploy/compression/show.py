@@ -20,7 +20,6 @@ def show(manifest: CheckpointManifest, output: str) -> None:
     console = result_console()
     if has_picture(manifest):
         console.print(_table(manifest) if removes(manifest) else _formats(manifest))
-    _show_tuning(console, manifest)
     _show_reconstruction(console, manifest)
     console.print(
         f"{output}: {manifest.weights / 1e6:.1f} M weights {_rounded(manifest)}in the blocks, "
@@ -104,23 +103,6 @@ def _rounded(manifest: CheckpointManifest) -> str:
             f"lose {less}{spent.loss:.3f} nats a token, "
         )
     return f"of {settings.bits} bits (groups of {settings.bits_group}) " if settings.bits else ""
-
-
-def _show_tuning(console: Console, manifest: CheckpointManifest) -> None:
-    trials = manifest.tuning
-    if not trials:
-        return
-    # The first is what was asked for; older manifests tell of other searches.
-    tried = [(one.name, one.divergence) for one in trials if one.divergence is not None]
-    if not tried:
-        return
-    best = min(tried, key=lambda one: one[1])
-    console.print(
-        f"Searched: {len(tried)} divisions tried on more than a piece of text; "
-        f"{best[1]:.4f} nats a token from the dense model ({best[0]}), "
-        f"{tried[0][1]:.4f} as asked ({tried[0][0]}). The picture is in tuning.svg.",
-        soft_wrap=True,
-    )
 
 
 def _show_reconstruction(console: Console, manifest: CheckpointManifest) -> None:

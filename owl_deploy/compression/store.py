@@ -3,8 +3,8 @@
 Besides `run.json` the folder holds `plan.json` (what the dense pass measured) and one safetensors
 file a finished block, each written whole or not at all; where weights were rounded, one with their
 scales beside it, and where halves were reconstructed a JSON file of what came of them. Until there
-is a plan, what was measured of a block for it, or how far a search has come, lies there likewise. A
-checkpoint of several shards takes the blocks' files as they are, so that the disk holds them once.
+is a plan, what was measured of a block for it lies there likewise. A checkpoint of several shards
+takes the blocks' files as they are, so that the disk holds them once.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,7 @@ from owl_deploy.utils.artefact import MANIFEST, check_writer, publish
 from owl_deploy.utils.resume import ASKED, Partial
 
 PLAN = "plan.json"
-SEARCH = "search.json"  # how far a search for an allocation has come
-_MEASURED = ("*.forward", "*.backward", "*.levels")  # what passes have measured of each block
+_MEASURED = ("*.forward", "*.backward")  # what passes have measured of each block
 
 
 class Store(Partial):
@@ -68,7 +67,7 @@ class Store(Partial):
 
     def forget_measured(self) -> None:
         """Drop all that was measured, which a plan holds by now."""
-        for pattern in (*_MEASURED, SEARCH):
+        for pattern in _MEASURED:
             for path in self.folder.glob(pattern):
                 path.unlink()
 
@@ -84,8 +83,7 @@ class Store(Partial):
     @property
     def has_work(self) -> bool:
         """Whether anything is there that a resumed run would not have to do again."""
-        names = (MANIFEST, PLAN, SEARCH)
-        done = (self.folder.glob(pattern) for pattern in (*names, *_MEASURED))
+        done = (self.folder.glob(pattern) for pattern in (MANIFEST, PLAN, *_MEASURED))
         return any(path.is_file() for paths in done for path in paths)
 
     def finished(self) -> CheckpointManifest | None:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -110,7 +109,6 @@ def describe(request: Request, plan: Plan, reports: Sequence[Block], source: str
         "source": source,
         "source_manifest": before.to_json() if before else None,
         "settings": plan.settings.model_dump(mode="json"),
-        "tuning": [asdict(trial) for trial in plan.trials] or None,
         "calibration": request.describe_calibration(),
         "processes": request.ranks.size,
         "device": str(device),

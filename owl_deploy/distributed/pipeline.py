@@ -96,10 +96,7 @@ class Task(BaseModel):
 
 
 class Prune(Task):
-    """`owl prune`; `calibration`: a SOURCE, `samples` windows of `sequence_length` tokens.
-
-    `tune_minutes`: of a search that begins with the settings' allocation.
-    """
+    """`owl prune`; `calibration`: a SOURCE, `samples` windows of `sequence_length` tokens."""
 
     APART = {"model": True, "calibration": True}
 
@@ -109,7 +106,6 @@ class Prune(Task):
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 2048
-    tune_minutes: float | None = None
 
     @override
     def reads(self) -> tuple[Path | str, ...]:
@@ -125,7 +121,6 @@ class Prune(Task):
                 self.output,
                 self.settings,
                 text,
-                tune_minutes=self.tune_minutes,
                 force=True,
                 resume=resume,
             ),
@@ -136,13 +131,9 @@ class Prune(Task):
         manifest = read_manifest(self.output, CheckpointManifest)
         if manifest is None:
             return False
-        if (self.tune_minutes is None) != (manifest.tuning is None):
-            return False
         told = manifest.settings.model_dump(mode="json") | (manifest.calibration or {})
-        settings = self.settings if self.tune_minutes is None else self.settings.searched()
-        asked = settings.model_dump(mode="json", exclude=settings.found) | self.model_dump(
-            include={"samples", "sequence_length"}
-        )
+        settings = self.settings.model_dump(mode="json", exclude=self.settings.found)
+        asked = settings | self.model_dump(include={"samples", "sequence_length"})
         return agree(told, asked)
 
 

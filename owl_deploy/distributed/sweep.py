@@ -14,7 +14,7 @@ from owl_deploy.bench.measure import check_prompts
 from owl_deploy.bench.plan import BenchPlan
 from owl_deploy.bench.report import check_page, write_report
 from owl_deploy.bench.result import FILE, Result
-from owl_deploy.compression.allocation.rules import DEFAULT, SEARCHED
+from owl_deploy.compression.allocation.rules import DEFAULT
 from owl_deploy.compression.recipe import read_yaml
 from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.data.calibration import Calibration
@@ -66,11 +66,6 @@ class SweepPlan(BaseModel):
 
     def prunings(self) -> dict[str, PruneSettings]:
         """The settings of each checkpoint, by its name; raises `BadInput` for wrong ones."""
-        if SEARCHED in self.allocations:
-            raise BadInput(
-                f"The allocation {SEARCHED!r} is what owl prune --tune finds.",
-                "A sweep does not search: give another --allocation.",
-            )
         every = itertools.product(self.methods, self.allocations, self.sparsities)
         return {
             f"{method}-{allocation}-{100 * sparsity:.10g}": api.prune_settings(
@@ -166,7 +161,7 @@ def check_here(model: Path, plan: SweepPlan, calibration: str, text: str) -> Non
     windows_of(model, text, plan.window, plan.windows)
     given = Calibration(calibration, plan.samples, plan.sequence_length)
     for settings in plan.prunings().values():
-        check(model, settings, given, ANY_HARDWARE, tune_minutes=None)
+        check(model, settings, given, ANY_HARDWARE)
 
 
 def _check_model(

@@ -2,7 +2,8 @@
 
 `schema_version` is the number of the format. A manifest of an earlier one is read by `_upgraded`,
 one of a later one is refused. Fields that a model does not name are kept as they are, since other
-tools add theirs; what nobody set is left out of the file.
+tools add theirs; what nobody set is left out of the file. Earlier versions wrote `tuning`, what a
+search had tried, and allocations that are gone.
 """
 
 import contextlib
@@ -129,18 +130,6 @@ class Shares(_Part):
     achieved: FiniteFloat = 0.0
 
 
-class Trial(_Part):
-    """One division of the sparsity that a search has tried.
-
-    `divergence`: of the model pruned with it from the dense one, on held-out text, in nats a token.
-    `seconds`: of the search until then.
-    """
-
-    name: str = ""
-    divergence: FiniteFloat | None = None
-    seconds: FiniteFloat | None = None
-
-
 class Pruning(_Part):
     """The settings that decided what was pruned; those of `prune_settings.PruneSettings`.
 
@@ -228,7 +217,6 @@ class CheckpointManifest(Manifest):
     source: str = ""
     source_manifest: dict[str, Any] | None = None
     settings: Pruning = Pruning()
-    tuning: tuple[Trial, ...] | None = None
     calibration: dict[str, Any] | None = None
     device: str = ""
     dtype: str = ""

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import logging
 import re
 import warnings
@@ -120,34 +119,6 @@ def sparsity_by_block(
             axes.legend(loc="best")
         axes.set_xlabel("block")
         axes.set_ylabel("sparsity, % (line)")
-
-    return svg(draw, **how)
-
-
-def search_by_time(
-    trials: Sequence[tuple[float, float]],
-    named: Sequence[tuple[str, float]],
-    **how: Any,  # noqa: ANN401 - `svg` has their types
-) -> str:
-    """What a search has tried: (minute, divergence) of each trial as a dot, the best a line.
-
-    `named`: what the search began with, each with its divergence, a line across. `how` goes to
-    `svg`.
-    """
-
-    def draw(axes: "Axes") -> None:
-        axes.plot(*zip(*trials, strict=True), "o", color=FAINT, markersize=3, label="tried")
-        minutes = [minute for minute, _ in trials]
-        best = itertools.accumulate((divergence for _, divergence in trials), min)
-        axes.step(minutes, list(best), where="post", color=ACCENT, linewidth=2, label="best so far")
-        for number, (name, divergence) in enumerate(named):
-            label = "began with" if number == 0 else None
-            axes.axhline(divergence, color=INK, linewidth=0.7, linestyle="--", label=label)
-            place = (0.99, divergence)
-            axes.annotate(name, place, xycoords=("axes fraction", "data"), ha="right", va="bottom")
-        axes.set_xlabel("minutes")
-        axes.set_ylabel("divergence, nats a token")
-        axes.legend(loc="best")
 
     return svg(draw, **how)
 

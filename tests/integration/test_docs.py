@@ -144,7 +144,6 @@ def smaller(command: str) -> list[str]:
         words += [] if "--save-baseline" in words or "--check" in words else ["--pairs", "1"]
         size = DRAFTED if "--draft" in words else BENCH
         words += [] if "fake" in Path("deployment").resolve().name else size.split()
-    words += ["--tune", "0.001"] if "--tune" in words else []
     return words + SMALLER.get(verb, "").split()
 
 

@@ -100,7 +100,6 @@ TINY = showcase.Plan(
         "sister": (("owl", "int4"),),
     },
     pruning=showcase.SHOWCASE.pruning,
-    tune_minutes=0.01,
     rounding=showcase.SHOWCASE.rounding,
     choosing=PruneSettings(method="none", budget="3.9"),
     recovery=FinetuneSettings(

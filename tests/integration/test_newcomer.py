@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from owl_deploy.bench import BenchPlan, run_bench
 from owl_deploy.bench.report import write_report
 from owl_deploy.compression import recipe
-from owl_deploy.compression.allocation.rules import ALLOCATIONS, Allocation, Statistic, hold_mean
+from owl_deploy.compression.allocation.rules import ALLOCATIONS, Allocation, hold_mean
 from owl_deploy.compression.methods import METHODS, Method, Modifier, Options
 from owl_deploy.compression.run import Calibration, prune
 from owl_deploy.compression.settings import PruneSettings
@@ -37,12 +37,8 @@ def dice(weight, inputs, sparsity, group, options):
     return weight.flatten().index_fill(0, scores.argsort()[:count], 0).view_as(weight)
 
 
-def largest(scores, multiple):
-    return max(float(one.max()) for one in scores)
-
-
 def by_rank(sparsity, sizes, values, spread):
-    """Sparsity by equal steps in the order of the largest score."""
+    """Sparsity by equal steps in the order of the outlier ratios."""
     order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
     steps = [2 * spread * order.index(i) / (len(values) - 1) for i in range(len(values))]
     return hold_mean(steps, sizes, sparsity)
@@ -112,28 +108,14 @@ def test_a_method_that_sparseml_has(llama, tmp_path, calibration, monkeypatch):
     assert repeats(llama, settings, calibration, tmp_path)
 
 
-@pytest.mark.parametrize("per", ["block", "Linear"])
-def test_an_allocation(llama, tmp_path, calibration, monkeypatch, per):
-    row = Allocation(by_rank, 0.1, Statistic(f"{__name__}:largest"), per)
-    monkeypatch.setitem(ALLOCATIONS, "by-rank", row)
-    settings = PruneSettings.checked(allocation="by-rank", sparsity=0.6)
+def test_an_allocation(llama, tmp_path, calibration, monkeypatch):
+    monkeypatch.setitem(ALLOCATIONS, "by-rank", Allocation(by_rank, 0.1, counts_outliers=True))
+    settings = PruneSettings.checked(allocation="by-rank", sparsity=0.6, outlier_multiple=2)
     assert settings.spread == 0.1
-    if per == "Linear":
-        manifest = the_whole_way(llama, settings, calibration, tmp_path)
-    else:
-        manifest = prune(llama, tmp_path / "sparse", settings, calibration).to_json()
-    asked = [one["sparsity"] for block in manifest["blocks"] for one in block["linears"].values()]
-    assert len(set(asked)) == (2 if per == "block" else 14)
+    manifest = the_whole_way(llama, settings, calibration, tmp_path)
+    asked = [block["sparsity"] for block in manifest["blocks"]]
     assert max(asked) - min(asked) == pytest.approx(0.2)
     assert repeats(llama, settings, calibration, tmp_path)
-
-
-def test_an_allocation_is_tuned(llama, tmp_path, calibration, monkeypatch):
-    row = Allocation(by_rank, 0.1, Statistic(f"{__name__}:largest"), "Linear")
-    monkeypatch.setitem(ALLOCATIONS, "by-rank", row)
-    settings = PruneSettings.checked(allocation="by-rank", sparsity=0.6)
-    manifest = prune(llama, tmp_path / "out", settings, calibration, tune_minutes=1e-9).to_json()
-    assert {trial["name"] for trial in manifest["tuning"]} > {"by-rank, spread 0.1", "uniform"}
 
 
 def test_a_family(tmp_path, calibration, monkeypatch):

@@ -13,7 +13,6 @@ import transformers
 from safetensors.torch import load_file
 
 from owl_deploy.compression import recipe, run, store
-from owl_deploy.compression.allocation import tune
 from owl_deploy.compression.run import Calibration, prune
 from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.errors import BadInput, EnvironmentFailed
@@ -39,14 +38,11 @@ def prune_until(moment, model, output, text, asked, resume, shard_bytes):
 
     setattr(store.Store, name, counted)
     calibration = Calibration(text, samples=4, sequence_length=48)
-    # The named allocations are tried, and no more.
-    minutes = None if "budget" in asked else 1e-9
     prune(
         model,
         output,
         PruneSettings.checked(**asked),
         calibration,
-        tune_minutes=minutes,
         resume=resume,
     )
 
@@ -98,14 +94,14 @@ def test_a_killed_run_resumes_to_the_same_weights(
     asked = {"allocation": "owl", "sparsity": 0.6} | asked
     settings = PruneSettings.checked(**asked)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    first = prune(model, tmp_path / "whole", settings, calibration, tune_minutes=1e-9).to_json()
+    first = prune(model, tmp_path / "whole", settings, calibration).to_json()
 
     out = tmp_path / "out"
     killed(model, out, text_file, asked, "save:1")  # one block is finished
     killed(model, out, text_file, asked, "save:2", resume=True)  # three are
     killed(model, out, text_file, asked, "finish:0", resume=True)  # all, but nothing is published
     with on_threads(1 if torch.get_num_threads() > 1 else 2):  # as on another node
-        manifest = prune(model, out, settings, calibration, tune_minutes=1e-9, resume=True)
+        manifest = prune(model, out, settings, calibration, resume=True)
     manifest = manifest.to_json()
     assert manifest["resumed"]
     assert manifest["blocks"] == first["blocks"]
@@ -143,23 +139,6 @@ def test_a_budget_resumes_from_each_of_its_passes(model, text_file, tmp_path, mo
     assert names[0] == names[1]
     told = [json.loads((tmp_path / one / "owl.json").read_text()) for one in ("whole", "out")]
     assert told[0]["blocks"] == told[1]["blocks"]
-
-
-def test_a_search_resumes_from_the_pass_that_makes_what_it_judges_by(model, text_file, tmp_path):
-    asked = {"method": "sparsegpt", "allocation": "linear", "sparsity": 0.6}
-    settings = PruneSettings.checked(**asked)
-    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    first = prune(model, tmp_path / "whole", settings, calibration, tune_minutes=1e-9)
-    out = tmp_path / "out"
-    killed(model, out, text_file, asked, "keep:1")
-    killed(model, out, text_file, asked, "keep:2", resume=True)
-    assert len(list(partial_folder(out).glob("*.levels"))) == 3
-    killed(model, out, text_file, asked, "save:1", resume=True)
-    assert not list(partial_folder(out).glob("*.levels"))  # the plan holds what came of them
-    again = prune(model, out, settings, calibration, tune_minutes=1e-9, resume=True)
-    assert [one.divergence for one in again.tuning] == [one.divergence for one in first.tuning]
-    whole, resumed = (weights(tmp_path / name) for name in ("whole", "out"))
-    assert all(whole[name].equal(resumed[name]) for name in whole)
 
 
 # Stands still once a block is there.
@@ -216,36 +195,19 @@ def test_what_is_whole_needs_only_to_appear(model, text_file, tmp_path, monkeypa
     assert weights(out)
 
 
-def test_a_search_that_was_killed_is_not_begun_again(model, text_file, tmp_path, monkeypatch):
-    settings = PruneSettings.checked(sparsity=0.6)
-    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    whole = prune(model, tmp_path / "whole", settings, calibration, tune_minutes=1e-9)
-    out = tmp_path / "out"
-    # What the search has come to is written, and the plan that follows from it is not.
-    killed(model, out, text_file, {"method": "wanda", "sparsity": 0.6}, "write:1")
-    assert (partial_folder(out) / store.SEARCH).is_file()
-    assert not (partial_folder(out) / "plan.json").exists()
-    monkeypatch.delattr(tune.Searcher, "_divergences")
-    found = prune(model, out, settings, calibration, tune_minutes=1e-9, resume=True)
-    assert [one.name for one in found.tuning] == [one.name for one in whole.tuning]
-    assert [one.linears for one in found.blocks] == [one.linears for one in whole.blocks]
-    assert not (out / store.SEARCH).exists()
-
-
 def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
     out = tmp_path / "out"
     killed(model, out, text_file, {"method": "wanda", "sparsity": 0.6}, "save:1")
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
     settings = PruneSettings.checked(sparsity=0.6)
     with pytest.raises(BadInput, match=r"An earlier run .* was interrupted"):
-        prune(model, out, settings, Calibration("missing.txt"), tune_minutes=1e-9)
+        prune(model, out, settings, Calibration("missing.txt"))
     with pytest.raises(BadInput, match=r"settings\.sparsity was 0\.6, now 0\.5"):
         prune(
             model,
             out,
             PruneSettings.checked(sparsity=0.5),
             calibration,
-            tune_minutes=1e-9,
             resume=True,
         )
     with pytest.raises(BadInput, match="calibration"):
@@ -254,7 +216,6 @@ def test_other_arguments_are_refused_by_name(model, text_file, tmp_path):
             out,
             settings,
             Calibration(str(text_file), samples=3, sequence_length=48),
-            tune_minutes=1e-9,
             resume=True,
         )
     prune(model, out, settings, calibration, force=True)

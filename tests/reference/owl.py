@@ -58,29 +58,6 @@ def owl_sparsities(ratios: list[float], target: float, spread: float) -> list[fl
     return [1 - (value - mean + 1 - target) for value in scaled]
 
 
-def linear_outlier_ratios(
-    model: torch.nn.Module, windows: torch.Tensor, multiple: float
-) -> dict[str, float]:
-    """Percent of each Linear's Wanda scores above `multiple` times that Linear's own mean."""
-    ratios = {}
-    for name, norm in block_inputs(model, windows).items():
-        rows = (model.get_submodule(name).weight.detach().double().abs() * norm).tolist()
-        scores = [score for row in rows for score in row]
-        mean = sum(scores) / len(scores)
-        ratios[name] = 100.0 * len([s for s in scores if s > multiple * mean]) / len(scores)
-    return ratios
-
-
-def owl_linear_sparsities(
-    ratios: dict[str, float], sizes: dict[str, int], target: float, spread: float
-) -> dict[str, float]:
-    """The same map for Linears of several sizes, whose mean counts each weight once."""
-    low, high = min(ratios.values()), max(ratios.values())
-    scaled = {name: (ratio - low) / (high - low) * 2 * spread for name, ratio in ratios.items()}
-    mean = sum(scaled[name] * sizes[name] for name in ratios) / sum(sizes.values())
-    return {name: 1 - (scaled[name] - mean + 1 - target) for name in ratios}
-
-
 def lowest(scores: list[float], count: int) -> set[int]:
     """The indices of the `count` lowest scores; of equal ones, the first."""
     return {index for _, index in sorted((s, i) for i, s in enumerate(scores))[:count]}

@@ -123,9 +123,9 @@ def one_shot(library, model, resolved):
     [
         ("wanda", "unstructured", "owl"),
         ("sparsegpt", "unstructured", "owl"),
-        ("wanda", "unstructured", "owl-per-linear"),
+        ("wanda", "unstructured", "fisher"),
         ("wanda", "4:8", "owl"),
-        ("sparsegpt", "4:8", "owl-per-linear"),
+        ("sparsegpt", "4:8", "fisher"),
         ("sparsegpt", "2:4", "owl"),
     ],
 )

@@ -36,7 +36,7 @@ TABLE = {
         ("--recipe owl-sparsegpt-50", "settings.method", "sparsegpt"),
         ("--recipe owl-sparsegpt-50", "origin.file", "owl-sparsegpt-50.yaml"),
         ("--method alps", "settings.method", "alps"),
-        ("--allocation dlp", "settings.allocation", "dlp"),
+        ("--allocation linear", "settings.allocation", "linear"),
         ("--sparsity 0.4", "settings.sparsity", 0.4),
         ("--structure 2:4", "settings.structure", "2:4"),
         ("--outlier-multiple 7 -a owl", "settings.outlier_multiple", 7.0),
@@ -58,7 +58,6 @@ TABLE = {
         ("--device cpu", "hardware.device", "cpu"),
         ("--dtype bfloat16", "hardware.dtype", "bfloat16"),
         ("--batch-size 3", "hardware.batch_size", 3),
-        ("--tune 1.5", "tune_minutes", 1.5),
         ("--resume", "resume", True),
         ("--force", "force", True),
         ("--json", "as_json", True),
@@ -173,7 +172,7 @@ TABLE = {
         ("--perplexity other", "text", "other"),
         ("--plan plan.yaml", "plan.prompt", (99,)),
         ("--method alps --method wanda", "plan.methods", ("alps", "wanda")),
-        ("--allocation dlp --allocation owl", "plan.allocations", ("dlp", "owl")),
+        ("--allocation linear --allocation owl", "plan.allocations", ("linear", "owl")),
         ("--sparsity 0.4 --sparsity 0.6", "plan.sparsities", (0.4, 0.6)),
         ("--target owl:int8 --target owl", "plan.targets", ("owl:int8", "owl")),
         ("--pairs 9", "plan.pairs", 9),
@@ -249,9 +248,9 @@ def at(found, where):
 
 
 def options(line):
-    """All spellings of each option of the verb of a line, the long one first."""
+    """All spellings of each option of a verb but the hidden ones, the long one first."""
     verb = get_command(app).commands[line.split()[0]]
-    known = [one for one in verb.params if one.param_type_name == "option"]
+    known = [one for one in verb.params if one.param_type_name == "option" and not one.hidden]
     spelled = [sorted(one.opts, key=len, reverse=True) for one in known]
     return spelled + [[name] for one in known for name in one.secondary_opts]
 

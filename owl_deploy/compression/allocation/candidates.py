@@ -1,8 +1,6 @@
 """The pass in which every Linear is made in several ways, by what enters it.
 
-What the ways cost (`sensitivity`) begins with it, by the dense model's inputs. What a search puts
-together (`judge`) does, too, by inputs that the blocks before give when they are pruned as the
-search begins: a pruning goes so as well, and makes up for what was lost before.
+What the ways cost (`sensitivity`) begins with it, by the dense model's inputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from owl_deploy.compression.allocation.interpolate import in_steps, mixed, of_linear
 from owl_deploy.compression.input_statistics import Inputs
 from owl_deploy.compression.layer import Maker, zeros
 from owl_deploy.compression.measure import gather
@@ -25,66 +22,49 @@ from owl_deploy.utils.progress import Advance, bar
 class Trial:
     """Makes each pruned Linear in each of the `ways`; what it finds is the `store`'s pass `name`.
 
-    `divided`: the sparsities of each block's Linears that the blocks before have, `mixed` from the
-    `ways`, which tell sparsities in order then; without it they are dense. Found of each Linear is
-    the `difference` [ways, out, in] from its weight, int8, in steps of `step` [ways, out], and its
-    `zeros` [ways, 2]: after and before. Finished blocks are durable, for a run that resumes. Of
-    several processes each runs its part of the windows and makes its part of the Linears; the first
-    writes the files, and all read them.
+    Found of each Linear is the `difference` [ways, out, in] from its weight, int8, in steps of
+    `step` [ways, out], and its `zeros` [ways, 2]: after and before. Finished blocks are durable,
+    for a run that resumes. Of several processes each runs its part of the windows and makes its
+    part of the Linears; the first writes the files, and all read them.
     """
 
     def __init__(
-        self,
-        request: Request,
-        store: Store,
-        name: str,
-        maker: Maker,
-        ways: Sequence[Format],
-        divided: Sequence[Mapping[str, float]] | None = None,
+        self, request: Request, store: Store, name: str, maker: Maker, ways: Sequence[Format]
     ) -> None:
         self.request, self.store, self.name = request, store, name
-        self.maker, self.ways, self.divided = maker, ways, divided
+        self.maker, self.ways = maker, ways
 
     @torch.no_grad()
-    def run(self, title: str, beside: Activations | None = None) -> None:
-        """Make what the store lacks; with `beside`, states of other windows, which go through the
-        dense model too, what `entered` each block of them is kept as well.
+    def run(self, title: str, beside: Activations) -> None:
+        """Make what the store lacks; `beside`, states of other windows, go through the dense model
+        too, and what `entered` each block of them is kept as well.
         """
         request, names = self.request, self.request.shape.names
         known = already(request, self.store, self.name)
         whole = known.issuperset(names)  # then nothing asks for the calibration windows
-        if whole and not beside:
-            return
-        hidden = request.skeleton.embed(request.own_windows, request.batch, self.store.folder)
-        passes = len(names)
-        if self.divided is not None:  # each block but the last is run as it is pruned, too
-            passes = len(names) - len(known) + len(names) - 1
-        total = 0 if whole else passes * request.steps
-        with bar(title, total + (len(names) * len(beside.hidden) if beside else 0)) as advance:
+        hidden = None
+        if not whole:
+            hidden = request.skeleton.embed(request.own_windows, request.batch, self.store.folder)
+        steps = 0 if hidden is None else request.steps
+        with bar(title, len(names) * (steps + len(beside.hidden))) as advance:
             for index, name in enumerate(names):
-                entered = {"entered": beside.hidden.clone()} if beside else {}
+                entered = {"entered": beside.hidden.clone()}
                 with request.skeleton.loaded(name) as block:
-                    if name not in known:
+                    if hidden is not None and name not in known:
                         found = self._block(block, index, hidden, advance)
                         if request.ranks.leads:
                             self.store.keep(name, self.name, found | entered)
-                    elif self.divided is not None:
-                        found = self.store.measured(name, self.name)
-                    elif not whole:
+                    elif hidden is not None:
                         hidden.through(block, index, advance, keep=True)
-                    if beside:
-                        beside.through(block, index, advance, keep=True)
-                    if self.divided is not None and index + 1 < len(names):
-                        self._prune(index, found, self.divided[index])
-                        hidden.through(block, index, advance, keep=True)
+                    beside.through(block, index, advance, keep=True)
 
     def _block(
         self, block: nn.Module, index: int, hidden: Activations, advance: Advance
     ) -> dict[str, torch.Tensor]:
-        """What is found of block `index` by what `hidden` it is given, which leaves it if dense."""
+        """What is found of block `index` by what `hidden` it is given, which then leaves it."""
         request, hessian = self.request, self.maker.settings.needs == "hessian"
-        linears, keep = request.skeleton.linears(index), self.divided is None
-        statistics = gather(request, block, index, hidden, advance, keep=keep, hessian=hessian)
+        linears = request.skeleton.linears(index)
+        statistics = gather(request, block, index, hidden, advance, keep=True, hessian=hessian)
         owner = divide(statistics, linears, request.ranks, hessian=hessian)
         found: dict[str, torch.Tensor] = {}
         for key in request.shape.linears[index]:
@@ -92,15 +72,6 @@ class Trial:
                 dense = linears[key].weight.float()
                 found |= self._linear(key, dense, Inputs(statistics, key))
         return request.ranks.merged(found, request.skeleton.device)
-
-    def _prune(
-        self, index: int, found: Mapping[str, torch.Tensor], sparsities: Mapping[str, float]
-    ) -> None:
-        """Give the Linears of block `index`, which is loaded, these `sparsities`."""
-        linears, tried = self.request.skeleton.linears(index), [way.sparsity for way in self.ways]
-        for key, sparsity in sparsities.items():
-            weight, (difference, step) = linears[key].weight, of_linear(found, key)
-            weight.copy_(mixed(weight.float(), difference, step, tried, sparsity))
 
     def _linear(self, key: str, dense: torch.Tensor, inputs: Inputs) -> dict[str, torch.Tensor]:
         kept, shares, gone = [], [], zeros(dense)
@@ -114,6 +85,17 @@ class Trial:
             f"{key}.step": step,
             f"{key}.zeros": torch.tensor(shares, dtype=torch.float64),
         }
+
+
+def in_steps(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `difference` [out, in] as int8, in steps [out] of a 127th of each row's largest."""
+    step = difference.abs().amax(dim=1) / 127
+    return (difference / step.clamp(min=1e-30).unsqueeze(1)).round().to(torch.int8), step
+
+
+def of_linear(found: Mapping[str, torch.Tensor], key: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The difference and its step of a Linear, of all that was `found` of its block."""
+    return found[f"{key}.difference"], found[f"{key}.step"]
 
 
 def already(request: Request, store: Store, name: str) -> set[str]:

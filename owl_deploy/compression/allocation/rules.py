@@ -1,61 +1,40 @@
-"""How sparsity is divided over blocks or Linears: the table of allocations, and the rule of each.
+"""How sparsity is divided over the blocks: the table of allocations, and the rule of each.
 
-All functions are pure and in float64. A rule maps (target sparsity, weights of each part, the
-statistic of each part, spread) to one sparsity a part: a block, or a Linear, as its row says.
-Sparsity is the share of weights removed, in [0, 1]; the mean over the parts, weighted by their
-numbers of weights, is the target whatever the bounds do to it. `spread` is half the range of the
-sparsities, in every rule.
+All functions are pure and in float64. A rule maps (target sparsity, weights of each block, the
+outlier ratio of each block, spread) to one sparsity a block. Sparsity is the share of weights
+removed, in [0, 1]; the mean over the blocks, weighted by their numbers of weights, is the target
+whatever the bounds do to it. `spread` is half the range of the sparsities, in every rule.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+from owl_deploy.errors import BadInput
 
 Rule = Callable[[float, Sequence[int], Sequence[float], float], list[float]]
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """What a rule asks of a block, or of a Linear, of the dense model.
-
-    `measure`: "module:function", which maps (Wanda's scores of the Linears, outlier multiple) to a
-    number; with `hessian` (the weight [out, in] of one Linear, the X^T X [in, in] of its inputs),
-    and a block has the mean over its Linears. `counts_outliers`: whether the multiple (M) means
-    anything to it.
-    """
-
-    measure: str
-    counts_outliers: bool = False
-    hessian: bool = False
 
 
 @dataclass(frozen=True)
 class Allocation:
     """One way to divide sparsity over the blocks, or over the Linears.
 
-    `rule`: None where the sparsities are given one by one, or are searched for, or follow from a
-    budget, or from losses. `spread`: the default, which its paper takes; 0 where nothing is spread.
-    `statistic`: what the rule looks at (None: nothing). `per`: what gets a sparsity of its own; the
-    Linears of a block share the block's. `losses`: whether it asks, in place of a rule, what each
-    Linear's sparsity would cost the model's loss (`prune/fisher.py`).
+    `rule`: None where the sparsities are given one by one, or follow from a budget, or from losses.
+    `spread`: the default, which its paper takes; 0 where nothing is spread. `counts_outliers`:
+    whether the rule looks at the blocks' outlier ratios, and the outlier multiple (M) means
+    anything to it. `losses`: whether it asks, in place of a rule, what each Linear's sparsity would
+    cost the model's loss (`allocation/fisher.py`).
     """
 
     rule: Rule | None
     spread: float = 0.0
-    statistic: Statistic | None = None
-    per: Literal["block", "Linear"] = "block"
+    counts_outliers: bool = False
     losses: bool = False
 
     @property
     def divides(self) -> bool:
         """Whether it divides a sparsity that is asked for."""
         return self.rule is not None or self.losses
-
-    @property
-    def counts_outliers(self) -> bool:
-        """Whether the outlier multiple (M) means anything to it."""
-        return self.statistic is not None and self.statistic.counts_outliers
 
 
 def uniform(
@@ -71,23 +50,9 @@ def owl(
     """Less sparsity for blocks with more outliers (OWL, arXiv 2310.05175, section 3.2).
 
     The densities are the outlier ratios scaled to a range of 2 * `spread`, then moved so that the
-    mean is kept. Equal ratios give the uniform sparsity. With a ratio for each Linear, of its
-    scores above a multiple of their own mean, the same rule tells the Linears of a block apart.
+    mean is kept. Equal ratios give the uniform sparsity.
     """
     return hold_mean([-density for density in _scaled(ratios, spread)], sizes, sparsity)
-
-
-def low_first(
-    sparsity: float, sizes: Sequence[int], values: Sequence[float], spread: float
-) -> list[float]:
-    """Less sparsity for blocks of a lower statistic: 1 - value / sum(values), moved as in OWL.
-
-    Of their median score: Dynamic Layerwise Pruning (DLP, arXiv 2505.23807). Of the error of their
-    outputs without half of each row: "Layer-wise Sparsity Allocation for Large Language Model
-    Pruning Based on Minimal Linear Reconstruction Error" (LSA, ICLR 2026,
-    openreview.net/forum?id=xq3lza5IjN, section 3; its form by layer).
-    """
-    return hold_mean(_scaled(values, spread), sizes, sparsity)
 
 
 def linear(
@@ -174,23 +139,25 @@ def _scaled(values: Sequence[float], spread: float) -> list[float]:
     return [(value - lowest) / (highest - lowest) * 2 * spread for value in values]
 
 
-_OUTLIERS = Statistic("owl_deploy.compression.pruning.score:outlier_ratio", counts_outliers=True)
-_MEDIAN = Statistic("owl_deploy.compression.pruning.score:median_score")
-_ERROR = Statistic("owl_deploy.compression.allocation.least_error:least_error", hessian=True)
-
-SEARCHED = "searched"  # what `owl prune --tune` finds
 DEFAULT = "fisher"  # what lost least, with every method and at every sparsity that was measured
 
-# ATP searches its spread; the others' are OWL's lambda, DLP's alpha and LSA's beta, at 70 %.
+# ATP searches its spread; OWL's is its lambda, at 70 %.
 ALLOCATIONS: dict[str, Allocation] = {
-    "owl": Allocation(owl, 0.08, _OUTLIERS),
-    "owl-per-linear": Allocation(owl, 0.08, _OUTLIERS, per="Linear"),
-    "dlp": Allocation(low_first, 0.15, _MEDIAN),
-    "lsa": Allocation(low_first, 0.15, _ERROR),
+    "owl": Allocation(owl, 0.08, counts_outliers=True),
     "linear": Allocation(linear, 0.15),
     "uniform": Allocation(uniform),
-    "fisher": Allocation(None, losses=True, per="Linear"),
+    "fisher": Allocation(None, losses=True),
     "list": Allocation(None),
-    SEARCHED: Allocation(None, per="Linear"),
-    "budget": Allocation(None, per="Linear"),
+    "budget": Allocation(None),
 }
+
+# What earlier versions had. Their recipes list layers, and so are read without these names.
+GONE = ("lsa", "dlp", "owl-per-linear", "searched")
+
+
+def check_not_gone(name: object) -> None:
+    """Raise `BadInput` for an allocation that only earlier versions had."""
+    if name in GONE:
+        raise BadInput(
+            f"--allocation {name} is gone.", f"Use {DEFAULT} (the default), owl or linear."
+        )

@@ -29,8 +29,7 @@ from typing import TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from owl_deploy.compression.allocation.candidates import Trial, already
-from owl_deploy.compression.allocation.interpolate import of_linear
+from owl_deploy.compression.allocation.candidates import Trial, already, of_linear
 from owl_deploy.compression.layer import Maker
 from owl_deploy.compression.measure import VALUES
 from owl_deploy.compression.quantization.formats import Costs, Format, formats, packed_size
@@ -134,7 +133,7 @@ def remembered(
     For these weights and this text (wherever they lie), device and dtype, and what the `settings`
     make of a Linear; another machine, or other threads, may round sums otherwise.
     """
-    decided = request.deciding() | {"tune_minutes": None, "measurement": _VERSION, **asked}
+    decided = request.deciding() | {"measurement": _VERSION, **asked}
     decided[ROUNDING] = None  # the order of sums, which is not worth another hour
     decided["held_out"] = token_digest(request.measured_by)
     decided["calibration"] = (request.describe_calibration() or {}) | {"source": None}

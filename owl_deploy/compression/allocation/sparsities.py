@@ -35,20 +35,8 @@ class Shape:
         return [{name: next(values) for name in own} for own in self.linears]
 
 
-@dataclass(frozen=True)
-class BlockStatistics:
-    """What the dense pass finds of a block.
-
-    The outlier ratio of the whole block, in percent; and what the allocation's rule asks for: one
-    value, or, where each Linear gets its own sparsity, one for every pruned Linear in their order.
-    Of a block of which nothing is pruned there is neither.
-    """
-
-    outlier_ratio: float | None
-    values: list[float]
-
-
-Statistics = Sequence[BlockStatistics]
+# Of each block, in percent; None of a block of which nothing is pruned.
+OutlierRatios = Sequence[float | None]
 
 
 def select(
@@ -77,35 +65,29 @@ def select(
 
 
 def linear_sparsities(
-    settings: PruneSettings, shape: Shape, statistics: Statistics | None
+    settings: PruneSettings, shape: Shape, ratios: OutlierRatios | None
 ) -> list[dict[str, float]]:
     """For each block, its pruned Linears' sparsities by name: the explicit list, or by the rule.
 
     Where what is made is rounded, a Linear that the list leaves out is there as well, and nothing
-    of it is removed.
+    of it is removed. `ratios`: of outliers, where the rule looks at them.
     """
     if settings.layers is not None:
         return _explicit(settings, shape, settings.layers)
-    allocation = ALLOCATIONS[settings.allocation]
-    pruned = [own for own in shape.linears if own]
-    if allocation.per == "Linear":
-        sizes = [size for own in pruned for size in own.values()]
-        return shape.by_block(_by_rule(settings, sizes, statistics))
-    found = iter(_by_rule(settings, [sum(own.values()) for own in pruned], statistics))
-    return [dict.fromkeys(own, next(found)) if own else {} for own in shape.linears]
+    sizes = [sum(own.values()) for own in shape.linears if own]
+    values = [ratio for ratio in ratios or () if ratio is not None]
+    by_block = iter(_by_rule(settings, sizes, values))
+    return [dict.fromkeys(own, next(by_block)) if own else {} for own in shape.linears]
 
 
-def _by_rule(
-    settings: PruneSettings, sizes: Sequence[int], statistics: Statistics | None
-) -> list[float]:
-    """The sparsities of parts of these `sizes`, by the rule of the allocation.
+def _by_rule(settings: PruneSettings, sizes: Sequence[int], ratios: Sequence[float]) -> list[float]:
+    """The sparsities of blocks of these `sizes`, by the rule of the allocation.
 
-    No part is emptied (see `most_removed`). Of N:M, every N is 1 at least, and M - 1 at most.
+    No block is emptied (see `most_removed`). Of N:M, every N is 1 at least, and M - 1 at most.
     """
     rule = ALLOCATIONS[settings.allocation].rule
     assert rule is not None
-    values = [v for block in statistics or () for v in block.values]
-    found = rule(settings.sparsity, sizes, values, settings.spread)
+    found = rule(settings.sparsity, sizes, ratios, settings.spread)
     least, most = 0.0, most_removed(settings.sparsity)
     if settings.group is not None:
         least, most = 1 / settings.group[1], 1 - 1 / settings.group[1]

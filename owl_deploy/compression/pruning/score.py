@@ -37,14 +37,9 @@ def wanda_share(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
 def outlier_ratio(scores: Sequence[torch.Tensor], multiple: float) -> float:
     """The layerwise outlier distribution of one block, in percent (OWL, arXiv 2310.05175, eq. 2).
 
-    `scores`: Wanda's score of each Linear of the block, or of one alone. The ratio is the share,
+    `scores`: Wanda's score of each Linear of the block. The ratio is the share,
     over all of them together, of scores above `multiple` times their mean.
     """
     size = sum(tensor.numel() for tensor in scores)
     mean = sum(float(tensor.sum(dtype=torch.float64)) for tensor in scores) / size
     return 100.0 * sum(int((tensor > multiple * mean).sum()) for tensor in scores) / size
-
-
-def median_score(scores: Sequence[torch.Tensor], _multiple: float = 0) -> float:
-    """The lower median of Wanda's scores over all Linears of a block (DLP, arXiv 2505.23807)."""
-    return float(torch.cat([tensor.flatten() for tensor in scores]).median())

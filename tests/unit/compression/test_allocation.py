@@ -16,12 +16,6 @@ def test_the_hand_worked_case():
     assert found == pytest.approx([0.77111, 0.71778, 0.61111], abs=5e-6)
 
 
-def test_the_hand_worked_case_for_linears():
-    # Scaled to a range of 0.16: 0, 0.16 / 3, 0.16. Their mean over 60 weights is 4.8 / 60 = 0.08.
-    found = rules.owl(0.7, [10, 30, 20], [1, 2, 4], 0.08)
-    assert found == pytest.approx([0.78, 0.78 - 0.16 / 3, 0.62])
-
-
 def test_equals_the_papers_map_where_no_bound_is_hit():
     ratios = [0.4, 1.7, 0.9, 3.3, 2.0]
     found = rules.owl(0.6, [7] * 5, ratios, 0.1)
@@ -49,16 +43,6 @@ def test_equal_ratios_give_uniform():
 def test_a_bound_moves_the_others_and_keeps_their_differences():
     found = rules.hold_mean([0.0, 0.4, 0.8], [1, 1, 1], 0.8)
     assert found == pytest.approx([0.5, 0.9, 1.0])
-
-
-def test_dlp_gives_less_to_blocks_with_high_medians():
-    # importance 1 - u / sum(u); the code's map: density 0.3 + (scaled - mean(scaled))
-    medians, spread = [0.2, 0.5, 0.3], 0.15
-    importance = [1 - value / sum(medians) for value in medians]
-    low, high = min(importance), max(importance)
-    scaled = [(value - low) / (high - low) * 2 * spread for value in importance]
-    expected = [1 - (value - sum(scaled) / 3 + 0.3) for value in scaled]
-    assert rules.low_first(0.7, [5, 5, 5], medians, spread) == pytest.approx(expected, abs=1e-12)
 
 
 def test_linear_grows_by_equal_steps():

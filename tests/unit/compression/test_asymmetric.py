@@ -55,7 +55,7 @@ def test_each_linear_aims_at_what_the_dense_model_has(
     settings = PruneSettings.checked(**ASKED)
     prune(models[family], tmp_path / "out", settings, calibration)
     dense, pruned = loaded(models[family]), loaded(tmp_path / "out")
-    request = check(models[family], settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    request = check(models[family], settings, calibration, ANY_HARDWARE)
     blocks, stages = request.shape.names, reference.STAGES[family]
     names = [f"{block}.{name}" for block in blocks for own, _ in stages for name in own]
     expected = reference.aims(dense, pruned, request.windows, blocks, stages)
@@ -72,7 +72,7 @@ def test_the_stream_comes_nearer_than_without(models, tmp_path, calibration):
     """On the text that it was made by."""
     dense = loaded(models["llama"])
     settings = PruneSettings.checked(**ASKED)
-    text = check(models["llama"], settings, calibration, ANY_HARDWARE, tune_minutes=None).windows
+    text = check(models["llama"], settings, calibration, ANY_HARDWARE).windows
     wanted = reference.seen(dense, text, "model.layers.1", output=True)
     errors = []
     for name in (False, True):

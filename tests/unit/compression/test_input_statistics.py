@@ -184,7 +184,7 @@ def test_running_means_count_where_values_are_rounded(llama, text_file, tmp_path
     settings = PruneSettings.checked(
         method="sparsegpt", sparsity=0.5, bits=bits, allocation="uniform"
     )
-    request = check(llama, settings, text, ANY_HARDWARE, tune_minutes=None)
+    request = check(llama, settings, text, ANY_HARDWARE)
     hidden = request.skeleton.embed(request.own_windows, request.batch, tmp_path)
     with request.skeleton.loaded(request.skeleton.names[0]) as block:
         found = gather(request, block, 0, hidden, print, keep=False, hessian=True)

@@ -19,7 +19,7 @@ from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.models.families import FAMILIES
 from tests import tiny
 
-ALLOCATIONS = ("uniform", "owl", "owl-per-linear", "dlp", "linear")
+ALLOCATIONS = ("uniform", "owl", "fisher", "linear")
 STRUCTURES = ("unstructured", "2:4", "3:8")
 CHOICES = (tuple(tiny.REMOVING), ALLOCATIONS, STRUCTURES, tuple(tiny.FAMILIES))
 
@@ -27,7 +27,7 @@ CHOICES = (tuple(tiny.REMOVING), ALLOCATIONS, STRUCTURES, tuple(tiny.FAMILIES))
 def is_quick(*picks):
     """Whether a combination, by its places in `CHOICES`, is among the few that hold all pairs."""
     method, allocation, structure, family = picks
-    return (method + allocation + family) % 5 == (method + structure + 2 * family) % 3 == 0
+    return (method + allocation + family) % 4 == (method + structure + 2 * family) % 3 == 0
 
 
 QUICK, SLOW = [], []
@@ -68,7 +68,9 @@ def test_every_pair_is_among_the_quick(one, other):
     [*QUICK, *(pytest.param(*combination, marks=pytest.mark.slow) for combination in SLOW)],
 )
 def test_every_combination(models, text_file, tmp_path, method, allocation, structure, family):
-    values = {"method": method, "allocation": allocation, "structure": structure, "spread": 0.1}
+    values = {"method": method, "allocation": allocation, "structure": structure}
+    if allocation in ("owl", "linear"):
+        values["spread"] = 0.1
     if structure == "unstructured":
         values["sparsity"] = 0.6
     settings = PruneSettings.checked(**values)

@@ -201,24 +201,6 @@ def test_a_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     assert state(task) == "outdated"
 
 
-def test_a_searched_checkpoint_without_a_receipt_is_judged_by_its_manifest(tmp_path):
-    plain = ALL[0].model_copy(update={"output": tmp_path})
-    task = plain.model_copy(update={"tune_minutes": 15.0})
-    found = task.settings.model_copy(update={"allocation": "searched", "spread": 0.0})
-    manifest = CheckpointManifest(
-        settings=Pruning.model_validate(found.model_dump()),
-        calibration={"source": "t.txt", "samples": 128, "sequence_length": 2048},
-        tuning=[{"name": "uniform", "divergence": 0.5, "seconds": 1.0}],
-    )
-    manifest.write(tmp_path)
-    assert state(task) == "done"
-    assert state(plain) == "outdated"
-    assert (
-        state(task.model_copy(update={"settings": PruneSettings.checked(sparsity=0.6)}))
-        == "outdated"
-    )
-
-
 def test_a_checkpoint_to_a_budget_without_a_receipt_is_judged_by_its_manifest(tmp_path):
     asked = PruneSettings.checked(budget="400MB")
     task = ALL[0].model_copy(update={"output": tmp_path, "settings": asked})

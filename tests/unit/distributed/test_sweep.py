@@ -124,7 +124,7 @@ def test_a_target_without_a_precision_has_its_own(checkpoint: Path) -> None:
     ("wrong", "words"),
     [
         ({"targets": ("onnxruntime", "owl:int2")}, "'owl' has no precision 'int2'"),
-        ({"allocations": ("owl", "searched")}, "'searched' is what owl prune --tune finds"),
+        ({"allocations": ("owl", "searched")}, "--allocation searched is gone"),
         ({"methods": ("wandb",)}, "Did you mean 'wanda'"),
         ({"sparsities": (1.5,)}, "impossible"),
         ({"pairs": 0}, "--pairs 0 is too small"),

@@ -162,9 +162,9 @@ def test_a_reconstruction_does_not_measure_again(llama, tmp_path, monkeypatch):
     (tmp_path / "long.txt").write_text(tiny.text(20_000))
     calibration = Calibration(str(tmp_path / "long.txt"), samples=72, sequence_length=512)
     settings = PruneSettings.checked(method="sparsegpt", allocation="fisher", sparsity=0.5)
-    first = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    first = check(llama, settings, calibration, ANY_HARDWARE)
     reconstructed = settings.model_copy(update={"reconstruct": 1})
-    again = check(llama, reconstructed, calibration, ANY_HARDWARE, tune_minutes=None)
+    again = check(llama, reconstructed, calibration, ANY_HARDWARE)
     assert first.held_out is not None
     assert again.held_out is not None
     assert len(again.held_out) > len(first.held_out) == 8
@@ -179,7 +179,7 @@ def test_losses_are_known_by_the_weights_content(llama, text_file, tmp_path, mon
     settings = PruneSettings.checked(method="wanda", allocation="fisher", sparsity=0.5)
 
     def found(folder, output):
-        request = check(folder, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+        request = check(folder, settings, calibration, ANY_HARDWARE)
         return losses_of(request, tmp_path / output)
 
     first = found(llama, "first")
@@ -229,7 +229,7 @@ def test_a_model_is_pruned_by_it(llama, text_file, tmp_path, method, structure):
 def test_what_it_goes_by_is_the_loss_of_what_the_method_leaves(llama, text_file, tmp_path, method):
     settings = PruneSettings.checked(method=method, allocation="fisher", sparsity=0.5)
     calibration = Calibration(str(text_file), samples=4, sequence_length=256, seed=3)
-    request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    request = check(llama, settings, calibration, ANY_HARDWARE)
     ways = [Format(None, one) for one in (0.3, 0.5, 0.7)]
     with only_writer(tmp_path / "out"):
         store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
@@ -269,17 +269,6 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     prune(llama, tmp_path / "out", settings, calibration, resume=True)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
     assert one == other
-
-
-def test_a_search_begins_with_it(llama, text_file, tmp_path):
-    settings = PruneSettings.checked(method="wanda", allocation="fisher", sparsity=0.5)
-    calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    found = prune(llama, tmp_path / "out", settings, calibration, tune_minutes=0.01)
-    assert found.tuning is not None
-    names = [one.name for one in found.tuning]
-    assert names[0] == "fisher"
-    assert {"linear, spread 0.15", "uniform"} <= set(names)
-    assert found.settings.allocation == "searched"
 
 
 def test_where_nothing_goes_nothing_is_measured(llama, text_file, tmp_path, monkeypatch):
@@ -322,7 +311,7 @@ def test_bad_input(llama, tmp_path):
 def test_what_costs_most_is_pruned_least(llama, text_file, monkeypatch, bits):
     settings = PruneSettings.checked(method="wanda", allocation="fisher", sparsity=0.5, bits=bits)
     calibration = Calibration(str(text_file), samples=4, sequence_length=48)
-    request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    request = check(llama, settings, calibration, ANY_HARDWARE)
     tried = set()
 
     def measured(request, store, settings, ways):

@@ -33,7 +33,7 @@ def model(request, tmp_path_factory):
 def asked(model, text_file, size="4", **values):
     settings = PruneSettings.checked(budget=size, **{"asymmetric": False} | values)
     calibration = Calibration(str(text_file), samples=5, sequence_length=48, seed=3)
-    return check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    return check(model, settings, calibration, ANY_HARDWARE)
 
 
 def measured(request, folder):
@@ -204,7 +204,7 @@ def test_other_questions_are_measured_anew(llama, text_file, values, text):
         )
         whole = {"samples": 5, "sequence_length": 48} | text
         calibration = Calibration(str(text_file), **whole)
-        request = check(llama, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+        request = check(llama, settings, calibration, ANY_HARDWARE)
         kind = TypeAdapter(int)
         return sensitivity.remembered(request, settings, {}, kind, lambda: next(count))
 

@@ -4,41 +4,25 @@ import pytest
 
 from owl_deploy.compression.allocation import sparsities
 from owl_deploy.compression.allocation.rules import ALLOCATIONS, Allocation
-from owl_deploy.compression.allocation.sparsities import BlockStatistics, Shape, linear_sparsities
+from owl_deploy.compression.allocation.sparsities import Shape, linear_sparsities
 from owl_deploy.compression.settings import PruneSettings
 from owl_deploy.errors import BadInput
 
 SHAPE = Shape(("m.0", "m.1", "m.2"), ({"q": 10, "up": 30}, {}, {"q": 10, "up": 50}))
 
 
-@pytest.mark.parametrize(
-    ("per", "sizes", "values", "expected"),
-    [
-        ("block", [40, 60], [1, 3], [{"q": 0.1, "up": 0.1}, {}, {"q": 0.3, "up": 0.3}]),
-        (
-            "Linear",
-            [10, 30, 10, 50],
-            [1, 5, 3, 7],
-            [{"q": 0.1, "up": 0.5}, {}, {"q": 0.3, "up": 0.7}],
-        ),
-    ],
-)
-def test_a_rule_sees_its_parts_in_model_order(monkeypatch, per, sizes, values, expected):
+def test_a_rule_sees_its_blocks_in_model_order(monkeypatch):
     seen = []
 
     def tenth(*arguments):
         seen.append(arguments)
         return [value / 10 for value in arguments[2]]
 
-    monkeypatch.setitem(ALLOCATIONS, "tenth", Allocation(tenth, 0.2, None, per))
-    each = iter(values)
-    statistics = [
-        BlockStatistics(None, [next(each) for _ in (own if per == "Linear" else own and "b")])
-        for own in SHAPE.linears
-    ]
+    monkeypatch.setitem(ALLOCATIONS, "tenth", Allocation(tenth, 0.2))
     settings = PruneSettings.checked(allocation="tenth", sparsity=0.35, outlier_multiple=4)
-    assert linear_sparsities(settings, SHAPE, statistics) == expected
-    assert seen == [(0.35, sizes, values, 0.2)]
+    expected = [{"q": 0.1, "up": 0.1}, {}, {"q": 0.3, "up": 0.3}]
+    assert linear_sparsities(settings, SHAPE, [1, None, 3]) == expected
+    assert seen == [(0.35, [40, 60], [1, 3], 0.2)]
 
 
 def test_a_list_may_name_blocks_and_linears():
@@ -120,36 +104,31 @@ def test_something_must_be_left():
         sparsities.select(NAMES, LINEARS, ["q", "v", "up"])
 
 
-def test_mixed_groups_are_whole_numbers_for_each_linear(monkeypatch):
-    monkeypatch.setitem(
-        ALLOCATIONS, "given", Allocation(lambda *_: [0.3, 0.5, 0.6, 0.6], per="Linear")
-    )
-    shape = Shape(("m.0", "m.1"), ({"q": 1, "up": 1}, {"q": 1, "up": 1}))
+def test_mixed_groups_are_whole_numbers_for_each_block(monkeypatch):
+    monkeypatch.setitem(ALLOCATIONS, "given", Allocation(lambda *_: [0.3, 0.5, 0.6, 0.6]))
+    shape = Shape([f"m.{number}" for number in range(4)], [{"q": 1, "up": 1}] * 4)
     settings = PruneSettings.checked(allocation="given", structure="4:8")
-    found = linear_sparsities(settings, shape, [BlockStatistics(None, [0.0])] * 2)
-    values = [value for own in found for value in own.values()]
+    found = linear_sparsities(settings, shape, None)
+    values = [own["q"] for own in found]
     assert sum(values) == pytest.approx(2.0, abs=1 / 16)
     assert all(8 * value == round(8 * value) for value in values)
 
 
 def test_a_block_that_is_skipped_does_not_move_the_others():
     """Its share is not 0 outliers: then the others would have half the range."""
-    ratios = [BlockStatistics(None, ratio) for ratio in ([4.0], [], [6.0])]
     settings = PruneSettings.checked(allocation="owl", sparsity=0.5, spread=0.1)
-    found = linear_sparsities(settings, SHAPE, ratios)
+    found = linear_sparsities(settings, SHAPE, [4.0, None, 6.0])
     assert found[1] == {}
     assert found[0]["q"] - found[2]["q"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("structure", ["unstructured", "1:2", "1:4", "2:4", "3:4", "6:8"])
-@pytest.mark.parametrize("allocation", ["owl", "owl-per-linear", "dlp", "lsa", "linear", "uniform"])
+@pytest.mark.parametrize("allocation", ["owl", "linear", "uniform"])
 def test_no_rule_empties_a_part_and_the_mean_is_held(allocation, structure):
     shape = Shape([f"m.{n}" for n in range(6)], [{"q": 64, "up": 128}] * 6)
-    parts = 2 if allocation == "owl-per-linear" else 1
     asked = {"sparsity": 0.95} if structure == "unstructured" else {"structure": structure}
     settings = PruneSettings.checked(allocation=allocation, spread=0.5, **asked)
-    ratios = [BlockStatistics(None, [float(n + p) for p in range(parts)]) for n in range(6)]
-    found = linear_sparsities(settings, shape, ratios)
+    found = linear_sparsities(settings, shape, [float(number) for number in range(6)])
     every = [one for own in found for one in own.values()]
     group = settings.group
     most = 0.9875 if group is None else 1 - 1 / group[1]

@@ -175,7 +175,6 @@ def test_what_is_skipped_stays(model, tmp_path, calibration):
         (["--budget", "4", "--structure", "2:4"], "and the settings say structure as well."),
         (["--budget", "4", "--head-sparsity", "0.5"], "the settings say head sparsity as well."),
         (["--budget", "4", "--group", "48"], "--group 48 is not possible."),
-        (["--budget", "4", "--tune", "5"], "There is nothing to tune"),
         (["-a", "budget"], "The allocation 'budget' needs one. Give --budget."),
     ],
 )
@@ -229,11 +228,10 @@ def test_the_least_and_the_most_that_are_said_can_be_had(model, calibration, uni
                 PruneSettings.checked(budget=budget),
                 calibration,
                 ANY_HARDWARE,
-                tune_minutes=None,
             )
         said = refused.value.message.rpartition(", ")[2].removesuffix(".")
         settings = PruneSettings.checked(budget=said.partition(" ")[0])
-        check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+        check(model, settings, calibration, ANY_HARDWARE)
 
 
 def test_the_command_line(owl, model, text_file, tmp_path):

@@ -64,7 +64,7 @@ def test_its_cost_is_the_divergence_of_the_model_with_it(
     settings = PruneSettings.checked(budget="60kB", method="none")
     # The budget is not what is looked at: any that is possible.
     settings = PruneSettings.checked(budget=possible(model, settings, calibration), method="none")
-    request = check(model, settings, calibration, ANY_HARDWARE, tune_minutes=None)
+    request = check(model, settings, calibration, ANY_HARDWARE)
     store = Store(tmp_path / "out", request.deciding(), resume=False, force=True)
     eight, four = measure_head(request, store)
 
@@ -100,7 +100,6 @@ def possible(model, settings, calibration, refused="1kB"):
             settings.model_copy(update={"budget": refused}),
             calibration,
             ANY_HARDWARE,
-            tune_minutes=None,
         )
     return told.value.message.rpartition(", ")[2].removesuffix(".")
 
