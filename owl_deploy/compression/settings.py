@@ -48,7 +48,7 @@ class PruneSettings(BaseModel):
     names to values. `refit`: whether the weights that are left get the values that suit them best;
     ALPS does it in any case. `reconstruct`: epochs for which each half of a pruned block is trained
     to give the dense one's output. `asymmetric`: whether each Linear makes up for what those before
-    it have lost as well (`prune/asymmetric.py`), of a method whose weights make up for others; None
+    it have lost as well (`gptaq.py`), of a method whose weights make up for others; None
     stands for yes where weights are rounded.
     """
 

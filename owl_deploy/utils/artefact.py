@@ -122,7 +122,7 @@ def only_writer(destination: Path, force: bool = False, *inputs: str | Path) -> 
     """Let no other run write `destination` meanwhile; refuse one that may not be written at all.
 
     See `check_output` and, for its `inputs`, `check_apart`. Whoever writes holds the lease
-    `.NAME.owl-lock` (lease.py), and loses it if it stands still for long: see `check_writer`. What
+    `.NAME.owl-lock` (lock.py), and loses it if it stands still for long: see `check_writer`. What
     killed runs left is cleared first.
     """
     check_parent(destination)

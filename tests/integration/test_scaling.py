@@ -38,7 +38,7 @@ def test_more_ranks_divide_the_text_and_the_linears_but_the_largest() -> None:
     assert two["forward"] == one["forward"] / 2
     assert two["statistics"] == one["statistics"] / 2
     assert (two["read"], two["write"]) == (one["read"], one["write"])
-    # q, k, v and o are one rank's, gate, up and down the other's (prune/owners.py).
+    # q, k, v and o are one rank's, gate, up and down the other's (compression/partition.py).
     assert two["solve"] == pytest.approx(2 * ((GATE_UP + DOWN) / 10 + 16 * 0.5), rel=1e-4)
     assert two["talk"] == 2 * (4 * 112 + 2 * 144) / 64
     four = reckon(SHAPE, MACHINE, 4, tokens=10, length=5)
