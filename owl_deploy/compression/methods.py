@@ -83,8 +83,8 @@ class Method:
     """One way to prune a Linear.
 
     `prune`: "module:function", which maps (weight [out, in] float32, inputs, sparsity, group,
-    options) to the pruned weight; `pruning/by_score.py` has the types. `needs`: the statistic of the
-    inputs that it asks for. `options`: the type of its own options. `modifier`: SparseML's, or None
+    options) to the pruned weight; `pruning/by_score.py` has the types. `needs`: the statistic of
+    the inputs that it asks for. `options`: the type of its own. `modifier`: SparseML's, or None
     where nothing there does the same; then no recipe can be written that reproduces it. `joint`: a
     function that is given a `prune.grid.Grid` as well, and rounds what it leaves in the same pass;
     without it what `prune` leaves is rounded. `removes`: whether anything goes. `refits`: whether

@@ -63,6 +63,7 @@ NOT_RUN = {
 # Options that make a verb small, after those that the page gives: the last one counts.
 SMALLER = {
     "prune": "--samples 4 --sequence-length 64",
+    "quantize": "--samples 4 --sequence-length 64",
     "eval": "--window 64 --windows 1",
     "finetune": "--sequence-length 64 --max-steps 1",
     "generate": "-n 4",

@@ -17,7 +17,8 @@ from tests import divided, fresh
 KILLED = """
 import os
 import sys
-from owl_deploy import cli, ranks
+from owl_deploy import cli
+from owl_deploy.utils import ranks
 from owl_deploy.finetune import train
 
 train._SAVE_SECONDS = 0.0

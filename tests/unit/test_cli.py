@@ -46,7 +46,7 @@ TABLE = {
         ("--refit", "settings.refit", True),
         ("--reconstruct 3", "settings.reconstruct", 3),
         ("--asymmetric -m sparsegpt", "settings.asymmetric", True),
-        ("--no-asymmetric -m none --bits 4", "settings.asymmetric", False),
+        ("--no-asymmetric --bits 4", "settings.asymmetric", False),
         ("--bits 4", "settings.bits", 4),
         ("--group 64 --bits 4", "settings.bits_group", 64),
         ("--head-bits 3 --bits 4", "settings.head_bits", 3),
